@@ -1,0 +1,46 @@
+"""Variants found by name: a class registers itself in its class statement, and everything else looks it up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, ClassVar, Self, TypeVar
+
+from minitransformer.errors import UserError
+
+T = TypeVar("T")
+
+
+def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
+    """The entry of `table` called `name`; otherwise a `UserError` that suggests the nearest name."""
+    if name in table:
+        return table[name]
+    nearest = get_close_matches(name, table, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise UserError(f"unknown {kind} {name!r}: {hint}known are {', '.join(table)}")
+
+
+class Registered:
+    """Base of a family of interchangeable classes.
+
+    The root of a family says what its members are called, `class Residual(Registered, kind="residual placement")`;
+    a member says its name, `class PreLN(Residual, name="pre")`; `Residual.named("pre")` finds it.
+    """
+
+    kind: ClassVar[str]
+    name: ClassVar[str]
+    registry: ClassVar[dict[str, type[Any]]]
+
+    def __init_subclass__(cls, *, kind: str | None = None, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if kind is not None:
+            cls.kind, cls.registry = kind, {}
+        if name is not None:
+            assert name not in cls.registry, f"{cls.kind} {name!r} is registered twice"
+            cls.name = name
+            cls.registry[name] = cls
+
+    @classmethod
+    def named(cls, name: str) -> type[Self]:
+        """The class registered under `name`; raises `UserError` with the nearest name."""
+        return lookup(cls.kind, name, cls.registry)
