@@ -1,0 +1,7 @@
+"""The linear maps of a transformer that play a role of their own."""
+
+from torch import nn
+
+
+class OutputProjection(nn.Linear):
+    """The last linear map of a sublayer, whose output is added to the residual stream; initialisations ask for it."""

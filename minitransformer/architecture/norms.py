@@ -1,0 +1,59 @@
+"""Normalisation of the features of each token, by hand and by torch's fused kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minitransformer.registry import Registered
+
+
+def layer_norm(
+    x: Float[Tensor, "*batch features"],
+    weight: Float[Tensor, "features"],
+    bias: Float[Tensor, "features"] | None,
+    eps: float,
+) -> Float[Tensor, "*batch features"]:
+    """(x − mean) / √(variance + eps) · weight + bias. Ba et al. 2016 (arXiv 1607.06450), section 3."""
+    centred = x - x.mean(-1, keepdim=True)
+    normalised = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return normalised * weight if bias is None else normalised * weight + bias
+
+
+def rms_norm(
+    x: Float[Tensor, "*batch features"], weight: Float[Tensor, "features"], eps: float
+) -> Float[Tensor, "*batch features"]:
+    """x / √(mean(x²) + eps) · weight. Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4."""
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+class Norm(Registered, nn.Module, kind="norm"):
+    """A norm over the last dimension with learnable gains (and, where it has them, biases), which start as identity."""
+
+    def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(features))
+
+    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
+        raise NotImplementedError
+
+
+class LayerNorm(Norm, name="layer"):
+    """`layer_norm` by torch's fused kernel. Ba et al. 2016 (arXiv 1607.06450)."""
+
+    def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__(features, eps=eps)
+        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+
+    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(Norm, name="rms"):
+    """`rms_norm` by torch's fused kernel; it has no bias. Zhang and Sennrich 2019 (arXiv 1910.07467)."""
+
+    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
