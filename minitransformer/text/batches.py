@@ -1,0 +1,96 @@
+"""Windows of a token file: random ones to train on, all in order to evaluate on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from minitransformer.errors import UserError
+
+IGNORE = -100
+"""A target that counts in no loss; torch's cross_entropy ignores it by default."""
+
+Tokens = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids, and for each position the id that follows it, or IGNORE."""
+
+    inputs: Int64[Tensor, "batch length"]
+    targets: Int64[Tensor, "batch length"]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same batch on `device`."""
+        return type(self)(
+            self.inputs.to(device, non_blocking=non_blocking), self.targets.to(device, non_blocking=non_blocking)
+        )
+
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked memory, from which copies to a GPU need not be waited for."""
+        return type(self)(self.inputs.pin_memory(), self.targets.pin_memory())
+
+
+@dataclass(frozen=True)
+class RandomWindows:
+    """Batches of windows that begin anywhere in `tokens` [tokens], each place as likely as any other.
+
+    Raises `UserError` when `tokens` holds not one window of `context_length` + 1.
+    """
+
+    tokens: Tokens
+    context_length: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) <= self.context_length:
+            raise UserError(
+                f"{len(self.tokens)} tokens hold no window of {self.context_length + 1}: "
+                "choose a smaller --context-length, or give more text"
+            )
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index`: a function of seed and index alone, so a run resumes, or skips, at any of them."""
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, index])))
+        starts = generator.integers(len(self.tokens) - self.context_length, size=(self.batch_size, 1))
+        windows = torch.from_numpy(self.tokens[starts + np.arange(self.context_length + 1)].astype(np.int64))
+        return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+
+
+@dataclass(frozen=True)
+class SequentialWindows:
+    """All of `tokens` [tokens] once, in order, in windows side by side: every token but the first is one target.
+
+    The last batch may have fewer rows, and its last row is padded with targets of IGNORE (inputs: the last token).
+    """
+
+    tokens: Tokens
+    context_length: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        """How many batches."""
+        return max(0, -(-(len(self.tokens) - 1) // (self.context_length * self.batch_size)))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.batch, range(len(self)))
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index`, so that several processes can share the work."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        span = self.context_length * self.batch_size
+        tokens = self.tokens[index * span : (index + 1) * span + 1].astype(np.int64)
+        length = min(self.context_length, len(tokens) - 1)
+        missing = -(len(tokens) - 1) % length
+        inputs = np.pad(tokens[:-1], (0, missing), mode="edge").reshape(-1, length)
+        targets = np.pad(tokens[1:], (0, missing), constant_values=IGNORE).reshape(-1, length)
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))

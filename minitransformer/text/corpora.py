@@ -1,0 +1,235 @@
+"""What `--data` names, as a stream of documents in pieces of bounded size."""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from minitransformer.errors import UserError
+from minitransformer.text import recipes
+
+# Threads hold a few pieces each: this bounds memory, and at this size the price of a task vanishes.
+PIECE = 1 << 18
+PROSE = {".txt", ".md"}
+LINES = {".jsonl"}
+CODE = {
+    *(".py", ".pyi", ".js", ".mjs", ".jsx", ".ts", ".tsx", ".java", ".kt", ".scala", ".go", ".rs", ".c", ".h", ".cc"),
+    *(".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".cs", ".swift", ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".hs", ".ml"),
+    *(".ex", ".exs", ".erl", ".clj", ".el", ".lisp", ".scm", ".sh", ".bash", ".zsh", ".ps1", ".sql", ".html", ".css"),
+    *(".scss", ".tex", ".rst", ".yaml", ".yml", ".toml", ".cmake", ".zig", ".v", ".sv", ".vhd", ".dart", ".m", ".f90"),
+}
+
+
+class Piece(NamedTuple):
+    """A stretch of a document; `opens` marks its first."""
+
+    text: str
+    opens: bool
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Files in a fixed order; a text file is one document, a line of JSONL is one document.
+
+    `skipped` counts the files of a folder whose suffix is not text.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    field: str = "text"
+    skipped: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(path.stat().st_size for path in self.files)
+
+    def signature(self) -> list[tuple[str, int, int, int]]:
+        """What changes when a file does, without reading one: path, bytes, and the times of its last changes."""
+        entries = [(str(path.resolve()), path.stat()) for path in self.files]
+        return [(path, entry.st_size, entry.st_mtime_ns, entry.st_ctime_ns) for path, entry in entries]
+
+    def pieces(self, on_read: Callable[[int], object] = lambda count: None) -> Iterator[Piece]:
+        """All documents in order, each non-empty, in pieces of at most 2 · PIECE characters.
+
+        `on_read` hears how many bytes of the files were read since it last heard.
+        Raises `UserError` naming the file, and the byte or line, that is not text.
+        """
+        for path in self.files:
+            documents = jsonl_documents(path, self.field, on_read) if kind(path) in LINES else [read(path, on_read)]
+            for document in documents:
+                opens = True
+                for text in cut(document):
+                    yield Piece(text, opens)
+                    opens = False
+
+
+def kind(path: Path) -> str:
+    """The suffix that says how to read `path`, that of the packed file if it is packed."""
+    return (Path(path.stem) if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+def cut(texts: Iterator[str] | list[str], size: int = PIECE) -> Iterator[str]:
+    """`texts`, joined and cut into pieces of about `size` characters whose encodings join to that of the whole.
+
+    The cut is before a whitespace that follows a letter or digit. There GPT-4's split pattern, and GPT-2's and
+    GPT-4o's, end one match and begin the next: a match that holds a letter or digit never goes on into whitespace,
+    and no lookahead is open at its end. (After a newline it would not be so: GPT-2 takes the last of several
+    whitespaces by itself, unless the text ends there, and GPT-4o joins `!`, newline and `/`.)
+    Text without such a place is cut between any two characters.
+    """
+    rest = ""
+    for text in texts:
+        rest += text
+        while len(rest) > size:
+            place = size
+            while place and not (rest[place].isspace() and rest[place - 1].isalnum()):
+                place -= 1
+            place = place or size
+            yield rest[:place]
+            rest = rest[place:]
+    if rest:
+        yield rest
+
+
+def _blocks(path: Path, on_read: Callable[[int], object]) -> Iterator[bytes]:
+    """The bytes of a file, unpacked if it ends in .gz, without a byte-order mark."""
+    try:
+        with path.open("rb") as raw:
+            packed = path.suffix.lower() == ".gz"
+            stream: BinaryIO = gzip.GzipFile(fileobj=raw) if packed else raw  # type: ignore[assignment]
+            at, first = 0, True
+            while block := stream.read(PIECE):
+                if b"\0" in block:
+                    raise UserError(
+                        f"{path} is not text (it holds NUL bytes): convert it to UTF-8 text, or leave it out"
+                    )
+                yield block.removeprefix(codecs.BOM_UTF8) if first else block
+                on_read(raw.tell() - at)
+                at, first = raw.tell(), False
+    except OSError as error:
+        if isinstance(error, gzip.BadGzipFile):
+            raise UserError(f"{path} is not in gzip format: pack it again, or remove the .gz from its name") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+    except (EOFError, zlib.error):
+        raise UserError(f"{path} is damaged or cut short: pack it again") from None
+
+
+def read(path: Path, on_read: Callable[[int], object] = lambda count: None) -> Iterator[str]:
+    """The text of a file in stretches; raises `UserError` with the offset of the first byte that is not UTF-8."""
+    decode, before = codecs.getincrementaldecoder("utf-8")(), 0
+    for last, block in _with_end(_blocks(path, on_read)):
+        pending = len(decode.getstate()[0])
+        try:
+            yield decode.decode(block, final=last)
+        except UnicodeDecodeError as error:
+            raise _undecodable(path, before - pending + error.start, error.object[error.start]) from None
+        before += len(block)
+
+
+def _with_end(blocks: Iterator[bytes]) -> Iterator[tuple[bool, bytes]]:
+    for block in blocks:
+        yield False, block
+    yield True, b""
+
+
+def _undecodable(path: Path, offset: int, value: int) -> UserError:
+    return UserError(
+        f"{path} is not UTF-8 at byte {offset} (0x{value:02x}): convert it, for example with iconv -t UTF-8"
+    )
+
+
+def jsonl_documents(path: Path, field: str, on_read: Callable[[int], object]) -> Iterator[list[str]]:
+    """The field's text of every line; empty lines and texts are left out; a line is held whole."""
+    for number, line in enumerate(_lines(read(path, on_read)), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is not JSON ({error}): each line must be one object") from None
+        text = record.get(field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            found = f"has no field {field!r}" if text is None else f"has a field {field!r} that is not a string"
+            fields = (
+                [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
+            )
+            remedy = f"its strings are {', '.join(map(repr, fields))}" if fields else "name the field that holds text"
+            raise UserError(f"{path} line {number} {found}: {remedy}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path} line {number} holds half a surrogate pair in {field!r}: write it whole") from None
+        yield [text]
+
+
+def _lines(texts: Iterator[str]) -> Iterator[str]:
+    """Split at newlines only: JSON strings may hold the other characters that str.splitlines splits at."""
+    parts: list[str] = []
+    for text in texts:
+        *whole, rest = text.split("\n")
+        for line in whole:
+            yield "".join([*parts, line])
+            parts = []
+        parts.append(rest)
+    yield "".join(parts)
+
+
+def open_corpus(data: str, field: str = "text") -> Corpus:
+    """The corpus that `data` names: a recipe (made now if it must be), else a file, a folder, or a glob.
+
+    A folder is searched whole, without hidden files, for the suffixes above (each also with .gz); files named one by
+    one or by a glob are taken as they are. A path that is spelled like a recipe is reached with `./`.
+    Raises `UserError` when nothing is there to read.
+    """
+    path, skipped = Path(data).expanduser(), 0
+    if data in recipes.known():
+        return Corpus(data, (recipes.make(data),), "text")
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        found = list(_walk(path))
+        files = [file for file in found if kind(file) in PROSE | LINES | CODE]
+        skipped = len(found) - len(files)
+        if not files:
+            raise UserError(
+                f"folder {data} has no text among its {len(found)} files: put .txt, .md, .jsonl or source code there"
+            )
+    elif glob.has_magic(data):
+        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        if not files:
+            raise UserError(f"no file matches {data!r}: check the pattern, and quote it against the shell")
+    else:
+        raise UserError(_missing(data))
+    try:
+        empty = not any(file.stat().st_size for file in files)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from None
+    if empty:
+        raise UserError(f"{data} is empty: put text there")
+    return Corpus(data, tuple(files), field, skipped)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from None
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _missing(data: str) -> str:
+    names = list(recipes.known())
+    nearest = get_close_matches(data, names, n=1, cutoff=0.5)
+    hint = f"did you mean the recipe {nearest[0]!r}? " if nearest else ""
+    return f"no file, folder or recipe {data!r}: {hint}recipes are {', '.join(names)}; anything else must be a path"

@@ -1,0 +1,383 @@
+"""A corpus becomes two memory-mapped files of token ids, once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from minitransformer.errors import UserError
+from minitransformer.text.corpora import Corpus, Piece
+from minitransformer.text.files import locked, sweep, whole_file, whole_folder, work_folder, writing
+from minitransformer.text.tokenizers import Tokenizer
+
+FORMAT = 1
+SPLITS = ("train", "validation")
+# A sample of the corpus is many stretches of this many characters, evenly spread.
+STRETCH = 1 << 14
+# The division by document stands if validation is at least this part, and at most this multiple, of what was asked.
+TOLERANCE = 2.0
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """The token ids of both splits, each [tokens], mapped from disk, and what they were made from.
+
+    Every document starts with the end-of-text token. `…_bytes` are UTF-8 bytes of text, special tokens
+    counting none, so that bits per byte = nats summed over a split / ln 2 / its bytes. `split` says how the
+    text was divided: by "documents", or "contiguous" in one place.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    train: Tokens
+    validation: Tokens
+    train_bytes: int
+    validation_bytes: int
+    train_documents: int
+    validation_documents: int
+    split: str
+
+    def summary(self) -> str:
+        """One line to print."""
+        how = {"documents": "split by document", "contiguous": "split in one place"}[self.split]
+        return (
+            f"{self.tokenizer.name} tokenizer, {self.tokenizer.vocab_size:,} tokens; "
+            f"train {len(self.train):,} tokens ({self.train_bytes / 1e6:.1f} MB, {self.train_documents:,} documents), "
+            f"validation {len(self.validation):,} ({self.validation_bytes / 1e6:.1f} MB, "
+            f"{self.validation_documents:,} documents), {how}"
+        )
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What must be known of a corpus before it is encoded."""
+
+    digest: str
+    documents: int
+    characters: int
+    bytes: int
+    validation_bytes: int
+    """of the documents that `is_validation` picks"""
+
+    def balanced(self, fraction: float) -> bool:
+        """Whether dividing by document gives validation about its share; with few documents it may not."""
+        share = self.validation_bytes / self.bytes
+        return self.documents > 1 and fraction / TOLERANCE <= share <= min(fraction * TOLERANCE, (1 + fraction) / 2)
+
+
+class Part(NamedTuple):
+    """A piece, and the split it belongs to; `opens` also where a split begins inside a document."""
+
+    text: str
+    opens: bool
+    validation: bool
+
+
+class Encoded(NamedTuple):
+    tokens: Tokens
+    bytes: int
+    part: Part
+
+
+def prepare(
+    corpus: Corpus,
+    tokenizer: str | Tokenizer,
+    *,
+    vocab_size: int | None = None,
+    validation_fraction: float = 0.1,
+    context_length: int,
+    cache: Path | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> PreparedText:
+    """The corpus as token ids, from `cache` (default: the work folder's `prepared/`) if it was prepared before.
+
+    `tokenizer` is a registered name, fitted to the whole corpus with `vocab_size`, or a ready one. A document goes to
+    validation if a hash of its beginning says so, wherever it stands and however often. Where that is no
+    good (a single document; a share far from `validation_fraction`; a side without one window of
+    `context_length` + 1 tokens), the first 1 - `validation_fraction` of the characters train and the rest validate,
+    as in nanoGPT. `workers` threads encode (default: one per core); tiktoken leaves Python while it works.
+    Raises `UserError` for text that is too short, unreadable, or not encodable, and when the disk is full.
+    """
+    if not 0 < validation_fraction < 1:
+        raise UserError(f"validation_fraction is {validation_fraction}: choose one between 0 and 1, such as 0.1")
+    cache = work_folder() / "prepared" if cache is None else cache
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer.check_vocab_size(vocab_size)
+        settings = [tokenizer.fingerprint]
+    else:
+        settings = [Tokenizer.named(tokenizer).name, str(vocab_size)]
+    with writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        sweep(cache)
+        scan = _remembered_scan(corpus, validation_fraction, cache, progress)
+        for split in ("documents", "contiguous") if scan.balanced(validation_fraction) else ("contiguous",):
+            key = _hash([FORMAT, scan.digest, settings, split, validation_fraction])[:16]
+            build = partial(
+                _build,
+                corpus,
+                scan,
+                tokenizer,
+                vocab_size,
+                split,
+                validation_fraction,
+                workers=workers,
+                progress=progress,
+            )
+            prepared = _made(cache / key, build)
+            if min(len(prepared.train), len(prepared.validation)) > context_length:
+                return prepared
+    raise UserError(
+        f"{corpus.name} is too short: train has {len(prepared.train)} tokens and validation {len(prepared.validation)}"
+        f", but one window needs {context_length + 1} in each: choose a smaller --context-length, or give more text"
+    )
+
+
+def is_validation(beginning: str, fraction: float) -> bool:
+    """The side of the document that begins so: a hash, so duplicates stay together and order does not matter."""
+    digest = hashlib.blake2b(beginning.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < fraction * 2**64
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _bar(description: str, total: int, progress: bool) -> Any:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    # disable=None: a bar on a terminal, nothing in a pipe.
+    hidden = None if progress else True
+    return tqdm(desc=description, total=total, unit="B", unit_scale=True, disable=hidden, leave=False)
+
+
+# --- scanning
+
+
+def _remembered_scan(corpus: Corpus, fraction: float, cache: Path, progress: bool) -> Scan:
+    """The scan of these files in this state, from disk if they were scanned before."""
+    signature = corpus.signature()
+    note = cache / f"scan-{_hash([FORMAT, signature, corpus.field, fraction])[:16]}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return Scan(**json.loads(note.read_bytes()))
+    scan = _scan(corpus, fraction, progress)
+    _unchanged(corpus, signature)
+    with whole_file(note) as file:
+        file.write(json.dumps(asdict(scan)).encode())
+    return scan
+
+
+def _unchanged(corpus: Corpus, signature: list[tuple[str, int, int, int]]) -> None:
+    if corpus.signature() != signature:
+        raise UserError(f"{corpus.name} changed while it was read: try again when nothing writes to it")
+
+
+def _scan(corpus: Corpus, fraction: float, progress: bool) -> Scan:
+    digest, documents, characters, size, validation = hashlib.sha256(), 0, 0, 0, 0
+    aside = False
+    with _bar("reading", corpus.size, progress) as bar:
+        for piece in corpus.pieces(bar.update):
+            encoded = piece.text.encode()
+            if piece.opens:
+                documents += 1
+                aside = is_validation(piece.text, fraction)
+                digest.update(b"\xff")  # in no UTF-8, so documents cannot run together
+            digest.update(encoded)
+            characters += len(piece.text)
+            size += len(encoded)
+            validation += len(encoded) * aside
+    if not documents:
+        raise UserError(f"{corpus.name} is empty: put text there")
+    return Scan(digest.hexdigest(), documents, characters, size, validation)
+
+
+# --- splitting
+
+
+def by_document(pieces: Iterable[Piece], fraction: float) -> Iterator[Part]:
+    """Each document to the side that the hash of its first piece says."""
+    validation = False
+    for text, opens in pieces:
+        if opens:
+            validation = is_validation(text, fraction)
+        yield Part(text, opens, validation)
+
+
+def contiguous(pieces: Iterable[Piece], train_characters: int) -> Iterator[Part]:
+    """The first `train_characters` to train, the rest to validation, cutting a document where it must be."""
+    left = train_characters
+    begun = False
+    for text, opens in pieces:
+        first, second = text[:left], text[left:]
+        left -= len(first)
+        if first:
+            yield Part(first, opens, False)
+        if second:
+            yield Part(second, opens or not begun, True)
+            begun = True
+
+
+# --- building
+
+
+def _build(
+    corpus: Corpus,
+    scan: Scan,
+    chosen: str | Tokenizer,
+    vocab_size: int | None,
+    split: str,
+    fraction: float,
+    folder: Path,
+    *,
+    workers: int | None,
+    progress: bool,
+) -> None:
+    """Fills `folder` with train.bin, validation.bin, tokenizer.json and meta.json."""
+    signature = corpus.signature()
+    tokenizer = _fit(corpus, scan, chosen, vocab_size, progress) if isinstance(chosen, str) else chosen
+    tokenizer.save(folder / "tokenizer.json")
+    pieces = corpus.pieces()
+    if split == "documents":
+        parts = by_document(pieces, fraction)
+    else:
+        parts = contiguous(pieces, int(scan.characters * (1 - fraction)))
+    counts = _write(parts, tokenizer, folder, scan.bytes, workers, progress)
+    _unchanged(corpus, signature)
+    if counts["train"]["bytes"] + counts["validation"]["bytes"] != scan.bytes:
+        raise UserError(f"{corpus.name} changed while it was read: try again when nothing writes to it")
+    meta = {"format": FORMAT, "dtype": _dtype(tokenizer).name, "split": split, **counts}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _fit(corpus: Corpus, scan: Scan, name: str, vocab_size: int | None, progress: bool) -> Tokenizer:
+    member = Tokenizer.named(name)
+    limit = member.fit_limit
+
+    def texts() -> Iterator[str]:
+        with _bar(f"fitting {name}", corpus.size, progress) as bar:
+            texts = (piece.text for piece in corpus.pieces(bar.update))
+            yield from texts if limit is None else sample(texts, limit / scan.bytes)
+
+    if limit and scan.bytes > limit and progress:
+        print(
+            f"fitting {name} to an even sample of {limit / 1e6:.0f} MB of the {scan.bytes / 1e6:.0f} MB",
+            file=sys.stderr,
+        )
+    return member.fit(texts, vocab_size)
+
+
+def sample(texts: Iterable[str], share: float) -> Iterator[str]:
+    """About `share` of the characters, in stretches that are evenly spread; the same ones every time."""
+    seen = taken = 0
+    for text in texts:
+        for start in range(0, len(text), STRETCH):
+            stretch = text[start : start + STRETCH]
+            seen += len(stretch)
+            if taken + len(stretch) <= seen * share:
+                taken += len(stretch)
+                yield stretch
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+def _write(
+    parts: Iterable[Part], tokenizer: Tokenizer, folder: Path, total: int, workers: int | None, progress: bool
+) -> dict[str, dict[str, int]]:
+    """Writes each split's tokens in the order of its parts; counts tokens, bytes of text and documents."""
+    dtype = _dtype(tokenizer)
+    start = np.array([tokenizer.end_of_text], dtype)
+
+    def encode(part: Part) -> Encoded:
+        tokens = tokenizer.encode_array(part.text).astype(dtype)
+        return Encoded(np.concatenate([start, tokens]) if part.opens else tokens, len(part.text.encode()), part)
+
+    counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
+    with ExitStack() as stack:
+        files = [stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS]
+        bar = stack.enter_context(_bar(f"encoding with {tokenizer.name}", total, progress))
+        for tokens, size, part in in_order(encode, parts, workers or cores()):
+            files[part.validation].write(tokens.data)
+            count = counts[SPLITS[part.validation]]
+            count["tokens"] += len(tokens)
+            count["bytes"] += size
+            count["documents"] += part.opens
+            bar.update(size)
+    return counts
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """`map` on threads that runs only a little ahead, so that memory holds a few items however many there are."""
+    if workers == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Any] = deque()
+        try:
+            for item in items:
+                ahead.append(pool.submit(function, item))
+                if len(ahead) > workers + 1:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+# --- opening
+
+
+def _made(folder: Path, build: Callable[[Path], None]) -> PreparedText:
+    """What is in `folder`, built by one process while any other that wants the same waits."""
+    if prepared := opened(folder):
+        return prepared
+    with locked(folder):
+        prepared = opened(folder)
+        if prepared is None:
+            with whole_folder(folder) as made:
+                build(made)
+            prepared = opened(folder)
+    assert prepared is not None, f"{folder} was built and cannot be opened"
+    return prepared
+
+
+def opened(folder: Path) -> PreparedText | None:
+    """What `prepare` made in `folder`; None if there is nothing, or something that is not whole."""
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        dtype = np.dtype(meta["dtype"])
+        tokens = {split: _mapped(folder / f"{split}.bin", dtype, meta[split]["tokens"]) for split in SPLITS}
+        counts = {f"{split}_{what}": meta[split][what] for split in SPLITS for what in ("bytes", "documents")}
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        return PreparedText(folder, tokenizer, **tokens, **counts, split=meta["split"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> Tokens:
+    if path.stat().st_size != count * dtype.itemsize:
+        raise ValueError(f"{path} does not hold {count} tokens")
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)

@@ -1,0 +1,88 @@
+"""Named datasets: each file in `data/` makes one, once."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol, cast
+
+from minitransformer.errors import UserError
+from minitransformer.registry import lookup
+from minitransformer.text.files import locked, recipe_folder, whole_file, work_folder
+
+
+class Recipe(Protocol):
+    """What a file in `data/` defines."""
+
+    DESCRIPTION: str
+
+    def version(self) -> str:
+        """What the documents depend on besides the recipe's source; cheap."""
+
+    def documents(self) -> Iterator[str]:
+        """The documents, in an order that depends on nothing else."""
+
+
+def known() -> dict[str, Path]:
+    """Name to file: `stdlib-code` is made by `stdlib_code.py`."""
+    files = sorted(recipe_folder().glob("[a-z]*.py"))
+    return {file.stem.replace("_", "-"): file for file in files}
+
+
+def load(name: str) -> Recipe:
+    """The recipe called `name`; raises `UserError` with the nearest name."""
+    path = lookup("recipe", name, known())
+    spec = importlib.util.spec_from_file_location(f"minitransformer_recipe_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return cast(Recipe, module)
+
+
+def descriptions() -> dict[str, str]:
+    """One line for each recipe."""
+    return {name: load(name).DESCRIPTION for name in known()}
+
+
+def made_at(name: str, recipe: Recipe) -> Path:
+    """The file of this recipe's documents; its name changes with whatever changes them."""
+    source = known()[name].read_bytes()
+    version = hashlib.sha256(source + recipe.version().encode()).hexdigest()[:12]
+    return work_folder() / name / f"{version}.jsonl"
+
+
+def make(name: str) -> Path:
+    """The recipe's documents as JSONL with the field `text`, made now if they were not made before.
+
+    Raises `UserError` when the recipe cannot get them.
+    """
+    recipe = load(name)
+    target = made_at(name, recipe)
+    if target.exists():
+        return target
+    with locked(target):
+        # Under the lock whatever is partial was left by a process that is dead.
+        for partial in target.parent.glob(f".{target.name}-*.partial"):
+            partial.unlink()
+        if not target.exists():
+            _write(name, recipe, target)
+    return target
+
+
+def _write(name: str, recipe: Recipe, target: Path) -> None:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    print(f"making {name} ({recipe.DESCRIPTION}) in {target}", file=sys.stderr)
+    with whole_file(target) as file:
+        empty = True
+        # disable=None: a bar on a terminal, nothing in a pipe.
+        for text in tqdm(recipe.documents(), desc=name, unit=" documents", disable=None):
+            file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+            empty = False
+        if empty:
+            raise UserError(f"recipe {name} found no documents on this machine: choose another recipe, or a file")
