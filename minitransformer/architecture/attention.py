@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +116,7 @@ def fastest_attention(
     return kernel(q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, dropout=dropout)
 
 
+@runtime_checkable
 class AttentionKernel(Protocol):
     """The signature that all attention functions share."""
 
