@@ -39,7 +39,7 @@ def attention_weights(
         return scores.softmax(-1)
     # The lowest finite number instead of -inf: a row without any key then has a softmax, and no NaN in its gradient.
     weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
-    return weights if _every_query_has_a_key(q, k, mask) else weights.masked_fill(~allowed, 0.0)
+    return weights if _every_query_has_a_key(q, k, causal, mask) else weights.masked_fill(~allowed, 0.0)
 
 
 def scaled_dot_product_attention(
@@ -92,7 +92,7 @@ def fused_attention(
         scale=scale,
         enable_gqa=q.size(1) != k.size(1),
     )
-    if _every_query_has_a_key(q, k, mask):
+    if _every_query_has_a_key(q, k, causal, mask):
         return attended
     has_a_key = _allowed(q, k, causal, mask).any(-1, keepdim=True)  # type: ignore[union-attr]
     return attended.masked_fill(~has_a_key, 0.0)
@@ -156,8 +156,8 @@ def _allowed(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor 
     return triangle if mask is None else mask & triangle
 
 
-def _every_query_has_a_key(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
-    return mask is None and q.size(-2) <= k.size(-2)
+def _every_query_has_a_key(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> bool:
+    return mask is None and (not causal or q.size(-2) <= k.size(-2))
 
 
 def identity(x: Tensor) -> Tensor:
