@@ -1,0 +1,66 @@
+"""What all tests share: signatures whose shapes are checked, one thread for each worker, examples that repeat."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Before the first import of what it checks: from here on, every call must have the shapes that its signature says.
+install_import_hook(["minitransformer.architecture", "minitransformer.models"], "beartype.beartype")
+
+from minitransformer.models.config import ModelConfig  # noqa: E402
+from minitransformer.models.decoder import DecoderLM  # noqa: E402
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize="CI" in os.environ)
+hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("default"), max_examples=500)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+class TorchRandom:
+    """Torch's generator for Hypothesis, which seeds it before every example."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+torch_random = TorchRandom()  # Hypothesis keeps a weak reference
+hypothesis.register_random(torch_random)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shake() -> Callable[[torch.nn.Module], Any]:
+    """Redraws every weight of a module, so that no gain is 1, no bias is 0 and no attention is uniform."""
+
+    @torch.no_grad()
+    def shaken(module: torch.nn.Module) -> torch.nn.Module:
+        for parameter in module.parameters():
+            parameter.normal_(std=0.5).add_(1.0 if parameter.dim() == 1 else 0.0)
+        return module
+
+    return shaken
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(shake: Callable[[torch.nn.Module], DecoderLM]) -> Callable[..., DecoderLM]:
+    """Makes a decoder of the given choices, small, in float64 and eval mode, with shaken weights."""
+
+    def make(**choices: Any) -> DecoderLM:
+        sizes = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context_length": 32, "vocab_size": 11}
+        return shake(DecoderLM(ModelConfig(**{**sizes, **choices}))).double().eval()
+
+    return make
