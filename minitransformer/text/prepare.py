@@ -368,10 +368,10 @@ def opened(folder: Path) -> PreparedText | None:
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         dtype = np.dtype(meta["dtype"])
-        tokens = {split: _mapped(folder / f"{split}.bin", dtype, meta[split]["tokens"]) for split in SPLITS}
+        train, validation = (_mapped(folder / f"{split}.bin", dtype, meta[split]["tokens"]) for split in SPLITS)
         counts = {f"{split}_{what}": meta[split][what] for split in SPLITS for what in ("bytes", "documents")}
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        return PreparedText(folder, tokenizer, **tokens, **counts, split=meta["split"])
+        return PreparedText(folder, tokenizer, train, validation, **counts, split=meta["split"])
     except (OSError, ValueError, KeyError):
         return None
 

@@ -1,0 +1,78 @@
+"""Batches: windows of the tokens, the target of each position being the next token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minitransformer.errors import UserError
+from minitransformer.text.batches import IGNORE, Batch, RandomWindows, SequentialWindows
+
+sizes = st.integers(1, 9)
+
+
+def tokens(count: int) -> np.ndarray:
+    return np.arange(count, dtype=np.uint16)
+
+
+@given(count=st.integers(2, 60), length=sizes, rows=sizes, seed=st.integers(0, 2**32), index=st.integers(0, 2**40))
+def test_random_windows_are_consecutive_tokens_and_their_successors(
+    count: int, length: int, rows: int, seed: int, index: int
+) -> None:
+    length = min(length, count - 1)
+    batch = RandomWindows(tokens(count), length, rows, seed).batch(index)
+    assert batch.inputs.shape == batch.targets.shape == (rows, length)
+    assert batch.inputs.dtype == batch.targets.dtype == torch.int64
+    assert torch.equal(batch.targets, batch.inputs + 1)
+    assert torch.equal(batch.inputs, batch.inputs[:, :1] + torch.arange(length))
+
+
+@given(seed=st.integers(0, 2**32), index=st.integers(0, 2**40))
+def test_a_random_batch_depends_on_seed_and_index_alone(seed: int, index: int) -> None:
+    windows = RandomWindows(tokens(5000), 8, 4, seed)
+    windows.batch(index + 1)
+    np.random.seed(0)
+    first, again = windows.batch(index), RandomWindows(tokens(5000), 8, 4, seed).batch(index)
+    assert torch.equal(first.inputs, again.inputs)
+    assert not torch.equal(first.inputs, windows.batch(index + 1).inputs)
+    assert not torch.equal(first.inputs, RandomWindows(tokens(5000), 8, 4, seed + 1).batch(index).inputs)
+
+
+def test_random_windows_reach_every_place() -> None:
+    batch = RandomWindows(tokens(10), 4, 2000, seed=0).batch(0)
+    assert set(batch.inputs[:, 0].tolist()) == set(range(6))
+
+
+def test_too_few_tokens_for_a_window_are_refused_with_both_numbers() -> None:
+    with pytest.raises(UserError, match="8 tokens hold no window of 9"):
+        RandomWindows(tokens(8), 8, 1, seed=0)
+
+
+@given(count=st.integers(0, 200), length=sizes, rows=sizes)
+def test_sequential_windows_predict_every_token_but_the_first_once_in_order(count: int, length: int, rows: int) -> None:
+    windows = SequentialWindows(tokens(count), length, rows)
+    batches = list(windows)
+    predicted = [target for batch in batches for target in batch.targets.flatten().tolist() if target != IGNORE]
+    assert predicted == list(range(1, count))
+    assert len(batches) == len(windows)
+    for batch in batches:
+        assert batch.inputs.shape == batch.targets.shape
+        assert batch.inputs.shape[0] <= rows
+        assert batch.inputs.shape[1] <= length
+        real = batch.targets != IGNORE
+        assert torch.equal(batch.inputs[real] + 1, batch.targets[real])
+
+
+def test_ignore_is_what_cross_entropy_ignores() -> None:
+    import inspect
+
+    assert inspect.signature(torch.nn.functional.cross_entropy).parameters["ignore_index"].default == IGNORE
+
+
+def test_a_batch_moves_whole() -> None:
+    batch = Batch(torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64)).to("meta")
+    assert batch.inputs.is_meta
+    assert batch.targets.is_meta

@@ -1,0 +1,278 @@
+"""Tokenizers: what is encoded comes back, from memory and from disk, and mistakes are told in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minitransformer.errors import UserError
+from minitransformer.text.corpora import cut
+from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Bytes, Characters, Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+SAMPLE = (
+    "The cat's hat, the dog's log; 1234 naïve façades — \n\n\tдом 東京 🙂!!\r\n  if x == 1:\n        return x\n" * 5
+)
+# What the split patterns treat differently, far more often than chance would bring it together.
+TRICKY = st.text(st.sampled_from("ab1' \n\r\t\x0b\x1c\x85\u2003/!.,'sSlLéé\u0301東🙂ᾈ٣_²"), max_size=40)
+TEXTS = st.one_of(TRICKY, st.text(max_size=60))
+published = pytest.mark.skipif(not (SHARED / "tiktoken_cache").is_dir(), reason="needs the GPT-2 files of shared/data")
+
+
+def fitted(name: str) -> Tokenizer:
+    texts = SAMPLE if name == "bpe" else SAMPLE + "".join(map(chr, range(0x3000)))
+    return Tokenizer.named(name).fit(lambda: iter([texts]), 400 if name == "bpe" else None)
+
+
+@pytest.fixture(scope="module", params=["bpe", "bytes", "chars", pytest.param("gpt2", marks=published)])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+        return fitted(request.param)
+
+
+def accepted(tokenizer: Tokenizer, text: str) -> str:
+    if isinstance(tokenizer, Characters):
+        return "".join(character for character in text if character in tokenizer.characters)
+    return text
+
+
+@given(text=TEXTS)
+def test_decoding_undoes_encoding(tokenizer: Tokenizer, text: str) -> None:
+    text = accepted(tokenizer, text)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert b"".join(map(tokenizer.token_bytes, ids)) == tokenizer.decode_bytes(ids) == text.encode()
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.encode_array(text).tolist() == ids
+    assert tokenizer.encode_array(text).dtype == np.uint32
+
+
+@settings(max_examples=5, deadline=None)
+@given(text=TEXTS)
+def test_a_tokenizer_survives_json(tokenizer: Tokenizer, text: str) -> None:
+    twin = Tokenizer.from_json(json.loads(json.dumps(tokenizer.to_json())))
+    text = accepted(tokenizer, text)
+    assert type(twin) is type(tokenizer)
+    assert twin.encode(text) == tokenizer.encode(text)
+
+
+def test_a_tokenizer_survives_the_disk(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    twin = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert twin.fingerprint == tokenizer.fingerprint
+    assert (twin.vocab_size, twin.special_tokens) == (tokenizer.vocab_size, tokenizer.special_tokens)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_a_special_token_spelled_in_the_text_stays_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(f"a{END_OF_TEXT}b")
+    assert not set(ids) & set(tokenizer.special_tokens.values())
+    assert tokenizer.decode(ids) == f"a{END_OF_TEXT}b"
+
+
+def test_special_tokens_are_skipped_or_spelled_and_have_no_bytes(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.end_of_text, *tokenizer.encode("hat"), tokenizer.end_of_text]
+    assert tokenizer.decode(ids) == "hat"
+    assert tokenizer.decode(ids, skip_special=False) == f"{END_OF_TEXT}hat{END_OF_TEXT}"
+    assert tokenizer.token_bytes(tokenizer.end_of_text) == b""
+    assert tokenizer.decode_bytes(ids) == b"hat"
+
+
+def test_every_id_decodes_and_no_other(tokenizer: Tokenizer) -> None:
+    tokenizer.decode(range(tokenizer.vocab_size))
+    for stranger in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=f"token id {stranger} is outside"):
+            tokenizer.decode([stranger])
+
+
+def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"U\+D83D"):
+        tokenizer.encode("hat \ud83d")
+
+
+@settings(max_examples=500)
+@given(text=TEXTS, size=st.integers(1, 12))
+def test_encoding_the_pieces_is_encoding_the_whole(tokenizer: Tokenizer, text: str, size: int) -> None:
+    """Wherever a text has a cut at all: the first piece that has none ends the claim."""
+    text = accepted(tokenizer, text)
+    pieces = list(cut([text], size))
+    assert "".join(pieces) == text
+    if all(left[-1].isalnum() and right[0].isspace() for left, right in pairwise(pieces)):
+        assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+@settings(max_examples=1000)
+@given(text=TRICKY)
+def test_every_cut_is_exact_for_every_published_pattern(text: str) -> None:
+    """The split alone, for the patterns whose vocabularies may not be on this machine."""
+    from tiktoken import Encoding
+
+    for pattern in PATTERNS:
+        if pattern not in SPLITTERS:
+            SPLITTERS[pattern] = Encoding(
+                "split", pat_str=pattern, mergeable_ranks=BIGRAMS, special_tokens={END_OF_TEXT: len(BIGRAMS)}
+            )
+        encode = SPLITTERS[pattern].encode_ordinary
+        for place in range(1, len(text)):
+            if text[place - 1].isalnum() and text[place].isspace():
+                assert encode(text[:place]) + encode(text[place:]) == encode(text), (place, pattern)
+
+
+O200K_SPLIT = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ]
+)
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+PATTERNS = (GPT4_SPLIT, O200K_SPLIT, GPT2_SPLIT)
+SPLITTERS: dict[str, object] = {}
+# Every pair of bytes merges, so any change of the split shows in the tokens.
+BIGRAMS = {bytes([a]): a for a in range(256)} | {
+    bytes([a, b]): 256 * (a + 1) + b for a in range(256) for b in range(256)
+}
+
+
+def test_training_bpe_is_deterministic_and_fills_the_vocabulary() -> None:
+    first, second = (BPE.train(iter([SAMPLE[:300], SAMPLE[300:]]), 300) for _ in range(2))
+    assert first.fingerprint == second.fingerprint
+    assert first.vocab_size == 300 == first.end_of_text + 1
+
+
+def test_text_with_few_pairs_makes_a_smaller_bpe() -> None:
+    assert BPE.train(iter(["abab"]), 4096).vocab_size == 256 + 2 + 1
+    assert BPE.train(iter([]), 4096).vocab_size == 256 + 1
+
+
+def test_bpe_merges_what_is_frequent() -> None:
+    assert len(BPE.train(iter(["the theory of the thing " * 50]), 280).encode(" the")) == 1
+
+
+def test_characters_are_sorted_and_the_specials_follow() -> None:
+    tokenizer = Characters.fit(lambda: iter(["ba", "cab\n"]))
+    assert tokenizer.characters == "\nabc"
+    assert tokenizer.encode("cab\n") == [3, 1, 2, 0]
+    assert (tokenizer.end_of_text, tokenizer.vocab_size) == (4, 5)
+
+
+@pytest.mark.parametrize("stranger", ["z", "a\u0301", "🙂", "\0"])
+def test_an_unknown_character_is_named(stranger: str) -> None:
+    with pytest.raises(UserError, match=rf"U\+{ord(stranger[-1]):04X}\) is not among the 3 .*bpe or bytes"):
+        Characters("abc").encode(f"abc{stranger}")
+
+
+@pytest.mark.parametrize(("name", "size", "least"), [("bpe", 256, 257), ("bytes", 256, 257), ("chars", 4, 5)])
+def test_a_vocabulary_that_is_too_small_is_refused_with_both_numbers(name: str, size: int, least: int) -> None:
+    with pytest.raises(UserError, match=f"vocabulary too small: vocab_size is {size}, .* {least} "):
+        Tokenizer.named(name).fit(lambda: iter(["abca\n"]), size)
+
+
+def test_a_larger_vocabulary_than_needed_is_no_mistake() -> None:
+    assert Bytes.fit(lambda: iter([]), 512).vocab_size == 257
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "bpf"}, "did you mean 'bpe'"),
+        ({"type": ["bpe"]}, "not a tokenizer"),
+        ({"format": 99}, "format 99"),
+        ({"ranks": None}, "'ranks' is not a list"),
+        ({"ranks": ["a"]}, "256 single bytes"),
+        ({"ranks": [7]}, "not a tokenizer"),
+        ({"ranks": ["東"]}, "not a tokenizer"),
+        ({"pattern": "("}, "not a tokenizer"),
+        ({"special_tokens": {}}, "special tokens"),
+        ({"special_tokens": {END_OF_TEXT: 3}}, "special tokens"),
+        ({"special_tokens": {END_OF_TEXT: "3"}}, "not an integer"),
+    ],
+)
+def test_malformed_json_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Tokenizer.from_json({**BPE.train(iter([SAMPLE]), 260).to_json(), **change})
+
+
+@pytest.mark.parametrize("content", [None, 3, [], {}, "bpe", {"format": 1, "type": "chars", "special_tokens": {}}])
+def test_what_is_no_tokenizer_is_refused(content: object) -> None:
+    with pytest.raises(UserError):
+        Tokenizer.from_json(content)
+
+
+def test_a_file_that_is_missing_or_not_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    for name in ("missing.json", "broken.json"):
+        with pytest.raises(UserError, match=name):
+            Tokenizer.load(tmp_path / name)
+
+
+def test_a_published_encoding_that_cannot_be_had_says_how_to_supply_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        Tokenizer.named("cl100k_base").fit(lambda: iter([]))
+    for hint in (
+        "no network",
+        "cl100k_base.tiktoken as 9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
+        "TIKTOKEN_CACHE_DIR",
+    ):
+        assert hint in str(caught.value)
+
+
+@published
+def test_gpt2_is_gpt2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    tokenizer = Tokenizer.named("gpt2").fit(lambda: iter([]))
+    assert tokenizer.encode("Hello, world!") == [15496, 11, 995, 0]
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
+    with pytest.raises(UserError, match="50257"):
+        Tokenizer.named("gpt2").fit(lambda: iter([]), 50256)
+
+
+@published
+def test_a_saved_published_encoding_needs_no_cache_and_no_network(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+        fitted("gpt2").save(tmp_path / "tokenizer.json")
+    code = (
+        "import sys, socket; socket.socket = None\n"
+        "from minitransformer.text.tokenizers import Tokenizer\n"
+        "print(Tokenizer.load(sys.argv[1]).encode('Hello, world!'))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TIKTOKEN_CACHE_DIR": str(tmp_path / "nothing")}
+    answer = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "tokenizer.json")],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert answer.stdout == "[15496, 11, 995, 0]\n", answer.stderr
+
+
+def test_no_tokenizer_needs_torch() -> None:
+    code = (
+        "import sys, minitransformer.text.prepare; print(sorted({'torch', 'tiktoken', 'requests'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("letter", ["a", " ", "\n", "!", "東", "1"])
+def test_a_long_run_of_one_character_does_not_hang(letter: str) -> None:
+    tokenizer = BPE.train(iter([letter * 100, SAMPLE]), 300)
+    assert tokenizer.decode(tokenizer.encode(letter * 200_000)) == letter * 200_000
