@@ -34,15 +34,15 @@ class ModelConfig:
     num_heads: int = 4
     """attention heads"""
     num_kv_heads: int | None = None
-    """heads of keys and values, shared by the query heads where there are fewer (default: num_heads)"""
+    """heads of keys and values, shared by the query heads where there are fewer; None is num_heads"""
     head_dim: int | None = None
-    """features of a head (default: d_model / num_heads)"""
+    """features of a head; None is d_model / num_heads"""
     d_ff: int | None = None
-    """hidden features of the feed-forward network (default: 4 d_model; gated: 8/3 d_model)"""
+    """hidden features of the feed-forward network; None is 4 d_model, or 8/3 d_model if gated"""
     context_length: int = 256
     """tokens that the model can see at once"""
     vocab_size: int | None = None
-    """tokens of the vocabulary: what BPE is trained to (default 4096), at least what another tokenizer has"""
+    """tokens of the vocabulary: what BPE is trained to, at least what others have; None is 4096 or theirs"""
     residual: Annotated[str, choice("where the norm stands", Residual.registry)] = "pre"
     norm: Annotated[str, choice("norm", Norm.registry)] = "layer"
     norm_eps: float = 1e-5
@@ -54,9 +54,9 @@ class ModelConfig:
     qk_norm: bool = False
     """normalise each query and key"""
     attention_scale: float | None = None
-    """what scores are multiplied by (default: head_dim^-1/2)"""
+    """what scores are multiplied by; None is head_dim^-1/2"""
     attention_window: int | None = None
-    """a token sees this many tokens at most, itself included (default: the whole context)"""
+    """a token sees this many tokens at most, itself included; None is all of them"""
     attention_kernel: Annotated[str, choice("how attention is computed", KERNELS)] = "auto"
     tied_embeddings: bool = True
     """the head uses the weights of the token embedding"""

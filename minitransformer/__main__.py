@@ -1,0 +1,34 @@
+"""`python -m minitransformer COMMAND`, installed as `minitransformer`."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from minitransformer.commands import run_command
+from minitransformer.registry import lookup
+
+COMMANDS = {
+    "train": "train a model, or resume a run",
+    "sample": "continue a prompt with the model of a run",
+}
+
+
+def main() -> int:
+    """Hand the rest of the command line to the command that it names."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: minitransformer COMMAND [--help | options]\n")
+        for name, what in COMMANDS.items():
+            print(f"  {name:10} {what}")
+        return 0 if arguments else 2
+
+    def command() -> int:
+        lookup("command", arguments[0], COMMANDS)
+        return import_module(f"minitransformer.commands.{arguments[0]}").main(arguments[1:])
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""`train`: prepare the text, train a model, and say where the run lies and what to do next."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from minitransformer.commands import DONE, parse, run_command
+from minitransformer.errors import UserError
+from minitransformer.generation.decode import sample_text
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.decoder import count_parameters
+from minitransformer.registry import lookup
+from minitransformer.runs import Run, free_run_path
+from minitransformer.text.corpora import open_corpus
+from minitransformer.text.prepare import PreparedText, prepare
+from minitransformer.training.checkpoint import check_room, choose_checkpoint
+from minitransformer.training.config import RunConfig
+from minitransformer.training.logging import Logs, RunFiles, TensorBoard, Terminal
+from minitransformer.training.loop import NonFiniteTraining, Trainer
+from minitransformer.training.machine import choose_device, choose_machine
+from minitransformer.training.presets import DEFAULT, PRESETS
+from minitransformer.training.signals import StopRequest
+
+NON_FINITE = 3
+SAMPLE_TOKENS = 120
+
+
+@dataclass(frozen=True)
+class Options(RunConfig):
+    """A whole configuration, and the folder it is for."""
+
+    out: Path | None = None
+    """folder of the new run; None is runs/PRESET-DATA"""
+    resume: Path | None = None
+    """continue the run in this folder; --steps extends it, other settings hold from here on"""
+    checkpoint: str | None = None
+    """with --resume: the checkpoint to continue from; None is the latest"""
+
+    def run_config(self) -> RunConfig:
+        return RunConfig(self.model, self.data, self.training)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train, or resume; returns the exit code."""
+    resume = _resumed_run(arguments)
+    return run_command(lambda: _begin(arguments) if resume is None else _resume(resume, arguments))
+
+
+def _begin(arguments: Sequence[str]) -> int:
+    named = bool(arguments) and not arguments[0].startswith("-")
+    preset = arguments[0] if named else DEFAULT
+    options = _parse(arguments[named:], lookup("preset", preset, PRESETS))
+    path = options.out or free_run_path(f"{preset}-{Path(options.data.data).stem.strip('*') or 'data'}")
+    if path.exists():
+        raise UserError(f"{path} exists already: choose another --out, or continue the run with --resume {path}")
+    # What cannot work is said now, and not after minutes of preparing text.
+    if options.training.tensorboard:
+        TensorBoard.check()
+    choose_device(options.training.device)
+    _count_parameters(options.model)
+    text = _prepare(options)
+    model = replace(options.model, vocab_size=options.model.vocab_size or text.tokenizer.vocab_size)
+    config = replace(options.run_config(), model=model)
+    check_room(path, config)
+    return _train(Run.create(path, config, text.tokenizer), text, checkpoint=None)
+
+
+def _resumed_run(arguments: Sequence[str]) -> Path | None:
+    parser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    return parser.parse_known_args(arguments)[0].resume
+
+
+def _resume(path: Path, arguments: Sequence[str]) -> int:
+    run = Run.open(path)
+    options = _parse(arguments, run.config)
+    _check_changes(run.config, options)
+    checkpoint = choose_checkpoint(run.checkpoints, options.checkpoint)
+    text = _prepare(options)
+    if text.tokenizer.fingerprint != run.tokenizer.fingerprint:
+        raise UserError(f"{options.data.data} is not the text that {path} began with: restore it, or train a new run")
+    check_room(path, options)
+    return _train(run.reconfigured(options.run_config()), text, checkpoint)
+
+
+def _check_changes(old: RunConfig, new: RunConfig) -> None:
+    """Say which settings a resumed run changes; refuse those that would make it another run."""
+    for part in ("model", "data", "training"):
+        before, after = getattr(old, part), getattr(new, part)
+        for field in fields(before):
+            a, b = getattr(before, field.name), getattr(after, field.name)
+            if a == b:
+                continue
+            if part != "training" or field.name in ("objective", "optimizer", "seed"):
+                raise UserError(
+                    f"this run has {field.name} {a}, and resuming cannot make it {b}: train a new run for that"
+                )
+            print(f"changed    {field.name} {a} -> {b}")
+
+
+def _parse(arguments: Sequence[str], config: RunConfig) -> Options:
+    sizes = "\n".join(f"  {name:12}{_count_parameters(run.model) / 1e6:8.2f}M" for name, run in PRESETS.items())
+    return parse(
+        Options,
+        arguments,
+        default=Options(config.model, config.data, config.training),
+        prog="train.py [PRESET]",
+        description=f"Train a model, or resume a run.\n\nPresets (default: {DEFAULT}) and their parameters:\n{sizes}",
+    )
+
+
+def _count_parameters(model: ModelConfig) -> int:
+    """Parameters of a model whose vocabulary may not be known yet: BPE's default size stands for it."""
+    return count_parameters(replace(model, vocab_size=model.vocab_size or 4096))
+
+
+def _prepare(config: RunConfig) -> PreparedText:
+    text = prepare(
+        open_corpus(config.data.data, config.data.field),
+        config.data.tokenizer,
+        vocab_size=config.model.vocab_size,
+        validation_fraction=config.data.validation_fraction,
+        context_length=config.model.context_length,
+    )
+    print(f"data       {config.data.data}: {text.summary()}", flush=True)
+    return text
+
+
+def _train(run: Run, text: PreparedText, checkpoint: Path | None) -> int:
+    config = run.config.training
+    parameters = count_parameters(run.config.model)
+    tokens = config.steps * config.batch_size * config.grad_accumulation * run.config.model.context_length
+    machine = choose_machine(config.device, config.precision, config.compile, run_flops=6 * parameters * tokens)
+    print(f"model      {parameters / 1e6:.2f}M parameters, {tokens / 1e6:.1f}M tokens to read")
+    print(f"machine    {machine.description}")
+    print(f"run        {run.path}", flush=True)
+    with StopRequest() as stop:
+        done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
+        if done >= config.steps:
+            raise UserError(f"{run.path} has done all of its {config.steps} steps: give a larger --steps to extend it")
+        logs = [RunFiles(run.path, resume_at=done), Terminal(steps=config.steps, done=done)]
+        if config.tensorboard:
+            logs.append(TensorBoard(run.path))
+        log = Logs(*logs)
+        trainer = Trainer(
+            run, text, machine, log, stop, lambda model: sample_text(model, text.tokenizer, SAMPLE_TOKENS)
+        )
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        try:
+            trainer.train()
+            if stop.signal is None:
+                trainer.write_sample()
+        except NonFiniteTraining as error:
+            log.line(f"error: {error}")
+            return NON_FINITE
+        finally:
+            log.close()
+        return _report(trainer, stop)
+
+
+def _report(trainer: Trainer, stop: StopRequest) -> int:
+    path, progress = trainer.run.path, trainer.progress
+    if stop.signal is not None:
+        print(f"stopped at step {progress.step}, which is saved; to continue:\n\n    python train.py --resume {path}\n")
+        return stop.exit_code
+    if trainer.stopped_early:
+        print(f"stopped early at step {progress.step}: no better validation in {progress.validations_since_best}")
+    print(f"validation {trainer.validation} (best at step {progress.best_step})")
+    print(f"run        {path}, {progress.seconds / 60:.1f} minutes of training")
+    print(f'next       python sample.py {path} --prompt "..."')
+    return DONE

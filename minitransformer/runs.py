@@ -1,0 +1,102 @@
+"""Run folders: what a training run leaves behind, and what every other command starts from."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from minitransformer import files
+from minitransformer.errors import UserError
+from minitransformer.models.decoder import DecoderLM
+from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.training.checkpoint import choose_checkpoint, load_model_weights
+from minitransformer.training.config import RunConfig
+
+CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
+
+
+def provenance() -> dict[str, str]:
+    """Which code made a run, on what, by which command."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "commit": commit,
+        "minitransformer": version("minitransformer"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "command": shlex.join(sys.argv),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: `config.json`, `tokenizer.json`, `metrics.jsonl`, `train.log`, `samples.txt` and `checkpoints/`."""
+
+    path: Path
+    config: RunConfig
+    tokenizer: Tokenizer
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig, tokenizer: Tokenizer) -> Run:
+        """A new run folder; `config.json` is written last, and makes it one."""
+        (path / CHECKPOINTS).mkdir(parents=True)
+        tokenizer.save(path / TOKENIZER)
+        return cls(path, config, tokenizer).reconfigured(config)
+
+    def reconfigured(self, config: RunConfig) -> Run:
+        """This run with another configuration, which is written down with the code and the command behind it."""
+        record = {**config.to_json(), "provenance": provenance()}
+        files.write_text(self.path / CONFIG, json.dumps(record, indent=2) + "\n")
+        return replace(self, config=config)
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """The run in the folder `path`; raises `UserError` if it is none."""
+        if not (path / CONFIG).is_file():
+            raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give a folder that training has made")
+        try:
+            record = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path / CONFIG} is damaged ({error}): restore it, or train anew") from None
+        return cls(path, RunConfig.from_json(record, str(path / CONFIG)), Tokenizer.load(path / TOKENIZER))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def load_model(self, checkpoint: str | None = None, device: str = "cpu") -> DecoderLM:
+        """The model of this run, ready to be evaluated, from `checkpoint`: by default the best one."""
+        if checkpoint is None and (self.checkpoints / "best").exists():
+            checkpoint = "best"
+        chosen = choose_checkpoint(self.checkpoints, checkpoint)
+        model = DecoderLM(self.config.model)
+        load_model_weights(chosen, model)
+        return model.to(device).eval()
+
+
+def latest_run(root: Path = Path("runs")) -> Path:
+    """The run below `root` that was written to last; raises `UserError` if there is none."""
+    found = [path.parent for path in root.glob(f"*/{CONFIG}")]
+    if not found:
+        raise UserError(f"there is no run in {root}/: train one with `python train.py`, or name its folder")
+    return max(found, key=lambda path: (path / CHECKPOINTS).stat().st_mtime if (path / CHECKPOINTS).exists() else 0)
+
+
+def free_run_path(name: str, root: Path = Path("runs")) -> Path:
+    """A path below `root` that nothing has yet: `name`, or `name` with a number."""
+    candidates = [root / name, *(root / f"{name}-{i}" for i in range(2, 10_000))]
+    return next(path for path in candidates if not path.exists())

@@ -1,0 +1,134 @@
+"""Everything that a training run is told, in three frozen records: the model, the data, and the training itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any, Literal
+
+from minitransformer.errors import UserError
+from minitransformer.models.config import ModelConfig, choice
+from minitransformer.registry import lookup
+from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.training.objectives import Objective
+from minitransformer.training.optimizers import OPTIMIZERS
+from minitransformer.training.precision import Precision
+from minitransformer.training.schedules import SCHEDULES
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, and how it becomes tokens."""
+
+    data: str = "pydocs"
+    """a recipe (pydocs, shakespeare, stdlib-code), a file, a folder or a glob of .txt, .md, .jsonl or source code"""
+    field: str = "text"
+    """the field of each .jsonl line that holds the text"""
+    tokenizer: Annotated[str, choice("tokenizer", Tokenizer.registry)] = "bpe"
+    validation_fraction: float = 0.1
+    """share of the text that is kept for validation"""
+
+    def __post_init__(self) -> None:
+        Tokenizer.named(self.tokenizer)
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction is {self.validation_fraction}: it must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How the weights are learned, how often to look, and on what machine."""
+
+    objective: Annotated[str, choice("what is learned", Objective.registry)] = "causal"
+    steps: int = 1000
+    """updates of the weights"""
+    batch_size: int = 16
+    """sequences in a micro-batch"""
+    grad_accumulation: int = 1
+    """micro-batches in a step"""
+    optimizer: Annotated[str, choice("optimizer", OPTIMIZERS)] = "adamw"
+    lr: float = 1e-3
+    """highest learning rate"""
+    min_lr: float = 0.0
+    """learning rate that the schedule ends with"""
+    schedule: Annotated[str, choice("course of the learning rate", SCHEDULES)] = "cosine"
+    warmup_steps: int = 50
+    """steps in which the learning rate grows from 0"""
+    weight_decay: float = 0.1
+    """decay of matrices (never of biases and norms)"""
+    beta1: float = 0.9
+    """decay of the mean of gradients"""
+    beta2: float = 0.95
+    """decay of the mean of squared gradients"""
+    grad_clip: float = 1.0
+    """largest norm of the gradient; 0 switches clipping off"""
+    eval_every: int = 250
+    """steps between validations (the last step always has one)"""
+    save_every: int = 250
+    """steps between checkpoints (the last step always has one)"""
+    log_every: int = 10
+    """steps between lines in metrics.jsonl"""
+    keep_last: int = 2
+    """newest checkpoints to keep, beside the best one"""
+    patience: int | None = None
+    """stop after this many validations without a better one; None is never"""
+    sample_at_eval: bool = False
+    """print a sample after each validation"""
+    tensorboard: bool = False
+    """also write TensorBoard events into the run folder"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, …; auto takes the fastest there is"""
+    precision: Annotated[str, choice("arithmetic, auto takes the fastest", ("auto", *Precision.registry))] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto uses it where it pays for the length of the run"""
+    seed: int = 0
+    """of the weights, the batches and dropout"""
+
+    def __post_init__(self) -> None:
+        minimum = {
+            **dict.fromkeys(("steps", "batch_size", "grad_accumulation", "keep_last"), 1),
+            **dict.fromkeys(("eval_every", "save_every", "log_every"), 1),
+            **dict.fromkeys(("warmup_steps", "weight_decay", "grad_clip", "min_lr", "seed"), 0),
+        }
+        for name, least in minimum.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.patience is not None and self.patience < 1:
+            raise UserError(f"patience is {self.patience}: it must be at least 1")
+        if not self.lr > 0:
+            raise UserError(f"lr is {self.lr}: it must be above 0")
+        if self.min_lr > self.lr:
+            raise UserError(f"min_lr {self.min_lr} is above lr {self.lr}: lower it")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        Objective.named(self.objective)
+        lookup("optimizer", self.optimizer, OPTIMIZERS)
+        lookup("schedule", self.schedule, SCHEDULES)
+        if self.precision != "auto":
+            Precision.named(self.precision)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: flat on the command line, nested in `config.json`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any], origin: str) -> RunConfig:
+        """The configuration in `record`, read from the file `origin`; raises `UserError` if it has other fields."""
+        parts: dict[str, Any] = {}
+        for name, part in (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig)):
+            values = record.get(name, {})
+            known = {field.name for field in fields(part)}
+            if values.keys() != known:
+                wrong = ", ".join(sorted(values.keys() ^ known))
+                raise UserError(
+                    f"{origin}, {name}: fields that only one side knows ({wrong}): another version wrote it"
+                )
+            parts[name] = part(**values)
+        return cls(**parts)

@@ -1,0 +1,148 @@
+"""What a run says while it trains: to its files, to the terminal or a pipe, and to TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from minitransformer import files
+from minitransformer.errors import UserError
+
+
+class Log:
+    """Hears of every record of numbers and every line of words; this one keeps silent."""
+
+    def record(self, numbers: dict[str, Any]) -> None:
+        """Numbers at a step: `numbers["step"]`, and `loss`, `validation_loss` or others."""
+
+    def line(self, text: str) -> None:
+        """A line for the reader."""
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done."""
+
+    def close(self) -> None:
+        """Nothing more will be said."""
+
+
+class Logs(Log):
+    """Several logs as one."""
+
+    def __init__(self, *logs: Log) -> None:
+        self.logs = logs
+
+    def record(self, numbers: dict[str, Any]) -> None:
+        for log in self.logs:
+            log.record(numbers)
+
+    def line(self, text: str) -> None:
+        for log in self.logs:
+            log.line(text)
+
+    def advance(self, step: int) -> None:
+        for log in self.logs:
+            log.advance(step)
+
+    def close(self) -> None:
+        for log in self.logs:
+            log.close()
+
+
+class RunFiles(Log):
+    """`metrics.jsonl`, one record a line, and `train.log`, the lines with the time of day."""
+
+    def __init__(self, folder: Path, *, resume_at: int) -> None:
+        metrics = folder / "metrics.jsonl"
+        if metrics.exists():
+            # What came after the checkpoint, or was cut off in the middle of a line, happens again.
+            files.write_text(metrics, "".join(f"{line}\n" for line in _records_until(metrics, resume_at)))
+        self.metrics = metrics.open("a", encoding="utf-8")
+        self.words = (folder / "train.log").open("a", encoding="utf-8")
+
+    def record(self, numbers: dict[str, Any]) -> None:
+        self.metrics.write(json.dumps(numbers) + "\n")
+        self.metrics.flush()
+
+    def line(self, text: str) -> None:
+        self.words.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self.words.flush()
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.words.close()
+
+
+def _records_until(metrics: Path, step: int) -> list[str]:
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    return kept
+
+
+class Terminal(Log):
+    """A live bar on a terminal; in a pipe, a line for each record."""
+
+    def __init__(self, *, steps: int, done: int) -> None:
+        self.bar = None
+        if sys.stdout.isatty():
+            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            self.bar = tqdm(total=steps, initial=done, bar_format=layout, dynamic_ncols=True, file=sys.stdout)
+
+    def record(self, numbers: dict[str, Any]) -> None:
+        if "loss" not in numbers:
+            return
+        speed = f"{numbers['tokens_per_second'] / 1000:.1f}k tokens/s, mfu {numbers['mfu']:.0%}"
+        loss = "none finite" if numbers["loss"] is None else f"{numbers['loss']:.4f}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss}, {speed}", refresh=False)
+            return
+        left = f"{numbers['seconds_left'] / 60:.1f} min left"
+        print(f"step {numbers['step']} loss {loss} lr {numbers['lr']:.2e}, {speed}, {left}", flush=True)
+
+    def line(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def advance(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class TensorBoard(Log):
+    """Every number as a scalar, in the run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(os.fspath(folder / "tensorboard"))
+
+    @staticmethod
+    def check() -> None:
+        """Raise a `UserError` if TensorBoard is not installed."""
+        if find_spec("tensorboard") is None:
+            raise UserError('tensorboard is not installed: pip install -e ".[tensorboard]", or leave --tensorboard out')
+
+    def record(self, numbers: dict[str, Any]) -> None:
+        for name, value in numbers.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, numbers["step"])
+
+    def close(self) -> None:
+        self.writer.close()

@@ -1,0 +1,264 @@
+"""The training loop: step, log, validate, save, until the last step or a request to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minitransformer import files
+from minitransformer.models.decoder import DecoderLM
+from minitransformer.runs import Run
+from minitransformer.text.prepare import PreparedText
+from minitransformer.training.checkpoint import (
+    load_model_weights,
+    load_trainer_state,
+    remove_old_checkpoints,
+    write_checkpoint,
+)
+from minitransformer.training.logging import Log
+from minitransformer.training.machine import Machine, measured_flops
+from minitransformer.training.objectives import Objective
+from minitransformer.training.optimizers import OPTIMIZERS, OptimizerSettings, set_learning_rate
+from minitransformer.training.precision import Precision
+from minitransformer.training.schedules import SCHEDULES, learning_rate_share
+from minitransformer.training.signals import StopRequest
+from minitransformer.training.step import StepResult, Validation, training_step, validate
+
+# float16 needs some steps to find its loss scale; nothing that recovers needs more.
+MOST_STEPS_WITHOUT_UPDATE = 20
+
+
+class NonFiniteTraining(Exception):
+    """The loss or its gradient was infinite or NaN for many steps in a row; none of them changed the weights."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come: part of every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float = math.inf
+    best_step: int = 0
+    validated_step: int = 0
+    validations_since_best: int = 0
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of everything random in `step`: with it, no generator's state has to survive an interruption."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+
+
+class Trainer:
+    """Trains the model of `run`, and writes down what happens in its folder.
+
+    The state after a step is a function of the configuration and the data alone, on a CPU bit for bit: a run that is
+    interrupted anywhere and restored from a checkpoint ends as if it had not been.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        text: PreparedText,
+        machine: Machine,
+        log: Log,
+        stop: StopRequest,
+        sample: Callable[[DecoderLM], str],
+    ) -> None:
+        self.run, self.text, self.machine, self.log, self.stop, self.sample = run, text, machine, log, stop, sample
+        config = self.config = run.config.training
+        self.objective = Objective.named(config.objective)(
+            text, context_length=run.config.model.context_length, seed=config.seed
+        )
+        torch.manual_seed(config.seed)
+        self.model = DecoderLM(run.config.model).to(machine.device)
+        self.fast_model: nn.Module = torch.compile(self.model) if machine.compile else self.model  # type: ignore[assignment]
+        settings = OptimizerSettings(config.lr, config.weight_decay, config.beta1, config.beta2)
+        self.optimizer = OPTIMIZERS[config.optimizer](self.model, settings)
+        self.precision = Precision.named(machine.precision)(machine.device)
+        self.progress = Progress()
+        self.validation: Validation | None = None
+        self._saved: Progress | None = None
+        self._steps_without_update = 0
+        self._peak_flops = measured_flops(machine.device, self.precision.dtype)
+        self._flops_per_token = self.model.flops_per_token(run.config.model.context_length)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue from `checkpoint`; settings that were changed since keep their new values."""
+        load_model_weights(checkpoint, self.model)
+        state = load_trainer_state(checkpoint)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, new in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(new)
+        self.precision.load_state_dict(state["precision"])
+        self.progress = Progress(**state["progress"])
+        self._saved = replace(self.progress)
+
+    def train(self) -> None:
+        """Step until the last one, an early stop, or a request to stop; the state at the end is always saved."""
+        self.model.train()
+        if self._validation_due() and self.progress.validated_step != self.progress.step:
+            self._validate()  # the stop that this run continues from came in the middle of it
+        interval = _Interval(self.progress)
+        while self.progress.step < self.config.steps and self.stop.signal is None and not self.stopped_early:
+            interval.add(*self._timed_step())
+            self.log.advance(self.progress.step)
+            if self._due(self.config.log_every):
+                self._log(interval)
+                interval = _Interval(self.progress)
+            if self._validation_due():
+                self._validate()
+            if self._due(self.config.save_every) or self.progress.best_step == self.progress.step:
+                self._save()
+            if self._steps_without_update == MOST_STEPS_WITHOUT_UPDATE:
+                self._save()
+                raise NonFiniteTraining(
+                    f"{MOST_STEPS_WITHOUT_UPDATE} steps in a row had an infinite or NaN loss or gradient, the last one "
+                    f"step {self.progress.step}; none changed the weights, which are saved: try a lower --lr, or "
+                    "--precision fp32"
+                )
+        self._save()
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether `patience` ran out."""
+        return self.config.patience is not None and self.progress.validations_since_best >= self.config.patience
+
+    def _due(self, every: int) -> bool:
+        return self.progress.step % every == 0 or self.progress.step == self.config.steps
+
+    def _validation_due(self) -> bool:
+        return self.progress.step > 0 and self._due(self.config.eval_every)
+
+    def _timed_step(self) -> tuple[StepResult, float]:
+        start = time.perf_counter()
+        result = self._step()
+        seconds = time.perf_counter() - start
+        self.progress.seconds += seconds
+        return result, seconds
+
+    def _step(self) -> StepResult:
+        step = self.progress.step
+        torch.manual_seed(step_seed(self.config.seed, step))
+        batch = self.objective.training_batch(step, self.config.batch_size * self.config.grad_accumulation)
+        share = learning_rate_share(
+            SCHEDULES[self.config.schedule],
+            step,
+            steps=self.config.steps,
+            warmup_steps=self.config.warmup_steps,
+            floor=self.config.min_lr / self.config.lr,
+        )
+        set_learning_rate(self.optimizer, share)
+        result = training_step(
+            self.fast_model,
+            self.objective,
+            batch.split(self.config.batch_size),
+            self.optimizer,
+            self.precision,
+            grad_clip=self.config.grad_clip,
+        )
+        self._steps_without_update = 0 if result.finite else self._steps_without_update + 1
+        self.progress.step += 1
+        self.progress.tokens += batch.inputs.numel()
+        return result
+
+    def _log(self, interval: _Interval) -> None:
+        steps = self.progress.step - interval.first_step
+        tokens_per_second = (self.progress.tokens - interval.first_token) / interval.seconds
+        self.log.record(
+            {
+                "step": self.progress.step,
+                "loss": interval.mean(interval.losses),
+                "grad_norm": interval.mean(interval.grad_norms),
+                "skipped_steps": steps - len(interval.losses),
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "tokens": self.progress.tokens,
+                "tokens_per_second": tokens_per_second,
+                "mfu": tokens_per_second * self._flops_per_token / self._peak_flops,
+                "seconds": self.progress.seconds,
+                "seconds_left": (self.config.steps - self.progress.step) * interval.seconds / steps,
+            }
+        )
+
+    def _validate(self) -> None:
+        validation = None
+        with self.stop.interruptible():
+            validation = validate(
+                self.model,
+                self.objective,
+                self.precision,
+                batch_size=self.config.batch_size,
+                text_bytes=self.text.validation_bytes,
+            )
+        if validation is None:
+            return
+        self.validation = validation
+        self.progress.validated_step = self.progress.step
+        better = validation.loss < self.progress.best_loss
+        if better:
+            self.progress.best_loss, self.progress.best_step = validation.loss, self.progress.step
+        self.progress.validations_since_best = 0 if better else self.progress.validations_since_best + 1
+        self.log.record(
+            {
+                "step": self.progress.step,
+                "validation_loss": validation.loss,
+                "perplexity": validation.perplexity,
+                "bits_per_byte": validation.bits_per_byte,
+            }
+        )
+        self.log.line(f"step {self.progress.step} validation: {validation}")
+        if self.config.sample_at_eval:
+            self.write_sample()
+
+    def write_sample(self) -> str:
+        """A sample of the model as it stands, also kept in `samples.txt`."""
+        sample = self.sample(self.model)
+        with (self.run.path / "samples.txt").open("a", encoding="utf-8") as file:
+            file.write(f"--- step {self.progress.step}\n{sample}\n")
+        self.log.line(sample)
+        return sample
+
+    def _save(self) -> None:
+        if self._saved == self.progress:
+            return
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "precision": self.precision.state_dict(),
+            "progress": asdict(self.progress),
+        }
+        folder = self.run.checkpoints
+        path = write_checkpoint(folder, self.progress.step, self.model, state)
+        if self.progress.best_step == self.progress.step:
+            files.point_to(folder / "best", path.name)
+        remove_old_checkpoints(folder, self.config.keep_last)
+        self._saved = replace(self.progress)
+
+
+class _Interval:
+    """What happened since the last record; the tensors stay on their device until somebody reads them."""
+
+    def __init__(self, start: Progress) -> None:
+        self.first_step, self.first_token = start.step, start.tokens
+        self.seconds = 0.0
+        self.losses: list[Tensor] = []
+        self.grad_norms: list[Tensor] = []
+
+    def add(self, result: StepResult, seconds: float) -> None:
+        self.seconds += seconds
+        if result.finite:
+            self.losses.append(result.loss)
+            self.grad_norms.append(result.grad_norm)
+
+    @staticmethod
+    def mean(values: list[Tensor]) -> float | None:
+        """Their mean; None for no values, which JSON can say and NaN it cannot."""
+        return torch.stack(values).mean().item() if values else None

@@ -1,0 +1,85 @@
+"""Arithmetic of a training step: full or mixed precision, one class each."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitransformer.registry import Registered
+
+
+class Precision(Registered, kind="precision"):
+    """Weights, gradients and optimizer stay in float32; what `autocast` encloses may be computed in less."""
+
+    dtype = torch.float32
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of a forward pass."""
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`."""
+        loss.backward()
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the gradients those of the loss itself."""
+
+    def update(self, optimizer: torch.optim.Optimizer, *, finite: bool) -> None:
+        """One step of `optimizer`, unless a gradient is infinite or NaN."""
+        if finite:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class FP32(Precision, name="fp32"):
+    """float32 throughout."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+class BF16(Precision, name="bf16"):
+    """Matrix products in bfloat16, which has the range of float32. Kalamkar et al. 2019 (arXiv 1905.12322)."""
+
+    dtype = torch.bfloat16
+
+
+class FP16(Precision, name="fp16"):
+    """Matrix products in float16; the loss is scaled so that small gradients survive.
+
+    Micikevicius et al. 2017 (arXiv 1710.03740), section 3.2.
+    """
+
+    dtype = torch.float16
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.scaler = torch.amp.GradScaler(device.type)
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        self.scaler.unscale_(optimizer)
+
+    def update(self, optimizer: torch.optim.Optimizer, *, finite: bool) -> None:
+        # The scaler looks for infinite gradients itself, skips the step and lowers the scale.
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scaler.load_state_dict(state)
