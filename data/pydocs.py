@@ -37,7 +37,8 @@ def topics() -> Iterator[str]:
     """The chapters of the language reference that `help("topics")` knows."""
     from pydoc_data.topics import topics as texts
 
-    for _, text in sorted(texts.items()):
+    # A chapter may be filed under two names.
+    for text in dict.fromkeys(texts[name] for name in sorted(texts)):
         yield inspect.cleandoc(text) + "\n"
 
 

@@ -72,6 +72,15 @@ def test_ignore_is_what_cross_entropy_ignores() -> None:
     assert inspect.signature(torch.nn.functional.cross_entropy).parameters["ignore_index"].default == IGNORE
 
 
+@given(rows=sizes, size=sizes)
+def test_micro_batches_join_to_the_batch(rows: int, size: int) -> None:
+    batch = RandomWindows(tokens(50), 5, rows, seed=0).batch(0)
+    parts = batch.split(size)
+    assert all(len(part.inputs) <= size for part in parts)
+    assert torch.equal(torch.cat([part.inputs for part in parts]), batch.inputs)
+    assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
+
+
 def test_a_batch_moves_whole() -> None:
     batch = Batch(torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64)).to("meta")
     assert batch.inputs.is_meta

@@ -372,7 +372,7 @@ def opened(folder: Path) -> PreparedText | None:
         counts = {f"{split}_{what}": meta[split][what] for split in SPLITS for what in ("bytes", "documents")}
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         return PreparedText(folder, tokenizer, train, validation, **counts, split=meta["split"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, UserError):
         return None
 
 

@@ -116,13 +116,15 @@ class Tokenizer(Registered, kind="tokenizer"):
     def load(path: Path | str) -> Tokenizer:
         """The tokenizer saved at `path`; raises `UserError` when there is none."""
         try:
-            return Tokenizer.from_json(json.loads(Path(path).read_bytes()))
+            content = json.loads(Path(path).read_bytes())
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): name a tokenizer.json") from None
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}): use a tokenizer.json as training wrote it") from None
+        try:
+            return Tokenizer.from_json(content)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     @cached_property
     def fingerprint(self) -> str:

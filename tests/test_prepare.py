@@ -1,0 +1,373 @@
+"""Preparation: the same text always gives the same two files, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minitransformer.errors import UserError
+from minitransformer.text import corpora
+from minitransformer.text import prepare as room
+from minitransformer.text.corpora import Corpus, Piece, open_corpus
+from minitransformer.text.files import locked
+from minitransformer.text.prepare import PreparedText, by_document, contiguous, in_order, is_validation, prepare, sample
+from minitransformer.text.tokenizers import BPE, Bytes, Characters
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+FILES = ("train.bin", "validation.bin", "tokenizer.json", "meta.json")
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MINITRANSFORMER_DATA", str(tmp_path / "work"))
+    return tmp_path / "work"
+
+
+def stories(count: int) -> list[str]:
+    return [f"Story number {i}: once upon a time there were {i * i} owls.\n" * (1 + i % 5) for i in range(count)]
+
+
+def written(path: Path, documents: list[str]) -> Corpus:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return open_corpus(str(path))
+
+
+def made(corpus: Corpus, tokenizer: Any = "bytes", **settings: Any) -> PreparedText:
+    defaults = {"validation_fraction": 0.1, "context_length": 8, "progress": False}
+    return prepare(corpus, tokenizer, **{**defaults, **settings})
+
+
+def contents(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in FILES]
+
+
+def documents(prepared: PreparedText, tokens: np.ndarray) -> list[str]:
+    starts = np.flatnonzero(tokens == prepared.tokenizer.end_of_text)
+    assert starts[0] == 0
+    return [prepared.tokenizer.decode(part.tolist()) for part in np.split(tokens, starts[1:])]
+
+
+def leftovers(work: Path) -> list[str]:
+    return [path.name for path in (work / "prepared").rglob("*") if ".partial" in path.name]
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs tinyshakespeare.txt of shared/data")
+def test_characters_of_tiny_shakespeare_split_as_in_nanogpt() -> None:
+    prepared = made(open_corpus(str(SHAKESPEARE)), "chars", context_length=256)
+    text = SHAKESPEARE.read_text()
+    first, second = text[: int(len(text) * 0.9)], text[int(len(text) * 0.9) :]
+    assert (len(first), len(second), len(set(text))) == (1_003_854, 111_540, 65)
+    assert prepared.tokenizer.vocab_size == 65 + 1
+    assert documents(prepared, prepared.train) == [first]
+    assert documents(prepared, prepared.validation) == [second]
+    assert (prepared.train_bytes, prepared.validation_bytes) == (1_003_854, 111_540)
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "bytes", "chars"])
+def test_every_document_goes_whole_to_the_side_that_its_hash_says(tmp_path: Path, tokenizer: str) -> None:
+    texts = stories(300)
+    prepared = made(written(tmp_path / "a.jsonl", texts), tokenizer, vocab_size=300)
+    assert prepared.split == "documents"
+    assert documents(prepared, prepared.train) == [text for text in texts if not is_validation(text, 0.1)]
+    assert documents(prepared, prepared.validation) == [text for text in texts if is_validation(text, 0.1)]
+    assert prepared.train_documents + prepared.validation_documents == 300
+    assert prepared.validation_bytes == sum(len(text.encode()) for text in texts if is_validation(text, 0.1))
+    assert prepared.train_bytes + prepared.validation_bytes == sum(map(len, texts))
+    assert (prepared.train.dtype, type(prepared.train)) == (np.uint16, np.memmap)
+    assert f"{len(prepared.train):,}" in prepared.summary()
+
+
+def test_a_side_depends_neither_on_order_nor_on_repetition(tmp_path: Path) -> None:
+    texts = stories(200)
+    first = made(written(tmp_path / "a.jsonl", texts))
+    second = made(written(tmp_path / "b.jsonl", texts[::-1] + texts[::2]))
+    assert set(documents(first, first.validation)) == set(documents(second, second.validation))
+    assert not set(documents(second, second.validation)) & set(documents(second, second.train))
+
+
+@given(texts=st.lists(st.text(min_size=1), min_size=1), share=st.floats(0, 1))
+def test_a_contiguous_split_loses_nothing_and_opens_both_sides(texts: list[str], share: float) -> None:
+    place = int(len("".join(texts)) * share)
+    parts = list(contiguous([Piece(text, i % 2 == 0) for i, text in enumerate(texts)], place))
+    train = [part for part in parts if not part.validation]
+    validation = [part for part in parts if part.validation]
+    assert "".join(part.text for part in train) == "".join(texts)[:place]
+    assert "".join(part.text for part in validation) == "".join(texts)[place:]
+    assert all(side[0].opens for side in (train, validation) if side)
+
+
+@given(texts=st.lists(st.tuples(st.text(min_size=1), st.booleans())))
+def test_pieces_of_a_document_stay_together(texts: list[tuple[str, bool]]) -> None:
+    pieces = [Piece(text, opens or i == 0) for i, (text, opens) in enumerate(texts)]
+    parts = list(by_document(pieces, 0.5))
+    assert [(part.text, part.opens) for part in parts] == pieces
+    for before, part in pairwise(parts):
+        assert part.validation == (is_validation(part.text, 0.5) if part.opens else before.validation)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_few_documents_are_split_in_one_place(tmp_path: Path, count: int) -> None:
+    texts = ["same " * 100] * count
+    prepared = made(written(tmp_path / "a.jsonl", texts))
+    assert prepared.split == "contiguous"
+    whole = "".join(texts)
+    assert "".join(documents(prepared, prepared.train)) == whole[: int(len(whole) * 0.9)]
+
+
+def test_a_longer_context_than_the_validation_documents_hold_splits_in_one_place(tmp_path: Path) -> None:
+    texts = [f"{i:04d}" for i in range(2000)]
+    corpus = written(tmp_path / "a.jsonl", texts)
+    short = made(corpus, validation_fraction=0.5, context_length=16)
+    shares = [len(short.train), len(short.validation)]
+    assert short.split == "documents"
+    between = made(corpus, validation_fraction=0.5, context_length=min(shares))
+    assert between.split == "contiguous" or min(shares) == max(shares)
+
+
+def test_a_text_without_one_window_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    corpus = written(tmp_path / "a.jsonl", ["a" * 100])
+    made(corpus, context_length=10)
+    with pytest.raises(
+        UserError, match=r"train has 91 tokens and validation 11, but one window needs 12 .*context-length"
+    ):
+        made(corpus, context_length=11)
+    with pytest.raises(UserError, match="train has 0 tokens and validation 2"):
+        made(written(tmp_path / "b.jsonl", ["a"]))
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -1, 3, float("nan")])
+def test_a_fraction_outside_zero_and_one_is_refused(tmp_path: Path, fraction: float) -> None:
+    with pytest.raises(UserError, match="validation_fraction"):
+        made(written(tmp_path / "a.jsonl", stories(3)), validation_fraction=fraction)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", BPE.train(iter(stories(9)), 280)])
+def test_too_small_a_vocabulary_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="vocabulary too small"):
+        made(written(tmp_path / "a.jsonl", stories(30)), tokenizer, vocab_size=100)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "txt"])
+@pytest.mark.parametrize("tokenizer", ["bpe", "bytes", "chars"])
+def test_one_core_and_many_write_identical_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str, suffix: str
+) -> None:
+    monkeypatch.setattr(corpora, "PIECE", 100)
+    path = tmp_path / f"a.{suffix}"
+    corpus = written(path, stories(100))
+    one = made(corpus, tokenizer, workers=1, cache=tmp_path / "one")
+    many = made(corpus, tokenizer, workers=5, cache=tmp_path / "many")
+    assert contents(one.folder) == contents(many.folder)
+    assert one.folder.name == many.folder.name
+
+
+def test_a_file_encoded_in_pieces_is_the_file_encoded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "PIECE", 50)
+    text = "".join(stories(100))
+    (tmp_path / "a.txt").write_text(text)
+    prepared = made(open_corpus(str(tmp_path / "a.txt")), "bpe", vocab_size=400)
+    assert prepared.train[1:].tolist() == prepared.tokenizer.encode(text[: int(len(text) * 0.9)])
+
+
+def test_many_ids_need_wider_tokens(tmp_path: Path) -> None:
+    text = "".join(map(chr, range(0x10000, 0x10000 + 70_000)))
+    prepared = made(written(tmp_path / "a.jsonl", [text]), "chars")
+    assert prepared.train.dtype == np.uint32
+    assert documents(prepared, prepared.train) == [text[:63_000]]
+
+
+def test_a_second_start_reads_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = written(tmp_path / "a.jsonl", stories(50))
+    first = made(corpus, "bpe", vocab_size=300)
+    monkeypatch.setattr(Corpus, "pieces", None)
+    assert contents(made(corpus, "bpe", vocab_size=300).folder) == contents(first.folder)
+
+
+def test_other_text_settings_or_tokenizers_are_prepared_anew_and_a_moved_file_is_not(tmp_path: Path) -> None:
+    corpus = written(tmp_path / "a.jsonl", stories(50))
+    folders = {made(corpus, **settings).folder for settings in (
+        {}, {"validation_fraction": 0.2}, {"vocab_size": 300}, {"tokenizer": "chars"}, {"tokenizer": Bytes()},
+    )}  # fmt: skip
+    assert len(folders) == 5
+    assert made(written(tmp_path / "b.jsonl", stories(50))).folder == made(corpus).folder
+    changed = stories(50)
+    changed[7] = changed[7].replace("owls", "cows")
+    assert made(written(tmp_path / "a.jsonl", changed)).folder not in folders
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_folder_is_made_again(tmp_path: Path, name: str) -> None:
+    corpus = written(tmp_path / "a.jsonl", stories(50))
+    prepared = made(corpus)
+    before = contents(prepared.folder)
+    with (prepared.folder / name).open("rb+") as file:
+        file.truncate(10)
+    assert contents(made(corpus).folder) == before
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path: Path, work: Path) -> None:
+    corpus = written(tmp_path / "a.jsonl", [*stories(50), "ж"])
+    with pytest.raises(UserError, match=r"U\+0436"):
+        made(corpus, Characters.fit(lambda: iter(stories(50))), workers=3)
+    assert not leftovers(work)
+    assert not list((work / "prepared").glob("*/meta.json"))
+
+
+def test_text_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = written(tmp_path / "a.jsonl", stories(50))
+    whole = Corpus.pieces
+
+    def growing(self: Corpus, *rest: Any) -> Iterator[Piece]:
+        yield from whole(self, *rest)
+        with self.files[0].open("a") as file:
+            file.write('{"text": "and then"}\n')
+
+    monkeypatch.setattr(Corpus, "pieces", growing)
+    with pytest.raises(UserError, match="changed while it was read"):
+        made(corpus)
+    assert not leftovers(work)
+
+
+# Prepares ARGV[1] with an encoder slowed down so that a signal finds it half-way.
+SLOW = """
+import sys, time
+from minitransformer.text import prepare as room
+from minitransformer.text.corpora import open_corpus
+from minitransformer.text.tokenizers import Bytes
+quick = Bytes.encode_array
+def slow(self, text):
+    time.sleep(float(sys.argv[2]))
+    return quick(self, text)
+Bytes.encode_array = slow
+made = room.prepare(
+    open_corpus(sys.argv[1]), 'bytes', validation_fraction=0.1, context_length=8, workers=2, progress=False
+)
+print(made.folder)
+"""
+
+
+def start(data: Path, delay: float, code: str = SLOW) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(data), str(delay)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_preparation_is_never_taken_for_whole(tmp_path: Path, work: Path, how: signal.Signals) -> None:
+    corpus = written(tmp_path / "a.jsonl", stories(100))
+    clean = made(corpus, cache=tmp_path / "clean")
+    process = start(tmp_path / "a.jsonl", 0.1)
+    deadline = time.monotonic() + 30
+    while not leftovers(work) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(how)
+    process.communicate()
+    assert process.returncode != 0
+    assert bool(leftovers(work)) == (how == signal.SIGKILL)
+    assert not list((work / "prepared").glob("*[0-9a-f]/meta.json"))
+    assert contents(made(corpus).folder) == contents(clean.folder)
+    assert not leftovers(work)
+
+
+def test_two_processes_that_want_the_same_build_it_once(tmp_path: Path, work: Path) -> None:
+    corpus = written(tmp_path / "a.jsonl", stories(100))
+    processes = [start(tmp_path / "a.jsonl", 0.01) for _ in range(3)]
+    answers = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], answers
+    folders = {Path(out.strip()) for out, _ in answers}
+    assert len(folders) == 1
+    assert contents(folders.pop()) == contents(made(corpus, cache=tmp_path / "clean").folder)
+    assert not leftovers(work)
+
+
+def test_nobody_deletes_what_a_living_process_is_building(tmp_path: Path, work: Path) -> None:
+    (work / "prepared" / "abc-1.partial").mkdir(parents=True)
+    with locked(work / "prepared" / "abc"):
+        made(written(tmp_path / "a.jsonl", stories(50)))
+        assert leftovers(work) == ["abc-1.partial"]
+    made(written(tmp_path / "a.jsonl", stories(50)))
+    assert not leftovers(work)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_full_disk_is_told_in_one_sentence_and_leaves_nothing(tmp_path: Path, work: Path) -> None:
+    """By a limit on the size of files, which fails a write half-way as a full disk does."""
+    written(tmp_path / "a.jsonl", stories(200))
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+    caught = "from minitransformer.errors import UserError\ntry:\n" + SLOW.replace("\n", "\n    ")
+    process = start(tmp_path / "a.jsonl", 0, limited + caught + "\nexcept UserError as error: print(error)")
+    out, err = process.communicate()
+    assert out.startswith("no space left while writing"), (out, err)
+    assert "MINITRANSFORMER_DATA" in out
+    assert not leftovers(work)
+    assert not list((work / "prepared").glob("*/meta.json"))
+
+
+def test_a_work_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    corpus = written(tmp_path / "a.jsonl", stories(20))
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=r"may not be written .*MINITRANSFORMER_DATA"):
+        made(corpus)
+
+
+@given(texts=st.lists(st.text(max_size=200)), share=st.floats(0.01, 1))
+def test_a_sample_has_its_share_of_every_beginning(texts: list[str], share: float) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "STRETCH", 10)
+        taken = list(sample(texts, share))
+        assert taken == list(sample(texts, share))
+    total = sum(map(len, texts))
+    assert total * share - 10 <= sum(map(len, taken)) <= total * share
+
+
+def test_bpe_is_fitted_to_a_sample_of_a_large_corpus_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heard: list[int] = []
+
+    def train(texts: Iterator[str], vocab_size: int) -> BPE:
+        heard.extend(map(len, texts))
+        return BPE([bytes([value]) for value in range(256)])
+
+    monkeypatch.setattr(BPE, "fit_limit", 20_000)
+    monkeypatch.setattr(BPE, "train", train)
+    monkeypatch.setattr(room, "STRETCH", 100)
+    corpus = written(tmp_path / "a.jsonl", stories(500))
+    made(corpus, "bpe", progress=True)
+    assert 19_000 < sum(heard) <= 20_000
+    assert "even sample" in capsys.readouterr().err
+
+
+def test_working_ahead_keeps_the_order_and_stays_near() -> None:
+    begun: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(100):
+            begun.append(i)
+            yield i
+
+    for count, result in enumerate(in_order(lambda i: i * i, items(), workers=3)):
+        assert result == count**2
+        assert len(begun) <= count + 3 + 3
