@@ -121,11 +121,12 @@ class Rotary(PositionScheme, name="rotary"):
         super().__init__(space)
         if space.head_dim % 2:
             raise UserError(f"rotary positions turn pairs of features, but head_dim is {space.head_dim}: make it even")
-        frequencies = self.base ** (-torch.arange(0, space.head_dim, 2).float() / space.head_dim)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.head_dim = space.head_dim
 
     def rotation(self, positions: Int[Tensor, "#batch length"]) -> Callable[[Tensor], Tensor]:
-        angles = positions[:, None, :, None].float() * self.frequencies  # type: ignore[operator]
+        # Made here rather than kept in a buffer, which a model in bfloat16 would round: far positions need the digits.
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions.device)
+        angles = positions[:, None, :, None] * self.base ** (-pairs / self.head_dim)
         cos, sin = angles.cos(), angles.sin()
         return lambda x: rotate_half(x, cos, sin)
 
