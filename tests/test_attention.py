@@ -43,7 +43,9 @@ class Case:
 
     def gradients(self, output: Tensor) -> list[Tensor]:
         weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-        return list(torch.autograd.grad((output * weights).sum(), self.inputs, allow_unused=True, materialize_grads=True))
+        return list(
+            torch.autograd.grad((output * weights).sum(), self.inputs, allow_unused=True, materialize_grads=True)
+        )
 
     def sees(self, b: int, h: int, i: int) -> list[int]:
         """The keys that query i may attend to."""
@@ -127,9 +129,7 @@ def test_weights_are_those_of_the_equation_and_sum_to_one_or_to_zero_where_nothi
     weights = attention_weights(case.q, case.k, **case.view)
     torch.testing.assert_close(weights, looped(case)[0], rtol=1e-10, atol=1e-12)
     batch, heads, queries = case.q.shape[:3]
-    sums = [
-        [[float(bool(case.sees(b, h, i))) for i in range(queries)] for h in range(heads)] for b in range(batch)
-    ]
+    sums = [[[float(bool(case.sees(b, h, i))) for i in range(queries)] for h in range(heads)] for b in range(batch)]
     torch.testing.assert_close(weights.sum(-1), torch.tensor(sums, dtype=weights.dtype))
 
 
