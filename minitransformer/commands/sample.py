@@ -1,0 +1,179 @@
+"""`sample`: continue a prompt with the model of a run. Standard output carries the text, standard error the notes."""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from minitransformer.commands import DONE, parse, run_command
+from minitransformer.errors import UserError
+from minitransformer.generation.decode import window_length
+from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.streaming import stream_text
+from minitransformer.models.decoder import DecoderLM
+from minitransformer.runs import Run, latest_run
+from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.training.machine import choose_device
+
+SEPARATOR = "-" * 40
+
+
+@dataclass(frozen=True)
+class Options(SamplingConfig):
+    """Which model continues which prompt, and how."""
+
+    run: tyro.conf.Positional[Path | None] = None
+    """run folder; None is the latest below runs/"""
+    prompt: str | None = None
+    """text to continue; None is what is piped in or, if nothing is, the beginning of a text"""
+    prompt_file: Path | None = None
+    """file with the text to continue, which is taken as it is"""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """text that ends a sample, and is not part of it; may be given several times"""
+    interactive: bool = False
+    """continue one line after the other; Ctrl-D leaves"""
+    checkpoint: str | None = None
+    """checkpoint of the run, such as step-000500 or latest; None is the best, or the latest if none is called that"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt is not None and self.prompt_file is not None:
+            raise UserError("there are two prompts, --prompt and --prompt-file: give one of them")
+        if self.interactive and (self.prompt is not None or self.prompt_file is not None):
+            raise UserError("--interactive asks for its prompts: leave --prompt and --prompt-file out")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Sample; returns the exit code."""
+    return run_command(lambda: _sample(arguments))
+
+
+def _sample(arguments: Sequence[str]) -> int:
+    options = parse(Options, arguments, prog="sample.py", description="Continue a prompt with the model of a run.")
+    path = options.run or latest_run()
+    run = Run.open(path)
+    prompt = "" if options.interactive else _prompt(options)
+    prompt_ids = run.tokenizer.encode(prompt)  # what cannot be encoded is said before a model is loaded
+    model = run.load_model(options.checkpoint, device=str(choose_device(options.device)))
+    if options.run is None:
+        _note(f"the model is that of {path}")
+    seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+    if options.seed is None:
+        _note(f"--seed {seed} gives this text again")
+    generator = torch.Generator().manual_seed(seed)
+    _tolerate_characters()
+    if options.interactive:
+        _converse(model, run.tokenizer, options, generator)
+    else:
+        _continue(model, run.tokenizer, prompt, prompt_ids, options, generator)
+    return DONE
+
+
+def _tolerate_characters() -> None:
+    """Show a character that the terminal lacks as "?", and leave it to the tokenizer to refuse what is no text."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def _prompt(options: Options) -> str:
+    if options.prompt is not None:
+        return options.prompt
+    if options.prompt_file is not None:
+        try:
+            return _text(options.prompt_file.read_bytes(), str(options.prompt_file))
+        except OSError as error:
+            raise UserError(f"{options.prompt_file} cannot be read ({error.strerror}): give a text file") from None
+    return _text(sys.stdin.buffer.read(), "standard input") if _is_piped() else ""
+
+
+def _is_piped() -> bool:
+    """Whether standard input is a pipe or a file: a terminal, /dev/null or a closed one holds no prompt."""
+    if sys.stdin is None:
+        return False
+    mode = os.fstat(sys.stdin.fileno()).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+
+
+def _text(content: bytes, name: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name} is not UTF-8 (byte {error.start} is {content[error.start]:#04x}): convert it"
+        ) from None
+
+
+def _continue(
+    model: DecoderLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    prompt_ids: list[int],
+    options: Options,
+    generator: torch.Generator,
+) -> None:
+    """Print the prompt and the first sample as it comes, then the others, with a line between them."""
+    prompt_ids = prompt_ids or [tokenizer.end_of_text]
+    _note_context(len(prompt_ids), options.max_new_tokens, model.config.context_length)
+    texts = [prompt] * options.num_samples
+    _print(prompt)
+    for pieces in stream_text(model, tokenizer, prompt_ids, options, generator=generator):
+        _print(pieces[0])
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    _end_line(texts[0])
+    for text in texts[1:]:
+        _print(f"{SEPARATOR}\n{text}")
+        _end_line(text)
+
+
+def _converse(model: DecoderLM, tokenizer: Tokenizer, options: Options, generator: torch.Generator) -> None:
+    """Continue each line that is typed, until Ctrl-D or Ctrl-C."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  (importing it gives `input` editing and a history)
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            prompt = input("> " if at_terminal else "")
+            try:
+                _continue(model, tokenizer, prompt, tokenizer.encode(prompt), options, generator)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+    if at_terminal:
+        print()
+
+
+def _note_context(prompt: int, new: int, context_length: int) -> None:
+    """Say what happens past the context, if it may come to that."""
+    # The last token drawn is not read.
+    if prompt + new - 1 <= context_length:
+        return
+    rule = "whenever it is full, the oldest half is dropped and the rest is read anew"
+    cut = f"; of the prompt's {prompt} tokens, the last {window_length(prompt, context_length)} are read"
+    _note(f"the model sees {context_length} tokens: {rule}{cut if prompt > context_length else ''}")
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def _print(text: str) -> None:
+    if text:
+        print(text, end="", flush=True)
+
+
+def _end_line(text: str) -> None:
+    if not text.endswith("\n"):
+        _print("\n")

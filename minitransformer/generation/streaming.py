@@ -1,0 +1,90 @@
+"""Tokens that become text as they come: never half a character, and never a part of a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from minitransformer.generation.decode import generate
+from minitransformer.generation.processors import SamplingConfig
+from minitransformer.models.decoder import DecoderLM
+from minitransformer.text.tokenizers import Tokenizer
+
+
+class TextStream:
+    """The text of one sample, from the bytes of its tokens.
+
+    All that `feed` and `finish` return, joined, is the text of all bytes (U+FFFD where they are not UTF-8) up to the
+    stop string that is complete first, the longest of those complete at once; `stopped` says that there is one.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self.stop = stop
+        self.stopped = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def feed(self, piece: bytes) -> str:
+        """The text that is certain now; what may be half a character or the beginning of a stop string is held back."""
+        return self._advance(self._decoder.decode(piece))
+
+    def finish(self) -> str:
+        """The rest: what was held back is text after all."""
+        text = self._advance(self._decoder.decode(b"", final=True)) + self._held
+        self._held = ""
+        return text
+
+    def _advance(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        if not self.stop:
+            return text
+        held = self._held + text
+        found = [(begin + len(stop), begin) for stop in self.stop if (begin := held.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return held[: min(found)[1]]
+        certain = len(held) - self._possible_beginning(held)
+        self._held = held[certain:]
+        return held[:certain]
+
+    def _possible_beginning(self, text: str) -> int:
+        """How many of the last characters of `text` may be the beginning of a stop string."""
+        longest = min(len(text), max(map(len, self.stop)) - 1)
+        lengths = range(longest, 0, -1)
+        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self.stop)), 0)
+
+
+def stream_text(
+    model: DecoderLM,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    generator: torch.Generator | None = None,
+    cached: bool = True,
+) -> Iterator[list[str]]:
+    """The text that follows `prompt`, step by step: each step gives the new text of each sample, which may be "".
+
+    A sample ends with the end-of-text token or a stop string; the stream ends when all have. The arguments are those of
+    `generate`.
+    """
+    streams = [TextStream(sampling.stop) for _ in range(sampling.num_samples)]
+    steps = generate(
+        model,
+        prompt,
+        sampling,
+        generator=generator,
+        end_of_text=tokenizer.end_of_text,
+        vocab_size=tokenizer.vocab_size,
+        cached=cached,
+    )
+    for step in steps:
+        yield [stream.feed(tokenizer.token_bytes(token)) for stream, token in zip(streams, step, strict=True)]
+        ended = (stream.stopped or token == tokenizer.end_of_text for stream, token in zip(streams, step, strict=True))
+        if all(ended):
+            break
+    steps.close()
+    yield [stream.finish() for stream in streams]
