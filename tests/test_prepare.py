@@ -227,14 +227,19 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path, work: Path) -> None:
     assert not list((work / "prepared").glob("*/meta.json"))
 
 
+@pytest.mark.parametrize("after", [1, 2])
 def test_text_that_changes_while_it_is_read_is_refused(
-    tmp_path: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, work: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
+    """After the first reading, which scans, or the second, which encodes."""
     corpus = written(tmp_path / "a.jsonl", stories(50))
-    whole = Corpus.pieces
+    whole, readings = Corpus.pieces, []
 
     def growing(self: Corpus, *rest: Any) -> Iterator[Piece]:
         yield from whole(self, *rest)
+        readings.append(1)
+        if len(readings) < after:
+            return
         with self.files[0].open("a") as file:
             file.write('{"text": "and then"}\n')
 

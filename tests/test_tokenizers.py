@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -101,18 +100,24 @@ def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
         tokenizer.encode("hat \ud83d")
 
 
-@settings(max_examples=500)
-@given(text=TEXTS, size=st.integers(1, 12))
-def test_encoding_the_pieces_is_encoding_the_whole(tokenizer: Tokenizer, text: str, size: int) -> None:
-    """Wherever a text has a cut at all: the first piece that has none ends the claim."""
-    text = accepted(tokenizer, text)
+# At most eleven characters between two letters that a whitespace follows: every stretch of sixteen has a cut.
+WORDS = st.lists(
+    st.tuples(st.text("ab1' \n\r\t\x85/!.'sé\u0301東_", max_size=8), st.sampled_from(["a ", "b\n", "1\t"]))
+)
+
+
+@settings(max_examples=150)
+@given(words=WORDS, size=st.integers(16, 40))
+def test_encoding_the_pieces_is_encoding_the_whole(
+    tokenizer: Tokenizer, words: list[tuple[str, str]], size: int
+) -> None:
+    text = accepted(tokenizer, "".join(tricky + word for tricky, word in words))
     pieces = list(cut([text], size))
     assert "".join(pieces) == text
-    if all(left[-1].isalnum() and right[0].isspace() for left, right in pairwise(pieces)):
-        assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+    assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=500)
 @given(text=TRICKY)
 def test_every_cut_is_exact_for_every_published_pattern(text: str) -> None:
     """The split alone, for the patterns whose vocabularies may not be on this machine."""

@@ -28,6 +28,8 @@ CODE = {
     *(".scss", ".tex", ".rst", ".yaml", ".yml", ".toml", ".cmake", ".zig", ".v", ".sv", ".vhd", ".dart", ".m", ".f90"),
 }
 
+Signature = list[tuple[str, int, int, int]]
+
 
 class Piece(NamedTuple):
     """A stretch of a document; `opens` marks its first."""
@@ -53,7 +55,7 @@ class Corpus:
         """Bytes on disk."""
         return sum(path.stat().st_size for path in self.files)
 
-    def signature(self) -> list[tuple[str, int, int, int]]:
+    def signature(self) -> Signature:
         """What changes when a file does, without reading one: path, bytes, and the times of its last changes."""
         entries = [(str(path.resolve()), path.stat()) for path in self.files]
         return [(path, entry.st_size, entry.st_mtime_ns, entry.st_ctime_ns) for path, entry in entries]
@@ -68,7 +70,7 @@ class Corpus:
             documents = jsonl_documents(path, self.field, on_read) if kind(path) in LINES else [read(path, on_read)]
             for document in documents:
                 opens = True
-                for text in cut(document):
+                for text in cut(document, PIECE):
                     yield Piece(text, opens)
                     opens = False
 
@@ -78,7 +80,7 @@ def kind(path: Path) -> str:
     return (Path(path.stem) if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
-def cut(texts: Iterator[str] | list[str], size: int = PIECE) -> Iterator[str]:
+def cut(texts: Iterator[str] | list[str], size: int) -> Iterator[str]:
     """`texts`, joined and cut into pieces of about `size` characters whose encodings join to that of the whole.
 
     The cut is before a whitespace that follows a letter or digit. There GPT-4's split pattern, and GPT-2's and

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minitransformer.errors import UserError
-from minitransformer.text.corpora import Corpus, Piece
+from minitransformer.text.corpora import Corpus, Piece, Signature
 from minitransformer.text.files import locked, sweep, whole_file, whole_folder, work_folder, writing
 from minitransformer.text.tokenizers import Tokenizer
 
@@ -126,12 +126,14 @@ def prepare(
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         sweep(cache)
-        scan = _remembered_scan(corpus, validation_fraction, cache, progress)
+        signature = corpus.signature()
+        scan = _remembered_scan(corpus, signature, validation_fraction, cache, progress)
         for split in ("documents", "contiguous") if scan.balanced(validation_fraction) else ("contiguous",):
             key = _hash([FORMAT, scan.digest, settings, split, validation_fraction])[:16]
             build = partial(
                 _build,
                 corpus,
+                signature,
                 scan,
                 tokenizer,
                 vocab_size,
@@ -160,7 +162,7 @@ def _hash(content: Any) -> str:
 
 
 def _bar(description: str, total: int, progress: bool) -> Any:
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     # disable=None: a bar on a terminal, nothing in a pipe.
     hidden = None if progress else True
@@ -170,9 +172,8 @@ def _bar(description: str, total: int, progress: bool) -> Any:
 # --- scanning
 
 
-def _remembered_scan(corpus: Corpus, fraction: float, cache: Path, progress: bool) -> Scan:
+def _remembered_scan(corpus: Corpus, signature: Signature, fraction: float, cache: Path, progress: bool) -> Scan:
     """The scan of these files in this state, from disk if they were scanned before."""
-    signature = corpus.signature()
     note = cache / f"scan-{_hash([FORMAT, signature, corpus.field, fraction])[:16]}.json"
     with suppress(OSError, ValueError, TypeError):
         return Scan(**json.loads(note.read_bytes()))
@@ -183,7 +184,7 @@ def _remembered_scan(corpus: Corpus, fraction: float, cache: Path, progress: boo
     return scan
 
 
-def _unchanged(corpus: Corpus, signature: list[tuple[str, int, int, int]]) -> None:
+def _unchanged(corpus: Corpus, signature: Signature) -> None:
     if corpus.signature() != signature:
         raise UserError(f"{corpus.name} changed while it was read: try again when nothing writes to it")
 
@@ -238,6 +239,7 @@ def contiguous(pieces: Iterable[Piece], train_characters: int) -> Iterator[Part]
 
 def _build(
     corpus: Corpus,
+    signature: Signature,
     scan: Scan,
     chosen: str | Tokenizer,
     vocab_size: int | None,
@@ -249,7 +251,6 @@ def _build(
     progress: bool,
 ) -> None:
     """Fills `folder` with train.bin, validation.bin, tokenizer.json and meta.json."""
-    signature = corpus.signature()
     tokenizer = _fit(corpus, scan, chosen, vocab_size, progress) if isinstance(chosen, str) else chosen
     tokenizer.save(folder / "tokenizer.json")
     pieces = corpus.pieces()
@@ -259,8 +260,7 @@ def _build(
         parts = contiguous(pieces, int(scan.characters * (1 - fraction)))
     counts = _write(parts, tokenizer, folder, scan.bytes, workers, progress)
     _unchanged(corpus, signature)
-    if counts["train"]["bytes"] + counts["validation"]["bytes"] != scan.bytes:
-        raise UserError(f"{corpus.name} changed while it was read: try again when nothing writes to it")
+    assert sum(counts[split]["bytes"] for split in SPLITS) == scan.bytes, "the corpus is not what was scanned"
     meta = {"format": FORMAT, "dtype": _dtype(tokenizer).name, "split": split, **counts}
     (folder / "meta.json").write_text(json.dumps(meta))
 

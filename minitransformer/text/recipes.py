@@ -75,7 +75,7 @@ def make(name: str) -> Path:
 
 
 def _write(name: str, recipe: Recipe, target: Path) -> None:
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     print(f"making {name} ({recipe.DESCRIPTION}) in {target}", file=sys.stderr)
     with whole_file(target) as file:

@@ -257,7 +257,7 @@ class BPE(Tokenizer, name="bpe"):
 
         Raises `UserError` when `vocab_size` cannot hold the 256 bytes and the special tokens.
         """
-        import rustbpe  # type: ignore[import-untyped]
+        import rustbpe
 
         minimum = 256 + 1
         if vocab_size < minimum:
