@@ -25,7 +25,7 @@ from minitransformer.training.checkpoint import (
 from minitransformer.training.logging import Log
 from minitransformer.training.machine import Machine, measured_flops
 from minitransformer.training.objectives import Objective
-from minitransformer.training.optimizers import OPTIMIZERS, OptimizerSettings, set_learning_rate
+from minitransformer.training.optimizers import OptimizerSettings, build_optimizer, set_learning_rate
 from minitransformer.training.precision import Precision
 from minitransformer.training.schedules import SCHEDULES, learning_rate_share
 from minitransformer.training.signals import StopRequest
@@ -82,7 +82,7 @@ class Trainer:
         self.model = DecoderLM(run.config.model).to(machine.device)
         self.fast_model: nn.Module = torch.compile(self.model) if machine.compile else self.model  # type: ignore[assignment]
         settings = OptimizerSettings(config.lr, config.weight_decay, config.beta1, config.beta2)
-        self.optimizer = OPTIMIZERS[config.optimizer](self.model, settings)
+        self.optimizer = build_optimizer(config.optimizer, self.model, settings)
         self.precision = Precision.named(machine.precision)(machine.device)
         self.progress = Progress()
         self.validation: Validation | None = None
@@ -199,8 +199,10 @@ class Trainer:
                 batch_size=self.config.batch_size,
                 text_bytes=self.text.validation_bytes,
             )
-        if validation is None:
-            return
+        if validation is not None:
+            self._note(validation)
+
+    def _note(self, validation: Validation) -> None:
         self.validation = validation
         self.progress.validated_step = self.progress.step
         better = validation.loss < self.progress.best_loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,12 +78,16 @@ def _choose_compile(device: torch.device, choice: str, run_flops: float) -> tupl
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second that `device` reaches in a large matrix product."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        (a @ b).sum().item()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    """Floating-point operations a second that `device` reaches in a matrix product which takes it some milliseconds."""
+    size, best = 128, 0.0
+    while best < 0.005 and size < 8192:
+        size *= 2
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        best = min(_seconds(lambda: (a @ b)[0, 0].item()) for _ in range(4))  # noqa: B023
+    return 2 * size**3 / best
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Optimizers by name; each builds its parameter groups from a model and keeps its highest learning rate in them."""
+"""Optimizers by name; each makes its parameter groups from a model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from minitransformer.registry import lookup
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,15 @@ def adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimize
 OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerSettings], torch.optim.Optimizer]] = {"adamw": adamw}
 
 
+def build_optimizer(name: str, model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """The optimizer called `name` for `model`; each of its groups remembers its highest learning rate."""
+    optimizer = lookup("optimizer", name, OPTIMIZERS)(model, settings)
+    for group in optimizer.param_groups:
+        group["highest_lr"] = group["lr"]
+    return optimizer
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
     """Set each group's learning rate to `share` of its highest one."""
     for group in optimizer.param_groups:
-        group["lr"] = share * group.setdefault("highest_lr", group["lr"])
+        group["lr"] = share * group["highest_lr"]

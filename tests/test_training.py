@@ -1,0 +1,269 @@
+"""A training step and a training run: what they compute, and that interruptions leave no trace."""
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minitransformer.models.decoder import DecoderLM
+from minitransformer.text.batches import IGNORE, Batch
+from minitransformer.training.checkpoint import choose_checkpoint
+from minitransformer.training.loop import MOST_STEPS_WITHOUT_UPDATE, NonFiniteTraining
+from minitransformer.training.objectives import Causal
+from minitransformer.training.optimizers import OptimizerSettings, build_optimizer
+from minitransformer.training.precision import Precision
+from minitransformer.training.signals import StopRequest
+from minitransformer.training.step import Validation, training_step, validate
+from tests.runs_for_tests import TINY, configured, prepared_text, trainer_for
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return prepared_text(tmp_path_factory.mktemp("text"))
+
+
+def weights_after(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), f"{name} differs"
+
+
+def metrics(path):
+    timeless = ("tokens_per_second", "mfu", "seconds", "seconds_left")
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in timeless} for record in records]
+
+
+def gradients(model, batches, grad_clip=0.0):
+    """The gradient that one step descends along, read by an optimizer that changes nothing."""
+    seen = {}
+
+    class Reader(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    objective = Causal(None, context_length=16, seed=0)
+    optimizer = Reader(model.parameters(), lr=0.0)
+    result = training_step(model, objective, batches, optimizer, Precision.named("fp32")(CPU), grad_clip=grad_clip)
+    return seen, result
+
+
+def random_batch(size, generator, ignored=0.0):
+    tokens = torch.randint(260, (size, 17), generator=generator)
+    targets = tokens[:, 1:].clone()
+    targets[torch.rand(targets.shape, generator=generator) < ignored] = IGNORE
+    return Batch(tokens[:, :-1].contiguous(), targets)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 999))
+def test_k_micro_batches_give_the_gradient_of_one_batch(count, size, seed):
+    torch.manual_seed(seed)
+    model = DecoderLM(TINY.model)
+    # Padding is spread unevenly, so that a mean over micro-batch means would be wrong.
+    batch = random_batch(count * size, torch.Generator().manual_seed(seed), ignored=0.5)
+    whole, whole_result = gradients(model, [batch])
+    parts, parts_result = gradients(model, batch.split(size))
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(parts_result.loss, whole_result.loss)
+
+
+def test_the_loss_is_the_mean_over_the_targets_that_count():
+    model = DecoderLM(TINY.model)
+    batch = random_batch(3, torch.Generator().manual_seed(0), ignored=0.3)
+    _, result = gradients(model, [batch])
+    log_p = model(batch.inputs).double().log_softmax(-1)
+    rows, columns = torch.nonzero(batch.targets != IGNORE, as_tuple=True)
+    expected = -log_p[rows, columns, batch.targets[rows, columns]].mean()
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_clipping_scales_the_gradient_down_to_the_given_norm():
+    model = DecoderLM(TINY.model)
+    batch = random_batch(2, torch.Generator().manual_seed(0))
+    free, result = gradients(model, [batch])
+    clipped, _ = gradients(model, [batch], grad_clip=0.5 * result.grad_norm.item())
+    norm = torch.stack([g.norm() for g in clipped.values()]).norm().item()
+    assert norm == pytest.approx(0.5 * result.grad_norm.item(), rel=1e-4)
+    for name in free:
+        torch.testing.assert_close(clipped[name], 0.5 * free[name], atol=1e-6, rtol=1e-3)
+
+
+def test_only_matrices_decay():
+    model = DecoderLM(TINY.model)
+    optimizer = build_optimizer("adamw", model, OptimizerSettings(lr=1.0, weight_decay=0.1, beta1=0.9, beta2=0.95))
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert all(decays[id(p)] == (0.1 if p.dim() > 1 else 0.0) for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_or_gradient_that_is_not_finite_never_changes_the_weights(precision, bad):
+    class Broken(Causal):
+        def loss_sum(self, model, batch):
+            return super().loss_sum(model, batch) * bad
+
+    model = DecoderLM(TINY.model)
+    optimizer = build_optimizer("adamw", model, OptimizerSettings(lr=0.1, weight_decay=0.1, beta1=0.9, beta2=0.95))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch = random_batch(2, torch.Generator().manual_seed(0))
+    objective = Broken(None, context_length=16, seed=0)
+    result = training_step(model, objective, [batch], optimizer, Precision.named(precision)(CPU), grad_clip=1.0)
+    assert not result.finite
+    assert_same(before, model.state_dict())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_learns_the_text(text, tmp_path, precision):
+    trainer = trainer_for(tmp_path / "run", text, configured(precision=precision, steps=60, eval_every=60))
+    trainer.train()
+    losses = [record["loss"] for record in metrics(tmp_path / "run") if "loss" in record]
+    assert losses[-1] < losses[0] - 1.5
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+@settings(max_examples=8)
+@given(
+    stop_at=st.integers(1, 11),
+    dropout=st.sampled_from([0.0, 0.3]),
+    grad_accumulation=st.integers(1, 3),
+    precision=st.sampled_from(["fp32", "bf16"]),
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    text, tmp_path_factory, stop_at, dropout, grad_accumulation, precision
+):
+    folder = tmp_path_factory.mktemp("runs")
+    config = configured(dropout=dropout, grad_accumulation=grad_accumulation, precision=precision)
+    whole = trainer_for(folder / "whole", text, config)
+    whole.train()
+
+    stop = StopRequest()
+    first = trainer_for(folder / "parts", text, config, stop)
+    step = first._step
+    first._step = lambda: (step(), setattr(stop, "signal", signal.SIGINT if first.progress.step == stop_at else None))[
+        0
+    ]
+    first.train()
+    assert first.progress.step == stop_at
+    torch.manual_seed(stop_at)  # whatever happened in between
+    second = trainer_for(folder / "parts", text, config, resume_at=stop_at)
+    second.restore(choose_checkpoint(folder / "parts/checkpoints"))
+    second.train()
+
+    assert_same(weights_after(whole), weights_after(second))
+    left, right = whole.optimizer.state_dict(), second.optimizer.state_dict()
+    assert left["param_groups"] == right["param_groups"]
+    for index in left["state"]:
+        assert_same(left["state"][index], right["state"][index])
+    assert metrics(folder / "whole") == metrics(folder / "parts")
+
+
+def test_a_run_may_be_extended(text, tmp_path):
+    short, long = configured(steps=6, schedule="constant"), configured(steps=12, schedule="constant")
+    trainer_for(tmp_path / "run", text, short).train()
+    extended = trainer_for(tmp_path / "run", text, long, resume_at=6)
+    extended.restore(choose_checkpoint(tmp_path / "run/checkpoints"))
+    extended.train()
+    whole = trainer_for(tmp_path / "whole", text, long)
+    whole.train()
+    assert_same(weights_after(extended), weights_after(whole))
+
+
+def test_a_changed_learning_rate_holds_after_resuming(text, tmp_path):
+    trainer_for(tmp_path / "run", text, configured(steps=6, schedule="constant")).train()
+    resumed = trainer_for(tmp_path / "run", text, configured(lr=5e-4, schedule="constant"), resume_at=6)
+    resumed.restore(choose_checkpoint(tmp_path / "run/checkpoints"))
+    resumed.train()
+    assert metrics(tmp_path / "run")[-2]["lr"] == pytest.approx(5e-4)
+
+
+def test_two_seeds_differ_and_one_seed_does_not(text, tmp_path):
+    def trained(name, seed):
+        trainer = trainer_for(tmp_path / name, text, configured(seed=seed, steps=3))
+        trainer.train()
+        return weights_after(trainer)
+
+    assert_same(trained("a", 1), trained("b", 1))
+    assert not torch.equal(trained("c", 2)["embedding.table.weight"], trained("d", 3)["embedding.table.weight"])
+
+
+def test_validation_predicts_every_token_once_and_counts_bits_of_bytes(text, tmp_path):
+    trainer = trainer_for(tmp_path / "run", text, TINY)
+    result = validate(
+        trainer.model, trainer.objective, trainer.precision, batch_size=3, text_bytes=text.validation_bytes
+    )
+    tokens = torch.from_numpy(text.validation.astype("int64"))
+    nats = count = 0.0
+    for start in range(0, len(tokens) - 1, 16):
+        window = tokens[start : start + 17]
+        log_p = trainer.model.eval()(window[None, :-1]).double().log_softmax(-1)[0]
+        nats -= log_p.gather(1, window[1:, None]).sum().item()
+        count += len(window) - 1
+    assert count == len(tokens) - 1
+    assert result.loss == pytest.approx(nats / count, rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(nats / count), rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / text.validation_bytes, rel=1e-6)
+
+
+def test_a_run_stops_early_when_validation_no_longer_improves(text, tmp_path):
+    config = configured(lr=1e-12, steps=100, eval_every=1, patience=3, save_every=100, warmup_steps=0)
+    trainer = trainer_for(tmp_path / "run", text, config)
+    losses = iter([3.0, 2.0, 2.5, 2.1, 2.2, 1.0])
+    trainer._validate = lambda: trainer._note(Validation(next(losses), bits_per_byte=1.0))
+    trainer.train()
+    assert trainer.stopped_early
+    assert (trainer.progress.step, trainer.progress.best_step) == (5, 2)
+    assert (tmp_path / "run/checkpoints/best").resolve().name == "step-000002"
+    assert (tmp_path / "run/checkpoints/latest").resolve().name == "step-000005"
+
+
+def test_the_last_k_checkpoints_and_the_best_one_are_kept(text, tmp_path):
+    trainer = trainer_for(tmp_path / "run", text, configured(save_every=1, keep_last=3, eval_every=5))
+    trainer.train()
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
+    best = (tmp_path / "run/checkpoints/best").resolve().name
+    assert names == sorted({best, "step-000010", "step-000011", "step-000012"})
+
+
+def test_training_that_stays_non_finite_ends_with_the_weights_it_had(text, tmp_path):
+    trainer = trainer_for(tmp_path / "run", text, configured(steps=100, eval_every=1000, save_every=1000))
+    before = weights_after(trainer)
+    trainer.objective.loss_sum = lambda model, batch: model(batch.inputs).sum() * math.nan
+    with pytest.raises(NonFiniteTraining, match="lower --lr"):
+        trainer.train()
+    assert_same(before, weights_after(trainer))
+    assert trainer.progress.step == MOST_STEPS_WITHOUT_UPDATE
+    assert all(record["loss"] is None for record in metrics(tmp_path / "run"))
+
+
+def test_a_signal_during_validation_does_not_wait_for_it_and_loses_nothing(text, tmp_path):
+    config = configured(eval_every=4, save_every=100)
+    whole = trainer_for(tmp_path / "whole", text, config)
+    whole.train()
+    with StopRequest() as stop:
+        first = trainer_for(tmp_path / "parts", text, config, stop)
+        batches = first.objective.validation_batches
+
+        def interrupted(size):
+            signal.raise_signal(signal.SIGTERM)
+            return batches(size)
+
+        first.objective.validation_batches = interrupted
+        first.train()
+        assert stop.exit_code == 143
+    assert first.validation is None
+    second = trainer_for(tmp_path / "parts", text, config, resume_at=4)
+    second.restore(choose_checkpoint(tmp_path / "parts/checkpoints"))
+    second.train()
+    assert_same(weights_after(whole), weights_after(second))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
