@@ -57,12 +57,15 @@ class Xavier(Initialisation, name="xavier"):
 
 
 class Small(Initialisation, name="small"):
-    """N(0, 2 / (5 d_in)), embeddings too. Nguyen and Salazar 2019 (arXiv 1910.05895), section 2.2."""
+    """N(0, 2 / (5 d_model)), embeddings too. Nguyen and Salazar 2019 (arXiv 1910.05895), section 2.2."""
 
     def linear(self, weight: Tensor) -> None:
         nn.init.normal_(weight, std=(2 / (5 * weight.size(1))) ** 0.5)
 
     embedding = linear
+
+    def output_projection(self, weight: Tensor) -> None:
+        nn.init.normal_(weight, std=(2 / (5 * weight.size(0))) ** 0.5)
 
 
 class ZeroOutput(GPT2, name="zero-output"):
