@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from minitransformer.errors import UserError
-from minitransformer.text.files import work_folder
+from minitransformer.text.folders import work_folder
 
 DESCRIPTION = "Tiny Shakespeare, 1.1 MB of plays"
 ADDRESS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
+from minitransformer.files import locked
 from minitransformer.text import corpora
 from minitransformer.text import prepare as room
 from minitransformer.text.corpora import Corpus, Piece, open_corpus
-from minitransformer.text.files import locked
 from minitransformer.text.prepare import PreparedText, by_document, contiguous, in_order, is_validation, prepare, sample
 from minitransformer.text.tokenizers import BPE, Bytes, Characters
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from minitransformer.errors import UserError
-from minitransformer.text import files, recipes, stdlib
+from minitransformer.text import folders, recipes, stdlib
 from minitransformer.text.corpora import open_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,18 +173,18 @@ def test_shakespeare_without_network_says_how_to_supply_it(monkeypatch: pytest.M
 
 
 def test_the_work_folder_is_the_checkouts_if_it_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert files.work_folder() == tmp_path / "work"
+    assert folders.work_folder() == tmp_path / "work"
     monkeypatch.delenv("MINITRANSFORMER_DATA")
-    assert files.work_folder() == ROOT / "data"
+    assert folders.work_folder() == ROOT / "data"
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert files.work_folder() == Path.home() / ".cache" / "minitransformer"
+    assert folders.work_folder() == Path.home() / ".cache" / "minitransformer"
 
 
 def test_an_installed_package_has_its_recipes_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PACKAGE", tmp_path / "minitransformer")
+    monkeypatch.setattr(folders, "PACKAGE", tmp_path / "minitransformer")
     shutil.copytree(ROOT / "data", tmp_path / "minitransformer" / "recipes", ignore=lambda _, names: [
         name for name in names if not name.endswith(".py")
     ])  # fmt: skip
     monkeypatch.delenv("MINITRANSFORMER_DATA")
     assert set(recipes.known()) >= {"pydocs", "stdlib-code"}
-    assert files.work_folder() == Path.home() / ".cache" / "minitransformer"
+    assert folders.work_folder() == Path.home() / ".cache" / "minitransformer"

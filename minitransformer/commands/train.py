@@ -9,6 +9,7 @@ from pathlib import Path
 
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
+from minitransformer.files import writing
 from minitransformer.generation.decode import sample_text
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import count_parameters
@@ -137,7 +138,7 @@ def _train(run: Run, text: PreparedText, checkpoint: Path | None) -> int:
     print(f"model      {parameters / 1e6:.2f}M parameters, {tokens / 1e6:.1f}M tokens to read")
     print(f"machine    {machine.description}")
     print(f"run        {run.path}", flush=True)
-    with StopRequest() as stop:
+    with StopRequest() as stop, writing(run.path, "choose an --out on another disk"):
         done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
         if done >= config.steps:
             raise UserError(f"{run.path} has done all of its {config.steps} steps: give a larger --steps to extend it")

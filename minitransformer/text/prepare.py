@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from minitransformer.errors import UserError
+from minitransformer.files import locked, sweep, whole_file, whole_folder, writing
 from minitransformer.text.corpora import Corpus, Piece, Signature
-from minitransformer.text.files import locked, sweep, whole_file, whole_folder, work_folder, writing
+from minitransformer.text.folders import REMEDY, work_folder
 from minitransformer.text.tokenizers import Tokenizer
 
 FORMAT = 1
@@ -123,7 +124,7 @@ def prepare(
         settings = [tokenizer.fingerprint]
     else:
         settings = [Tokenizer.named(tokenizer).name, str(vocab_size)]
-    with writing(cache):
+    with writing(cache, REMEDY):
         cache.mkdir(parents=True, exist_ok=True)
         sweep(cache)
         signature = corpus.signature()

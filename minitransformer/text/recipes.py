@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from minitransformer.errors import UserError
+from minitransformer.files import locked, whole_file, writing
 from minitransformer.registry import lookup
-from minitransformer.text.files import locked, recipe_folder, whole_file, work_folder
+from minitransformer.text.folders import REMEDY, recipe_folder, work_folder
 
 
 class Recipe(Protocol):
@@ -78,7 +79,7 @@ def _write(name: str, recipe: Recipe, target: Path) -> None:
     from tqdm import tqdm
 
     print(f"making {name} ({recipe.DESCRIPTION}) in {target}", file=sys.stderr)
-    with whole_file(target) as file:
+    with writing(target, REMEDY), whole_file(target) as file:
         empty = True
         # disable=None: a bar on a terminal, nothing in a pipe.
         for text in tqdm(recipe.documents(), desc=name, unit=" documents", disable=None):

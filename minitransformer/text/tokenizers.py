@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from minitransformer.errors import UserError
+from minitransformer.files import whole_file
 from minitransformer.registry import Registered
-from minitransformer.text.files import whole_file
 
 END_OF_TEXT = "<|endoftext|>"
 FORMAT = 1

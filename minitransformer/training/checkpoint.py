@@ -41,7 +41,7 @@ def checkpoint_name(step: int) -> str:
 def write_checkpoint(folder: Path, step: int, model: nn.Module, trainer_state: dict[str, Any]) -> Path:
     """Write `folder`/step-NNNNNN and point `latest` to it."""
     path = folder / checkpoint_name(step)
-    with files.new_folder(path) as temporary:
+    with files.whole_folder(path) as temporary:
         save_file(unique_tensors(model), temporary / MODEL)
         torch.save(trainer_state, temporary / TRAINER)
         manifest = {"step": step, "sha256": {name: files.sha256(temporary / name) for name in (MODEL, TRAINER)}}
