@@ -134,7 +134,7 @@ class Rotary(PositionScheme, name="rotary"):
 def alibi_slopes(num_heads: int) -> Float[Tensor, "heads"]:
     """2^(−8i/n) for n heads, a power of two; the missing ones of another count from every second slope of 2n.
 
-    Press et al. 2021 (arXiv 2108.12409), section 3, and footnote 8 for other head counts.
+    Press et al. 2021 (arXiv 2108.12409), section 3; for other head counts, the code that the authors published.
     """
     n = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
