@@ -17,6 +17,7 @@ import torch
 from minitransformer import files
 from minitransformer.errors import UserError
 from minitransformer.models.decoder import DecoderLM
+from minitransformer.text.prepare import PreparedText
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import choose_checkpoint, load_model_weights
 from minitransformer.training.config import RunConfig
@@ -49,17 +50,19 @@ class Run:
     path: Path
     config: RunConfig
     tokenizer: Tokenizer
+    text: str
+    """which prepared text it learns, so that resuming notices another"""
 
     @classmethod
-    def create(cls, path: Path, config: RunConfig, tokenizer: Tokenizer) -> Run:
+    def create(cls, path: Path, config: RunConfig, text: PreparedText) -> Run:
         """A new run folder; `config.json` is written last, and makes it one."""
         (path / CHECKPOINTS).mkdir(parents=True)
-        tokenizer.save(path / TOKENIZER)
-        return cls(path, config, tokenizer).reconfigured(config)
+        text.tokenizer.save(path / TOKENIZER)
+        return cls(path, config, text.tokenizer, text.folder.name).reconfigured(config)
 
     def reconfigured(self, config: RunConfig) -> Run:
         """This run with another configuration, which is written down with the code and the command behind it."""
-        record = {**config.to_json(), "provenance": provenance()}
+        record = {**config.to_json(), "text": self.text, "provenance": provenance()}
         files.write_text(self.path / CONFIG, json.dumps(record, indent=2) + "\n")
         return replace(self, config=config)
 
@@ -72,7 +75,8 @@ class Run:
             record = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path / CONFIG} is damaged ({error}): restore it, or train anew") from None
-        return cls(path, RunConfig.from_json(record, str(path / CONFIG)), Tokenizer.load(path / TOKENIZER))
+        config = RunConfig.from_json(record, str(path / CONFIG))
+        return cls(path, config, Tokenizer.load(path / TOKENIZER), record.get("text", ""))
 
     @property
     def checkpoints(self) -> Path:

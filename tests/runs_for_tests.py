@@ -50,7 +50,7 @@ def trainer_for(
     path: Path, text: PreparedText, config: RunConfig, stop: StopRequest | None = None, resume_at: int = 0
 ) -> Trainer:
     """A trainer in the run folder `path`, which is made unless it is there."""
-    run = Run.open(path).reconfigured(config) if path.exists() else Run.create(path, config, text.tokenizer)
+    run = Run.open(path).reconfigured(config) if path.exists() else Run.create(path, config, text)
     machine = Machine(torch.device("cpu"), config.training.precision, compile=False, description="")
     log = Logs(RunFiles(path, resume_at=resume_at))
     return Trainer(run, text, machine, log, stop or StopRequest(), sample=lambda model: "a sample")

@@ -17,7 +17,8 @@ from minitransformer.registry import lookup
 from minitransformer.runs import Run, free_run_path
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.prepare import PreparedText, prepare
-from minitransformer.training.checkpoint import check_room, choose_checkpoint
+from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.training.checkpoint import check_room, checkpoint_step, choose_checkpoint
 from minitransformer.training.config import RunConfig
 from minitransformer.training.logging import Logs, RunFiles, TensorBoard, Terminal
 from minitransformer.training.loop import NonFiniteTraining, Trainer
@@ -54,6 +55,8 @@ def _begin(arguments: Sequence[str]) -> int:
     named = bool(arguments) and not arguments[0].startswith("-")
     preset = arguments[0] if named else DEFAULT
     options = _parse(arguments[named:], lookup("preset", preset, PRESETS))
+    if options.checkpoint is not None:
+        raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume")
     path = options.out or free_run_path(f"{preset}-{Path(options.data.data).stem.strip('*') or 'data'}")
     if path.exists():
         raise UserError(f"{path} exists already: choose another --out, or continue the run with --resume {path}")
@@ -62,11 +65,11 @@ def _begin(arguments: Sequence[str]) -> int:
         TensorBoard.check()
     choose_device(options.training.device)
     _count_parameters(options.model)
-    text = _prepare(options)
+    text = _prepare(options, options.data.tokenizer)
     model = replace(options.model, vocab_size=options.model.vocab_size or text.tokenizer.vocab_size)
     config = replace(options.run_config(), model=model)
     check_room(path, config)
-    return _train(Run.create(path, config, text.tokenizer), text, checkpoint=None)
+    return _train(Run.create(path, config, text), text, checkpoint=None)
 
 
 def _resumed_run(arguments: Sequence[str]) -> Path | None:
@@ -80,8 +83,10 @@ def _resume(path: Path, arguments: Sequence[str]) -> int:
     options = _parse(arguments, run.config)
     _check_changes(run.config, options)
     checkpoint = choose_checkpoint(run.checkpoints, options.checkpoint)
-    text = _prepare(options)
-    if text.tokenizer.fingerprint != run.tokenizer.fingerprint:
+    if checkpoint_step(checkpoint) >= options.training.steps:
+        raise UserError(f"{path} has done its {options.training.steps} steps: give a larger --steps to extend it")
+    text = _prepare(options, run.tokenizer)
+    if text.folder.name != run.text:
         raise UserError(f"{options.data.data} is not the text that {path} began with: restore it, or train a new run")
     check_room(path, options)
     return _train(run.reconfigured(options.run_config()), text, checkpoint)
@@ -118,10 +123,10 @@ def _count_parameters(model: ModelConfig) -> int:
     return count_parameters(replace(model, vocab_size=model.vocab_size or 4096))
 
 
-def _prepare(config: RunConfig) -> PreparedText:
+def _prepare(config: RunConfig, tokenizer: str | Tokenizer) -> PreparedText:
     text = prepare(
         open_corpus(config.data.data, config.data.field),
-        config.data.tokenizer,
+        tokenizer,
         vocab_size=config.model.vocab_size,
         validation_fraction=config.data.validation_fraction,
         context_length=config.model.context_length,
@@ -139,9 +144,7 @@ def _train(run: Run, text: PreparedText, checkpoint: Path | None) -> int:
     print(f"machine    {machine.description}")
     print(f"run        {run.path}", flush=True)
     with StopRequest() as stop, writing(run.path, "choose an --out on another disk"):
-        done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
-        if done >= config.steps:
-            raise UserError(f"{run.path} has done all of its {config.steps} steps: give a larger --steps to extend it")
+        done = 0 if checkpoint is None else checkpoint_step(checkpoint)
         logs = [RunFiles(run.path, resume_at=done), Terminal(steps=config.steps, done=done)]
         if config.tensorboard:
             logs.append(TensorBoard(run.path))

@@ -119,25 +119,23 @@ def prepare(
     if not 0 < validation_fraction < 1:
         raise UserError(f"validation_fraction is {validation_fraction}: choose one between 0 and 1, such as 0.1")
     cache = work_folder() / "prepared" if cache is None else cache
-    if isinstance(tokenizer, Tokenizer):
-        tokenizer.check_vocab_size(vocab_size)
-        settings = [tokenizer.fingerprint]
-    else:
-        settings = [Tokenizer.named(tokenizer).name, str(vocab_size)]
     with writing(cache, REMEDY):
         cache.mkdir(parents=True, exist_ok=True)
         sweep(cache)
         signature = corpus.signature()
         scan = _remembered_scan(corpus, signature, validation_fraction, cache, progress)
+        if isinstance(tokenizer, str):
+            tokenizer = _remembered_fit(corpus, signature, scan, tokenizer, vocab_size, cache, progress)
+        else:
+            tokenizer.check_vocab_size(vocab_size)
         for split in ("documents", "contiguous") if scan.balanced(validation_fraction) else ("contiguous",):
-            key = _hash([FORMAT, scan.digest, settings, split, validation_fraction])[:16]
+            key = _hash([FORMAT, scan.digest, tokenizer.fingerprint, split, validation_fraction])[:16]
             build = partial(
                 _build,
                 corpus,
                 signature,
                 scan,
                 tokenizer,
-                vocab_size,
                 split,
                 validation_fraction,
                 workers=workers,
@@ -209,6 +207,58 @@ def _scan(corpus: Corpus, fraction: float, progress: bool) -> Scan:
     return Scan(digest.hexdigest(), documents, characters, size, validation)
 
 
+# --- fitting
+
+
+def _remembered_fit(
+    corpus: Corpus,
+    signature: Signature,
+    scan: Scan,
+    name: str,
+    vocab_size: int | None,
+    cache: Path,
+    progress: bool,
+) -> Tokenizer:
+    """The tokenizer called `name` for this text, from disk if it was fitted to the same before."""
+    kept = cache / f"tokenizer-{_hash([FORMAT, scan.digest, Tokenizer.named(name).name, vocab_size])[:16]}.json"
+    with locked(kept):
+        with suppress(UserError):
+            return Tokenizer.load(kept)
+        tokenizer = _fit(corpus, scan, name, vocab_size, progress)
+        _unchanged(corpus, signature)
+        tokenizer.save(kept)
+    return tokenizer
+
+
+def _fit(corpus: Corpus, scan: Scan, name: str, vocab_size: int | None, progress: bool) -> Tokenizer:
+    member = Tokenizer.named(name)
+    limit = member.fit_limit
+
+    def texts() -> Iterator[str]:
+        with _bar(f"fitting {name}", corpus.size, progress) as bar:
+            texts = (piece.text for piece in corpus.pieces(bar.update))
+            yield from texts if limit is None else sample(texts, limit / scan.bytes)
+
+    if limit and scan.bytes > limit and progress:
+        print(
+            f"fitting {name} to an even sample of {limit / 1e6:.0f} MB of the {scan.bytes / 1e6:.0f} MB",
+            file=sys.stderr,
+        )
+    return member.fit(texts, vocab_size)
+
+
+def sample(texts: Iterable[str], share: float) -> Iterator[str]:
+    """About `share` of the characters, in stretches that are evenly spread; the same ones every time."""
+    seen = taken = 0
+    for text in texts:
+        for start in range(0, len(text), STRETCH):
+            stretch = text[start : start + STRETCH]
+            seen += len(stretch)
+            if taken + len(stretch) <= seen * share:
+                taken += len(stretch)
+                yield stretch
+
+
 # --- splitting
 
 
@@ -242,8 +292,7 @@ def _build(
     corpus: Corpus,
     signature: Signature,
     scan: Scan,
-    chosen: str | Tokenizer,
-    vocab_size: int | None,
+    tokenizer: Tokenizer,
     split: str,
     fraction: float,
     folder: Path,
@@ -252,7 +301,6 @@ def _build(
     progress: bool,
 ) -> None:
     """Fills `folder` with train.bin, validation.bin, tokenizer.json and meta.json."""
-    tokenizer = _fit(corpus, scan, chosen, vocab_size, progress) if isinstance(chosen, str) else chosen
     tokenizer.save(folder / "tokenizer.json")
     pieces = corpus.pieces()
     if split == "documents":
@@ -264,35 +312,6 @@ def _build(
     assert sum(counts[split]["bytes"] for split in SPLITS) == scan.bytes, "the corpus is not what was scanned"
     meta = {"format": FORMAT, "dtype": _dtype(tokenizer).name, "split": split, **counts}
     (folder / "meta.json").write_text(json.dumps(meta))
-
-
-def _fit(corpus: Corpus, scan: Scan, name: str, vocab_size: int | None, progress: bool) -> Tokenizer:
-    member = Tokenizer.named(name)
-    limit = member.fit_limit
-
-    def texts() -> Iterator[str]:
-        with _bar(f"fitting {name}", corpus.size, progress) as bar:
-            texts = (piece.text for piece in corpus.pieces(bar.update))
-            yield from texts if limit is None else sample(texts, limit / scan.bytes)
-
-    if limit and scan.bytes > limit and progress:
-        print(
-            f"fitting {name} to an even sample of {limit / 1e6:.0f} MB of the {scan.bytes / 1e6:.0f} MB",
-            file=sys.stderr,
-        )
-    return member.fit(texts, vocab_size)
-
-
-def sample(texts: Iterable[str], share: float) -> Iterator[str]:
-    """About `share` of the characters, in stretches that are evenly spread; the same ones every time."""
-    seen = taken = 0
-    for text in texts:
-        for start in range(0, len(text), STRETCH):
-            stretch = text[start : start + STRETCH]
-            seen += len(stretch)
-            if taken + len(stretch) <= seen * share:
-                taken += len(stretch)
-                yield stretch
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:

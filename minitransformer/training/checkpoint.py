@@ -38,6 +38,11 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def checkpoint_step(checkpoint: Path) -> int:
+    """How many steps were done when `checkpoint` was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def write_checkpoint(folder: Path, step: int, model: nn.Module, trainer_state: dict[str, Any]) -> Path:
     """Write `folder`/step-NNNNNN and point `latest` to it."""
     path = folder / checkpoint_name(step)
@@ -101,7 +106,7 @@ def damage(checkpoint: Path) -> str | None:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest step first, whole or not."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=checkpoint_step)
 
 
 def choose_checkpoint(folder: Path, name: str | None = None) -> Path:
