@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minitransformer.architecture.cache import KVCache
 from minitransformer.errors import UserError
+from minitransformer.generation.lean import lean
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.tokenizers import Tokenizer
@@ -54,7 +55,7 @@ class CachedReader:
     """Reads each token once, as long as the window only grows; the first call's tokens are the same in every sample."""
 
     def __init__(self, model: DecoderLM, max_tokens: int) -> None:
-        self.model = model
+        self.model = lean(model)
         self.context_length = model.config.context_length
         self.cache = model.new_cache(min(max_tokens, self.context_length))
         self.start: int | None = None
