@@ -1,0 +1,211 @@
+"""`sample.py`: text on standard output, notes on standard error, and an exit code for every way to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minitransformer.commands import sample
+from minitransformer.generation.streaming import stream_text
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.decoder import DecoderLM
+from minitransformer.runs import Run
+from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.training.checkpoint import write_checkpoint
+from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+
+SCRIPT = Path(__file__).parent.parent / "sample.py"
+CONTEXT = 32
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, shake: Callable[[DecoderLM], DecoderLM]) -> Path:
+    """A folder with the run `runs/chars`, whose model has more tokens than its tokenizer."""
+    folder = tmp_path_factory.mktemp("sampling")
+    tokenizer = Tokenizer.named("chars").fit(lambda: iter(["abcdé \n"]))
+    model = ModelConfig(d_model=16, num_layers=1, num_heads=2, context_length=CONTEXT, vocab_size=16)
+    config = RunConfig(model, DataConfig(), TrainingConfig())
+    run = Run(folder / "runs" / "chars", config, tokenizer, text="none")
+    run.checkpoints.mkdir(parents=True)
+    tokenizer.save(run.path / "tokenizer.json")
+    run.reconfigured(config)
+    torch.manual_seed(1)
+    write_checkpoint(run.checkpoints, 1, shake(DecoderLM(model)), {})
+    write_checkpoint(run.checkpoints, 2, shake(DecoderLM(model)), {})
+    return folder
+
+
+@pytest.fixture
+def command(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in the folder of `runs`, with the bytes that are piped in; gives code, output and notes."""
+
+    def call(*arguments: str, piped: bytes | None = None) -> tuple[int, str, str]:
+        monkeypatch.chdir(runs)
+        source = os.devnull
+        if piped is not None:
+            source = str(runs / "piped")
+            Path(source).write_bytes(piped)
+        with open(source, encoding="utf-8") as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            code = sample.main(["--device", "cpu", "--max-new-tokens", "10", *arguments])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+def expected(runs: Path, prompt: str, checkpoint: str | None = None, **settings: Any) -> list[str]:
+    run = Run.open(runs / "runs" / "chars")
+    options = replace(sample.Options(max_new_tokens=10, seed=7), **settings)
+    ids = run.tokenizer.encode(prompt) or [run.tokenizer.end_of_text]
+    steps = stream_text(run.load_model(checkpoint), run.tokenizer, ids, options)
+    texts = [prompt + "".join(pieces) for pieces in zip(*steps, strict=True)]
+    return [text if text.endswith("\n") else text + "\n" for text in texts]
+
+
+def test_a_prompt_is_continued_by_the_latest_run_and_only_text_is_on_standard_output(command: Any, runs: Path) -> None:
+    code, out, err = command("--prompt", "ab", "--seed", "7")
+    assert (code, [out]) == (0, expected(runs, "ab"))
+    assert err == "note: the model is that of runs/chars\n"
+
+
+def test_a_run_and_a_checkpoint_can_be_named(command: Any, runs: Path) -> None:
+    first, latest = (expected(runs, "ab", checkpoint) for checkpoint in ("step-000001", "latest"))
+    assert first != latest
+    code, out, err = command("runs/chars", "--checkpoint", "step-000001", "--prompt", "ab", "--seed", "7")
+    assert (code, [out], err) == (0, first, "")
+
+
+def test_a_prompt_may_come_from_a_pipe_or_a_file_or_not_at_all(command: Any, runs: Path) -> None:
+    text = "é b\n"
+    (runs / "prompt.txt").write_text(text, encoding="utf-8")
+    piped = command("--seed", "7", piped=text.encode())
+    assert [piped[1]] == expected(runs, text)
+    assert command("--seed", "7", "--prompt-file", "prompt.txt") == piped
+    assert [command("--seed", "7")[1]] == expected(runs, "")
+    assert [command("--seed", "7", piped=b"")[1]] == expected(runs, "")
+
+
+def test_several_samples_have_a_line_between_them(command: Any, runs: Path) -> None:
+    _, out, _ = command("--prompt", "ab", "--seed", "7", "--num-samples", "3", "--temperature", "1.5")
+    texts = expected(runs, "ab", num_samples=3, temperature=1.5)
+    assert out == f"{sample.SEPARATOR}\n".join(texts)
+    assert len(set(texts)) == 3
+
+
+def test_stop_strings_may_be_several(command: Any, runs: Path) -> None:
+    flags = ("--prompt", "", "--seed", "7", "--temperature", "3", "--max-new-tokens", "200")
+    _, out, _ = command(*flags, "--stop", "ab", "--stop", "dc")
+    assert [out] == expected(runs, "", temperature=3.0, max_new_tokens=200, stop=("ab", "dc"))
+    assert "ab" not in out
+    assert "dc" not in out
+
+
+def test_the_seed_that_was_drawn_gives_the_text_again(command: Any) -> None:
+    _, out, err = command("runs/chars", "--prompt", "ab")
+    seed = err.split()[2]
+    assert command("runs/chars", "--prompt", "ab", "--seed", seed) == (0, out, "")
+
+
+def test_passing_the_context_is_announced_in_one_line(command: Any) -> None:
+    rule = "the oldest half is dropped and the rest is read anew"
+    _, _, err = command("runs/chars", "--prompt", "ab", "--seed", "7", "--max-new-tokens", str(CONTEXT - 1))
+    assert err == ""
+    _, _, err = command("runs/chars", "--prompt", "ab", "--seed", "7", "--max-new-tokens", str(CONTEXT))
+    assert rule in err
+    assert err.count("\n") == 1
+    _, _, err = command("runs/chars", "--prompt", "ab" * CONTEXT, "--seed", "7")
+    assert rule in err
+    assert "of the prompt's 64 tokens, the last " in err
+    assert err.count("\n") == 1
+
+
+def test_interactive_mode_continues_line_after_line(command: Any) -> None:
+    code, out, err = command("runs/chars", "--interactive", "--seed", "7", piped="ab\nxyz\né".encode())
+    assert code == 0
+    assert out.startswith("ab")
+    assert "\né" in out
+    assert err.count("error: character 'x'") == 1, "a line that cannot be encoded ends nothing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--temperature", "-1"), "temperature is -1.0"),
+        (("nowhere",), "nowhere is not a run folder"),
+        (("--prompt", "xyz"), "character 'x'"),
+        (("--prompt", "a", "--prompt-file", "b"), "two prompts"),
+        (("--interactive", "--prompt", "a"), "asks for its prompts"),
+        (("--prompt-file", "nowhere.txt"), "nowhere.txt cannot be read (No such file or directory)"),
+        (("--checkpoint", "step-9"), "no checkpoint 'step-9'"),
+        (("--device", "quantum"), "device 'quantum' cannot be used here"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(command: Any, arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_piped_bytes_that_are_no_text_are_refused(command: Any) -> None:
+    code, out, err = command(piped=b"ab\xff")
+    assert (code, out, err) == (2, "", "error: standard input is not UTF-8 (byte 2 is 0xff): convert it\n")
+
+
+def test_without_a_run_the_way_to_one_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sample.main([]) == 2
+    assert "python train.py" in capfd.readouterr().err
+
+
+def endless(runs: Path) -> subprocess.Popen[bytes]:
+    arguments = [sys.executable, str(SCRIPT), "runs/chars", "--prompt", "ab", "--max-new-tokens", "1000000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    process = subprocess.Popen(
+        arguments,
+        cwd=runs,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    # Text arrives while more is made.
+    assert process.stdout.read(4).startswith(b"ab")
+    return process
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_ctrl_c_ends_quietly_with_130(runs: Path) -> None:
+    process = endless(runs)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes are POSIX")
+def test_a_reader_that_leaves_ends_it_quietly(runs: Path) -> None:
+    process = endless(runs)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    assert b"Traceback" not in err
+    assert b"BrokenPipe" not in err
