@@ -186,7 +186,8 @@ def test_no_number_draws_an_impossible_token(vocab: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(1, vocab, generator=generator) * 10
     logits[torch.rand(1, vocab, generator=generator) < 0.5] = -math.inf
-    logits[0, 0] = 0
+    logits[0, 0] = -math.inf
+    logits[0, vocab // 2] = 0
     for number in (0.0, 1 - 2**-24):
         token = draw(logits, torch.tensor([number])).item()
         assert logits.softmax(-1)[0, int(token)] > 0
