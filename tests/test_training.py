@@ -3,24 +3,28 @@
 import json
 import math
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.batches import IGNORE, Batch
 from minitransformer.training.checkpoint import choose_checkpoint
 from minitransformer.training.loop import MOST_STEPS_WITHOUT_UPDATE, NonFiniteTraining
+from minitransformer.training.muon import Muon, orthogonalise
 from minitransformer.training.objectives import Causal
-from minitransformer.training.optimizers import OptimizerSettings, build_optimizer
+from minitransformer.training.optimizers import OPTIMIZERS, OptimizerSettings, build_optimizers
 from minitransformer.training.precision import Precision
 from minitransformer.training.signals import StopRequest
 from minitransformer.training.step import Validation, training_step, validate
 from tests.runs_for_tests import TINY, configured, prepared_text, trainer_for
 
 CPU = torch.device("cpu")
+SETTINGS = OptimizerSettings(lr=0.1, embedding_lr=0.1, weight_decay=0.1, beta1=0.9, beta2=0.95, momentum=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,7 @@ def gradients(model, batches, grad_clip=0.0):
 
     objective = Causal(None, context_length=16, seed=0)
     optimizer = Reader(model.parameters(), lr=0.0)
-    result = training_step(model, objective, batches, optimizer, Precision.named("fp32")(CPU), grad_clip=grad_clip)
+    result = training_step(model, objective, batches, [optimizer], Precision.named("fp32")(CPU), grad_clip=grad_clip)
     return seen, result
 
 
@@ -101,9 +105,52 @@ def test_clipping_scales_the_gradient_down_to_the_given_norm():
 
 def test_only_matrices_decay():
     model = DecoderLM(TINY.model)
-    optimizer = build_optimizer("adamw", model, OptimizerSettings(lr=1.0, weight_decay=0.1, beta1=0.9, beta2=0.95))
+    [optimizer] = build_optimizers("adamw", model, SETTINGS)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert all(decays[id(p)] == (0.1 if p.dim() > 1 else 0.0) for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_optimizer_updates_every_weight_once(name, tied):
+    model = DecoderLM(replace(TINY.model, tied_embeddings=tied, bias=True, positions="learned", qk_norm=True))
+    updated = [id(p) for o in build_optimizers(name, model, SETTINGS) for g in o.param_groups for p in g["params"]]
+    assert sorted(updated) == sorted(id(p) for p in model.parameters())
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(0, 999))
+def test_orthogonalising_keeps_directions_and_makes_their_sizes_alike(rows, columns, count, seed):
+    matrices = torch.randn(count, rows, columns, generator=torch.Generator().manual_seed(seed))
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    sizes = (u.mT @ orthogonalise(matrices) @ v.mT).diagonal(dim1=1, dim2=2)
+    seen = s / s.norm(dim=1, keepdim=True) > 0.03  # five steps do not lift what is almost nothing
+    assert ((sizes > 0.3) & (sizes < 1.3))[seen].all()
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
+def test_muon_is_torchs_own_up_to_its_bfloat16(shape):
+    ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    muon = Muon([ours], lr=0.1, momentum=0.9, weight_decay=0.2)
+    reference = torch.optim.Muon([theirs], lr=0.1, momentum=0.9, weight_decay=0.2)
+    for _ in range(4):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        muon.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=5e-3)
+
+
+def test_muon_takes_matrices_of_a_shape_together_as_it_would_alone():
+    together = [nn.Parameter(torch.randn(4, 6)) for _ in range(3)]
+    alone = [nn.Parameter(p.detach().clone()) for p in together]
+    optimizers = [Muon(together, lr=0.1), *(Muon([p], lr=0.1) for p in alone)]
+    for p, q in zip(together, alone, strict=True):
+        p.grad = torch.randn(4, 6)
+        q.grad = p.grad.clone()
+    for optimizer in optimizers:
+        optimizer.step()
+    for p, q in zip(together, alone, strict=True):
+        torch.testing.assert_close(p, q)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -114,11 +161,11 @@ def test_a_loss_or_gradient_that_is_not_finite_never_changes_the_weights(precisi
             return super().loss_sum(model, batch) * bad
 
     model = DecoderLM(TINY.model)
-    optimizer = build_optimizer("adamw", model, OptimizerSettings(lr=0.1, weight_decay=0.1, beta1=0.9, beta2=0.95))
+    optimizers = build_optimizers("muon", model, SETTINGS)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batch = random_batch(2, torch.Generator().manual_seed(0))
     objective = Broken(None, context_length=16, seed=0)
-    result = training_step(model, objective, [batch], optimizer, Precision.named(precision)(CPU), grad_clip=1.0)
+    result = training_step(model, objective, [batch], optimizers, Precision.named(precision)(CPU), grad_clip=1.0)
     assert not result.finite
     assert_same(before, model.state_dict())
 
@@ -138,12 +185,13 @@ def test_every_precision_learns_the_text(text, tmp_path, precision):
     dropout=st.sampled_from([0.0, 0.3]),
     grad_accumulation=st.integers(1, 3),
     precision=st.sampled_from(["fp32", "bf16"]),
+    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    text, tmp_path_factory, stop_at, dropout, grad_accumulation, precision
+    text, tmp_path_factory, stop_at, dropout, grad_accumulation, precision, optimizer
 ):
     folder = tmp_path_factory.mktemp("runs")
-    config = configured(dropout=dropout, grad_accumulation=grad_accumulation, precision=precision)
+    config = configured(dropout=dropout, grad_accumulation=grad_accumulation, precision=precision, optimizer=optimizer)
     whole = trainer_for(folder / "whole", text, config)
     whole.train()
 
@@ -161,10 +209,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     second.train()
 
     assert_same(weights_after(whole), weights_after(second))
-    left, right = whole.optimizer.state_dict(), second.optimizer.state_dict()
-    assert left["param_groups"] == right["param_groups"]
-    for index in left["state"]:
-        assert_same(left["state"][index], right["state"][index])
+    for left, right in zip(whole.optimizers, second.optimizers, strict=True):
+        left, right = left.state_dict(), right.state_dict()
+        assert left["param_groups"] == right["param_groups"]
+        for index in left["state"]:
+            assert_same(left["state"][index], right["state"][index])
     assert metrics(folder / "whole") == metrics(folder / "parts")
 
 

@@ -47,6 +47,8 @@ class TrainingConfig:
     optimizer: Annotated[str, choice("optimizer", OPTIMIZERS)] = "adamw"
     lr: float = 1e-3
     """highest learning rate"""
+    embedding_lr: float | None = None
+    """highest learning rate of embeddings, the head, biases and norms; None is lr"""
     min_lr: float = 0.0
     """learning rate that the schedule ends with"""
     schedule: Annotated[str, choice("course of the learning rate", SCHEDULES)] = "cosine"
@@ -55,9 +57,11 @@ class TrainingConfig:
     weight_decay: float = 0.1
     """decay of matrices (never of biases and norms)"""
     beta1: float = 0.9
-    """decay of the mean of gradients"""
+    """AdamW: decay of the mean of gradients"""
     beta2: float = 0.95
-    """decay of the mean of squared gradients"""
+    """AdamW: decay of the mean of squared gradients"""
+    momentum: float = 0.95
+    """Muon: decay of the mean of gradients"""
     grad_clip: float = 1.0
     """largest norm of the gradient; 0 switches clipping off"""
     eval_every: int = 250
@@ -93,11 +97,13 @@ class TrainingConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if self.patience is not None and self.patience < 1:
             raise UserError(f"patience is {self.patience}: it must be at least 1")
-        if not self.lr > 0:
-            raise UserError(f"lr is {self.lr}: it must be above 0")
+        for name in ("lr", "embedding_lr"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} is {value}: it must be above 0")
         if self.min_lr > self.lr:
             raise UserError(f"min_lr {self.min_lr} is above lr {self.lr}: lower it")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         Objective.named(self.objective)

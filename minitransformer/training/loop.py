@@ -25,7 +25,7 @@ from minitransformer.training.checkpoint import (
 from minitransformer.training.logging import Log
 from minitransformer.training.machine import Machine, measured_flops
 from minitransformer.training.objectives import Objective
-from minitransformer.training.optimizers import OptimizerSettings, build_optimizer, set_learning_rate
+from minitransformer.training.optimizers import OptimizerSettings, build_optimizers, set_learning_rate
 from minitransformer.training.precision import Precision
 from minitransformer.training.schedules import SCHEDULES, learning_rate_share
 from minitransformer.training.signals import StopRequest
@@ -81,8 +81,15 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = DecoderLM(run.config.model).to(machine.device)
         self.fast_model: nn.Module = torch.compile(self.model) if machine.compile else self.model  # type: ignore[assignment]
-        settings = OptimizerSettings(config.lr, config.weight_decay, config.beta1, config.beta2)
-        self.optimizer = build_optimizer(config.optimizer, self.model, settings)
+        settings = OptimizerSettings(
+            lr=config.lr,
+            embedding_lr=config.embedding_lr or config.lr,
+            weight_decay=config.weight_decay,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            momentum=config.momentum,
+        )
+        self.optimizers = build_optimizers(config.optimizer, self.model, settings)
         self.precision = Precision.named(machine.precision)(machine.device)
         self.progress = Progress()
         self.validation: Validation | None = None
@@ -95,10 +102,11 @@ class Trainer:
         """Continue from `checkpoint`; settings that were changed since keep their new values."""
         load_model_weights(checkpoint, self.model)
         state = load_trainer_state(checkpoint)
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, new in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(new)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(saved)
+            for group, new in zip(optimizer.param_groups, settings, strict=True):
+                group.update(new)
         self.precision.load_state_dict(state["precision"])
         self.progress = Progress(**state["progress"])
         self._saved = replace(self.progress)
@@ -157,12 +165,12 @@ class Trainer:
             warmup_steps=self.config.warmup_steps,
             floor=self.config.min_lr / self.config.lr,
         )
-        set_learning_rate(self.optimizer, share)
+        set_learning_rate(self.optimizers, share)
         result = training_step(
             self.fast_model,
             self.objective,
             batch.split(self.config.batch_size),
-            self.optimizer,
+            self.optimizers,
             self.precision,
             grad_clip=self.config.grad_clip,
         )
@@ -180,7 +188,7 @@ class Trainer:
                 "loss": interval.mean(interval.losses),
                 "grad_norm": interval.mean(interval.grad_norms),
                 "skipped_steps": steps - len(interval.losses),
-                "lr": self.optimizer.param_groups[0]["lr"],
+                "lr": self.optimizers[0].param_groups[0]["lr"],
                 "tokens": self.progress.tokens,
                 "tokens_per_second": tokens_per_second,
                 "mfu": tokens_per_second * self._flops_per_token / self._peak_flops,
@@ -233,7 +241,7 @@ class Trainer:
         if self._saved == self.progress:
             return
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "precision": self.precision.state_dict(),
             "progress": asdict(self.progress),
         }

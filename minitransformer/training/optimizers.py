@@ -1,4 +1,4 @@
-"""Optimizers by name; each makes its parameter groups from a model."""
+"""Optimizers by name. Each divides the weights of a model: matrices, embeddings (with the head), and vectors."""
 
 from __future__ import annotations
 
@@ -8,42 +8,84 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from minitransformer.architecture.embeddings import LMHead
 from minitransformer.registry import lookup
+from minitransformer.training.muon import Muon
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """The numbers that optimizers are made from."""
+    """The numbers that optimizers are made from; `embedding_lr` is for embeddings, the head and vectors."""
 
     lr: float
+    embedding_lr: float
     weight_decay: float
     beta1: float
     beta2: float
+    momentum: float
 
 
-def adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """AdamW, fused where torch has it; only matrices decay. Loshchilov and Hutter 2017 (arXiv 1711.05101)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+@dataclass(frozen=True)
+class Weights:
+    """The trainable weights of a model by kind, each once."""
+
+    matrices: list[nn.Parameter]
+    embeddings: list[nn.Parameter]
+    vectors: list[nn.Parameter]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Weights:
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | LMHead)}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return cls(
+            [p for p in trained if p.dim() >= 2 and id(p) not in tables],
+            [p for p in trained if id(p) in tables],
+            [p for p in trained if p.dim() < 2],
+        )
+
+
+def _adamw(groups: list[dict[str, object]], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+def adamw(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
+    """AdamW for all, fused; only matrices and embeddings decay. Loshchilov and Hutter 2017 (arXiv 1711.05101)."""
+    weights = Weights.of(model)
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": weights.matrices, "lr": settings.lr, "weight_decay": settings.weight_decay},
+        {"params": weights.embeddings, "lr": settings.embedding_lr, "weight_decay": settings.weight_decay},
+        {"params": weights.vectors, "lr": settings.embedding_lr, "weight_decay": 0.0},
     ]
-    fused = parameters[0].device.type in ("cpu", "cuda", "mps")
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=fused)
+    return [_adamw(groups, settings)]
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerSettings], torch.optim.Optimizer]] = {"adamw": adamw}
+def muon(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, which alone decay; AdamW for embeddings, the head and vectors. Jordan et al. 2024."""
+    weights = Weights.of(model)
+    rest = [{"params": weights.embeddings + weights.vectors, "lr": settings.embedding_lr, "weight_decay": 0.0}]
+    return [
+        Muon(weights.matrices, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay),
+        _adamw(rest, settings),
+    ]
 
 
-def build_optimizer(name: str, model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """The optimizer called `name` for `model`; each of its groups remembers its highest learning rate."""
-    optimizer = lookup("optimizer", name, OPTIMIZERS)(model, settings)
-    for group in optimizer.param_groups:
-        group["highest_lr"] = group["lr"]
-    return optimizer
+OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerSettings], list[torch.optim.Optimizer]]] = {
+    "adamw": adamw,
+    "muon": muon,
+}
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+def build_optimizers(name: str, model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
+    """The optimizers that `name` stands for; each group remembers its highest learning rate."""
+    optimizers = lookup("optimizer", name, OPTIMIZERS)(model, settings)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["highest_lr"] = group["lr"]
+    return optimizers
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
     """Set each group's learning rate to `share` of its highest one."""
-    for group in optimizer.param_groups:
-        group["lr"] = share * group["highest_lr"]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["highest_lr"]

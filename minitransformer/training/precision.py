@@ -27,13 +27,14 @@ class Precision(Registered, kind="precision"):
         """Add the gradients of `loss`."""
         loss.backward()
 
-    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+    def unscale(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """Make the gradients those of the loss itself."""
 
-    def update(self, optimizer: torch.optim.Optimizer, *, finite: bool) -> None:
-        """One step of `optimizer`, unless a gradient is infinite or NaN."""
+    def update(self, optimizers: list[torch.optim.Optimizer], *, finite: bool) -> None:
+        """One step of each optimizer, unless a gradient is infinite or NaN."""
         if finite:
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -70,12 +71,14 @@ class FP16(Precision, name="fp16"):
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        self.scaler.unscale_(optimizer)
+    def unscale(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        for optimizer in optimizers:
+            self.scaler.unscale_(optimizer)
 
-    def update(self, optimizer: torch.optim.Optimizer, *, finite: bool) -> None:
+    def update(self, optimizers: list[torch.optim.Optimizer], *, finite: bool) -> None:
         # The scaler looks for infinite gradients itself, skips the step and lowers the scale.
-        self.scaler.step(optimizer)
+        for optimizer in optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:

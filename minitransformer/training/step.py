@@ -27,7 +27,7 @@ def training_step(
     model: nn.Module,
     objective: Objective,
     micro_batches: Iterable[Batch],
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     precision: Precision,
     *,
     grad_clip: float,
@@ -46,11 +46,11 @@ def training_step(
             loss = objective.loss_sum(model, batch) / targets
         precision.backward(loss)
         total += loss.detach()
-    precision.unscale(optimizer)
+    precision.unscale(optimizers)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     finite = bool(torch.isfinite(total + grad_norm))
-    precision.update(optimizer, finite=finite)
-    optimizer.zero_grad(set_to_none=True)
+    precision.update(optimizers, finite=finite)
+    model.zero_grad(set_to_none=True)
     return StepResult(total, grad_norm, finite)
 
 
