@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
-from minitransformer.text.batches import IGNORE, Batch, RandomWindows, SequentialWindows
+from minitransformer.text.batches import IGNORE, Batch, SequentialWindows, ShuffledWindows
 
 sizes = st.integers(1, 9)
 
@@ -19,11 +19,11 @@ def tokens(count: int) -> np.ndarray:
 
 
 @given(count=st.integers(2, 60), length=sizes, rows=sizes, seed=st.integers(0, 2**32), index=st.integers(0, 2**40))
-def test_random_windows_are_consecutive_tokens_and_their_successors(
+def test_shuffled_windows_are_consecutive_tokens_and_their_successors(
     count: int, length: int, rows: int, seed: int, index: int
 ) -> None:
     length = min(length, count - 1)
-    batch = RandomWindows(tokens(count), length, rows, seed).batch(index)
+    batch = ShuffledWindows(tokens(count), length, rows, seed).batch(index)
     assert batch.inputs.shape == batch.targets.shape == (rows, length)
     assert batch.inputs.dtype == batch.targets.dtype == torch.int64
     assert torch.equal(batch.targets, batch.inputs + 1)
@@ -31,24 +31,39 @@ def test_random_windows_are_consecutive_tokens_and_their_successors(
 
 
 @given(seed=st.integers(0, 2**32), index=st.integers(0, 2**40))
-def test_a_random_batch_depends_on_seed_and_index_alone(seed: int, index: int) -> None:
-    windows = RandomWindows(tokens(5000), 8, 4, seed)
+def test_a_shuffled_batch_depends_on_seed_and_index_alone(seed: int, index: int) -> None:
+    windows = ShuffledWindows(tokens(5000), 8, 4, seed)
     windows.batch(index + 1)
     np.random.seed(0)
-    first, again = windows.batch(index), RandomWindows(tokens(5000), 8, 4, seed).batch(index)
+    first, again = windows.batch(index), ShuffledWindows(tokens(5000), 8, 4, seed).batch(index)
     assert torch.equal(first.inputs, again.inputs)
     assert not torch.equal(first.inputs, windows.batch(index + 1).inputs)
-    assert not torch.equal(first.inputs, RandomWindows(tokens(5000), 8, 4, seed + 1).batch(index).inputs)
+    assert not torch.equal(first.inputs, ShuffledWindows(tokens(5000), 8, 4, seed + 1).batch(index).inputs)
 
 
-def test_random_windows_reach_every_place() -> None:
-    batch = RandomWindows(tokens(10), 4, 2000, seed=0).batch(0)
-    assert set(batch.inputs[:, 0].tolist()) == set(range(6))
+@given(count=st.integers(3, 200), length=sizes, rows=sizes, epoch=st.integers(0, 2**40))
+def test_an_epoch_has_every_token_at_most_once_and_nearly_all_of_them(
+    count: int, length: int, rows: int, epoch: int
+) -> None:
+    length = min(length, count - 1)
+    per_epoch = ShuffledWindows(tokens(count), length, 1, seed=3).windows_per_epoch
+    whole = ShuffledWindows(tokens(count), length, per_epoch, seed=3).batch(epoch).inputs.flatten().tolist()
+    assert len(set(whole)) == len(whole)
+    assert len(whole) > count - 1 - 2 * length or per_epoch == 1
+    # However the windows are divided into batches, they come in the same order.
+    first = ShuffledWindows(tokens(count), length, rows, seed=3).batch(0).inputs
+    again = torch.cat([ShuffledWindows(tokens(count), length, 1, seed=3).batch(i).inputs for i in range(rows)])
+    assert torch.equal(first, again)
+
+
+def test_epochs_begin_everywhere() -> None:
+    windows = ShuffledWindows(tokens(10), 4, 1, seed=0)
+    assert {int(windows.batch(i).inputs[0, 0]) for i in range(200)} == set(range(6))
 
 
 def test_too_few_tokens_for_a_window_are_refused_with_both_numbers() -> None:
     with pytest.raises(UserError, match="8 tokens hold no window of 9"):
-        RandomWindows(tokens(8), 8, 1, seed=0)
+        ShuffledWindows(tokens(8), 8, 1, seed=0)
 
 
 @given(count=st.integers(0, 200), length=sizes, rows=sizes)
@@ -74,7 +89,7 @@ def test_ignore_is_what_cross_entropy_ignores() -> None:
 
 @given(rows=sizes, size=sizes)
 def test_micro_batches_join_to_the_batch(rows: int, size: int) -> None:
-    batch = RandomWindows(tokens(50), 5, rows, seed=0).batch(0)
+    batch = ShuffledWindows(tokens(50), 5, rows, seed=0).batch(0)
     parts = batch.split(size)
     assert all(len(part.inputs) <= size for part in parts)
     assert torch.equal(torch.cat([part.inputs for part in parts]), batch.inputs)

@@ -63,7 +63,7 @@ def test_a_run_leaves_all_that_other_commands_need(here, capsys):
 def test_a_second_run_with_the_default_name_gets_a_number(here):
     assert train(steps=1) == 0
     assert train(steps=1) == 0
-    assert sorted(p.name for p in (here / "runs").iterdir()) == ["gpt-mini-my", "gpt-mini-my-2"]
+    assert sorted(p.name for p in (here / "runs").iterdir()) == ["gpt-micro-my", "gpt-micro-my-2"]
 
 
 def test_a_pipe_gets_lines_that_can_be_searched(here, capsys):

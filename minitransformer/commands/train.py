@@ -108,14 +108,18 @@ def _check_changes(old: RunConfig, new: RunConfig) -> None:
 
 
 def _parse(arguments: Sequence[str], config: RunConfig) -> Options:
-    sizes = "\n".join(f"  {name:12}{_count_parameters(run.model) / 1e6:8.2f}M" for name, run in PRESETS.items())
     return parse(
         Options,
         arguments,
         default=Options(config.model, config.data, config.training),
         prog="train.py [PRESET]",
-        description=f"Train a model, or resume a run.\n\nPresets (default: {DEFAULT}) and their parameters:\n{sizes}",
+        description=_describe_presets() if {"-h", "--help"} & set(arguments) else "",
     )
+
+
+def _describe_presets() -> str:
+    sizes = "\n".join(f"  {name:12}{_count_parameters(run.model) / 1e6:8.2f}M" for name, run in PRESETS.items())
+    return f"Train a model, or resume a run.\n\nPresets (default: {DEFAULT}) and their parameters:\n{sizes}"
 
 
 def _count_parameters(model: ModelConfig) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated
 
 from typing_extensions import Doc
@@ -100,22 +100,26 @@ class ModelConfig:
         return self.head_dim or self.d_model // self.num_heads
 
 
-GPT2 = ModelConfig(
-    d_model=768,
-    num_layers=12,
-    num_heads=12,
-    context_length=1024,
-    vocab_size=50257,
-    positions="learned",
-    bias=True,
-    dropout=0.1,
-)
+MODERN = ModelConfig(feedforward="squared-relu", qk_norm=True, tied_embeddings=False, init="zero-output")
 
 PRESETS: dict[str, ModelConfig] = {
-    "gpt-nano": ModelConfig(d_model=64, num_layers=3, num_heads=4, context_length=128),
-    "gpt-micro": ModelConfig(d_model=128, num_layers=4, num_heads=4, context_length=128),
-    "gpt-mini": ModelConfig(d_model=256, num_layers=4, num_heads=4, context_length=256),
-    "gpt-small": ModelConfig(d_model=384, num_layers=6, num_heads=6, context_length=256),
-    "gpt-medium": ModelConfig(d_model=512, num_layers=8, num_heads=8, context_length=512),
-    "gpt2-124m": GPT2,
+    "gpt-nano": replace(MODERN, d_model=64, num_layers=3, num_heads=4, context_length=128),
+    "gpt-micro": replace(MODERN, d_model=128, num_layers=4, num_heads=4, context_length=128),
+    "gpt-mini": replace(MODERN, d_model=256, num_layers=4, num_heads=4, context_length=256),
+    "gpt-small": replace(MODERN, d_model=384, num_layers=6, num_heads=6, context_length=256),
+    "gpt-medium": replace(MODERN, d_model=512, num_layers=8, num_heads=8, context_length=512),
+    "gpt2-124m": ModelConfig(
+        d_model=768,
+        num_layers=12,
+        num_heads=12,
+        context_length=1024,
+        vocab_size=50257,
+        positions="learned",
+        bias=True,
+        dropout=0.1,
+    ),
+    # The shape that nanoGPT's README trains on a CPU: characters, no biases, no dropout, exact GELU.
+    "nanogpt-cpu": ModelConfig(
+        d_model=128, num_layers=4, num_heads=4, context_length=64, positions="learned", feedforward="gelu"
+    ),
 }

@@ -1,9 +1,10 @@
-"""Windows of a token file: random ones to train on, all in order to evaluate on."""
+"""Windows of a token file: in random order to train on, one after the other to evaluate on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -44,9 +45,10 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class RandomWindows:
-    """Batches of windows that begin anywhere in `tokens` [tokens], each place as likely as any other.
+class ShuffledWindows:
+    """Epochs of windows of `tokens` [tokens]: side by side from a random beginning, in random order.
 
+    So every token is learned from as often as any other, but for up to two windows at the ends of an epoch.
     Raises `UserError` when `tokens` holds not one window of `context_length` + 1.
     """
 
@@ -62,12 +64,29 @@ class RandomWindows:
                 "choose a smaller --context-length, or give more text"
             )
 
+    @property
+    def windows_per_epoch(self) -> int:
+        return max(1, (len(self.tokens) - 1) // self.context_length - 1)
+
     def batch(self, index: int) -> Batch:
         """Batch number `index`: a function of seed and index alone, so a run resumes, or skips, at any of them."""
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, index])))
-        starts = generator.integers(len(self.tokens) - self.context_length, size=(self.batch_size, 1))
+        epochs, places = np.divmod(index * self.batch_size + np.arange(self.batch_size), self.windows_per_epoch)
+        starts = np.empty((self.batch_size, 1), np.int64)
+        for epoch in np.unique(epochs):
+            inside = epochs == epoch
+            room = len(self.tokens) - self.windows_per_epoch * self.context_length
+            order = _epoch_starts(self.windows_per_epoch, self.context_length, room, self.seed, int(epoch))
+            starts[inside, 0] = order[places[inside]]
         windows = torch.from_numpy(self.tokens[starts + np.arange(self.context_length + 1)].astype(np.int64))
         return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+
+
+@lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+def _epoch_starts(count: int, length: int, room: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Where the windows of an epoch begin, in the order in which they come: the first of them below `room`."""
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
+    beginning = generator.integers(room)
+    return beginning + length * generator.permutation(count)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitransformer.registry import Registered
-from minitransformer.text.batches import IGNORE, Batch, RandomWindows, SequentialWindows
+from minitransformer.text.batches import IGNORE, Batch, SequentialWindows, ShuffledWindows
 from minitransformer.text.prepare import PreparedText
 
 
@@ -35,7 +35,7 @@ class Causal(Objective, name="causal"):
     """−Σ log p(token | tokens before it). Bengio et al. 2003, section 2; Radford et al. 2018, equation 1."""
 
     def training_batch(self, index: int, size: int) -> Batch:
-        return RandomWindows(self.text.train, self.context_length, size, self.seed).batch(index)
+        return ShuffledWindows(self.text.train, self.context_length, size, self.seed).batch(index)
 
     def validation_batches(self, size: int) -> Iterable[Batch]:
         return SequentialWindows(self.text.validation, self.context_length, size)

@@ -1,0 +1,39 @@
+"""The rooms of the package: imports point one way, and the first output does not wait for what it does not need."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minitransformer
+
+PACKAGE = Path(minitransformer.__file__).parent
+# Each room, and the rooms that it may import from; modules beside the rooms (errors, registry, files) serve all.
+ROOMS = {
+    "architecture": set(),
+    "models": {"architecture"},
+    "text": set(),
+    "training": {"architecture", "models", "text", "runs"},
+    "generation": {"architecture", "models", "text"},
+    "commands": {"models", "text", "training", "generation", "runs"},
+}
+SHARED = {"errors", "registry", "files"}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {module.split(".")[1] for module in modules if module.startswith("minitransformer.")}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_one_way(room: str) -> None:
+    for path in (PACKAGE / room).rglob("*.py"):
+        assert imported_rooms(path) <= ROOMS[room] | SHARED | {room}, path
+
+
+def test_preparing_text_needs_no_torch() -> None:
+    code = "import sys, minitransformer.text.prepare, minitransformer.text.corpora; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
