@@ -103,8 +103,8 @@ class ModelConfig:
 MODERN = ModelConfig(feedforward="squared-relu", qk_norm=True, tied_embeddings=False, init="zero-output")
 
 PRESETS: dict[str, ModelConfig] = {
-    "gpt-nano": replace(MODERN, d_model=64, num_layers=3, num_heads=4, context_length=128),
-    "gpt-micro": replace(MODERN, d_model=128, num_layers=4, num_heads=4, context_length=128),
+    "gpt-nano": replace(MODERN, d_model=64, num_layers=3, num_heads=4, context_length=256),
+    "gpt-micro": replace(MODERN, d_model=128, num_layers=4, num_heads=4, context_length=256),
     "gpt-mini": replace(MODERN, d_model=256, num_layers=4, num_heads=4, context_length=256),
     "gpt-small": replace(MODERN, d_model=384, num_layers=6, num_heads=6, context_length=256),
     "gpt-medium": replace(MODERN, d_model=512, num_layers=8, num_heads=8, context_length=512),

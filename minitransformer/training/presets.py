@@ -8,16 +8,16 @@ from minitransformer.training.config import DataConfig, RunConfig, TrainingConfi
 DEFAULT = "gpt-micro"
 
 SHORT = TrainingConfig(
-    steps=900,
-    batch_size=8,
+    steps=750,
+    batch_size=4,
     optimizer="muon",
     lr=0.03,
     embedding_lr=0.03,
     momentum=0.9,
     schedule="linear",
     warmup_steps=10,
-    eval_every=300,
-    save_every=300,
+    eval_every=250,
+    save_every=250,
 )
 LONGER = TrainingConfig(
     steps=3000, batch_size=16, optimizer="muon", lr=0.02, embedding_lr=0.01, schedule="wsd", warmup_steps=100
@@ -41,6 +41,15 @@ PRESETS: dict[str, RunConfig] = {
     "nanogpt-cpu": RunConfig(
         MODELS["nanogpt-cpu"],
         DataConfig(data="shakespeare", tokenizer="chars"),
-        TrainingConfig(steps=2000, batch_size=12, lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99, save_every=500),
+        TrainingConfig(
+            steps=2000,
+            batch_size=12,
+            lr=1e-3,
+            min_lr=1e-4,
+            schedule="wsd",
+            warmup_steps=100,
+            beta2=0.99,
+            save_every=500,
+        ),
     ),
 }
