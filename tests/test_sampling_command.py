@@ -206,6 +206,6 @@ def test_a_reader_that_leaves_ends_it_quietly(runs: Path) -> None:
     assert process.stderr is not None
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=60) in (0, 1)  # 0 if the model has ended its text before the reader left
     assert b"Traceback" not in err
     assert b"BrokenPipe" not in err

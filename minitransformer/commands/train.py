@@ -55,6 +55,7 @@ def _begin(arguments: Sequence[str]) -> int:
     named = bool(arguments) and not arguments[0].startswith("-")
     preset = arguments[0] if named else DEFAULT
     options = _parse(arguments[named:], lookup("preset", preset, PRESETS))
+    print(f"preset     {preset}", flush=True)  # what follows has to load more of torch first
     if options.checkpoint is not None:
         raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume")
     path = options.out or free_run_path(f"{preset}-{Path(options.data.data).stem.strip('*') or 'data'}")
