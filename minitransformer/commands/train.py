@@ -136,7 +136,7 @@ def _prepare(config: RunConfig, tokenizer: str | Tokenizer) -> PreparedText:
         validation_fraction=config.data.validation_fraction,
         context_length=config.model.context_length,
     )
-    print(f"data       {config.data.data}: {text.summary()}", flush=True)
+    print(f"data       {config.data.data}\n{text.summary()}", flush=True)
     return text
 
 

@@ -77,12 +77,15 @@ class SelfAttention(nn.Module):
         self.normalised = not isinstance(full.query_norm, nn.Identity)
 
     def forward(self, x: Tensor, *, view: AttentionView, cache: LayerCache | None = None) -> Tensor:
-        heads = self.project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # batch, heads, length, head_dim
-        q, k, v = heads.split(self.heads, dim=1)
+        # `view` and `split_with_sizes` go straight to their kernels; `unflatten` and `split` pass through Python first.
+        heads = self.project(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # batch, heads, length, head_dim
+        q, k, v = heads.split_with_sizes(self.heads, dim=1)
         if self.normalised:
             q, k = view.rotate(self.query_norm(q)), view.rotate(self.key_norm(k))
         elif view.rotate is not identity:
-            q, k = view.rotate(heads[:, : -self.heads[2]]).split(self.heads[:2], dim=1)  # at once: half the steps
+            q, k = view.rotate(heads[:, : -self.heads[2]]).split_with_sizes(
+                self.heads[:2], dim=1
+            )  # at once: half the steps
         if cache is not None:
             k, v = cache.append(k, v)
         attended = self.kernel(q, k, v, causal=view.causal, mask=view.mask, bias=view.bias, scale=self.scale)

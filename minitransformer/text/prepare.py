@@ -55,13 +55,14 @@ class PreparedText:
     split: str
 
     def summary(self) -> str:
-        """One line to print."""
+        """Three lines to print, of less than 80 columns."""
         how = {"documents": "split by document", "contiguous": "split in one place"}[self.split]
+        train, validation = self.train_bytes / 1e6, self.validation_bytes / 1e6
         return (
-            f"{self.tokenizer.name} tokenizer, {self.tokenizer.vocab_size:,} tokens; "
-            f"train {len(self.train):,} tokens ({self.train_bytes / 1e6:.1f} MB, {self.train_documents:,} documents), "
-            f"validation {len(self.validation):,} ({self.validation_bytes / 1e6:.1f} MB, "
-            f"{self.validation_documents:,} documents), {how}"
+            f"tokens     {self.tokenizer.name} tokenizer, {self.tokenizer.vocab_size:,} tokens, {how}\n"
+            f"train      {len(self.train):,} tokens from {train:.1f} MB, documents: {self.train_documents:,}\n"
+            f"validation {len(self.validation):,} tokens from {validation:.1f} MB, "
+            f"documents: {self.validation_documents:,}"
         )
 
 

@@ -61,7 +61,7 @@ def _choose_precision(device: torch.device, name: str) -> tuple[str, str]:
         return "fp16", "this GPU has no bf16"
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return "bf16", "this processor multiplies it fastest"
-    return "fp32", "no bf16 arithmetic on this processor" if device.type == "cpu" else "bf16 gains nothing here"
+    return "fp32", "this processor has no bf16" if device.type == "cpu" else "bf16 gains nothing here"
 
 
 def _choose_compile(device: torch.device, choice: str, run_flops: float) -> tuple[bool, str]:
@@ -74,7 +74,7 @@ def _choose_compile(device: torch.device, choice: str, run_flops: float) -> tupl
     if choice == "on":
         return True, "as asked"
     pays = run_flops > COMPILE_PAYS_AFTER_FLOPS[device.type]
-    return pays, "the run is long enough to gain from it" if pays else "the run is too short to gain from it"
+    return pays, "the run is long" if pays else "the run is short"
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
