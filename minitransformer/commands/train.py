@@ -161,7 +161,7 @@ def _train(run: Run, text: PreparedText, checkpoint: Path | None) -> int:
             trainer.restore(checkpoint)
         try:
             trainer.train()
-            if stop.signal is None:
+            if stop.signal is None and not config.sample_at_eval:  # else the last validation has printed one
                 trainer.write_sample()
         except NonFiniteTraining as error:
             log.line(f"error: {error}")
