@@ -143,11 +143,14 @@ def run(here, capsys):
     return here / "run"
 
 
-def test_resuming_extends_the_steps(run, capsys):
+def test_resuming_extends_the_steps_and_clears_what_a_killed_run_left(run, capsys):
+    (run / "checkpoints/step-000008-cut.partial").mkdir()
+    (run / "checkpoints/.latest-1.partial").symlink_to("step-000006")
     assert main(["--resume", "run", "--steps", "9"]) == 0
     assert "changed    steps 6 -> 9" in capsys.readouterr().out
     assert Run.open(run).config.training.steps == 9
     assert (run / "checkpoints/latest").resolve().name == "step-000009"
+    assert not list(run.rglob("*.partial"))
 
 
 @pytest.mark.parametrize(

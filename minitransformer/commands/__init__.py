@@ -41,6 +41,6 @@ def parse(options: type[Options], arguments: Sequence[str], *, default: Options 
         options,
         args=list(arguments),
         default=tyro.MISSING_NONPROP if default is None else default,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        config=(tyro.conf.OmitArgPrefixes,),
         **about,  # type: ignore[call-overload]
     )

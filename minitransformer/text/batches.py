@@ -39,10 +39,6 @@ class Batch:
         pairs = zip(self.inputs.split(size), self.targets.split(size), strict=True)
         return [type(self)(inputs, targets) for inputs, targets in pairs]
 
-    def pin_memory(self) -> Self:
-        """The same batch in page-locked memory, from which copies to a GPU need not be waited for."""
-        return type(self)(self.inputs.pin_memory(), self.targets.pin_memory())
-
 
 @dataclass(frozen=True)
 class ShuffledWindows:

@@ -131,7 +131,9 @@ def choose_checkpoint(folder: Path, name: str | None = None) -> Path:
 
 
 def remove_old_checkpoints(folder: Path, keep_last: int) -> None:
-    """Remove all checkpoints but the newest `keep_last`, the best and the latest."""
+    """Remove all checkpoints but the newest `keep_last`, the best and the latest, and what a kill left partial."""
+    for partial in folder.glob("*.partial"):
+        partial.unlink() if partial.is_symlink() else shutil.rmtree(partial)
     kept = {(folder / link).resolve().name for link in ("best", "latest") if (folder / link).exists()}
     for path in checkpoints_in(folder)[:-keep_last]:
         if path.name not in kept:
