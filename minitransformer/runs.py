@@ -16,7 +16,7 @@ import torch
 
 from minitransformer import files
 from minitransformer.errors import UserError
-from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.model import Model, build_model
 from minitransformer.text.prepare import PreparedText
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import choose_checkpoint, load_model_weights
@@ -82,12 +82,12 @@ class Run:
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
 
-    def load_model(self, checkpoint: str | None = None, device: str = "cpu") -> DecoderLM:
+    def load_model(self, checkpoint: str | None = None, device: str = "cpu") -> Model:
         """The model of this run, ready to be evaluated, from `checkpoint`: by default the best one."""
         if checkpoint is None and (self.checkpoints / "best").exists():
             checkpoint = "best"
         chosen = choose_checkpoint(self.checkpoints, checkpoint)
-        model = DecoderLM(self.config.model)
+        model = build_model(self.config.model)
         load_model_weights(chosen, model)
         return model.to(device).eval()
 

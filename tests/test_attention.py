@@ -14,8 +14,10 @@ from torch import Tensor
 
 from minitransformer.architecture.attention import (
     KERNELS,
+    QK_NORMS,
     AttentionView,
     MultiHeadAttention,
+    PerHead,
     attention_weights,
     fastest_attention,
     fused_attention,
@@ -221,17 +223,23 @@ def by_parts(module: MultiHeadAttention, x: Tensor, memory: Tensor, view: Attent
         rows = slice(head * d, (head + 1) * d)
         return source @ layer.weight[rows].T + (0 if layer.bias is None else layer.bias[rows])
 
+    def per_head(norm: torch.nn.Module) -> torch.nn.Module:
+        return norm.norm if isinstance(norm, PerHead) else norm
+
     outputs = []
     for head in range(heads):
-        q = view.rotate(module.query_norm(project(module.query, x, head))[:, None])
-        k = view.rotate(module.key_norm(project(module.key, memory, head // shared))[:, None])
+        q = view.rotate(per_head(module.query_norm)(project(module.query, x, head))[:, None])
+        k = view.rotate(per_head(module.key_norm)(project(module.key, memory, head // shared))[:, None])
         v = project(module.value, memory, head // shared)[:, None]
         bias = None if view.bias is None else view.bias[:, head, None]
-        scale = module.scale
+        options = {"scale": module.scale, "softcap": module.softcap}
         outputs.append(
-            scaled_dot_product_attention(q, k, v, causal=view.causal, mask=view.mask, bias=bias, scale=scale)[:, 0]
+            scaled_dot_product_attention(q, k, v, causal=view.causal, mask=view.mask, bias=bias, **options)[:, 0]
         )
     return torch.cat(outputs, -1) @ module.output.weight.T + (0 if module.output.bias is None else module.output.bias)
+
+
+norm_of_each_head = QK_NORMS["head"](RMSNorm, 2)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -244,9 +252,10 @@ def by_parts(module: MultiHeadAttention, x: Tensor, memory: Tensor, view: Attent
         (4, {"bias": False}),
         (4, {"scale": 1.0}),
         (3, {"head_dim": 5}),
-        (4, {"make_norm": RMSNorm}),
+        (4, {"make_norm": norm_of_each_head}),
+        (4, {"softcap": 0.5}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, int) else "-".join(value),
 )
 @pytest.mark.parametrize("crossing", [False, True], ids=["self", "cross"])
 def test_multi_head_attention_is_its_heads_side_by_side(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minitransformer.architecture.attention import AttentionView, MultiHeadAttention
-from minitransformer.architecture.block import Stack, TransformerBlock
+from minitransformer.architecture.block import BlockParts, Stack, TransformerBlock
 from minitransformer.architecture.feedforward import FEEDFORWARDS
 from minitransformer.architecture.norms import LayerNorm
 from minitransformer.architecture.positions import PositionScheme, token_positions
@@ -47,7 +47,8 @@ def test_a_block_is_attention_and_then_feed_forward_each_in_its_residual_connect
         asked.append(sublayer)
         return PreLN(lambda: LayerNorm(8), 0.0, Place(0, 1, sublayer))
 
-    block = shake(TransformerBlock(MultiHeadAttention(8, 2), FEEDFORWARDS["gelu"](8), make_residual))
+    parts = BlockParts(MultiHeadAttention(8, 2), FEEDFORWARDS["gelu"](8), make_residual, lambda: LayerNorm(8))
+    block = shake(TransformerBlock(parts))
     x, view = torch.randn(2, 5, 8), AttentionView(causal=True)
     middle = x + block.attention(block.attention_residual.norm(x), view=view)
     expected = middle + block.feedforward(block.feedforward_residual.norm(middle))
@@ -137,7 +138,7 @@ def test_every_choice_of_a_config_reaches_its_part() -> None:
         positions="learned",
         feedforward="swiglu",
         bias=False,
-        qk_norm=True,
+        qk_norm="head",
         attention_scale=0.5,
         attention_window=4,
         attention_kernel="by-hand",
@@ -145,14 +146,14 @@ def test_every_choice_of_a_config_reaches_its_part() -> None:
     )
     stack = build_stack(config, causal=True)
     assert len(stack.blocks) == 3
-    assert (stack.causal, stack.window, stack.dropout.p) == (True, 4, 0.125)
+    assert (stack.causal, stack.windows, stack.dropout.p) == (True, [4, 4, 4], 0.125)
     assert stack.positions.table.weight.shape == (9, 12)
     assert not any(name.endswith("bias") for name, _ in stack.named_parameters())
     for block in stack.blocks:
         attention = block.attention
         assert attention.query.weight.shape == (24, 12)
         assert attention.key.weight.shape == attention.value.weight.shape == (12, 12)
-        assert attention.query_norm.weight.shape == attention.key_norm.weight.shape == (6,)
+        assert attention.query_norm.norm.weight.shape == attention.key_norm.norm.weight.shape == (6,)
         assert (attention.scale, attention.dropout) == (0.5, 0.125)
         assert attention.kernel.__name__ == "scaled_dot_product_attention"
         assert block.feedforward.gate.weight.shape == (20, 12)

@@ -79,7 +79,7 @@ VARIANTS: list[dict[str, Any]] = [
     *({"num_kv_heads": heads} for heads in (1, 2)),
     *({"attention_window": window} for window in (1, 3, LENGTH)),
     *({"attention_kernel": kernel} for kernel in ("by-hand", "fused")),
-    {"qk_norm": True, "bias": True, "scaled_embeddings": True, "head_dim": 6, "attention_scale": 0.7},
+    {"qk_norm": "head", "bias": True, "scaled_embeddings": True, "head_dim": 6, "attention_scale": 0.7},
     {"attention_window": 3, "num_kv_heads": 2, "positions": "t5", "residual": "residual"},
 ]
 every_variant = pytest.mark.parametrize("choices", VARIANTS, ids=str)

@@ -19,7 +19,8 @@ from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
-from minitransformer.models.decoder import DecoderLM, count_parameters
+from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.model import count_parameters
 
 VARIANTS: list[dict[str, Any]] = [
     *(
@@ -29,7 +30,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"num_kv_heads": 2},
     {"num_kv_heads": 1, "attention_kernel": "by-hand"},
     {"attention_window": 3},
-    {"qk_norm": True, "norm": "rms", "feedforward": "swiglu"},
+    {"qk_norm": "head", "norm": "rms", "feedforward": "swiglu"},
 ]
 every_variant = pytest.mark.parametrize("choices", VARIANTS, ids=str)
 
@@ -133,7 +134,7 @@ def test_parameters_counted_without_weights_are_those_of_the_formula_and_of_the_
     d, vocabulary, bias = config.d_model, 300, int(config.bias)
     linears = 4 * (d * d + bias * d) + 2 * 4 * d * d + bias * (4 * d + d)
     norms = (2 * config.num_layers + 1) * (d + bias * d)
-    norms += config.qk_norm * config.num_layers * 2 * config.features_per_head
+    norms += (config.qk_norm == "head") * config.num_layers * 2 * config.features_per_head
     tables = vocabulary * d * (1 if config.tied_embeddings else 2)
     table = config.context_length * d if config.positions == "learned" else 0
     assert count_parameters(config) == tables + table + config.num_layers * linears + norms

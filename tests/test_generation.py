@@ -13,13 +13,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minitransformer.architecture.block import Block
 from minitransformer.architecture.feedforward import FEEDFORWARDS
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
 from minitransformer.generation.decode import CachedReader, draw, generate, sample_text, uniform_draws, window_length
-from minitransformer.generation.lean import lean
 from minitransformer.generation.processors import (
     MinP,
     RepetitionPenalty,
@@ -28,6 +28,7 @@ from minitransformer.generation.processors import (
     TopK,
     TopP,
 )
+from minitransformer.generation.recording import Recorded, for_single_rows
 from minitransformer.generation.streaming import TextStream, stream_text
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.tokenizers import Tokenizer
@@ -226,7 +227,7 @@ def run(model: DecoderLM, prompt: list[int], *, cached: bool = True, **settings:
 def test_cached_decoding_is_uncached_decoding_even_past_the_context(
     tiny_decoder: MakeDecoder, positions: str, temperature: float
 ) -> None:
-    for choices in ({}, {"num_kv_heads": 2, "qk_norm": True, "attention_window": 5}):
+    for choices in ({}, {"num_kv_heads": 2, "qk_norm": "head", "attention_window": 5}):
         model = tiny_decoder(positions=positions, context_length=8, **choices)
         settings = {"temperature": temperature, "num_samples": 2, "max_new_tokens": 14}
         for prompt in ([1, 2, 3], list(range(11)) * 2):  # shorter and longer than the context
@@ -328,7 +329,7 @@ def test_an_empty_prompt_is_refused(tiny_decoder: MakeDecoder) -> None:
         run(tiny_decoder(), [])
 
 
-# The lean copy
+# The recorded step
 
 
 @pytest.mark.parametrize(
@@ -337,36 +338,55 @@ def test_an_empty_prompt_is_refused(tiny_decoder: MakeDecoder) -> None:
         *({"positions": name} for name in PositionScheme.registry),
         *({"residual": name} for name in Residual.registry),
         *({"feedforward": name} for name in FEEDFORWARDS),
-        *({"norm": name, "qk_norm": True} for name in Norm.registry),
-        {"num_kv_heads": 1, "qk_norm": True},
+        *({"norm": name, "qk_norm": "head"} for name in Norm.registry),
+        *({"block": name} for name in Block.registry),
+        {"num_kv_heads": 1, "qk_norm": "full"},
         {"num_kv_heads": 2, "head_dim": 6, "attention_scale": 1.0},
         {"bias": True, "tied_embeddings": False, "scaled_embeddings": True, "attention_window": 3},
-        {"attention_kernel": "by-hand"},
+        {"attention_window": 4, "window_pattern": (False, True), "attention_softcap": 2.0, "logit_softcap": 3.0},
+        {"rotary_fraction": 0.5, "rotary_scaling": "llama3", "rotary_factor": 4.0, "rotary_original_length": 8},
+        {"num_experts": 3, "feedforward": "swiglu"},
+        {"head": "transformed", "head_bias": True, "logit_scale": 0.5, "embedding_norm": True},
+        {"embedding_dim": 6},
+        {"attention_kernel": "by-hand", "num_kv_heads": 2},
     ],
     ids=str,
 )
-def test_the_lean_copy_is_the_model(tiny_decoder: MakeDecoder, choices: dict[str, Any]) -> None:
+def test_what_is_replayed_is_what_the_model_says(tiny_decoder: MakeDecoder, choices: dict[str, Any]) -> None:
     model = tiny_decoder(dropout=0.5, **choices)
-    tokens = torch.randint(11, (2, 9))
-    copy, cache = lean(model), model.new_cache()
+    tokens = torch.randint(11, (2, 25))
+    tokens[:, :3] = tokens[0, :3]
     with torch.no_grad():
-        torch.testing.assert_close(copy(tokens), model(tokens))
-        pieces = [copy(tokens[:, :4], cache=cache), copy(tokens[:, 4:5], cache=cache), copy(tokens[:, 5:], cache=cache)]
-        torch.testing.assert_close(torch.cat(pieces, 1), model(tokens))
+        reader, expected = CachedReader(model, 32), model(tokens)
+        for length in range(3, 26):
+            torch.testing.assert_close(reader(tokens[:, :length]), expected[:, length - 1])
 
 
-def test_the_lean_copy_leaves_modules_with_hooks_and_unknown_linear_maps_alone(tiny_decoder: MakeDecoder) -> None:
+def test_a_step_is_recorded_when_it_comes_again_and_each_shape_has_its_own() -> None:
+    calls = []
+
+    def step(a: Tensor, b: Tensor) -> Tensor:
+        calls.append(a.shape)
+        return a + b
+
+    recorded = Recorded(step)
+    for size in (2, 3):
+        for number in range(4):
+            assert torch.equal(recorded(torch.ones(size), torch.tensor([number])), torch.full((size,), 1.0 + number))
+    assert calls == [(2,), (2,), (3,), (3,)]
+
+
+def test_linear_maps_with_hooks_or_a_forward_of_their_own_keep_them(tiny_decoder: MakeDecoder) -> None:
     class Doubled(torch.nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
     model = tiny_decoder(feedforward="relu")
-    up = model.stack.blocks[0].feedforward.up
-    up.__class__ = Doubled
-    model.stack.blocks[1].register_forward_hook(lambda module, args, output: output * 3)
+    model.stack.blocks[0].feedforward.up.__class__ = Doubled
+    model.stack.blocks[1].feedforward.up.register_forward_hook(lambda module, args, output: output * 3)
     tokens = torch.randint(11, (1, 6))
     with torch.no_grad():
-        torch.testing.assert_close(lean(model)(tokens), model(tokens))
+        torch.testing.assert_close(for_single_rows(model)(tokens), model(tokens))
 
 
 def test_the_reader_repeats_its_cache_exactly(tiny_decoder: MakeDecoder) -> None:

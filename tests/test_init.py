@@ -68,7 +68,7 @@ def test_every_weight_has_the_stated_standard_deviation(name: str) -> None:
 
 @every_scheme
 def test_biases_start_at_zero_and_norms_as_identity(name: str) -> None:
-    for module in model_of(name, qk_norm=True).modules():
+    for module in model_of(name, qk_norm="head").modules():
         if isinstance(module, nn.Linear) and module.bias is not None:
             assert not module.bias.any()
         if isinstance(module, Norm):

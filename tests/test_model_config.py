@@ -25,6 +25,20 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"dropout": -0.1}, "dropout is -0.1: it must be at least 0 and below 1"),
     ({"dropout": float("nan")}, "dropout is nan: it must be at least 0 and below 1"),
     ({"norm_eps": 0.0}, "norm_eps is 0.0: it must be above 0"),
+    ({"rotary_fraction": 1.5}, "rotary_fraction is 1.5: it must be above 0 and at most 1"),
+    (
+        {"num_experts": 2, "experts_per_token": 3},
+        "experts_per_token 3 is more than num_experts 2: lower it",
+    ),
+    (
+        {"block": "parallel-two-norms", "residual": "post"},
+        "block 'parallel-two-norms' is Pre-LN, and residual is 'post': choose 'pre'",
+    ),
+    (
+        {"topology": "encoder-classifier"},
+        "topology is 'encoder-classifier' and num_classes None: an encoder-classifier, and no other, has classes",
+    ),
+    ({"window_pattern": ()}, "window_pattern is empty: say for at least one layer whether it has the window"),
 ]
 
 
@@ -47,7 +61,11 @@ def test_every_size_must_be_at_least_one(name: str, value: int) -> None:
 
 
 def test_sizes_are_all_there() -> None:
-    expected = "d_model num_layers num_heads num_kv_heads head_dim d_ff context_length vocab_size attention_window"
+    expected = (
+        "d_model num_layers num_decoder_layers num_heads num_kv_heads head_dim d_ff context_length vocab_size "
+        "target_vocab_size num_segments num_classes rotary_original_length t5_buckets t5_max_distance num_experts "
+        "experts_per_token attention_window embedding_dim"
+    )
     assert expected.split() == WHOLE
 
 

@@ -46,7 +46,21 @@ def residual(x: Tensor, sublayers: Sublayers, norms: list[NormFunction], final: 
     return x + final(torch.stack(branches).sum(0))
 
 
-RECURRENCES = {"post": post, "pre": pre, "residual": residual}
+def sandwich(x: Tensor, sublayers: Sublayers, norms: list[NormFunction], final: NormFunction | None) -> Tensor:
+    for f, before, after in zip(sublayers, norms[::2], norms[1::2], strict=True):
+        x = x + after(f(before(x)).tanh())
+    assert final is not None
+    return final(x)
+
+
+def olmo2(x: Tensor, sublayers: Sublayers, norms: list[NormFunction], final: NormFunction | None) -> Tensor:
+    for f, norm in zip(sublayers, norms, strict=True):
+        x = x + norm(f(x).tanh())
+    assert final is not None
+    return final(x)
+
+
+RECURRENCES = {"post": post, "pre": pre, "sandwich": sandwich, "olmo2": olmo2, "residual": residual}
 every_placement = pytest.mark.parametrize("name", RECURRENCES)
 
 
@@ -86,7 +100,7 @@ def test_a_placement_is_its_recurrence_in_values_and_gradients(name: str, shake:
     connections = shake(Connections(name)).double()
     x = torch.randn(2, 3, 6).double().requires_grad_()
     final = by_hand(connections.final_norm) if connections.placement.has_final_norm else None
-    norms = [by_hand(connection.norm) for connection in connections.residuals]
+    norms = [by_hand(norm) for norm in connections.residuals.modules() if isinstance(norm, LayerNorm)]
     actual = connections(x)
     expected = RECURRENCES[name](x, list(connections.sublayers), norms, final)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
@@ -135,7 +149,7 @@ def test_there_is_one_final_norm_where_the_equation_has_one(name: str) -> None:
     config = ModelConfig(d_model=16, num_layers=3, num_heads=4, residual=name, norm="rms")
     stack = build_stack(config, causal=True)
     norms = sum(isinstance(module, RMSNorm) for module in stack.modules())
-    assert norms == 2 * 3 + (name in ("pre", "residual"))
+    assert norms == (4 if name == "sandwich" else 2) * 3 + (name != "post")
 
 
 @every_placement

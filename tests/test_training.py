@@ -113,7 +113,7 @@ def test_only_matrices_decay():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_optimizer_updates_every_weight_once(name, tied):
-    model = DecoderLM(replace(TINY.model, tied_embeddings=tied, bias=True, positions="learned", qk_norm=True))
+    model = DecoderLM(replace(TINY.model, tied_embeddings=tied, bias=True, positions="learned", qk_norm="head"))
     updated = [id(p) for o in build_optimizers(name, model, SETTINGS) for g in o.param_groups for p in g["params"]]
     assert sorted(updated) == sorted(id(p) for p in model.parameters())
 

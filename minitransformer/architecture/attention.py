@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from minitransformer.architecture.cache import LayerCache
+from minitransformer.architecture.cache import AttentionCache, KeysAndValues
 from minitransformer.architecture.linear import OutputProjection
 from minitransformer.architecture.masks import causal_mask
 
@@ -24,6 +25,7 @@ def attention_weights(
     mask: Bool[Tensor, "#batch #heads #query key"] | None = None,
     bias: Float[Tensor, "#batch #heads #query key"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "batch heads query key"]:
     """softmax(Q Kᵀ · scale + bias) over the keys that a query may attend to: each row sums to 1.
 
@@ -31,7 +33,9 @@ def attention_weights(
     Vaswani et al. 2017 (arXiv 1706.03762), section 3.2.1.
     """
     scale = q.size(-1) ** -0.5 if scale is None else scale
-    scores = (q * scale) @ repeat_heads(k, q.size(1)).transpose(-2, -1)
+    scores = (q * scale) @ repeat_heads(k, int(q.size(1))).transpose(-2, -1)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if bias is not None:
         scores = scores + bias
     allowed = _allowed(q, k, causal, mask)
@@ -51,17 +55,19 @@ def scaled_dot_product_attention(
     mask: Bool[Tensor, "#batch #heads #query key"] | None = None,
     bias: Float[Tensor, "#batch #heads #query key"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """softmax(Q Kᵀ · scale + bias) V over the keys that `mask` and `causal` allow (True = may attend).
 
     `scale` defaults to head_dim^-1/2. With `causal`, the last query is aligned with the last key. A query that may
     attend to nothing gets zeros. `heads` is a multiple of `kv_heads`: neighbouring query heads share a key head.
+    `softcap` c bounds scaled scores s, before the bias, by c · tanh(s / c).
     Vaswani et al. 2017 (arXiv 1706.03762), equation 1; `bias` as in T5 (1910.10683) and ALiBi (2108.12409);
-    shared heads: Ainslie et al. 2023 (2305.13245).
+    shared heads: Ainslie et al. 2023 (2305.13245); `softcap`: Gemma 2 (2408.00118), section 2.
     """
-    weights = attention_weights(q, k, causal=causal, mask=mask, bias=bias, scale=scale)
-    return F.dropout(weights, dropout).to(v.dtype) @ repeat_heads(v, q.size(1))
+    weights = attention_weights(q, k, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap)
+    return F.dropout(weights, dropout).to(v.dtype) @ repeat_heads(v, int(q.size(1)))
 
 
 def fused_attention(
@@ -73,9 +79,17 @@ def fused_attention(
     mask: Bool[Tensor, "#batch #heads #query key"] | None = None,
     bias: Float[Tensor, "#batch #heads #query key"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads query value_dim"]:
-    """`scaled_dot_product_attention` by torch's fused kernels: the same arguments, the same numbers, faster."""
+    """`scaled_dot_product_attention` by torch's fused kernels: the same arguments, the same numbers, faster.
+
+    torch has no kernel with `softcap`, which is computed by hand.
+    """
+    if softcap is not None:
+        return scaled_dot_product_attention(
+            q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout=dropout
+        )
     # torch aligns `is_causal` with the first key, which is right only for as many queries as keys.
     plain_causal = causal and mask is None and bias is None and q.size(-2) == k.size(-2)
     allowed = None if plain_causal else _allowed(q, k, causal, mask)
@@ -90,9 +104,10 @@ def fused_attention(
         dropout_p=dropout,
         is_causal=plain_causal,
         scale=scale,
-        enable_gqa=q.size(1) != k.size(1),
+        enable_gqa=bool(q.size(1) != k.size(1)),
     )
-    if _every_query_has_a_key(q, k, causal, mask):
+    # torch's kernels for CPUs give zeros themselves.
+    if q.device.type == "cpu" or _every_query_has_a_key(q, k, causal, mask):
         return attended
     has_a_key = _allowed(q, k, causal, mask).any(-1, keepdim=True)  # type: ignore[union-attr]
     return attended.masked_fill(~has_a_key, 0.0)
@@ -107,13 +122,14 @@ def fastest_attention(
     mask: Bool[Tensor, "#batch #heads #query key"] | None = None,
     bias: Float[Tensor, "#batch #heads #query key"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """Whichever of the two kernels is the faster one for these tensors."""
     # Measured: torch's fused CPU kernel is the faster one in float32, and five times slower than by hand in bfloat16.
     by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16
     kernel: AttentionKernel = scaled_dot_product_attention if by_hand else fused_attention
-    return kernel(q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, dropout=dropout)
+    return kernel(q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout=dropout)
 
 
 @runtime_checkable
@@ -130,6 +146,7 @@ class AttentionKernel(Protocol):
         mask: Tensor | None = None,
         bias: Tensor | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
         dropout: float = 0.0,
     ) -> Tensor: ...
 
@@ -145,7 +162,7 @@ def repeat_heads(
     x: Float[Tensor, "batch kv_heads length head_dim"], heads: int
 ) -> Float[Tensor, "batch heads length head_dim"]:
     """Each key (or value) head repeated for the query heads that share it."""
-    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
+    return x if x.size(1) == heads else x.repeat_interleave(heads // int(x.size(1)), dim=1)
 
 
 def _allowed(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor | None:
@@ -174,13 +191,32 @@ class AttentionView:
     rotate: Callable[[Tensor], Tensor] = identity
 
 
+class PerHead(nn.Module):
+    """A norm of the features of each head, for queries or keys that are not divided into heads yet."""
+
+    def __init__(self, norm: nn.Module, head_dim: int) -> None:
+        super().__init__()
+        self.norm, self.head_dim = norm, head_dim
+
+    def forward(self, x: Float[Tensor, "batch length features"]) -> Float[Tensor, "batch length features"]:
+        return self.norm(x.unflatten(-1, (-1, self.head_dim))).flatten(2)
+
+
+# For the norm of queries and keys: from a maker of norms and head_dim to a maker for a projection's features.
+QK_NORMS: dict[str, Callable[[Callable[[int], nn.Module], int], Callable[[int], nn.Module] | None]] = {
+    "none": lambda make_norm, head_dim: None,
+    "head": lambda make_norm, head_dim: lambda features: PerHead(make_norm(head_dim), head_dim),
+    "full": lambda make_norm, head_dim: make_norm,
+}
+
+
 class MultiHeadAttention(nn.Module):
     """Concat(head₁, …, head_h) W_O with head_i = Attention(x W_Qᵢ, m W_Kᵢ, m W_Vᵢ), where m is `memory` or x itself.
 
     Fewer key and value heads than query heads are shared by neighbouring query heads: `num_kv_heads=1` is multi-query
     attention (Shazeer 2019, arXiv 1911.02150), others are grouped (Ainslie et al. 2023, arXiv 2305.13245). `make_norm`
-    makes a norm of head_dim features for every query and key (QK-norm: Henry et al. 2020, arXiv 2010.04245).
-    Vaswani et al. 2017 (arXiv 1706.03762), section 3.2.2.
+    makes a norm for the projected queries, and one for the keys, from their number of features (QK-norm: Henry et al.
+    2020, arXiv 2010.04245). Vaswani et al. 2017 (arXiv 1706.03762), section 3.2.2.
     """
 
     def __init__(
@@ -191,7 +227,9 @@ class MultiHeadAttention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         bias: bool = True,
+        output_bias: bool | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
         dropout: float = 0.0,
         make_norm: Callable[[int], nn.Module] | None = None,
         kernel: AttentionKernel = fastest_attention,
@@ -200,13 +238,14 @@ class MultiHeadAttention(nn.Module):
         num_kv_heads = num_kv_heads or num_heads
         head_dim = head_dim or d_model // num_heads
         assert num_heads % num_kv_heads == 0
-        self.head_dim, self.scale, self.dropout, self.kernel = head_dim, scale, dropout, kernel
+        self.head_dim, self.scale, self.softcap, self.dropout, self.kernel = head_dim, scale, softcap, dropout, kernel
         self.query = nn.Linear(d_model, num_heads * head_dim, bias=bias)
         self.key = nn.Linear(d_model, num_kv_heads * head_dim, bias=bias)
         self.value = nn.Linear(d_model, num_kv_heads * head_dim, bias=bias)
-        self.output = OutputProjection(num_heads * head_dim, d_model, bias=bias)
-        self.query_norm = make_norm(head_dim) if make_norm else nn.Identity()
-        self.key_norm = make_norm(head_dim) if make_norm else nn.Identity()
+        output_bias = bias if output_bias is None else output_bias
+        self.output = OutputProjection(num_heads * head_dim, d_model, bias=output_bias)
+        self.query_norm = make_norm(self.query.out_features) if make_norm else nn.Identity()
+        self.key_norm = make_norm(self.key.out_features) if make_norm else nn.Identity()
 
     def forward(
         self,
@@ -214,20 +253,28 @@ class MultiHeadAttention(nn.Module):
         memory: Float[Tensor, "batch key d_model"] | None = None,
         *,
         view: AttentionView,
-        cache: LayerCache | None = None,
+        cache: AttentionCache | None = None,
     ) -> Float[Tensor, "batch query d_model"]:
-        """Attend from `x` to `memory` (to `x` itself by default) and to the tokens that `cache` holds before it."""
-        source = x if memory is None else memory
-        q = view.rotate(self.query_norm(self._split_heads(self.query(x))))
-        k = view.rotate(self.key_norm(self._split_heads(self.key(source))))
-        v = self._split_heads(self.value(source))
-        if cache is not None:
-            k, v = cache.append(k, v)
-        dropout = self.dropout if self.training else 0.0
+        """Attend from `x` to `memory` (to `x` itself by default), and to what `cache` holds."""
+        project = partial(self._keys_and_values, x if memory is None else memory, view)
+        q = view.rotate(self._split_heads(self.query_norm(self.query(x))))
+        k, v = project() if cache is None else cache.update(project)
         attended = self.kernel(
-            q, k, v, causal=view.causal, mask=view.mask, bias=view.bias, scale=self.scale, dropout=dropout
+            q,
+            k,
+            v,
+            causal=view.causal,
+            mask=view.mask,
+            bias=view.bias,
+            scale=self.scale,
+            softcap=self.softcap,
+            dropout=self.dropout if self.training else 0.0,
         )
         return self.output(attended.transpose(1, 2).flatten(2))  # batch, query, heads · head_dim
+
+    def _keys_and_values(self, source: Tensor, view: AttentionView) -> KeysAndValues:
+        k = view.rotate(self._split_heads(self.key_norm(self.key(source))))
+        return k, self._split_heads(self.value(source))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # batch, heads, length, head_dim

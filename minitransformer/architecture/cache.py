@@ -2,45 +2,123 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float, Int
 from torch import Tensor
+
+KeysAndValues = tuple[Float[Tensor, "batch heads key head_dim"], Float[Tensor, "batch heads key value_dim"]]
+
+
+@runtime_checkable
+class AttentionCache(Protocol):
+    """What one attention layer remembers from one call to the next."""
+
+    def update(self, project: Callable[[], KeysAndValues]) -> KeysAndValues:
+        """All keys and values to attend to; `project` computes those of this call."""
+        ...
 
 
 class LayerCache:
-    """The keys and values of one attention layer, in buffers for `max_length` tokens that the first call allocates."""
+    """The keys and values of one self-attention layer, in buffers for `max_length` tokens that the first call makes."""
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
         self.length = 0
+        self.slots: Tensor | None = None
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
+    def update(self, project: Callable[[], KeysAndValues]) -> KeysAndValues:
+        return self.append(*project())
+
     def append(
         self, k: Float[Tensor, "batch heads new head_dim"], v: Float[Tensor, "batch heads new value_dim"]
-    ) -> tuple[Float[Tensor, "batch heads all head_dim"], Float[Tensor, "batch heads all value_dim"]]:
-        """Add the keys and values of new tokens; returns those of all tokens so far."""
+    ) -> KeysAndValues:
+        """Add the keys and values of new tokens; returns those of all tokens so far.
+
+        With `slots`, the new ones go there, and both buffers are returned whole.
+        """
         if self._keys is None or self._values is None:
-            self._keys = k.new_empty((*k.shape[:2], self.max_length, k.size(3)))
-            self._values = v.new_empty((*v.shape[:2], self.max_length, v.size(3)))
+            self._keys = k.new_zeros((*k.shape[:2], self.max_length, k.size(3)))
+            self._values = v.new_zeros((*v.shape[:2], self.max_length, v.size(3)))
+        if self.slots is not None:
+            return self._keys.index_copy_(2, self.slots, k), self._values.index_copy_(2, self.slots, v)
         start, self.length = self.length, self.length + k.size(2)
         assert self.length <= self.max_length, f"{self.length} tokens in a cache for {self.max_length}"
         self._keys[:, :, start : self.length] = k
         self._values[:, :, start : self.length] = v
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
+    def select(self, rows: Int[Tensor, "selected"]) -> None:
+        """Keep the given rows of the batch, in their order; as many as before are written where the others were."""
+        self._keys, self._values = _selected(self._keys, rows), _selected(self._values, rows)
+
+
+class MemoryCache:
+    """The keys and values of the memory that one cross-attention layer attends to, projected by the first call."""
+
+    def __init__(self) -> None:
+        self._kept: KeysAndValues | None = None
+
+    def update(self, project: Callable[[], KeysAndValues]) -> KeysAndValues:
+        if self._kept is None:
+            self._kept = project()
+        return self._kept
+
+    def select(self, rows: Int[Tensor, "selected"]) -> None:
+        """Keep the given rows of the batch, in their order."""
+        if self._kept is not None:
+            self._kept = self._kept[0][rows], self._kept[1][rows]
+
+
+def _selected(buffer: Tensor | None, rows: Tensor) -> Tensor | None:
+    if buffer is None:
+        return None
+    chosen = buffer[rows]
+    # A recorded step writes to the tensor that it was recorded with.
+    return buffer.copy_(chosen) if chosen.shape == buffer.shape else chosen
+
 
 class KVCache:
-    """One `LayerCache` for each layer. Whoever generates makes it and passes it down; no module keeps it."""
+    """A `LayerCache` and a `MemoryCache` for each layer. Whoever generates makes it; no module keeps it."""
 
     def __init__(self, num_layers: int, max_length: int) -> None:
+        self.max_length = max_length
         self.layers = [LayerCache(max_length) for _ in range(num_layers)]
+        self.memories = [MemoryCache() for _ in range(num_layers)]
 
     @property
     def length(self) -> int:
         """How many tokens have been read."""
         return self.layers[0].length
 
+    @property
+    def slots(self) -> Int[Tensor, "new"] | None:
+        """Where the next tokens go, if `place` has said so; otherwise they follow those already read."""
+        return self.layers[0].slots
+
+    def place(self, slots: Int[Tensor, "new"] | None) -> None:
+        """The next tokens go to these slots: attention then sees all slots, and a mask says which of them count.
+
+        So every step has the same shapes, whatever has been read: what recording and compiling ask for.
+        """
+        for layer in self.layers:
+            layer.slots = slots
+
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
         for layer in self.layers:
             layer.length = min(length, layer.length)
+
+    def select(self, rows: Int[Tensor, "selected"]) -> None:
+        """Keep the given rows of the batch, in their order: one may be given several times."""
+        self.reorder(rows)
+        for memory in self.memories:
+            memory.select(rows)
+
+    def reorder(self, rows: Int[Tensor, "batch"]) -> None:
+        """`select` for rows that are exchanged only with rows that attend to the same memory, as beams are."""
+        for layer in self.layers:
+            layer.select(rows)

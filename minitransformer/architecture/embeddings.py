@@ -1,31 +1,110 @@
-"""Token embeddings and the language-model head."""
+"""Embeddings of tokens and segments, and the heads that turn the output of a stack into logits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
 class TokenEmbedding(nn.Module):
-    """E[token] · scale. The original Transformer scales by √d_model (Vaswani et al. 2017, section 3.4), GPT-2 by 1."""
+    """E[token] · scale, and S[segment] where there are `num_segments`.
 
-    def __init__(self, vocab_size: int, d_model: int, *, scale: float = 1.0) -> None:
+    The original Transformer scales by √d_model (Vaswani et al. 2017, section 3.4), GPT-2 by 1. Segments: Devlin et al.
+    2018 (BERT, arXiv 1810.04805), section 3. With `embedding_dim`, the table has that many features, which a linear map
+    brings to d_model.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        *,
+        scale: float = 1.0,
+        num_segments: int | None = None,
+        embedding_dim: int | None = None,
+    ) -> None:
         super().__init__()
-        self.table = nn.Embedding(vocab_size, d_model)
+        self.table = nn.Embedding(vocab_size, embedding_dim or d_model)
+        self.project = nn.Linear(embedding_dim, d_model, bias=False) if embedding_dim else nn.Identity()
+        self.segments = nn.Embedding(num_segments, d_model) if num_segments else None
         self.scale = scale
 
-    def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d_model"]:
-        x = self.table(tokens)
-        return x if self.scale == 1.0 else x * self.scale
+    def forward(
+        self, tokens: Int[Tensor, "batch length"], segments: Int[Tensor, "batch length"] | None = None
+    ) -> Float[Tensor, "batch length d_model"]:
+        """`segments` are all 0 by default."""
+        x = self.project(self.table(tokens))
+        if self.scale != 1.0:
+            x = x * self.scale
+        if self.segments is None:
+            return x
+        return x + (self.segments.weight[0] if segments is None else self.segments(segments))
 
 
 class LMHead(nn.Linear):
-    """One logit for each token of the vocabulary: x Wᵀ, where W may be the table of the token embedding.
+    """One logit for each token of the vocabulary: x Wᵀ + b, where W may be the table of the token embedding.
 
-    Tying the two: Press and Wolf 2016 (arXiv 1608.05859).
+    Tying the two: Press and Wolf 2016 (arXiv 1608.05859). x is first multiplied by `scale` (Raffel et al. 2019, T5,
+    in its public code: d_model^-1/2); `softcap` c turns a logit z into c · tanh(z / c) (Gemma 2, arXiv 2408.00118, 2).
     """
 
-    def __init__(self, d_model: int, vocab_size: int, *, tied_to: TokenEmbedding | None = None) -> None:
-        super().__init__(d_model, vocab_size, bias=False)
+    def __init__(
+        self,
+        features: int,
+        vocab_size: int,
+        *,
+        tied_to: TokenEmbedding | None = None,
+        bias: bool = False,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__(features, vocab_size, bias=bias)
         if tied_to is not None:
             self.weight = tied_to.table.weight
+        self.scale, self.softcap = scale, softcap
+
+    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch vocab"]:
+        logits = super().forward(x if self.scale == 1.0 else x * self.scale)
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
+class TransformedHead(nn.Module):
+    """LMHead(N(act(x W + b))), for masked tokens. Devlin et al. 2018 (BERT, arXiv 1810.04805), its public code."""
+
+    def __init__(self, d_model: int, head: LMHead, *, activation: Callable[[Tensor], Tensor], norm: nn.Module) -> None:
+        super().__init__()
+        self.transform = nn.Linear(d_model, d_model)
+        self.activation, self.norm, self.head = activation, norm, head
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+        return self.head(self.norm(self.activation(self.transform(x))))
+
+
+POOLING_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu}
+
+
+class ClassificationHead(nn.Module):
+    """act(x₀ W + b) W' + b', where x₀ is the first token: one logit for each class.
+
+    Devlin et al. 2018 (BERT, arXiv 1810.04805), section 4, with the pooling of its public code.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_classes: int,
+        *,
+        pooling: str = "tanh",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.pool = nn.Linear(d_model, d_model)
+        self.activation = POOLING_ACTIVATIONS[pooling]
+        self.dropout = nn.Dropout(dropout)
+        self.classify = nn.Linear(d_model, num_classes)
+
+    def forward(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch classes"]:
+        return self.classify(self.dropout(self.activation(self.pool(x[:, 0]))))

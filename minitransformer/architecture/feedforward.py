@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,12 +51,46 @@ class GatedFeedForward(nn.Module):
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-class MakeFeedForward(Protocol):
-    def __call__(self, d_model: int, d_ff: int | None = None, *, bias: bool = True) -> nn.Module: ...
+class MixtureOfExperts(nn.Module):
+    """Σᵢ wᵢ Expertᵢ(x) over the `experts_per_token` experts whose router logits x W_r are the highest.
+
+    The weights w are the softmax of those logits alone. Shazeer et al. 2017 (arXiv 1701.06538), section 2; Jiang et al.
+    2024 (Mixtral, arXiv 2401.04088), section 2.1.
+    """
+
+    def __init__(
+        self, make_expert: Callable[[], nn.Module], d_model: int, *, num_experts: int, experts_per_token: int
+    ) -> None:
+        super().__init__()
+        self.router = nn.Linear(d_model, num_experts, bias=False)
+        self.experts = nn.ModuleList(make_expert() for _ in range(num_experts))
+        self.experts_per_token = experts_per_token
+
+    def forward(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length d_model"]:
+        tokens = x.flatten(0, 1)
+        logits, chosen = self.router(tokens).topk(self.experts_per_token)  # [tokens, experts_per_token] both
+        weights = logits.float().softmax(-1).to(x.dtype)
+        mixed = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows, places = (chosen == number).nonzero(as_tuple=True)
+            weighted = expert(tokens[rows][None])[0] * weights[rows, places][:, None]
+            mixed = mixed.index_add(0, rows, weighted.to(x.dtype))
+        return mixed.view_as(x)
+
+
+def load_balancing_loss(router_logits: Float[Tensor, "tokens experts"], experts_per_token: int) -> Float[Tensor, ""]:
+    """E Σᵢ fᵢ Pᵢ: the share of choices that fall on expert i, times its mean probability; 1 when all share alike.
+
+    Fedus et al. 2021 (Switch, arXiv 2101.03961), equations 4 to 6; with several choices a token, f counts all of them.
+    """
+    experts = router_logits.size(-1)
+    chosen = router_logits.topk(experts_per_token).indices.flatten()
+    share = torch.bincount(chosen, minlength=experts) / chosen.numel()
+    return experts * (share * router_logits.float().softmax(-1).mean(0)).sum()
 
 
 # GELU: Hendrycks and Gimpel 2016 (arXiv 1606.08415), exact and by its tanh approximation; SiLU: section 2 there.
-FEEDFORWARDS: dict[str, MakeFeedForward] = {
+FEEDFORWARDS: dict[str, partial[Any]] = {
     "relu": partial(FeedForward, activation=F.relu),
     "gelu": partial(FeedForward, activation=F.gelu),
     "gelu-tanh": partial(FeedForward, activation=gelu_tanh),

@@ -57,3 +57,14 @@ class RMSNorm(Norm, name="rms"):
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class ZeroCentredRMSNorm(Norm, name="rms-zero-centred"):
+    """`rms_norm` with the gain 1 + w, so that weight decay pulls it to 1. Gemma (arXiv 2403.08295), its public code."""
+
+    def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__(features, eps=eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
+        return F.rms_norm(x, self.weight.shape, 1 + self.weight, self.eps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,13 +31,25 @@ def token_positions(
 
 @dataclass(frozen=True)
 class PositionSpace:
-    """The numbers that position schemes are made from: of the stack and, last, whether keys may lie ahead."""
+    """The numbers that position schemes are made from: of the stack, whether keys may lie behind only, and their own.
+
+    `rotary_fraction` of each head is turned, by angles from `rotary_base` that `rotary_scaling` changes.
+    """
 
     d_model: int
     num_heads: int
     head_dim: int
     max_length: int
     causal: bool
+    rotary_base: float = 10000.0
+    rotary_fraction: float = 1.0
+    rotary_scaling: str = "none"
+    rotary_factor: float = 1.0
+    rotary_low_freq_factor: float = 1.0
+    rotary_high_freq_factor: float = 4.0
+    rotary_original_length: int = 8192
+    t5_buckets: int = 32
+    t5_max_distance: int = 128
 
 
 class PositionScheme(Registered, nn.Module, kind="position scheme"):
@@ -74,16 +87,30 @@ class Sinusoidal(PositionScheme, name="sinusoidal"):
 
     def __init__(self, space: PositionSpace) -> None:
         super().__init__(space)
-        angles = torch.arange(space.max_length)[:, None] / 10000.0 ** (
-            torch.arange(0, space.d_model, 2) / space.d_model
-        )
-        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, : space.d_model]
+        pairs = torch.arange(0, space.d_model, 2, dtype=torch.float64) / space.d_model
+        angles = torch.arange(space.max_length)[:, None] / 10000.0**pairs
+        table = self.arrange(angles.sin(), angles.cos())[:, : space.d_model].to(torch.get_default_dtype())
         self.register_buffer("table", table, persistent=False)
+
+    def arrange(
+        self, sin: Float[Tensor, "length half"], cos: Float[Tensor, "length half"]
+    ) -> Float[Tensor, "length d_model"]:
+        """Sine and cosine of each angle as features of the table."""
+        return torch.stack([sin, cos], dim=-1).flatten(1)
 
     def embed(
         self, x: Float[Tensor, "batch length d_model"], positions: Int[Tensor, "#batch length"]
     ) -> Float[Tensor, "batch length d_model"]:
         return x + self.table[positions]  # type: ignore[index]
+
+
+class SinusoidalHalves(Sinusoidal, name="sinusoidal-halves"):
+    """`Sinusoidal`, all sines before all cosines. Junczys-Dowmunt et al. 2018 (Marian, arXiv 1804.00344), its code."""
+
+    def arrange(
+        self, sin: Float[Tensor, "length half"], cos: Float[Tensor, "length half"]
+    ) -> Float[Tensor, "length d_model"]:
+        return torch.cat([sin, cos], dim=-1)
 
 
 class Learned(PositionScheme, name="learned"):
@@ -109,26 +136,60 @@ def rotate_half(
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
+def unscaled(frequencies: Float[Tensor, "half"], space: PositionSpace) -> Float[Tensor, "half"]:
+    return frequencies
+
+
+def position_interpolation(frequencies: Float[Tensor, "half"], space: PositionSpace) -> Float[Tensor, "half"]:
+    """Everything `rotary_factor` times slower: long contexts seem short. Chen et al. 2023 (arXiv 2306.15595), eq. 4."""
+    return frequencies / space.rotary_factor
+
+
+def llama3_scaling(frequencies: Float[Tensor, "half"], space: PositionSpace) -> Float[Tensor, "half"]:
+    """Slow turns become `rotary_factor` times slower, fast ones stay, with a smooth passage between them.
+
+    A turn is slow if it fits less than `rotary_low_freq_factor` times into `rotary_original_length` positions, and fast
+    from `rotary_high_freq_factor` times on. Llama 3 (arXiv 2407.21783), its public code.
+    """
+    turns = space.rotary_original_length * frequencies / (2 * math.pi)
+    low, high = space.rotary_low_freq_factor, space.rotary_high_freq_factor
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - share) * frequencies / space.rotary_factor + share * frequencies
+
+
+ROTARY_SCALINGS: dict[str, Callable[..., Tensor]] = {
+    "none": unscaled,
+    "linear": position_interpolation,
+    "llama3": llama3_scaling,
+}
+
+
 class Rotary(PositionScheme, name="rotary"):
     """R(p) q · R(p') k depends on p − p' alone, where R(p) turns the i-th pair of features by p · base^(−2i/head_dim).
 
-    Su et al. 2021 (arXiv 2104.09864), section 3.2.2.
+    Su et al. 2021 (arXiv 2104.09864), section 3.2.2. Only the first `rotary_fraction` of a head's features are turned
+    (Black et al. 2022, GPT-NeoX, arXiv 2204.06745, section 2.1), at speeds that `rotary_scaling` changes.
     """
-
-    base = 10000.0
 
     def __init__(self, space: PositionSpace) -> None:
         super().__init__(space)
-        if space.head_dim % 2:
-            raise UserError(f"rotary positions turn pairs of features, but head_dim is {space.head_dim}: make it even")
-        self.head_dim = space.head_dim
+        self.turned = int(space.head_dim * space.rotary_fraction)
+        if self.turned % 2 or not self.turned:
+            raise UserError(
+                f"rotary positions turn pairs of features, but head_dim {space.head_dim} times rotary_fraction "
+                f"{space.rotary_fraction} is {self.turned}: make it even"
+            )
+        self.whole_head = self.turned == space.head_dim
+        self.base, self.rescale = space.rotary_base, partial(ROTARY_SCALINGS[space.rotary_scaling], space=space)
 
     def rotation(self, positions: Int[Tensor, "#batch length"]) -> Callable[[Tensor], Tensor]:
         # Made here rather than kept in a buffer, which a model in bfloat16 would round: far positions need the digits.
-        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions.device)
-        angles = positions[:, None, :, None] * self.base ** (-pairs / self.head_dim)
+        pairs = torch.arange(0, self.turned, 2, dtype=torch.float32, device=positions.device)
+        angles = positions[:, None, :, None] * self.rescale(self.base ** (-pairs / self.turned))
         cos, sin = angles.cos(), angles.sin()
-        return lambda x: rotate_half(x, cos, sin)
+        if self.whole_head:
+            return lambda x: rotate_half(x, cos, sin)
+        return lambda x: torch.cat([rotate_half(x[..., : self.turned], cos, sin), x[..., self.turned :]], dim=-1)
 
 
 def alibi_slopes(num_heads: int) -> Float[Tensor, "heads"]:
@@ -182,11 +243,9 @@ class T5Relative(PositionScheme, name="t5"):
     Raffel et al. 2019 (arXiv 1910.10683), section 2.1.
     """
 
-    num_buckets, max_distance = 32, 128
-
     def __init__(self, space: PositionSpace) -> None:
         super().__init__(space)
-        self.causal = space.causal
+        self.causal, self.num_buckets, self.max_distance = space.causal, space.t5_buckets, space.t5_max_distance
         self.table = nn.Embedding(self.num_buckets, space.num_heads)
 
     def score_bias(

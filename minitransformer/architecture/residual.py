@@ -70,6 +70,28 @@ class PreLN(Residual, name="pre"):
         return x + self.dropout(sublayer(self.norm(x)))
 
 
+class SandwichLN(Residual, name="sandwich"):
+    """x ← x + N₂(f(N₁(x))), and one norm after the last block. Ding et al. 2021 (CogView, arXiv 2105.13290), 2.4."""
+
+    has_final_norm = True
+
+    def __init__(self, make_norm: Callable[[], nn.Module], dropout: float, place: Place) -> None:
+        super().__init__(make_norm, dropout, place)
+        self.output_norm = make_norm()
+
+    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+        return x + self.dropout(self.output_norm(sublayer(self.norm(x))))
+
+
+class OLMo2(Residual, name="olmo2"):
+    """x ← x + N(f(x)), and one norm after the last block. OLMo 2 (arXiv 2501.00656), section 3.2."""
+
+    has_final_norm = True
+
+    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+        return x + self.dropout(self.norm(sublayer(x)))
+
+
 class ResiDual(Residual, name="residual"):
     """x ← N(x + f(x)) beside y ← y + f(x); the output is x + N(y). Xie et al. 2023 (arXiv 2304.14802), section 2."""
 

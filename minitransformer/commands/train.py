@@ -12,7 +12,7 @@ from minitransformer.errors import UserError
 from minitransformer.files import writing
 from minitransformer.generation.decode import sample_text
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.decoder import count_parameters
+from minitransformer.models.model import count_parameters
 from minitransformer.registry import lookup
 from minitransformer.runs import Run, free_run_path
 from minitransformer.text.corpora import open_corpus

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from minitransformer.architecture.cache import KVCache
 from minitransformer.errors import UserError
-from minitransformer.generation.lean import lean
 from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.recording import Recorded, for_single_rows, has_hooks
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.tokenizers import Tokenizer
 
@@ -55,40 +55,32 @@ class CachedReader:
     """Reads each token once, as long as the window only grows; the first call's tokens are the same in every sample."""
 
     def __init__(self, model: DecoderLM, max_tokens: int) -> None:
-        self.model = lean(model)
+        self.model = for_single_rows(model)
         self.context_length = model.config.context_length
         self.cache = model.new_cache(min(max_tokens, self.context_length))
+        self.read = self._read if any(map(has_hooks, model.modules())) else Recorded(self._read)
         self.start: int | None = None
 
     def __call__(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
         samples, total = tokens.shape
-        start = total - window_length(total, self.context_length)
+        window = window_length(total, self.context_length)
         if self.start is None:
-            self.start = start
-            logits = _last_logits(self.model, tokens[:1, start:], self.cache)
-            if samples > 1:
-                self.cache = repeated(self.cache, samples)
+            self.start = total - window
+            logits = self._read(tokens[:1, -window:], torch.arange(window, device=tokens.device))
+            self.cache.select(torch.zeros(samples, dtype=torch.long, device=tokens.device))
             return logits.expand(samples, -1)
-        if start != self.start:
-            self.start = start
-            self.cache.truncate(0)
-        return _last_logits(self.model, tokens[:, start + self.cache.length :], self.cache)
+        new = 1 if total - window == self.start else window
+        self.start = total - window
+        return self.read(tokens[:, -new:], torch.arange(window - new, window, device=tokens.device))
+
+    def _read(self, tokens: Int[Tensor, "samples new"], slots: Int[Tensor, "new"]) -> Float[Tensor, "samples vocab"]:
+        self.cache.place(slots)
+        return _last_logits(self.model, tokens, self.cache)
 
 
 def _last_logits(model: DecoderLM, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
     # The head reads the last token only: logits of a whole prompt would be its length times the vocabulary.
     return model.head(model.hidden_states(tokens, cache=cache)[:, -1])
-
-
-def repeated(cache: KVCache, samples: int) -> KVCache:
-    """A cache of the same tokens for a batch of `samples`, from a cache for a batch of one."""
-    copies = KVCache(len(cache.layers), cache.layers[0].max_length)
-    for layer, copy in zip(cache.layers, copies.layers, strict=True):
-        assert layer._keys is not None, "nothing was read"
-        assert layer._values is not None
-        keys, values = layer._keys[:, :, : layer.length], layer._values[:, :, : layer.length]
-        copy.append(keys.expand(samples, -1, -1, -1), values.expand(samples, -1, -1, -1))
-    return copies
 
 
 def uniform_draws(samples: int, steps: int, generator: torch.Generator) -> Float[Tensor, "samples steps"]:

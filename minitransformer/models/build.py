@@ -4,46 +4,129 @@ from __future__ import annotations
 
 from functools import partial
 
-from minitransformer.architecture.attention import KERNELS, MultiHeadAttention
-from minitransformer.architecture.block import Stack, TransformerBlock
-from minitransformer.architecture.feedforward import FEEDFORWARDS
+from torch import nn
+
+from minitransformer.architecture.attention import KERNELS, QK_NORMS, MultiHeadAttention
+from minitransformer.architecture.block import Block, BlockParts, Stack
+from minitransformer.architecture.embeddings import LMHead, TokenEmbedding, TransformedHead
+from minitransformer.architecture.feedforward import FEEDFORWARDS, MixtureOfExperts
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme, PositionSpace
 from minitransformer.architecture.residual import Place, Residual
+from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 
 
-def build_stack(config: ModelConfig, *, causal: bool) -> Stack:
-    """The blocks that `config` describes, with its positions and norms."""
-    make_norm = partial(Norm.named(config.norm), eps=config.norm_eps, bias=config.bias)
+def build_stack(config: ModelConfig, *, causal: bool, num_layers: int | None = None, has_memory: bool = False) -> Stack:
+    """The blocks that `config` describes, with its positions and norms; with `has_memory`, they attend to one."""
+    num_layers = num_layers or config.num_layers
     placement = Residual.named(config.residual)
-    blocks = []
-    for layer in range(config.num_layers):
-        attention = MultiHeadAttention(
-            config.d_model,
-            config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.features_per_head,
-            bias=config.bias,
-            scale=config.attention_scale,
-            dropout=config.dropout,
-            make_norm=make_norm if config.qk_norm else None,
-            kernel=KERNELS[config.attention_kernel],
+
+    def make_residual(layer: int, sublayer: str) -> Residual:
+        place = Place(layer, num_layers, sublayer)
+        return placement(partial(_norm, config), config.dropout, place)
+
+    blocks = [
+        Block.named(config.block)(
+            BlockParts(
+                attention=_attention(config),
+                cross_attention=_attention(config) if has_memory else None,
+                feedforward=_feedforward(config),
+                make_residual=partial(make_residual, layer),
+                make_norm=partial(_norm, config),
+            )
         )
-        feedforward = FEEDFORWARDS[config.feedforward](config.d_model, config.d_ff, bias=config.bias)
-
-        def make_residual(sublayer: str, layer: int = layer) -> Residual:
-            place = Place(layer, config.num_layers, sublayer)
-            return placement(lambda: make_norm(config.d_model), config.dropout, place)
-
-        blocks.append(TransformerBlock(attention, feedforward, make_residual))
-    space = PositionSpace(config.d_model, config.num_heads, config.features_per_head, config.context_length, causal)
+        for layer in range(num_layers)
+    ]
     return Stack(
         blocks,
-        positions=PositionScheme.named(config.positions)(space),
+        positions=_positions(config, causal=causal),
         residual=placement,
-        make_norm=lambda: make_norm(config.d_model),
+        make_norm=partial(_norm, config),
         causal=causal,
-        window=config.attention_window,
+        windows=[config.window_of(layer) for layer in range(num_layers)],
+        embedding_norm=config.embedding_norm,
         dropout=config.dropout,
     )
+
+
+def build_embedding(config: ModelConfig, vocab_size: int | None) -> TokenEmbedding:
+    """The embedding of `vocab_size` tokens; raises `UserError` if that is not known yet."""
+    if vocab_size is None:
+        raise UserError("vocab_size is not set: give the number of tokens that the tokenizer has")
+    return TokenEmbedding(
+        vocab_size,
+        config.d_model,
+        scale=config.d_model**0.5 if config.scaled_embeddings else 1.0,
+        num_segments=config.num_segments,
+        embedding_dim=config.embedding_dim,
+    )
+
+
+def build_head(config: ModelConfig, embedding: TokenEmbedding) -> nn.Module:
+    """From the output of a stack to logits of the tokens that `embedding` embeds."""
+    vocab_size, features = embedding.table.weight.shape
+    head = LMHead(
+        features,
+        vocab_size,
+        tied_to=embedding if config.tied_embeddings else None,
+        bias=config.head_bias,
+        scale=config.logit_scale,
+        softcap=config.logit_softcap,
+    )
+    if config.embedding_dim is not None:
+        return nn.Sequential(nn.Linear(config.d_model, features, bias=False), head)
+    if config.head == "linear":
+        return head
+    activation = FEEDFORWARDS[config.feedforward].keywords["activation"]
+    return TransformedHead(config.d_model, head, activation=activation, norm=_norm(config))
+
+
+def _norm(config: ModelConfig, features: int | None = None) -> Norm:
+    bias = config.bias if config.norm_bias is None else config.norm_bias
+    return Norm.named(config.norm)(features or config.d_model, eps=config.norm_eps, bias=bias)
+
+
+def _attention(config: ModelConfig) -> MultiHeadAttention:
+    return MultiHeadAttention(
+        config.d_model,
+        config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.features_per_head,
+        bias=config.bias if config.qkv_bias is None else config.qkv_bias,
+        output_bias=config.bias if config.attention_output_bias is None else config.attention_output_bias,
+        scale=config.attention_scale,
+        softcap=config.attention_softcap,
+        dropout=config.dropout,
+        make_norm=QK_NORMS[config.qk_norm](partial(_norm, config), config.features_per_head),
+        kernel=KERNELS[config.attention_kernel],
+    )
+
+
+def _feedforward(config: ModelConfig) -> nn.Module:
+    make = partial(FEEDFORWARDS[config.feedforward], config.d_model, config.d_ff, bias=config.bias)
+    if config.num_experts is None:
+        return make()
+    return MixtureOfExperts(
+        make, config.d_model, num_experts=config.num_experts, experts_per_token=config.experts_per_token
+    )
+
+
+def _positions(config: ModelConfig, *, causal: bool) -> PositionScheme:
+    space = PositionSpace(
+        d_model=config.d_model,
+        num_heads=config.num_heads,
+        head_dim=config.features_per_head,
+        max_length=config.context_length,
+        causal=causal,
+        rotary_base=config.rotary_base,
+        rotary_fraction=config.rotary_fraction,
+        rotary_scaling=config.rotary_scaling,
+        rotary_factor=config.rotary_factor,
+        rotary_low_freq_factor=config.rotary_low_freq_factor,
+        rotary_high_freq_factor=config.rotary_high_freq_factor,
+        rotary_original_length=config.rotary_original_length,
+        t5_buckets=config.t5_buckets,
+        t5_max_distance=config.t5_max_distance,
+    )
+    return PositionScheme.named(config.positions)(space)

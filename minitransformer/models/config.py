@@ -8,14 +8,24 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
-from minitransformer.architecture.attention import KERNELS
+from minitransformer.architecture.attention import KERNELS, QK_NORMS
+from minitransformer.architecture.block import Block
+from minitransformer.architecture.embeddings import POOLING_ACTIVATIONS
 from minitransformer.architecture.feedforward import FEEDFORWARDS
 from minitransformer.architecture.init import Initialisation
 from minitransformer.architecture.norms import Norm
-from minitransformer.architecture.positions import PositionScheme
+from minitransformer.architecture.positions import ROTARY_SCALINGS, PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
 from minitransformer.registry import lookup
+
+# Each topology and the module that has it, which imports this one.
+TOPOLOGIES = {
+    "decoder": "decoder",
+    "encoder": "encoder",
+    "encoder-classifier": "encoder",
+    "encoder-decoder": "encoder_decoder",
+}
 
 
 def choice(what: str, names: Iterable[str]) -> Doc:
@@ -27,10 +37,13 @@ def choice(what: str, names: Iterable[str]) -> Doc:
 class ModelConfig:
     """The shape of a model and the choice of its parts. Raises `UserError` for a value that no model can have."""
 
+    topology: Annotated[str, choice("what the model is", TOPOLOGIES)] = "decoder"
     d_model: int = 256
     """features of the residual stream"""
     num_layers: int = 4
-    """transformer blocks"""
+    """transformer blocks, in an encoder-decoder those of the encoder"""
+    num_decoder_layers: int | None = None
+    """blocks of the decoder of an encoder-decoder; None is num_layers"""
     num_heads: int = 4
     """attention heads"""
     num_kv_heads: int | None = None
@@ -43,25 +56,78 @@ class ModelConfig:
     """tokens that the model can see at once"""
     vocab_size: int | None = None
     """tokens of the vocabulary: what BPE is trained to, at least what others have; None is 4096 or theirs"""
+    target_vocab_size: int | None = None
+    """tokens of the decoder's own vocabulary in an encoder-decoder; None is one vocabulary for both sides"""
+    num_segments: int | None = None
+    """kinds of segments that have an embedding, such as BERT's two sentences; None is no such embedding"""
+    next_sentence: bool = False
+    """an encoder also says whether its second segment follows the first"""
+    num_classes: int | None = None
+    """classes of an encoder-classifier"""
+    pooling: Annotated[str, choice("activation before the classes", POOLING_ACTIVATIONS)] = "tanh"
+    block: Annotated[str, choice("arrangement of the sublayers", Block.registry)] = "sequential"
     residual: Annotated[str, choice("where the norm stands", Residual.registry)] = "pre"
     norm: Annotated[str, choice("norm", Norm.registry)] = "layer"
     norm_eps: float = 1e-5
     """added to the variance inside a norm"""
+    norm_bias: bool | None = None
+    """biases in LayerNorm; None is bias"""
+    embedding_norm: bool = False
+    """normalise the embeddings before the first block"""
     positions: Annotated[str, choice("position scheme", PositionScheme.registry)] = "rotary"
+    rotary_base: float = 10000.0
+    """the slowest pair of features turns about once in 2π times this many positions"""
+    rotary_fraction: float = 1.0
+    """share of each head's features that are turned"""
+    rotary_scaling: Annotated[str, choice("change of the rotary frequencies", ROTARY_SCALINGS)] = "none"
+    rotary_factor: float = 1.0
+    """how much slower rotary_scaling makes the (slow) turns"""
+    rotary_low_freq_factor: float = 1.0
+    """llama3: turns that fit fewer times than this into rotary_original_length are slow"""
+    rotary_high_freq_factor: float = 4.0
+    """llama3: turns that fit at least this many times into rotary_original_length stay"""
+    rotary_original_length: int = 8192
+    """llama3: the context length before the change"""
+    t5_buckets: int = 32
+    """buckets of distances, each with its bias"""
+    t5_max_distance: int = 128
+    """distances from here on share a bucket"""
     feedforward: Annotated[str, choice("feed-forward network", FEEDFORWARDS)] = "gelu-tanh"
+    num_experts: int | None = None
+    """feed-forward networks in a mixture of experts; None is a single one, without a router"""
+    experts_per_token: int = 2
+    """experts that see each token"""
     bias: bool = False
     """biases in linear maps and in LayerNorm"""
-    qk_norm: bool = False
-    """normalise each query and key"""
+    qkv_bias: bool | None = None
+    """biases of queries, keys and values; None is bias"""
+    attention_output_bias: bool | None = None
+    """biases of attention's output; None is bias"""
+    qk_norm: Annotated[str, choice("normalise queries and keys", QK_NORMS)] = "none"
     attention_scale: float | None = None
     """what scores are multiplied by; None is head_dim^-1/2"""
+    attention_softcap: float | None = None
+    """bound of the scores, by a tanh; None is no bound"""
     attention_window: int | None = None
     """a token sees this many tokens at most, itself included; None is all of them"""
+    window_pattern: tuple[bool, ...] = (True,)
+    """which layers have the window, repeated over all layers"""
     attention_kernel: Annotated[str, choice("how attention is computed", KERNELS)] = "auto"
+    head: Annotated[str, choice("what predicts tokens", ("linear", "transformed"))] = "linear"
+    head_bias: bool = False
+    """biases of the logits"""
+    logit_scale: float = 1.0
+    """what the head's input is multiplied by"""
+    logit_softcap: float | None = None
+    """bound of the logits, by a tanh; None is no bound"""
     tied_embeddings: bool = True
     """the head uses the weights of the token embedding"""
+    shared_embeddings: bool = True
+    """encoder and decoder use the same token embedding, if they have one vocabulary"""
     scaled_embeddings: bool = False
     """multiply token embeddings by the square root of d_model"""
+    embedding_dim: int | None = None
+    """features of the token embedding, which a linear map brings to d_model; None is d_model, without the map"""
     dropout: float = 0.0
     """share of embeddings, attention weights and sublayer outputs that training drops"""
     init: Annotated[str, choice("how weights start", Initialisation.registry)] = "gpt2"
@@ -83,24 +149,54 @@ class ModelConfig:
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
-        if not self.norm_eps > 0:
-            raise UserError(f"norm_eps is {self.norm_eps}: it must be above 0")
+        for name in ("norm_eps", "rotary_base", "rotary_factor", "attention_scale", "attention_softcap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} is {value}: it must be above 0")
+        if not 0 < self.rotary_fraction <= 1:
+            raise UserError(f"rotary_fraction is {self.rotary_fraction}: it must be above 0 and at most 1")
+        if self.num_experts is not None and self.experts_per_token > self.num_experts:
+            raise UserError(
+                f"experts_per_token {self.experts_per_token} is more than num_experts {self.num_experts}: lower it"
+            )
+        if self.block == "parallel-two-norms" and self.residual != "pre":
+            raise UserError(f"block 'parallel-two-norms' is Pre-LN, and residual is {self.residual!r}: choose 'pre'")
+        if (self.topology == "encoder-classifier") != (self.num_classes is not None):
+            raise UserError(
+                f"topology is {self.topology!r} and num_classes {self.num_classes}: "
+                "an encoder-classifier, and no other, has classes"
+            )
+        if not self.window_pattern:
+            raise UserError("window_pattern is empty: say for at least one layer whether it has the window")
         for family, name in (
+            (Block, self.block),
             (Residual, self.residual),
             (Norm, self.norm),
             (PositionScheme, self.positions),
             (Initialisation, self.init),
         ):
             family.named(name)
+        lookup("topology", self.topology, TOPOLOGIES)
+        lookup("rotary scaling", self.rotary_scaling, ROTARY_SCALINGS)
         lookup("feed-forward network", self.feedforward, FEEDFORWARDS)
         lookup("attention kernel", self.attention_kernel, KERNELS)
+        lookup("pooling", self.pooling, POOLING_ACTIVATIONS)
+        lookup("norm of queries and keys", self.qk_norm, QK_NORMS)
 
     @property
     def features_per_head(self) -> int:
         return self.head_dim or self.d_model // self.num_heads
 
+    @property
+    def decoder_layers(self) -> int:
+        return self.num_decoder_layers or self.num_layers
 
-MODERN = ModelConfig(feedforward="squared-relu", qk_norm=True, tied_embeddings=False, init="zero-output")
+    def window_of(self, layer: int) -> int | None:
+        """The attention window of a layer; None if it sees everything."""
+        return self.attention_window if self.window_pattern[layer % len(self.window_pattern)] else None
+
+
+MODERN = ModelConfig(feedforward="squared-relu", qk_norm="head", tied_embeddings=False, init="zero-output")
 
 PRESETS: dict[str, ModelConfig] = {
     "gpt-nano": replace(MODERN, d_model=64, num_layers=3, num_heads=4, context_length=256),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minitransformer import files
 from minitransformer.errors import UserError
-from minitransformer.models.decoder import count_parameters
+from minitransformer.models.model import count_parameters
 from minitransformer.training.config import RunConfig
 
 MODEL, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"

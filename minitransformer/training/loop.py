@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minitransformer import files
-from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
 from minitransformer.text.prepare import PreparedText
 from minitransformer.training.checkpoint import (
@@ -71,7 +71,7 @@ class Trainer:
         machine: Machine,
         log: Log,
         stop: StopRequest,
-        sample: Callable[[DecoderLM], str],
+        sample: Callable[[Model], str],
     ) -> None:
         self.run, self.text, self.machine, self.log, self.stop, self.sample = run, text, machine, log, stop, sample
         config = self.config = run.config.training
@@ -79,7 +79,7 @@ class Trainer:
             text, context_length=run.config.model.context_length, seed=config.seed
         )
         torch.manual_seed(config.seed)
-        self.model = DecoderLM(run.config.model).to(machine.device)
+        self.model = build_model(run.config.model).to(machine.device)
         self.fast_model: nn.Module = torch.compile(self.model) if machine.compile else self.model  # type: ignore[assignment]
         settings = OptimizerSettings(
             lr=config.lr,

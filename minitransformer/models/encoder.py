@@ -1,0 +1,80 @@
+"""Bidirectional encoders: every token sees every other."""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from minitransformer.architecture.embeddings import ClassificationHead
+from minitransformer.models.build import build_embedding, build_head, build_stack
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import Model, positions_of
+
+
+class Encoder(Model):
+    """Embeddings and a stack without causality: what encoders with different heads share."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.embedding = build_embedding(config, config.vocab_size)
+        self.stack = build_stack(config, causal=False)
+
+    def hidden_states(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        *,
+        is_token: Bool[Tensor, "batch length"] | None = None,
+        segments: Int[Tensor, "batch length"] | None = None,
+        positions: Int[Tensor, "#batch length"] | None = None,
+    ) -> Float[Tensor, "batch length d_model"]:
+        """The output of the stack; `is_token` is False at padding, and `segments` are 0 by default."""
+        if positions is None:
+            positions = positions_of(tokens, is_token)
+        return self.stack(self.embedding(tokens, segments), positions=positions, is_token=is_token)
+
+
+class EncoderLM(Encoder, name="encoder"):
+    """p(masked token | all tokens that are left). Devlin et al. 2018 (BERT, arXiv 1810.04805), section 3.1.
+
+    `next_sentence` says from the first token whether the second segment follows the first.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.head = build_head(config, self.embedding)
+        self.next_sentence = ClassificationHead(config.d_model, 2) if config.next_sentence else None
+        self.initialise(num_sublayers=2 * config.num_layers)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        *,
+        is_token: Bool[Tensor, "batch length"] | None = None,
+        segments: Int[Tensor, "batch length"] | None = None,
+        positions: Int[Tensor, "#batch length"] | None = None,
+    ) -> Float[Tensor, "batch length vocab_size"]:
+        """Logits of the token that stands at each place."""
+        return self.head(self.hidden_states(tokens, is_token=is_token, segments=segments, positions=positions))
+
+
+class EncoderClassifier(Encoder, name="encoder-classifier"):
+    """p(class | tokens), from what the encoder makes of the first token. Devlin et al. 2018, section 4.1."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        assert config.num_classes is not None
+        self.head = ClassificationHead(
+            config.d_model, config.num_classes, pooling=config.pooling, dropout=config.dropout
+        )
+        self.initialise(num_sublayers=2 * config.num_layers)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        *,
+        is_token: Bool[Tensor, "batch length"] | None = None,
+        segments: Int[Tensor, "batch length"] | None = None,
+        positions: Int[Tensor, "#batch length"] | None = None,
+    ) -> Float[Tensor, "batch classes"]:
+        """One logit for each class."""
+        return self.head(self.hidden_states(tokens, is_token=is_token, segments=segments, positions=positions))

@@ -1,0 +1,77 @@
+"""Encoder-decoders: one text in, another out."""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from minitransformer.architecture.block import Memory
+from minitransformer.architecture.cache import KVCache
+from minitransformer.models.build import build_embedding, build_head, build_stack
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import Model, positions_of
+
+
+class EncoderDecoder(Model, name="encoder-decoder"):
+    """p(next target token | target so far, source) = softmax(head(decoder(target, encoder(source)))).
+
+    Vaswani et al. 2017 (arXiv 1706.03762), section 3; with a `ModelConfig` of its choices, T5, BART and Marian. One
+    vocabulary has one embedding, unless `shared_embeddings` says otherwise.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.embedding = build_embedding(config, config.vocab_size)
+        own = config.target_vocab_size is not None or not config.shared_embeddings
+        target_vocab_size = config.target_vocab_size or config.vocab_size
+        self.target_embedding = build_embedding(config, target_vocab_size) if own else self.embedding
+        self.encoder = build_stack(config, causal=False)
+        self.decoder = build_stack(config, causal=True, num_layers=config.decoder_layers, has_memory=True)
+        self.head = build_head(config, self.target_embedding)
+        self.initialise(num_sublayers=3 * config.decoder_layers)
+
+    def encode(
+        self,
+        source: Int[Tensor, "batch source"],
+        *,
+        is_token: Bool[Tensor, "batch source"] | None = None,
+        positions: Int[Tensor, "#batch source"] | None = None,
+    ) -> Memory:
+        """What the decoder attends to; `is_token` is False at padding."""
+        if positions is None:
+            positions = positions_of(source, is_token)
+        return Memory(self.encoder(self.embedding(source), positions=positions, is_token=is_token), is_token)
+
+    def hidden_states(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        memory: Memory,
+        *,
+        is_token: Bool[Tensor, "batch all"] | None = None,
+        positions: Int[Tensor, "#batch all"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch length d_model"]:
+        """What the head reads, for each of the target's `tokens`, which follow those in `cache`.
+
+        `is_token` and `positions` cover all tokens of the target, those in the cache included.
+        """
+        if positions is None:
+            positions = positions_of(tokens, is_token, cache)
+        x = self.target_embedding(tokens)
+        return self.decoder(x, positions=positions, is_token=is_token, memory=memory, cache=cache)
+
+    def forward(
+        self,
+        source: Int[Tensor, "batch source"],
+        inputs: Int[Tensor, "batch length"],
+        *,
+        source_is_token: Bool[Tensor, "batch source"] | None = None,
+        is_token: Bool[Tensor, "batch length"] | None = None,
+    ) -> Float[Tensor, "batch length vocab_size"]:
+        """Logits of the target token after each of `inputs`, which begin with the start token."""
+        memory = self.encode(source, is_token=source_is_token)
+        return self.head(self.hidden_states(inputs, memory, is_token=is_token))
+
+    def new_cache(self, max_length: int | None = None) -> KVCache:
+        """An empty cache for `max_length` target tokens (default: the context length)."""
+        return KVCache(self.config.decoder_layers, max_length or self.config.context_length)

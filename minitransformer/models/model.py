@@ -1,0 +1,63 @@
+"""What all models have in common, and the way from a configuration to any of them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from minitransformer.architecture.cache import KVCache
+from minitransformer.architecture.init import Initialisation, initialise
+from minitransformer.architecture.positions import token_positions
+from minitransformer.models.config import TOPOLOGIES, ModelConfig
+from minitransformer.registry import Registered
+
+
+class Model(Registered, nn.Module, kind="topology"):
+    """A whole model, with the configuration that it is made from."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def initialise(self, num_sublayers: int) -> None:
+        """Draw every weight as the configuration says, for stacks of `num_sublayers` residual branches."""
+        initialise(self, Initialisation.named(self.config.init)(num_sublayers))
+
+    def num_parameters(self) -> int:
+        """How many weights there are; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations of one training step for a token of a sequence of `length` tokens.
+
+        Six for each weight of a matrix product, twelve for each feature of each score: Chowdhery et al. 2022 (PaLM,
+        arXiv 2204.02311), appendix B.
+        """
+        matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+        scores = self.config.num_layers * self.config.num_heads * self.config.features_per_head * length
+        return 6 * matrices + 12 * scores
+
+
+def positions_of(
+    tokens: Int[Tensor, "batch length"], is_token: Tensor | None = None, cache: KVCache | None = None
+) -> Int[Tensor, "#batch all"]:
+    """0, 1, 2, … for `tokens` and all that are in `cache` before them; padding is not counted."""
+    if cache is None:
+        return token_positions(tokens.size(1), is_token, tokens.device)
+    total = cache.max_length if cache.slots is not None else cache.length + tokens.size(1)
+    return token_positions(total, is_token, tokens.device)
+
+
+def build_model(config: ModelConfig) -> Model:
+    """The model that `config` describes, with weights that are drawn as it says."""
+    import_module(f"minitransformer.models.{TOPOLOGIES[config.topology]}")
+    return Model.named(config.topology)(config)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """The number of weights of the model that `config` describes, without making them."""
+    with torch.device("meta"):
+        return build_model(config).num_parameters()
