@@ -19,7 +19,7 @@ from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
-from minitransformer.generation.decode import CachedReader, draw, generate, sample_text, uniform_draws, window_length
+from minitransformer.generation.decode import draw, generate, sample_text, uniform_draws
 from minitransformer.generation.processors import (
     MinP,
     RepetitionPenalty,
@@ -28,6 +28,7 @@ from minitransformer.generation.processors import (
     TopK,
     TopP,
 )
+from minitransformer.generation.readers import CachedReader, window_length
 from minitransformer.generation.recording import Recorded, for_single_rows
 from minitransformer.generation.streaming import TextStream, stream_text
 from minitransformer.models.decoder import DecoderLM
@@ -128,7 +129,7 @@ def test_something_always_remains_to_be_drawn(
 ) -> None:
     logits = torch.tensor([row])
     tokens = torch.zeros(1, 1, dtype=torch.long)
-    for process in SamplingConfig(temperature, k, p, min_p, penalty).processors():
+    for process in SamplingConfig(temperature, k, p, min_p, penalty).processors(1, None):
         logits = process(logits, tokens)
     total = logits.softmax(-1).sum()
     torch.testing.assert_close(total, torch.tensor(1.0))
@@ -136,9 +137,11 @@ def test_something_always_remains_to_be_drawn(
 
 def test_processors_stand_in_the_order_that_users_know() -> None:
     every = SamplingConfig(temperature=0.5, top_k=5, top_p=0.5, min_p=0.1, repetition_penalty=1.2)
-    assert every.processors() == [RepetitionPenalty(1.2), Temperature(0.5), TopK(5), TopP(0.5), MinP(0.1)]
-    assert SamplingConfig(temperature=1, top_p=1, min_p=0).processors() == []
-    assert SamplingConfig(temperature=0, top_k=5, repetition_penalty=1.2).processors() == [RepetitionPenalty(1.2)]
+    assert every.processors(1, None) == [RepetitionPenalty(1.2), Temperature(0.5), TopK(5), TopP(0.5), MinP(0.1)]
+    assert SamplingConfig(temperature=1, top_p=1, min_p=0).processors(1, None) == []
+    assert SamplingConfig(temperature=0, top_k=5, repetition_penalty=1.2).processors(1, None) == [
+        RepetitionPenalty(1.2)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,10 @@ class AttentionCache(Protocol):
 
 
 class LayerCache:
-    """The keys and values of one self-attention layer, in buffers for `max_length` tokens that the first call makes."""
+    """The keys and values of one self-attention layer, for at most `max_length` tokens.
+
+    The buffers grow with what they hold, so that few tokens cost little; with `slots` they are whole from the start.
+    """
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
@@ -40,16 +43,25 @@ class LayerCache:
 
         With `slots`, the new ones go there, and both buffers are returned whole.
         """
-        if self._keys is None or self._values is None:
-            self._keys = k.new_zeros((*k.shape[:2], self.max_length, k.size(3)))
-            self._values = v.new_zeros((*v.shape[:2], self.max_length, v.size(3)))
         if self.slots is not None:
+            self._keys, self._values = self._with_room(self._keys, k), self._with_room(self._values, v)
             return self._keys.index_copy_(2, self.slots, k), self._values.index_copy_(2, self.slots, v)
         start, self.length = self.length, self.length + k.size(2)
         assert self.length <= self.max_length, f"{self.length} tokens in a cache for {self.max_length}"
+        self._keys, self._values = self._with_room(self._keys, k), self._with_room(self._values, v)
         self._keys[:, :, start : self.length] = k
         self._values[:, :, start : self.length] = v
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+    def _with_room(self, buffer: Tensor | None, new: Tensor) -> Tensor:
+        """`buffer`, or a larger copy, with room for `length` tokens like `new`, or for all if there are slots."""
+        if buffer is not None and (self.slots is not None or buffer.size(2) >= self.length):
+            return buffer
+        room = self.max_length if self.slots is not None else min(self.max_length, max(2 * self.length, 32))
+        larger = new.new_zeros((*new.shape[:2], room, new.size(3)))
+        if buffer is not None:
+            larger[:, :, : buffer.size(2)] = buffer
+        return larger
 
     def select(self, rows: Int[Tensor, "selected"]) -> None:
         """Keep the given rows of the batch, in their order; as many as before are written where the others were."""

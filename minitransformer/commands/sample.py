@@ -18,7 +18,7 @@ import tyro
 
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
-from minitransformer.generation.decode import window_length
+from minitransformer.generation.readers import window_length
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.streaming import stream_text
 from minitransformer.models.decoder import DecoderLM

@@ -1,86 +1,22 @@
-"""The loop that decodes: read what is new, process the logits, draw a token for each sample, again.
-
-**Past the context.** A model sees `context_length` tokens at most. When its window is full, the oldest half is dropped
-and the rest is read anew, at positions that start from 0; the window then grows again. Which tokens the window holds
-follows from how many there are (`window_length`), whether they were given or generated, so a prompt that is too
-long keeps its last tokens by the same rule. Reading anew makes this exact for every position scheme.
-"""
+"""The loop that decodes: read what is new, process the logits, choose a token for each sample, again."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Protocol
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from minitransformer.architecture.cache import KVCache
 from minitransformer.errors import UserError
+from minitransformer.generation.beam import beam_search
 from minitransformer.generation.processors import SamplingConfig
-from minitransformer.generation.recording import Recorded, for_single_rows, has_hooks
+from minitransformer.generation.readers import CachedReader, Reader, TargetReader, UncachedReader
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.tokenizers import Tokenizer
-
-
-def window_length(total: int, context_length: int) -> int:
-    """How many of `total` tokens, the last ones, a model sees that sees at most `context_length`.
-
-    All of them while they fit. One more than fits, and what remains is half of a full window and the newest token.
-    """
-    if total <= context_length:
-        return total
-    after_a_drop = context_length // 2 + 1
-    return after_a_drop + (total - context_length - 1) % (context_length + 1 - after_a_drop)
-
-
-class Reader(Protocol):
-    """Reads all tokens so far, and gives the logits of the next one."""
-
-    def __call__(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]: ...
-
-
-class UncachedReader:
-    """Reads the whole window for every token: the meaning of decoding, without its speed."""
-
-    def __init__(self, model: DecoderLM) -> None:
-        self.model = model
-
-    def __call__(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
-        window = window_length(tokens.size(1), self.model.config.context_length)
-        return _last_logits(self.model, tokens[:, -window:])
-
-
-class CachedReader:
-    """Reads each token once, as long as the window only grows; the first call's tokens are the same in every sample."""
-
-    def __init__(self, model: DecoderLM, max_tokens: int) -> None:
-        self.model = for_single_rows(model)
-        self.context_length = model.config.context_length
-        self.cache = model.new_cache(min(max_tokens, self.context_length))
-        self.read = self._read if any(map(has_hooks, model.modules())) else Recorded(self._read)
-        self.start: int | None = None
-
-    def __call__(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
-        samples, total = tokens.shape
-        window = window_length(total, self.context_length)
-        if self.start is None:
-            self.start = total - window
-            logits = self._read(tokens[:1, -window:], torch.arange(window, device=tokens.device))
-            self.cache.select(torch.zeros(samples, dtype=torch.long, device=tokens.device))
-            return logits.expand(samples, -1)
-        new = 1 if total - window == self.start else window
-        self.start = total - window
-        return self.read(tokens[:, -new:], torch.arange(window - new, window, device=tokens.device))
-
-    def _read(self, tokens: Int[Tensor, "samples new"], slots: Int[Tensor, "new"]) -> Float[Tensor, "samples vocab"]:
-        self.cache.place(slots)
-        return _last_logits(self.model, tokens, self.cache)
-
-
-def _last_logits(model: DecoderLM, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-    # The head reads the last token only: logits of a whole prompt would be its length times the vocabulary.
-    return model.head(model.hidden_states(tokens, cache=cache)[:, -1])
 
 
 def uniform_draws(samples: int, steps: int, generator: torch.Generator) -> Float[Tensor, "samples steps"]:
@@ -97,6 +33,17 @@ def draw(logits: Float[Tensor, "samples vocab"], uniform: Float[Tensor, "samples
     cumulative = logits.softmax(-1).cumsum(-1)
     # Times the total, which rounding keeps from being 1: below it, so the token found exists and is not impossible.
     return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None, None, None]:
+    """`model` is in eval mode meanwhile."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.inference_mode()
@@ -119,40 +66,109 @@ def generate(
     """
     if not prompt:
         raise UserError("the prompt has no token: begin with the end-of-text token")
+    device = next(model.parameters()).device
+    prompts = torch.tensor(prompt, device=device).expand(sampling.num_samples, -1)
+    with evaluating(model):
+        max_tokens = len(prompt) + sampling.max_new_tokens
+        read: Reader = CachedReader(model, max_tokens) if cached else UncachedReader(model)
+        yield from decode(read, prompts, sampling, generator=generator, end_of_text=end_of_text, vocab_size=vocab_size)
+
+
+def decode(
+    read: Reader,
+    prompts: Int[Tensor, "samples length"],
+    sampling: SamplingConfig,
+    *,
+    generator: torch.Generator | None = None,
+    end_of_text: int | None = None,
+    vocab_size: int | None = None,
+) -> Generator[list[int], None, None]:
+    """`generate` for any reader: the tokens that follow the prompts, each sample's own."""
+    samples, steps = prompts.size(0), sampling.max_new_tokens
     if generator is None:
         generator = torch.Generator()
         generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
-    samples, steps = sampling.num_samples, sampling.max_new_tokens
-    processors = sampling.processors()
-    device = next(model.parameters()).device
-    uniform = uniform_draws(samples, steps, generator).to(device)
-    tokens = torch.zeros(samples, len(prompt) + steps, dtype=torch.long)
-    tokens[:, : len(prompt)] = torch.tensor(prompt)
-    tokens = tokens.to(device)
+    uniform = uniform_draws(samples, steps, generator).to(prompts.device)
+    processors = sampling.processors(prompts.size(1), end_of_text)
+    tokens = torch.cat([prompts, prompts.new_zeros(samples, steps)], dim=1)
     ended = [False] * samples
-    was_training = model.training
-    model.eval()
-    try:
-        read: Reader = CachedReader(model, len(prompt) + steps) if cached else UncachedReader(model)
-        for step in range(steps):
-            so_far = tokens[:, : len(prompt) + step]
-            logits = read(so_far)[:, :vocab_size]
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            if step == 0 and not logits.isfinite().all():
-                raise UserError("the model predicts no finite probabilities: choose an earlier checkpoint")
-            for process in processors:
-                logits = process(logits, so_far)
-            chosen = logits.argmax(-1) if sampling.greedy else draw(logits, uniform[:, step])
-            tokens[:, len(prompt) + step] = chosen
-            new = chosen.tolist()
-            if end_of_text is not None:
-                new = [end_of_text if over else token for token, over in zip(new, ended, strict=True)]
-                ended = [token == end_of_text for token in new]
-            yield new
-            if all(ended):
-                return
-    finally:
-        model.train(was_training)
+    for step in range(steps):
+        so_far = tokens[:, : prompts.size(1) + step]
+        logits = read(so_far)[:, :vocab_size]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if step == 0 and not logits.isfinite().all():
+            raise UserError("the model predicts no finite probabilities: choose an earlier checkpoint")
+        for process in processors:
+            logits = process(logits, so_far)
+        chosen = logits.argmax(-1) if sampling.greedy else draw(logits, uniform[:, step])
+        tokens[:, so_far.size(1)] = chosen
+        new = chosen.tolist()
+        if end_of_text is not None:
+            new = [end_of_text if over else token for token, over in zip(new, ended, strict=True)]
+            ended = [token == end_of_text for token in new]
+        yield new
+        if all(ended):
+            return
+
+
+@torch.inference_mode()
+def translate(
+    model: Any,
+    sources: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    *,
+    start: int,
+    end_of_text: int,
+    vocab_size: int | None = None,
+    generator: torch.Generator | None = None,
+) -> list[list[list[int]]]:
+    """For each source, `num_samples` targets, the best first; `end_of_text` is not part of them.
+
+    Every target begins after `start`, and has no more than the model's context. With `num_beams`, what beam search
+    finds; otherwise as in `generate`.
+    """
+    device = next(model.parameters()).device
+    source, is_token = padded(sources, device)
+    limited = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, model.config.context_length))
+    copies = sampling.num_beams if sampling.num_beams > 1 else sampling.num_samples
+    rows = torch.arange(len(sources), device=device).repeat_interleave(copies)
+    with evaluating(model):
+        read = TargetReader(model, model.encode(source, is_token=is_token).select(rows))
+        if sampling.num_beams == 1:
+            prompts = torch.full((len(rows), 1), start, device=device)
+            steps = decode(read, prompts, limited, generator=generator, end_of_text=end_of_text, vocab_size=vocab_size)
+            drawn = [list(tokens) for tokens in zip(*steps, strict=True)]
+            targets = [drawn[i : i + copies] for i in range(0, len(drawn), copies)]
+        else:
+            found = beam_search(
+                read,
+                torch.full((len(sources), 1), start, device=device),
+                num_beams=sampling.num_beams,
+                max_new_tokens=limited.max_new_tokens,
+                length_penalty=sampling.length_penalty,
+                processors=limited.processors(1, end_of_text),
+                end_of_text=end_of_text,
+                vocab_size=vocab_size,
+            )
+            targets = [[hypothesis.tokens for hypothesis in text[: sampling.num_samples]] for text in found]
+    return [[_without(end_of_text, tokens) for tokens in text] for text in targets]
+
+
+def _without(end_of_text: int, tokens: list[int]) -> list[int]:
+    """The tokens before the first `end_of_text`."""
+    return tokens[: tokens.index(end_of_text)] if end_of_text in tokens else tokens
+
+
+def padded(
+    sequences: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "batch length"], Tensor | None]:
+    """The sequences as rows, padded at their ends, and where their real tokens are (None: everywhere)."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+    tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = torch.tensor(sequence)
+    is_token = torch.arange(tokens.size(1), device=device) < lengths[:, None]
+    return tokens.to(device), None if is_token.all() else is_token
 
 
 def sample_text(model: DecoderLM, tokenizer: Tokenizer, max_new_tokens: int) -> str:

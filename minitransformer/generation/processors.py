@@ -42,6 +42,41 @@ class RepetitionPenalty:
 
 
 @dataclass(frozen=True)
+class NoRepeatNGram:
+    """No token that would complete an n-gram which occurred already. Paulus et al. 2017 (arXiv 1705.04304), 2.5."""
+
+    n: int
+
+    def __call__(
+        self, logits: Float[Tensor, "samples vocab"], tokens: Int[Tensor, "samples length"]
+    ) -> Float[Tensor, "samples vocab"]:
+        if tokens.size(1) < self.n:
+            return logits
+        ngrams = tokens.unfold(1, self.n, 1)  # samples, beginnings, n
+        beginning = tokens[:, tokens.size(1) - self.n + 1 :]
+        rows, places = (ngrams[:, :, :-1] == beginning[:, None]).all(-1).nonzero(as_tuple=True)
+        forbidden = logits.clone()
+        forbidden[rows, ngrams[rows, places, -1]] = NEVER
+        return forbidden
+
+
+@dataclass(frozen=True)
+class MinLength:
+    """No `token`, which ends a text, before there are `length` tokens."""
+
+    length: int
+    token: int
+
+    def __call__(
+        self, logits: Float[Tensor, "samples vocab"], tokens: Int[Tensor, "samples length"]
+    ) -> Float[Tensor, "samples vocab"]:
+        if tokens.size(1) >= self.length:
+            return logits
+        ids = torch.arange(logits.size(-1), device=logits.device)
+        return logits.masked_fill(ids == self.token, NEVER)
+
+
+@dataclass(frozen=True)
 class Temperature:
     """p ∝ exp(logit / temperature): below 1 the likely become likelier, towards 0 only the likeliest remains."""
 
@@ -120,10 +155,18 @@ class SamplingConfig:
     """draw among tokens that have at least this share of the likeliest one's probability"""
     repetition_penalty: float = 1.0
     """above 1, tokens that occurred already become less likely"""
+    no_repeat_ngram: int | None = None
+    """never write the same sequence of this many tokens twice"""
+    min_new_tokens: int = 0
+    """fewest tokens before the text may end"""
     max_new_tokens: int = 200
     """most tokens to generate"""
     num_samples: int = 1
-    """how many continuations"""
+    """how many continuations; with several beams, the best ones"""
+    num_beams: int = 1
+    """beams of a beam search, which takes the likeliest text it finds; 1 is none"""
+    length_penalty: float = 1.0
+    """beams are compared by log-probability / length to this power: above 0 favours longer texts"""
     seed: int | None = None
     """the same seed gives the same text (default: another one each time)"""
     stop: tuple[str, ...] = ()
@@ -138,7 +181,11 @@ class SamplingConfig:
             raise UserError(f"min_p is {self.min_p}: it must be at least 0 and at most 1")
         if not 0 < self.repetition_penalty < math.inf:
             raise UserError(f"repetition_penalty is {self.repetition_penalty}: it must be above 0 (1 changes nothing)")
-        for name in ("top_k", "max_new_tokens", "num_samples"):
+        if self.min_new_tokens < 0:
+            raise UserError(f"min_new_tokens is {self.min_new_tokens}: it must be at least 0")
+        if self.num_beams > 1 and self.num_samples > self.num_beams:
+            raise UserError(f"num_samples {self.num_samples} is more than num_beams {self.num_beams}: lower it")
+        for name in ("top_k", "max_new_tokens", "num_samples", "num_beams", "no_repeat_ngram"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
@@ -152,12 +199,16 @@ class SamplingConfig:
         """Whether the likeliest token is taken every time."""
         return self.temperature == 0
 
-    def processors(self) -> list[LogitsProcessor]:
-        """What these settings do to logits, in the order in which users know it."""
+    def processors(self, prompt_length: int, end_of_text: int | None) -> list[LogitsProcessor]:
+        """What these settings do to logits after a prompt of so many tokens, in the order in which users know it."""
         processors: list[LogitsProcessor] = []
         if self.repetition_penalty != 1:
             processors.append(RepetitionPenalty(self.repetition_penalty))
-        if self.greedy:
+        if self.no_repeat_ngram is not None:
+            processors.append(NoRepeatNGram(self.no_repeat_ngram))
+        if self.min_new_tokens and end_of_text is not None:
+            processors.append(MinLength(prompt_length + self.min_new_tokens, end_of_text))
+        if self.greedy or self.num_beams > 1:
             # The rest changes how likely tokens are, and never which one is the likeliest.
             return processors
         if self.temperature != 1:

@@ -1,0 +1,29 @@
+"""Filling masks: what an encoder thinks stands where a text says nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from minitransformer.generation.decode import evaluating
+from minitransformer.models.encoder import EncoderLM
+
+
+@torch.inference_mode()
+def fill_masks(
+    model: EncoderLM, tokens: Sequence[int], mask: int, *, guesses: int = 5, vocab_size: int | None = None
+) -> list[list[tuple[int, float]]]:
+    """For each `mask` among `tokens`, the likeliest tokens with their probabilities, the likeliest first.
+
+    Every mask is filled as if the others stayed masked: p(token | all that is not masked).
+    """
+    device = next(model.parameters()).device
+    with evaluating(model):
+        logits = model(torch.tensor([tokens], device=device))[0, :, :vocab_size]
+    places = [place for place, token in enumerate(tokens) if token == mask]
+    likeliest = logits[places].float().softmax(-1).topk(min(guesses, logits.size(-1)))
+    return [
+        list(zip(ids, probabilities, strict=True))
+        for ids, probabilities in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    ]
