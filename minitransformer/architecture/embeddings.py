@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -106,5 +106,9 @@ class ClassificationHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classify = nn.Linear(d_model, num_classes)
 
-    def forward(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch classes"]:
-        return self.classify(self.dropout(self.activation(self.pool(x[:, 0]))))
+    def forward(
+        self, x: Float[Tensor, "batch length d_model"], is_token: Bool[Tensor, "batch length"] | None = None
+    ) -> Float[Tensor, "batch classes"]:
+        """`is_token` is False at padding, which may come before the first token."""
+        first = x[:, 0] if is_token is None else x[torch.arange(len(x), device=x.device), is_token.long().argmax(-1)]
+        return self.classify(self.dropout(self.activation(self.pool(first))))

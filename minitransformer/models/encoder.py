@@ -77,4 +77,5 @@ class EncoderClassifier(Encoder, name="encoder-classifier"):
         positions: Int[Tensor, "#batch length"] | None = None,
     ) -> Float[Tensor, "batch classes"]:
         """One logit for each class."""
-        return self.head(self.hidden_states(tokens, is_token=is_token, segments=segments, positions=positions))
+        hidden = self.hidden_states(tokens, is_token=is_token, segments=segments, positions=positions)
+        return self.head(hidden, is_token)

@@ -1,0 +1,125 @@
+"""Encoders: the laws that every choice of their parts obeys, with the heads for masked tokens and for classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minitransformer.architecture.positions import PositionScheme
+from minitransformer.architecture.residual import Residual
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import Model, build_model
+
+SIZES = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context_length": 32, "vocab_size": 11}
+LENGTH = 6
+VARIANTS: list[dict[str, Any]] = [
+    *({"residual": name} for name in Residual.registry),
+    *({"positions": name} for name in PositionScheme.registry),
+    {"block": "parallel", "num_kv_heads": 2, "num_segments": 2},
+    {"attention_window": 3, "window_pattern": (True, False), "attention_kernel": "by-hand"},
+    {"num_experts": 3, "feedforward": "swiglu", "attention_softcap": 2.0, "embedding_dim": 6},
+]
+every_variant = pytest.mark.parametrize("choices", VARIANTS, ids=str)
+both_topologies = pytest.mark.parametrize(
+    "kind", [{"topology": "encoder"}, {"topology": "encoder-classifier", "num_classes": 3}], ids=["words", "classes"]
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(shake: Any) -> Any:
+    def make(**choices: Any) -> Model:
+        return shake(build_model(ModelConfig(**{**SIZES, "topology": "encoder", **choices}))).double().eval()
+
+    return make
+
+
+def texts(rows: int = 1, length: int = LENGTH) -> Tensor:
+    return torch.randint(0, 11, (rows, length))
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@both_topologies
+@every_variant
+@settings(max_examples=5)
+@given(left=st.integers(0, 3), right=st.integers(0, 3))
+def test_padding_never_matters(kind: dict[str, Any], choices: dict[str, Any], left: int, right: int, tiny: Any) -> None:
+    model, tokens, inside = tiny(**kind, **choices), texts(2), slice(left, left + LENGTH)
+    padded = texts(2, left + LENGTH + right)
+    padded[:, inside] = tokens
+    is_token = torch.zeros_like(padded).bool()
+    is_token[:, inside] = True
+    close(model.hidden_states(padded, is_token=is_token)[:, inside], model.hidden_states(tokens))
+    logits = model(padded, is_token=is_token)
+    assert logits.isfinite().all()
+    close(logits if "num_classes" in kind else logits[:, inside], model(tokens))
+
+
+@both_topologies
+@every_variant
+def test_padding_sends_no_gradient_that_is_not_a_number(
+    kind: dict[str, Any], choices: dict[str, Any], tiny: Any
+) -> None:
+    model = tiny(**kind, **choices)
+    is_token = torch.tensor([[False, False, True, True], [True, True, True, False]])
+    model(texts(2, 4), is_token=is_token).logsumexp(-1).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@both_topologies
+def test_every_token_changes_every_output(kind: dict[str, Any], tiny: Any) -> None:
+    model, tokens = tiny(**kind), texts()
+    for place in range(LENGTH):
+        other = tokens.clone()
+        other[:, place] = (other[:, place] + 1) % 11
+        assert (model(other) != model(tokens)).any(-1).all()
+
+
+@both_topologies
+def test_texts_of_a_batch_do_not_meet(kind: dict[str, Any], tiny: Any) -> None:
+    model, tokens = tiny(**kind), texts(3)
+    for row, logits in enumerate(model(tokens)):
+        close(logits, model(tokens[row : row + 1])[0])
+
+
+@both_topologies
+def test_segments_count_and_are_the_first_by_default(kind: dict[str, Any], tiny: Any) -> None:
+    model, tokens = tiny(**kind, num_segments=2), texts(2)
+    segments = (torch.arange(LENGTH) >= 3).long().expand(2, -1)
+    assert torch.equal(model(tokens), model(tokens, segments=torch.zeros_like(tokens)))
+    assert not torch.allclose(model(tokens), model(tokens, segments=segments))
+
+
+def test_given_positions_replace_those_that_count_tokens(tiny: Any) -> None:
+    model, tokens = tiny(positions="sinusoidal"), texts()
+    close(model(tokens, positions=torch.arange(LENGTH)[None]), model(tokens))
+    assert not torch.allclose(model(tokens, positions=torch.arange(LENGTH)[None] + 3), model(tokens))
+
+
+def test_the_next_sentence_is_two_logits_from_the_first_token(tiny: Any) -> None:
+    model = tiny(next_sentence=True, num_segments=2)
+    hidden = model.hidden_states(texts(2))
+    logits = model.next_sentence(hidden)
+    assert logits.shape == (2, 2)
+    assert torch.equal(logits, model.next_sentence(hidden[:, :1]))
+    assert tiny().next_sentence is None
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+def test_a_classifier_has_a_logit_for_each_class(classes: int, tiny: Any) -> None:
+    model = tiny(topology="encoder-classifier", num_classes=classes)
+    assert model(texts(2)).shape == (2, classes)
+
+
+def test_a_classifier_drops_what_it_pools_in_training(tiny: Any) -> None:
+    model, hidden = tiny(topology="encoder-classifier", num_classes=2, dropout=0.5), torch.randn(2, 3, 16).double()
+    assert torch.equal(model.head(hidden), model.head(hidden))
+    model.train()
+    assert not torch.equal(model.head(hidden), model.head(hidden))
