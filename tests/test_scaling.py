@@ -1,0 +1,100 @@
+"""What bounds scores and what slows turns: soft caps, rotary fractions and the scalings of rotary frequencies."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minitransformer.architecture.attention import KERNELS
+from minitransformer.architecture.positions import ROTARY_SCALINGS, PositionSpace, Rotary, token_positions
+
+every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+
+
+def space(**sizes: Any) -> PositionSpace:
+    return PositionSpace(**{"d_model": 16, "num_heads": 2, "head_dim": 8, "max_length": 64, "causal": True, **sizes})
+
+
+def looped(q: Tensor, k: Tensor, v: Tensor, *, softcap: float, causal: bool) -> Tensor:
+    """The equation for one text and one head, score by score."""
+    out = torch.zeros(len(q), v.size(1), dtype=q.dtype)
+    for i in range(len(q)):
+        seen = range(i + 1) if causal else range(len(k))
+        scores = [float(q[i] @ k[j]) / math.sqrt(q.size(1)) for j in seen]
+        weights = [math.exp(softcap * math.tanh(score / softcap)) for score in scores]
+        out[i] = sum(weight / sum(weights) * v[j] for weight, j in zip(weights, seen, strict=True))
+    return out
+
+
+@every_kernel
+@given(softcap=st.floats(0.1, 30), causal=st.booleans(), size=st.floats(0.1, 10))
+def test_a_softcap_is_that_of_a_loop_in_float64(kernel: Any, softcap: float, causal: bool, size: float) -> None:
+    q, k, v = size * torch.randn(3, 2, 3, 5, 4).double()
+    actual = kernel(q, k, v, softcap=softcap, causal=causal)
+    for b in range(2):
+        for h in range(3):
+            expected = looped(q[b, h], k[b, h], v[b, h], softcap=softcap, causal=causal)
+            torch.testing.assert_close(actual[b, h], expected, rtol=1e-10, atol=1e-10)
+
+
+@every_kernel
+def test_a_wide_softcap_changes_nothing(kernel: Any) -> None:
+    q, k, v = torch.randn(3, 2, 3, 5, 4).double()
+    torch.testing.assert_close(kernel(q, k, v, softcap=1e6), kernel(q, k, v), rtol=1e-9, atol=1e-9)
+
+
+@given(turned=st.sampled_from([2, 4, 6]))
+def test_a_rotary_fraction_turns_a_smaller_head_and_leaves_the_rest_alone(turned: int) -> None:
+    x, positions = torch.randn(2, 3, 5, 8), token_positions(5)
+    out = Rotary(space(rotary_fraction=turned / 8)).rotation(positions)(x)
+    assert torch.equal(out[..., turned:], x[..., turned:])
+    small = Rotary(space(head_dim=turned)).rotation(positions)(x[..., :turned])
+    torch.testing.assert_close(out[..., :turned], small)
+    assert (out[:, :, 1:, :turned] != x[:, :, 1:, :turned]).all()
+
+
+def rescaled(name: str, turns: list[float], **sizes: Any) -> list[float]:
+    """What becomes of frequencies that turn so often in the original length, as multiples of what they were."""
+    shape = space(rotary_scaling=name, rotary_original_length=100, **sizes)
+    frequencies = 2 * math.pi * torch.tensor(turns) / 100
+    return (ROTARY_SCALINGS[name](frequencies, shape) / frequencies).tolist()
+
+
+def test_linear_scaling_divides_every_frequency() -> None:
+    assert rescaled("linear", [0.1, 1.0, 50.0], rotary_factor=8.0) == pytest.approx([1 / 8] * 3)
+    assert rescaled("none", [0.1, 1.0, 50.0], rotary_factor=8.0) == [1.0] * 3
+
+
+def test_llama3_scaling_slows_slow_turns_leaves_fast_ones_and_goes_over_between() -> None:
+    found = rescaled("llama3", [0.2, 1.0, 2.5, 4.0, 30.0], rotary_factor=8.0)
+    assert found == pytest.approx([1 / 8, 1 / 8, (1 / 8 + 1) / 2, 1, 1])
+    wider = {"rotary_low_freq_factor": 2.0, "rotary_high_freq_factor": 10.0}
+    assert rescaled("llama3", [1.9, 4.0, 11.0], rotary_factor=4.0, **wider) == pytest.approx([1 / 4, 7 / 16, 1])
+
+
+def test_a_linear_factor_puts_every_position_at_its_share() -> None:
+    x = torch.randn(1, 2, 4, 8)
+    scaled = Rotary(space(rotary_scaling="linear", rotary_factor=4.0)).rotation(torch.tensor([[0, 4, 8, 40]]))(x)
+    torch.testing.assert_close(scaled, Rotary(space()).rotation(torch.tensor([[0, 1, 2, 10]]))(x))
+
+
+def test_llama_3_1_has_the_frequencies_of_its_public_code() -> None:
+    # Its base, length and factors; the first pair, one between and the last, reckoned apart from our code.
+    shape = space(head_dim=128, rotary_scaling="llama3", rotary_factor=8.0, rotary_original_length=8192)
+    pairs = torch.arange(64, dtype=torch.float64)
+    frequencies = 500000.0 ** (-pairs / 64)
+    expected = []
+    for frequency in frequencies.tolist():
+        wavelength = 2 * math.pi / frequency
+        smooth = (8192 / wavelength - 1) / (4 - 1)
+        between = (1 - smooth) * frequency / 8 + smooth * frequency
+        expected.append(frequency if wavelength < 8192 / 4 else frequency / 8 if wavelength > 8192 / 1 else between)
+    torch.testing.assert_close(
+        ROTARY_SCALINGS["llama3"](frequencies, shape), torch.tensor(expected, dtype=torch.float64)
+    )

@@ -1,0 +1,103 @@
+"""Every part of the registries in every topology: it runs, and its gradients are finite and reach every weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minitransformer.architecture.attention import KERNELS, QK_NORMS
+from minitransformer.architecture.block import Block
+from minitransformer.architecture.feedforward import FEEDFORWARDS
+from minitransformer.architecture.init import Initialisation
+from minitransformer.architecture.norms import Norm
+from minitransformer.architecture.positions import ROTARY_SCALINGS, PositionScheme
+from minitransformer.architecture.residual import Residual
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import Model, build_model
+
+SIZES = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context_length": 16, "vocab_size": 11}
+TOPOLOGIES: dict[str, dict[str, Any]] = {
+    "decoder": {},
+    "encoder": {},
+    "encoder-classifier": {"num_classes": 3},
+    "encoder-decoder": {},
+}
+STACKS = {
+    "decoder": ["stack"],
+    "encoder": ["stack"],
+    "encoder-classifier": ["stack"],
+    "encoder-decoder": ["encoder", "decoder"],
+}
+every_topology = pytest.mark.parametrize("topology", TOPOLOGIES)
+PARTS: list[dict[str, Any]] = [
+    *({"residual": name} for name in Residual.registry),
+    *({"positions": name} for name in PositionScheme.registry),
+    # Not every bias: softmax does not see that of the keys in cross-attention.
+    *({"norm": name, "norm_bias": True, "attention_output_bias": True} for name in Norm.registry),
+    *({"feedforward": name} for name in FEEDFORWARDS),
+    *({"feedforward": name, "num_experts": 2} for name in FEEDFORWARDS),
+    *({"qk_norm": name, "norm": "rms"} for name in QK_NORMS),
+    *({"block": name} for name in Block.registry),
+    *({"attention_kernel": name} for name in KERNELS),
+    *({"rotary_scaling": name, "rotary_factor": 4.0, "rotary_fraction": 0.5} for name in ROTARY_SCALINGS),
+    {"embedding_dim": 6, "num_kv_heads": 1, "logit_softcap": 3.0, "attention_softcap": 2.0},
+    {"head": "transformed", "head_bias": True, "tied_embeddings": False, "embedding_norm": True},
+]
+
+
+def make(topology: str, **choices: Any) -> Model:
+    return build_model(ModelConfig(**{**SIZES, "topology": topology, **TOPOLOGIES[topology], **choices}))
+
+
+def outputs(model: Model) -> Tensor:
+    every_token = torch.arange(11)[None]
+    texts = [every_token, every_token.flip(1)] if model.config.topology == "encoder-decoder" else [every_token]
+    return model(*texts)
+
+
+@every_topology
+@pytest.mark.parametrize("choices", PARTS, ids=str)
+def test_every_part_sends_finite_gradients_to_every_weight(topology: str, choices: dict[str, Any], shake: Any) -> None:
+    model = shake(make(topology, **choices)).double()
+    outputs(model).sin().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@every_topology
+@pytest.mark.parametrize("name", Initialisation.registry)
+def test_every_initialisation_starts_with_finite_logits(topology: str, name: str) -> None:
+    assert outputs(make(topology, init=name)).isfinite().all()
+
+
+@every_topology
+def test_no_weight_is_forgotten_by_the_state_dict(topology: str, shake: Any) -> None:
+    model, other = shake(make(topology)), shake(make(topology))
+    assert not torch.equal(outputs(other), outputs(model))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(outputs(other), outputs(model))
+
+
+@every_topology
+def test_a_window_is_where_the_pattern_says_and_the_pattern_repeats(topology: str) -> None:
+    model = make(topology, num_layers=5, attention_window=3, window_pattern=(True, True, False))
+    for stack in STACKS[topology]:
+        assert getattr(model, stack).windows == [3, 3, None, 3, 3]
+
+
+@pytest.mark.parametrize("pattern", [(True, False), (False, True)], ids=str)
+def test_a_layer_without_the_window_sees_everything(pattern: tuple[bool, ...], shake: Any) -> None:
+    def last_logit_sees(tokens: Tensor, **choices: Any) -> list[bool]:
+        model = shake(make("decoder", attention_window=2, **choices)).double().eval()
+        before = model(tokens)[:, -1]
+        changes = [tokens.index_copy(1, torch.tensor([i]), (tokens[:, [i]] + 1) % 11) for i in range(tokens.size(1))]
+        return [not torch.equal(model(changed)[:, -1], before) for changed in changes]
+
+    tokens = torch.randint(0, 11, (1, 8))
+    assert last_logit_sees(tokens) == [False] * 5 + [True] * 3
+    assert all(last_logit_sees(tokens, window_pattern=pattern))
