@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minitransformer.architecture.attention import KERNELS, AttentionView, MultiHeadAttention
-from minitransformer.architecture.block import Stack, TransformerBlock
+from minitransformer.architecture.block import Memory, Stack, TransformerBlock
 from minitransformer.architecture.masks import causal_mask, padding_mask
 from minitransformer.architecture.positions import token_positions
 from minitransformer.models.build import build_stack
@@ -44,8 +44,18 @@ class Twins:
         self.attention(ours.attention, torchs.self_attn)
         self.alike(ours.feedforward.up, torchs.linear1)
         self.alike(ours.feedforward.down, torchs.linear2)
-        self.alike(ours.attention_residual.norm, torchs.norm1)
-        self.alike(ours.feedforward_residual.norm, torchs.norm2)
+        norms = [ours.attention_residual.norm, ours.feedforward_residual.norm]
+        if ours.cross_attention is not None:
+            self.attention(ours.cross_attention, torchs.multihead_attn)
+            norms.insert(1, ours.cross_residual.norm)
+        for number, norm in enumerate(norms, start=1):
+            self.alike(norm, getattr(torchs, f"norm{number}"))
+
+    def stack(self, ours: Stack, torchs: Any) -> None:
+        for block, layer in zip(ours.blocks, torchs.layers, strict=True):
+            self.layer(block, layer)
+        if torchs.norm is not None:
+            self.alike(ours.final_norm, torchs.norm)
 
     @torch.no_grad()
     def share_weights(self) -> None:
@@ -107,7 +117,9 @@ def test_attention_without_biases_is_torchs(shake: Any) -> None:
     close(ours(x, view=AttentionView()), theirs(x, x, x)[0])
 
 
-def stack_like(placement: str, activation: str, num_layers: int, *, causal: bool, dropout: float) -> Stack:
+def stack_like(
+    placement: str, activation: str, num_layers: int, *, causal: bool, dropout: float, has_memory: bool = False
+) -> Stack:
     config = ModelConfig(
         d_model=D,
         num_layers=num_layers,
@@ -119,7 +131,7 @@ def stack_like(placement: str, activation: str, num_layers: int, *, causal: bool
         bias=True,
         dropout=dropout,
     )
-    return build_stack(config, causal=causal)
+    return build_stack(config, causal=causal, has_memory=has_memory)
 
 
 def layer_like(placement: str, activation: str, dropout: float) -> nn.TransformerEncoderLayer:
@@ -156,10 +168,7 @@ def test_a_stack_is_torchs_encoder(placement: str, causal: bool, mode: str) -> N
     theirs = nn.TransformerEncoder(layer, 3, final_norm, enable_nested_tensor=False).train(mode != "evaluation")
     ours = stack_like(placement, "gelu", 3, causal=causal, dropout=dropout).train(mode != "evaluation")
     twins = Twins()
-    for block, their_layer in zip(ours.blocks, theirs.layers, strict=True):
-        twins.layer(block, their_layer)
-    if final_norm is not None:
-        twins.alike(ours.final_norm, final_norm)
+    twins.stack(ours, theirs)
     twins.share_weights()
     x = tokens()
     forbidden = ~causal_mask(LENGTH, LENGTH)[0, 0] if causal else None
@@ -170,3 +179,61 @@ def test_a_stack_is_torchs_encoder(placement: str, causal: bool, mode: str) -> N
         with torch.inference_mode():  # where torch takes a path of its own
             fast = theirs(x, mask=forbidden, src_key_padding_mask=~IS_TOKEN)
         close(actual[IS_TOKEN], fast[IS_TOKEN])
+
+
+SOURCE_LENGTH = 5
+SOURCE_IS_TOKEN = torch.tensor([[True] * 3 + [False] * 2, [True] * SOURCE_LENGTH])
+FUTURE = ~causal_mask(LENGTH, LENGTH)[0, 0]
+
+
+@pytest.mark.parametrize("mode", ["training without dropout", "evaluation"])
+@pytest.mark.parametrize(("placement", "activation"), [*itertools.product(["pre", "post"], ["relu", "gelu"])])
+def test_a_block_with_a_memory_is_torchs_decoder_layer(placement: str, activation: str, mode: str) -> None:
+    training = mode != "evaluation"
+    dropout = 0.0 if training else 0.3
+    theirs = nn.TransformerDecoderLayer(
+        D, HEADS, D_FF, dropout, activation, batch_first=True, norm_first=placement == "pre"
+    ).train(training)
+    stack = stack_like(placement, activation, 1, causal=True, dropout=dropout, has_memory=True)
+    ours = stack.blocks[0].train(training)
+    twins = Twins()
+    twins.layer(ours, theirs)
+    twins.share_weights()
+    x, source = tokens(), tokens(SOURCE_LENGTH)
+    paddings = {"tgt_key_padding_mask": ~IS_TOKEN, "memory_key_padding_mask": ~SOURCE_IS_TOKEN}
+    expected = theirs(x, source, tgt_mask=FUTURE, **paddings)
+    view = AttentionView(causal=True, mask=padding_mask(IS_TOKEN))
+    actual = ours(x, view=view, memory=Memory(source, SOURCE_IS_TOKEN))
+    twins.compare(actual[IS_TOKEN], expected[IS_TOKEN], [x, source])
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("mode", ["training without dropout", "evaluation"])
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_two_stacks_are_torchs_transformer(placement: str, mode: str) -> None:
+    training = mode != "evaluation"
+    dropout = 0.0 if training else 0.3
+    theirs = nn.Transformer(D, HEADS, 2, 3, D_FF, dropout, batch_first=True, norm_first=placement == "pre")
+    if placement == "post":  # torch's ends both stacks with a norm even where the last block does, unlike the paper
+        theirs.encoder.norm = theirs.decoder.norm = None
+    theirs.train(training)
+    encoder = stack_like(placement, "relu", 2, causal=False, dropout=dropout).train(training)
+    decoder = stack_like(placement, "relu", 3, causal=True, dropout=dropout, has_memory=True).train(training)
+    twins = Twins()
+    twins.stack(encoder, theirs.encoder)
+    twins.stack(decoder, theirs.decoder)
+    twins.share_weights()
+    source, x = tokens(SOURCE_LENGTH), tokens()
+    expected = theirs(
+        source,
+        x,
+        tgt_mask=FUTURE,
+        src_key_padding_mask=~SOURCE_IS_TOKEN,
+        tgt_key_padding_mask=~IS_TOKEN,
+        memory_key_padding_mask=~SOURCE_IS_TOKEN,
+    )
+    memory = Memory(
+        encoder(source, positions=token_positions(SOURCE_LENGTH), is_token=SOURCE_IS_TOKEN), SOURCE_IS_TOKEN
+    )
+    actual = decoder(x, positions=token_positions(LENGTH), is_token=IS_TOKEN, memory=memory)
+    twins.compare(actual[IS_TOKEN], expected[IS_TOKEN], [source, x])
