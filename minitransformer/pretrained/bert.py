@@ -1,0 +1,142 @@
+"""BERT and the encoders that followed it: RoBERTa, DistilBERT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from minitransformer.models.config import ModelConfig
+from minitransformer.pretrained.families import ACTIVATIONS, HF, Family, Field
+from minitransformer.pretrained.rules import Rule, WithoutFirst
+
+BLOCK = "stack.blocks.{layer}."
+
+
+def encoder_rules(prefix: str) -> tuple[Rule, ...]:
+    """The blocks of BERT and RoBERTa, whose names begin with `prefix`."""
+    layer = prefix + "encoder.layer.{layer}."
+    return (
+        Rule(prefix + "embeddings.word_embeddings", "embedding.table"),
+        Rule(prefix + "embeddings.token_type_embeddings", "embedding.segments"),
+        Rule(prefix + "embeddings.LayerNorm", "stack.embedding_norm"),
+        Rule(layer + "attention.self.query", BLOCK + "attention.query"),
+        Rule(layer + "attention.self.key", BLOCK + "attention.key"),
+        Rule(layer + "attention.self.value", BLOCK + "attention.value"),
+        Rule(layer + "attention.output.dense", BLOCK + "attention.output"),
+        Rule(layer + "attention.output.LayerNorm", BLOCK + "attention_residual.norm"),
+        Rule(layer + "intermediate.dense", BLOCK + "feedforward.up"),
+        Rule(layer + "output.dense", BLOCK + "feedforward.down"),
+        Rule(layer + "output.LayerNorm", BLOCK + "feedforward_residual.norm"),
+    )
+
+
+def head_rules(names: Mapping[str, str], bias: str) -> tuple[Rule, ...]:
+    """The head for masked tokens, whose bias of the logits is a tensor of its own."""
+    modules = tuple(Rule(theirs, ours) for theirs, ours in names.items())
+    return (*modules, Rule(bias, "head.head.bias", tensors=True))
+
+
+FIXED = {
+    "residual": "post",
+    "norm": "layer",
+    "positions": "learned",
+    "bias": True,
+    "embedding_norm": True,
+    "head": "transformed",
+    "head_bias": True,
+}
+
+
+class BERT(Family, name="bert"):
+    """Devlin et al. 2018 (arXiv 1810.04805)."""
+
+    architectures = {"encoder": "BertForMaskedLM", "encoder-classifier": "BertForSequenceClassification"}
+    fields = {
+        "vocab_size": "vocab_size",
+        "hidden_size": "d_model",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "intermediate_size": "d_ff",
+        "max_position_embeddings": "context_length",
+        "type_vocab_size": Field("num_segments", default=2),
+        "layer_norm_eps": Field("norm_eps", default=1e-12),
+        "hidden_act": Field("feedforward", ACTIVATIONS, "gelu"),
+    }
+    fixed = FIXED
+    required = {"position_embedding_type": "absolute", "is_decoder": False, "tie_word_embeddings": True}
+    prefix = "bert."
+    rules = (
+        *encoder_rules("bert."),
+        Rule("bert.embeddings.position_embeddings", "stack.positions.table"),
+        *head_rules(
+            {"cls.predictions.transform.dense": "head.transform", "cls.predictions.transform.LayerNorm": "head.norm"},
+            "cls.predictions.bias",
+        ),
+        Rule("bert.pooler.dense", "head.pool"),
+        Rule("classifier", "head.classify"),
+    )
+    # Copies of tied tensors, and the pooler and next-sentence head that come with a published masked model.
+    ignored = (r"^cls\.predictions\.decoder\.", r"position_ids$", r"^bert\.pooler\.", r"^cls\.seq_relationship\.")
+
+
+class RoBERTa(BERT, name="roberta"):
+    """Liu et al. 2019 (arXiv 1907.11692). Its positions count from 2: the padding token's id, and one."""
+
+    architectures = {"encoder": "RobertaForMaskedLM", "encoder-classifier": "RobertaForSequenceClassification"}
+    fields = {name: field for name, field in BERT.fields.items() if name != "max_position_embeddings"}
+    required = {**BERT.required, "pad_token_id": 1}
+    prefix = "roberta."
+    rules = (
+        *encoder_rules("roberta."),
+        Rule("roberta.embeddings.position_embeddings", "stack.positions.table", WithoutFirst(2)),
+        *head_rules({"lm_head.dense": "head.transform", "lm_head.layer_norm": "head.norm"}, "lm_head.bias"),
+        Rule("classifier.dense", "head.pool"),
+        Rule("classifier.out_proj", "head.classify"),
+    )
+    ignored = (r"^lm_head\.decoder\.", r"position_ids$", r"^roberta\.pooler\.")
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        return {"context_length": hf["max_position_embeddings"] - 2}
+
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        return {"max_position_embeddings": config.context_length + 2}
+
+
+LAYER = "distilbert.transformer.layer.{layer}."
+
+
+class DistilBERT(Family, name="distilbert"):
+    """Sanh et al. 2019 (arXiv 1910.01108): BERT without segments."""
+
+    architectures = {"encoder": "DistilBertForMaskedLM", "encoder-classifier": "DistilBertForSequenceClassification"}
+    fields = {
+        "vocab_size": "vocab_size",
+        "dim": "d_model",
+        "n_layers": "num_layers",
+        "n_heads": "num_heads",
+        "hidden_dim": "d_ff",
+        "max_position_embeddings": "context_length",
+        "activation": Field("feedforward", ACTIVATIONS, "gelu"),
+    }
+    fixed = {**FIXED, "norm_eps": 1e-12, "pooling": "relu"}
+    required = {"sinusoidal_pos_embds": False, "tie_word_embeddings": True}
+    prefix = "distilbert."
+    rules = (
+        Rule("distilbert.embeddings.word_embeddings", "embedding.table"),
+        Rule("distilbert.embeddings.position_embeddings", "stack.positions.table"),
+        Rule("distilbert.embeddings.LayerNorm", "stack.embedding_norm"),
+        Rule(LAYER + "attention.q_lin", BLOCK + "attention.query"),
+        Rule(LAYER + "attention.k_lin", BLOCK + "attention.key"),
+        Rule(LAYER + "attention.v_lin", BLOCK + "attention.value"),
+        Rule(LAYER + "attention.out_lin", BLOCK + "attention.output"),
+        Rule(LAYER + "sa_layer_norm", BLOCK + "attention_residual.norm"),
+        Rule(LAYER + "ffn.lin1", BLOCK + "feedforward.up"),
+        Rule(LAYER + "ffn.lin2", BLOCK + "feedforward.down"),
+        Rule(LAYER + "output_layer_norm", BLOCK + "feedforward_residual.norm"),
+        *head_rules({"vocab_transform": "head.transform", "vocab_layer_norm": "head.norm"}, "vocab_projector.bias"),
+        Rule("pre_classifier", "head.pool"),
+        Rule("classifier", "head.classify"),
+    )
+    ignored = (r"^vocab_projector\.weight$", r"position_ids$")

@@ -1,0 +1,170 @@
+"""What a family of public checkpoints is: one table of configuration fields, and one of rules for its tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from minitransformer.errors import UserError
+from minitransformer.models.config import ModelConfig
+from minitransformer.pretrained.rules import Rule
+from minitransformer.registry import Registered
+
+HF = dict[str, Any]
+
+ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu-tanh", "gelu_pytorch_tanh": "gelu-tanh"}
+SILU = {"silu": "silu", "swish": "silu"}
+GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu-tanh", "gelu": "geglu", "relu": "reglu"}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of the family's configuration and ours; `values` translates, where they are spelled differently."""
+
+    ours: str
+    values: Mapping[Any, Any] | None = None
+    default: Any = None
+
+
+class Family(Registered, kind="model_type"):
+    """A family of checkpoints, called by its `model_type`.
+
+    `architectures` are the classes of the `transformers` library for each of our topologies. `fields` are copied,
+    `fixed` is what every member is in our terms, `required` what a configuration must say (or leave out).
+    """
+
+    architectures: ClassVar[dict[str, str]]
+    fields: ClassVar[dict[str, Field | str]]
+    fixed: ClassVar[dict[str, Any]]
+    required: ClassVar[HF] = {}
+    rules: ClassVar[Sequence[Rule]] = ()
+    ignored: ClassVar[Sequence[str]] = ()
+    prefix: ClassVar[str] = ""
+    """what tensor names begin with, which files of a headless model leave out"""
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        """What `fields` and `fixed` cannot say: more of our fields, from the family's configuration."""
+        return {}
+
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        """The inverse of `read`."""
+        return {}
+
+    @classmethod
+    def rules_for(cls, config: ModelConfig) -> Sequence[Rule]:
+        """The rules for the tensors of a member with this configuration."""
+        return cls.rules
+
+    @classmethod
+    def model_config(cls, hf: HF) -> ModelConfig:
+        """Our configuration; raises `UserError` for a member that our architecture does not cover."""
+        for name, value in cls.required.items():
+            if hf.get(name, value) != value:
+                raise UserError(f"{name} is {hf[name]!r} in config.json: only {value!r} can be loaded for {cls.name}")
+        ours: dict[str, Any] = {"topology": cls._topology(hf), **cls.fixed}
+        for theirs, field in cls.fields.items():
+            field = Field(field) if isinstance(field, str) else field
+            value = hf.get(theirs, field.default)
+            if field.values is not None:
+                if value not in field.values:
+                    known = ", ".join(map(repr, field.values))
+                    raise UserError(f"{theirs} is {value!r} in config.json: known for {cls.name} are {known}")
+                value = field.values[value]
+            ours[field.ours] = value
+        ours |= cls.read(hf)
+        if ours["topology"] == "encoder-classifier":
+            ours |= {"num_classes": len(hf.get("id2label", {0: 0, 1: 1})), "head": "linear", "head_bias": False}
+        return ModelConfig(**ours)
+
+    @classmethod
+    def _topology(cls, hf: HF) -> str:
+        named = [t for t, architecture in cls.architectures.items() if architecture in (hf.get("architectures") or [])]
+        return named[0] if named else next(iter(cls.architectures))
+
+    @classmethod
+    def hf_config(cls, config: ModelConfig) -> HF:
+        """The family's configuration; raises `UserError` naming the first field that it cannot hold."""
+        if config.topology not in cls.architectures:
+            raise cls._cannot_hold("topology", config.topology, cls.architectures)
+        for name, value in cls.fixed.items():
+            if not _equal(_canonical(config).get(name, value), value):
+                raise cls._cannot_hold(name, getattr(config, name), [value])
+        hf: HF = {"model_type": cls.name, "architectures": [cls.architectures[config.topology]], **cls.required}
+        for theirs, field in cls.fields.items():
+            field = Field(field) if isinstance(field, str) else field
+            value = _canonical(config)[field.ours]
+            if field.values is not None:
+                spelled = {ours: theirs for theirs, ours in reversed(list(field.values.items()))}
+                if value not in spelled:
+                    raise cls._cannot_hold(field.ours, value, field.values.values())
+                value = spelled[value]
+            hf[theirs] = value
+        hf |= cls.write(config)
+        if config.num_classes is not None:
+            hf["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_classes)}
+            hf["label2id"] = {label: int(i) for i, label in hf["id2label"].items()}
+        cls._check_round_trip(config, hf)
+        return hf
+
+    @classmethod
+    def _check_round_trip(cls, config: ModelConfig, hf: HF) -> None:
+        before, after = _canonical(config), _canonical(cls.model_config(hf))
+        for name, value in before.items():
+            if not _equal(value, after[name]):
+                raise cls._cannot_hold(name, value, [after[name]])
+
+    @classmethod
+    def _cannot_hold(cls, name: str, value: Any, possible: Any) -> UserError:
+        choices = " or ".join(dict.fromkeys(map(repr, possible)))
+        return UserError(f"{name} is {value!r}, and {cls.name} can only hold {choices}: choose another format")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    both_floats = isinstance(a, float) and isinstance(b, float)
+    return math.isclose(a, b, rel_tol=1e-9) if both_floats else a == b
+
+
+def _named(name: str, pattern: str) -> bool:
+    return name.startswith(pattern) if pattern.endswith("_") else name == pattern
+
+
+IRRELEVANT = {"dropout", "init", "attention_kernel"}
+ONLY_WITH: dict[str, Callable[[ModelConfig], bool]] = {
+    "rotary_": lambda config: config.positions == "rotary",
+    "t5_": lambda config: config.positions == "t5",
+    "experts_per_token": lambda config: config.num_experts is not None,
+    "window_pattern": lambda config: config.attention_window is not None,
+    "pooling": lambda config: config.topology == "encoder-classifier",
+    "shared_embeddings": lambda config: config.topology == "encoder-decoder",
+    "num_decoder_layers": lambda config: config.topology == "encoder-decoder",
+    "tied_embeddings": lambda config: config.topology != "encoder-classifier",
+    "head": lambda config: config.topology != "encoder-classifier",
+    "head_bias": lambda config: config.topology != "encoder-classifier",
+}
+
+
+def _canonical(config: ModelConfig) -> dict[str, Any]:
+    """The fields of `config` that make a difference, with None replaced by what it stands for."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    plain_ff = 4 * config.d_model
+    gated_ff = 8 * round(config.d_model / 3)
+    gated = "glu" in config.feedforward
+    values |= {
+        "num_kv_heads": config.num_kv_heads or config.num_heads,
+        "head_dim": config.features_per_head,
+        "d_ff": config.d_ff or (gated_ff if gated else plain_ff),
+        "num_decoder_layers": config.decoder_layers,
+        "norm_bias": config.norm == "layer" and (config.bias if config.norm_bias is None else config.norm_bias),
+        "qkv_bias": config.bias if config.qkv_bias is None else config.qkv_bias,
+        "attention_output_bias": config.bias if config.attention_output_bias is None else config.attention_output_bias,
+        "attention_scale": config.attention_scale or config.features_per_head**-0.5,
+        "window_pattern": tuple(config.window_of(layer) is not None for layer in range(config.num_layers)),
+    }
+    for prefix, applies in ONLY_WITH.items():
+        if not applies(config):
+            values = {name: value for name, value in values.items() if not _named(name, prefix)}
+    return {name: value for name, value in values.items() if name not in IRRELEVANT}

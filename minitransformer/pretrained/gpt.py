@@ -1,0 +1,298 @@
+"""GPT-2 and the decoders that followed it: GPT-J, GPT-NeoX, OPT, Bloom, Falcon."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minitransformer.models.config import ModelConfig
+from minitransformer.pretrained.families import ACTIVATIONS, HF, Family, Field
+from minitransformer.pretrained.rope import read_rope, write_rope
+from minitransformer.pretrained.rules import (
+    GroupedHeads,
+    InterleavedPairs,
+    Rule,
+    Transposed,
+    TransposedThirds,
+    WithoutFirst,
+)
+
+BLOCK = "stack.blocks.{layer}."
+QKV = (BLOCK + "attention.query", BLOCK + "attention.key", BLOCK + "attention.value")
+
+
+class GPT2(Family, name="gpt2"):
+    """Radford et al. 2019."""
+
+    architectures = {"decoder": "GPT2LMHeadModel"}
+    fields = {
+        "vocab_size": "vocab_size",
+        "n_positions": "context_length",
+        "n_embd": "d_model",
+        "n_layer": "num_layers",
+        "n_head": "num_heads",
+        "n_inner": "d_ff",
+        "layer_norm_epsilon": Field("norm_eps", default=1e-5),
+        "activation_function": Field("feedforward", ACTIVATIONS, "gelu_new"),
+        "tie_word_embeddings": Field("tied_embeddings", default=True),
+    }
+    fixed = {"residual": "pre", "norm": "layer", "positions": "learned", "bias": True}
+    required = {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    }
+    prefix = "transformer."
+    rules = (
+        Rule("transformer.wte", "embedding.table"),
+        Rule("transformer.wpe", "stack.positions.table"),
+        Rule("transformer.h.{layer}.ln_1", BLOCK + "attention_residual.norm"),
+        Rule("transformer.h.{layer}.attn.c_attn", QKV, TransposedThirds()),
+        Rule("transformer.h.{layer}.attn.c_proj", BLOCK + "attention.output", Transposed()),
+        Rule("transformer.h.{layer}.ln_2", BLOCK + "feedforward_residual.norm"),
+        Rule("transformer.h.{layer}.mlp.c_fc", BLOCK + "feedforward.up", Transposed()),
+        Rule("transformer.h.{layer}.mlp.c_proj", BLOCK + "feedforward.down", Transposed()),
+        Rule("transformer.ln_f", "stack.final_norm"),
+        Rule("lm_head", "head"),
+    )
+    ignored = (r"\.attn\.(masked_)?bias$",)
+
+
+class GPTJ(Family, name="gptj"):
+    """Wang and Komatsuzaki 2021: attention and feed-forward network in parallel."""
+
+    architectures = {"decoder": "GPTJForCausalLM"}
+    fields = {
+        "vocab_size": "vocab_size",
+        "n_positions": "context_length",
+        "n_embd": "d_model",
+        "n_layer": "num_layers",
+        "n_head": "num_heads",
+        "n_inner": "d_ff",
+        "layer_norm_epsilon": Field("norm_eps", default=1e-5),
+        "activation_function": Field("feedforward", ACTIVATIONS, "gelu_new"),
+        "tie_word_embeddings": Field("tied_embeddings", default=False),
+    }
+    fixed = {
+        "residual": "pre",
+        "norm": "layer",
+        "block": "parallel",
+        "positions": "rotary",
+        "bias": True,
+        "qkv_bias": False,
+        "attention_output_bias": False,
+        "head_bias": True,
+    }
+    prefix = "transformer."
+    rules = (
+        Rule("transformer.wte", "embedding.table"),
+        Rule("transformer.h.{layer}.ln_1", BLOCK + "residual.norm"),
+        Rule("transformer.h.{layer}.attn.q_proj", BLOCK + "attention.query", InterleavedPairs()),
+        Rule("transformer.h.{layer}.attn.k_proj", BLOCK + "attention.key", InterleavedPairs()),
+        Rule("transformer.h.{layer}.attn.v_proj", BLOCK + "attention.value"),
+        Rule("transformer.h.{layer}.attn.out_proj", BLOCK + "attention.output"),
+        Rule("transformer.h.{layer}.mlp.fc_in", BLOCK + "feedforward.up"),
+        Rule("transformer.h.{layer}.mlp.fc_out", BLOCK + "feedforward.down"),
+        Rule("transformer.ln_f", "stack.final_norm"),
+        Rule("lm_head", "head"),
+    )
+    ignored = (r"\.attn\.(masked_)?bias$",)
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        head_dim = hf["n_embd"] // hf["n_head"]
+        return {"rotary_fraction": (hf.get("rotary_dim") or head_dim) / head_dim}
+
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        return {"rotary_dim": int(config.features_per_head * config.rotary_fraction)}
+
+
+class GPTNeoX(Family, name="gpt_neox"):
+    """Black et al. 2022 (arXiv 2204.06745), and Pythia."""
+
+    architectures = {"decoder": "GPTNeoXForCausalLM"}
+    fields = {
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "context_length",
+        "hidden_size": "d_model",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "intermediate_size": "d_ff",
+        "layer_norm_eps": Field("norm_eps", default=1e-5),
+        "hidden_act": Field("feedforward", ACTIVATIONS, "gelu"),
+        "use_parallel_residual": Field("block", {True: "parallel-two-norms", False: "sequential"}, True),
+        "tie_word_embeddings": Field("tied_embeddings", default=False),
+    }
+    fixed = {"residual": "pre", "norm": "layer", "positions": "rotary", "bias": True}
+    prefix = "gpt_neox."
+    rules = (
+        Rule("gpt_neox.embed_in", "embedding.table"),
+        Rule("gpt_neox.layers.{layer}.input_layernorm", BLOCK + "residual.norm"),
+        Rule("gpt_neox.layers.{layer}.post_attention_layernorm", BLOCK + "feedforward_norm"),
+        Rule("gpt_neox.layers.{layer}.input_layernorm", BLOCK + "attention_residual.norm"),
+        Rule("gpt_neox.layers.{layer}.post_attention_layernorm", BLOCK + "feedforward_residual.norm"),
+        Rule("gpt_neox.layers.{layer}.attention.query_key_value", QKV, GroupedHeads()),
+        Rule("gpt_neox.layers.{layer}.attention.dense", BLOCK + "attention.output"),
+        Rule("gpt_neox.layers.{layer}.mlp.dense_h_to_4h", BLOCK + "feedforward.up"),
+        Rule("gpt_neox.layers.{layer}.mlp.dense_4h_to_h", BLOCK + "feedforward.down"),
+        Rule("gpt_neox.final_layer_norm", "stack.final_norm"),
+        Rule("embed_out", "head"),
+    )
+    ignored = (r"\.attention\.(masked_)?bias$", r"rotary_emb\.inv_freq$")
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        bias = hf.get("attention_bias", True)
+        return {**read_rope(hf, default_fraction=0.25), "qkv_bias": bias, "attention_output_bias": bias}
+
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        return {**write_rope(config), "attention_bias": config.qkv_bias is not False}
+
+
+class OPT(Family, name="opt"):
+    """Zhang et al. 2022 (arXiv 2205.01068): Pre-LN, but Post-LN in its model of 350 million."""
+
+    architectures = {"decoder": "OPTForCausalLM"}
+    fields = {
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "context_length",
+        "hidden_size": "d_model",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "ffn_dim": "d_ff",
+        "activation_function": Field("feedforward", ACTIVATIONS, "relu"),
+        "do_layer_norm_before": Field("residual", {True: "pre", False: "post"}, True),
+        "tie_word_embeddings": Field("tied_embeddings", default=True),
+    }
+    fixed = {"norm": "layer", "norm_eps": 1e-5, "positions": "learned", "bias": True}
+    required = {"_remove_final_layer_norm": False, "enable_bias": True, "layer_norm_elementwise_affine": True}
+    prefix = "model."
+    rules = (
+        Rule("model.decoder.embed_tokens", "embedding.table"),
+        Rule("model.decoder.project_in", "embedding.project"),
+        Rule("model.decoder.embed_positions", "stack.positions.table", WithoutFirst(2)),
+        Rule("model.decoder.layers.{layer}.self_attn.q_proj", BLOCK + "attention.query"),
+        Rule("model.decoder.layers.{layer}.self_attn.k_proj", BLOCK + "attention.key"),
+        Rule("model.decoder.layers.{layer}.self_attn.v_proj", BLOCK + "attention.value"),
+        Rule("model.decoder.layers.{layer}.self_attn.out_proj", BLOCK + "attention.output"),
+        Rule("model.decoder.layers.{layer}.self_attn_layer_norm", BLOCK + "attention_residual.norm"),
+        Rule("model.decoder.layers.{layer}.fc1", BLOCK + "feedforward.up"),
+        Rule("model.decoder.layers.{layer}.fc2", BLOCK + "feedforward.down"),
+        Rule("model.decoder.layers.{layer}.final_layer_norm", BLOCK + "feedforward_residual.norm"),
+        Rule("model.decoder.final_layer_norm", "stack.final_norm"),
+        Rule("model.decoder.project_out", "head.0"),
+        Rule("lm_head", "head"),
+        Rule("lm_head", "head.1"),
+    )
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        features = hf.get("word_embed_proj_dim") or hf["hidden_size"]
+        return {"embedding_dim": None if features == hf["hidden_size"] else features}
+
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        return {"word_embed_proj_dim": config.embedding_dim or config.d_model}
+
+
+class Bloom(Family, name="bloom"):
+    """BigScience 2022 (arXiv 2211.05100)."""
+
+    architectures = {"decoder": "BloomForCausalLM"}
+    fields = {
+        "vocab_size": "vocab_size",
+        "hidden_size": "d_model",
+        "n_layer": "num_layers",
+        "n_head": "num_heads",
+        "seq_length": Field("context_length", default=2048),
+        "layer_norm_epsilon": Field("norm_eps", default=1e-5),
+        "tie_word_embeddings": Field("tied_embeddings", default=True),
+    }
+    fixed = {
+        "residual": "pre",
+        "norm": "layer",
+        "positions": "alibi",
+        "bias": True,
+        "embedding_norm": True,
+        "feedforward": "gelu-tanh",
+    }
+    required = {"apply_residual_connection_post_layernorm": False}
+    prefix = "transformer."
+    rules = (
+        Rule("transformer.word_embeddings", "embedding.table"),
+        Rule("transformer.word_embeddings_layernorm", "stack.embedding_norm"),
+        Rule("transformer.h.{layer}.input_layernorm", BLOCK + "attention_residual.norm"),
+        Rule("transformer.h.{layer}.self_attention.query_key_value", QKV, GroupedHeads()),
+        Rule("transformer.h.{layer}.self_attention.dense", BLOCK + "attention.output"),
+        Rule("transformer.h.{layer}.post_attention_layernorm", BLOCK + "feedforward_residual.norm"),
+        Rule("transformer.h.{layer}.mlp.dense_h_to_4h", BLOCK + "feedforward.up"),
+        Rule("transformer.h.{layer}.mlp.dense_4h_to_h", BLOCK + "feedforward.down"),
+        Rule("transformer.ln_f", "stack.final_norm"),
+        Rule("lm_head", "head"),
+    )
+
+
+class Falcon(Family, name="falcon"):
+    """Almazrouei et al. 2023 (arXiv 2311.16867), its members with rotary positions."""
+
+    architectures = {"decoder": "FalconForCausalLM"}
+    fields = {
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": Field("context_length", default=2048),
+        "hidden_size": "d_model",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "layer_norm_epsilon": Field("norm_eps", default=1e-5),
+        "activation": Field("feedforward", ACTIVATIONS, "gelu"),
+        "bias": Field("bias", default=False),
+        "tie_word_embeddings": Field("tied_embeddings", default=True),
+    }
+    fixed = {"residual": "pre", "norm": "layer", "norm_bias": True, "positions": "rotary"}
+    required = {"alibi": False}
+    prefix = "transformer."
+
+    @classmethod
+    def rules_for(cls, config: ModelConfig) -> tuple[Rule, ...]:
+        norm = "ln_attn" if config.block == "parallel-two-norms" else "input_layernorm"
+        return (
+            Rule("transformer.word_embeddings", "embedding.table"),
+            Rule("transformer.h.{layer}.input_layernorm", BLOCK + "attention_residual.norm"),
+            Rule("transformer.h.{layer}.post_attention_layernorm", BLOCK + "feedforward_residual.norm"),
+            Rule("transformer.h.{layer}." + norm, BLOCK + "residual.norm"),
+            Rule("transformer.h.{layer}.ln_mlp", BLOCK + "feedforward_norm"),
+            Rule("transformer.h.{layer}.self_attention.query_key_value", QKV, GroupedHeads()),
+            Rule("transformer.h.{layer}.self_attention.dense", BLOCK + "attention.output"),
+            Rule("transformer.h.{layer}.mlp.dense_h_to_4h", BLOCK + "feedforward.up"),
+            Rule("transformer.h.{layer}.mlp.dense_4h_to_h", BLOCK + "feedforward.down"),
+            Rule("transformer.ln_f", "stack.final_norm"),
+            Rule("lm_head", "head"),
+        )
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        grouped = hf.get("new_decoder_architecture", False)
+        heads = hf["num_attention_heads"]
+        shared = hf.get("num_kv_heads", heads) if grouped else 1 if hf.get("multi_query", True) else heads
+        two_norms = grouped and hf.get("num_ln_in_parallel_attn") in (None, 2)
+        parallel = "parallel-two-norms" if two_norms else "parallel"
+        return {
+            **read_rope(hf),
+            "num_kv_heads": shared,
+            "d_ff": hf.get("ffn_hidden_size") or 4 * hf["hidden_size"],
+            "block": parallel if grouped or hf.get("parallel_attn", True) else "sequential",
+        }
+
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        heads = config.num_kv_heads or config.num_heads
+        grouped = config.block == "parallel-two-norms" or heads not in (1, config.num_heads)
+        return {
+            **write_rope(config),
+            "num_kv_heads": heads,
+            "new_decoder_architecture": grouped,
+            "num_ln_in_parallel_attn": (2 if config.block == "parallel-two-norms" else 1) if grouped else None,
+            "multi_query": heads == 1,
+            "parallel_attn": config.block != "sequential",
+            "ffn_hidden_size": config.d_ff or 4 * config.d_model,
+        }

@@ -1,0 +1,221 @@
+"""From the tensors of a checkpoint to the weights of a model and back: tables of rules, and the engine that applies them.
+
+A rule names a module of each side. Its transform has an inverse, so a table that imports also exports. The engine checks
+that the table is a bijection: every tensor of the file is used once, every weight of the model is filled once, and
+shapes are equal. Everything that is not so is reported together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from minitransformer.errors import UserError
+from minitransformer.models.config import ModelConfig
+
+
+class Transform(Protocol):
+    """What happens to a tensor of the file on its way to one or more weights, and the way back."""
+
+    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]: ...
+
+    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor: ...
+
+
+class Same:
+    """The tensor is the weight."""
+
+    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+        return (tensor,)
+
+    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
+        return weights[0]
+
+
+class Transposed:
+    """A matrix is stored as [in, out]; a bias as it is."""
+
+    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+        return (tensor.mT if tensor.dim() == 2 else tensor,)
+
+    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
+        return weights[0].mT if weights[0].dim() == 2 else weights[0]
+
+
+class TransposedThirds:
+    """Queries, keys and values side by side, a matrix as [in, 3 · out]: GPT-2."""
+
+    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+        return tuple(part.mT if tensor.dim() == 2 else part for part in tensor.chunk(3, dim=-1))
+
+    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
+        return torch.cat([weight.mT if weight.dim() == 2 else weight for weight in weights], dim=-1)
+
+
+class GroupedHeads:
+    """For each key head in turn: its query heads, the key head, the value head. GPT-NeoX, Bloom, Falcon."""
+
+    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+        groups = config.num_kv_heads or config.num_heads
+        heads = tensor.unflatten(0, (groups, -1, config.features_per_head))
+        q, k, v = heads.split([config.num_heads // groups, 1, 1], dim=1)
+        return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
+
+    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
+        groups = config.num_kv_heads or config.num_heads
+        heads = [weight.unflatten(0, (groups, -1, config.features_per_head)) for weight in weights]
+        return torch.cat(heads, dim=1).flatten(0, 2)
+
+
+class InterleavedPairs:
+    """Rotary positions turn features 2i and 2i + 1 together, where ours turn i and i + half: GPT-J."""
+
+    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+        heads = tensor.unflatten(0, (-1, config.features_per_head))
+        return (heads[:, self._order(config)].flatten(0, 1),)
+
+    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
+        heads = weights[0].unflatten(0, (-1, config.features_per_head))
+        return heads[:, self._order(config).argsort()].flatten(0, 1)
+
+    def _order(self, config: ModelConfig) -> Tensor:
+        turned = int(config.features_per_head * config.rotary_fraction)
+        rest = torch.arange(turned, config.features_per_head)
+        return torch.cat([torch.arange(0, turned, 2), torch.arange(1, turned, 2), rest])
+
+
+@dataclass(frozen=True)
+class WithoutFirst:
+    """A table whose first `rows` stand for no position; they come back as zeros."""
+
+    rows: int
+
+    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+        return (tensor[self.rows :],)
+
+    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
+        return torch.cat([weights[0].new_zeros(self.rows, weights[0].size(1)), weights[0]])
+
+
+class Row:
+    """A vector is stored as a matrix of one row."""
+
+    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+        return (tensor.flatten(),)
+
+    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
+        return weights[0][None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A module of the file, those of the model that it becomes, and how; what has no weights in a model is left out.
+
+    `{layer}`, `{decoder_layer}` and `{expert}` stand for each number that the model has. With `tensors`, the names are
+    those of tensors rather than of modules.
+    """
+
+    source: str
+    target: str | tuple[str, ...]
+    transform: Transform = Same()
+    tensors: bool = False
+
+    def expanded(self, config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Names of one tensor and of the weights that it becomes, for every number and for weight and bias."""
+        targets = (self.target,) if isinstance(self.target, str) else self.target
+        ranges = {
+            "{layer}": config.num_layers,
+            "{decoder_layer}": config.decoder_layers,
+            "{expert}": config.num_experts or 0,
+        }
+        places = [place for place in ranges if place in self.source + targets[0]]
+        for numbers in product(*(range(ranges[place]) for place in places)):
+            for suffix in ("",) if self.tensors else (".weight", ".bias"):
+                yield (
+                    _filled(self.source, places, numbers) + suffix,
+                    tuple(_filled(target, places, numbers) + suffix for target in targets),
+                )
+
+
+def _filled(name: str, places: Sequence[str], numbers: Sequence[int]) -> str:
+    for place, number in zip(places, numbers, strict=True):
+        name = name.replace(place, str(number))
+    return name
+
+
+def load_weights(
+    model: nn.Module, config: ModelConfig, tensors: Mapping[str, Tensor], rules: Sequence[Rule], ignored: Sequence[str]
+) -> None:
+    """Fill `model` from `tensors`; raises `UserError` with all that is missing, left over or of another shape.
+
+    Tensors whose names match one of the patterns `ignored` may be left over. A weight that is tied to another may be in
+    the file too, if it is the same there.
+    """
+    weights = dict(model.named_parameters())
+    tied = {name: weight for name, weight in model.named_parameters(remove_duplicate=False) if name not in weights}
+    problems: list[str] = []
+    used: set[str] = set()
+    for rule in rules:
+        for source, targets in rule.expanded(config):
+            wanted = [target for target in targets if target in weights]
+            if not wanted:
+                if targets[0] in tied and source in tensors:
+                    used.add(source)
+                    if not torch.equal(tensors[source], tied[targets[0]]):
+                        problems.append(f"{source} is not what it is tied to")
+                continue
+            if source not in tensors:
+                problems.append(f"{source} is missing")
+            else:
+                used.add(source)
+                problems += _fill(weights, source, targets, tensors[source], rule.transform, config)
+            for target in wanted:
+                del weights[target]
+    left_over = [name for name in tensors if name not in used and not any(re.search(p, name) for p in ignored)]
+    problems += [f"{name} is not expected" for name in left_over]
+    problems += [f"nothing fills {name}" for name in weights]
+    if problems:
+        raise UserError(f"the checkpoint does not fit: {'; '.join(problems)}")
+
+
+def _fill(
+    weights: Mapping[str, Tensor],
+    source: str,
+    targets: Sequence[str],
+    tensor: Tensor,
+    transform: Transform,
+    config: ModelConfig,
+) -> list[str]:
+    """Copy what `tensor` becomes into the weights; returns what stands against it."""
+    try:
+        parts = transform.load(tensor, config)
+    except RuntimeError:
+        return [f"{source} has the shape {list(tensor.shape)}, which does not divide into {', '.join(targets)}"]
+    problems = []
+    for name, part in zip(targets, parts, strict=True):
+        if part.shape == weights[name].shape:
+            weights[name].data.copy_(part)
+        else:
+            problems.append(f"{source} has the shape {list(part.shape)} where {list(weights[name].shape)} is needed")
+    return problems
+
+
+def save_weights(model: nn.Module, config: ModelConfig, rules: Sequence[Rule]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint with the weights of `model`; raises `UserError` if the rules leave out a weight."""
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    saved: set[str] = set()
+    for rule in rules:
+        for source, targets in rule.expanded(config):
+            if all(target in weights for target in targets):
+                tensors[source] = rule.transform.save(tuple(weights[target] for target in targets), config).contiguous()
+                saved |= set(targets)
+    if left_over := weights.keys() - saved:
+        raise UserError(f"the format has no place for {', '.join(sorted(left_over))}: choose another one")
+    return tensors
