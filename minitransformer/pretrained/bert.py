@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minitransformer.models.config import ModelConfig
@@ -76,7 +76,12 @@ class BERT(Family, name="bert"):
         Rule("classifier", "head.classify"),
     )
     # Copies of tied tensors, and the pooler and next-sentence head that come with a published masked model.
-    ignored = (r"^cls\.predictions\.decoder\.", r"position_ids$", r"^bert\.pooler\.", r"^cls\.seq_relationship\.")
+    ignored: Sequence[str] = (
+        r"^cls\.predictions\.decoder\.",
+        r"position_ids$",
+        r"^bert\.pooler\.",
+        r"^cls\.seq_relationship\.",
+    )
 
 
 class RoBERTa(BERT, name="roberta"):

@@ -131,9 +131,7 @@ def _folder(name: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # of requests, of the hub's own kinds, of the file system
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{name} is no folder, and the hub does not give it ({reason}): check name and network"
-        ) from None
+        raise UserError(f"{name} is no folder, and the hub gives nothing ({reason}): check name and network") from None
 
 
 def _with_file_facts(hf: dict[str, Any], folder: Path) -> dict[str, Any]:

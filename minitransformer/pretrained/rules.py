@@ -1,8 +1,8 @@
-"""From the tensors of a checkpoint to the weights of a model and back: tables of rules, and the engine that applies them.
+"""From the tensors of a checkpoint to the weights of a model and back: tables of rules, and an engine for them.
 
-A rule names a module of each side. Its transform has an inverse, so a table that imports also exports. The engine checks
-that the table is a bijection: every tensor of the file is used once, every weight of the model is filled once, and
-shapes are equal. Everything that is not so is reported together.
+A rule names a module of each side. Its transform has an inverse, so a table that imports also exports. The engine
+checks that the table is a bijection: every tensor of the file is used once, every weight of the model is filled once,
+and shapes are equal. Everything that is not so is reported together.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class Same:
 
     def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
         return weights[0]
+
+
+SAME = Same()
 
 
 class Transposed:
@@ -123,7 +126,7 @@ class Rule:
 
     source: str
     target: str | tuple[str, ...]
-    transform: Transform = Same()
+    transform: Transform = SAME
     tensors: bool = False
 
     def expanded(self, config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:

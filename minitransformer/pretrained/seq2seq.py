@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from minitransformer.errors import UserError
@@ -147,7 +148,7 @@ class BART(Family, name="bart"):
         Rule("model.encoder.layernorm_embedding", "encoder.embedding_norm"),
         Rule("model.decoder.layernorm_embedding", "decoder.embedding_norm"),
     )
-    ignored = (r"^model\.(en|de)coder\.embed_tokens\.weight$", r"^lm_head\.weight$")
+    ignored: Sequence[str] = (r"^model\.(en|de)coder\.embed_tokens\.weight$", r"^lm_head\.weight$")
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
@@ -185,6 +186,6 @@ def sizes_of_both_sides(hf: HF) -> dict[str, Any]:
         encoder, decoder = hf[f"encoder_{name}"], hf[f"decoder_{name}"]
         if encoder != decoder:
             raise UserError(
-                f"encoder_{name} is {encoder} and decoder_{name} {decoder} in config.json: only equal ones can be loaded"
+                f"encoder_{name} is {encoder} and decoder_{name} {decoder} in config.json: only equal ones are known"
             )
     return {}
