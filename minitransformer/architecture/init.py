@@ -90,9 +90,23 @@ def initialise(model: nn.Module, scheme: Initialisation) -> None:
                 scheme.output_projection(module.weight)
             case nn.Linear():
                 scheme.linear(module.weight)
+            case nn.GRU():
+                _gru(module, scheme)
             case Norm():
                 continue
             case _:
                 assert not list(module.parameters(recurse=False)), f"no rule starts the weights of {module}"
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _gru(module: nn.GRU, scheme: Initialisation) -> None:
+    """Each gate's input weights as linear maps, its recurrent ones orthogonal: Bahdanau et al. 2014, appendix B.1."""
+    for name, parameter in module.named_parameters():
+        for gate in parameter.detach().chunk(3):
+            if name.startswith("bias"):
+                nn.init.zeros_(gate)
+            elif name.startswith("weight_hh"):
+                nn.init.orthogonal_(gate)
+            else:
+                scheme.linear(gate)

@@ -25,6 +25,7 @@ TOPOLOGIES = {
     "encoder": "encoder",
     "encoder-classifier": "encoder",
     "encoder-decoder": "encoder_decoder",
+    "rnn": "recurrent",
 }
 
 

@@ -1,0 +1,154 @@
+"""The ancestor of the Transformer: recurrent networks on both sides, and attention between them."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from minitransformer.architecture.additive_attention import AdditiveAttention
+from minitransformer.architecture.block import Memory
+from minitransformer.models.build import build_embedding, build_head
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import Model
+
+
+class RecurrentCache:
+    """The state after the tokens already read, and what attention makes of the memory once for all of them."""
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.length = 0
+        self.state: Float[Tensor, "layers batch d_model"] | None = None
+        self.keys: Float[Tensor, "batch source d_model"] | None = None
+
+    def keep(self, state: Float[Tensor, "layers batch d_model"], keys: Tensor, new: int) -> None:
+        """Remember the state after `new` more tokens."""
+        self.state, self.keys, self.length = state, keys, self.length + new
+        assert self.length <= self.max_length, f"{self.length} tokens in a cache for {self.max_length}"
+
+    def place(self, slots: Int[Tensor, "new"] | None) -> None:
+        """Nothing: a state is as large after any number of tokens."""
+
+    def select(self, rows: Int[Tensor, "selected"]) -> None:
+        """Keep the given rows of the batch, in their order: one may be given several times."""
+        self.reorder(rows)
+        self.keys = None if self.keys is None else self.keys[rows]
+
+    def reorder(self, rows: Int[Tensor, "batch"]) -> None:
+        """`select` for rows that are exchanged only with rows that attend to the same memory, as beams are."""
+        self.state = None if self.state is None else self.state[:, rows]
+
+
+class RecurrentEncoderDecoder(Model, name="rnn"):
+    """hⱼ = [h⃗ⱼ; h⃖ⱼ], cᵢ = Σⱼ αᵢⱼ hⱼ, sᵢ = GRU([yᵢ₋₁; cᵢ], sᵢ₋₁); logits of yᵢ = head(maxout(U sᵢ + V yᵢ₋₁ + C cᵢ)).
+
+    α attends from sᵢ₋₁, the state of the last layer, to the annotations h of a bidirectional encoder. Bahdanau et al.
+    2014 (arXiv 1409.0473), section 3 and appendix A, with torch's GRU, whose reset gate follows the matrix product.
+
+    Of a `ModelConfig`, the numbers of layers, d_model, embeddings, head, dropout and init apply; what says how
+    attention, feed-forward networks, norms, positions and blocks are made is ignored.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        d = config.d_model
+        self.embedding = build_embedding(config, config.vocab_size)
+        own = config.target_vocab_size is not None or not config.shared_embeddings
+        target_vocab_size = config.target_vocab_size or config.vocab_size
+        self.target_embedding = build_embedding(config, target_vocab_size) if own else self.embedding
+        self.encoder = _gru(d, d, config.num_layers, config.dropout, bidirectional=True)
+        self.first_state = nn.Linear(d, config.decoder_layers * d)
+        self.attention = AdditiveAttention(d, 2 * d, d)
+        self.decoder = _gru(3 * d, d, config.decoder_layers, config.dropout)
+        self.readout = nn.Linear(4 * d, 2 * d)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = build_head(config, self.target_embedding)
+        self.initialise(num_sublayers=1)
+
+    def encode(
+        self, source: Int[Tensor, "batch source"], *, is_token: Bool[Tensor, "batch source"] | None = None
+    ) -> Memory:
+        """The annotations that the decoder attends to; `is_token` is False at padding."""
+        x = self.dropout(self.embedding(source))
+        return Memory(self.encoder(x)[0] if is_token is None else _without_padding(self.encoder, x, is_token), is_token)
+
+    def hidden_states(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        memory: Memory,
+        *,
+        is_token: Bool[Tensor, "batch all"] | None = None,
+        cache: RecurrentCache | None = None,
+    ) -> Float[Tensor, "batch length d_model"]:
+        """What the head reads, for each of the target's `tokens`, which follow those in `cache`.
+
+        `is_token` covers all tokens of the target, those in the cache included.
+        """
+        x = self.dropout(self.target_embedding(tokens))
+        new = None if is_token is None else is_token[:, -tokens.size(1) :]
+        if cache is None or cache.state is None or cache.keys is None:
+            state, keys = self._first_state(memory), self.attention.key(memory.values)
+        else:
+            state, keys = cache.state, cache.keys
+        steps = []
+        for place, word in enumerate(x.unbind(1)):
+            context = self.attention(state[-1], memory.values, keys, memory.is_token)
+            after = self.decoder(torch.cat([word, context], dim=-1)[:, None], state.contiguous())[1]
+            state = after if new is None else torch.where(new[:, place, None], after, state)
+            steps.append(torch.cat([state[-1], word, context], dim=-1))
+        if cache is not None:
+            cache.keep(state, keys, tokens.size(1))
+        maxout = self.readout(torch.stack(steps, dim=1)).unflatten(-1, (-1, 2)).amax(-1)
+        return self.dropout(maxout)
+
+    def forward(
+        self,
+        source: Int[Tensor, "batch source"],
+        inputs: Int[Tensor, "batch length"],
+        *,
+        source_is_token: Bool[Tensor, "batch source"] | None = None,
+        is_token: Bool[Tensor, "batch length"] | None = None,
+    ) -> Float[Tensor, "batch length vocab_size"]:
+        """Logits of the target token after each of `inputs`, which begin with the start token."""
+        memory = self.encode(source, is_token=source_is_token)
+        return self.head(self.hidden_states(inputs, memory, is_token=is_token))
+
+    def new_cache(self, max_length: int | None = None) -> RecurrentCache:
+        """An empty cache for `max_length` target tokens (default: the context length)."""
+        return RecurrentCache(max_length or self.config.context_length)
+
+    def flops_per_token(self, length: int) -> int:
+        """Six for each weight of a matrix product, and for each feature of each score and of each annotation."""
+        linears = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        recurrent = [weight for gru in (self.encoder, self.decoder) for weight in gru.parameters() if weight.dim() == 2]
+        return 6 * sum(weight.numel() for weight in linears + recurrent) + 6 * 3 * self.config.d_model * length
+
+    def _first_state(self, memory: Memory) -> Float[Tensor, "layers batch d_model"]:
+        """s₀ = tanh(W h⃖₁), for each layer: what the backward encoder ends with. Appendix A.2.2."""
+        backward = memory.values[..., self.config.d_model :]
+        if memory.is_token is None:
+            first = backward[:, 0]
+        else:
+            rows = torch.arange(len(backward), device=backward.device)
+            first = backward[rows, memory.is_token.long().argmax(-1)]
+        return self.first_state(first).tanh().unflatten(-1, (-1, self.config.d_model)).transpose(0, 1)
+
+
+def _gru(features: int, hidden: int, num_layers: int, dropout: float, *, bidirectional: bool = False) -> nn.GRU:
+    between = dropout if num_layers > 1 else 0.0  # torch drops between layers alone, and warns where there is one
+    return nn.GRU(features, hidden, num_layers, batch_first=True, dropout=between, bidirectional=bidirectional)
+
+
+def _without_padding(
+    gru: nn.GRU, x: Float[Tensor, "batch length features"], is_token: Bool[Tensor, "batch length"]
+) -> Float[Tensor, "batch length outputs"]:
+    """The outputs of `gru` for real tokens as if there were no others, and 0 at padding, wherever that is."""
+    tokens_first = (~is_token).byte().argsort(dim=-1, stable=True)
+    places = tokens_first.argsort(dim=-1)
+    x = x.take_along_dim(tokens_first[..., None], dim=1)
+    lengths = is_token.sum(-1).clamp(min=1).cpu()  # torch packs no empty text
+    packed = gru(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[0]
+    outputs, _ = pad_packed_sequence(packed, batch_first=True, total_length=int(x.size(1)))
+    return outputs.take_along_dim(places[..., None], dim=1) * is_token[..., None]
