@@ -15,6 +15,7 @@ from minitransformer.architecture.init import Initialisation
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import ROTARY_SCALINGS, PositionScheme
 from minitransformer.architecture.residual import Residual
+from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 
@@ -73,6 +74,11 @@ def test_every_part_sends_finite_gradients_to_every_weight(topology: str, choice
 @pytest.mark.parametrize("name", Initialisation.registry)
 def test_every_initialisation_starts_with_finite_logits(topology: str, name: str) -> None:
     assert outputs(make(topology, init=name)).isfinite().all()
+
+
+def test_an_unknown_head_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown head 'transform': did you mean 'transformed'"):
+        ModelConfig(head="transform")
 
 
 @every_topology

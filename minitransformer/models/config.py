@@ -27,6 +27,7 @@ TOPOLOGIES = {
     "encoder-decoder": "encoder_decoder",
     "rnn": "recurrent",
 }
+HEADS = {"linear": "LMHead", "transformed": "TransformedHead"}
 
 
 def choice(what: str, names: Iterable[str]) -> Doc:
@@ -114,7 +115,7 @@ class ModelConfig:
     window_pattern: tuple[bool, ...] = (True,)
     """which layers have the window, repeated over all layers"""
     attention_kernel: Annotated[str, choice("how attention is computed", KERNELS)] = "auto"
-    head: Annotated[str, choice("what predicts tokens", ("linear", "transformed"))] = "linear"
+    head: Annotated[str, choice("what predicts tokens", HEADS)] = "linear"
     head_bias: bool = False
     """biases of the logits"""
     logit_scale: float = 1.0
@@ -180,6 +181,7 @@ class ModelConfig:
         lookup("topology", self.topology, TOPOLOGIES)
         lookup("rotary scaling", self.rotary_scaling, ROTARY_SCALINGS)
         lookup("feed-forward network", self.feedforward, FEEDFORWARDS)
+        lookup("head", self.head, HEADS)
         lookup("attention kernel", self.attention_kernel, KERNELS)
         lookup("pooling", self.pooling, POOLING_ACTIVATIONS)
         lookup("norm of queries and keys", self.qk_norm, QK_NORMS)
