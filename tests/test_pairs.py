@@ -1,15 +1,21 @@
-"""Pairs: the same text in three forms gives the same pairs, and what cannot be read is named."""
+"""Pairs: the same text in three forms gives the same pairs, and each is in one split, whole, once."""
 
 from __future__ import annotations
 
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
 from minitransformer.text.pairs import PairCorpus, open_pairs
+from minitransformer.text.prepare_pairs import Encoded, PreparedPairs, Ragged, TokenPairs, divided, prepare_pairs
+from minitransformer.text.tokenizers import BPE, Bytes, Tokenizer
 
 PAIRS = [("Un chat.", "A cat."), ("Où\u2028est-il ?", "Where is he?"), ("Là-bas\x0b!", "Over there!")]
 
@@ -112,3 +118,132 @@ def test_the_signature_changes_when_a_file_does(tmp_path: Path) -> None:
     assert open_pairs(sources, targets).signature() == before
     put(tmp_path / "b", b"two!\n")
     assert open_pairs(sources, targets).signature() != before
+
+
+# --- prepared
+
+
+def sums(count: int) -> list[tuple[str, str]]:
+    return [(f"{i} und {i * i} sind wie viel?", f"{i + i * i} µ") for i in range(count)]
+
+
+def made(tmp_path: Path, pairs: list[tuple[str, str]], tokenizer: Any = "bytes", **settings: Any) -> PreparedPairs:
+    corpus = open_pairs(put(tmp_path / "a.tsv", as_table(pairs)))
+    return prepare_pairs(corpus, tokenizer, **{"context_length": 64, "progress": False, **settings})
+
+
+def decoded(prepared: PreparedPairs, pairs: TokenPairs) -> list[tuple[str, str]]:
+    def texts(side: Ragged, tokenizer: Tokenizer) -> list[str]:
+        return [tokenizer.decode(side[i].tolist()) for i in range(len(side))]
+
+    sources, targets = texts(pairs.sources, prepared.tokenizer), texts(pairs.targets, prepared.target_tokenizer)
+    return list(zip(sources, targets, strict=True))
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("tokenizer", ["bpe", "bytes", "chars"])
+def test_every_pair_is_in_one_split_and_decodes_to_itself(tmp_path: Path, tokenizer: str, separate: bool) -> None:
+    pairs = sums(3000)
+    prepared = made(tmp_path, pairs, tokenizer, vocab_size=280, separate=separate)
+    train, validation = decoded(prepared, prepared.train), decoded(prepared, prepared.validation)
+    assert sorted(train + validation) == sorted(pairs)
+    assert 200 < len(validation) < 400
+    assert prepared.validation_bytes == sum(len(target.encode()) for _, target in validation)
+    assert (prepared.tokenizer is prepared.target_tokenizer) == (not separate)
+    assert isinstance(prepared.train.sources.tokens, np.memmap)
+    assert f"{len(train):,} pairs" in prepared.summary()
+    assert max(map(len, prepared.summary().splitlines())) < 80
+
+
+def test_separate_tokenizers_know_their_own_side_only(tmp_path: Path) -> None:
+    prepared = made(tmp_path, [("ab", "cd"), ("ba", "dc"), ("aa", "cc")], "chars", separate=True)
+    assert prepared.tokenizer.pieces[:2] == [b"a", b"b"]
+    assert prepared.target_tokenizer.pieces[:2] == [b"c", b"d"]
+    assert made(tmp_path, [("ab", "cd"), ("ba", "dc"), ("aa", "cc")], "chars").tokenizer.vocab_size == 5
+
+
+def test_both_sides_are_in_a_sample_that_a_tokenizer_is_fitted_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [(f"katze{i} " * 5, f"gatto{i} " * 5) for i in range(1000)]
+    monkeypatch.setattr(BPE, "fit_limit", 30_000)
+    prepared = made(tmp_path, pairs, "bpe", vocab_size=300)
+    assert {b"katze", b"gatto"} <= {piece.strip() for piece in prepared.tokenizer.pieces}
+
+
+def test_what_was_prepared_before_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = made(tmp_path, sums(50), "bpe", vocab_size=270)
+    monkeypatch.setattr(BPE, "encode_array", None)
+    again = made(tmp_path, sums(50), "bpe", vocab_size=270)
+    assert again.folder == first.folder
+    assert decoded(again, again.train) == decoded(first, first.train)
+
+
+@pytest.mark.parametrize("settings", [{"context_length": 65}, {"too_long": "cut"}, {"validation_fraction": 0.2}])
+def test_other_settings_are_prepared_elsewhere(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert made(tmp_path, sums(50)).folder != made(tmp_path, sums(50), **settings).folder
+
+
+def test_a_damaged_folder_is_made_again_and_a_failed_build_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Path
+) -> None:
+    whole = made(tmp_path, sums(50))
+    pairs = decoded(whole, whole.train)
+    (whole.folder / "train-target.bin").write_bytes(b"")
+    again = made(tmp_path, sums(50))
+    assert decoded(again, again.train) == pairs
+    with pytest.raises(UserError, match="not among the 2 of this chars tokenizer"):
+        made(tmp_path, [("ab", "ab"), ("ab", "xx")], Tokenizer.named("chars").fit(lambda: iter(["ab"])))
+    assert not list((work / "prepared").glob("*.partial"))
+
+
+def test_a_side_must_leave_room_for_its_end_token(tmp_path: Path) -> None:
+    pairs = [("x" * source, "y" * target) for source, target in [(1, 1), (2, 2), (9, 3), (3, 9), (10, 4), (4, 10)]]
+    skipped = made(tmp_path, pairs, context_length=10)
+    assert sorted(decoded(skipped, skipped.train) + decoded(skipped, skipped.validation)) == sorted(pairs[:4])
+    assert (skipped.skipped, skipped.cut) == (2, 0)
+    assert "2 pairs skipped" in skipped.summary()
+    cut = made(tmp_path, pairs, context_length=10, too_long="cut")
+    shortened = [*pairs[:4], ("x" * 9, "y" * 4), ("x" * 4, "y" * 9)]
+    assert sorted(decoded(cut, cut.train) + decoded(cut, cut.validation)) == sorted(shortened)
+    assert (cut.skipped, cut.cut) == (0, 2)
+    assert cut.validation_bytes == len(cut.validation.targets.tokens)
+
+
+def test_a_corpus_for_validation_is_all_of_it(tmp_path: Path) -> None:
+    other = open_pairs(put(tmp_path / "b.tsv", as_table(sums(7))))
+    prepared = made(tmp_path, sums(50), validation=other)
+    assert decoded(prepared, prepared.train) == sums(50)
+    assert decoded(prepared, prepared.validation) == sums(7)
+
+
+@given(places=st.lists(st.integers(0, 9), min_size=1), fraction=st.sampled_from([0.001, 0.1, 0.5]))
+def test_validation_has_the_low_places_or_the_lowest_and_no_duplicate_is_on_both_sides(
+    places: list[int], fraction: float
+) -> None:
+    pairs = [Encoded((place + 1) / 11, (np.empty(0, np.uint16),) * 2, False, 0) for place in places]
+    parts = list(divided(pairs, fraction))
+    assert sorted(pair.place for _, pair in parts) == sorted(pair.place for pair in pairs)
+    limit = max(fraction, min(pair.place for pair in pairs) + 1e-9)
+    assert all((split == "validation") == (pair.place < limit) for split, pair in parts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"context_length": 3}, r"leaves no pairs for train \(50 pairs, 50 of them too long for 3 tokens\)"),
+        ({"too_long": "drop"}, "too_long is 'drop': choose 'skip' or 'cut'"),
+        ({"validation_fraction": 1.0}, r"validation_fraction is 1\.0"),
+        ({"vocab_size": 100}, "vocabulary too small"),
+    ],
+)
+def test_what_cannot_be_prepared_is_said(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        made(tmp_path, sums(50), **settings)
+
+
+def test_examples_are_sources_with_their_end(tmp_path: Path) -> None:
+    prepared = made(tmp_path, sums(50), Bytes())
+    (example,) = prepared.example_sources(1)
+    assert prepared.tokenizer.decode(example) == decoded(prepared, prepared.validation)[0][0]
+    assert example[-1] == prepared.tokenizer.end_of_text

@@ -1,0 +1,157 @@
+"""Batches of pairs of similar length: in random order to train on, one after the other to evaluate on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from minitransformer.text.batches import IGNORE
+from minitransformer.text.prepare_pairs import Ragged, TokenPairs
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Sources, and for each position of the inputs the target token that follows it, or IGNORE.
+
+    Inputs begin with the start token; sources and targets end with the end token.
+    """
+
+    source: Int64[Tensor, "batch source"]
+    source_is_token: Bool[Tensor, "batch source"]
+    inputs: Int64[Tensor, "batch target"]
+    targets: Int64[Tensor, "batch target"]
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.targets != IGNORE).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of source and target, without padding."""
+        return int(self.source_is_token.sum()) + self.num_targets
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same batch on `device`."""
+        return type(self)(*(tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors()))
+
+    def split(self, size: int) -> list[Self]:
+        """Micro-batches of `size` pairs."""
+        return [type(self)(*parts) for parts in zip(*(tensor.split(size) for tensor in self._tensors()), strict=True)]
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.source, self.source_is_token, self.inputs, self.targets
+
+
+class Gathered(NamedTuple):
+    """Texts side by side, [b, longest + 1] each: ids (0 where there is none), where they are, and the place after."""
+
+    ids: Integers
+    is_token: npt.NDArray[np.bool_]
+    is_end: npt.NDArray[np.bool_]
+
+
+def gathered(texts: Ragged, rows: Integers) -> Gathered:
+    """The `rows` [b] of `texts`."""
+    lengths = texts.lengths[rows, None]
+    columns = np.arange(lengths.max(initial=0) + 1)
+    is_token = columns < lengths
+    ids = np.zeros(is_token.shape, np.int64)
+    ids[is_token] = texts.tokens[(texts.offsets[rows, None] + columns)[is_token]]
+    return Gathered(ids, is_token, columns == lengths)
+
+
+def batch_of(pairs: TokenPairs, rows: Integers, source_end: int, target_end: int) -> PairBatch:
+    """The pairs `rows` [b], each side ended by its end token; the targets' one also begins the inputs."""
+    source, target = gathered(pairs.sources, rows), gathered(pairs.targets, rows)
+    return PairBatch(
+        torch.from_numpy(np.where(source.is_end, source_end, source.ids)),
+        torch.from_numpy(source.is_token | source.is_end),
+        torch.from_numpy(np.pad(target.ids, ((0, 0), (1, 0)), constant_values=target_end)[:, :-1].copy()),
+        torch.from_numpy(np.where(target.is_end, target_end, np.where(target.is_token, target.ids, IGNORE))),
+    )
+
+
+@lru_cache(maxsize=4)
+def by_length(pairs: TokenPairs, batch_tokens: int) -> tuple[Integers, Integers]:
+    """For each pair the tokens of its longer side, [pairs], and where batches end when pairs come longest first.
+
+    The longest pair of a batch is its first, so as many fit as `batch_tokens` holds of it, and one in any case.
+    """
+    lengths = np.maximum(pairs.sources.lengths, pairs.targets.lengths) + 1
+    falling = np.sort(lengths)[::-1].tolist()
+    ends = [0]
+    while ends[-1] < len(falling):
+        ends.append(ends[-1] + max(1, batch_tokens // falling[ends[-1]]))
+    return lengths, np.minimum(ends, len(falling))
+
+
+@dataclass(frozen=True)
+class ShuffledPairs:
+    """Epochs of all `pairs`, those of about the same length together, batches in random order.
+
+    Rows × the longest side, with its end token, are at most `batch_tokens`, unless a single pair is longer. Each epoch
+    has as many batches as any other, but pairs of one length meet other ones, and batches come in another order.
+    Vaswani et al. 2017, section 5.1: "sentence pairs were batched together by approximate sequence length".
+    """
+
+    pairs: TokenPairs
+    batch_tokens: int
+    source_end: int
+    target_end: int
+    seed: int
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return len(by_length(self.pairs, self.batch_tokens)[1]) - 1
+
+    def batch(self, index: int) -> PairBatch:
+        """Batch number `index`: a function of seed and index alone, so a run resumes, or skips, at any of them."""
+        epoch, place = divmod(index, self.batches_per_epoch)
+        order, batches = _epoch(self.pairs, self.batch_tokens, self.seed, epoch)
+        ends = by_length(self.pairs, self.batch_tokens)[1]
+        chosen = batches[place]
+        return batch_of(self.pairs, order[ends[chosen] : ends[chosen + 1]], self.source_end, self.target_end)
+
+
+@lru_cache(maxsize=2)
+def _epoch(pairs: TokenPairs, batch_tokens: int, seed: int, epoch: int) -> tuple[Integers, Integers]:
+    """The pairs longest first, in random order where they are as long, and the order of their batches."""
+    lengths, ends = by_length(pairs, batch_tokens)
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
+    shuffled = generator.permutation(len(pairs))
+    return shuffled[np.argsort(-lengths[shuffled], kind="stable")], generator.permutation(len(ends) - 1)
+
+
+@dataclass(frozen=True)
+class SequentialPairs:
+    """All `pairs` once, longest first, in batches of at most `batch_tokens` as in ShuffledPairs."""
+
+    pairs: TokenPairs
+    batch_tokens: int
+    source_end: int
+    target_end: int
+
+    def __len__(self) -> int:
+        """How many batches."""
+        return len(by_length(self.pairs, self.batch_tokens)[1]) - 1
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        return map(self.batch, range(len(self)))
+
+    def batch(self, index: int) -> PairBatch:
+        """Batch number `index`, so that several processes can share the work."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        lengths, ends = by_length(self.pairs, self.batch_tokens)
+        order = np.argsort(-lengths, kind="stable")
+        return batch_of(self.pairs, order[ends[index] : ends[index + 1]], self.source_end, self.target_end)

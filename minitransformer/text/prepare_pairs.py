@@ -1,0 +1,445 @@
+"""Pairs of texts become memory-mapped files of token ids, once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from minitransformer.errors import UserError
+from minitransformer.files import locked, sweep, whole_file, whole_folder, writing
+from minitransformer.text.corpora import Corpus
+from minitransformer.text.folders import REMEDY, work_folder
+from minitransformer.text.pairs import Pair, PairCorpus
+from minitransformer.text.prepare import (
+    SPLITS,
+    Tokens,
+    _bar,
+    _dtype,
+    _hash,
+    _mapped,
+    _unchanged,
+    cores,
+    in_order,
+    sample,
+)
+from minitransformer.text.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from minitransformer.text.pair_batches import SequentialPairs, ShuffledPairs
+
+FORMAT = 1
+SIDES = ("source", "target")
+POLICIES = ("skip", "cut")
+# What a thread encodes at once: enough that the price of a task vanishes.
+CHUNK = 1024
+OFFSET = np.dtype("<i8")
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """Texts of any length one after the other: text i is `tokens[offsets[i] : offsets[i + 1]]`."""
+
+    tokens: Tokens
+    """[tokens]"""
+    offsets: npt.NDArray[np.int64]
+    """[texts + 1]"""
+
+    @classmethod
+    def join(cls, texts: Iterable[npt.NDArray[Any]], dtype: np.dtype[Any]) -> Ragged:
+        """`texts`, each [its tokens]."""
+        kept = [np.empty(0, dtype), *(text.astype(dtype) for text in texts)]
+        return cls(np.concatenate(kept), np.cumsum([len(text) for text in kept], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Tokens:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """[texts]"""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPairs:
+    """Sources and their targets, without start and end tokens."""
+
+    sources: Ragged
+    targets: Ragged
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+
+@dataclass(frozen=True)
+class PreparedPairs:
+    """The token ids of both splits, mapped from disk, and what they were made from.
+
+    `target_tokenizer` is the same object as `tokenizer` where the sides share one. Of the pairs with a side that
+    is too long for the context, `skipped` are in no split, and `cut` are, shortened.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    target_tokenizer: Tokenizer
+    train: TokenPairs
+    validation: TokenPairs
+    skipped: int
+    cut: int
+
+    @cached_property
+    def validation_bytes(self) -> int:
+        """UTF-8 bytes of the targets, so that bits per byte = nats summed over them / ln 2 / these."""
+        return count_bytes(self.target_tokenizer, self.validation.targets.tokens)
+
+    def training_batches(self, batch_tokens: int, seed: int) -> ShuffledPairs:
+        """Batches of at most `batch_tokens` tokens a side, without end."""
+        from minitransformer.text.pair_batches import ShuffledPairs
+
+        end = self.target_tokenizer.end_of_text
+        return ShuffledPairs(self.train, batch_tokens, self.tokenizer.end_of_text, end, seed)
+
+    def validation_batches(self, batch_tokens: int) -> SequentialPairs:
+        """Every pair of the validation split once."""
+        from minitransformer.text.pair_batches import SequentialPairs
+
+        end = self.target_tokenizer.end_of_text
+        return SequentialPairs(self.validation, batch_tokens, self.tokenizer.end_of_text, end)
+
+    def example_sources(self, count: int) -> list[list[int]]:
+        """The first `count` sources for validation, each with its end token."""
+        sources = self.validation.sources
+        return [[*sources[i].tolist(), self.tokenizer.end_of_text] for i in range(min(count, len(sources)))]
+
+    def summary(self) -> str:
+        """Three or four lines to print, of less than 80 columns."""
+        lines = [vocabularies(self.tokenizer, self.target_tokenizer)]
+        lines += [described(split, getattr(self, split)) for split in SPLITS]
+        if self.skipped or self.cut:
+            lines.append(f"too long   {self.skipped:,} pairs skipped, {self.cut:,} cut")
+        return "\n".join(lines)
+
+
+def vocabularies(tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> str:
+    """The line of a summary that names the tokenizers."""
+    line = f"tokens     {tokenizer.name} tokenizer, {tokenizer.vocab_size:,} tokens"
+    if target_tokenizer is tokenizer:
+        return f"{line} for both sides"
+    return f"{line}; targets: {target_tokenizer.name}, {target_tokenizer.vocab_size:,}"
+
+
+def described(split: str, pairs: TokenPairs) -> str:
+    """The line of a summary that says how much a split holds."""
+    source, target = len(pairs.sources.tokens), len(pairs.targets.tokens)
+    return f"{split:10} {len(pairs):,} pairs of {source:,} and {target:,} tokens"
+
+
+def count_bytes(tokenizer: Tokenizer, tokens: Tokens) -> int:
+    """The bytes of text that `tokens` [tokens] stand for."""
+    sizes = np.array([len(piece) for piece in tokenizer.pieces])
+    return int(sizes @ np.bincount(tokens, minlength=len(sizes)))
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What must be known of pairs before they are encoded."""
+
+    digest: str
+    pairs: int
+    bytes: tuple[int, int]
+    """of sources and of targets"""
+
+
+class Encoded(NamedTuple):
+    """A pair as token ids, and its place in [0, 1): a hash, so duplicates stay together and order does not matter."""
+
+    place: float
+    sides: tuple[Tokens, Tokens]
+    too_long: bool
+    bytes: int
+
+
+def prepare_pairs(
+    corpus: PairCorpus,
+    tokenizer: str | Tokenizer,
+    *,
+    target_tokenizer: Tokenizer | None = None,
+    separate: bool = False,
+    vocab_size: int | None = None,
+    validation: PairCorpus | None = None,
+    validation_fraction: float = 0.1,
+    context_length: int,
+    too_long: str = "skip",
+    cache: Path | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> PreparedPairs:
+    """The pairs as token ids, from `cache` (default: the work folder's `prepared/`) if they were prepared before.
+
+    `tokenizer` is a registered name, fitted to both sides of `corpus` together, or with `separate` one to each; or a
+    ready one, for both sides unless there is a `target_tokenizer`. Without a corpus for `validation`, those pairs go
+    there whose hash says so, and at least one. Each side must leave room for its end token in `context_length`; pairs
+    with a longer one are left out (`too_long` "skip"), or lose what is too much ("cut").
+    Raises `UserError` for too few pairs, text that cannot be read or encoded, and when the disk is full.
+    """
+    if too_long not in POLICIES:
+        raise UserError(f"too_long is {too_long!r}: choose {' or '.join(map(repr, POLICIES))}")
+    if validation is None and not 0 < validation_fraction < 1:
+        raise UserError(f"validation_fraction is {validation_fraction}: choose one between 0 and 1, such as 0.1")
+    cache = work_folder() / "prepared" if cache is None else cache
+    with writing(cache, REMEDY):
+        cache.mkdir(parents=True, exist_ok=True)
+        sweep(cache)
+        corpora = [corpus] if validation is None else [corpus, validation]
+        signatures = [each.signature() for each in corpora]
+        scans = [_remembered_scan(each, cache) for each in corpora]
+        tokenizers = _tokenizers(corpus, scans[0], tokenizer, target_tokenizer, separate, vocab_size, cache)
+        prints = [member.fingerprint for member in tokenizers]
+        division = [scan.digest for scan in scans[1:]] or validation_fraction
+        key = _hash(["pairs", FORMAT, scans[0].digest, prints, division, context_length, too_long])[:16]
+        encode = partial(_encode, tokenizers=tokenizers, room=context_length - 1, cut=too_long == "cut")
+
+        def build(folder: Path) -> None:
+            streams = [
+                _encoded(each, scan, encode, workers, progress) for each, scan in zip(corpora, scans, strict=True)
+            ]
+            _build(streams, tokenizers, validation_fraction, too_long, folder)
+            for each, signature in zip(corpora, signatures, strict=True):
+                _unchanged(Corpus(each.name, each.files), signature)
+
+        prepared = _made(cache / key, build)
+    for split in SPLITS:
+        if not len(getattr(prepared, split)):
+            raise UserError(
+                f"{corpus.name} leaves no pairs for {split} ({scans[0].pairs} pairs, {prepared.skipped} of them too "
+                f"long for {context_length} tokens): give more pairs, or choose a greater --context-length"
+            )
+    return prepared
+
+
+# --- scanning and fitting
+
+
+def _remembered_scan(corpus: PairCorpus, cache: Path) -> Scan:
+    """The scan of these files in this state, from disk if they were scanned before."""
+    signature = corpus.signature()
+    key = _hash(["pairs", FORMAT, signature, corpus.fields, corpus.lowercase])[:16]
+    note = cache / f"scan-{key}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return Scan(**json.loads(note.read_bytes()))
+    scan = _scan(corpus)
+    _unchanged(Corpus(corpus.name, corpus.files), signature)
+    with whole_file(note) as file:
+        file.write(json.dumps(asdict(scan)).encode())
+    return scan
+
+
+def _scan(corpus: PairCorpus) -> Scan:
+    digest, count, sizes = hashlib.sha256(), 0, [0, 0]
+    for pair in corpus.pairs():
+        count += 1
+        for side, text in enumerate(pair):
+            encoded = text.encode()
+            digest.update(encoded + b"\xff")  # in no UTF-8, so texts cannot run together
+            sizes[side] += len(encoded)
+    return Scan(digest.hexdigest(), count, (sizes[0], sizes[1]))
+
+
+def _tokenizers(
+    corpus: PairCorpus,
+    scan: Scan,
+    tokenizer: str | Tokenizer,
+    target_tokenizer: Tokenizer | None,
+    separate: bool,
+    vocab_size: int | None,
+    cache: Path,
+) -> tuple[Tokenizer, Tokenizer]:
+    """Those of sources and targets, one and the same where they share it."""
+    if isinstance(tokenizer, str):
+        fit = partial(_remembered_fit, corpus, scan, tokenizer, vocab_size, cache)
+        if target_tokenizer is None and separate:
+            target_tokenizer = fit((1,))
+        tokenizer = fit((0, 1) if target_tokenizer is None else (0,))
+    target_tokenizer = tokenizer if target_tokenizer is None else target_tokenizer
+    return tokenizer.check_vocab_size(vocab_size), target_tokenizer.check_vocab_size(vocab_size)
+
+
+def _remembered_fit(
+    corpus: PairCorpus, scan: Scan, name: str, vocab_size: int | None, cache: Path, sides: tuple[int, ...]
+) -> Tokenizer:
+    """The tokenizer called `name` for the texts of `sides`, from disk if it was fitted to the same before."""
+    member = Tokenizer.named(name)
+    size = sum(scan.bytes[side] for side in sides)
+    share = 1.0 if member.fit_limit is None else min(1.0, member.fit_limit / size)
+
+    def texts() -> Iterator[str]:
+        # One side after the other: a sample of both in turn could have one side only.
+        for side in sides:
+            yield from sample((pair[side] for pair in corpus.pairs()), share)
+
+    kept = cache / f"tokenizer-{_hash(['pairs', FORMAT, scan.digest, member.name, vocab_size, sides])[:16]}.json"
+    with locked(kept):
+        with suppress(UserError):
+            return Tokenizer.load(kept)
+        tokenizer = member.fit(texts, vocab_size)
+        tokenizer.save(kept)
+    return tokenizer
+
+
+# --- encoding and splitting
+
+
+def _place(pair: Pair) -> float:
+    digest = hashlib.blake2b("\0".join(pair).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
+
+
+def _encode(pair: Pair, *, tokenizers: tuple[Tokenizer, Tokenizer], room: int, cut: bool) -> Encoded:
+    """Both sides as ids, [at most room] each if `cut`."""
+    source, target = (member.encode_array(text) for member, text in zip(tokenizers, pair, strict=True))
+    too_long = max(len(source), len(target)) > room
+    if cut:
+        source, target = source[:room], target[:room]
+    return Encoded(_place(pair), (source, target), too_long, sum(len(text.encode()) for text in pair))
+
+
+def _encoded(
+    corpus: PairCorpus, scan: Scan, encode: Callable[[Pair], Encoded], workers: int | None, progress: bool
+) -> Iterator[Encoded]:
+    """Every pair in order, encoded on threads."""
+    pairs = corpus.pairs()
+    chunks = iter(lambda: list(islice(pairs, CHUNK)), [])
+    with _bar("encoding pairs", sum(scan.bytes), progress) as bar:
+        for chunk in in_order(lambda chunk: [encode(pair) for pair in chunk], chunks, workers or cores()):
+            yield from chunk
+            bar.update(sum(pair.bytes for pair in chunk))
+
+
+def divided(pairs: Iterable[Encoded], fraction: float) -> Iterator[tuple[str, Encoded]]:
+    """Each pair with its split: validation has the places below `fraction`, or the lowest one if there are none."""
+    lowest: list[Encoded] = []
+    found = False
+    for pair in pairs:
+        if pair.place < fraction:
+            found = True
+            yield "validation", pair
+        elif lowest and pair.place > lowest[0].place:
+            yield "train", pair
+        else:
+            if lowest and pair.place < lowest[0].place:
+                yield from (("train", other) for other in lowest)
+                lowest = []
+            lowest.append(pair)
+    yield from (("train" if found else "validation", pair) for pair in lowest)
+
+
+# --- building
+
+
+class _Writer:
+    """Writes the texts of one side of one split, and at the end where each begins."""
+
+    def __init__(self, folder: Path, split: str, side: str, tokenizer: Tokenizer, stack: ExitStack) -> None:
+        self.name = f"{split}-{side}"
+        self.tokens = stack.enter_context((folder / f"{self.name}.bin").open("wb"))
+        self.offsets = folder / f"{self.name}-offsets.bin"
+        self.dtype, self.ends = _dtype(tokenizer), array("q", [0])
+
+    def add(self, tokens: Tokens) -> None:
+        self.tokens.write(tokens.astype(self.dtype).data)
+        self.ends.append(self.ends[-1] + len(tokens))
+
+    def finish(self) -> dict[str, Any]:
+        self.offsets.write_bytes(np.array(self.ends, OFFSET).tobytes())
+        return {"dtype": self.dtype.name, "texts": len(self.ends) - 1, "tokens": self.ends[-1]}
+
+
+def _build(
+    streams: list[Iterator[Encoded]],
+    tokenizers: tuple[Tokenizer, Tokenizer],
+    fraction: float,
+    too_long: str,
+    folder: Path,
+) -> None:
+    """Fills `folder` with the tokens and the offsets of each side of each split, the tokenizers, and meta.json.
+
+    `streams` are the pairs of train and of validation, or of both, to be divided.
+    """
+    tokenizers[0].save(folder / "tokenizer.json")
+    if tokenizers[1] is not tokenizers[0]:
+        tokenizers[1].save(folder / "target_tokenizer.json")
+    counts = dict.fromkeys(POLICIES, 0)
+
+    def fitting(pairs: Iterator[Encoded]) -> Iterator[Encoded]:
+        for pair in pairs:
+            counts[too_long] += pair.too_long
+            if too_long == "cut" or not pair.too_long:
+                yield pair
+
+    kept = [fitting(stream) for stream in streams]
+    if len(kept) == 1:
+        parts = divided(kept[0], fraction)
+    else:
+        parts = ((split, pair) for split, pairs in zip(SPLITS, kept, strict=True) for pair in pairs)
+    with ExitStack() as stack:
+        writers = {
+            split: [_Writer(folder, split, *side, stack) for side in zip(SIDES, tokenizers, strict=True)]
+            for split in SPLITS
+        }
+        for split, pair in parts:
+            for writer, tokens in zip(writers[split], pair.sides, strict=True):
+                writer.add(tokens)
+    meta = {writer.name: writer.finish() for split in SPLITS for writer in writers[split]}
+    (folder / "meta.json").write_text(json.dumps({"format": FORMAT, **counts, **meta}))
+
+
+# --- opening
+
+
+def _made(folder: Path, build: Callable[[Path], None]) -> PreparedPairs:
+    """What is in `folder`, built by one process while any other that wants the same waits."""
+    if prepared := opened(folder):
+        return prepared
+    with locked(folder):
+        prepared = opened(folder)
+        if prepared is None:
+            with whole_folder(folder) as made:
+                build(made)
+            prepared = opened(folder)
+    assert prepared is not None, f"{folder} was built and cannot be opened"
+    return prepared
+
+
+def opened(folder: Path) -> PreparedPairs | None:
+    """What `prepare_pairs` made in `folder`; None if there is nothing, or something that is not whole."""
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        train, validation = (
+            TokenPairs(*(_ragged(folder, f"{split}-{side}", meta) for side in SIDES)) for split in SPLITS
+        )
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        other = folder / "target_tokenizer.json"
+        target_tokenizer = Tokenizer.load(other) if other.exists() else tokenizer
+        return PreparedPairs(folder, tokenizer, target_tokenizer, train, validation, meta["skip"], meta["cut"])
+    except (OSError, ValueError, KeyError, UserError):
+        return None
+
+
+def _ragged(folder: Path, name: str, meta: dict[str, Any]) -> Ragged:
+    content = meta[name]
+    tokens = _mapped(folder / f"{name}.bin", np.dtype(content["dtype"]), content["tokens"])
+    offsets: npt.NDArray[Any] = _mapped(folder / f"{name}-offsets.bin", OFFSET, content["texts"] + 1)
+    return Ragged(tokens, offsets)
