@@ -10,7 +10,9 @@ from minitransformer.registry import lookup
 
 COMMANDS = {
     "train": "train a model, or resume a run",
-    "sample": "continue a prompt with the model of a run",
+    "sample": "continue, fill or translate a text with the model of a run",
+    "import": "make a run of a public checkpoint",
+    "export": "write the model of a run as the transformers library opens it",
 }
 
 

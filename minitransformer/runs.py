@@ -17,12 +17,12 @@ import torch
 from minitransformer import files
 from minitransformer.errors import UserError
 from minitransformer.models.model import Model, build_model
-from minitransformer.text.prepare import PreparedText
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import choose_checkpoint, load_model_weights
 from minitransformer.training.config import RunConfig
 
-CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
+CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+TOKENIZER, TARGET_TOKENIZER = "tokenizer.json", "target-tokenizer.json"
 
 
 def provenance() -> dict[str, str]:
@@ -45,20 +45,29 @@ def provenance() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder: `config.json`, `tokenizer.json`, `metrics.jsonl`, `train.log`, `samples.txt` and `checkpoints/`."""
+    """A run folder: `config.json`, `tokenizer.json`, `metrics.jsonl`, `train.log`, `samples.txt` and `checkpoints/`.
+
+    A run with two vocabularies has `target-tokenizer.json` too.
+    """
 
     path: Path
     config: RunConfig
     tokenizer: Tokenizer
+    target_tokenizer: Tokenizer
+    """of what the model writes: `tokenizer` itself, unless it has a vocabulary of its own"""
     text: str
     """which prepared text it learns, so that resuming notices another"""
 
     @classmethod
-    def create(cls, path: Path, config: RunConfig, text: PreparedText) -> Run:
+    def create(
+        cls, path: Path, config: RunConfig, tokenizer: Tokenizer, target_tokenizer: Tokenizer, text: str = ""
+    ) -> Run:
         """A new run folder; `config.json` is written last, and makes it one."""
         (path / CHECKPOINTS).mkdir(parents=True)
-        text.tokenizer.save(path / TOKENIZER)
-        return cls(path, config, text.tokenizer, text.folder.name).reconfigured(config)
+        tokenizer.save(path / TOKENIZER)
+        if target_tokenizer is not tokenizer:
+            target_tokenizer.save(path / TARGET_TOKENIZER)
+        return cls(path, config, tokenizer, target_tokenizer, text).reconfigured(config)
 
     def reconfigured(self, config: RunConfig) -> Run:
         """This run with another configuration, which is written down with the code and the command behind it."""
@@ -76,7 +85,16 @@ class Run:
         except ValueError as error:
             raise UserError(f"{path / CONFIG} is damaged ({error}): restore it, or train anew") from None
         config = RunConfig.from_json(record, str(path / CONFIG))
-        return cls(path, config, Tokenizer.load(path / TOKENIZER), record.get("text", ""))
+        tokenizer = Tokenizer.load(path / TOKENIZER)
+        own = path / TARGET_TOKENIZER
+        target_tokenizer = Tokenizer.load(own) if own.exists() else tokenizer
+        return cls(path, config, tokenizer, target_tokenizer, record.get("text", ""))
+
+    @property
+    def tokenizers(self) -> list[Tokenizer]:
+        """Of what the model reads and, if that has another vocabulary, of what it writes."""
+        both = [self.tokenizer, self.target_tokenizer]
+        return both if self.target_tokenizer is not self.tokenizer else both[:1]
 
     @property
     def checkpoints(self) -> Path:

@@ -50,7 +50,11 @@ def trainer_for(
     path: Path, text: PreparedText, config: RunConfig, stop: StopRequest | None = None, resume_at: int = 0
 ) -> Trainer:
     """A trainer in the run folder `path`, which is made unless it is there."""
-    run = Run.open(path).reconfigured(config) if path.exists() else Run.create(path, config, text)
+    run = (
+        Run.open(path).reconfigured(config)
+        if path.exists()
+        else Run.create(path, config, text.tokenizer, text.target_tokenizer, text.folder.name)
+    )
     machine = Machine(torch.device("cpu"), config.training.precision, compile=False, description="")
     log = Logs(RunFiles(path, resume_at=resume_at))
-    return Trainer(run, text, machine, log, stop or StopRequest(), sample=lambda model: "a sample")
+    return Trainer(run, text, machine, log, stop or StopRequest(), sample=lambda model, objective: "a sample")

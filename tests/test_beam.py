@@ -110,7 +110,9 @@ def translator(shake: Any) -> EncoderDecoder:
     return shake(EncoderDecoder(config)).double().eval()
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0}, {"num_beams": 3}, {"num_beams": 3, "num_samples": 2}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, {"num_beams": 3}, {"num_beams": 3, "num_samples": 2}], ids=str
+)
 def test_a_source_is_translated_alike_alone_and_beside_longer_ones(
     settings: dict[str, Any], translator: EncoderDecoder
 ) -> None:

@@ -17,7 +17,8 @@ ROOMS = {
     "text": set(),
     "training": {"architecture", "models", "text", "runs"},
     "generation": {"architecture", "models", "text"},
-    "commands": {"models", "text", "training", "generation", "runs"},
+    "pretrained": {"architecture", "models", "text"},
+    "commands": {"architecture", "models", "text", "training", "generation", "pretrained", "runs"},
 }
 SHARED = {"errors", "registry", "files"}
 

@@ -14,6 +14,7 @@ from torch import nn
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.batches import IGNORE, Batch
 from minitransformer.training.checkpoint import choose_checkpoint
+from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.loop import MOST_STEPS_WITHOUT_UPDATE, NonFiniteTraining
 from minitransformer.training.muon import Muon, orthogonalise
 from minitransformer.training.objectives import Causal
@@ -56,9 +57,10 @@ def gradients(model, batches, grad_clip=0.0):
         def step(self, closure=None):
             seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
 
-    objective = Causal(None, context_length=16, seed=0)
+    objective = Causal(None, TINY)
     optimizer = Reader(model.parameters(), lr=0.0)
-    result = training_step(model, objective, batches, [optimizer], Precision.named("fp32")(CPU), grad_clip=grad_clip)
+    precision, balance = Precision.named("fp32")(CPU), ExpertBalance(model, 0.0)
+    result = training_step(model, objective, batches, [optimizer], precision, grad_clip=grad_clip, balance=balance)
     return seen, result
 
 
@@ -164,8 +166,8 @@ def test_a_loss_or_gradient_that_is_not_finite_never_changes_the_weights(precisi
     optimizers = build_optimizers("muon", model, SETTINGS)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batch = random_batch(2, torch.Generator().manual_seed(0))
-    objective = Broken(None, context_length=16, seed=0)
-    result = training_step(model, objective, [batch], optimizers, Precision.named(precision)(CPU), grad_clip=1.0)
+    objective, rules = Broken(None, TINY), {"grad_clip": 1.0, "balance": ExpertBalance(model, 0.0)}
+    result = training_step(model, objective, [batch], optimizers, Precision.named(precision)(CPU), **rules)
     assert not result.finite
     assert_same(before, model.state_dict())
 
@@ -248,9 +250,7 @@ def test_two_seeds_differ_and_one_seed_does_not(text, tmp_path):
 
 def test_validation_predicts_every_token_once_and_counts_bits_of_bytes(text, tmp_path):
     trainer = trainer_for(tmp_path / "run", text, TINY)
-    result = validate(
-        trainer.model, trainer.objective, trainer.precision, batch_size=3, text_bytes=text.validation_bytes
-    )
+    result = validate(trainer.model, trainer.objective, trainer.precision)
     tokens = torch.from_numpy(text.validation.astype("int64"))
     nats = count = 0.0
     for start in range(0, len(tokens) - 1, 16):
@@ -303,9 +303,9 @@ def test_a_signal_during_validation_does_not_wait_for_it_and_loses_nothing(text,
         first = trainer_for(tmp_path / "parts", text, config, stop)
         batches = first.objective.validation_batches
 
-        def interrupted(size):
+        def interrupted():
             signal.raise_signal(signal.SIGTERM)
-            return batches(size)
+            return batches()
 
         first.objective.validation_batches = interrupted
         first.train()

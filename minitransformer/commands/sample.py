@@ -1,15 +1,20 @@
-"""`sample`: continue a prompt with the model of a run. Standard output carries the text, standard error the notes."""
+"""`sample`: continue a prompt, fill in masks or translate lines, whatever the model of a run does.
+
+Standard output carries the text, standard error the notes.
+"""
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import secrets
 import stat
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import singledispatch
 from pathlib import Path
 from typing import Annotated
 
@@ -18,15 +23,23 @@ import tyro
 
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
-from minitransformer.generation.readers import window_length
+from minitransformer.generation.decode import translate
 from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.readers import window_length
+from minitransformer.generation.samples import filled_text
 from minitransformer.generation.streaming import stream_text
 from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.encoder import EncoderLM
+from minitransformer.models.encoder_decoder import EncoderDecoder
+from minitransformer.models.model import Model
+from minitransformer.models.recurrent import RecurrentEncoderDecoder
 from minitransformer.runs import Run, latest_run
-from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.text.tokenizers import MASKS
 from minitransformer.training.machine import choose_device
 
 SEPARATOR = "-" * 40
+LINES_AT_ONCE = 32
+MASK = re.compile("|".join(map(re.escape, MASKS)))
 
 
 @dataclass(frozen=True)
@@ -36,13 +49,13 @@ class Options(SamplingConfig):
     run: tyro.conf.Positional[Path | None] = None
     """run folder; None is the latest below runs/"""
     prompt: str | None = None
-    """text to continue; None is what is piped in or, if nothing is, the beginning of a text"""
+    """text to continue, to fill (masks are written <mask>) or to translate; None is what is piped in"""
     prompt_file: Path | None = None
-    """file with the text to continue, which is taken as it is"""
+    """file with that text, which is taken as it is"""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """text that ends a sample, and is not part of it; may be given several times"""
     interactive: bool = False
-    """continue one line after the other; Ctrl-D leaves"""
+    """answer one line after the other; Ctrl-D leaves"""
     checkpoint: str | None = None
     """checkpoint of the run, such as step-000500 or latest; None is the best, or the latest if none is called that"""
     device: str = "auto"
@@ -62,11 +75,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _sample(arguments: Sequence[str]) -> int:
-    options = parse(Options, arguments, prog="sample.py", description="Continue a prompt with the model of a run.")
+    about = "Continue a prompt, fill in masks, or translate lines, with the model of a run."
+    options = parse(Options, arguments, prog="sample.py", description=about)
     path = options.run or latest_run()
     run = Run.open(path)
     prompt = "" if options.interactive else _prompt(options)
-    prompt_ids = run.tokenizer.encode(prompt)  # what cannot be encoded is said before a model is loaded
+    # What cannot be encoded is said before a model is loaded.
+    run.tokenizer.encode(MASK.sub("", _cased(run, prompt)))
     model = run.load_model(options.checkpoint, device=str(choose_device(options.device)))
     if options.run is None:
         _note(f"the model is that of {path}")
@@ -75,11 +90,31 @@ def _sample(arguments: Sequence[str]) -> int:
         _note(f"--seed {seed} gives this text again")
     generator = torch.Generator().manual_seed(seed)
     _tolerate_characters()
+    session = Session(run, options, generator)
     if options.interactive:
-        _converse(model, run.tokenizer, options, generator)
+        _converse(model, session)
     else:
-        _continue(model, run.tokenizer, prompt, prompt_ids, options, generator)
+        answer(model, prompt, session)
     return DONE
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all answers of a call have in common."""
+
+    run: Run
+    options: Options
+    generator: torch.Generator
+
+
+def _cased(run: Run, text: str) -> str:
+    return text.lower() if run.config.data.lowercase else text
+
+
+@singledispatch
+def answer(model: Model, prompt: str, session: Session) -> None:
+    """Print what `model` makes of `prompt`."""
+    raise UserError(f"a model of topology {model.name!r} has nothing to sample: evaluate it instead")
 
 
 def _tolerate_characters() -> None:
@@ -117,20 +152,15 @@ def _text(content: bytes, name: str) -> str:
         ) from None
 
 
-def _continue(
-    model: DecoderLM,
-    tokenizer: Tokenizer,
-    prompt: str,
-    prompt_ids: list[int],
-    options: Options,
-    generator: torch.Generator,
-) -> None:
+@answer.register
+def _continue(model: DecoderLM, prompt: str, session: Session) -> None:
     """Print the prompt and the first sample as it comes, then the others, with a line between them."""
-    prompt_ids = prompt_ids or [tokenizer.end_of_text]
+    tokenizer, options = session.run.tokenizer, session.options
+    prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
     _note_context(len(prompt_ids), options.max_new_tokens, model.config.context_length)
     texts = [prompt] * options.num_samples
     _print(prompt)
-    for pieces in stream_text(model, tokenizer, prompt_ids, options, generator=generator):
+    for pieces in stream_text(model, tokenizer, prompt_ids, options, generator=session.generator):
         _print(pieces[0])
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     _end_line(texts[0])
@@ -139,8 +169,59 @@ def _continue(
         _end_line(text)
 
 
-def _converse(model: DecoderLM, tokenizer: Tokenizer, options: Options, generator: torch.Generator) -> None:
-    """Continue each line that is typed, until Ctrl-D or Ctrl-C."""
+@answer.register
+def _fill(model: EncoderLM, prompt: str, session: Session) -> None:
+    """Print each line with its masks numbered, and the likeliest tokens for each."""
+    tokenizer = session.run.tokenizer
+    for line in prompt.splitlines():
+        parts = [tokenizer.encode(part) for part in MASK.split(line)]
+        if len(parts) == 1:
+            raise UserError(f"there is no mask in {line!r}: write <mask> where a word is to be guessed")
+        tokens = [tokenizer.end_of_text, *parts[0]]
+        for part in parts[1:]:
+            tokens += [tokenizer.mask, *part]
+        if len(tokens) > model.config.context_length:
+            raise UserError(
+                f"a line has {len(tokens)} tokens, and the model sees {model.config.context_length}: cut it"
+            )
+        _print(filled_text(model, tokenizer, tokens) + "\n")
+
+
+@answer.register(EncoderDecoder)
+@answer.register(RecurrentEncoderDecoder)
+def _translate(model: EncoderDecoder | RecurrentEncoderDecoder, prompt: str, session: Session) -> None:
+    """Print what each line becomes: one line for each, or `num_samples` with their number before them."""
+    run, options = session.run, session.options
+    lines = prompt.splitlines()
+    end = run.target_tokenizer.end_of_text
+    for begin in range(0, len(lines), LINES_AT_ONCE):
+        sources = [_source(model, run, line) for line in lines[begin : begin + LINES_AT_ONCE]]
+        targets = translate(
+            model,
+            sources,
+            options,
+            start=end,
+            end_of_text=end,
+            vocab_size=run.target_tokenizer.vocab_size,
+            generator=session.generator,
+        )
+        for texts in targets:
+            for number, tokens in enumerate(texts, start=1):
+                before = f"{number}\t" if options.num_samples > 1 else ""
+                _print(f"{before}{run.target_tokenizer.decode(tokens)}\n")
+
+
+def _source(model: Model, run: Run, line: str) -> list[int]:
+    """The tokens of a line, with the end that the model has learned to see."""
+    tokens = [*run.tokenizer.encode(_cased(run, line)), run.tokenizer.end_of_text]
+    if len(tokens) > model.config.context_length:
+        _note(f"a line of {len(tokens)} tokens is cut to the {model.config.context_length} that the model sees")
+        tokens = [*tokens[: model.config.context_length - 1], run.tokenizer.end_of_text]
+    return tokens
+
+
+def _converse(model: Model, session: Session) -> None:
+    """Answer each line that is typed, until Ctrl-D or Ctrl-C."""
     with suppress(ImportError):
         import readline  # noqa: F401  (importing it gives `input` editing and a history)
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -148,7 +229,7 @@ def _converse(model: DecoderLM, tokenizer: Tokenizer, options: Options, generato
         while True:
             prompt = input("> " if at_terminal else "")
             try:
-                _continue(model, tokenizer, prompt, tokenizer.encode(prompt), options, generator)
+                answer(model, prompt, session)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
     if at_terminal:

@@ -5,29 +5,37 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
 from minitransformer.files import writing
-from minitransformer.generation.decode import sample_text
+from minitransformer.generation.samples import sample_of
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import count_parameters
+from minitransformer.models.model import Model, count_parameters
 from minitransformer.registry import lookup
 from minitransformer.runs import Run, free_run_path
-from minitransformer.text.corpora import open_corpus
-from minitransformer.text.prepare import PreparedText, prepare
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import check_room, checkpoint_step, choose_checkpoint
 from minitransformer.training.config import RunConfig
 from minitransformer.training.logging import Logs, RunFiles, TensorBoard, Terminal
 from minitransformer.training.loop import NonFiniteTraining, Trainer
 from minitransformer.training.machine import choose_device, choose_machine
+from minitransformer.training.objectives import Objective
+from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.presets import DEFAULT, PRESETS
 from minitransformer.training.signals import StopRequest
 
 NON_FINITE = 3
-SAMPLE_TOKENS = 120
+SAMPLE_TOKENS, EXAMPLES = 120, 4
+TRANSLATE = 'echo "..." | python sample.py {path}'
+NEXT = {
+    "decoder": 'python sample.py {path} --prompt "..."',
+    "encoder": 'python sample.py {path} --prompt "... <mask> ..."',
+    "encoder-decoder": TRANSLATE,
+    "rnn": TRANSLATE,
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,8 @@ class Options(RunConfig):
     """continue the run in this folder; --steps extends it, other settings hold from here on"""
     checkpoint: str | None = None
     """with --resume: the checkpoint to continue from; None is the latest"""
+    init_from: Path | None = None
+    """a new run that begins with the weights, the model and the tokenizer of the run in this folder: fine-tuning"""
 
     def run_config(self) -> RunConfig:
         return RunConfig(self.model, self.data, self.training)
@@ -47,14 +57,18 @@ class Options(RunConfig):
 
 def main(arguments: Sequence[str]) -> int:
     """Train, or resume; returns the exit code."""
-    resume = _resumed_run(arguments)
+    resume = _option(arguments, "--resume")
     return run_command(lambda: _begin(arguments) if resume is None else _resume(resume, arguments))
 
 
 def _begin(arguments: Sequence[str]) -> int:
     named = bool(arguments) and not arguments[0].startswith("-")
     preset = arguments[0] if named else DEFAULT
-    options = _parse(arguments[named:], lookup("preset", preset, PRESETS))
+    initial = _option(arguments, "--init-from")
+    base = lookup("preset", preset, PRESETS)
+    if initial is not None:
+        base = replace(Run.open(initial).config, data=base.data) if named else Run.open(initial).config
+    options = _parse(arguments[named:], base)
     print(f"preset     {preset}", flush=True)  # what follows has to load more of torch first
     if options.checkpoint is not None:
         raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume")
@@ -66,17 +80,29 @@ def _begin(arguments: Sequence[str]) -> int:
         TensorBoard.check()
     choose_device(options.training.device)
     _count_parameters(options.model)
-    text = _prepare(options, options.data.tokenizer)
-    model = replace(options.model, vocab_size=options.model.vocab_size or text.tokenizer.vocab_size)
-    config = replace(options.run_config(), model=model)
+    source = None if initial is None else Run.open(initial)
+    prepared = _prepare(options.run_config(), source.tokenizers if source else ())
+    config = replace(options.run_config(), model=_with_vocabulary(options.model, prepared))
     check_room(path, config)
-    return _train(Run.create(path, config, text), text, checkpoint=None)
+    run = Run.create(path, config, prepared.tokenizer, prepared.target_tokenizer, prepared.folder.name)
+    return _train(run, prepared, checkpoint=None, initial=source)
 
 
-def _resumed_run(arguments: Sequence[str]) -> Path | None:
+def _with_vocabulary(model: ModelConfig, prepared: Prepared) -> ModelConfig:
+    """`model` for the tokens that the data has."""
+    source, target = prepared.tokenizer, prepared.target_tokenizer
+    return replace(
+        model,
+        vocab_size=model.vocab_size or source.vocab_size,
+        target_vocab_size=None if target is source else model.target_vocab_size or target.vocab_size,
+    )
+
+
+def _option(arguments: Sequence[str], flag: str) -> Path | None:
+    """The folder that `flag` names: it decides what the other flags' defaults are."""
     parser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", type=Path)
-    return parser.parse_known_args(arguments)[0].resume
+    parser.add_argument(flag, type=Path, dest="folder")
+    return parser.parse_known_args(arguments)[0].folder
 
 
 def _resume(path: Path, arguments: Sequence[str]) -> int:
@@ -86,11 +112,11 @@ def _resume(path: Path, arguments: Sequence[str]) -> int:
     checkpoint = choose_checkpoint(run.checkpoints, options.checkpoint)
     if checkpoint_step(checkpoint) >= options.training.steps:
         raise UserError(f"{path} has done its {options.training.steps} steps: give a larger --steps to extend it")
-    text = _prepare(options, run.tokenizer)
-    if text.folder.name != run.text:
+    prepared = _prepare(options.run_config(), run.tokenizers)
+    if prepared.folder.name != run.text:
         raise UserError(f"{options.data.data} is not the text that {path} began with: restore it, or train a new run")
     check_room(path, options)
-    return _train(run.reconfigured(options.run_config()), text, checkpoint)
+    return _train(run.reconfigured(options.run_config()), prepared, checkpoint)
 
 
 def _check_changes(old: RunConfig, new: RunConfig) -> None:
@@ -128,22 +154,16 @@ def _count_parameters(model: ModelConfig) -> int:
     return count_parameters(replace(model, vocab_size=model.vocab_size or 4096))
 
 
-def _prepare(config: RunConfig, tokenizer: str | Tokenizer) -> PreparedText:
-    text = prepare(
-        open_corpus(config.data.data, config.data.field),
-        tokenizer,
-        vocab_size=config.model.vocab_size,
-        validation_fraction=config.data.validation_fraction,
-        context_length=config.model.context_length,
-    )
-    print(f"data       {config.data.data}\n{text.summary()}", flush=True)
-    return text
+def _prepare(config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepared:
+    prepared = Objective.named(config.training.objective).prepare(config, tokenizers)
+    print(f"data       {config.data.data}\n{prepared.summary()}", flush=True)
+    return prepared
 
 
-def _train(run: Run, text: PreparedText, checkpoint: Path | None) -> int:
+def _train(run: Run, prepared: Prepared, checkpoint: Path | None, initial: Run | None = None) -> int:
     config = run.config.training
     parameters = count_parameters(run.config.model)
-    tokens = config.steps * config.batch_size * config.grad_accumulation * run.config.model.context_length
+    tokens = config.steps * Objective.named(config.objective).tokens_per_step(run.config)
     machine = choose_machine(config.device, config.precision, config.compile, run_flops=6 * parameters * tokens)
     print(f"model      {parameters / 1e6:.2f}M parameters, {tokens / 1e6:.1f}M tokens to read")
     print(f"machine    {machine.description}")
@@ -154,11 +174,11 @@ def _train(run: Run, text: PreparedText, checkpoint: Path | None) -> int:
         if config.tensorboard:
             logs.append(TensorBoard(run.path))
         log = Logs(*logs)
-        trainer = Trainer(
-            run, text, machine, log, stop, lambda model: sample_text(model, text.tokenizer, SAMPLE_TOKENS)
-        )
+        trainer = Trainer(run, prepared, machine, log, stop, partial(_sample, run))
         if checkpoint is not None:
             trainer.restore(checkpoint)
+        if initial is not None:
+            trainer.model.load_state_dict(initial.load_model().state_dict())
         try:
             trainer.train()
             if stop.signal is None and not config.sample_at_eval:  # else the last validation has printed one
@@ -171,6 +191,10 @@ def _train(run: Run, text: PreparedText, checkpoint: Path | None) -> int:
         return _report(trainer, stop)
 
 
+def _sample(run: Run, model: Model, objective: Objective) -> str:
+    return sample_of(model, run.tokenizer, run.target_tokenizer, objective.examples(EXAMPLES), SAMPLE_TOKENS)
+
+
 def _report(trainer: Trainer, stop: StopRequest) -> int:
     path, progress = trainer.run.path, trainer.progress
     if stop.signal is not None:
@@ -180,5 +204,5 @@ def _report(trainer: Trainer, stop: StopRequest) -> int:
         print(f"stopped early at step {progress.step}: no better validation in {progress.validations_since_best}")
     print(f"validation {trainer.validation} (best at step {progress.best_step})")
     print(f"run        {path}, {progress.seconds / 60:.1f} minutes of training")
-    print(f'next       python sample.py {path} --prompt "..."')
+    print(f"next       {NEXT[trainer.model.name].format(path=path)}")
     return DONE

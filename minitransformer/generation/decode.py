@@ -16,7 +16,6 @@ from minitransformer.generation.beam import beam_search
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.readers import CachedReader, Reader, TargetReader, UncachedReader
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.text.tokenizers import Tokenizer
 
 
 def uniform_draws(samples: int, steps: int, generator: torch.Generator) -> Float[Tensor, "samples steps"]:
@@ -169,11 +168,3 @@ def padded(
         tokens[row, : len(sequence)] = torch.tensor(sequence)
     is_token = torch.arange(tokens.size(1), device=device) < lengths[:, None]
     return tokens.to(device), None if is_token.all() else is_token
-
-
-def sample_text(model: DecoderLM, tokenizer: Tokenizer, max_new_tokens: int) -> str:
-    """What `model` writes from the beginning of a text, drawn with the default settings and always the same numbers."""
-    end = tokenizer.end_of_text
-    sampling = SamplingConfig(max_new_tokens=max_new_tokens, seed=0)
-    steps = generate(model, [end], sampling, end_of_text=end, vocab_size=tokenizer.vocab_size)
-    return tokenizer.decode([token for [token] in steps])

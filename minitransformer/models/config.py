@@ -217,6 +217,49 @@ PRESETS: dict[str, ModelConfig] = {
         bias=True,
         dropout=0.1,
     ),
+    "bert-mini": replace(
+        MODERN, topology="encoder", d_model=128, num_layers=4, num_heads=4, context_length=128, head="transformed"
+    ),
+    "t5-mini": ModelConfig(
+        topology="encoder-decoder",
+        d_model=128,
+        num_layers=4,
+        num_decoder_layers=2,
+        num_heads=4,
+        context_length=128,
+        norm="rms",
+        positions="t5",
+        feedforward="geglu-tanh",
+    ),
+    "transformer-mini": ModelConfig(
+        topology="encoder-decoder",
+        d_model=128,
+        num_layers=2,
+        num_heads=4,
+        context_length=128,
+        norm="rms",
+        init="xavier",
+    ),
+    "rnn-attention": ModelConfig(
+        topology="rnn", d_model=128, num_layers=1, context_length=128, init="xavier", positions="none"
+    ),
+    # The text-only Transformer-Tiny of work on translating image captions: Wu et al. 2021 (arXiv 2105.14462).
+    "multi30k-tiny": ModelConfig(
+        topology="encoder-decoder",
+        d_model=128,
+        num_layers=4,
+        num_heads=4,
+        d_ff=256,
+        context_length=128,
+        vocab_size=10_000,
+        residual="post",
+        positions="sinusoidal",
+        feedforward="relu",
+        bias=True,
+        scaled_embeddings=True,
+        dropout=0.3,
+        init="xavier",
+    ),
     # The shape that nanoGPT's README trains on a CPU: characters, no biases, no dropout, exact GELU.
     "nanogpt-cpu": ModelConfig(
         d_model=128, num_layers=4, num_heads=4, context_length=64, positions="learned", feedforward="gelu"

@@ -28,6 +28,14 @@ class Batch:
     inputs: Int64[Tensor, "batch length"]
     targets: Int64[Tensor, "batch length"]
 
+    @property
+    def num_targets(self) -> int:
+        return int((self.targets != IGNORE).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        return self.inputs.numel()
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch on `device`."""
         return type(self)(

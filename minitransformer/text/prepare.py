@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -53,6 +53,11 @@ class PreparedText:
     train_documents: int
     validation_documents: int
     split: str
+
+    @property
+    def target_tokenizer(self) -> Tokenizer:
+        """The tokenizer of what a model writes."""
+        return self.tokenizer
 
     def summary(self) -> str:
         """Three lines to print, of less than 80 columns."""
@@ -104,13 +109,15 @@ def prepare(
     vocab_size: int | None = None,
     validation_fraction: float = 0.1,
     context_length: int,
+    special_tokens: Sequence[str] = (),
     cache: Path | None = None,
     workers: int | None = None,
     progress: bool = True,
 ) -> PreparedText:
     """The corpus as token ids, from `cache` (default: the work folder's `prepared/`) if it was prepared before.
 
-    `tokenizer` is a registered name, fitted to the whole corpus with `vocab_size`, or a ready one. A document goes to
+    `tokenizer` is a registered name, fitted to the whole corpus with `vocab_size`, or a ready one; it is given
+    `special_tokens` where it lacks them, which `vocab_size` counts. A document goes to
     validation if a hash of its beginning says so, wherever it stands and however often. Where that is no
     good (a single document; a share far from `validation_fraction`; a side without one window of
     `context_length` + 1 tokens), the first 1 - `validation_fraction` of the characters train and the rest validate,
@@ -126,9 +133,9 @@ def prepare(
         signature = corpus.signature()
         scan = _remembered_scan(corpus, signature, validation_fraction, cache, progress)
         if isinstance(tokenizer, str):
-            tokenizer = _remembered_fit(corpus, signature, scan, tokenizer, vocab_size, cache, progress)
-        else:
-            tokenizer.check_vocab_size(vocab_size)
+            ordinary = None if vocab_size is None else vocab_size - len(special_tokens)
+            tokenizer = _remembered_fit(corpus, signature, scan, tokenizer, ordinary, cache, progress)
+        tokenizer = tokenizer.with_special_tokens(special_tokens).check_vocab_size(vocab_size)
         for split in ("documents", "contiguous") if scan.balanced(validation_fraction) else ("contiguous",):
             key = _hash([FORMAT, scan.digest, tokenizer.fingerprint, split, validation_fraction])[:16]
             build = partial(

@@ -20,6 +20,9 @@ from minitransformer.files import whole_file
 from minitransformer.registry import Registered
 
 END_OF_TEXT = "<|endoftext|>"
+MASK = "<|mask|>"
+# What public tokenizers call it.
+MASKS = (MASK, "[MASK]", "<mask>")
 FORMAT = 1
 CODE_POINTS = 0x110000
 # How GPT-4 (cl100k) splits text before merging, in tiktoken's spelling, which cannot backtrack into a stack overflow.
@@ -106,6 +109,22 @@ class Tokenizer(Registered, kind="tokenizer"):
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
             raise UserError(f"not a tokenizer: {what}; use a tokenizer.json as training wrote it") from None
+
+    @property
+    def mask(self) -> int:
+        """The id that stands for a hidden token; raises `UserError` if there is none."""
+        for name in MASKS:
+            if name in self.special_tokens:
+                return self.special_tokens[name]
+        raise UserError(f"the {self.name} tokenizer has no token for a mask: use one that masked training made")
+
+    def with_special_tokens(self, names: Sequence[str]) -> Tokenizer:
+        """This tokenizer with more special tokens, after all others; those that it has already are left alone."""
+        missing = [name for name in names if name not in self.special_tokens]
+        if not missing:
+            return self
+        more = {name: self.vocab_size + i for i, name in enumerate(missing)}
+        return Tokenizer.from_json({**self.to_json(), "special_tokens": {**self.special_tokens, **more}})
 
     def save(self, path: Path | str) -> None:
         """Writes `to_json` to `path`, whole or not at all."""

@@ -5,24 +5,47 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
+from typing_extensions import Doc
+
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig, choice
 from minitransformer.registry import lookup
+from minitransformer.text.recipes import known
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.objectives import Objective
 from minitransformer.training.optimizers import OPTIMIZERS
 from minitransformer.training.precision import Precision
 from minitransformer.training.schedules import SCHEDULES
 
+DATA = Doc(
+    "what to learn from: a recipe, a file, a folder or a glob of .txt, .md, .jsonl or source code; for pairs a .tsv, a "
+    f".jsonl or one of two parallel files. Recipes: {', '.join(known())}"
+)
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which text, and how it becomes tokens."""
 
-    data: str = "pydocs"
-    """a recipe (pydocs, shakespeare, stdlib-code), a file, a folder or a glob of .txt, .md, .jsonl or source code"""
+    data: Annotated[str, DATA] = "pydocs"
     field: str = "text"
     """the field of each .jsonl line that holds the text"""
+    target_data: str | None = None
+    """pairs: the file whose lines belong to those of data"""
+    validation_data: str | None = None
+    """pairs: a file for validation; None takes some of data"""
+    validation_target_data: str | None = None
+    """pairs: the file whose lines belong to those of validation_data"""
+    source_field: str = "source"
+    """pairs: the field of each .jsonl line that holds the source"""
+    target_field: str = "target"
+    """pairs: the field of each .jsonl line that holds the target"""
+    lowercase: bool = False
+    """pairs: in lower case only, also what is translated later"""
+    separate_vocabularies: bool = False
+    """pairs: a vocabulary for each side"""
+    too_long: Literal["skip", "cut"] = "skip"
+    """pairs: what to do with a side that is longer than the context"""
     tokenizer: Annotated[str, choice("tokenizer", Tokenizer.registry)] = "bpe"
     validation_fraction: float = 0.1
     """share of the text that is kept for validation"""
@@ -42,6 +65,8 @@ class TrainingConfig:
     """updates of the weights"""
     batch_size: int = 16
     """sequences in a micro-batch"""
+    batch_tokens: int = 2048
+    """pairs: tokens in a micro-batch, padding included, on the side that has more"""
     grad_accumulation: int = 1
     """micro-batches in a step"""
     optimizer: Annotated[str, choice("optimizer", OPTIMIZERS)] = "adamw"
@@ -62,6 +87,16 @@ class TrainingConfig:
     """AdamW: decay of the mean of squared gradients"""
     momentum: float = 0.95
     """Muon: decay of the mean of gradients"""
+    label_smoothing: float = 0.0
+    """encoder-decoders: share of the probability that training gives to all tokens alike"""
+    mask_probability: float = 0.15
+    """masked: share of the tokens that are hidden"""
+    span_density: float = 0.15
+    """span-corruption: share of the tokens that are cut out"""
+    mean_span: float = 3.0
+    """span-corruption: tokens of a span, on average"""
+    expert_balance: float = 0.01
+    """mixtures of experts: weight of the loss that shares the work among them"""
     grad_clip: float = 1.0
     """largest norm of the gradient; 0 switches clipping off"""
     eval_every: int = 250
@@ -88,9 +123,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         minimum = {
-            **dict.fromkeys(("steps", "batch_size", "grad_accumulation", "keep_last"), 1),
+            **dict.fromkeys(("steps", "batch_size", "batch_tokens", "grad_accumulation", "keep_last", "mean_span"), 1),
             **dict.fromkeys(("eval_every", "save_every", "log_every"), 1),
-            **dict.fromkeys(("warmup_steps", "weight_decay", "grad_clip", "min_lr", "seed"), 0),
+            **dict.fromkeys(("warmup_steps", "weight_decay", "grad_clip", "min_lr", "seed", "expert_balance"), 0),
         }
         for name, least in minimum.items():
             if getattr(self, name) < least:
@@ -103,7 +138,10 @@ class TrainingConfig:
                 raise UserError(f"{name} is {value}: it must be above 0")
         if self.min_lr > self.lr:
             raise UserError(f"min_lr {self.min_lr} is above lr {self.lr}: lower it")
-        for name in ("beta1", "beta2", "momentum"):
+        for name in ("mask_probability", "span_density"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be between 0 and 1")
+        for name in ("beta1", "beta2", "momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         Objective.named(self.objective)
@@ -121,6 +159,13 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
+    def __post_init__(self) -> None:
+        objective, topology = Objective.named(self.training.objective), self.model.topology
+        if topology not in objective.topologies:
+            possible = [name for name, other in Objective.registry.items() if topology in other.topologies]
+            remedy = f"choose --objective {' or '.join(possible)}" if possible else "train another topology"
+            raise UserError(f"objective {objective.name!r} cannot train topology {topology!r}: {remedy}")
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -136,5 +181,6 @@ class RunConfig:
                 raise UserError(
                     f"{origin}, {name}: fields that only one side knows ({wrong}): another version wrote it"
                 )
-            parts[name] = part(**values)
+            # JSON has lists where frozen records have tuples.
+            parts[name] = part(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         return cls(**parts)

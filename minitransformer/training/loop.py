@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from minitransformer import files
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
-from minitransformer.text.prepare import PreparedText
 from minitransformer.training.checkpoint import (
     load_model_weights,
     load_trainer_state,
     remove_old_checkpoints,
     write_checkpoint,
 )
+from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.logging import Log
 from minitransformer.training.machine import Machine, measured_flops
 from minitransformer.training.objectives import Objective
+from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.optimizers import OptimizerSettings, build_optimizers, set_learning_rate
 from minitransformer.training.precision import Precision
 from minitransformer.training.schedules import SCHEDULES, learning_rate_share
@@ -67,17 +68,15 @@ class Trainer:
     def __init__(
         self,
         run: Run,
-        text: PreparedText,
+        prepared: Prepared,
         machine: Machine,
         log: Log,
         stop: StopRequest,
-        sample: Callable[[Model], str],
+        sample: Callable[[Model, Objective], str],
     ) -> None:
-        self.run, self.text, self.machine, self.log, self.stop, self.sample = run, text, machine, log, stop, sample
+        self.run, self.machine, self.log, self.stop, self.sample = run, machine, log, stop, sample
         config = self.config = run.config.training
-        self.objective = Objective.named(config.objective)(
-            text, context_length=run.config.model.context_length, seed=config.seed
-        )
+        self.objective = Objective.named(config.objective)(prepared, run.config)
         torch.manual_seed(config.seed)
         self.model = build_model(run.config.model).to(machine.device)
         self.fast_model: nn.Module = torch.compile(self.model) if machine.compile else self.model  # type: ignore[assignment]
@@ -90,6 +89,7 @@ class Trainer:
             momentum=config.momentum,
         )
         self.optimizers = build_optimizers(config.optimizer, self.model, settings)
+        self.balance = ExpertBalance(self.model, config.expert_balance)
         self.precision = Precision.named(machine.precision)(machine.device)
         self.progress = Progress()
         self.validation: Validation | None = None
@@ -157,7 +157,7 @@ class Trainer:
     def _step(self) -> StepResult:
         step = self.progress.step
         torch.manual_seed(step_seed(self.config.seed, step))
-        batch = self.objective.training_batch(step, self.config.batch_size * self.config.grad_accumulation)
+        batches = self.objective.training_batches(step)
         share = learning_rate_share(
             SCHEDULES[self.config.schedule],
             step,
@@ -169,14 +169,15 @@ class Trainer:
         result = training_step(
             self.fast_model,
             self.objective,
-            batch.split(self.config.batch_size),
+            batches,
             self.optimizers,
             self.precision,
             grad_clip=self.config.grad_clip,
+            balance=self.balance,
         )
         self._steps_without_update = 0 if result.finite else self._steps_without_update + 1
         self.progress.step += 1
-        self.progress.tokens += batch.inputs.numel()
+        self.progress.tokens += sum(batch.num_tokens for batch in batches)
         return result
 
     def _log(self, interval: _Interval) -> None:
@@ -200,13 +201,7 @@ class Trainer:
     def _validate(self) -> None:
         validation = None
         with self.stop.interruptible():
-            validation = validate(
-                self.model,
-                self.objective,
-                self.precision,
-                batch_size=self.config.batch_size,
-                text_bytes=self.text.validation_bytes,
-            )
+            validation = validate(self.model, self.objective, self.precision)
         if validation is not None:
             self._note(validation)
 
@@ -223,6 +218,7 @@ class Trainer:
                 "validation_loss": validation.loss,
                 "perplexity": validation.perplexity,
                 "bits_per_byte": validation.bits_per_byte,
+                "accuracy": validation.accuracy,
             }
         )
         self.log.line(f"step {self.progress.step} validation: {validation}")
@@ -231,7 +227,7 @@ class Trainer:
 
     def write_sample(self) -> str:
         """A sample of the model as it stands, also kept in `samples.txt`."""
-        sample = self.sample(self.model)
+        sample = self.sample(self.model, self.objective)
         with (self.run.path / "samples.txt").open("a", encoding="utf-8") as file:
             file.write(f"--- step {self.progress.step}\n{sample}\n")
         self.log.line(sample)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from minitransformer.models.config import PRESETS as MODELS
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 
@@ -23,6 +25,20 @@ LONGER = TrainingConfig(
     steps=3000, batch_size=16, optimizer="muon", lr=0.02, embedding_lr=0.01, schedule="wsd", warmup_steps=100
 )
 
+NUMBERS = DataConfig(data="numbers", tokenizer="bytes")
+PAIRS = TrainingConfig(
+    objective="seq2seq",
+    steps=3000,
+    batch_tokens=2048,
+    optimizer="muon",
+    lr=0.02,
+    embedding_lr=0.01,
+    schedule="linear",
+    warmup_steps=50,
+    eval_every=500,
+    save_every=500,
+)
+
 PRESETS: dict[str, RunConfig] = {
     "gpt-nano": RunConfig(MODELS["gpt-nano"], training=SHORT),
     "gpt-micro": RunConfig(MODELS["gpt-micro"], training=SHORT),
@@ -35,6 +51,35 @@ PRESETS: dict[str, RunConfig] = {
         DataConfig(tokenizer="gpt2"),
         TrainingConfig(
             steps=100_000, batch_size=8, grad_accumulation=64, lr=6e-4, min_lr=6e-5, warmup_steps=2000, save_every=1000
+        ),
+    ),
+    "bert-mini": RunConfig(
+        MODELS["bert-mini"],
+        training=replace(SHORT, objective="masked", steps=2000, batch_size=16, eval_every=500, save_every=500),
+    ),
+    "t5-mini": RunConfig(
+        MODELS["t5-mini"],
+        training=replace(SHORT, objective="span-corruption", steps=1500, batch_size=16, eval_every=500, save_every=500),
+    ),
+    "transformer-mini": RunConfig(MODELS["transformer-mini"], NUMBERS, PAIRS),
+    "rnn-attention": RunConfig(MODELS["rnn-attention"], NUMBERS, replace(PAIRS, optimizer="adamw", lr=2e-3)),
+    # Wu et al. 2021 (arXiv 2105.14462), appendix: 8000 updates of about 4096 tokens; the data by flag.
+    "multi30k-tiny": RunConfig(
+        MODELS["multi30k-tiny"],
+        DataConfig(lowercase=True),
+        TrainingConfig(
+            objective="seq2seq",
+            steps=8000,
+            batch_tokens=4096,
+            lr=5e-3,
+            schedule="inverse-sqrt",
+            warmup_steps=2000,
+            beta2=0.98,
+            weight_decay=0.0,
+            label_smoothing=0.1,
+            grad_clip=0.0,
+            eval_every=500,
+            save_every=500,
         ),
     ),
     # nanoGPT's README: 2000 steps in minutes on a CPU, to a validation loss of 1.88 by its sampled estimate.

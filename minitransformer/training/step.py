@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from minitransformer.text.batches import IGNORE, Batch
+from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.objectives import Objective
+from minitransformer.training.objectives.base import TrainingBatch
 from minitransformer.training.precision import Precision
 
 
@@ -26,26 +27,28 @@ class StepResult:
 def training_step(
     model: nn.Module,
     objective: Objective,
-    micro_batches: Iterable[Batch],
+    micro_batches: Sequence[TrainingBatch],
     optimizers: list[torch.optim.Optimizer],
     precision: Precision,
     *,
     grad_clip: float,
+    balance: ExpertBalance,
 ) -> StepResult:
     """Descend along the gradient of the mean loss over the targets of all micro-batches together.
 
     The sum over each micro-batch is divided by the number of targets in all of them, so that k micro-batches give what
-    one batch would. If the loss or a gradient is infinite or NaN, the weights stay as they are.
+    one batch would; experts are balanced beside it. If the loss or a gradient is infinite or NaN, the weights stay as
+    they are.
     """
-    micro_batches = list(micro_batches)
-    targets = sum(int((batch.targets != IGNORE).sum()) for batch in micro_batches)
+    targets = sum(batch.num_targets for batch in micro_batches)
     total = torch.zeros((), device=precision.device)
     for batch in micro_batches:
         batch = batch.to(precision.device, non_blocking=True)
         with precision.autocast():
             loss = objective.loss_sum(model, batch) / targets
+            total += loss.detach()
+            loss = loss + balance.loss() * batch.num_targets / targets
         precision.backward(loss)
-        total += loss.detach()
     precision.unscale(optimizers)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     finite = bool(torch.isfinite(total + grad_norm))
@@ -56,34 +59,52 @@ def training_step(
 
 @dataclass(frozen=True)
 class Validation:
-    """Loss over a whole split: in nats a target, as perplexity, and in bits a byte of text."""
+    """Loss over a whole split: in nats a target, as perplexity, and in bits a byte of text, if the targets are one.
+
+    `accuracy` is the share of targets that the model guessed, `blind_accuracy` what one guesses without looking.
+    """
 
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None = None
+    accuracy: float | None = None
+    blind_accuracy: float | None = None
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700))
 
     def __str__(self) -> str:
-        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.bits_per_byte:.4f} bits per byte"
+        parts = [f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}"]
+        if self.bits_per_byte is not None:
+            parts.append(f"{self.bits_per_byte:.4f} bits per byte")
+        if self.accuracy is not None:
+            parts.append(f"{self.accuracy:.1%} right")
+        if self.blind_accuracy is not None:
+            parts.append(f"{self.blind_accuracy:.1%} by a blind guess")
+        return ", ".join(parts)
 
 
 @torch.no_grad()
-def validate(
-    model: nn.Module, objective: Objective, precision: Precision, *, batch_size: int, text_bytes: int
-) -> Validation:
-    """The loss of every target of the validation split, each predicted once from the tokens before it in its window.
+def validate(model: nn.Module, objective: Objective, precision: Precision) -> Validation:
+    """The loss of every target of the validation split, each predicted once.
 
     Bits per byte, Σ nats / (ln 2 · bytes), compares models with different tokenizers.
     """
     was_training = model.training
     model.eval()
-    nats = torch.zeros((), dtype=torch.float64)
-    targets = 0
-    for batch in objective.validation_batches(batch_size):
-        targets += int((batch.targets != IGNORE).sum())
+    nats, correct, targets = 0.0, None, 0
+    for batch in objective.validation_batches():
+        targets += batch.num_targets
         with precision.autocast():
-            nats += objective.loss_sum(model, batch.to(precision.device)).double().cpu()
+            score = objective.score(model, batch.to(precision.device))
+        nats += float(score.nats.double())
+        if score.correct is not None:
+            correct = (correct or 0) + int(score.correct)
     model.train(was_training)
-    return Validation(float(nats) / targets, float(nats) / (math.log(2) * text_bytes))
+    size = objective.validation_bytes
+    return Validation(
+        loss=nats / targets,
+        bits_per_byte=None if size is None else nats / (math.log(2) * size),
+        accuracy=None if correct is None else correct / targets,
+        blind_accuracy=objective.blind_accuracy,
+    )

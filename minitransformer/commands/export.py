@@ -1,0 +1,87 @@
+"""`export`: write the model of a run as others open it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from minitransformer import pretrained
+from minitransformer.commands import DONE, parse, run_command
+from minitransformer.errors import UserError
+from minitransformer.models.config import choice
+from minitransformer.models.model import Model
+from minitransformer.pretrained.families import Family
+from minitransformer.runs import Run
+
+LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which run, where to, and as what."""
+
+    run: tyro.conf.Positional[Path]
+    """run folder"""
+    to: Path
+    """folder to write, which must not exist yet"""
+    format: Annotated[
+        str | None, choice("family of checkpoints; None is the first that can hold it", Family.registry)
+    ] = None
+    checkpoint: str | None = None
+    """checkpoint of the run; None is the best, or the latest if none is called that"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Export; returns the exit code."""
+    return run_command(lambda: _export(arguments))
+
+
+def _export(arguments: Sequence[str]) -> int:
+    about = "Write the model of a run as the transformers library opens it."
+    options = parse(Options, arguments, prog="minitransformer export", description=about)
+    run = Run.open(options.run)
+    model = run.load_model(options.checkpoint)
+    family = options.format or _first_that_fits(model)
+    end = run.target_tokenizer.end_of_text
+    ids = {"eos_token_id": end, "bos_token_id": end, "pad_token_id": end, "decoder_start_token_id": end}
+    pretrained.save(model, options.to, family, {name: end for name in ids if _wanted(name, model)})
+    difference = _largest_difference(model, options.to)
+    print(f"format     {family}")
+    print(f"folder     {options.to}")
+    print(f"checked    logits of the re-opened copy differ by {difference:.1e} at most")
+    return DONE
+
+
+def _wanted(name: str, model: Model) -> bool:
+    return name != "decoder_start_token_id" or model.config.topology == "encoder-decoder"
+
+
+def _first_that_fits(model: Model) -> str:
+    refusals = []
+    for name, family in Family.registry.items():
+        try:
+            family.hf_config(model.config)
+        except UserError as error:
+            refusals.append(str(error))
+        else:
+            return name
+    raise UserError(f"no known format can hold this model; for one, {refusals[0]}")
+
+
+@torch.inference_mode()
+def _largest_difference(model: Model, folder: Path) -> float:
+    """Between the logits of `model` and those of the copy in `folder`, on random tokens."""
+    copy, _ = pretrained.load(folder)
+    assert model.config.vocab_size is not None
+    tokens = torch.randint(
+        model.config.vocab_size,
+        (2, min(LENGTH, model.config.context_length)),
+        generator=torch.Generator().manual_seed(0),
+    )
+    inputs = (tokens, tokens) if model.config.topology == "encoder-decoder" else (tokens,)
+    return float((model(*inputs) - copy(*inputs)).abs().max())

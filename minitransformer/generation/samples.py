@@ -1,0 +1,97 @@
+"""What a model makes of something, for the eye: a text, filled masks, translations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import singledispatch
+
+from minitransformer.generation.decode import generate, translate
+from minitransformer.generation.fill import fill_masks
+from minitransformer.generation.processors import SamplingConfig
+from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.encoder import EncoderLM
+from minitransformer.models.encoder_decoder import EncoderDecoder
+from minitransformer.models.model import Model
+from minitransformer.models.recurrent import RecurrentEncoderDecoder
+from minitransformer.text.tokenizers import Tokenizer
+
+
+@singledispatch
+def sample_of(
+    model: Model,
+    tokenizer: Tokenizer,
+    target_tokenizer: Tokenizer,
+    examples: Sequence[Sequence[int]],
+    max_new_tokens: int,
+) -> str:
+    """A sample that is always the same for the same model; `examples` are inputs for models that need them."""
+    raise NotImplementedError(f"no sample of {type(model).__name__}")
+
+
+@sample_of.register
+def written(
+    model: DecoderLM,
+    tokenizer: Tokenizer,
+    target_tokenizer: Tokenizer,
+    examples: Sequence[Sequence[int]],
+    max_new_tokens: int,
+) -> str:
+    """What `model` writes from the beginning of a text, drawn with the default settings."""
+    end = tokenizer.end_of_text
+    sampling = SamplingConfig(max_new_tokens=max_new_tokens, seed=0)
+    steps = generate(model, [end], sampling, end_of_text=end, vocab_size=tokenizer.vocab_size)
+    return tokenizer.decode([token for [token] in steps])
+
+
+@sample_of.register
+def filled(
+    model: EncoderLM,
+    tokenizer: Tokenizer,
+    target_tokenizer: Tokenizer,
+    examples: Sequence[Sequence[int]],
+    max_new_tokens: int,
+) -> str:
+    """The examples with a number at each mask, and below them the likeliest tokens for each."""
+    return "\n\n".join(filled_text(model, tokenizer, example) for example in examples)
+
+
+def filled_text(model: EncoderLM, tokenizer: Tokenizer, tokens: Sequence[int], guesses: int = 5) -> str:
+    """The text of `tokens` with a number at each mask, and below it the likeliest tokens for each."""
+    found = fill_masks(model, tokens, tokenizer.mask, guesses=guesses, vocab_size=tokenizer.vocab_size)
+    lines = [""]
+    begin = number = 0
+    for place, token in enumerate([*tokens, tokenizer.mask]):
+        if token == tokenizer.mask:
+            lines[0] += tokenizer.decode(tokens[begin:place])
+            begin = place + 1
+            number += 1
+            lines[0] += f"[{number}]" if place < len(tokens) else ""
+    for number, likeliest in enumerate(found, start=1):
+        shown = (f"{tokenizer.decode([token])!r} {probability:.0%}" for token, probability in likeliest)
+        lines.append(f"[{number}] {', '.join(shown)}")
+    return "\n".join(lines)
+
+
+@sample_of.register(EncoderDecoder)
+@sample_of.register(RecurrentEncoderDecoder)
+def translated(
+    model: EncoderDecoder | RecurrentEncoderDecoder,
+    tokenizer: Tokenizer,
+    target_tokenizer: Tokenizer,
+    examples: Sequence[Sequence[int]],
+    max_new_tokens: int,
+) -> str:
+    """Each example, and what `model` makes of it, always taking the likeliest token."""
+    end = target_tokenizer.end_of_text
+    targets = translate(
+        model,
+        examples,
+        SamplingConfig(temperature=0, max_new_tokens=max_new_tokens),
+        start=end,
+        end_of_text=end,
+        vocab_size=target_tokenizer.vocab_size,
+    )
+    return "\n".join(
+        f"{tokenizer.decode(source)}\n  -> {target_tokenizer.decode(target)}"
+        for source, [target] in zip(examples, targets, strict=True)
+    )

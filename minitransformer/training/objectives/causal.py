@@ -1,0 +1,64 @@
+"""Predicting the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import nn
+
+from minitransformer.text.batches import IGNORE, Batch, SequentialWindows, ShuffledWindows
+from minitransformer.text.corpora import open_corpus
+from minitransformer.text.prepare import PreparedText, prepare
+from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.training.objectives.base import Objective, Score
+
+if TYPE_CHECKING:
+    from minitransformer.training.config import RunConfig
+
+
+def prepare_text(
+    config: RunConfig, tokenizers: Sequence[Tokenizer], special_tokens: Sequence[str] = ()
+) -> PreparedText:
+    """The text that `config` names, as token ids."""
+    return prepare(
+        open_corpus(config.data.data, config.data.field),
+        tokenizers[0] if tokenizers else config.data.tokenizer,
+        vocab_size=config.model.vocab_size,
+        validation_fraction=config.data.validation_fraction,
+        context_length=config.model.context_length,
+        special_tokens=special_tokens,
+    )
+
+
+class Causal(Objective, name="causal"):
+    """−Σ log p(token | tokens before it). Bengio et al. 2003, section 2; Radford et al. 2018, equation 1."""
+
+    topologies = frozenset({"decoder"})
+    prepared: PreparedText
+
+    @classmethod
+    def prepare(cls, config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> PreparedText:
+        return prepare_text(config, tokenizers)
+
+    def training_batches(self, step: int) -> list[Batch]:
+        training = self.config.training
+        rows = training.batch_size * training.grad_accumulation
+        windows = ShuffledWindows(self.prepared.train, self.config.model.context_length, rows, training.seed)
+        return windows.batch(step).split(training.batch_size)
+
+    def validation_batches(self) -> Iterable[Batch]:
+        return SequentialWindows(
+            self.prepared.validation, self.config.model.context_length, self.config.training.batch_size
+        )
+
+    @property
+    def validation_bytes(self) -> int:
+        return self.prepared.validation_bytes
+
+    def score(self, model: nn.Module, batch: Batch) -> Score:
+        logits = model(batch.inputs)
+        return Score(
+            F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        )

@@ -1,0 +1,93 @@
+"""Turning one text into another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minitransformer.text.batches import IGNORE
+from minitransformer.text.pair_batches import PairBatch
+from minitransformer.text.pairs import PairCorpus, open_pairs
+from minitransformer.text.prepare_pairs import prepare_pairs
+from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.training.objectives.base import Objective, Prepared, Score
+
+if TYPE_CHECKING:
+    from minitransformer.training.config import DataConfig, RunConfig
+
+
+class Seq2Seq(Objective, name="seq2seq"):
+    """−Σ log p(target token | target before it, source): teacher forcing.
+
+    In training, targets are smoothed: 1 − ε of the probability for the true token, ε for all alike (Szegedy et al.
+    2015, arXiv 1512.00567, section 7; Vaswani et al. 2017, section 5.4). Validation measures without smoothing.
+    """
+
+    topologies = frozenset({"encoder-decoder", "rnn"})
+
+    @classmethod
+    def prepare(cls, config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepared:
+        data = config.data
+        validation = None
+        if data.validation_data is not None:
+            validation = _opened(data, data.validation_data, data.validation_target_data)
+        return prepare_pairs(
+            _opened(data, data.data, data.target_data),
+            tokenizers[0] if tokenizers else data.tokenizer,
+            target_tokenizer=tokenizers[1] if len(tokenizers) > 1 else None,
+            separate=data.separate_vocabularies,
+            vocab_size=config.model.vocab_size,
+            validation=validation,
+            validation_fraction=data.validation_fraction,
+            context_length=config.model.context_length,
+            too_long=data.too_long,
+        )
+
+    @classmethod
+    def tokens_per_step(cls, config: RunConfig) -> int:
+        return 2 * config.training.batch_tokens * config.training.grad_accumulation
+
+    def training_batches(self, step: int) -> list[PairBatch]:
+        training = self.config.training
+        batches = self.prepared.training_batches(training.batch_tokens, training.seed)
+        accumulation = training.grad_accumulation
+        return [batches.batch(step * accumulation + i) for i in range(accumulation)]
+
+    def validation_batches(self) -> Iterable[PairBatch]:
+        return self.prepared.validation_batches(self.config.training.batch_tokens)
+
+    @property
+    def validation_bytes(self) -> int | None:
+        return self.prepared.validation_bytes
+
+    def score(self, model: nn.Module, batch: PairBatch) -> Score:
+        return score_pairs(model, batch)
+
+    def loss_sum(self, model: nn.Module, batch: PairBatch) -> Tensor:
+        return score_pairs(model, batch, label_smoothing=self.config.training.label_smoothing).nats
+
+    def examples(self, count: int) -> list[list[int]]:
+        batch = next(iter(self.validation_batches()))
+        rows = list(zip(batch.source, batch.source_is_token, strict=True))[:count]
+        return [source[is_token].tolist() for source, is_token in rows]
+
+
+def _opened(data: DataConfig, name: str, target_name: str | None) -> PairCorpus:
+    return open_pairs(
+        name,
+        target_name,
+        source_field=data.source_field,
+        target_field=data.target_field,
+        lowercase=data.lowercase,
+    )
+
+
+def score_pairs(model: Any, batch: PairBatch, label_smoothing: float = 0.0) -> Score:
+    """How well `model` predicts the targets, each from the source and the true tokens before it."""
+    logits = model(batch.source, batch.inputs, source_is_token=batch.source_is_token).flatten(0, 1)
+    targets = batch.targets.flatten()
+    nats = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
+    return Score(nats, (logits.argmax(-1) == targets).sum())
