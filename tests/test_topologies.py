@@ -89,6 +89,15 @@ def test_no_weight_is_forgotten_by_the_state_dict(topology: str, shake: Any) -> 
     assert torch.equal(outputs(other), outputs(model))
 
 
+def test_flops_count_every_attention_and_no_idle_expert() -> None:
+    sizes: dict[str, Any] = {"num_decoder_layers": 3, "d_ff": 20, "feedforward": "gelu"}
+    plain = make("encoder-decoder", **sizes).flops_per_token(10)
+    attentions = 2 + 2 * 3  # the encoder's, and two in each block of the decoder
+    assert plain == 6 * (attentions * 4 * 16 * 16 + 5 * 2 * 16 * 20 + 11 * 16) + 12 * attentions * 16 * 10
+    experts = make("encoder-decoder", **sizes, num_experts=4, experts_per_token=1).flops_per_token(10)
+    assert experts == plain + 6 * 5 * 4 * 16  # the routers
+
+
 @every_topology
 def test_a_window_is_where_the_pattern_says_and_the_pattern_repeats(topology: str) -> None:
     model = make(topology, num_layers=5, attention_window=3, window_pattern=(True, True, False))

@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from minitransformer.architecture.attention import MultiHeadAttention
 from minitransformer.architecture.cache import KVCache
+from minitransformer.architecture.feedforward import MixtureOfExperts
 from minitransformer.architecture.init import Initialisation, initialise
 from minitransformer.architecture.positions import token_positions
 from minitransformer.models.config import TOPOLOGIES, ModelConfig
@@ -34,11 +36,19 @@ class Model(Registered, nn.Module, kind="topology"):
         """Floating-point operations of one training step for a token of a sequence of `length` tokens.
 
         Six for each weight of a matrix product, twelve for each feature of each score: Chowdhery et al. 2022 (PaLM,
-        arXiv 2204.02311), appendix B.
+        arXiv 2204.02311), appendix B. Experts that do not see the token cost nothing.
         """
-        matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
-        scores = self.config.num_layers * self.config.num_heads * self.config.features_per_head * length
-        return 6 * matrices + 12 * scores
+        matrices = _matrix_weights(self)
+        for mixture in self.modules():
+            if isinstance(mixture, MixtureOfExperts):
+                idle = len(mixture.experts) - mixture.experts_per_token
+                matrices -= idle * _matrix_weights(mixture.experts[0])
+        attentions = sum(isinstance(module, MultiHeadAttention) for module in self.modules())
+        return 6 * matrices + 12 * attentions * self.config.num_heads * self.config.features_per_head * length
+
+
+def _matrix_weights(module: nn.Module) -> int:
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
 def positions_of(
