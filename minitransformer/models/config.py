@@ -252,12 +252,11 @@ PRESETS: dict[str, ModelConfig] = {
         d_ff=256,
         context_length=128,
         vocab_size=10_000,
-        residual="post",
         positions="sinusoidal",
         feedforward="relu",
         bias=True,
         scaled_embeddings=True,
-        dropout=0.3,
+        dropout=0.2,
         init="xavier",
     ),
     # The shape that nanoGPT's README trains on a CPU: characters, no biases, no dropout, exact GELU.
