@@ -163,8 +163,15 @@ def _prepare(config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepare
 def _train(run: Run, prepared: Prepared, checkpoint: Path | None, initial: Run | None = None) -> int:
     config = run.config.training
     parameters = count_parameters(run.config.model)
-    tokens = config.steps * Objective.named(config.objective).tokens_per_step(run.config)
-    machine = choose_machine(config.device, config.precision, config.compile, run_flops=6 * parameters * tokens)
+    objective = Objective.named(config.objective)
+    tokens = config.steps * objective.tokens_per_step(run.config)
+    machine = choose_machine(
+        config.device,
+        config.precision,
+        config.compile,
+        run_flops=6 * parameters * tokens,
+        fixed_shapes=objective.fixed_shapes,
+    )
     print(f"model      {parameters / 1e6:.2f}M parameters, {tokens / 1e6:.1f}M tokens to read")
     print(f"machine    {machine.description}")
     print(f"run        {run.path}", flush=True)

@@ -52,9 +52,14 @@ class EncoderLM(Encoder, name="encoder"):
         is_token: Bool[Tensor, "batch length"] | None = None,
         segments: Int[Tensor, "batch length"] | None = None,
         positions: Int[Tensor, "#batch length"] | None = None,
-    ) -> Float[Tensor, "batch length vocab_size"]:
-        """Logits of the token that stands at each place."""
-        return self.head(self.hidden_states(tokens, is_token=is_token, segments=segments, positions=positions))
+        places: Bool[Tensor, "batch length"] | None = None,
+    ) -> Float[Tensor, "*predicted vocab_size"]:
+        """Logits of the token that stands at each place, [batch, length, vocab_size].
+
+        With `places`, only of those, [places, vocab_size]: all others would be work for nothing where few are masked.
+        """
+        hidden = self.hidden_states(tokens, is_token=is_token, segments=segments, positions=positions)
+        return self.head(hidden if places is None else hidden[places])
 
 
 class EncoderClassifier(Encoder, name="encoder-classifier"):

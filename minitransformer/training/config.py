@@ -182,5 +182,6 @@ class RunConfig:
                     f"{origin}, {name}: fields that only one side knows ({wrong}): another version wrote it"
                 )
             # JSON has lists where frozen records have tuples.
-            parts[name] = part(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            restored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            parts[name] = part(**restored)
         return cls(**parts)

@@ -27,11 +27,18 @@ class Machine:
     description: str
 
 
-def choose_machine(device: str, precision: str, compile: str, *, run_flops: float) -> Machine:
-    """Resolve every "auto" for this machine and a run of `run_flops` floating-point operations."""
+def choose_machine(
+    device: str, precision: str, compile: str, *, run_flops: float, fixed_shapes: bool = True
+) -> Machine:
+    """Resolve every "auto" for this machine and a run of `run_flops` floating-point operations.
+
+    Where batches have many shapes, compiling takes longer and gains less: then it is left to who asks for it.
+    """
     chosen = choose_device(device)
     name, why = _choose_precision(chosen, precision)
     compiled, why_compiled = _choose_compile(chosen, compile, run_flops)
+    if compile == "auto" and compiled and not fixed_shapes:
+        compiled, why_compiled = False, "batches have many shapes"
     threads = f", {torch.get_num_threads()} threads" if chosen.type == "cpu" else ""
     description = f"{chosen}{threads}, {name} ({why}), compile {'on' if compiled else 'off'} ({why_compiled})"
     return Machine(chosen, name, compiled, description)

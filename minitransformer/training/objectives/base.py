@@ -66,6 +66,8 @@ class Objective(Registered, kind="objective"):
     topologies: ClassVar[frozenset[str]]
     special_tokens: ClassVar[Sequence[str]] = ()
     """tokens that the vocabulary has beside those of the text"""
+    fixed_shapes: ClassVar[bool] = True
+    """whether all training batches have the same shapes"""
 
     def __init__(self, prepared: Any, config: RunConfig) -> None:
         self.prepared, self.config = prepared, config

@@ -93,6 +93,7 @@ class Masked(Objective, name="masked"):
 
     topologies = frozenset({"encoder"})
     special_tokens = (MASK,)
+    fixed_shapes = False  # the head reads as many tokens as happen to be hidden
     prepared: PreparedText
 
     def __init__(self, prepared: PreparedText, config: RunConfig) -> None:
@@ -155,18 +156,16 @@ class Masked(Objective, name="masked"):
         return float((np.asarray(self.prepared.validation) == most_frequent).mean())
 
     def score(self, model: Any, batch: MaskedBatch) -> Score:
-        hidden = model.hidden_states(batch.inputs, segments=batch.segments)
         places = batch.targets != IGNORE
-        # The head reads hidden tokens only: all logits would be seven times as much work.
-        logits, targets = model.head(hidden[places]), batch.targets[places]
+        logits, targets = model(batch.inputs, segments=batch.segments, places=places), batch.targets[places]
         return Score(F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum())
 
     def loss_sum(self, model: Any, batch: MaskedBatch) -> Tensor:
+        if batch.follows is None:
+            return self.score(model, batch).nats
         hidden = model.hidden_states(batch.inputs, segments=batch.segments)
         places = batch.targets != IGNORE
         loss = F.cross_entropy(model.head(hidden[places]), batch.targets[places], reduction="sum")
-        if batch.follows is None:
-            return loss
         # A window counts as much as its hidden tokens together: the sum of two means, as in BERT.
         weight = self.config.training.mask_probability * self.length
         return loss + weight * F.cross_entropy(model.next_sentence(hidden), batch.follows, reduction="sum")
