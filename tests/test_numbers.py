@@ -7,10 +7,15 @@ from datetime import date
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minitransformer.errors import UserError
 from minitransformer.text import recipes
+from minitransformer.text.generated_pairs import POOL, GeneratedPairs, generate_pairs, generates_pairs
+from minitransformer.text.prepare_pairs import TokenPairs
+from minitransformer.text.tokenizers import Bytes
 
 numbers: Any = recipes.load("numbers")
 VALUES = {
@@ -138,3 +143,76 @@ def test_as_text_each_pair_is_a_line() -> None:
     assert len(documents) == 20_000
     words, digits = documents[0].removesuffix("\n").split(" = ")
     assert digits == (iso(words) if "-" in digits else str(value(words)))
+
+
+# --- as batches
+
+
+def generated(batch_tokens: int, seed: int = 0, context_length: int = 256) -> GeneratedPairs:
+    return GeneratedPairs(numbers.pair, Bytes(), context_length, batch_tokens, seed)
+
+
+def said(batches: GeneratedPairs, index: int) -> list[tuple[str, str]]:
+    """The pairs of a batch as text."""
+    batch = batches.batch(index)
+    rows = zip(batch.source.tolist(), batch.targets.clamp(min=0).tolist(), strict=True)
+    return [(Bytes().decode(source).rstrip("\0"), Bytes().decode(target).rstrip("\0")) for source, target in rows]
+
+
+@given(batch_tokens=st.integers(1, 600), seed=st.integers(0, 2**32), index=st.integers(0, 2**40))
+def test_generated_batches_keep_to_the_budget_and_depend_on_seed_and_index_alone(
+    batch_tokens: int, seed: int, index: int
+) -> None:
+    batches = generated(batch_tokens, seed)
+    batch = batches.batch(index)
+    rows = len(batch.source)
+    assert rows == 1 or rows * max(batch.source.shape[1], batch.targets.shape[1]) <= batch_tokens
+    batches.batch(index + POOL)
+    again = generated(batch_tokens, seed).batch(index)
+    assert torch.equal(batch.source, again.source)
+    assert torch.equal(batch.targets, again.targets)
+
+
+@pytest.mark.parametrize("batch_tokens", [50, 1000])
+def test_no_generated_pair_is_used_twice_but_by_chance_and_none_is_held_out(batch_tokens: int) -> None:
+    batches = generated(batch_tokens)
+    seen = [pair for index in range(3 * POOL) for pair in said(batches, index)]
+    long = [words for words, digits in seen if len(digits) >= 6]
+    assert len(set(long)) == len(long) > 10
+    assert all(digits == (iso(words) if "-" in digits else str(value(words))) for words, digits in seen)
+    assert not {len(digits) for _, digits in seen if "-" not in digits} & {5, 8}
+
+
+def test_what_is_longer_than_the_context_is_not_trained_on() -> None:
+    batches = generated(500, context_length=60)
+    assert max(batches.batch(index).source.shape[1] for index in range(2 * POOL)) == 60
+
+
+def test_generated_data_validates_on_the_same_held_out_pairs_every_time() -> None:
+    data, again = (generate_pairs("numbers", context_length=128) for _ in range(2))
+
+    def answers(pairs: TokenPairs) -> list[str]:
+        return [Bytes().decode(pairs.targets[i].tolist()) for i in range(len(pairs))]
+
+    assert answers(data.validation) == answers(again.validation)
+    assert len(answers(data.validation)) == 500
+    assert {len(digits) for digits in answers(data.validation)} == {5, 8}
+    assert data.validation_bytes == sum(map(len, answers(data.validation)))
+    assert data.folder == again.folder
+    assert sum(len(batch.source) for batch in data.validation_batches(1000)) == 500
+    assert said(data.training_batches(1000, seed=3), 5) == said(generated(1000, seed=3, context_length=128), 5)
+    assert "500 pairs" in data.summary()
+    assert max(map(len, data.summary().splitlines())) < 80
+
+
+def test_a_context_without_room_for_what_validation_asks_is_refused() -> None:
+    with pytest.raises(UserError, match=r"numbers asks for up to \d+ tokens a side, and the context has 32"):
+        generate_pairs("numbers", context_length=32)
+
+
+def test_a_recipe_of_texts_makes_no_pairs() -> None:
+    assert generates_pairs("numbers")
+    assert not generates_pairs("pydocs")
+    assert not generates_pairs("somewhere.tsv")
+    with pytest.raises(UserError, match="recipe pydocs makes no pairs: choose numbers"):
+        generate_pairs("pydocs", context_length=128)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minitransformer.errors import UserError
 from minitransformer.text.pairs import PairCorpus, open_pairs
 from minitransformer.text.prepare_pairs import Encoded, PreparedPairs, Ragged, TokenPairs, divided, prepare_pairs
-from minitransformer.text.tokenizers import BPE, Bytes, Tokenizer
+from minitransformer.text.tokenizers import BPE, Tokenizer
 
 PAIRS = [("Un chat.", "A cat."), ("Où\u2028est-il ?", "Where is he?"), ("Là-bas\x0b!", "Over there!")]
 
@@ -242,8 +242,9 @@ def test_what_cannot_be_prepared_is_said(tmp_path: Path, settings: dict[str, Any
         made(tmp_path, sums(50), **settings)
 
 
-def test_examples_are_sources_with_their_end(tmp_path: Path) -> None:
-    prepared = made(tmp_path, sums(50), Bytes())
-    (example,) = prepared.example_sources(1)
-    assert prepared.tokenizer.decode(example) == decoded(prepared, prepared.validation)[0][0]
-    assert example[-1] == prepared.tokenizer.end_of_text
+def test_a_ready_target_tokenizer_may_be_larger_than_that_of_the_sources(tmp_path: Path) -> None:
+    source, target = (Tokenizer.named("chars").fit(lambda text=text: iter([text])) for text in ("ab", "cdefg"))
+    pairs = [("ab", "cd"), ("ba", "efg")]
+    prepared = made(tmp_path, pairs, source, target_tokenizer=target, vocab_size=source.vocab_size)
+    assert prepared.target_tokenizer is not prepared.tokenizer
+    assert sorted(decoded(prepared, prepared.train) + decoded(prepared, prepared.validation)) == sorted(pairs)

@@ -81,18 +81,27 @@ def batch_of(pairs: TokenPairs, rows: Integers, source_end: int, target_end: int
     )
 
 
-@lru_cache(maxsize=4)
-def by_length(pairs: TokenPairs, batch_tokens: int) -> tuple[Integers, Integers]:
-    """For each pair the tokens of its longer side, [pairs], and where batches end when pairs come longest first.
+class Layout(NamedTuple):
+    """Pairs longest first, and the batches that they make in this order."""
 
-    The longest pair of a batch is its first, so as many fit as `batch_tokens` holds of it, and one in any case.
-    """
+    lengths: Integers
+    """[pairs], of each pair in its own place: the tokens of its longer side, with its end"""
+    order: Integers
+    """[pairs]"""
+    ends: Integers
+    """[batches + 1]: batch i is `order[ends[i] : ends[i + 1]]`"""
+
+
+@lru_cache(maxsize=4)
+def layout(pairs: TokenPairs, batch_tokens: int) -> Layout:
+    """As many pairs in a batch as `batch_tokens` holds of its longest, which is its first, and one in any case."""
     lengths = np.maximum(pairs.sources.lengths, pairs.targets.lengths) + 1
-    falling = np.sort(lengths)[::-1].tolist()
+    order = np.argsort(-lengths, kind="stable")
+    falling = lengths[order].tolist()
     ends = [0]
     while ends[-1] < len(falling):
         ends.append(ends[-1] + max(1, batch_tokens // falling[ends[-1]]))
-    return lengths, np.minimum(ends, len(falling))
+    return Layout(lengths, order, np.minimum(ends, len(falling)))
 
 
 @dataclass(frozen=True)
@@ -112,21 +121,20 @@ class ShuffledPairs:
 
     @property
     def batches_per_epoch(self) -> int:
-        return len(by_length(self.pairs, self.batch_tokens)[1]) - 1
+        return len(layout(self.pairs, self.batch_tokens).ends) - 1
 
     def batch(self, index: int) -> PairBatch:
         """Batch number `index`: a function of seed and index alone, so a run resumes, or skips, at any of them."""
         epoch, place = divmod(index, self.batches_per_epoch)
         order, batches = _epoch(self.pairs, self.batch_tokens, self.seed, epoch)
-        ends = by_length(self.pairs, self.batch_tokens)[1]
-        chosen = batches[place]
-        return batch_of(self.pairs, order[ends[chosen] : ends[chosen + 1]], self.source_end, self.target_end)
+        start, end = layout(self.pairs, self.batch_tokens).ends[batches[place] :][:2]
+        return batch_of(self.pairs, order[start:end], self.source_end, self.target_end)
 
 
 @lru_cache(maxsize=2)
 def _epoch(pairs: TokenPairs, batch_tokens: int, seed: int, epoch: int) -> tuple[Integers, Integers]:
     """The pairs longest first, in random order where they are as long, and the order of their batches."""
-    lengths, ends = by_length(pairs, batch_tokens)
+    lengths, _, ends = layout(pairs, batch_tokens)
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
     shuffled = generator.permutation(len(pairs))
     return shuffled[np.argsort(-lengths[shuffled], kind="stable")], generator.permutation(len(ends) - 1)
@@ -143,7 +151,7 @@ class SequentialPairs:
 
     def __len__(self) -> int:
         """How many batches."""
-        return len(by_length(self.pairs, self.batch_tokens)[1]) - 1
+        return len(layout(self.pairs, self.batch_tokens).ends) - 1
 
     def __iter__(self) -> Iterator[PairBatch]:
         return map(self.batch, range(len(self)))
@@ -152,6 +160,5 @@ class SequentialPairs:
         """Batch number `index`, so that several processes can share the work."""
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        lengths, ends = by_length(self.pairs, self.batch_tokens)
-        order = np.argsort(-lengths, kind="stable")
+        _, order, ends = layout(self.pairs, self.batch_tokens)
         return batch_of(self.pairs, order[ends[index] : ends[index + 1]], self.source_end, self.target_end)

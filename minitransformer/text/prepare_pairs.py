@@ -85,44 +85,51 @@ class TokenPairs:
 
 
 @dataclass(frozen=True)
-class PreparedPairs:
-    """The token ids of both splits, mapped from disk, and what they were made from.
+class PairData:
+    """Pairs to learn from, whether they lie in a folder or are made up: what training and validation ask of both.
 
-    `target_tokenizer` is the same object as `tokenizer` where the sides share one. Of the pairs with a side that
-    is too long for the context, `skipped` are in no split, and `cut` are, shortened.
+    `target_tokenizer` is the same object as `tokenizer` where the sides share one. The folder's name changes with
+    whatever changes the pairs.
     """
 
     folder: Path
     tokenizer: Tokenizer
     target_tokenizer: Tokenizer
-    train: TokenPairs
     validation: TokenPairs
-    skipped: int
-    cut: int
 
     @cached_property
     def validation_bytes(self) -> int:
         """UTF-8 bytes of the targets, so that bits per byte = nats summed over them / ln 2 / these."""
         return count_bytes(self.target_tokenizer, self.validation.targets.tokens)
 
-    def training_batches(self, batch_tokens: int, seed: int) -> ShuffledPairs:
-        """Batches of at most `batch_tokens` tokens a side, without end."""
-        from minitransformer.text.pair_batches import ShuffledPairs
-
-        end = self.target_tokenizer.end_of_text
-        return ShuffledPairs(self.train, batch_tokens, self.tokenizer.end_of_text, end, seed)
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The end tokens of sources and of targets."""
+        return self.tokenizer.end_of_text, self.target_tokenizer.end_of_text
 
     def validation_batches(self, batch_tokens: int) -> SequentialPairs:
         """Every pair of the validation split once."""
         from minitransformer.text.pair_batches import SequentialPairs
 
-        end = self.target_tokenizer.end_of_text
-        return SequentialPairs(self.validation, batch_tokens, self.tokenizer.end_of_text, end)
+        return SequentialPairs(self.validation, batch_tokens, *self.ends)
 
-    def example_sources(self, count: int) -> list[list[int]]:
-        """The first `count` sources for validation, each with its end token."""
-        sources = self.validation.sources
-        return [[*sources[i].tolist(), self.tokenizer.end_of_text] for i in range(min(count, len(sources)))]
+
+@dataclass(frozen=True)
+class PreparedPairs(PairData):
+    """The token ids of both splits, mapped from disk.
+
+    Of the pairs with a side that is too long for the context, `skipped` are in no split, and `cut` are, shortened.
+    """
+
+    train: TokenPairs
+    skipped: int
+    cut: int
+
+    def training_batches(self, batch_tokens: int, seed: int) -> ShuffledPairs:
+        """Batches of at most `batch_tokens` tokens a side, without end."""
+        from minitransformer.text.pair_batches import ShuffledPairs
+
+        return ShuffledPairs(self.train, batch_tokens, *self.ends, seed)
 
     def summary(self) -> str:
         """Three or four lines to print, of less than 80 columns."""
@@ -190,9 +197,10 @@ def prepare_pairs(
     """The pairs as token ids, from `cache` (default: the work folder's `prepared/`) if they were prepared before.
 
     `tokenizer` is a registered name, fitted to both sides of `corpus` together, or with `separate` one to each; or a
-    ready one, for both sides unless there is a `target_tokenizer`. Without a corpus for `validation`, those pairs go
-    there whose hash says so, and at least one. Each side must leave room for its end token in `context_length`; pairs
-    with a longer one are left out (`too_long` "skip"), or lose what is too much ("cut").
+    ready one, for both sides unless there is a `target_tokenizer`. `vocab_size` is what a fitted one has, and what a
+    ready `tokenizer` must fit into. Without a corpus for `validation`, those pairs go there whose hash says so, and at
+    least one. Each side must leave room for its end token in `context_length`; pairs with a longer one are left out
+    (`too_long` "skip"), or lose what is too much ("cut").
     Raises `UserError` for too few pairs, text that cannot be read or encoded, and when the disk is full.
     """
     if too_long not in POLICIES:
@@ -273,8 +281,7 @@ def _tokenizers(
         if target_tokenizer is None and separate:
             target_tokenizer = fit((1,))
         tokenizer = fit((0, 1) if target_tokenizer is None else (0,))
-    target_tokenizer = tokenizer if target_tokenizer is None else target_tokenizer
-    return tokenizer.check_vocab_size(vocab_size), target_tokenizer.check_vocab_size(vocab_size)
+    return tokenizer.check_vocab_size(vocab_size), tokenizer if target_tokenizer is None else target_tokenizer
 
 
 def _remembered_fit(
@@ -433,7 +440,7 @@ def opened(folder: Path) -> PreparedPairs | None:
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         other = folder / "target_tokenizer.json"
         target_tokenizer = Tokenizer.load(other) if other.exists() else tokenizer
-        return PreparedPairs(folder, tokenizer, target_tokenizer, train, validation, meta["skip"], meta["cut"])
+        return PreparedPairs(folder, tokenizer, target_tokenizer, validation, train, meta["skip"], meta["cut"])
     except (OSError, ValueError, KeyError, UserError):
         return None
 
