@@ -105,6 +105,7 @@ def test_numbers_are_said_as_in_british_english(number: int, words: str) -> None
     [
         (date(1984, 5, 3), "the third of may nineteen eighty-four"),
         (date(1905, 12, 20), "the twentieth of december nineteen oh five"),
+        (date(1809, 2, 12), "the twelfth of february eighteen oh nine"),
         (date(1900, 1, 31), "the thirty-first of january nineteen hundred"),
         (date(2000, 2, 29), "the twenty-ninth of february two thousand"),
         (date(2007, 9, 12), "the twelfth of september two thousand and seven"),
