@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minitransformer.errors import UserError
 from minitransformer.text.batches import IGNORE
+from minitransformer.text.generated_pairs import generate_pairs, generates_pairs
 from minitransformer.text.pair_batches import PairBatch
 from minitransformer.text.pairs import PairCorpus, open_pairs
 from minitransformer.text.prepare_pairs import prepare_pairs
@@ -32,6 +34,8 @@ class Seq2Seq(Objective, name="seq2seq"):
     @classmethod
     def prepare(cls, config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepared:
         data = config.data
+        if generates_pairs(data.data):
+            return _generated(config, tokenizers)
         validation = None
         if data.validation_data is not None:
             validation = _opened(data, data.validation_data, data.validation_target_data)
@@ -74,6 +78,15 @@ class Seq2Seq(Objective, name="seq2seq"):
         batch = next(iter(self.validation_batches()))
         rows = list(zip(batch.source, batch.source_is_token, strict=True))[:count]
         return [source[is_token].tolist() for source, is_token in rows]
+
+
+def _generated(config: RunConfig, tokenizers: Sequence[Tokenizer]) -> Prepared:
+    """Pairs that a recipe makes up without end; there is no text to fit a tokenizer to, but bytes need none."""
+    if not tokenizers and config.data.tokenizer != "bytes":
+        raise UserError(f"{config.data.data} makes pairs up as bytes, not {config.data.tokenizer}: --tokenizer bytes")
+    return generate_pairs(
+        config.data.data, tokenizers[0] if tokenizers else None, context_length=config.model.context_length
+    )
 
 
 def _opened(data: DataConfig, name: str, target_name: str | None) -> PairCorpus:

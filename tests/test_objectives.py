@@ -1,0 +1,241 @@
+"""What models learn from: hidden tokens, sentences that follow or not, spans cut out, pairs; and runs of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minitransformer.errors import UserError
+from minitransformer.models.config import ModelConfig
+from minitransformer.text.batches import IGNORE
+from minitransformer.text.tokenizers import MASK
+from minitransformer.training.checkpoint import choose_checkpoint
+from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.objectives import Masked, Objective, Seq2Seq, SpanCorruption
+from minitransformer.training.objectives.masked import hide
+from minitransformer.training.objectives.span_corruption import SENTINELS, random_spans
+from tests.runs_for_tests import TEXT, TINY, configured, trainer_for
+
+SHAPE = {"d_model": 16, "num_layers": 2, "num_heads": 2, "context_length": 24}
+FAST = {"steps": 12, "batch_size": 4, "batch_tokens": 200, "eval_every": 5, "save_every": 3, "log_every": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def work_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINITRANSFORMER_DATA", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
+def config_of(folder: Path, objective: str, topology: str, **changes: Any) -> RunConfig:
+    """A run of `objective` on a small text or, where it wants them, on pairs whose target is the source reversed."""
+    (folder / "text.txt").write_text(TEXT)
+    pairs = [f"{word}{i}" for i in range(120) for word in ("red", "blue")]
+    (folder / "pairs.tsv").write_text("".join(f"{text}\t{text[::-1]}\n" for text in pairs))
+    data = folder / ("pairs.tsv" if objective == "seq2seq" else "text.txt")
+    config = RunConfig(
+        ModelConfig(topology=topology, **SHAPE),
+        DataConfig(data=str(data), tokenizer="bytes"),
+        TrainingConfig(objective=objective, lr=1e-2, warmup_steps=2, schedule="constant", precision="fp32", **FAST),
+    )
+    return configured(config, **changes)
+
+
+def prepared_for(config: RunConfig) -> tuple[RunConfig, Any]:
+    """The prepared data, and `config` with its vocabulary."""
+    prepared = Objective.named(config.training.objective).prepare(config)
+    return replace(config, model=replace(config.model, vocab_size=prepared.tokenizer.vocab_size)), prepared
+
+
+def objective_for(config: RunConfig) -> Any:
+    config, prepared = prepared_for(config)
+    return Objective.named(config.training.objective)(prepared, config)
+
+
+# Masked tokens
+
+
+def test_of_the_tokens_15_percent_are_hidden_in_the_proportions_of_the_paper() -> None:
+    tokens = torch.randint(1000, (400, 100))
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = hide(tokens, mask=5000, vocab_size=1000, probability=0.15, generator=generator, keep=1)
+    chosen = targets != IGNORE
+    assert not chosen[:, 0].any()
+    assert chosen[:, 1:].float().mean().item() == pytest.approx(0.15, abs=0.005)
+    assert torch.equal(targets[chosen], tokens[chosen])
+    assert torch.equal(inputs[~chosen], tokens[~chosen])
+    hidden, kept = inputs[chosen] == 5000, inputs[chosen] == tokens[chosen]
+    assert hidden.float().mean().item() == pytest.approx(0.8, abs=0.02)
+    assert kept.float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_step_hides_the_same_tokens_whenever_it_is_asked_for_and_other_steps_hide_others(tmp_path: Path) -> None:
+    objective = objective_for(config_of(tmp_path, "masked", "encoder"))
+    first, again, other = (objective.training_batches(step)[0] for step in (3, 3, 4))
+    assert torch.equal(first.inputs, again.inputs)
+    assert torch.equal(first.targets, again.targets)
+    assert not torch.equal(first.targets != IGNORE, other.targets != IGNORE)
+
+
+def test_each_epoch_hides_other_tokens_of_the_same_text(tmp_path: Path) -> None:
+    """Static masks would hide a window's same places in every epoch."""
+    objective = objective_for(config_of(tmp_path, "masked", "encoder", batch_size=1))
+    seen: dict[int, set[int]] = {}
+    for step in range(1200):
+        [batch] = objective.training_batches(step)
+        restored = torch.where(batch.targets != IGNORE, batch.targets, batch.inputs)[0, 1:]
+        place = hash(tuple(restored.tolist()))
+        seen.setdefault(place, set()).add(hash(tuple((batch.targets[0] != IGNORE).tolist())))
+    again = [masks for masks in seen.values() if len(masks) > 1]
+    assert len(again) > 3
+
+
+def test_validation_hides_the_same_tokens_every_time_and_no_padding(tmp_path: Path) -> None:
+    objective = objective_for(config_of(tmp_path, "masked", "encoder"))
+    first, again = list(objective.validation_batches()), list(objective.validation_batches())
+    for left, right in zip(first, again, strict=True):
+        assert torch.equal(left.inputs, right.inputs)
+        assert torch.equal(left.targets, right.targets)
+    tokens = sum(batch.inputs[:, 1:].numel() for batch in first)
+    assert tokens >= len(objective.prepared.validation) - 1
+
+
+def test_the_blind_guess_is_the_most_frequent_token_of_training(tmp_path: Path) -> None:
+    objective = objective_for(config_of(tmp_path, "masked", "encoder"))
+    guess = Counter(objective.prepared.train.tolist()).most_common(1)[0][0]
+    assert objective.blind_accuracy == pytest.approx(float(np.mean(objective.prepared.validation == guess)))
+
+
+def test_half_of_the_second_sentences_come_from_elsewhere_and_are_told_apart(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "masked", "encoder", next_sentence=True, num_segments=2, batch_size=64)
+    objective = objective_for(config)
+    [batch] = objective.training_batches(0)
+    assert 0.2 < batch.follows.float().mean() < 0.8
+    assert batch.segments.tolist()[0] == [0] * 12 + [1] * 12
+    text = objective.prepared.train.tobytes()
+    restored = torch.where(batch.targets != IGNORE, batch.targets, batch.inputs)[:, 1:]
+    for row, follows in zip(restored.numpy().astype(objective.prepared.train.dtype), batch.follows, strict=True):
+        assert row[:11].tobytes() in text
+        assert row[11:].tobytes() in text
+        if follows:
+            assert row.tobytes() in text
+
+
+# Spans
+
+
+@given(length=st.integers(10, 300), density=st.floats(0.1, 0.5), mean=st.floats(1, 5), seed=st.integers(0, 99))
+def test_spans_cut_out_the_asked_share_and_never_the_first_token(
+    length: int, density: float, mean: float, seed: int
+) -> None:
+    cut = random_spans(length, density, mean, np.random.default_rng(seed))
+    assert len(cut) == length
+    assert cut.sum() == min(max(round(length * density), 1), length - 1)
+    assert not cut[0]
+    assert cut[-1]
+
+
+def test_source_and_target_together_are_the_text(tmp_path: Path) -> None:
+    objective = objective_for(config_of(tmp_path, "span-corruption", "encoder-decoder"))
+    sentinels = set(objective.sentinels.tolist())
+    [batch] = objective.training_batches(2)
+    text = objective.prepared.train.tolist()
+    for source, target, inputs in zip(*(t.tolist() for t in (batch.source, batch.targets, batch.inputs)), strict=True):
+        assert source[-1] == target[-1] == objective.end
+        assert inputs == [objective.end, *target[:-1]]
+        spans: dict[int, list[int]] = {}
+        sentinel = target[0]
+        for token in target[:-1]:
+            if token in sentinels:
+                sentinel, spans[token] = token, []
+            else:
+                spans[sentinel].append(token)
+        restored = [t for token in source[:-1] for t in (spans[token] if token in sentinels else [token])]
+        used = [token for token in source if token in sentinels]
+        assert used == list(objective.sentinels[: len(used)])
+        assert any(text[i : i + len(restored)] == restored for i in range(len(text)))
+
+
+def test_a_context_with_more_spans_than_sentinels_is_refused(tmp_path: Path) -> None:
+    config, prepared = prepared_for(config_of(tmp_path, "span-corruption", "encoder-decoder"))
+    long = replace(config, model=replace(config.model, context_length=2500))
+    with pytest.raises(UserError, match=r"context_length 2500 has 125 spans .* 100 sentinels: lower it"):
+        SpanCorruption(prepared, long)
+
+
+# The special tokens of an objective
+
+
+def test_a_vocabulary_has_the_special_tokens_of_its_objective(tmp_path: Path) -> None:
+    _, prepared = prepared_for(config_of(tmp_path, "masked", "encoder"))
+    assert prepared.tokenizer.mask == prepared.tokenizer.special_tokens[MASK] == 257
+    _, prepared = prepared_for(config_of(tmp_path, "span-corruption", "encoder-decoder"))
+    assert set(SENTINELS) < set(prepared.tokenizer.special_tokens)
+    assert prepared.tokenizer.vocab_size == 357
+
+
+def test_an_objective_refuses_topologies_that_it_cannot_train() -> None:
+    with pytest.raises(UserError, match="'causal' cannot train topology 'encoder': choose --objective masked"):
+        replace(TINY, model=replace(TINY.model, topology="encoder"))
+
+
+# Whole runs
+
+RUNS = [
+    ("masked", "encoder", {}),
+    ("masked", "encoder", {"next_sentence": True, "num_segments": 2}),
+    ("span-corruption", "encoder-decoder", {"label_smoothing": 0.1}),
+    ("seq2seq", "encoder-decoder", {"dropout": 0.2, "grad_accumulation": 2}),
+    ("seq2seq", "encoder-decoder", {"separate_vocabularies": True, "tokenizer": "chars"}),
+    ("seq2seq", "rnn", {}),
+    ("causal", "decoder", {"num_experts": 3, "dropout": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("objective", "topology", "changes"), RUNS, ids=str)
+def test_every_objective_resumes_bit_for_bit(
+    objective: str, topology: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, objective, topology, **changes)
+    prepared = Objective.named(objective).prepare(config)
+    source, target = prepared.tokenizer, prepared.target_tokenizer
+    own = None if target is source else target.vocab_size
+    config = replace(config, model=replace(config.model, vocab_size=source.vocab_size, target_vocab_size=own))
+    whole = trainer_for(tmp_path / "whole", prepared, config)
+    whole.train()
+    trainer_for(tmp_path / "parts", prepared, configured(config, steps=7)).train()
+    second = trainer_for(tmp_path / "parts", prepared, config, resume_at=7)
+    second.restore(choose_checkpoint(tmp_path / "parts/checkpoints"))
+    second.train()
+    for left, right in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+    assert whole.validation is not None
+    assert second.validation is not None
+    assert whole.validation.loss == second.validation.loss
+
+
+def test_label_smoothing_is_for_training_alone(tmp_path: Path) -> None:
+    config, prepared = prepared_for(config_of(tmp_path, "seq2seq", "encoder-decoder", label_smoothing=0.3))
+    trainer = trainer_for(tmp_path / "run", prepared, config)
+    batch = trainer.objective.training_batches(0)[0]
+    trainer.model.eval()
+    with torch.no_grad():
+        log_p = trainer.model(batch.source, batch.inputs, source_is_token=batch.source_is_token).log_softmax(-1)
+    real = batch.targets != IGNORE
+    right = -log_p[real].gather(1, batch.targets[real][:, None]).sum()
+    smooth = 0.7 * right - 0.3 * log_p[real].mean(-1).sum()
+    torch.testing.assert_close(trainer.objective.score(trainer.model, batch).nats, right)
+    torch.testing.assert_close(trainer.objective.loss_sum(trainer.model, batch), smooth)
+
+
+def test_masked_and_seq2seq_are_found_by_their_names() -> None:
+    assert Objective.named("masked") is Masked
+    assert Objective.named("seq2seq") is Seq2Seq
