@@ -215,6 +215,10 @@ def test_pairs_that_are_too_long_are_counted_aloud(parallel: list[str], capsys: 
         (["--data", "a.en"], "a.en alone holds no pairs"),
         (["--data", "a.en", "--target-data", "short.de"], "429 lines and short.de has 1:"),
         (["--data", "nowhere.tsv"], "no file"),
+        (["--data", "pydocs"], "text, not pairs, in recipe 'pydocs'"),
+        (["--data", "a.en", "--target-data", "a.de", "--validation-data", "a.en"], "--validation-target-data"),
+        (["--data", "a.en", "--target-data", "a.de", "--validation-target-data", "a.de"], "without validation_data"),
+        (["--data", "numbers", "--validation-data", "pairs.tsv"], "validation_data is 'pairs.tsv', and nothing"),
         (["--data", "a.en", "--target-data", "a.de", "--context-length", "3"], "too long for 3 tokens"),
         (["--data", "a.en", "--target-data", "a.de", "--topology", "decoder"], "choose --objective causal"),
     ],
@@ -229,3 +233,12 @@ def test_a_mistake_gets_one_sentence_and_leaves_no_run(
     assert error.count("\n") == 1
     assert words in error
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--target-data", "--validation-data"])
+def test_files_of_pairs_are_not_left_unread_by_who_learns_from_text(
+    parallel: list[str], capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    assert main(["--data", "a.en", flag, "a.de", "--tokenizer", "bytes", "--compile", "off"]) == 2
+    assert "is 'a.de', and nothing would read it" in capsys.readouterr().err
+    assert not Path("runs").exists()

@@ -8,6 +8,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from minitransformer.errors import UserError
+from minitransformer.text import recipes
 from minitransformer.text.corpora import LINES, Corpus, Signature, jsonl_documents, kind, read
 
 TABLES = {".tsv"}
@@ -103,10 +104,12 @@ def open_pairs(
     files = tuple(Path(name).expanduser() for name in (data, target_data) if name is not None)
     for name, path in zip((data, target_data), files, strict=False):
         if not path.is_file():
-            raise UserError(f"no file {name!r}: pairs come from a .tsv, a .jsonl, or two files of parallel lines")
+            what = "text, not pairs, in recipe" if name in recipes.known() else "no file"
+            raise UserError(f"{what} {name!r}: pairs come from a .tsv, a .jsonl, or two files of parallel lines")
     if target_data is None and kind(files[0]) not in TABLES | LINES:
         raise UserError(
-            f"{data} alone holds no pairs: name the file of its targets with --target-data, or give a .tsv or .jsonl"
+            f"{data} alone holds no pairs: name the file of its targets too (--target-data, --validation-target-data), "
+            "or give a .tsv or .jsonl"
         )
     corpus = PairCorpus(data, files, (source_field, target_field), lowercase)
     if next(corpus.pairs(), None) is None:

@@ -54,6 +54,10 @@ class DataConfig:
         Tokenizer.named(self.tokenizer)
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction is {self.validation_fraction}: it must be between 0 and 1")
+        if self.validation_target_data is not None and self.validation_data is None:
+            raise UserError(
+                f"validation_target_data is {self.validation_target_data!r} without validation_data: name both files"
+            )
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from minitransformer.errors import UserError
 from minitransformer.registry import Registered
 from minitransformer.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
-    from minitransformer.training.config import RunConfig
+    from minitransformer.training.config import DataConfig, RunConfig
 
 
 class TrainingBatch(Protocol):
@@ -115,3 +116,13 @@ class Objective(Registered, kind="objective"):
     def examples(self, count: int) -> list[list[int]]:
         """Some inputs from validation, for who wants to see what the model makes of them."""
         return []
+
+
+def refuse_other_files(data: DataConfig) -> None:
+    """Raises `UserError` if `data` names files beside its first, for who would leave them unread in silence."""
+    for name in ("target_data", "validation_data", "validation_target_data"):
+        if (value := getattr(data, name)) is not None:
+            raise UserError(
+                f"{name} is {value!r}, and nothing would read it: it is for files of pairs and --objective seq2seq, "
+                "as in the preset transformer-mini"
+            )

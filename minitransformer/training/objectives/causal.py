@@ -12,7 +12,7 @@ from minitransformer.text.batches import IGNORE, Batch, SequentialWindows, Shuff
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.prepare import PreparedText, prepare
 from minitransformer.text.tokenizers import Tokenizer
-from minitransformer.training.objectives.base import Objective, Score
+from minitransformer.training.objectives.base import Objective, Score, refuse_other_files
 
 if TYPE_CHECKING:
     from minitransformer.training.config import RunConfig
@@ -22,6 +22,7 @@ def prepare_text(
     config: RunConfig, tokenizers: Sequence[Tokenizer], special_tokens: Sequence[str] = ()
 ) -> PreparedText:
     """The text that `config` names, as token ids."""
+    refuse_other_files(config.data)
     return prepare(
         open_corpus(config.data.data, config.data.field),
         tokenizers[0] if tokenizers else config.data.tokenizer,

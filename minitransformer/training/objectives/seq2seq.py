@@ -15,7 +15,7 @@ from minitransformer.text.pair_batches import PairBatch
 from minitransformer.text.pairs import PairCorpus, open_pairs
 from minitransformer.text.prepare_pairs import prepare_pairs
 from minitransformer.text.tokenizers import Tokenizer
-from minitransformer.training.objectives.base import Objective, Prepared, Score
+from minitransformer.training.objectives.base import Objective, Prepared, Score, refuse_other_files
 
 if TYPE_CHECKING:
     from minitransformer.training.config import DataConfig, RunConfig
@@ -82,6 +82,7 @@ class Seq2Seq(Objective, name="seq2seq"):
 
 def _generated(config: RunConfig, tokenizers: Sequence[Tokenizer]) -> Prepared:
     """Pairs that a recipe makes up without end; there is no text to fit a tokenizer to, but bytes need none."""
+    refuse_other_files(config.data)
     if not tokenizers and config.data.tokenizer != "bytes":
         raise UserError(f"{config.data.data} makes pairs up as bytes, not {config.data.tokenizer}: --tokenizer bytes")
     return generate_pairs(
