@@ -219,6 +219,7 @@ class Trainer:
                 "perplexity": validation.perplexity,
                 "bits_per_byte": validation.bits_per_byte,
                 "accuracy": validation.accuracy,
+                "exact": validation.exact,
             }
         )
         self.log.line(f"step {self.progress.step} validation: {validation}")

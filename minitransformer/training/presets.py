@@ -28,7 +28,7 @@ LONGER = TrainingConfig(
 NUMBERS = DataConfig(data="numbers", tokenizer="bytes")
 PAIRS = TrainingConfig(
     objective="seq2seq",
-    steps=3000,
+    steps=1500,
     batch_tokens=2048,
     optimizer="muon",
     lr=0.02,

@@ -61,12 +61,14 @@ def training_step(
 class Validation:
     """Loss over a whole split: in nats a target, as perplexity, and in bits a byte of text, if the targets are one.
 
-    `accuracy` is the share of targets that the model guessed, `blind_accuracy` what one guesses without looking.
+    `accuracy` is the share of targets that the model guessed, `exact` that of texts of which it guessed all,
+    `blind_accuracy` what one guesses without looking.
     """
 
     loss: float
     bits_per_byte: float | None = None
     accuracy: float | None = None
+    exact: float | None = None
     blind_accuracy: float | None = None
 
     @property
@@ -79,6 +81,8 @@ class Validation:
             parts.append(f"{self.bits_per_byte:.4f} bits per byte")
         if self.accuracy is not None:
             parts.append(f"{self.accuracy:.1%} right")
+        if self.exact is not None:
+            parts.append(f"{self.exact:.1%} exact")
         if self.blind_accuracy is not None:
             parts.append(f"{self.blind_accuracy:.1%} by a blind guess")
         return ", ".join(parts)
@@ -93,6 +97,7 @@ def validate(model: nn.Module, objective: Objective, precision: Precision) -> Va
     was_training = model.training
     model.eval()
     nats, correct, targets = 0.0, None, 0
+    exact: list[bool] = []
     for batch in objective.validation_batches():
         targets += batch.num_targets
         with precision.autocast():
@@ -100,11 +105,14 @@ def validate(model: nn.Module, objective: Objective, precision: Precision) -> Va
         nats += float(score.nats.double())
         if score.correct is not None:
             correct = (correct or 0) + int(score.correct)
+        if score.exact is not None:
+            exact += score.exact.tolist()
     model.train(was_training)
     size = objective.validation_bytes
     return Validation(
         loss=nats / targets,
         bits_per_byte=None if size is None else nats / (math.log(2) * size),
         accuracy=None if correct is None else correct / targets,
+        exact=sum(exact) / len(exact) if exact else None,
         blind_accuracy=objective.blind_accuracy,
     )

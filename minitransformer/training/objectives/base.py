@@ -55,10 +55,14 @@ class Prepared(Protocol):
 
 @dataclass(frozen=True)
 class Score:
-    """The loss of a batch in nats, summed over its targets, and how many of them were guessed, if that is asked."""
+    """The loss of a batch in nats, summed over its targets; if it is asked, how many of them were guessed.
+
+    For whole answers, `exact` says of each text [texts] whether all of it was guessed.
+    """
 
     nats: Tensor
     correct: Tensor | None = None
+    exact: Tensor | None = None
 
 
 class Objective(Registered, kind="objective"):

@@ -101,8 +101,17 @@ def _opened(data: DataConfig, name: str, target_name: str | None) -> PairCorpus:
 
 
 def score_pairs(model: Any, batch: PairBatch, label_smoothing: float = 0.0) -> Score:
-    """How well `model` predicts the targets, each from the source and the true tokens before it."""
-    logits = model(batch.source, batch.inputs, source_is_token=batch.source_is_token).flatten(0, 1)
-    targets = batch.targets.flatten()
-    nats = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
-    return Score(nats, (logits.argmax(-1) == targets).sum())
+    """How well `model` predicts the targets, each from the source and the true tokens before it.
+
+    An exact answer is what greedy decoding would write: as long as it is right, it sees the true tokens too.
+    """
+    logits = model(batch.source, batch.inputs, source_is_token=batch.source_is_token)
+    nats = F.cross_entropy(
+        logits.flatten(0, 1),
+        batch.targets.flatten(),
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+    right = logits.argmax(-1) == batch.targets
+    return Score(nats, right.sum(), (right | (batch.targets == IGNORE)).all(-1))
