@@ -50,7 +50,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory, shake: Callable[[DecoderLM
 
 def write_run(path: Path, checkpoints: list[DecoderLM]) -> None:
     config = RunConfig(checkpoints[0].config, DataConfig(), TrainingConfig())
-    run = Run(path, config, TOKENIZER, text="none")
+    run = Run(path, config, TOKENIZER, TOKENIZER, text="none")
     run.checkpoints.mkdir(parents=True)
     TOKENIZER.save(path / "tokenizer.json")
     run.reconfigured(config)
