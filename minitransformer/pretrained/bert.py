@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from minitransformer.models.config import ModelConfig
 from minitransformer.pretrained.families import ACTIVATIONS, HF, Family, Field
-from minitransformer.pretrained.rules import Rule, WithoutFirst
+from minitransformer.pretrained.rules import Reversed, Rule, WithoutFirst
 
 BLOCK = "stack.blocks.{layer}."
 
@@ -30,10 +30,10 @@ def encoder_rules(prefix: str) -> tuple[Rule, ...]:
     )
 
 
-def head_rules(names: Mapping[str, str], bias: str) -> tuple[Rule, ...]:
-    """The head for masked tokens, whose bias of the logits is a tensor of its own."""
+def head_rules(names: Mapping[str, str], bias: str, decoder: str) -> tuple[Rule, ...]:
+    """The head for masked tokens, whose bias of the logits is a tensor of its own; `decoder` are copies of both."""
     modules = tuple(Rule(theirs, ours) for theirs, ours in names.items())
-    return (*modules, Rule(bias, "head.head.bias", tensors=True))
+    return (*modules, Rule(bias, "head.head.bias", tensors=True), Rule(decoder, "head.head"))
 
 
 FIXED = {
@@ -45,6 +45,10 @@ FIXED = {
     "head": "transformed",
     "head_bias": True,
 }
+
+
+# BERT's model with both of the heads that it was trained with.
+NEXT_SENTENCE = "BertForPreTraining"
 
 
 class BERT(Family, name="bert"):
@@ -71,17 +75,23 @@ class BERT(Family, name="bert"):
         *head_rules(
             {"cls.predictions.transform.dense": "head.transform", "cls.predictions.transform.LayerNorm": "head.norm"},
             "cls.predictions.bias",
+            "cls.predictions.decoder",
         ),
         Rule("bert.pooler.dense", "head.pool"),
         Rule("classifier", "head.classify"),
+        Rule("bert.pooler.dense", "next_sentence.pool"),
+        Rule("cls.seq_relationship", "next_sentence.classify", Reversed()),
     )
-    # Copies of tied tensors, and the pooler and next-sentence head that come with a published masked model.
-    ignored: Sequence[str] = (
-        r"^cls\.predictions\.decoder\.",
-        r"position_ids$",
-        r"^bert\.pooler\.",
-        r"^cls\.seq_relationship\.",
-    )
+    # The pooler and the head for the next sentence come with every published model for masked tokens.
+    ignored: ClassVar[Sequence[str]] = (r"position_ids$", r"^bert\.pooler\.", r"^cls\.seq_relationship\.")
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        return {"next_sentence": NEXT_SENTENCE in (hf.get("architectures") or [])}
+
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        return {"architectures": [NEXT_SENTENCE]} if config.next_sentence else {}
 
 
 class RoBERTa(BERT, name="roberta"):
@@ -94,11 +104,13 @@ class RoBERTa(BERT, name="roberta"):
     rules = (
         *encoder_rules("roberta."),
         Rule("roberta.embeddings.position_embeddings", "stack.positions.table", WithoutFirst(2)),
-        *head_rules({"lm_head.dense": "head.transform", "lm_head.layer_norm": "head.norm"}, "lm_head.bias"),
+        *head_rules(
+            {"lm_head.dense": "head.transform", "lm_head.layer_norm": "head.norm"}, "lm_head.bias", "lm_head.decoder"
+        ),
         Rule("classifier.dense", "head.pool"),
         Rule("classifier.out_proj", "head.classify"),
     )
-    ignored = (r"^lm_head\.decoder\.", r"position_ids$", r"^roberta\.pooler\.")
+    ignored = (r"position_ids$", r"^roberta\.pooler\.")
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
@@ -140,8 +152,12 @@ class DistilBERT(Family, name="distilbert"):
         Rule(LAYER + "ffn.lin1", BLOCK + "feedforward.up"),
         Rule(LAYER + "ffn.lin2", BLOCK + "feedforward.down"),
         Rule(LAYER + "output_layer_norm", BLOCK + "feedforward_residual.norm"),
-        *head_rules({"vocab_transform": "head.transform", "vocab_layer_norm": "head.norm"}, "vocab_projector.bias"),
+        *head_rules(
+            {"vocab_transform": "head.transform", "vocab_layer_norm": "head.norm"},
+            "vocab_projector.bias",
+            "vocab_projector",
+        ),
         Rule("pre_classifier", "head.pool"),
         Rule("classifier", "head.classify"),
     )
-    ignored = (r"^vocab_projector\.weight$", r"position_ids$")
+    ignored = (r"position_ids$",)

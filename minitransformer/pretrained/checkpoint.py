@@ -1,15 +1,13 @@
-"""Checkpoint folders as the `transformers` library keeps them: config.json and safetensors, whole or in shards."""
+"""Checkpoint folders as the `transformers` library keeps them, and their names on the Hugging Face hub."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from minitransformer import files
 from minitransformer.errors import UserError
@@ -17,68 +15,24 @@ from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained import bert, gpt, llama, seq2seq  # noqa: F401  (each registers its families)
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.rules import load_weights, save_weights
-from minitransformer.pretrained.tokenizers import load_tokenizer
+from minitransformer.pretrained.shards import INDEX, SHARDS, WEIGHTS, Renamed, Shards, read_json, write_shards
+from minitransformer.pretrained.tokenizers import FILE, SETTINGS, load_tokenizer, save_tokenizer
 from minitransformer.text.tokenizers import Tokenizer
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-REMEDY = "choose another folder"
+CONFIG = "config.json"
+# What is fetched from the hub: some repositories hold the same weights in several formats.
+WANTED = [CONFIG, FILE, SETTINGS, WEIGHTS, INDEX, SHARDS.format(number=0, count=0).replace("00000", "*")]
 
 
-class Shards(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by name, each read when it is asked for."""
+class Undrawn(TorchFunctionMode):
+    """While this is active, new weights are not drawn: they hold what memory held, until they are filled."""
 
-    def __init__(self, folder: Path) -> None:
-        if (folder / INDEX).is_file():
-            places = _json(folder / INDEX)["weight_map"]
-        elif (folder / WEIGHTS).is_file():
-            with _opened(folder / WEIGHTS) as file:
-                places = dict.fromkeys(file.keys(), WEIGHTS)
-        else:
-            pickled = sorted(path.name for path in folder.glob("*.bin")) or sorted(p.name for p in folder.glob("*.pt"))
-            if pickled:
-                raise UserError(
-                    f"{folder / pickled[0]} is a pickle, which may run any code when it is opened: "
-                    "convert it to safetensors where you trust it"
-                )
-            raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}: give the folder of a checkpoint")
-        missing = sorted({shard for shard in places.values() if not (folder / shard).is_file()})
-        if missing:
-            raise UserError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: download it again")
-        self._files = {name: folder / shard for name, shard in places.items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        with _opened(self._files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-class _Renamed(Mapping[str, Tensor]):
-    """Tensors under other names, each still read when it is asked for."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
-        bare = bool(prefix) and not any(name.startswith(prefix) for name in tensors)
-        self._tensors = tensors
-        self._names = {_modern((prefix if bare else "") + name): name for name in tensors}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _modern(name: str) -> str:
-    """The first checkpoints called the weights of a norm gamma and beta."""
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
 
 
 def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
@@ -89,15 +43,27 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     folder = _folder(name)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}: give the folder of a checkpoint")
-    hf = _json(folder / CONFIG)
-    family = Family.named(str(hf.get("model_type")))
-    config = family.model_config(_with_file_facts(hf, folder))
-    model = build_model(config).eval()
-    load_weights(model, config, _Renamed(Shards(folder), family.prefix), family.rules_for(config), family.ignored)
+    hf = read_json(folder / CONFIG)
+    if "model_type" not in hf:
+        raise UserError(f"{folder / CONFIG} has no model_type: give the folder of a checkpoint")
+    family = Family.named(hf["model_type"])
+    tensors = Renamed(Shards(folder), family.prefix)
+    # Whether the head has weights of its own is not always in the configuration.
+    config = family.model_config({**hf, "has_head": "lm_head.weight" in tensors})
+    with Undrawn():
+        model = build_model(config).eval()
+    load_weights(model, config, tensors, family.rules_for(config), family.ignored)
     return model, load_tokenizer(folder)
 
 
-def save(model: Model, folder: str | Path, family: str, extra: Mapping[str, Any] | None = None) -> None:
+def save(
+    model: Model,
+    folder: str | Path,
+    family: str,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> None:
     """Write `model` into the new folder `folder`, as the `transformers` library opens checkpoints of `family`.
 
     `extra` are fields of config.json that are no property of the model, such as the ids of special tokens. Raises
@@ -107,12 +73,16 @@ def save(model: Model, folder: str | Path, family: str, extra: Mapping[str, Any]
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another folder")
     kind = Family.named(family)
-    hf = {**kind.hf_config(model.config), "dtype": "float32", **(extra or {})}
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    hf = {**kind.hf_config(model.config), "dtype": dtype, **(extra or {})}
     tensors = save_weights(model, model.config, kind.rules_for(model.config))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with files.writing(folder, REMEDY), files.whole_folder(folder) as partial:
-        (partial / CONFIG).write_text(json.dumps(hf, indent=2) + "\n")
-        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, partial / WEIGHTS, {"format": "pt"})
+    with files.writing(folder, "choose another folder"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with files.whole_folder(folder) as partial:
+            (partial / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+            write_shards(tensors, partial)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, partial)
 
 
 def _folder(name: str | Path) -> Path:
@@ -127,28 +97,7 @@ def _folder(name: str | Path) -> Path:
             f"there is no folder {name}, and fetching it from the hub takes `pip install minitransformer[hub]`"
         ) from None
     try:
-        wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=WANTED))
     except Exception as error:  # of requests, of the hub's own kinds, of the file system
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name} is no folder, and the hub gives nothing ({reason}): check name and network") from None
-
-
-def _with_file_facts(hf: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The configuration, with what only the tensors say: whether the head has weights of its own."""
-    return {**hf, "has_head": any(name.endswith("lm_head.weight") for name in Shards(folder))}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): download it again") from None
-    return content
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, "pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is no whole safetensors file ({error}): download it again") from None

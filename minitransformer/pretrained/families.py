@@ -14,18 +14,32 @@ from minitransformer.registry import Registered
 
 HF = dict[str, Any]
 
-ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu-tanh", "gelu_pytorch_tanh": "gelu-tanh"}
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu-tanh",
+    "gelu_pytorch_tanh": "gelu-tanh",
+    "gelu_fast": "gelu-tanh",
+}
 SILU = {"silu": "silu", "swish": "silu"}
 GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu-tanh", "gelu": "geglu", "relu": "reglu"}
 
 
+# What a configuration must say; there is no default to guess.
+SIZES = ("vocab_size", "d_model", "num_layers", "num_heads", "context_length")
+
+
 @dataclass(frozen=True)
 class Field:
-    """A field of the family's configuration and ours; `values` translates, where they are spelled differently."""
+    """A field of the family's configuration and ours; `values` translates, where they are spelled differently.
+
+    `older` are the names that the field had before.
+    """
 
     ours: str
     values: Mapping[Any, Any] | None = None
     default: Any = None
+    older: Sequence[str] = ()
 
 
 class Family(Registered, kind="model_type"):
@@ -66,19 +80,36 @@ class Family(Registered, kind="model_type"):
             if hf.get(name, value) != value:
                 raise UserError(f"{name} is {hf[name]!r} in config.json: only {value!r} can be loaded for {cls.name}")
         ours: dict[str, Any] = {"topology": cls._topology(hf), **cls.fixed}
-        for theirs, field in cls.fields.items():
-            field = Field(field) if isinstance(field, str) else field
-            value = hf.get(theirs, field.default)
+        hf = {**{name: field.default for name, field in cls._fields().items()}, **cls._without_older_names(hf)}
+        for theirs, field in cls._fields().items():
+            value = hf[theirs]
             if field.values is not None:
                 if value not in field.values:
                     known = ", ".join(map(repr, field.values))
                     raise UserError(f"{theirs} is {value!r} in config.json: known for {cls.name} are {known}")
                 value = field.values[value]
+            elif value is None and field.ours in SIZES:
+                raise cls._does_not_say(theirs)
             ours[field.ours] = value
-        ours |= cls.read(hf)
+        try:
+            ours |= cls.read(hf)
+        except KeyError as missing:
+            raise UserError(
+                f"config.json does not say {missing.args[0]}: a checkpoint of {cls.name} needs it"
+            ) from None
         if ours["topology"] == "encoder-classifier":
-            ours |= {"num_classes": len(hf.get("id2label", {0: 0, 1: 1})), "head": "linear", "head_bias": False}
+            classes = len(hf.get("id2label") or range(hf.get("num_labels", 2)))
+            ours |= {"num_classes": classes, "head": "linear", "head_bias": False}
         return ModelConfig(**ours)
+
+    @classmethod
+    def _fields(cls) -> dict[str, Field]:
+        return {theirs: Field(field) if isinstance(field, str) else field for theirs, field in cls.fields.items()}
+
+    @classmethod
+    def _without_older_names(cls, hf: HF) -> HF:
+        newer = {old: name for name, field in cls._fields().items() for old in field.older}
+        return {newer.get(name, name): value for name, value in hf.items()}
 
     @classmethod
     def _topology(cls, hf: HF) -> str:
@@ -94,8 +125,7 @@ class Family(Registered, kind="model_type"):
             if not _equal(_canonical(config).get(name, value), value):
                 raise cls._cannot_hold(name, getattr(config, name), [value])
         hf: HF = {"model_type": cls.name, "architectures": [cls.architectures[config.topology]], **cls.required}
-        for theirs, field in cls.fields.items():
-            field = Field(field) if isinstance(field, str) else field
+        for theirs, field in cls._fields().items():
             value = _canonical(config)[field.ours]
             if field.values is not None:
                 spelled = {ours: theirs for theirs, ours in reversed(list(field.values.items()))}
@@ -116,6 +146,10 @@ class Family(Registered, kind="model_type"):
         for name, value in before.items():
             if not _equal(value, after[name]):
                 raise cls._cannot_hold(name, value, [after[name]])
+
+    @classmethod
+    def _does_not_say(cls, name: str) -> UserError:
+        return UserError(f"config.json does not say {name}, which a checkpoint of {cls.name} needs: add it")
 
     @classmethod
     def _cannot_hold(cls, name: str, value: Any, possible: Any) -> UserError:

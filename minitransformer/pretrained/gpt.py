@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from minitransformer.models.config import ModelConfig
@@ -100,7 +101,9 @@ class GPTJ(Family, name="gptj"):
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
         head_dim = hf["n_embd"] // hf["n_head"]
-        return {"rotary_fraction": (hf.get("rotary_dim") or head_dim) / head_dim}
+        turned = hf.get("rotary_dim") or head_dim
+        # The product with head_dim is cut to an integer, which must be this one.
+        return {"rotary_fraction": 1.0 if turned == head_dim else math.nextafter(turned / head_dim, 1.0)}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
@@ -202,9 +205,9 @@ class Bloom(Family, name="bloom"):
     architectures = {"decoder": "BloomForCausalLM"}
     fields = {
         "vocab_size": "vocab_size",
-        "hidden_size": "d_model",
-        "n_layer": "num_layers",
-        "n_head": "num_heads",
+        "hidden_size": Field("d_model", older=["n_embed"]),
+        "n_layer": Field("num_layers", older=["num_hidden_layers"]),
+        "n_head": Field("num_heads", older=["num_attention_heads"]),
         "seq_length": Field("context_length", default=2048),
         "layer_norm_epsilon": Field("norm_eps", default=1e-5),
         "tie_word_embeddings": Field("tied_embeddings", default=True),
@@ -240,9 +243,9 @@ class Falcon(Family, name="falcon"):
     fields = {
         "vocab_size": "vocab_size",
         "max_position_embeddings": Field("context_length", default=2048),
-        "hidden_size": "d_model",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
+        "hidden_size": Field("d_model", older=["n_embed"]),
+        "num_hidden_layers": Field("num_layers", older=["n_layer"]),
+        "num_attention_heads": Field("num_heads", older=["n_head"]),
         "layer_norm_epsilon": Field("norm_eps", default=1e-5),
         "activation": Field("feedforward", ACTIVATIONS, "gelu"),
         "bias": Field("bias", default=False),
@@ -273,7 +276,8 @@ class Falcon(Family, name="falcon"):
     def read(cls, hf: HF) -> dict[str, Any]:
         grouped = hf.get("new_decoder_architecture", False)
         heads = hf["num_attention_heads"]
-        shared = hf.get("num_kv_heads", heads) if grouped else 1 if hf.get("multi_query", True) else heads
+        shared = hf.get("num_kv_heads") or hf.get("n_head_kv") or heads
+        shared = shared if grouped else 1 if hf.get("multi_query", True) else heads
         two_norms = grouped and hf.get("num_ln_in_parallel_attn") in (None, 2)
         parallel = "parallel-two-norms" if two_norms else "parallel"
         return {

@@ -55,7 +55,8 @@ class TransposedThirds:
     """Queries, keys and values side by side, a matrix as [in, 3 · out]: GPT-2."""
 
     def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
-        return tuple(part.mT if tensor.dim() == 2 else part for part in tensor.chunk(3, dim=-1))
+        thirds = tensor.unflatten(-1, (3, -1)).unbind(-2)
+        return tuple(part.mT if tensor.dim() == 2 else part for part in thirds)
 
     def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
         return torch.cat([weight.mT if weight.dim() == 2 else weight for weight in weights], dim=-1)
@@ -116,18 +117,32 @@ class Row:
         return weights[0][None]
 
 
+class Reversed:
+    """The rows in the opposite order."""
+
+    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+        return (tensor.flip(0),)
+
+    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
+        return weights[0].flip(0)
+
+
 @dataclass(frozen=True)
 class Rule:
     """A module of the file, those of the model that it becomes, and how; what has no weights in a model is left out.
 
     `{layer}`, `{decoder_layer}` and `{expert}` stand for each number that the model has. With `tensors`, the names are
-    those of tensors rather than of modules.
+    those of tensors rather than of modules. A file without an `optional` one means zeros.
+
+    A later rule for weights that are filled already, as tied ones are, is for a copy: a file may leave it out, and an
+    export does.
     """
 
     source: str
     target: str | tuple[str, ...]
     transform: Transform = SAME
     tensors: bool = False
+    optional: bool = False
 
     def expanded(self, config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Names of one tensor and of the weights that it becomes, for every number and for weight and bias."""
@@ -157,56 +172,76 @@ def load_weights(
 ) -> None:
     """Fill `model` from `tensors`; raises `UserError` with all that is missing, left over or of another shape.
 
-    Tensors whose names match one of the patterns `ignored` may be left over. A weight that is tied to another may be in
-    the file too, if it is the same there.
+    Tensors whose names match one of the patterns `ignored` may be left over. A copy of a weight may be in the file, if
+    it is the same there.
     """
-    weights = dict(model.named_parameters())
-    tied = {name: weight for name, weight in model.named_parameters(remove_duplicate=False) if name not in weights}
+    weights = dict(model.named_parameters(remove_duplicate=False))
     problems: list[str] = []
+    filled: set[int] = set()
     used: set[str] = set()
     for rule in rules:
         for source, targets in rule.expanded(config):
-            wanted = [target for target in targets if target in weights]
-            if not wanted:
-                if targets[0] in tied and source in tensors:
-                    used.add(source)
-                    if not torch.equal(tensors[source], tied[targets[0]]):
-                        problems.append(f"{source} is not what it is tied to")
+            parts = {target: weights[target] for target in targets if target in weights}
+            if not parts:
                 continue
-            if source not in tensors:
-                problems.append(f"{source} is missing")
-            else:
+            is_copy = filled.issuperset(map(id, parts.values()))
+            filled.update(map(id, parts.values()))
+            if source in tensors:
                 used.add(source)
-                problems += _fill(weights, source, targets, tensors[source], rule.transform, config)
-            for target in wanted:
-                del weights[target]
+                change = _compare if is_copy else _fill
+                problems += change(parts, source, rule.transform, tensors[source], config)
+            elif rule.optional and not is_copy:
+                _clear(parts)
+            elif not is_copy:
+                problems.append(f"{source} is missing")
     left_over = [name for name in tensors if name not in used and not any(re.search(p, name) for p in ignored)]
     problems += [f"{name} is not expected" for name in left_over]
-    problems += [f"nothing fills {name}" for name in weights]
+    problems += [f"nothing fills {name}" for name, weight in weights.items() if id(weight) not in filled]
     if problems:
-        raise UserError(f"the checkpoint does not fit: {'; '.join(problems)}")
+        raise UserError(
+            f"the tensors do not fit config.json ({'; '.join(_summarised(problems))}): "
+            "look whether both are of the same model"
+        )
 
 
 def _fill(
-    weights: Mapping[str, Tensor],
-    source: str,
-    targets: Sequence[str],
-    tensor: Tensor,
-    transform: Transform,
-    config: ModelConfig,
+    weights: Mapping[str, Tensor], source: str, transform: Transform, tensor: Tensor, config: ModelConfig
 ) -> list[str]:
     """Copy what `tensor` becomes into the weights; returns what stands against it."""
     try:
         parts = transform.load(tensor, config)
     except RuntimeError:
-        return [f"{source} has the shape {list(tensor.shape)}, which does not divide into {', '.join(targets)}"]
+        return [f"{source} has the shape {list(tensor.shape)}, which does not divide into {', '.join(weights)}"]
     problems = []
-    for name, part in zip(targets, parts, strict=True):
-        if part.shape == weights[name].shape:
-            weights[name].data.copy_(part)
+    for weight, part in zip(weights.values(), parts, strict=True):
+        if part.shape == weight.shape:
+            weight.data.copy_(part)
         else:
-            problems.append(f"{source} has the shape {list(part.shape)} where {list(weights[name].shape)} is needed")
+            problems.append(f"{source} has the shape {list(part.shape)} where {list(weight.shape)} is needed")
     return problems
+
+
+def _compare(
+    weights: Mapping[str, Tensor], source: str, transform: Transform, tensor: Tensor, config: ModelConfig
+) -> list[str]:
+    """What stands against `tensor` as a copy of the weights."""
+    parts = transform.load(tensor, config)
+    same = all(torch.equal(part.to(weight.dtype), weight) for part, weight in zip(parts, weights.values(), strict=True))
+    return [] if same else [f"{source} is not the same as what it is tied to"]
+
+
+def _clear(weights: Mapping[str, Tensor]) -> None:
+    for weight in weights.values():
+        weight.data.zero_()
+
+
+def _summarised(problems: Sequence[str]) -> Iterator[str]:
+    """Those that differ in numbers of layers alone only once, with their count."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(re.sub(r"\.\d+(?=\.)", "", problem), []).append(problem)
+    for first, *others in kinds.values():
+        yield f"{first} (and {len(others)} more like it)" if others else first
 
 
 def save_weights(model: nn.Module, config: ModelConfig, rules: Sequence[Rule]) -> dict[str, Tensor]:
@@ -216,7 +251,7 @@ def save_weights(model: nn.Module, config: ModelConfig, rules: Sequence[Rule]) -
     saved: set[str] = set()
     for rule in rules:
         for source, targets in rule.expanded(config):
-            if all(target in weights for target in targets):
+            if weights.keys() >= set(targets) and not saved.issuperset(targets):
                 tensors[source] = rule.transform.save(tuple(weights[target] for target in targets), config).contiguous()
                 saved |= set(targets)
     if left_over := weights.keys() - saved:

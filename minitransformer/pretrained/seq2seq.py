@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from minitransformer.errors import UserError
@@ -73,10 +72,12 @@ class T5(Family, name="t5"):
             Rule("encoder.final_layer_norm", "encoder.final_norm"),
             Rule("decoder.final_layer_norm", "decoder.final_norm"),
             Rule("lm_head", "head"),
+            Rule("encoder.embed_tokens", "embedding.table"),
+            Rule("decoder.embed_tokens", "embedding.table"),
         )
 
-    # Copies of the shared embedding, and a table that the first versions stored and never used.
-    ignored = (r"^(en|de)coder\.embed_tokens\.weight$", r"EncDecAttention\.relative_attention_bias")
+    # The first versions stored this table and never used it.
+    ignored = (r"EncDecAttention\.relative_attention_bias",)
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
@@ -116,7 +117,13 @@ def bart_rules() -> tuple[Rule, ...]:
             Rule(f"{theirs}fc2", f"{ours}feedforward.down"),
             Rule(f"{theirs}final_layer_norm", f"{ours}feedforward_residual.norm"),
         ]
-    return (*rules, Rule("final_logits_bias", "head.bias", Row(), tensors=True))
+    return (
+        *rules,
+        Rule("final_logits_bias", "head.bias", Row(), tensors=True, optional=True),
+        Rule("lm_head", "head"),
+        Rule("model.encoder.embed_tokens", "embedding.table"),
+        Rule("model.decoder.embed_tokens", "embedding.table"),
+    )
 
 
 BART_FIELDS: dict[str, Field | str] = {
@@ -148,7 +155,6 @@ class BART(Family, name="bart"):
         Rule("model.encoder.layernorm_embedding", "encoder.embedding_norm"),
         Rule("model.decoder.layernorm_embedding", "decoder.embedding_norm"),
     )
-    ignored: Sequence[str] = (r"^model\.(en|de)coder\.embed_tokens\.weight$", r"^lm_head\.weight$")
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
@@ -170,7 +176,7 @@ class Marian(BART, name="marian"):
     fixed = {**BART_FIXED, "positions": "sinusoidal-halves"}
     required = {"tie_word_embeddings": True, "share_encoder_decoder_embeddings": True}
     rules = bart_rules()
-    ignored = (*BART.ignored, r"^model\.(en|de)coder\.embed_positions\.weight$")
+    ignored = (r"^model\.(en|de)coder\.embed_positions\.weight$",)
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
@@ -183,7 +189,8 @@ class Marian(BART, name="marian"):
 def sizes_of_both_sides(hf: HF) -> dict[str, Any]:
     """Nothing more to read, if encoder and decoder have the same sizes; otherwise a `UserError`."""
     for name in ("attention_heads", "ffn_dim"):
-        encoder, decoder = hf[f"encoder_{name}"], hf[f"decoder_{name}"]
+        encoder = hf[f"encoder_{name}"]
+        decoder = hf.get(f"decoder_{name}", encoder)
         if encoder != decoder:
             raise UserError(
                 f"encoder_{name} is {encoder} and decoder_{name} {decoder} in config.json: only equal ones are known"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import singledispatch
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,43 +12,48 @@ import numpy as np
 import numpy.typing as npt
 
 from minitransformer.errors import UserError
-from minitransformer.text.tokenizers import BPE, END_OF_TEXT, Texts, Tokenizer
+from minitransformer.pretrained.shards import read_json
+from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Bytes, Characters, Texts, Tokenizer
 
-FILE = "tokenizer.json"
+FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # How GPT-2 splits text before merging: what a ByteLevel pre-tokenizer does without being told.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# The same splits in the spelling of files, where {1,3}+ is a repetition.
+SPLITS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+": GPT4_SPLIT
+}
+# What a text ends with in one family or another.
+ENDS = ("</s>", END_OF_TEXT, "<|end_of_text|>", "[SEP]")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint folder; None if it has no tokenizer.json."""
     if not (folder / FILE).is_file():
         return None
-    content = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    settings = _json_or_empty(folder / "tokenizer_config.json") | _json_or_empty(folder / "config.json")
+    content = read_json(folder / FILE)
+    end = _end_of_text(content, [folder / SETTINGS, folder / "config.json"])
     ranks, pattern = byte_level_ranks(content), split_pattern(content)
-    if ranks is None or pattern is None:
-        return PublicTokenizer(json.dumps(content), end_of_text=_end_of_text(content, settings))
-    special = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-    special = {name: number for name, number in special.items() if number >= len(ranks)}
-    end = _end_of_text(content, settings)
-    special = {name: number for name, number in special.items() if number != end}
+    if ranks is None or pattern is None or end < len(ranks):
+        return PublicTokenizer(content, end_of_text=end)
+    special = {name: number for name, number in _added(content).items() if number >= len(ranks) and number != end}
     return BPE(ranks, pattern=pattern, special_tokens={**special, END_OF_TEXT: end})
 
 
-def _json_or_empty(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _added(content: dict[str, Any]) -> dict[str, int]:
+    return {token["content"]: token["id"] for token in content.get("added_tokens", [])}
 
 
-def _end_of_text(content: dict[str, Any], settings: dict[str, Any]) -> int:
+def _end_of_text(content: dict[str, Any], settings: Iterable[Path]) -> int:
     """The id that ends a text: what the settings say, or a token that is usually called so."""
-    ids = {**content["model"].get("vocab", {})} if isinstance(content["model"].get("vocab"), dict) else {}
-    ids |= {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-    named = settings.get("eos_token")
-    named = named["content"] if isinstance(named, dict) else named
-    for name in (named, "</s>", "<|endoftext|>", "<|end_of_text|>", "[SEP]"):
+    vocabulary = content["model"].get("vocab")
+    ids = {**(vocabulary if isinstance(vocabulary, dict) else {}), **_added(content)}
+    named = [read_json(path).get("eos_token") for path in settings if path.is_file()]
+    for name in (*(token["content"] if isinstance(token, dict) else token for token in named), *ENDS):
         if name in ids:
-            return ids[name]
-    raise UserError(f"{FILE} names no token that ends a text: give its eos_token in tokenizer_config.json")
+            number: int = ids[name]
+            return number
+    raise UserError(f"{FILE} names no token that ends a text: give its eos_token in {SETTINGS}")
 
 
 def characters_of_bytes() -> dict[str, int]:
@@ -57,17 +63,20 @@ def characters_of_bytes() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+BYTES = characters_of_bytes()
+CHARACTERS = {byte: character for character, byte in BYTES.items()}
+
+
 def byte_level_ranks(content: dict[str, Any]) -> list[bytes] | None:
     """The tokens in the order of their ids, if this is byte-level BPE whose ids are the order of merging."""
     model = content["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         return None
-    bytes_of = characters_of_bytes()
-    added = {token["content"] for token in content.get("added_tokens", [])}
+    added = _added(content)
     vocab = {token: number for token, number in model["vocab"].items() if token not in added}
-    if sorted(vocab.values()) != list(range(len(vocab))) or any(c not in bytes_of for token in vocab for c in token):
+    if sorted(vocab.values()) != list(range(len(vocab))) or any(c not in BYTES for token in vocab for c in token):
         return None
-    ranks = [bytes(bytes_of[c] for c in token) for token in sorted(vocab, key=vocab.__getitem__)]
+    ranks = [bytes(BYTES[c] for c in token) for token in sorted(vocab, key=vocab.__getitem__)]
     return ranks if {bytes([byte]) for byte in range(256)} <= set(ranks) and _in_order(model, vocab) else None
 
 
@@ -82,14 +91,44 @@ def split_pattern(content: dict[str, Any]) -> str | None:
     """The regular expression that splits text before merging, if that is all that happens to it."""
     if content.get("normalizer") is not None:
         return None
-    steps = content.get("pre_tokenizer") or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    steps = _steps(content.get("pre_tokenizer"), "pretokenizers")
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"] and not steps[0].get("add_prefix_space") and steps[0].get("use_regex", True):
         return GPT2_SPLIT
-    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True) and "Regex" in steps[0]["pattern"]:
-        return str(steps[0]["pattern"]["Regex"])
-    return None
+    if kinds != ["Split", "ByteLevel"] or steps[1].get("use_regex", True) or steps[1].get("add_prefix_space"):
+        return None
+    pattern = steps[0]["pattern"].get("Regex")
+    isolated = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
+    return SPLITS.get(pattern, pattern) if isolated else None
+
+
+def _steps(described: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
+    """The steps of which one is described, or a sequence of them."""
+    if not described:
+        return []
+    steps: list[dict[str, Any]] = described[parts] if described.get("type") == "Sequence" else [described]
+    return steps
+
+
+def piece_of(token: str, decoders: Sequence[dict[str, Any]]) -> bytes:
+    """The bytes that a token stands for inside a text, as the decoders of a tokenizer.json say."""
+    for decoder in decoders:
+        match decoder["type"]:
+            case "ByteLevel" if all(character in BYTES for character in token):
+                return bytes(BYTES[character] for character in token)
+            case "ByteFallback" if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                return bytes.fromhex(token[3:5])
+            case "WordPiece" if token.startswith(decoder["prefix"]):
+                token = token.removeprefix(decoder["prefix"])
+            case "WordPiece":
+                token = " " + token
+            case "Metaspace":
+                token = token.replace(decoder["replacement"], " ")
+            case "BPEDecoder":
+                token = token.replace(decoder["suffix"], " ")
+            case "Replace" if "String" in decoder["pattern"]:
+                token = token.replace(decoder["pattern"]["String"], decoder["content"])
+    return token.encode()
 
 
 class PublicTokenizer(Tokenizer, name="tokenizers"):
@@ -98,28 +137,43 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
     Text is encoded without the special tokens that a model may want around it.
     """
 
-    def __init__(self, content: str, end_of_text: int) -> None:
+    def __init__(self, content: dict[str, Any], end_of_text: int, special_tokens: Iterable[str] = ()) -> None:
         try:
             from tokenizers import Tokenizer as Implementation
         except ImportError:
             raise UserError("this tokenizer takes the tokenizers package: pip install minitransformer[hub]") from None
         self.content, self.end_of_text = content, end_of_text
-        self._implementation = Implementation.from_str(content)
-        self.vocab_size = self._implementation.get_vocab_size(with_added_tokens=True)
-        self.special_tokens = {
-            token.content: number for number, token in self._implementation.get_added_tokens_decoder().items()
-        }
-        self.pieces = []
+        self._implementation = Implementation.from_str(json.dumps(content))
+        # Files say how one model wanted its input: cut to its length, padded, and special tokens found in the text.
+        self._implementation.no_truncation()
+        self._implementation.no_padding()
+        self._implementation.encode_special_tokens = True
+        known = self._special_tokens()
+        self._implementation.add_special_tokens([name for name in special_tokens if name not in known])
+        self.special_tokens = self._special_tokens()
+        ids = self._implementation.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values()) + 1
+        self.pieces = [b""] * self.vocab_size
+        decoders = _steps(content.get("decoder"), "decoders")
+        for token, number in ids.items():
+            if token not in self.special_tokens:
+                self.pieces[number] = piece_of(token, decoders)
+
+    def _special_tokens(self) -> dict[str, int]:
+        added = self._implementation.get_added_tokens_decoder().items()
+        return {token.content: number for number, token in added if token.special}
 
     @classmethod
     def fit(cls, texts: Texts, vocab_size: int | None = None) -> Self:
         raise UserError("a tokenizer of a public checkpoint comes with it: choose bpe, bytes or chars to fit one")
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        return np.array(self._implementation.encode(text, add_special_tokens=False).ids, np.uint32)
-
-    def token_bytes(self, token: int) -> bytes:
-        return self.decode([token]).encode()
+        try:
+            return np.array(self._implementation.encode(text, add_special_tokens=False).ids, np.uint32)
+        except (TypeError, UnicodeEncodeError):
+            raise UserError(
+                f"{text[:40]!r} holds half a surrogate pair, which UTF-8 has not: give valid UTF-8"
+            ) from None
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         text: str = self._implementation.decode(list(ids), skip_special_tokens=skip_special)
@@ -130,4 +184,73 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
 
     @classmethod
     def _from_json(cls, content: dict[str, Any]) -> Self:
-        return cls(content["content"], content["end_of_text"])
+        return cls(content["content"], content["end_of_text"], content["special_tokens"])
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `tokenizer` into a checkpoint folder, for the `tokenizers` and `transformers` packages to open."""
+    end = next(name for name, number in tokenizer.special_tokens.items() if number == tokenizer.end_of_text)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end, "pad_token": end}
+    (folder / FILE).write_text(json.dumps(described(tokenizer), ensure_ascii=False), encoding="utf-8")
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+@singledispatch
+def described(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of a tokenizer.json that does what `tokenizer` does."""
+    raise UserError(f"{FILE} has no words for the {tokenizer.name} tokenizer: leave it out")
+
+
+@described.register
+def _(tokenizer: PublicTokenizer) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(tokenizer._implementation.to_str())
+    return content
+
+
+@described.register
+def _(tokenizer: BPE) -> dict[str, Any]:
+    return _byte_level(tokenizer, tokenizer.ranks, tokenizer.pattern)
+
+
+@described.register
+def _(tokenizer: Bytes) -> dict[str, Any]:
+    return _byte_level(tokenizer, tokenizer.pieces[:256], r"[\s\S]+")
+
+
+@described.register
+def _(tokenizer: Characters) -> dict[str, Any]:
+    vocab = {character: number for number, character in enumerate(tokenizer.characters)}
+    split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": END_OF_TEXT}
+    return _file(tokenizer, model, split, {"type": "Fuse"})
+
+
+def _byte_level(tokenizer: Tokenizer, ranks: Sequence[bytes], pattern: str) -> dict[str, Any]:
+    spelled = ["".join(CHARACTERS[byte] for byte in token) for token in ranks]
+    vocab = {token: number for number, token in enumerate(spelled)}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    file_pattern = {ours: theirs for theirs, ours in SPLITS.items()}.get(pattern, pattern)
+    split = {"type": "Split", "pattern": {"Regex": file_pattern}, "behavior": "Isolated", "invert": False}
+    model = {"type": "BPE", "vocab": vocab, "merges": list(_merges(spelled, vocab)), "ignore_merges": True}
+    return _file(tokenizer, model, {"type": "Sequence", "pretokenizers": [split, byte_level]}, byte_level)
+
+
+def _merges(tokens: Sequence[str], vocab: dict[str, int]) -> Iterable[list[str]]:
+    """Every pair of tokens that is a token too, in the order of what they become: tiktoken merges all of them."""
+    for token in tokens:
+        pairs = ([token[:i], token[i:]] for i in range(1, len(token)))
+        yield from (pair for pair in pairs if pair[0] in vocab and pair[1] in vocab)
+
+
+def _file(
+    tokenizer: Tokenizer, model: dict[str, Any], pre_tokenizer: dict[str, Any], decoder: dict[str, Any]
+) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = sorted(tokenizer.special_tokens.items(), key=lambda entry: entry[1])
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": number, "content": name, **flags} for name, number in special],
+        "pre_tokenizer": pre_tokenizer,
+        "model": model,
+        "decoder": decoder,
+    }

@@ -1,0 +1,121 @@
+"""Tensors on disk as the `transformers` library keeps them: one safetensors file, or shards and their index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minitransformer.errors import UserError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARDS = "model-{number:05}-of-{count:05}.safetensors"
+SHARD_BYTES = 5_000_000_000
+
+
+class Shards(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        if (folder / INDEX).is_file():
+            self._places = read_json(folder / INDEX).get("weight_map", {})
+        elif (folder / WEIGHTS).is_file():
+            self._places = dict.fromkeys(_opened(folder / WEIGHTS).keys(), WEIGHTS)
+        else:
+            raise _no_weights(folder)
+        shards = sorted(set(self._places.values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: download it again")
+        self._files = {shard: _opened(folder / shard) for shard in shards}
+
+    def __getitem__(self, name: str) -> Tensor:
+        shard = self._places[name]
+        try:
+            tensor: Tensor = self._files[shard].get_tensor(name)
+        except SafetensorError:
+            raise UserError(f"{shard} lacks {name}, which {INDEX} places there: download both again") from None
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+class Renamed(Mapping[str, Tensor]):
+    """Tensors under the names of today, with the prefix that files of a headless model leave out."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        bare = bool(prefix) and not any(name.startswith(prefix) for name in tensors)
+        self._tensors = tensors
+        self._names = {_modern((prefix if bare else "") + name): name for name in tensors}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _modern(name: str) -> str:
+    """The first checkpoints called the weights of a norm gamma and beta."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write `tensors` into `folder`: one file, or shards of at most `shard_bytes` and their index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor.cpu()
+        room -= tensor.nbytes
+    count = len(shards)
+    names = [WEIGHTS] if count == 1 else [SHARDS.format(number=i, count=count) for i in range(1, count + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / file, {"format": "pt"})
+    if count > 1:
+        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the file at `path`; raises `UserError` if it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (it holds no JSON object): download it again")
+    return content
+
+
+def _no_weights(folder: Path) -> UserError:
+    pickles = sorted(path.name for ending in ("bin", "pt", "pth") for path in folder.glob(f"*.{ending}"))
+    if pickles:
+        return UserError(
+            f"{folder / pickles[0]} is a pickle, which may run any code when it is opened: "
+            "convert it to safetensors where you trust it"
+        )
+    return UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}: give the folder of a checkpoint")
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no whole safetensors file ({error}): download it again") from None
