@@ -63,14 +63,16 @@ def _wanted(name: str, model: Model) -> bool:
 
 def _first_that_fits(model: Model) -> str:
     refusals = []
-    for name, family in Family.registry.items():
+    candidates = {name: family for name, family in Family.registry.items() if model.name in family.architectures}
+    for name, family in candidates.items():
         try:
             family.hf_config(model.config)
         except UserError as error:
             refusals.append(str(error))
         else:
             return name
-    raise UserError(f"no known format can hold this model; for one, {refusals[0]}")
+    why = f"; for one, {refusals[0]}" if refusals else f": none is for topology {model.name!r}"
+    raise UserError(f"no known format can hold this model{why}")
 
 
 @torch.inference_mode()

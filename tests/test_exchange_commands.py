@@ -1,0 +1,183 @@
+"""`sample` for encoders and encoder-decoders, `import` and `export`: what goes in, what comes out, what is refused."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minitransformer import pretrained
+from minitransformer.commands import sample, train
+from minitransformer.generation.decode import translate
+from minitransformer.generation.fill import fill_masks
+from minitransformer.generation.processors import SamplingConfig
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import Model, build_model
+from minitransformer.runs import Run
+from minitransformer.text.tokenizers import MASK, Bytes
+from minitransformer.training.checkpoint import write_checkpoint
+from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+
+SHAPE = {"d_model": 16, "num_layers": 1, "num_heads": 2, "context_length": 24}
+Call = Callable[..., tuple[int, str, str]]
+
+
+def run_of(path: Path, shake: Any, objective: str, **choices: Any) -> Model:
+    """A run folder of an untrained model with shaken weights."""
+    tokenizer = Bytes().with_special_tokens([MASK])
+    model = shake(build_model(ModelConfig(**{**SHAPE, "vocab_size": tokenizer.vocab_size, **choices}))).eval()
+    config = RunConfig(model.config, DataConfig(tokenizer="bytes"), TrainingConfig(objective=objective))
+    run = Run.create(path, config, tokenizer, tokenizer)
+    write_checkpoint(run.checkpoints, 0, model, {})
+    return model
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    """Runs a command with what is piped in; gives code, output and notes."""
+
+    def called(command: Any, *arguments: str, piped: str | None = None) -> tuple[int, str, str]:
+        (tmp_path / "piped").write_text(piped or "")
+        with (tmp_path / "piped").open(encoding="utf-8") as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            code = command.main(list(arguments))
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return called
+
+
+def test_masks_of_each_line_are_numbered_and_filled(tmp_path: Path, call: Call, shake: Any) -> None:
+    model = run_of(tmp_path / "run", shake, "masked", topology="encoder")
+    code, out, _ = call(sample, str(tmp_path / "run"), piped="a <mask> c\nno[MASK]\n")
+    assert code == 0
+    first, guesses, second, _ = out.splitlines()
+    assert first == "a [1] c"
+    assert second == "no[1]"
+    end, mask = 256, 257
+    [[(token, probability), *_]] = fill_masks(model, [end, *b"a ", mask, *b" c"], mask, vocab_size=258)
+    assert guesses.startswith(
+        f"[1] {bytes([token]).decode(errors='replace') if token < 256 else ''!r} {probability:.0%}"
+    )
+
+
+def test_a_line_without_a_mask_and_one_that_is_too_long_are_refused(tmp_path: Path, call: Call, shake: Any) -> None:
+    run_of(tmp_path / "run", shake, "masked", topology="encoder")
+    code, _, err = call(sample, str(tmp_path / "run"), "--prompt", "nothing hidden")
+    assert (code, err.count("\n")) == (2, 2)
+    assert "there is no mask in 'nothing hidden': write <mask>" in err
+    code, _, err = call(sample, str(tmp_path / "run"), "--prompt", "x" * 30 + "<mask>")
+    assert code == 2
+    assert "a line has 32 tokens, and the model sees 24" in err
+
+
+@pytest.mark.parametrize("topology", ["encoder-decoder", "rnn"])
+def test_lines_are_translated_in_their_order(topology: str, tmp_path: Path, call: Call, shake: Any) -> None:
+    model = run_of(tmp_path / "run", shake, "seq2seq", topology=topology)
+    lines = ["one", "twenty-two", "3"]
+    code, out, _ = call(
+        sample, str(tmp_path / "run"), "--num-beams", "2", "--max-new-tokens", "6", piped="\n".join(lines) + "\n"
+    )
+    assert code == 0
+    sources = [[*line.encode(), 256] for line in lines]
+    expected = translate(
+        model, sources, SamplingConfig(num_beams=2, max_new_tokens=6), start=256, end_of_text=256, vocab_size=258
+    )
+    decoder = Bytes().with_special_tokens([MASK])
+    assert out == "".join(decoder.decode(tokens) + "\n" for [tokens] in expected)
+
+
+def test_several_translations_of_a_line_have_their_rank_before_them(tmp_path: Path, call: Call, shake: Any) -> None:
+    run_of(tmp_path / "run", shake, "seq2seq", topology="encoder-decoder")
+    options = ("--num-beams", "3", "--num-samples", "2", "--max-new-tokens", "4")
+    code, out, _ = call(sample, str(tmp_path / "run"), *options, "--prompt", "one")
+    assert code == 0
+    assert out.startswith("1\t")
+    assert "\n2\t" in out
+
+
+def test_a_line_longer_than_the_context_is_cut_and_said(tmp_path: Path, call: Call, shake: Any) -> None:
+    run_of(tmp_path / "run", shake, "seq2seq", topology="encoder-decoder")
+    code, _, err = call(sample, str(tmp_path / "run"), "--max-new-tokens", "2", "--prompt", "x" * 40)
+    assert code == 0
+    assert "note: a line of 41 tokens is cut to the 24 that the model sees" in err
+
+
+# Import and export
+
+
+export, importing = import_module("minitransformer.commands.export"), import_module("minitransformer.commands.import")
+GPT2 = {"positions": "learned", "bias": True}
+
+
+def test_a_run_is_exported_and_its_copy_checked(tmp_path: Path, call: Call, shake: Any) -> None:
+    model = run_of(tmp_path / "run", shake, "causal", **GPT2)
+    code, out, _ = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
+    assert code == 0
+    assert "format     gpt2" in out
+    assert "logits of the re-opened copy differ by 0.0e+00 at most" in out
+    copy, _ = pretrained.load(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copy.parameters(), strict=True))
+
+
+def test_what_no_format_can_hold_is_refused_and_nothing_written(tmp_path: Path, call: Call, shake: Any) -> None:
+    run_of(tmp_path / "run", shake, "causal", residual="residual")
+    code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
+    assert code == 2
+    assert "residual is 'residual'" in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--format", "lama")
+    assert code == 2
+    assert "did you mean 'llama'" in err
+
+
+def test_a_checkpoint_becomes_a_run_that_samples_trains_and_goes_back(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="the reference implementation is not installed")
+    tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers package is not installed")
+    monkeypatch.setenv("MINITRANSFORMER_DATA", str(tmp_path / "data"))
+    implementation = tokenizers.Tokenizer(tokenizers.models.BPE())
+    implementation.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    implementation.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    implementation.train_from_iterator(["the cat and the dog " * 20], trainer)
+    size = implementation.get_vocab_size()
+    config = transformers.GPT2Config(vocab_size=size, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "public")
+    implementation.save(str(tmp_path / "public" / "tokenizer.json"))
+
+    code, out, err = call(importing, str(tmp_path / "public"), "--out", str(tmp_path / "run"))
+    assert code == 0
+    assert "error" not in err
+    assert f"{size:,} tokens" in out
+    code, out, _ = call(sample, str(tmp_path / "run"), "--prompt", "the cat", "--max-new-tokens", "3")
+    assert code == 0
+    assert out.startswith("the cat")
+    (tmp_path / "text.txt").write_text("the dog and the cat " * 200)
+    code, out, _ = call(
+        train,
+        *("--init-from", str(tmp_path / "run"), "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "tuned")),
+        *("--steps", "2", "--warmup-steps", "0", "--device", "cpu"),
+    )
+    assert code == 0
+    code, out, _ = call(export, str(tmp_path / "tuned"), "--to", str(tmp_path / "back"), "--format", "gpt2")
+    assert code == 0
+    transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back")
+
+
+def test_a_folder_that_is_no_checkpoint_makes_no_run(tmp_path: Path, call: Call) -> None:
+    (tmp_path / "empty").mkdir()
+    code, _, err = call(importing, str(tmp_path / "empty"), "--out", str(tmp_path / "run"))
+    assert code == 2
+    assert "has no config.json" in err
+    assert not (tmp_path / "run").exists()
