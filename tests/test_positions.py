@@ -171,7 +171,7 @@ def test_rotary_turns_by_the_same_angles_in_a_bfloat16_model() -> None:
 
 
 def test_rotary_of_an_odd_head_dim_says_what_to_do() -> None:
-    with pytest.raises(UserError, match="head_dim 5 times rotary_fraction 1.0 is 5: make it even"):
+    with pytest.raises(UserError, match=r"head_dim 5 times rotary_fraction 1.0 is 5: make it even"):
         Rotary(space(head_dim=5))
 
 
