@@ -44,7 +44,7 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}: give the folder of a checkpoint")
     hf = read_json(folder / CONFIG)
-    if "model_type" not in hf:
+    if not isinstance(hf.get("model_type"), str):
         raise UserError(f"{folder / CONFIG} has no model_type: give the folder of a checkpoint")
     family = Family.named(hf["model_type"])
     tensors = Renamed(Shards(folder), family.prefix)

@@ -1,0 +1,185 @@
+"""Configurations of public families: read in every spelling, written back, refused by the field that does not fit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from minitransformer.errors import UserError
+from minitransformer.models.config import PRESETS, ModelConfig
+from minitransformer.pretrained import bert, gpt, llama, seq2seq  # noqa: F401  (each registers its families)
+from minitransformer.pretrained.families import Family
+
+GPT2 = {"vocab_size": 11, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+LLAMA = {
+    "vocab_size": 11,
+    "max_position_embeddings": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+
+
+def read(family: str, **hf: Any) -> ModelConfig:
+    return Family.named(family).model_config(hf)
+
+
+def test_an_unknown_family_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"unknown model_type 'lama': did you mean 'llama'\? known are bert, roberta, "):
+        Family.named("lama")
+
+
+@pytest.mark.parametrize("missing", GPT2)
+def test_a_size_that_a_configuration_does_not_say_is_no_guess(missing: str) -> None:
+    with pytest.raises(UserError, match=f"does not say {missing}, which a checkpoint of gpt2 needs"):
+        read("gpt2", **{name: value for name, value in GPT2.items() if name != missing})
+
+
+def test_a_field_that_only_some_families_read_is_asked_for_too() -> None:
+    with pytest.raises(UserError, match="does not say max_position_embeddings"):
+        read("roberta", vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+
+
+def test_the_rotation_is_read_from_both_spellings() -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0, "original_max_position_embeddings": 99}
+    expected = {
+        "rotary_base": 500.0,
+        "rotary_scaling": "llama3",
+        "rotary_factor": 8.0,
+        "rotary_low_freq_factor": 2.0,
+        "rotary_high_freq_factor": 3.0,
+        "rotary_original_length": 99,
+    }
+    new = read("llama", **LLAMA, rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, **scaling})
+    old = read("llama", **LLAMA, rope_theta=500.0, rope_scaling={"type": "llama3", **scaling})
+    assert new == old == replace(read("llama", **LLAMA), **expected)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rotary_pct": 0.5, "rotary_emb_base": 123},
+        {"partial_rotary_factor": 0.5, "rope_theta": 123},
+        {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 123, "rope_type": "default"}},
+    ],
+    ids=str,
+)
+def test_the_share_of_a_head_that_turns_is_read_from_all_spellings(spelling: dict[str, Any]) -> None:
+    config = read("gpt_neox", **LLAMA, **spelling)
+    assert (config.rotary_fraction, config.rotary_base) == (0.5, 123.0)
+
+
+def test_a_rotation_that_we_do_not_have_is_refused() -> None:
+    with pytest.raises(UserError, match=r"rope_type is 'yarn' in config\.json: known are default, linear and llama3"):
+        read("llama", **LLAMA, rope_scaling={"rope_type": "yarn", "factor": 4.0})
+
+
+def test_defaults_are_those_of_the_family() -> None:
+    assert read("gpt_neox", **LLAMA).rotary_fraction == 0.25
+    assert read("qwen3", **LLAMA).head_dim == 128
+    assert read("gpt2", **GPT2).tied_embeddings
+    assert not read("llama", **LLAMA).tied_embeddings
+    assert read("bert", **LLAMA).norm_eps == 1e-12
+
+
+@pytest.mark.parametrize(
+    ("family", "older", "newer"),
+    [
+        ("bloom", {"n_embed": 32, "num_attention_heads": 4, "n_layer": 2}, {"hidden_size": 32, "n_head": 4}),
+        (
+            "falcon",
+            {"n_embed": 32, "n_layer": 2, "n_head": 4},
+            {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        ),
+    ],
+)
+def test_older_names_of_fields_are_read(family: str, older: dict[str, int], newer: dict[str, int]) -> None:
+    assert read(family, vocab_size=11, **older) == read(family, vocab_size=11, **{"n_layer": 2, **newer})
+
+
+def test_the_fast_gelu_is_the_one_with_tanh() -> None:
+    assert read("gpt_neox", **LLAMA, hidden_act="gelu_fast").feedforward == "gelu-tanh"
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value", "message"),
+    [
+        (
+            "gpt2",
+            "activation_function",
+            "mish",
+            "activation_function is 'mish' in config.json: known for gpt2 are 'relu'",
+        ),
+        ("gpt2", "scale_attn_by_inverse_layer_idx", True, "only False can be loaded for gpt2"),
+        ("bert", "position_embedding_type", "relative_key", "only 'absolute' can be loaded for bert"),
+        ("falcon", "alibi", True, "alibi is True in config.json: only False can be loaded for falcon"),
+    ],
+)
+def test_a_member_that_we_do_not_cover_is_refused_by_the_field(
+    family: str, field: str, value: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read(family, **{**GPT2, **LLAMA, field: value})
+
+
+@pytest.mark.parametrize("head_dim", range(2, 130))
+def test_gptj_turns_as_many_features_as_its_configuration_says(head_dim: int) -> None:
+    for turned in range(2, head_dim + 1, 2):
+        config = read("gptj", **{**GPT2, "n_embd": 2 * head_dim, "n_head": 2}, rotary_dim=turned)
+        assert int(config.features_per_head * config.rotary_fraction) == turned
+        assert Family.named("gptj").hf_config(config)["rotary_dim"] == turned
+
+
+def test_classes_are_counted_by_their_names() -> None:
+    hf = {**LLAMA, "architectures": ["BertForSequenceClassification"]}
+    assert read("bert", **hf).num_classes == 2
+    assert read("bert", **hf, id2label={"0": "a", "1": "b", "2": "c"}).num_classes == 3
+    written = Family.named("bert").hf_config(read("bert", **hf, num_labels=4))
+    assert written["id2label"] == {str(i): f"LABEL_{i}" for i in range(4)}
+    assert written["architectures"] == ["BertForSequenceClassification"]
+
+
+GPT2_CONFIG = replace(PRESETS["gpt2-124m"], d_model=32, num_heads=4, num_layers=2, vocab_size=11)
+REFUSALS: list[tuple[str, dict[str, Any], str]] = [
+    ("gpt2", {"residual": "post"}, "residual is 'post', and gpt2 can only hold 'pre'"),
+    ("gpt2", {"positions": "rotary"}, "positions is 'rotary', and gpt2 can only hold 'learned'"),
+    ("gpt2", {"bias": False}, "bias is False, and gpt2 can only hold True"),
+    ("gpt2", {"norm": "rms"}, "norm is 'rms', and gpt2 can only hold 'layer'"),
+    ("gpt2", {"num_kv_heads": 2}, "num_kv_heads is 2, and gpt2 can only hold 4"),
+    ("gpt2", {"head_dim": 10}, "head_dim is 10, and gpt2 can only hold 8"),
+    ("gpt2", {"attention_softcap": 3.0}, "attention_softcap is 3.0, and gpt2 can only hold None"),
+    ("gpt2", {"feedforward": "swiglu"}, "feedforward is 'swiglu', and gpt2 can only hold 'relu' or 'gelu'"),
+    ("gpt2", {"qkv_bias": False}, "qkv_bias is False, and gpt2 can only hold True"),
+    ("gpt2", {"topology": "encoder"}, "topology is 'encoder', and gpt2 can only hold 'decoder'"),
+    ("opt", {"norm_eps": 1e-6}, "norm_eps is 1e-06, and opt can only hold 1e-05"),
+]
+
+
+@pytest.mark.parametrize(("family", "choices", "message"), REFUSALS, ids=[message for *_, message in REFUSALS])
+def test_a_choice_that_a_family_cannot_hold_is_named(family: str, choices: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Family.named(family).hf_config(replace(GPT2_CONFIG, **choices))
+
+
+def test_what_makes_no_difference_is_no_hindrance() -> None:
+    same = replace(GPT2_CONFIG, dropout=0.5, init="xavier", attention_kernel="by-hand", rotary_base=3.0, t5_buckets=8)
+    assert Family.named("gpt2").hf_config(same) == Family.named("gpt2").hf_config(GPT2_CONFIG)
+
+
+def test_the_scale_of_attention_survives_as_gemma_writes_it() -> None:
+    gemma = read("gemma2", **LLAMA, query_pre_attn_scalar=12)
+    assert gemma.attention_scale == 12**-0.5
+    assert Family.named("gemma2").hf_config(gemma)["query_pre_attn_scalar"] == 12
+    unset = replace(gemma, attention_scale=None)
+    assert math.isclose(Family.named("gemma2").hf_config(unset)["query_pre_attn_scalar"], unset.features_per_head)
+
+
+def test_sides_of_different_sizes_are_refused() -> None:
+    bart = {"vocab_size": 11, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 9}
+    sizes = {"encoder_attention_heads": 2, "decoder_attention_heads": 4, "encoder_ffn_dim": 8}
+    with pytest.raises(UserError, match="encoder_attention_heads is 2 and decoder_attention_heads 4"):
+        read("bart", **bart, **sizes)

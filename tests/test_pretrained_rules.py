@@ -1,0 +1,190 @@
+"""Tables of rules: every transform comes back, and whatever stands against a bijection is reported together."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from minitransformer.errors import UserError
+from minitransformer.models.config import ModelConfig
+from minitransformer.pretrained.rules import (
+    SAME,
+    GroupedHeads,
+    InterleavedPairs,
+    Reversed,
+    Row,
+    Rule,
+    Transform,
+    Transposed,
+    TransposedThirds,
+    WithoutFirst,
+    load_weights,
+    save_weights,
+)
+
+CONFIG = ModelConfig(d_model=8, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=5, rotary_fraction=0.5)
+# Each transform, and the shape of a tensor in a file that it takes.
+TRANSFORMS: list[tuple[Transform, list[int]]] = [
+    (SAME, [3, 4]),
+    (Transposed(), [3, 4]),
+    (Transposed(), [3]),
+    (TransposedThirds(), [3, 12]),
+    (TransposedThirds(), [12]),
+    (GroupedHeads(), [16, 3]),
+    (GroupedHeads(), [16]),
+    (InterleavedPairs(), [8, 3]),
+    (InterleavedPairs(), [8]),
+    (Row(), [1, 4]),
+    (Reversed(), [2, 3]),
+]
+
+
+@pytest.mark.parametrize(("transform", "shape"), TRANSFORMS, ids=str)
+def test_what_is_loaded_is_saved_as_it_was(transform: Transform, shape: list[int]) -> None:
+    tensor = torch.randn(shape)
+    assert torch.equal(transform.save(transform.load(tensor, CONFIG), CONFIG), tensor)
+
+
+def test_rows_that_stand_for_no_position_come_back_as_zeros() -> None:
+    table = torch.randn(6, 3)
+    (kept,) = WithoutFirst(2).load(table, CONFIG)
+    assert torch.equal(kept, table[2:])
+    assert torch.equal(WithoutFirst(2).save((kept,), CONFIG), torch.cat([torch.zeros(2, 3), table[2:]]))
+
+
+@given(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2]), st.sampled_from([2, 4]))
+def test_grouped_heads_are_the_query_heads_of_a_group_then_its_key_then_its_value(
+    groups: int, queries: int, head_dim: int
+) -> None:
+    config = ModelConfig(num_heads=groups * queries, num_kv_heads=groups, head_dim=head_dim)
+    names = [f"{g}{kind}" for g in range(groups) for kind in [*(f"q{i}" for i in range(queries)), "k", "v"]]
+    numbers = torch.arange(len(names)).repeat_interleave(head_dim)
+    for part, kind in zip(GroupedHeads().load(numbers, config), "qkv", strict=True):
+        heads = part.view(-1, head_dim)
+        assert torch.equal(heads, heads[:, :1].expand_as(heads))
+        assert [names[i] for i in heads[:, 0]] == [name for name in names if kind in name]
+
+
+def test_interleaved_pairs_become_halves_of_what_is_turned_and_the_rest_stays() -> None:
+    config = ModelConfig(d_model=16, num_heads=2, rotary_fraction=0.5)
+    (rows,) = InterleavedPairs().load(torch.arange(16), config)
+    assert rows.tolist() == [0, 2, 1, 3, 4, 5, 6, 7, 8, 10, 9, 11, 12, 13, 14, 15]
+
+
+class Small(nn.Module):
+    """An embedding, two layers without biases, and a head that is tied to the embedding or not."""
+
+    def __init__(self, *, tied: bool = True) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(2))
+        self.head = nn.Linear(8, 5)
+        if tied:
+            self.head.weight = self.table.weight
+
+
+RULES = (
+    Rule("wte", "table"),
+    Rule("h.{layer}.fc", "layers.{layer}", Transposed()),
+    Rule("logits_bias", "head.bias", Row(), tensors=True, optional=True),
+    Rule("lm_head", "head"),
+    Rule("nothing", "no.such.module"),
+)
+IGNORED = (r"\.mask$",)
+
+
+def tensors(**others: Tensor | None) -> dict[str, Tensor]:
+    named = {"wte.weight": torch.randn(5, 8), **{f"h.{i}.fc.weight": torch.randn(8, 8) for i in range(2)}}
+    named["logits_bias"] = torch.randn(1, 5)
+    named |= {name.replace("__", "."): tensor for name, tensor in others.items()}  # type: ignore[misc]
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def load(model: nn.Module, file: dict[str, Tensor]) -> None:
+    load_weights(model, CONFIG, file, RULES, IGNORED)
+
+
+def test_every_weight_is_filled_from_its_tensor_and_saved_under_its_name() -> None:
+    model, file = Small(), tensors()
+    load(model, file)
+    assert torch.equal(model.layers[1].weight, file["h.1.fc.weight"].T)
+    saved = save_weights(model, CONFIG, RULES)
+    assert saved.keys() == file.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in file.items())
+
+
+def test_an_untied_head_is_a_tensor_of_its_own() -> None:
+    model, file = Small(tied=False), tensors(lm_head__weight=torch.randn(5, 8))
+    load(model, file)
+    assert torch.equal(model.head.weight, file["lm_head.weight"])
+    assert save_weights(model, CONFIG, RULES).keys() == file.keys()
+
+
+def test_a_copy_of_a_tied_tensor_may_be_there_if_it_is_the_same() -> None:
+    file = tensors()
+    load(Small(), {**file, "lm_head.weight": file["wte.weight"]})
+    with pytest.raises(UserError, match=r"lm_head\.weight is not the same as what it is tied to"):
+        load(Small(), {**file, "lm_head.weight": file["wte.weight"] + 1})
+
+
+def test_an_optional_tensor_that_is_absent_means_zeros() -> None:
+    model = Small()
+    nn.init.ones_(model.head.bias)
+    load(model, tensors(logits_bias=None))
+    assert not model.head.bias.any()
+
+
+def test_half_precision_becomes_that_of_the_model() -> None:
+    model, file = Small(), {name: tensor.bfloat16() for name, tensor in tensors().items()}
+    load(model, {**file, "lm_head.weight": file["wte.weight"]})
+    assert model.table.weight.dtype == torch.float32
+    assert torch.equal(model.table.weight, file["wte.weight"].float())
+
+
+PROBLEMS: list[tuple[dict[str, Any], str]] = [
+    ({"wte__weight": None}, "wte.weight is missing"),
+    ({"extra__weight": torch.ones(1)}, "extra.weight is not expected"),
+    ({"wte__weight": torch.ones(6, 8)}, "wte.weight has the shape [6, 8] where [5, 8] is needed"),
+    ({"h__0__fc__bias": torch.ones(8)}, "h.0.fc.bias is not expected"),
+    ({"h__1__fc__weight": torch.ones(8, 4)}, "h.1.fc.weight has the shape [4, 8] where [8, 8] is needed"),
+]
+
+
+@pytest.mark.parametrize(("others", "message"), PROBLEMS, ids=[message for _, message in PROBLEMS])
+def test_what_stands_against_a_bijection_is_said(others: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(Small(), tensors(**others))
+
+
+def test_all_that_is_wrong_is_reported_together_and_once_for_all_layers() -> None:
+    both = {f"h__{i}__fc__weight": None for i in range(2)}
+    with pytest.raises(UserError) as caught:
+        load(Small(), tensors(**both, extra=torch.ones(1), wte__weight=torch.ones(2, 8)))
+    assert str(caught.value) == (
+        "the tensors do not fit config.json (wte.weight has the shape [2, 8] where [5, 8] is needed; "
+        "h.0.fc.weight is missing (and 1 more like it); extra is not expected): "
+        "look whether both are of the same model"
+    )
+
+
+def test_a_weight_that_no_rule_fills_is_reported_in_both_directions() -> None:
+    with pytest.raises(UserError, match=r"nothing fills layers\.0\.weight \(and 1 more like it\)"):
+        load_weights(Small(), CONFIG, {"wte.weight": torch.ones(5, 8)}, [RULES[0], RULES[2]], [])
+    with pytest.raises(UserError, match=r"no place for layers\.0\.weight, layers\.1\.weight"):
+        save_weights(Small(), CONFIG, [RULES[0], RULES[2]])
+
+
+def test_a_tensor_that_cannot_be_divided_is_reported() -> None:
+    fused = Rule("qkv", ("layers.0", "layers.1", "head"), TransposedThirds())
+    with pytest.raises(UserError, match=re.escape("qkv.weight has the shape [8, 7], which does not divide into")):
+        load_weights(Small(), CONFIG, {"qkv.weight": torch.ones(8, 7)}, [fused], [])
+
+
+def test_what_is_declared_as_ignored_may_be_left_over() -> None:
+    load(Small(), tensors(h__0__mask=torch.ones(3)))
