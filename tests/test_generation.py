@@ -19,7 +19,7 @@ from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
-from minitransformer.generation.decode import draw, generate, sample_text, uniform_draws
+from minitransformer.generation.decode import draw, generate, uniform_draws
 from minitransformer.generation.processors import (
     MinP,
     RepetitionPenalty,
@@ -30,6 +30,7 @@ from minitransformer.generation.processors import (
 )
 from minitransformer.generation.readers import CachedReader, window_length
 from minitransformer.generation.recording import Recorded, for_single_rows
+from minitransformer.generation.samples import sample_of
 from minitransformer.generation.streaming import TextStream, stream_text
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.tokenizers import Tokenizer
@@ -491,5 +492,9 @@ def test_a_text_stream_ends_when_every_sample_has_met_its_stop(tiny_decoder: Mak
 
 def test_a_sample_of_a_model_in_training_is_text_and_repeats(tiny_decoder: MakeDecoder, byte_tokenizer: Any) -> None:
     model = tiny_decoder(vocab_size=257, dropout=0.1).train()
-    assert sample_text(model, byte_tokenizer, 20) == sample_text(model, byte_tokenizer, 20) != ""
+    assert (
+        sample_of(model, byte_tokenizer, byte_tokenizer, [], 20)
+        == sample_of(model, byte_tokenizer, byte_tokenizer, [], 20)
+        != ""
+    )
     assert model.training

@@ -38,6 +38,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"topology": "encoder-classifier"},
         "topology is 'encoder-classifier' and num_classes None: an encoder-classifier, and no other, has classes",
     ),
+    (
+        {"next_sentence": True},
+        "next_sentence tells two segments apart, and num_segments is None: make it 2",
+    ),
+    (
+        {"head": "transformed", "embedding_dim": 8},
+        "head is 'transformed' and embedding_dim 8: only one may precede the logits",
+    ),
     ({"window_pattern": ()}, "window_pattern is empty: say for at least one layer whether it has the window"),
 ]
 

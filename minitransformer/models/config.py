@@ -168,6 +168,14 @@ class ModelConfig:
                 f"topology is {self.topology!r} and num_classes {self.num_classes}: "
                 "an encoder-classifier, and no other, has classes"
             )
+        if self.next_sentence and (self.num_segments or 0) < 2:
+            raise UserError(
+                f"next_sentence tells two segments apart, and num_segments is {self.num_segments}: make it 2"
+            )
+        if self.head == "transformed" and self.embedding_dim is not None:
+            raise UserError(
+                f"head is 'transformed' and embedding_dim {self.embedding_dim}: only one may precede the logits"
+            )
         if not self.window_pattern:
             raise UserError("window_pattern is empty: say for at least one layer whether it has the window")
         for family, name in (

@@ -85,6 +85,10 @@ def _generated(config: RunConfig, tokenizers: Sequence[Tokenizer]) -> Prepared:
     refuse_other_files(config.data)
     if not tokenizers and config.data.tokenizer != "bytes":
         raise UserError(f"{config.data.data} makes pairs up as bytes, not {config.data.tokenizer}: --tokenizer bytes")
+    if config.data.separate_vocabularies:
+        raise UserError(
+            f"{config.data.data} has one vocabulary, bytes, for both sides: leave --separate-vocabularies out"
+        )
     return generate_pairs(
         config.data.data, tokenizers[0] if tokenizers else None, context_length=config.model.context_length
     )
