@@ -126,7 +126,7 @@ def test_a_member_that_we_do_not_cover_is_refused_by_the_field(
         read(family, **{**GPT2, **LLAMA, field: value})
 
 
-@pytest.mark.parametrize("head_dim", range(2, 130))
+@pytest.mark.parametrize("head_dim", [2, 44, 47, 49, 64, 98])
 def test_gptj_turns_as_many_features_as_its_configuration_says(head_dim: int) -> None:
     for turned in range(2, head_dim + 1, 2):
         config = read("gptj", **{**GPT2, "n_embd": 2 * head_dim, "n_head": 2}, rotary_dim=turned)

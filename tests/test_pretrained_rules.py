@@ -45,7 +45,9 @@ TRANSFORMS: list[tuple[Transform, list[int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("transform", "shape"), TRANSFORMS, ids=str)
+@pytest.mark.parametrize(
+    ("transform", "shape"), TRANSFORMS, ids=[f"{type(transform).__name__} {shape}" for transform, shape in TRANSFORMS]
+)
 def test_what_is_loaded_is_saved_as_it_was(transform: Transform, shape: list[int]) -> None:
     tensor = torch.randn(shape)
     assert torch.equal(transform.save(transform.load(tensor, CONFIG), CONFIG), tensor)

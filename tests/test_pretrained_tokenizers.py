@@ -1,0 +1,316 @@
+"""Tokenizers of public checkpoints against the `tokenizers` package: read through tiktoken, run, and written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minitransformer.errors import UserError
+from minitransformer.generation.streaming import TextStream
+from minitransformer.pretrained.tokenizers import (
+    SPLITS,
+    PublicTokenizer,
+    characters_of_bytes,
+    described,
+    load_tokenizer,
+    save_tokenizer,
+)
+from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Bytes, Characters, Tokenizer
+
+library = pytest.importorskip("tokenizers")
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
+
+PROSE = [
+    "The quick brown fox jumps over the lazy dog, doesn't it?  She'll say I've 12345 reasons.\n\n\tIndented text",
+    "def f(x):\n    return x + 1  # naïve café, Größe, 東京, 🦊🦊 and ﬁligree\r\n",
+    "Sphinx of black quartz, judge my vow. THE END. The end of the theory then there",
+] * 4
+LLAMA3 = next(iter(SPLITS))
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def trained(model: Any, trainer: Any, **parts: Any) -> Any:
+    tokenizer = library.Tokenizer(model)
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    tokenizer.train_from_iterator(PROSE, trainer)
+    return tokenizer
+
+
+def byte_level(pre_tokenizer: Any, special: str = "<|endoftext|>", **parts: Any) -> Any:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    parts = {"pre_tokenizer": pre_tokenizer, "decoder": decoders.ByteLevel(), **parts}
+    tokenizer = trained(models.BPE(), trainer, **parts)
+    tokenizer.add_special_tokens([special, "<|other|>"])
+    return tokenizer
+
+
+def like_gpt2() -> Any:
+    return byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
+
+
+def like_llama3() -> Any:
+    steps = [
+        pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    begin = processors.TemplateProcessing(single="<|other|> $A", special_tokens=[("<|other|>", 601)])
+    return byte_level(pre_tokenizers.Sequence(steps), "<|end_of_text|>", post_processor=begin)
+
+
+def like_qwen2() -> Any:
+    return byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), normalizer=normalizers.NFC())
+
+
+def like_bert() -> Any:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = trained(
+        models.WordPiece(unk_token="[UNK]"),
+        trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False),
+        normalizer=normalizers.BertNormalizer(lowercase=True),
+        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
+        decoder=decoders.WordPiece(),
+    )
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    return tokenizer
+
+
+def like_t5() -> Any:
+    special = ["<pad>", "</s>", "<unk>"]
+    tokenizer = trained(
+        models.Unigram(),
+        trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False),
+        pre_tokenizer=pre_tokenizers.Metaspace(),
+        decoder=decoders.Metaspace(),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer
+
+
+def like_llama2() -> Any:
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer = trained(
+        models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True),
+        trainers.BpeTrainer(vocab_size=400, special_tokens=[*special, *fallback], show_progress=False),
+        normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        decoder=decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        ),
+    )
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in special]
+    return library.Tokenizer.from_str(json.dumps(content))
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    kind.__name__: kind for kind in (like_gpt2, like_llama3, like_qwen2, like_bert, like_t5, like_llama2)
+}
+ENDS = {"like_gpt2": "<|endoftext|>", "like_llama3": "<|end_of_text|>", "like_qwen2": "<|endoftext|>"}
+ENDS |= {"like_bert": "[SEP]", "like_t5": "</s>", "like_llama2": "</s>"}
+TEXTS = [*PROSE[:3], "", " ", "  \n\n \t x", "'S 'll 1234567", "unseen: ψ Ж 𝄞 é e\u0301", "<|other|> [MASK] </s> text"]
+
+
+@pytest.fixture(scope="module")
+def public() -> dict[str, Any]:
+    return {name: make() for name, make in KINDS.items()}
+
+
+def saved(implementation: Any, folder: Path, **settings: Any) -> Path:
+    implementation.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(public: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    loaded = {name: load_tokenizer(saved(one, tmp_path_factory.mktemp(name))) for name, one in public.items()}
+    return {name: tokenizer for name, tokenizer in loaded.items() if tokenizer is not None}
+
+
+def as_text(implementation: Any, text: str) -> list[int]:
+    """What the package makes of a text without truncation, padding, and special tokens inside or around it."""
+    plain = library.Tokenizer.from_str(implementation.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    plain.encode_special_tokens = True
+    ids: list[int] = plain.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+# Enough repetition for merges, and every class of characters that splits tell apart.
+CHARACTERS = st.sampled_from("abcdehinorst THE'lv 0123456789\n\r\t,.!é東🦊ſ<|>")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@every_kind
+def test_text_is_encoded_as_by_the_package(
+    kind: str, text: str, public: dict[str, Any], ours: dict[str, Tokenizer]
+) -> None:
+    assert ours[kind].encode(text) == as_text(public[kind], text)
+
+
+@settings(max_examples=100)
+@given(text=st.text(CHARACTERS, max_size=40))
+def test_byte_level_bpe_is_the_packages(public: dict[str, Any], ours: dict[str, Tokenizer], text: str) -> None:
+    for kind in ("like_gpt2", "like_llama3"):
+        assert ours[kind].encode(text) == as_text(public[kind], text)
+        assert ours[kind].decode(ours[kind].encode(text)) == text
+
+
+def test_what_tiktoken_can_run_it_runs(ours: dict[str, Tokenizer]) -> None:
+    assert {kind: type(tokenizer) for kind, tokenizer in ours.items()} == {
+        "like_gpt2": BPE,
+        "like_llama3": BPE,
+        "like_qwen2": PublicTokenizer,
+        "like_bert": PublicTokenizer,
+        "like_t5": PublicTokenizer,
+        "like_llama2": PublicTokenizer,
+    }
+    assert ours["like_llama3"].pattern == GPT4_SPLIT  # type: ignore[attr-defined]
+
+
+@every_kind
+def test_the_end_of_a_text_is_known(kind: str, public: dict[str, Any], ours: dict[str, Tokenizer]) -> None:
+    assert ours[kind].end_of_text == public[kind].token_to_id(ENDS[kind])
+    assert ours[kind].vocab_size == public[kind].get_vocab_size()
+    assert ours[kind].token_bytes(ours[kind].end_of_text) == b""
+
+
+@every_kind
+def test_a_tokenizer_travels_in_a_run(kind: str, ours: dict[str, Tokenizer], tmp_path: Path) -> None:
+    ours[kind].save(tmp_path / "tokenizer.json")
+    again = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert again.fingerprint == ours[kind].fingerprint
+    assert [again.encode(text) for text in TEXTS] == [ours[kind].encode(text) for text in TEXTS]
+    assert (again.end_of_text, again.special_tokens) == (ours[kind].end_of_text, ours[kind].special_tokens)
+
+
+@every_kind
+def test_the_stream_of_tokens_is_their_text(kind: str, ours: dict[str, Tokenizer]) -> None:
+    text = "the lazy dog judge my vow then there"
+    ids = ours[kind].encode(text)
+    stream = TextStream()
+    streamed = "".join(stream.feed(ours[kind].token_bytes(token)) for token in ids) + stream.finish()
+    assert streamed.lstrip() == ours[kind].decode(ids) == text
+    assert len(ours[kind].pieces) == ours[kind].vocab_size
+
+
+def test_bytes_that_fall_back_are_bytes(ours: dict[str, Tokenizer]) -> None:
+    tokenizer = ours["like_llama2"]
+    assert tokenizer.decode_bytes(tokenizer.encode("ψ")) == " ψ".encode()
+
+
+@every_kind
+def test_special_tokens_can_be_added(kind: str, ours: dict[str, Tokenizer]) -> None:
+    more = ours[kind].with_special_tokens(["<|new|>", ENDS[kind]])
+    assert more.special_tokens["<|new|>"] == ours[kind].vocab_size
+    again = Tokenizer.from_json(more.to_json())
+    assert again.special_tokens == more.special_tokens
+    assert again.vocab_size == more.vocab_size
+    assert more.encode(PROSE[0]) == ours[kind].encode(PROSE[0])
+
+
+@pytest.mark.parametrize("named", ["<|other|>", {"content": "<|other|>", "special": True}], ids=type)
+def test_the_settings_say_what_ends_a_text(named: Any, public: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(saved(public["like_gpt2"], tmp_path, eos_token=named))
+    assert tokenizer is not None
+    assert tokenizer.end_of_text == public["like_gpt2"].token_to_id("<|other|>")
+
+
+def test_a_tokenizer_that_ends_no_text_is_refused(tmp_path: Path) -> None:
+    implementation = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), special="<|start|>")
+    with pytest.raises(UserError, match=r"names no token that ends a text: give its eos_token in tokenizer_config"):
+        load_tokenizer(saved(implementation, tmp_path))
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
+    assert load_tokenizer(tmp_path) is None
+
+
+def test_half_a_surrogate_pair_is_refused(ours: dict[str, Tokenizer]) -> None:
+    with pytest.raises(UserError, match="half a surrogate pair"):
+        ours["like_bert"].encode("a \ud800 b")
+
+
+def test_a_public_tokenizer_takes_a_package(ours: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    content = ours["like_bert"].to_json()
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match=r"takes the tokenizers package: pip install minitransformer\[hub\]"):
+        Tokenizer.from_json(content)
+
+
+def test_a_public_tokenizer_is_not_fitted() -> None:
+    with pytest.raises(UserError, match="comes with it: choose bpe, bytes or chars"):
+        PublicTokenizer.fit(lambda: iter(PROSE))
+
+
+def test_every_byte_has_a_character_of_its_own() -> None:
+    assert sorted(characters_of_bytes().values()) == list(range(256))
+    assert {byte: character for character, byte in characters_of_bytes().items()}[ord(" ")] == "Ġ"
+
+
+OWN: dict[str, Callable[[], Tokenizer]] = {
+    "bpe": lambda: BPE.train(iter(PROSE), 400),
+    "gpt2's split": lambda: BPE(BPE.train(iter(PROSE), 400).ranks, pattern=GPT2),
+    "bytes": Bytes,
+    "chars": lambda: Characters.fit(lambda: iter(PROSE)),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_is_written_encodes_alike_in_the_package_and_in_ours(name: str, tmp_path: Path) -> None:
+    tokenizer = OWN[name]()
+    save_tokenizer(tokenizer, tmp_path)
+    package = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    again = load_tokenizer(tmp_path)
+    assert again is not None
+    assert (again.end_of_text, again.vocab_size) == (tokenizer.end_of_text, tokenizer.vocab_size)
+    for text in PROSE if name == "chars" else TEXTS:
+        ids = tokenizer.encode(text)
+        assert as_text(package, text) == again.encode(text) == ids
+        assert package.decode(ids) == again.decode(ids) == text
+
+
+@pytest.fixture(scope="module")
+def written() -> tuple[Tokenizer, Any]:
+    tokenizer = OWN["bpe"]()
+    return tokenizer, library.Tokenizer.from_str(json.dumps(described(tokenizer)))
+
+
+@settings(max_examples=100)
+@given(text=st.text(CHARACTERS, max_size=40))
+def test_written_bpe_is_the_same_for_every_text(written: tuple[Tokenizer, Any], text: str) -> None:
+    tokenizer, package = written
+    assert as_text(package, text) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("kind", ["like_bert", "like_t5", "like_llama2"])
+def test_a_public_tokenizer_is_written_as_it_came(kind: str, ours: dict[str, Tokenizer], tmp_path: Path) -> None:
+    save_tokenizer(ours[kind], tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again is not None
+    assert [again.encode(text) for text in TEXTS] == [ours[kind].encode(text) for text in TEXTS]
+    assert again.end_of_text == ours[kind].end_of_text
+
+
+@pytest.mark.slow
+def test_transformers_opens_what_is_written(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = OWN["bpe"]()
+    save_tokenizer(tokenizer, tmp_path)
+    opened = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert opened(PROSE[0])["input_ids"] == tokenizer.encode(PROSE[0])
+    assert opened.eos_token == END_OF_TEXT
+    assert opened.decode(tokenizer.encode(PROSE[1])) == PROSE[1]
