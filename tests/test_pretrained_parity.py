@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minitransformer import pretrained
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.models.encoder import EncoderClassifier
+from minitransformer.models.encoder import EncoderClassifier, EncoderLM
 from minitransformer.models.encoder_decoder import EncoderDecoder
 from minitransformer.models.model import Model
 from minitransformer.pretrained.families import Family
@@ -96,6 +96,7 @@ MEMBERS: dict[str, Member] = {
         "T5ForConditionalGeneration",
         {**T5, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 10},
     ),
+    "t5 of equal sides": Member("T5ForConditionalGeneration", {**T5, "num_decoder_layers": 2}),
     "t5 1.1": Member(
         "T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     ),
@@ -321,6 +322,18 @@ def test_a_saved_file_has_the_tensors_that_the_reference_keeps(name: str, folder
     for key, tensor in saved.items():
         rows = slice(len(tensor) - ours.config.context_length, None) if "position" in key else slice(None)
         assert torch.equal(tensor[rows], kept[key][rows]), key
+
+
+@torch.inference_mode()
+def test_whether_a_sentence_follows_is_what_the_reference_says(folder: Path) -> None:
+    theirs, path = public("bert with both heads", folder)
+    ours, _ = pretrained.load(path)
+    assert isinstance(ours, EncoderLM)
+    assert ours.next_sentence is not None
+    tokens, segments = torch.randint(4, VOCABULARY, (3, LENGTH)), torch.arange(LENGTH)[None].expand(3, -1) // 5 % 2
+    expected = theirs(input_ids=tokens, token_type_ids=segments).seq_relationship_logits
+    follows = ours.next_sentence(ours.hidden_states(tokens, segments=segments))[:, 1]
+    assert error(follows, expected[:, 0]) <= FLOAT32  # their first class, our second
 
 
 def test_every_family_has_a_member(transformers: Any) -> None:

@@ -181,6 +181,50 @@ def test_what_tiktoken_can_run_it_runs(ours: dict[str, Tokenizer]) -> None:
     assert ours["like_llama3"].pattern == GPT4_SPLIT  # type: ignore[attr-defined]
 
 
+def with_ids_shuffled(content: dict[str, Any]) -> None:
+    tokens = sorted(content["model"]["vocab"])
+    content["model"]["vocab"] = {token: number for number, token in enumerate(tokens)}
+
+
+def without_a_merge(content: dict[str, Any]) -> None:
+    del content["model"]["merges"][-1]
+
+
+def with_a_prefix_space(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def without_spaces(content: dict[str, Any]) -> None:
+    split = {"type": "Split", "pattern": {"Regex": " "}, "behavior": "Removed", "invert": False}
+    levels = {**content["pre_tokenizer"], "use_regex": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, levels]}
+
+
+def with_a_fixed_split(content: dict[str, Any]) -> None:
+    without_spaces(content)
+    content["pre_tokenizer"]["pretokenizers"][0] |= {"pattern": {"String": "."}, "behavior": "Isolated"}
+
+
+@pytest.mark.parametrize(
+    "change", [with_ids_shuffled, without_a_merge, with_a_prefix_space, without_spaces, with_a_fixed_split]
+)
+def test_what_tiktoken_would_encode_differently_the_package_runs(
+    change: Callable[[dict[str, Any]], None], public: dict[str, Any], tmp_path: Path
+) -> None:
+    content = json.loads(public["like_gpt2"].to_str())
+    change(content)
+    changed = library.Tokenizer.from_str(json.dumps(content))
+    tokenizer = load_tokenizer(saved(changed, tmp_path))
+    assert isinstance(tokenizer, PublicTokenizer)
+    assert [tokenizer.encode(text) for text in TEXTS] == [as_text(changed, text) for text in TEXTS]
+
+
+def test_a_word_that_no_merge_makes_is_found_whole() -> None:
+    tokenizer = BPE([*(bytes([value]) for value in range(256)), b"abc"])
+    package = library.Tokenizer.from_str(json.dumps(described(tokenizer)))
+    assert as_text(package, "abc") == tokenizer.encode("abc") == [256]
+
+
 @every_kind
 def test_the_end_of_a_text_is_known(kind: str, public: dict[str, Any], ours: dict[str, Tokenizer]) -> None:
     assert ours[kind].end_of_text == public[kind].token_to_id(ENDS[kind])
