@@ -81,10 +81,14 @@ def byte_level_ranks(content: dict[str, Any]) -> list[bytes] | None:
 
 
 def _in_order(model: dict[str, Any], vocab: dict[str, int]) -> bool:
-    """Whether merges make their tokens in the order of the tokens' ids, as tiktoken takes for granted."""
+    """Whether merges make their tokens in the order of the tokens' ids, and all of them, as tiktoken takes for granted.
+
+    Tokens that no merge makes are found as whole words, if the file says so.
+    """
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     made = [vocab.get(first + second, -1) for first, second in pairs]
-    return -1 not in made and made == sorted(made)
+    longer = {number for token, number in vocab.items() if len(token) > 1}
+    return -1 not in made and made == sorted(made) and (model.get("ignore_merges", False) or longer == set(made))
 
 
 def split_pattern(content: dict[str, Any]) -> str | None:
