@@ -17,6 +17,7 @@ import torch
 from minitransformer import files
 from minitransformer.errors import UserError
 from minitransformer.models.model import Model, build_model
+from minitransformer.pretrained.tokenizers import PublicTokenizer  # noqa: F401  (which a run may have: it registers)
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import choose_checkpoint, load_model_weights
 from minitransformer.training.config import RunConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -181,3 +182,35 @@ def test_a_folder_that_is_no_checkpoint_makes_no_run(tmp_path: Path, call: Call)
     assert code == 2
     assert "has no config.json" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_keeps_a_tokenizer_that_only_the_package_can_run(tmp_path: Path, call: Call) -> None:
+    transformers = pytest.importorskip("transformers", reason="the reference implementation is not installed")
+    tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers package is not installed")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "sat"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    implementation = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    implementation.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    implementation.add_special_tokens(words[:5])
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "public")
+    implementation.save(str(tmp_path / "public" / "tokenizer.json"))
+    code, out, _ = call(importing, str(tmp_path / "public"), "--out", str(tmp_path / "run"))
+    assert code == 0
+    assert "tokenizer  tokenizers, 9 tokens" in out
+    # In a process of its own, which has not imported what writes such runs.
+    shown = subprocess.run(
+        [
+            sys.executable,
+            str(Path(__file__).parent.parent / "sample.py"),
+            str(tmp_path / "run"),
+            "--prompt",
+            "the [MASK]",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("the[1]\n[1] ")

@@ -49,7 +49,8 @@ def _export(arguments: Sequence[str]) -> int:
     family = options.format or _first_that_fits(model)
     end = run.target_tokenizer.end_of_text
     ids = {"eos_token_id": end, "bos_token_id": end, "pad_token_id": end, "decoder_start_token_id": end}
-    pretrained.save(model, options.to, family, {name: end for name in ids if _wanted(name, model)})
+    extra = {name: end for name in ids if _wanted(name, model)}
+    pretrained.save(model, options.to, family, extra, tokenizer=run.target_tokenizer)
     difference = _largest_difference(model, options.to)
     print(f"format     {family}")
     print(f"folder     {options.to}")

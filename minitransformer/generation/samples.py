@@ -67,7 +67,9 @@ def filled_text(model: EncoderLM, tokenizer: Tokenizer, tokens: Sequence[int], g
             number += 1
             lines[0] += f"[{number}]" if place < len(tokens) else ""
     for number, likeliest in enumerate(found, start=1):
-        shown = (f"{tokenizer.decode([token])!r} {probability:.0%}" for token, probability in likeliest)
+        shown = (
+            f"{tokenizer.decode([token], skip_special=False)!r} {probability:.0%}" for token, probability in likeliest
+        )
         lines.append(f"[{number}] {', '.join(shown)}")
     return "\n".join(lines)
 

@@ -120,7 +120,8 @@ class Tokenizer(Registered, kind="tokenizer"):
 
     def with_special_tokens(self, names: Sequence[str]) -> Tokenizer:
         """This tokenizer with more special tokens, after all others; those that it has already are left alone."""
-        missing = [name for name in names if name not in self.special_tokens]
+        has_mask = any(name in self.special_tokens for name in MASKS)
+        missing = [name for name in names if name not in self.special_tokens and not (name == MASK and has_mask)]
         if not missing:
             return self
         more = {name: self.vocab_size + i for i, name in enumerate(missing)}

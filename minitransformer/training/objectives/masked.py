@@ -99,7 +99,6 @@ class Masked(Objective, name="masked"):
     def __init__(self, prepared: PreparedText, config: RunConfig) -> None:
         super().__init__(prepared, config)
         self.mask, self.first = prepared.tokenizer.mask, prepared.tokenizer.end_of_text
-        self.ordinary = min(prepared.tokenizer.special_tokens.values())
         # One place of the context is the first token's.
         self.length = config.model.context_length - 1
 
@@ -130,7 +129,7 @@ class Masked(Objective, name="masked"):
         inputs, targets = hide(
             whole,
             mask=self.mask,
-            vocab_size=self.ordinary,
+            vocab_size=self.prepared.tokenizer.vocab_size,
             probability=self.config.training.mask_probability,
             generator=generator,
             keep=1,
