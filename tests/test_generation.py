@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -378,6 +379,19 @@ def test_a_step_is_recorded_when_it_comes_again_and_each_shape_has_its_own() -> 
         for number in range(4):
             assert torch.equal(recorded(torch.ones(size), torch.tensor([number])), torch.full((size,), 1.0 + number))
     assert calls == [(2,), (2,), (3,), (3,)]
+
+
+def test_an_interruption_while_a_step_is_recorded_is_not_lost() -> None:
+    def step(a: Tensor, b: Tensor) -> Tensor:
+        if torch.jit.is_tracing():
+            signal.raise_signal(signal.SIGINT)
+        return a + b
+
+    recorded = Recorded(step)
+    recorded(torch.ones(1), torch.ones(1))
+    with pytest.raises(KeyboardInterrupt):
+        recorded(torch.ones(1), torch.ones(1))
+    assert recorded(torch.ones(1), torch.ones(1)).tolist() == [2]
 
 
 def test_linear_maps_with_hooks_or_a_forward_of_their_own_keep_them(tiny_decoder: MakeDecoder) -> None:

@@ -9,8 +9,11 @@ takes longer than most texts take to write.
 from __future__ import annotations
 
 import copy
+import signal
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -19,6 +22,22 @@ from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
 Step = Callable[[Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end: torch can lose it while it records."""
+    if threading.current_thread() is not threading.main_thread():  # where there are no signals
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 class Recorded:
@@ -36,7 +55,7 @@ class Recorded:
         if shapes not in self._recordings:
             self._recordings[shapes] = None
             return self.step(a, b)
-        with warnings.catch_warnings():
+        with uninterrupted(), warnings.catch_warnings():
             # Of torch's advice to compile instead, and of sizes that become constants: here they are.
             warnings.simplefilter("ignore")
             self._recordings[shapes] = torch.jit.trace(self.step, (a, b), check_trace=False)
