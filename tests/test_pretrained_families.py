@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
+from minitransformer.models.model import build_model
 from minitransformer.pretrained import bert, gpt, llama, seq2seq  # noqa: F401  (each registers its families)
 from minitransformer.pretrained.families import Family
 
@@ -124,6 +126,58 @@ def test_a_member_that_we_do_not_cover_is_refused_by_the_field(
 ) -> None:
     with pytest.raises(UserError, match=message):
         read(family, **{**GPT2, **LLAMA, field: value})
+
+
+# A valid configuration of families that read their fields in different ways.
+BERT = {**LLAMA, "max_position_embeddings": 18}
+T5 = {"vocab_size": 11, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+WHOLE: dict[str, dict[str, Any]] = {
+    "bert": {**BERT, "id2label": {"0": "a"}, "architectures": ["BertForSequenceClassification"]},
+    "roberta": BERT,
+    "t5": {**T5, "relative_attention_num_buckets": 8},
+    "gpt2": {**GPT2, "layer_norm_epsilon": 1e-5},
+    "gptj": {**GPT2, "rotary_dim": 4},
+    "llama": {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    "mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2": {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "layer_types": None},
+    "gemma2": {**LLAMA, "query_pre_attn_scalar": 12},
+}
+NONSENSE: list[Any] = [None, True, -1, 0, 1.5, "abc", "3", [], {}, [1]]
+
+
+@pytest.mark.parametrize(("family", "field"), [(family, field) for family, hf in WHOLE.items() for field in hf])
+def test_a_value_that_no_configuration_has_is_an_error_of_the_user(family: str, field: str) -> None:
+    for value in NONSENSE:
+        with suppress(UserError):  # and if it is accepted, a model can be made of it
+            build_model(read(family, **{**WHOLE[family], field: value}))
+
+
+def test_a_whole_number_is_a_number() -> None:
+    config = read("gemma2", **LLAMA, attn_logit_softcapping=50, rms_norm_eps=1)
+    assert (config.attention_softcap, config.norm_eps) == (50.0, 1.0)
+    assert isinstance(config.attention_softcap, float)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_size", "32", "hidden_size is '32' in config.json: it must be a whole number"),
+        ("num_hidden_layers", 1.5, "num_hidden_layers is 1.5 in config.json: it must be a whole number"),
+        ("intermediate_size", True, "intermediate_size is True in config.json: it must be a whole number or null"),
+        ("rms_norm_eps", None, "rms_norm_eps is None in config.json: it must be a number"),
+        ("tie_word_embeddings", 1, "tie_word_embeddings is 1 in config.json: it must be true or false"),
+        ("mlp_bias", "no", "config.json holds what no llama has (bias becomes 'no'): download it again"),
+        (
+            "rope_scaling",
+            "big",
+            "config.json holds what no llama has ('str' object is not a mapping): download it again",
+        ),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_the_field(field: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read("llama", **{**LLAMA, field: value})
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("head_dim", [2, 44, 47, 49, 64, 98])

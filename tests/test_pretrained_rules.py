@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -29,28 +30,57 @@ from minitransformer.pretrained.rules import (
 )
 
 CONFIG = ModelConfig(d_model=8, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=5, rotary_fraction=0.5)
-# Each transform, and the shape of a tensor in a file that it takes.
-TRANSFORMS: list[tuple[Transform, list[int]]] = [
-    (SAME, [3, 4]),
-    (Transposed(), [3, 4]),
-    (Transposed(), [3]),
-    (TransposedThirds(), [3, 12]),
-    (TransposedThirds(), [12]),
-    (GroupedHeads(), [16, 3]),
-    (GroupedHeads(), [16]),
-    (InterleavedPairs(), [8, 3]),
-    (InterleavedPairs(), [8]),
-    (Row(), [1, 4]),
-    (Reversed(), [2, 3]),
-]
+SIZES = st.integers(1, 5)
 
 
-@pytest.mark.parametrize(
-    ("transform", "shape"), TRANSFORMS, ids=[f"{type(transform).__name__} {shape}" for transform, shape in TRANSFORMS]
-)
-def test_what_is_loaded_is_saved_as_it_was(transform: Transform, shape: list[int]) -> None:
-    tensor = torch.randn(shape)
-    assert torch.equal(transform.save(transform.load(tensor, CONFIG), CONFIG), tensor)
+@st.composite
+def shapes_in_files(draw: st.DrawFn, transform: Transform) -> tuple[list[int], dict[str, Any]]:
+    """The shape of a tensor of a file, a matrix or a vector, and the choices of a configuration that it fits."""
+    groups, queries, head_dim, width = draw(SIZES), draw(SIZES), 2 * draw(SIZES), draw(SIZES)
+    turned = draw(st.integers(1, head_dim // 2)) * 2
+    sizes = {
+        "d_model": head_dim * groups * queries,
+        "num_heads": groups * queries,
+        "num_kv_heads": groups,
+        "head_dim": head_dim,
+        "rotary_fraction": 1.0 if turned == head_dim else math.nextafter(turned / head_dim, 1.0),
+    }
+    is_matrix = draw(st.booleans())
+    match transform:
+        case TransposedThirds():
+            shape = [width, 3 * head_dim][not is_matrix :]
+        case GroupedHeads():
+            shape = [groups * (queries + 2) * head_dim, width][: 1 + is_matrix]
+        case InterleavedPairs():
+            shape = [groups * queries * head_dim, width][: 1 + is_matrix]
+        case Row():
+            shape = [1, width]
+        case _:
+            shape = [head_dim, width][: 1 + is_matrix]
+    return shape, sizes
+
+
+# Each transform, and how many weights a tensor becomes.
+TRANSFORMS: dict[Transform, int] = {
+    SAME: 1,
+    Transposed(): 1,
+    TransposedThirds(): 3,
+    GroupedHeads(): 3,
+    InterleavedPairs(): 1,
+    Row(): 1,
+    Reversed(): 1,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda transform: type(transform).__name__)
+@given(data=st.data())
+def test_what_is_loaded_is_saved_as_it_was(transform: Transform, data: st.DataObject) -> None:
+    shape, sizes = data.draw(shapes_in_files(transform))
+    tensor, config = torch.randn(shape), ModelConfig(**sizes)
+    weights = transform.load(tensor, config)
+    assert len(weights) == TRANSFORMS[transform]
+    assert sum(weight.numel() for weight in weights) == tensor.numel()
+    assert torch.equal(transform.save(weights, config), tensor)
 
 
 def test_rows_that_stand_for_no_position_come_back_as_zeros() -> None:
@@ -58,6 +88,12 @@ def test_rows_that_stand_for_no_position_come_back_as_zeros() -> None:
     (kept,) = WithoutFirst(2).load(table, CONFIG)
     assert torch.equal(kept, table[2:])
     assert torch.equal(WithoutFirst(2).save((kept,), CONFIG), torch.cat([torch.zeros(2, 3), table[2:]]))
+
+
+@given(st.integers(0, 4), st.integers(1, 6))
+def test_positions_come_back_behind_any_number_of_rows(rows: int, positions: int) -> None:
+    (kept,) = WithoutFirst(rows).load(WithoutFirst(rows).save((table := torch.randn(positions, 3),), CONFIG), CONFIG)
+    assert torch.equal(kept, table)
 
 
 @given(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2]), st.sampled_from([2, 4]))
@@ -184,8 +220,9 @@ def test_a_weight_that_no_rule_fills_is_reported_in_both_directions() -> None:
 
 def test_a_tensor_that_cannot_be_divided_is_reported() -> None:
     fused = Rule("qkv", ("layers.0", "layers.1", "head"), TransposedThirds())
-    with pytest.raises(UserError, match=re.escape("qkv.weight has the shape [8, 7], which does not divide into")):
-        load_weights(Small(), CONFIG, {"qkv.weight": torch.ones(8, 7)}, [fused], [])
+    for shape in ([8, 7], []):
+        with pytest.raises(UserError, match=re.escape(f"qkv.weight has the shape {shape}, which does not divide into")):
+            load_weights(Small(), CONFIG, {"qkv.weight": torch.ones(shape)}, [fused], [])
 
 
 def test_what_is_declared_as_ignored_may_be_left_over() -> None:

@@ -210,7 +210,7 @@ def _fill(
     """Copy what `tensor` becomes into the weights; returns what stands against it."""
     try:
         parts = transform.load(tensor, config)
-    except RuntimeError:
+    except (IndexError, RuntimeError):
         return [f"{source} has the shape {list(tensor.shape)}, which does not divide into {', '.join(weights)}"]
     problems = []
     for weight, part in zip(weights.values(), parts, strict=True):
