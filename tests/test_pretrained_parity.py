@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitransformer import pretrained
+from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM
 from minitransformer.models.encoder_decoder import EncoderDecoder
-from minitransformer.models.model import Model
+from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained.families import Family
+from minitransformer.pretrained.shards import write_shards
 
 VOCABULARY, LENGTH, TARGET_LENGTH, PADDING = 64, 12, 7, 1
 # A wrong epsilon costs 3e-4 or more, a wrong GELU 7e-4; what is right differs by rounding.
@@ -66,6 +68,8 @@ MARIAN = {**BART, "pad_token_id": 63, "decoder_start_token_id": 63, "activation_
 GPT2 = {"n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
 NEOX = {**BERT, "max_position_embeddings": 64}
 LLAMA = {**NEOX, "num_key_value_heads": 2}
+# A quarter of a head turns: with fewer heads, enough of it that the base of the rotation matters.
+STABLELM = {**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 1}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -108,9 +112,9 @@ MEMBERS: dict[str, Member] = {
     "gpt2 untied": Member("GPT2LMHeadModel", {**GPT2, "n_inner": 48, "tie_word_embeddings": False}),
     "gptj": Member("GPTJForCausalLM", {**GPT2, "rotary_dim": 6}),
     "gptj all turned": Member("GPTJForCausalLM", {**GPT2, "rotary_dim": 8}),
-    "gpt-neox": Member("GPTNeoXForCausalLM", NEOX),
+    "gpt-neox": Member("GPTNeoXForCausalLM", {**NEOX, "num_attention_heads": 2}),
     "gpt-neox sequential": Member("GPTNeoXForCausalLM", {**NEOX, "use_parallel_residual": False, "rotary_pct": 0.5}),
-    "gpt-neox unbiased": Member("GPTNeoXForCausalLM", {**NEOX, "attention_bias": False}),
+    "gpt-neox unbiased": Member("GPTNeoXForCausalLM", {**NEOX, "num_attention_heads": 2, "attention_bias": False}),
     "opt": Member("OPTForCausalLM", OPT, counts_tokens=True),
     "opt-350m": Member(
         "OPTForCausalLM", {**OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}, counts_tokens=True
@@ -154,8 +158,8 @@ MEMBERS: dict[str, Member] = {
         "Gemma2ForCausalLM",
         {**LLAMA, "head_dim": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None},
     ),
-    "stablelm": Member("StableLmForCausalLM", {**LLAMA, "use_qkv_bias": True}),
-    "stablelm parallel": Member("StableLmForCausalLM", {**LLAMA, "use_parallel_residual": True}),
+    "stablelm": Member("StableLmForCausalLM", {**STABLELM, "use_qkv_bias": True}),
+    "stablelm parallel": Member("StableLmForCausalLM", {**STABLELM, "use_parallel_residual": True}),
 }
 every_member = pytest.mark.parametrize("name", MEMBERS)
 
@@ -284,6 +288,52 @@ def test_logits_are_those_of_the_reference(name: str, sides: str, folder: Path) 
         assert error(exact_ours, exact_theirs) <= FLOAT64
         tolerance = max(tolerance, 6 * error(their_logits, exact_theirs))
     assert error(our_logits, their_logits) <= tolerance
+
+
+GELUS = {"gelu": "gelu-tanh", "gelu-tanh": "gelu", "geglu-tanh": "geglu"}
+
+
+def subtle_mistakes(config: ModelConfig) -> Iterator[dict[str, Any]]:
+    """What may be read wrongly without that texts look wrong."""
+    yield {"norm_eps": max(10 * config.norm_eps, 1e-5)}
+    if config.feedforward in GELUS:
+        yield {"feedforward": GELUS[config.feedforward]}
+    if config.positions == "rotary":
+        yield {"rotary_base": 1.01 * config.rotary_base}
+    if config.attention_window is not None and config.attention_window < LENGTH:
+        yield {"attention_window": config.attention_window + 1}
+    if config.attention_softcap is not None:
+        yield {"attention_softcap": 1.1 * config.attention_softcap}
+
+
+@torch.inference_mode()
+@every_member
+def test_the_tolerance_notices_subtle_mistakes(name: str, folder: Path) -> None:
+    _, path = public(name, folder)
+    right, _ = pretrained.load(path)
+    inputs = Inputs(*padded("none", LENGTH), *padded("none", TARGET_LENGTH))
+    expected = inputs.of_ours(right, MEMBERS[name])
+    for mistake in subtle_mistakes(right.config):
+        wrong = build_model(replace(right.config, **mistake)).eval()
+        wrong.load_state_dict(right.state_dict())
+        assert error(inputs.of_ours(wrong, MEMBERS[name]), expected) > FLOAT32, mistake
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "t5", "bert"])
+def test_shards_are_exchanged_in_both_directions(name: str, folder: Path, tmp_path: Path, transformers: Any) -> None:
+    theirs, path = public(name, folder)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")  # type: ignore[operator]
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    ours, whole = pretrained.load(tmp_path)[0], pretrained.load(path)[0]
+    assert all(torch.equal(whole.state_dict()[key], weight) for key, weight in ours.state_dict().items())
+    pretrained.save(ours, tmp_path / "saved", theirs.config.model_type)
+    tensors = load_file(tmp_path / "saved" / "model.safetensors")
+    (tmp_path / "saved" / "model.safetensors").unlink()
+    write_shards(tensors, tmp_path / "saved", shard_bytes=20_000)
+    reopened = getattr(transformers, MEMBERS[name].architecture).from_pretrained(tmp_path / "saved")
+    expected = theirs.state_dict()
+    assert all(torch.equal(expected[key], weight) for key, weight in reopened.state_dict().items() if key in tensors)
 
 
 @torch.inference_mode()
