@@ -205,8 +205,21 @@ def with_a_fixed_split(content: dict[str, Any]) -> None:
     content["pre_tokenizer"]["pretokenizers"][0] |= {"pattern": {"String": "."}, "behavior": "Isolated"}
 
 
+def with_words_to_be_found(content: dict[str, Any]) -> None:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    content["added_tokens"] += [{"id": 602, "content": "  ", **flags}, {"id": 603, "content": "ick", **flags}]
+
+
 @pytest.mark.parametrize(
-    "change", [with_ids_shuffled, without_a_merge, with_a_prefix_space, without_spaces, with_a_fixed_split]
+    "change",
+    [
+        with_ids_shuffled,
+        without_a_merge,
+        with_a_prefix_space,
+        without_spaces,
+        with_a_fixed_split,
+        with_words_to_be_found,
+    ],
 )
 def test_what_tiktoken_would_encode_differently_the_package_runs(
     change: Callable[[dict[str, Any]], None], public: dict[str, Any], tmp_path: Path
@@ -277,6 +290,42 @@ def test_a_tokenizer_that_ends_no_text_is_refused(tmp_path: Path) -> None:
     implementation = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), special="<|start|>")
     with pytest.raises(UserError, match=r"names no token that ends a text: give its eos_token in tokenizer_config"):
         load_tokenizer(saved(implementation, tmp_path))
+
+
+def test_what_ends_a_text_is_special_even_where_the_file_does_not_say_so(
+    public: dict[str, Any], tmp_path: Path
+) -> None:
+    content = json.loads(public["like_bert"].to_str())
+    content["added_tokens"] = []
+    tokenizer = load_tokenizer(saved(library.Tokenizer.from_str(json.dumps(content)), tmp_path, eos_token="[SEP]"))
+    assert tokenizer is not None
+    assert tokenizer.special_tokens == {"[SEP]": tokenizer.end_of_text}
+    assert tokenizer.token_bytes(tokenizer.end_of_text) == b""
+    (tmp_path / "written").mkdir()
+    save_tokenizer(tokenizer, tmp_path / "written")
+    assert json.loads((tmp_path / "written" / "tokenizer_config.json").read_text())["eos_token"] == "[SEP]"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"model": null}',
+        '{"model": []}',
+        '{"model": {"vocab": {"</s>": 0}}, "added_tokens": [{}]}',
+        '{"model": {"vocab": {"</s>": 0}}, "added_tokens": 3}',
+        '{"model": {"vocab": {"</s>": 0}}, "pre_tokenizer": {"type": "Sequence"}}',
+        '{"model": {"type": "BPE", "vocab": {"</s>": "zero"}, "merges": []}}',
+        '{"model": {"type": "unheard of", "vocab": {"</s>": 0}}}',
+    ],
+)
+def test_a_damaged_file_is_one_sentence(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json .*: download it again$"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:

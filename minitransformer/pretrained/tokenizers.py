@@ -32,9 +32,17 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     if not (folder / FILE).is_file():
         return None
     content = read_json(folder / FILE)
-    end = _end_of_text(content, [folder / SETTINGS, folder / "config.json"])
-    ranks, pattern = byte_level_ranks(content), split_pattern(content)
-    if ranks is None or pattern is None or end < len(ranks):
+    try:
+        return _tokenizer_of(content, [folder / SETTINGS, folder / "config.json"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / FILE} is damaged ({error!r}): download it again") from None
+
+
+def _tokenizer_of(content: dict[str, Any], settings: Iterable[Path]) -> Tokenizer:
+    end, ranks, pattern = _end_of_text(content, settings), byte_level_ranks(content), split_pattern(content)
+    # Added tokens that are not special are found in any text, before it is split.
+    found_in_text = [token for token in content.get("added_tokens", []) if not token.get("special")]
+    if ranks is None or pattern is None or end < len(ranks) or found_in_text:
         return PublicTokenizer(content, end_of_text=end)
     special = {name: number for name, number in _added(content).items() if number >= len(ranks) and number != end}
     return BPE(ranks, pattern=pattern, special_tokens={**special, END_OF_TEXT: end})
@@ -147,11 +155,15 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
         except ImportError:
             raise UserError("this tokenizer takes the tokenizers package: pip install minitransformer[hub]") from None
         self.content, self.end_of_text = content, end_of_text
-        self._implementation = Implementation.from_str(json.dumps(content))
+        try:
+            self._implementation = Implementation.from_str(json.dumps(content))
+        except Exception as error:  # the package has no kind of its own
+            raise UserError(f"the tokenizers package cannot run {FILE} ({error}): download it again") from None
         # Files say how one model wanted its input: cut to its length, padded, and special tokens found in the text.
         self._implementation.no_truncation()
         self._implementation.no_padding()
         self._implementation.encode_special_tokens = True
+        self._implementation.add_special_tokens([self._implementation.id_to_token(end_of_text)])
         known = self._special_tokens()
         self._implementation.add_special_tokens([name for name in special_tokens if name not in known])
         self.special_tokens = self._special_tokens()
