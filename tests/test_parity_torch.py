@@ -47,7 +47,7 @@ class Twins:
         norms = [ours.attention_residual.norm, ours.feedforward_residual.norm]
         if ours.cross_attention is not None:
             self.attention(ours.cross_attention, torchs.multihead_attn)
-            norms.insert(1, ours.cross_residual.norm)
+            norms.insert(1, ours.cross_attention_residual.norm)
         for number, norm in enumerate(norms, start=1):
             self.alike(norm, getattr(torchs, f"norm{number}"))
 

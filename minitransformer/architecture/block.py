@@ -49,6 +49,15 @@ class BlockParts:
     cross_attention: MultiHeadAttention | None = None
 
 
+@dataclass(frozen=True)
+class Branch:
+    """A sublayer by its name, "attention", "cross_attention" or "feedforward", and the connection that it stands in."""
+
+    name: str
+    sublayer: nn.Module
+    residual: Residual
+
+
 class Block(Registered, nn.Module, kind="block"):
     """How attention and the feed-forward network are arranged, each inside a residual connection."""
 
@@ -79,6 +88,16 @@ class Block(Registered, nn.Module, kind="block"):
         """The stream after the sublayers: self-attention, cross-attention where there is one, feed-forward network."""
         raise NotImplementedError
 
+    @property
+    def branches(self) -> list[Branch]:
+        """The sublayers in their order, for who initialises them or looks at them from outside."""
+        sublayers = {name: getattr(self, name) for name in ("attention", "cross_attention", "feedforward")}
+        return [Branch(name, part, self.residual_of(name)) for name, part in sublayers.items() if part is not None]
+
+    def residual_of(self, sublayer: str) -> Residual:
+        """The connection that the sublayer of this name stands in."""
+        raise NotImplementedError
+
 
 class TransformerBlock(Block, name="sequential"):
     """One sublayer after the other. Vaswani et al. 2017 (arXiv 1706.03762), section 3.1."""
@@ -87,14 +106,17 @@ class TransformerBlock(Block, name="sequential"):
         super().__init__(parts)
         self.attention_residual = parts.make_residual("attention")
         if parts.cross_attention is not None:
-            self.cross_residual = parts.make_residual("cross_attention")
+            self.cross_attention_residual = parts.make_residual("cross_attention")
         self.feedforward_residual = parts.make_residual("feedforward")
 
     def arrange(self, stream: Any, attend: Sublayer, recall: Sublayer | None) -> Any:
         stream = self.attention_residual(stream, attend)
         if recall is not None:
-            stream = self.cross_residual(stream, recall)
+            stream = self.cross_attention_residual(stream, recall)
         return self.feedforward_residual(stream, self.feedforward)
+
+    def residual_of(self, sublayer: str) -> Residual:
+        return getattr(self, f"{sublayer}_residual")
 
 
 class ParallelBlock(Block, name="parallel"):
@@ -109,6 +131,9 @@ class ParallelBlock(Block, name="parallel"):
 
     def arrange(self, stream: Any, attend: Sublayer, recall: Sublayer | None) -> Any:
         return self.residual(stream, lambda x: attend(x) + (recall(x) if recall else 0) + self.feedforward(x))
+
+    def residual_of(self, sublayer: str) -> Residual:
+        return self.residual
 
 
 class ParallelTwoNorms(ParallelBlock, name="parallel-two-norms"):

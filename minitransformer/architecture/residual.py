@@ -49,6 +49,11 @@ class Residual(Registered, nn.Module, kind="residual placement"):
         return x
 
     @staticmethod
+    def state(stream: Any) -> Tensor:
+        """x: the part of the stream that the next sublayer reads, for who looks at it from outside."""
+        return stream
+
+    @staticmethod
     def close(stream: Any, final_norm: nn.Module) -> Tensor:
         """The output of the stack, from the stream that leaves the last sublayer."""
         return final_norm(stream)
@@ -105,6 +110,10 @@ class ResiDual(Residual, name="residual"):
         x, y = stream
         branch = self.dropout(sublayer(x))
         return self.norm(x + branch), y + branch
+
+    @staticmethod
+    def state(stream: tuple[Tensor, Tensor]) -> Tensor:
+        return stream[0]
 
     @staticmethod
     def close(stream: tuple[Tensor, Tensor], final_norm: nn.Module) -> Tensor:

@@ -22,7 +22,7 @@ def t5_sublayers(theirs: str, ours: str, feedforward: int) -> tuple[Rule, ...]:
     if feedforward == 1:
         del attentions["1.EncDecAttention"]
     else:
-        norms["1"] = "cross_residual"
+        norms["1"] = "cross_attention_residual"
     dense = f"{theirs}{feedforward}.DenseReluDense."
     names = {"q": "query", "k": "key", "v": "value", "o": "output"}
     return (
@@ -103,7 +103,7 @@ def bart_rules() -> tuple[Rule, ...]:
     ):
         for attention, name, residual in (
             ("self_attn", "attention", "attention_residual"),
-            ("encoder_attn", "cross_attention", "cross_residual"),
+            ("encoder_attn", "cross_attention", "cross_attention_residual"),
         ):
             rules += [
                 Rule(f"{theirs}{attention}.q_proj", f"{ours}{name}.query"),
