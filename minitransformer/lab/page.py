@@ -6,12 +6,14 @@ import base64
 import math
 from collections.abc import Sequence
 from html import escape
-from numbers import Real
 from typing import Any
+
+import numpy as np
 
 # Phones, dark rooms and printers each get their own; figures keep their white paper everywhere.
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1f; --paper: #ffffff; --faint: #5c5f66; --rule: #d5d7dc; --band: #f4f5f7; }
+:root { color-scheme: light dark;
+  --ink: #1b1b1f; --paper: #ffffff; --faint: #5c5f66; --rule: #d5d7dc; --band: #f4f5f7; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e6e9; --paper: #17181b; --faint: #a3a6ad; --rule: #3a3c42; --band: #212329; }
 }
@@ -45,9 +47,9 @@ def cell_text(value: Any) -> str:
     """How a table shows `value`: yes, no, – for None, four significant digits for what is no integer, or its text."""
     if value is None:
         return "–"
-    if isinstance(value, bool):
+    if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
-    if isinstance(value, Real) and not isinstance(value, int):
+    if isinstance(value, float | np.floating):
         return number_text(float(value))
     return str(value)
 
@@ -64,7 +66,7 @@ def number_text(value: float) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def _number_columns(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[bool]:
