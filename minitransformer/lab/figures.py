@@ -1,0 +1,226 @@
+"""Figures that a paper could print: curves with bands, maps of numbers, intervals beside each other.
+
+Curves differ in colour (Okabe and Ito's palette, which colour-blind readers can tell apart), in line style and in
+marker, so that they can also be told apart in grey. Legends stand outside of the axes and never cover data.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from minitransformer.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+# Okabe and Ito 2008, https://jfly.uni-koeln.de/color, without yellow, which is too light for lines on white paper.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
+MARKERS = "osD^vPX*"
+MOST_BELOW = 4
+"""curves whose legend stands below the axes; that of more stands at their right"""
+MARKS = 9
+"""markers on a curve of many points"""
+DPI = 150
+INK, FAINT = "#1b1b1f", "#8a8d94"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A mean over x, and the band around it, if there is one; values that are not finite are gaps."""
+
+    label: str
+    x: Sequence[float]
+    mean: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+def curves(
+    curves: Sequence[Curve], *, x_label: str, y_label: str, title: str, log_x: bool = False, log_y: bool = False
+) -> Figure:
+    """The curves with their bands on one pair of axes; raises `UserError` without matplotlib."""
+    at_right = len(curves) > MOST_BELOW
+    height = max(4.0, 1.0 + 0.24 * len(curves)) if at_right else 4.2
+    figure = _figure(7.6 if at_right else 6.4, height)
+    axes = _axes(figure, title=title, x_label=x_label, y_label=y_label)
+    axes.grid(color="#e3e5e9", linewidth=0.6)
+    lines = [_draw(axes, curve, i) for i, curve in enumerate(curves)]
+    if log_x:
+        _log_x(axes, curves)
+    if log_y:
+        axes.set_yscale("log")
+    if len(curves) > 1:
+        _legend(figure, lines, [curve.label for curve in curves], at_right=at_right)
+    return figure
+
+
+def heatmap(
+    values: ArrayLike,
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    value_label: str,
+    row_label: str = "",
+    column_label: str = "",
+    center: float | None = None,
+    format_spec: str = ".3g",
+) -> Figure:
+    """A map of `values` (rows × columns), each cell with its number; raises `UserError` without matplotlib.
+
+    With `center`, colours part there, evenly to both sides. A cell that is not finite stays blank, with a dash.
+    """
+    table = np.asarray(values, dtype=float)
+    assert table.shape == (len(rows), len(columns)), "a label for each row and each column"
+    longest = max(len(str(label)) for label in rows)
+    figure = _figure(min(14.0, 2.0 + 0.09 * longest + 0.62 * len(columns)), min(14.0, 1.6 + 0.36 * len(rows)))
+    axes = _axes(figure, title=title, x_label=column_label, y_label=row_label)
+    limits: dict[str, Any] = {}
+    if center is not None:
+        reach = float(np.abs(table[np.isfinite(table)] - center).max(initial=0.0)) or 1.0
+        limits = {"vmin": center - reach, "vmax": center + reach}
+    shown = np.ma.masked_invalid(table)
+    image = axes.imshow(shown, aspect="auto", cmap="cividis" if center is None else "PuOr_r", **limits)
+    axes.set_xticks(range(len(columns)), columns, **_slant(columns))
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    for row, column in np.ndindex(*table.shape):
+        value = table[row, column]
+        ink = _ink_on(tuple(np.ravel(image.cmap(image.norm(value))))) if np.isfinite(value) else FAINT
+        text = format(value, format_spec) if np.isfinite(value) else "–"
+        axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=7.5)
+    figure.colorbar(image, ax=axes, label=value_label, fraction=0.04, pad=0.02).outline.set_visible(False)
+    return figure
+
+
+def intervals(
+    labels: Sequence[str],
+    means: Sequence[float],
+    lows: Sequence[float],
+    highs: Sequence[float],
+    *,
+    x_label: str,
+    title: str,
+    reference: float | None = None,
+) -> Figure:
+    """Means with their intervals, one below the other (a forest plot); raises `UserError` without matplotlib.
+
+    With `reference`, a line stands there, and markers are hollow where the interval covers it. An interval whose ends
+    are not finite is a marker without bars.
+    """
+    figure = _figure(6.4, 1.4 + 0.32 * len(labels))
+    axes = _axes(figure, title=title, x_label=x_label, y_label="")
+    axes.grid(axis="x", color="#e3e5e9", linewidth=0.6)
+    if reference is not None:
+        axes.axvline(reference, color=INK, linewidth=1.0, linestyle=(0, (4, 2)))
+        axes.set_xlabel(f"{x_label}\n(hollow: the interval covers {reference:g})")
+    for y, (mean, low, high) in enumerate(zip(means, lows, highs, strict=True)):
+        known = bool(np.isfinite([low, high]).all())
+        hollow = reference is not None and not (known and (reference < low or reference > high))
+        if known:
+            axes.plot([low, high], [y, y], color=PALETTE[0], linewidth=1.8, solid_capstyle="butt")
+            axes.plot([low, high], [y, y], color=PALETTE[0], linestyle="none", marker="|", markersize=8)
+        face = "white" if hollow else PALETTE[0]
+        axes.plot([mean], [y], marker="o", markersize=6, color=PALETTE[0], markerfacecolor=face, markeredgewidth=1.4)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG picture."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that belongs to no window and no global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('figures need matplotlib, which is not installed: pip install -e ".[lab]"') from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _axes(figure: Figure, *, title: str, x_label: str, y_label: str) -> Axes:
+    axes = figure.add_subplot()
+    axes.set_axisbelow(True)
+    axes.set_title(title, fontsize=11, loc="left", pad=10, wrap=True)
+    axes.set_xlabel(x_label, fontsize=10)
+    axes.set_ylabel(y_label, fontsize=10)
+    axes.tick_params(labelsize=9, color=FAINT)
+    for side, spine in axes.spines.items():
+        spine.set_color(FAINT)
+        spine.set_visible(side in ("left", "bottom"))
+    return axes
+
+
+def _draw(axes: Axes, curve: Curve, index: int) -> Line2D:
+    """The curve in the look of its place among the others."""
+    x, mean = np.asarray(curve.x, dtype=float), np.asarray(curve.mean, dtype=float)
+    color = PALETTE[index % len(PALETTE)]
+    spacing = max(1, -(-len(x) // MARKS))
+    (line,) = axes.plot(
+        x,
+        np.where(np.isfinite(mean), mean, np.nan),
+        color=color,
+        linestyle=LINE_STYLES[index % len(LINE_STYLES)],
+        linewidth=1.6,
+        marker=MARKERS[index % len(MARKERS)],
+        markersize=4.5,
+        # Shifted from curve to curve, so that markers of curves that run together lie beside each other.
+        markevery=((index * 2) % spacing, spacing),
+    )
+    if curve.low is not None and curve.high is not None:
+        low, high = np.asarray(curve.low, dtype=float), np.asarray(curve.high, dtype=float)
+        axes.fill_between(x, low, high, where=np.isfinite(low) & np.isfinite(high), color=color, alpha=0.2, linewidth=0)
+    return line
+
+
+def _log_x(axes: Axes, curves: Sequence[Curve]) -> None:
+    """A logarithmic x axis; where curves share a few points, as sizes do, its ticks are those points."""
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xscale("log")
+    points = sorted({float(x) for curve in curves for x in curve.x})
+    if 2 <= len(points) <= 8:
+        axes.set_xticks(points, [f"{point:g}" for point in points])
+        axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _legend(figure: Figure, lines: Sequence[Line2D], labels: Sequence[str], *, at_right: bool) -> None:
+    # Matplotlib leaves out labels that begin with an underscore.
+    labels = [f" {label}" if label.startswith("_") else label for label in labels]
+    style: dict[str, Any] = {"frameon": False, "fontsize": 9, "handlelength": 3.2}
+    if at_right:
+        figure.legend(lines, labels, loc="outside right upper", **style)
+    else:
+        columns = len(labels) if sum(len(label) + 10 for label in labels) <= 84 else 1
+        figure.legend(lines, labels, loc="outside lower center", ncols=columns, **style)
+
+
+def _slant(labels: Sequence[str]) -> dict[str, Any]:
+    """How to write labels below columns: slanted where they would touch."""
+    if max(len(str(label)) for label in labels) <= 7:
+        return {}
+    return {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+
+
+def _ink_on(color: Sequence[float]) -> str:
+    """Black or white, whichever is read better on `color` (red, green, blue in 0…1; ITU-R BT.709 luminance)."""
+    luminance = 0.2126 * color[0] + 0.7152 * color[1] + 0.0722 * color[2]
+    return INK if luminance > 0.5 else "white"

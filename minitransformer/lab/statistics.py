@@ -1,0 +1,193 @@
+"""What several seeds allow one to say: means, paired differences and slopes with their intervals.
+
+Runs with the same seed share their initialisation and their batches, so differences are taken within seeds (paired).
+Intervals are Student's t: the mean ± t · s / √n, with s the sample's standard deviation and n − 1 degrees of freedom.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from minitransformer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The mean of `n` values, and the interval that holds the expected value at the level that was asked for.
+
+    One value says nothing of the spread: its interval is from −∞ to ∞.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def excludes(self, value: float) -> bool:
+        """Whether `value` lies outside; False where the interval is not a number, as after divergence."""
+        return value < self.low or value > self.high
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.low + self.high):
+            return f"{self.mean:.4g}"
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+    """The mean of `values` (one per seed) with its t interval; raises `ValueError` without values, and `UserError`
+    without scipy."""
+    array = np.asarray(values, dtype=float)
+    if array.ndim != 1 or not array.size:
+        raise ValueError(f"values have shape {array.shape}: a mean needs a row of at least one")
+    mean = float(array.mean())
+    if array.size == 1:
+        return Interval(mean, -math.inf, math.inf, 1)
+    reach = _t_quantile(level, array.size - 1) * _standard_error(array)
+    return Interval(mean, mean - reach, mean + reach, array.size)
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
+    """The mean of `a − b`, seed by seed, with its t interval; raises `UserError` for fewer than two seeds, or without
+    scipy, and `ValueError` where the lengths differ."""
+    return mean_interval(_differences(a, b), level)
+
+
+def loglog_slope(x: ArrayLike, ys_by_seed: ArrayLike, level: float = 0.95) -> Interval:
+    """The exponent p of y ∝ x^p: the slope of log y over log x by least squares, for each seed (row) of `ys_by_seed`
+    (seeds × points), and its t interval over seeds.
+
+    Raises `ValueError` for values that have no logarithm and for fewer than two different x.
+    """
+    points, ys = np.asarray(x, dtype=float), np.atleast_2d(np.asarray(ys_by_seed, dtype=float))
+    if ys.shape[1:] != points.shape:
+        raise ValueError(f"ys_by_seed has shape {ys.shape} for {points.shape} points: one column for each x")
+    if not (points > 0).all() or not (ys > 0).all():
+        raise ValueError("a power law is fitted to positive values only: leave the others out")
+    if np.unique(points).size < 2:
+        raise ValueError("a slope needs at least two different x")
+    centered = np.log(points) - np.log(points).mean()
+    return mean_interval(np.log(ys) @ centered / (centered @ centered), level)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values adjusted for their number: each compared with α then errs with probability α in all of them.
+
+    Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    order = np.argsort(p_values, kind="stable")
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two names, the paired difference first − second, and the p-value of no difference, adjusted for all pairs."""
+
+    first: str
+    second: str
+    difference: Interval
+    p: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Names from the best mean to the worst, every pair, and the winner, if the seeds allow one to name it."""
+
+    order: tuple[str, ...]
+    comparisons: tuple[Comparison, ...]
+    winner: str | None
+    level: float
+    seeds: int
+
+    def __str__(self) -> str:
+        best = self.order[0]
+        if len(self.order) == 1:
+            return f"{best} has nothing to be compared with."
+        if self.seeds < 2:
+            return "No winner: one seed says nothing of the spread; train with two or more."
+        if self.winner is not None:
+            return f"{best} is best: at {self.level:.0%}, corrected for all pairs, it differs from every other."
+        rivals = [f"{pair.second}" for pair in self.comparisons if pair.first == best and not self.separates(pair)]
+        return f"No winner: at {self.level:.0%}, the seeds do not tell {best} from {', '.join(rivals)}."
+
+    def separates(self, pair: Comparison) -> bool:
+        """Whether the pair differs: its interval excludes 0, and its p-value corrected for all pairs is small."""
+        return pair.difference.excludes(0) and pair.p < 1 - self.level
+
+
+def ranking(values_by_name: Mapping[str, ArrayLike], *, lower_is_better: bool = True, level: float = 0.95) -> Ranking:
+    """Ranks names by the means of their values, one for each seed and in the same order of seeds for all.
+
+    A winner is named only if its paired interval against every other excludes 0, and still does so by p-values with
+    Holm's correction over all pairs, because the best was chosen by the same data. Raises `ValueError` where the
+    names have different numbers of values or none, and `UserError` without scipy.
+    """
+    values = {name: np.asarray(row, dtype=float) for name, row in values_by_name.items()}
+    sizes = {row.size for row in values.values()}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(f"numbers of values are {sorted(sizes)}: a ranking needs the same seeds for every name")
+    (seeds,) = sizes
+    sign = 1 if lower_is_better else -1
+    # Names that diverged have no mean, and come last.
+    means = {name: sign * float(row.mean()) if np.isfinite(row).all() else math.inf for name, row in values.items()}
+    order = tuple(sorted(values, key=means.__getitem__))
+    if seeds < 2:
+        return Ranking(order, (), None, level, seeds)
+    pairs = list(combinations(order, 2))
+    differences = [_differences(values[first], values[second]) for first, second in pairs]
+    p_values = holm([_p_value(difference) for difference in differences])
+    comparisons = tuple(
+        Comparison(first, second, mean_interval(difference, level), p)
+        for (first, second), difference, p in zip(pairs, differences, p_values, strict=True)
+    )
+    tied = Ranking(order, comparisons, None, level, seeds)
+    against_best = [pair for pair in comparisons if pair.first == order[0]]
+    clear = bool(against_best) and all(tied.separates(pair) for pair in against_best)
+    return Ranking(order, comparisons, order[0] if clear else None, level, seeds)
+
+
+def _differences(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    first, second = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if first.shape != second.shape or first.ndim != 1:
+        raise ValueError(f"shapes {first.shape} and {second.shape} cannot be paired: one value per seed on both sides")
+    if first.size < 2:
+        raise UserError(f"{first.size} pair of seeds says nothing of the spread: train both with two seeds or more")
+    with np.errstate(invalid="ignore"):  # of two that diverged
+        return first - second
+
+
+def _standard_error(values: np.ndarray) -> float:
+    with np.errstate(invalid="ignore"):  # of runs that diverged
+        return float(values.std(ddof=1)) / math.sqrt(values.size)
+
+
+def _p_value(differences: np.ndarray) -> float:
+    """Of the two-sided paired t test; 1 where the differences are no numbers."""
+    mean, error = float(differences.mean()), _standard_error(differences)
+    if not math.isfinite(mean + error) or mean == 0:
+        return 1.0
+    return float(2 * _student().sf(abs(mean) / error, differences.size - 1)) if error > 0 else 0.0
+
+
+def _t_quantile(level: float, degrees: int) -> float:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}: it must be between 0 and 1")
+    return float(_student().ppf((1 + level) / 2, degrees))
+
+
+def _student():  # type: ignore[no-untyped-def]  # a distribution of scipy, which has no types
+    try:
+        from scipy.stats import t
+    except ImportError:
+        raise UserError('intervals need scipy, which is not installed: pip install -e ".[lab]"') from None
+    return t
