@@ -7,6 +7,7 @@ marker, so that they can also be told apart in grey. Legends stand outside of th
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,10 @@ MOST_BELOW = 4
 """curves whose legend stands below the axes; that of more stands at their right"""
 MARKS = 9
 """markers on a curve of many points"""
+MOST_PLAIN = 100
+"""ratio of the ends of a logarithmic axis up to which its ticks are plain numbers"""
+LETTERS_PER_INCH = 11
+"""of titles"""
 DPI = 150
 INK, FAINT = "#1b1b1f", "#8a8d94"
 
@@ -57,9 +62,9 @@ def curves(
     if log_x:
         _log_x(axes, curves)
     if log_y:
-        axes.set_yscale("log")
+        _log_y(axes)
     if len(curves) > 1:
-        _legend(figure, lines, [curve.label for curve in curves], at_right=at_right)
+        _legend(figure, axes, lines, [curve.label for curve in curves], at_right=at_right)
     return figure
 
 
@@ -98,9 +103,11 @@ def heatmap(
     for row, column in np.ndindex(*table.shape):
         value = table[row, column]
         ink = _ink_on(tuple(np.ravel(image.cmap(image.norm(value))))) if np.isfinite(value) else FAINT
-        text = format(value, format_spec) if np.isfinite(value) else "–"
+        text = format(value, format_spec).replace("-", "−") if np.isfinite(value) else "–"
         axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=7.5)
-    figure.colorbar(image, ax=axes, label=value_label, fraction=0.04, pad=0.02).outline.set_visible(False)
+    bar = figure.colorbar(image, ax=axes, label=value_label, fraction=0.04, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=9, color=FAINT)
     return figure
 
 
@@ -159,7 +166,8 @@ def _figure(width: float, height: float) -> Figure:
 def _axes(figure: Figure, *, title: str, x_label: str, y_label: str) -> Axes:
     axes = figure.add_subplot()
     axes.set_axisbelow(True)
-    axes.set_title(title, fontsize=11, loc="left", pad=10, wrap=True)
+    width = int(LETTERS_PER_INCH * (figure.get_figwidth() - 1.0))
+    axes.set_title(textwrap.fill(title, width), fontsize=11, loc="left", pad=10)
     axes.set_xlabel(x_label, fontsize=10)
     axes.set_ylabel(y_label, fontsize=10)
     axes.tick_params(labelsize=9, color=FAINT)
@@ -202,12 +210,25 @@ def _log_x(axes: Axes, curves: Sequence[Curve]) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _legend(figure: Figure, lines: Sequence[Line2D], labels: Sequence[str], *, at_right: bool) -> None:
+def _log_y(axes: Axes) -> None:
+    """A logarithmic y axis; one of few decades has plain numbers, also between the powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high / low < MOST_PLAIN:
+        steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7) if high / low < 5 else (1, 2, 5)
+        axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, axes: Axes, lines: Sequence[Line2D], labels: Sequence[str], *, at_right: bool) -> None:
     # Matplotlib leaves out labels that begin with an underscore.
     labels = [f" {label}" if label.startswith("_") else label for label in labels]
     style: dict[str, Any] = {"frameon": False, "fontsize": 9, "handlelength": 3.2}
     if at_right:
-        figure.legend(lines, labels, loc="outside right upper", **style)
+        axes.legend(lines, labels, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, **style)
     else:
         columns = len(labels) if sum(len(label) + 10 for label in labels) <= 84 else 1
         figure.legend(lines, labels, loc="outside lower center", ncols=columns, **style)
