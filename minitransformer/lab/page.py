@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -42,6 +43,8 @@ figcaption { margin-top: 0.5rem; max-width: 46rem; color: var(--faint); font-siz
 }
 """
 
+NUMERIC = re.compile(r"[-−+]?\d[-−+\d.,eE±%\[\] ]*")
+
 
 def cell_text(value: Any) -> str:
     """How a table shows `value`: yes, no, – for None, four significant digits for what is no integer, or its text."""
@@ -66,11 +69,13 @@ def number_text(value: float) -> str:
 
 
 def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return NUMERIC.fullmatch(value) is not None
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
-def _number_columns(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[bool]:
-    """For each column, whether it holds numbers only, beside gaps."""
+def number_columns(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[bool]:
+    """For each column, whether it holds numbers only, beside gaps; texts such as 1.2 ± 0.3 and 5 [4, 6] are some."""
     values = [[row[i] for row in rows if row[i] is not None] for i in range(len(columns))]
     return [bool(column) and all(_is_number(value) for value in column) for column in values]
 
@@ -96,7 +101,7 @@ class Page:
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table of text, numbers (to the right), truth values (yes, no) and None (–)."""
         assert all(len(row) == len(columns) for row in rows), "a row has a cell for each column"
-        right = [' class="number"' if numeric else "" for numeric in _number_columns(columns, rows)]
+        right = [' class="number"' if numeric else "" for numeric in number_columns(columns, rows)]
         head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(columns, right, strict=True))
         body = "\n".join(f"<tr>{_cells(row, right)}</tr>" for row in rows)
         self.parts.append(
