@@ -101,11 +101,19 @@ class Run:
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
 
+    def cased(self, text: str) -> str:
+        """`text` as this run reads it: in lower case, where that was asked for."""
+        return text.lower() if self.config.data.lowercase else text
+
+    def checkpoint(self, name: str | None = None) -> Path:
+        """The whole checkpoint called `name`, by default the best, or the latest if none is called that."""
+        if name is None and (self.checkpoints / "best").exists():
+            name = "best"
+        return choose_checkpoint(self.checkpoints, name)
+
     def load_model(self, checkpoint: str | None = None, device: str = "cpu") -> Model:
         """The model of this run, ready to be evaluated, from `checkpoint`: by default the best one."""
-        if checkpoint is None and (self.checkpoints / "best").exists():
-            checkpoint = "best"
-        chosen = choose_checkpoint(self.checkpoints, checkpoint)
+        chosen = self.checkpoint(checkpoint)
         model = build_model(self.config.model)
         load_model_weights(chosen, model)
         return model.to(device).eval()

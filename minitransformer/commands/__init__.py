@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -44,3 +45,22 @@ def parse(options: type[Options], arguments: Sequence[str], *, default: Options 
         config=(tyro.conf.OmitArgPrefixes,),
         **about,  # type: ignore[call-overload]
     )
+
+
+def piped_text() -> str:
+    """The text on standard input if that is a pipe or a file: a terminal, /dev/null or a closed one holds none."""
+    if sys.stdin is None:
+        return ""
+    mode = os.fstat(sys.stdin.fileno()).st_mode
+    is_piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+    return utf8_text(sys.stdin.buffer.read(), "standard input") if is_piped else ""
+
+
+def utf8_text(content: bytes, name: str) -> str:
+    """`content`, the bytes of the file called `name`, as text; raises `UserError` where it is not UTF-8."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name} is not UTF-8 (byte {error.start} is {content[error.start]:#04x}): convert it"
+        ) from None

@@ -6,10 +6,7 @@ Standard output carries the text, standard error the notes.
 from __future__ import annotations
 
 import io
-import os
-import re
 import secrets
-import stat
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,9 +18,10 @@ from typing import Annotated
 import torch
 import tyro
 
-from minitransformer.commands import DONE, parse, run_command
+from minitransformer.commands import DONE, parse, piped_text, run_command, utf8_text
 from minitransformer.errors import UserError
 from minitransformer.generation.decode import translate
+from minitransformer.generation.fill import MASK, encode_with_masks
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.readers import window_length
 from minitransformer.generation.samples import filled_text
@@ -34,12 +32,10 @@ from minitransformer.models.encoder_decoder import EncoderDecoder
 from minitransformer.models.model import Model
 from minitransformer.models.recurrent import RecurrentEncoderDecoder
 from minitransformer.runs import Run, latest_run
-from minitransformer.text.tokenizers import MASKS
 from minitransformer.training.machine import choose_device
 
 SEPARATOR = "-" * 40
 LINES_AT_ONCE = 32
-MASK = re.compile("|".join(map(re.escape, MASKS)))
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def _sample(arguments: Sequence[str]) -> int:
     run = Run.open(path)
     prompt = "" if options.interactive else _prompt(options)
     # What cannot be encoded is said before a model is loaded.
-    run.tokenizer.encode(MASK.sub("", _cased(run, prompt)))
+    run.tokenizer.encode(MASK.sub("", run.cased(prompt)))
     model = run.load_model(options.checkpoint, device=str(choose_device(options.device)))
     if options.run is None:
         _note(f"the model is that of {path}")
@@ -107,10 +103,6 @@ class Session:
     generator: torch.Generator
 
 
-def _cased(run: Run, text: str) -> str:
-    return text.lower() if run.config.data.lowercase else text
-
-
 @singledispatch
 def answer(model: Model, prompt: str, session: Session) -> None:
     """Print what `model` makes of `prompt`."""
@@ -129,27 +121,10 @@ def _prompt(options: Options) -> str:
         return options.prompt
     if options.prompt_file is not None:
         try:
-            return _text(options.prompt_file.read_bytes(), str(options.prompt_file))
+            return utf8_text(options.prompt_file.read_bytes(), str(options.prompt_file))
         except OSError as error:
             raise UserError(f"{options.prompt_file} cannot be read ({error.strerror}): give a text file") from None
-    return _text(sys.stdin.buffer.read(), "standard input") if _is_piped() else ""
-
-
-def _is_piped() -> bool:
-    """Whether standard input is a pipe or a file: a terminal, /dev/null or a closed one holds no prompt."""
-    if sys.stdin is None:
-        return False
-    mode = os.fstat(sys.stdin.fileno()).st_mode
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
-
-
-def _text(content: bytes, name: str) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name} is not UTF-8 (byte {error.start} is {content[error.start]:#04x}): convert it"
-        ) from None
+    return piped_text()
 
 
 @answer.register
@@ -174,12 +149,9 @@ def _fill(model: EncoderLM, prompt: str, session: Session) -> None:
     """Print each line with its masks numbered, and the likeliest tokens for each."""
     tokenizer = session.run.tokenizer
     for line in prompt.splitlines():
-        parts = [tokenizer.encode(part) for part in MASK.split(line)]
-        if len(parts) == 1:
+        if not MASK.search(line):
             raise UserError(f"there is no mask in {line!r}: write <mask> where a word is to be guessed")
-        tokens = [tokenizer.end_of_text, *parts[0]]
-        for part in parts[1:]:
-            tokens += [tokenizer.mask, *part]
+        tokens = [tokenizer.end_of_text, *encode_with_masks(tokenizer, line)]
         if len(tokens) > model.config.context_length:
             raise UserError(
                 f"a line has {len(tokens)} tokens, and the model sees {model.config.context_length}: cut it"
@@ -213,7 +185,7 @@ def _translate(model: EncoderDecoder | RecurrentEncoderDecoder, prompt: str, ses
 
 def _source(model: Model, run: Run, line: str) -> list[int]:
     """The tokens of a line, with the end that the model has learned to see."""
-    tokens = [*run.tokenizer.encode(_cased(run, line)), run.tokenizer.end_of_text]
+    tokens = [*run.tokenizer.encode(run.cased(line)), run.tokenizer.end_of_text]
     if len(tokens) > model.config.context_length:
         _note(f"a line of {len(tokens)} tokens is cut to the {model.config.context_length} that the model sees")
         tokens = [*tokens[: model.config.context_length - 1], run.tokenizer.end_of_text]
