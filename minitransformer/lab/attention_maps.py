@@ -1,0 +1,54 @@
+"""What attention looked at: the weights of every head, from a model as it is, without a line of its own for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minitransformer.architecture.attention import MultiHeadAttention, attention_weights
+
+AttentionMap = Float[Tensor, "batch heads query key"]
+
+
+@contextmanager
+def captured_attention(model: nn.Module) -> Iterator[dict[str, AttentionMap]]:
+    """Within it, each forward pass of `model` puts the weights of its attention into the dictionary that it yields.
+
+    Keys are names of modules, such as "stack.blocks.0.attention" or "decoder.blocks.0.cross_attention"; values are
+    [batch, heads, query, key], before dropout and without a gradient, and stay when the context is left. A second pass
+    replaces them: with a cache, those of the newest tokens are there. Only the uncompiled model is listened to.
+    """
+    maps: dict[str, AttentionMap] = {}
+    with watched_attention(model, maps.__setitem__):
+        yield maps
+
+
+@contextmanager
+def watched_attention(model: nn.Module, note: Callable[[str, AttentionMap], Any]) -> Iterator[None]:
+    """Within it, `note` gets the name and the weights of each attention as it happens, for who keeps only a summary."""
+    with ExitStack() as watches:
+        for name, module in model.named_modules():
+            if isinstance(module, MultiHeadAttention):
+                watches.enter_context(_watched(name, module, note))
+        yield
+
+
+@contextmanager
+def _watched(name: str, attention: MultiHeadAttention, note: Callable[[str, AttentionMap], Any]) -> Iterator[None]:
+    kernel = attention.kernel
+
+    def noting(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0, **view: Any) -> Tensor:
+        with torch.no_grad():
+            note(name, attention_weights(q, k, **view))
+        return kernel(q, k, v, dropout=dropout, **view)
+
+    attention.kernel = noting
+    try:
+        yield
+    finally:
+        attention.kernel = kernel
