@@ -43,7 +43,7 @@ figcaption { margin-top: 0.5rem; max-width: 46rem; color: var(--faint); font-siz
 }
 """
 
-NUMERIC = re.compile(r"[-−+]?\d[-−+\d.,eE±%\[\] ]*")
+NUMERIC = re.compile(r"[-−+<]?\d[-−+\d.,eE±%\[\] ]*")
 
 
 def cell_text(value: Any) -> str:

@@ -1,0 +1,85 @@
+"""`compare`: runs beside each other, on the terminal, as a page and as a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shlex
+import shutil
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from minitransformer import files
+from minitransformer.commands import DONE, parse, run_command
+from minitransformer.lab import plain
+from minitransformer.lab.comparison import X_LABELS, Abscissa, RunComparison, compare, measure_of, page
+from minitransformer.lab.experiment import Table
+
+LEAST_WIDTH, MOST_WIDTH = 40, 120
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which runs, and how to show them."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """run folders; those that differ in their seeds only make one group"""
+    by: Abscissa = "step"
+    """what the curves run over"""
+    metric: str | None = None
+    """a number of metrics.jsonl to compare by; None is validation_loss, or bits_per_byte where losses do not compare"""
+    html: Path | None = None
+    """also write a page, which is one self-contained file"""
+    csv: Path | None = None
+    """also write a table with one row for each run"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compare; returns the exit code."""
+    return run_command(lambda: _compare(arguments))
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    about = "Compare runs: what differs in their settings, how they learned, and which differences the seeds bear out."
+    options = parse(Options, arguments, prog="minitransformer compare", description=about)
+    comparison = compare(options.runs, by=options.by, metric=options.metric)
+    columns = shutil.get_terminal_size((80, 24)).columns
+    print(_text(comparison, min(max(columns, LEAST_WIDTH), MOST_WIDTH)))
+    if options.html is not None:
+        command = shlex.join(["python", "-m", "minitransformer", "compare", *arguments])
+        _write(options.html, page(comparison, command), "choose another --html")
+    if options.csv is not None:
+        _write(options.csv, _csv(comparison.runs()), "choose another --csv")
+    return DONE
+
+
+def _text(comparison: RunComparison, width: int) -> str:
+    parts = [_table(comparison.results(), width), _table(comparison.differences(), width)]
+    drawn = comparison.curves(comparison.metric)
+    label = measure_of(comparison.metric).label
+    parts.append(plain.plot(drawn, x_label=X_LABELS[comparison.by], y_label=label, width=width))
+    if (pairs := comparison.pairs()) is not None:
+        parts.append(_table(pairs, width))
+    parts += [textwrap.fill(line, width) for line in (*comparison.remarks, comparison.verdict)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _table(table: Table, width: int) -> str:
+    return f"{table.title}\n{plain.table(table.columns, table.rows, width)}" if table.rows else ""
+
+
+def _csv(table: Table) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([table.columns, *table.rows])
+    return text.getvalue()
+
+
+def _write(target: Path, content: str, remedy: str) -> None:
+    with files.writing(target, remedy):
+        files.write_text(target, content)
+    print(f"written    {target}")

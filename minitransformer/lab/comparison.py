@@ -1,0 +1,502 @@
+"""Runs beside each other: what differs in their settings, how they learned, and what the seeds bear out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from minitransformer.errors import UserError
+from minitransformer.lab import figures
+from minitransformer.lab.experiment import Picture, Table
+from minitransformer.lab.figures import Curve
+from minitransformer.lab.page import Page
+from minitransformer.lab.statistics import Interval, Ranking, mean_interval, ranking
+from minitransformer.registry import lookup
+from minitransformer.runs import CONFIG, Run
+from minitransformer.training.config import DataConfig
+
+T = TypeVar("T")
+
+METRICS = "metrics.jsonl"
+Abscissa = Literal["step", "tokens", "seconds"]
+X_LABELS: dict[Abscissa, str] = {"step": "steps", "tokens": "tokens", "seconds": "seconds of training"}
+LONGEST_LABEL = 24
+# The text is known by its hash, and the size of the vocabulary follows from the tokenizer: neither makes a good name.
+UNTELLING = {"text", "vocab_size", "target_vocab_size"}
+# A loss is one of a task, and these settings make it another one.
+TASK = ("objective", "mask_probability", "span_density", "mean_span")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is known of a metric: its name for readers, and whether less of it is better (None: neither is)."""
+
+    label: str
+    lower_is_better: bool | None = None
+    across_tokenizers: bool = False
+    """whether it means the same where texts are cut into other tokens"""
+
+
+MEASURES = {
+    "validation_loss": Measure("validation loss (nats per target)", True),
+    "bits_per_byte": Measure("bits per byte of validation text", True, across_tokenizers=True),
+    "perplexity": Measure("validation perplexity", True),
+    "accuracy": Measure("share of targets guessed", False),
+    "exact": Measure("share of texts that are exact", False, across_tokenizers=True),
+    "loss": Measure("training loss (nats per target)", True),
+    "tokens_per_second": Measure("tokens per second", False),
+}
+
+
+def measure_of(metric: str) -> Measure:
+    """What is known of `metric`, which may be one that nobody here has heard of."""
+    return MEASURES.get(metric, Measure(metric.replace("_", " ")))
+
+
+@dataclass(frozen=True)
+class History:
+    """A run and the numbers that it wrote down while it trained."""
+
+    run: Run
+    records: tuple[dict[str, Any], ...]
+    damaged: int
+    """lines that are no record, as after a crash: they are left out"""
+
+    @classmethod
+    def open(cls, path: Path) -> History:
+        """The run in the folder `path`; raises `UserError` if it is none, or has no metrics."""
+        run = Run.open(path)
+        file = path / METRICS
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+        parsed = [_record(line) for line in lines if line.strip()]
+        records = tuple(record for record in parsed if record is not None)
+        if not records:
+            raise UserError(f"{path} has no numbers in {METRICS}: train it for some steps, or leave it out")
+        return cls(run, records, len(parsed) - len(records))
+
+    @property
+    def seed(self) -> int:
+        return self.run.config.training.seed
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """All of its configuration but the seed, and which text it learned, by name."""
+        parts = self.run.config.model, self.run.config.data, self.run.config.training
+        values = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
+        return {name: value for name, value in values.items() if name != "seed"} | {"text": self.run.text}
+
+    @cached_property
+    def metrics(self) -> set[str]:
+        """The names of its numbers."""
+        return {name for record in self.records for name, value in record.items() if _is_number(value)}
+
+    def series(self, metric: str) -> dict[int, float]:
+        """`metric` by step; what was not finite is NaN."""
+        if metric not in self.metrics:
+            return {}
+        values = {record["step"]: _value(record[metric]) for record in self.records if metric in record}
+        return dict(sorted(values.items()))
+
+    def last(self, metric: str) -> float | None:
+        """The last value; None if there is none."""
+        return next(reversed(self.series(metric).values()), None)
+
+    def lowest(self, metric: str) -> float | None:
+        """The lowest finite value; None if there is none."""
+        return min((value for value in self.series(metric).values() if math.isfinite(value)), default=None)
+
+    @property
+    def steps(self) -> int:
+        return max(record["step"] for record in self.records)
+
+    def abscissa(self, steps: Sequence[int], by: Abscissa) -> np.ndarray:
+        """Where `steps` lie on the axis `by`; between two records of tokens or seconds, in proportion."""
+        if by == "step":
+            return np.asarray(steps, dtype=float)
+        known = {0: 0.0, **self.series(by)}
+        return np.interp(steps, list(known), list(known.values()))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seeds only, in the order of the seeds."""
+
+    label: str
+    histories: tuple[History, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.histories[0].settings
+
+    @property
+    def seeds(self) -> list[int]:
+        return [history.seed for history in self.histories]
+
+    def interval(self, value: Callable[[History], float | None]) -> Interval | None:
+        """The mean of `value` over the seeds; None where one of them has none."""
+        values = [value(history) for history in self.histories]
+        known = [value for value in values if value is not None]
+        return mean_interval(known) if len(known) == len(values) else None
+
+    def curve(self, metric: str, by: Abscissa) -> Curve | None:
+        """The mean of `metric` with its 95 % band, at the steps that all of the seeds have; None if there are none."""
+        series = [history.series(metric) for history in self.histories]
+        steps = sorted(set.intersection(*(set(one) for one in series)))
+        if not steps:
+            return None
+        x = np.mean([history.abscissa(steps, by) for history in self.histories], axis=0)
+        bands = [mean_interval([one[step] for one in series]) for step in steps]
+        mean, low, high = ([getattr(band, end) for band in bands] for end in ("mean", "low", "high"))
+        return Curve(self.label, x.tolist(), mean, *((low, high) if len(series) > 1 else (None, None)))
+
+
+@dataclass(frozen=True)
+class Comparability:
+    """Which metrics of the groups mean the same, and what is to be said of it."""
+
+    metric: str
+    """what to compare them by, unless the user names another"""
+    remark: str | None = None
+    comparable: Callable[[str], bool] = lambda metric: True
+
+
+def comparability(groups: Sequence[Group]) -> Comparability:
+    """Losses are comparable for the same task on the same tokens; otherwise, bits per byte of the same text are."""
+    known = set().union(*(history.metrics for group in groups for history in group.histories))
+    best = "bits_per_byte" if "bits_per_byte" in known else "validation_loss" if "validation_loss" in known else "loss"
+    if len(_distinct(tuple(group.settings[name] for name in TASK) for group in groups)) > 1:
+        tasks = ", ".join(_distinct(str(group.settings["objective"]) for group in groups))
+        return Comparability(
+            best, f"The runs learn different tasks ({tasks}): none of their losses are comparable.", _no
+        )
+    if len(_distinct(group.settings["text"] for group in groups)) == 1:
+        return Comparability("validation_loss" if "validation_loss" in known else "loss")
+    if len(_distinct(_sources(group) for group in groups)) == 1 and len(_distinct(map(_tokenizers, groups))) > 1:
+        remark = (
+            "The runs have different tokenizers: losses and rates per token are not comparable; bits per byte are, "
+            "if the data did not change in between."
+        )
+        return Comparability(best, remark, lambda metric: measure_of(metric).across_tokenizers)
+    remark = (
+        "The runs learn different data: their losses are not comparable, and bits per byte say how well each predicts "
+        "a text of its own. No winner is named."
+    )
+    return Comparability(best, remark, _no)
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """Groups of runs, the metric that they are compared by, and what is to be said of it."""
+
+    groups: tuple[Group, ...]
+    metric: str
+    by: Abscissa
+    ranking: Ranking | None
+    verdict: str
+    remarks: tuple[str, ...]
+    losses_comparable: bool
+
+    def differences(self) -> Table:
+        """The settings that differ."""
+        rows = [[name, *(_shown(group.settings[name]) for group in self.groups)] for name in _varied(self.groups)]
+        return Table("What differs", ["setting", *(group.label for group in self.groups)], rows)
+
+    def results(self) -> Table:
+        """What came out: means over the seeds, with half of the 95 % interval."""
+        rows = []
+        for name, value in self._results.items():
+            cells = [_mean_text(group.interval(value)) for group in self.groups]
+            if any(cell is not None for cell in cells):
+                rows.append([name, *cells])
+        seeds = [", ".join(map(str, group.seeds)) for group in self.groups]
+        return Table("Results", ["", *(group.label for group in self.groups)], [["seeds", *seeds], *rows])
+
+    def pairs(self) -> Table | None:
+        """The paired differences; None where nothing was paired."""
+        if self.ranking is None or not self.ranking.comparisons:
+            return None
+        rows = [
+            [f"{pair.first} − {pair.second}", str(pair.difference), pair.difference.n, _p_text(pair.p)]
+            for pair in self.ranking.comparisons
+        ]
+        columns = ["pair", "difference [95 % interval]", "seeds", "p (Holm)"]
+        return Table(f"Paired differences of {measure_of(self.metric).label}", columns, rows)
+
+    def runs(self) -> Table:
+        """One row for each run: where it lies, its group, what differs, and its own results."""
+        varied = _varied(self.groups)
+        columns = ["run", "group", "seed", *varied, *(name.replace(" ", "_") for name in self._results)]
+        rows = [
+            [
+                str(history.run.path),
+                group.label,
+                history.seed,
+                *(_shown(group.settings[name]) for name in varied),
+                *(value(history) for value in self._results.values()),
+            ]
+            for group in self.groups
+            for history in group.histories
+        ]
+        return Table("Runs", columns, rows)
+
+    def curves(self, metric: str) -> list[Curve]:
+        """Of the groups that have `metric`."""
+        drawn = [group.curve(metric, self.by) for group in self.groups]
+        return [curve for curve in drawn if curve is not None]
+
+    def pictures(self) -> list[Picture]:
+        """The curves, and the paired differences where there are some."""
+        bands = " Bands: 95 % intervals of the mean over seeds." if any(len(g.seeds) > 1 for g in self.groups) else ""
+        metrics = [self.metric, *(["loss"] if self.losses_comparable and self.metric != "loss" else [])]
+        pictures = []
+        for metric in metrics:
+            if drawn := self.curves(metric):
+                label = measure_of(metric).label
+                title = f"{label[0].upper()}{label[1:]}".partition(" (")[0]
+                caption = f"{title} by {X_LABELS[self.by]}.{bands}"
+                draw = partial(figures.curves, drawn, x_label=X_LABELS[self.by], y_label=label, title=title)
+                pictures.append(Picture(title, draw, caption))
+        if self.ranking is not None and self.ranking.comparisons:
+            pictures.append(self._forest(self.ranking))
+        return pictures
+
+    def _forest(self, ranking: Ranking) -> Picture:
+        pairs = ranking.comparisons
+        title = "Paired differences"
+        draw = partial(
+            figures.intervals,
+            [f"{pair.first} − {pair.second}" for pair in pairs],
+            [pair.difference.mean for pair in pairs],
+            [pair.difference.low for pair in pairs],
+            [pair.difference.high for pair in pairs],
+            x_label=f"difference of {measure_of(self.metric).label}",
+            title=title,
+            reference=0,
+        )
+        return Picture(title, draw, "Differences of last values, seed by seed, with 95 % intervals.")
+
+    @property
+    def _results(self) -> dict[str, Callable[[History], float | None]]:
+        """What is told of a run, by name; None where the run does not know it."""
+        told: dict[str, Callable[[History], float | None]] = {
+            "steps": lambda history: history.steps,
+            "best validation loss": lambda history: history.lowest("validation_loss"),
+            "last validation loss": lambda history: history.last("validation_loss"),
+            "last training loss": lambda history: history.last("loss"),
+            "bits per byte": lambda history: history.last("bits_per_byte"),
+            "accuracy": lambda history: history.last("accuracy"),
+            "exact": lambda history: history.last("exact"),
+            "tokens per second": _rate,
+            "minutes": _minutes,
+        }
+        if self.metric not in ("validation_loss", "loss", "bits_per_byte", "accuracy", "exact", "tokens_per_second"):
+            told[f"last {measure_of(self.metric).label}"] = lambda history: history.last(self.metric)
+        return told
+
+
+def compare(paths: Sequence[Path], *, by: Abscissa = "step", metric: str | None = None) -> RunComparison:
+    """The runs in `paths` beside each other, by `metric` (None: validation loss, or bits per byte where losses are not
+    comparable).
+
+    Raises `UserError` for folders that are no runs or have no metrics, for a metric that no run has, and without scipy.
+    """
+    histories, repeated = _without_repetitions([History.open(path) for path in paths])
+    groups = _groups(histories)
+    judged = comparability(groups)
+    chosen = judged.metric if metric is None else _known(metric, histories)
+    remarks = [judged.remark, *repeated, *map(_damage, histories), *map(_unfinished, histories), _code(groups)]
+    ranked, verdict = _ranked(groups, chosen, judged.comparable(chosen))
+    said = tuple(remark for remark in remarks if remark is not None)
+    return RunComparison(tuple(groups), chosen, by, ranked, verdict, said, judged.comparable("validation_loss"))
+
+
+def page(comparison: RunComparison, command: str) -> str:
+    """The comparison as one self-contained HTML file; raises `UserError` without matplotlib."""
+    names = [group.label for group in comparison.groups]
+    result = Page("Comparison of " + (" and ".join(names) if len(names) < 3 else f"{len(names)} groups of runs"))
+    result.paragraph(comparison.verdict)
+    for remark in comparison.remarks:
+        result.paragraph(remark)
+    tables = [comparison.results(), comparison.differences(), comparison.pairs(), comparison.runs()]
+    pictures = [(picture, figures.png(picture.draw())) for picture in comparison.pictures()]
+    for picture, png in pictures[:1]:
+        result.figure(png, picture.caption, picture.title)
+    for table in tables[:3]:
+        if table is not None and table.rows:
+            result.heading(table.title)
+            result.table(table.columns, table.rows)
+    for picture, png in pictures[1:]:
+        result.figure(png, picture.caption, picture.title)
+    result.heading("Runs")
+    result.table(comparison.runs().columns, comparison.runs().rows)
+    result.heading("How to repeat it")
+    result.code(command)
+    return result.html()
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """The record in `line`; None if there is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _value(value: Any) -> float:
+    return float(value) if _is_number(value) else math.nan
+
+
+def _no(metric: str) -> bool:
+    return False
+
+
+def _distinct(values: Iterable[T]) -> list[T]:
+    return list(dict.fromkeys(values))
+
+
+def _key(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def _without_repetitions(histories: Sequence[History]) -> tuple[list[History], list[str]]:
+    """The histories, each settings and seed once, and what is to be said of the others: they add no seed."""
+    first: dict[tuple[str, int], History] = {}
+    remarks = []
+    for history in histories:
+        kept = first.setdefault((_key(history.settings), history.seed), history)
+        if kept is not history:
+            remarks.append(f"{history.run.path} is left out: it has the settings and the seed of {kept.run.path}.")
+    return list(first.values()), remarks
+
+
+def _groups(histories: Sequence[History]) -> list[Group]:
+    """Those that differ in seed only together, in the order of the first of each."""
+    members: dict[str, list[History]] = {}
+    for history in histories:
+        members.setdefault(_key(history.settings), []).append(history)
+    unnamed = [Group("", tuple(sorted(group, key=lambda history: history.seed))) for group in members.values()]
+    return [replace(group, label=label) for group, label in zip(unnamed, _labels(unnamed), strict=True)]
+
+
+def _labels(groups: Sequence[Group]) -> list[str]:
+    """By what differs, if that is short; or else by what the names of the folders share; or else by letters."""
+    varied = [name for name in _varied(groups) if name not in UNTELLING]
+    by_setting = [", ".join(f"{name} {_shown(group.settings[name])}" for name in varied) for group in groups]
+    by_folder = [_shared_name([history.run.path.name for history in group.histories]) for group in groups]
+    for labels in (by_setting, by_folder):
+        if len(set(labels)) == len(groups) and all(0 < len(label) <= LONGEST_LABEL for label in labels):
+            return labels
+    return [f"group {i}" for i in range(1, len(groups) + 1)]
+
+
+def _shared_name(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in same).rstrip("-_. ")
+
+
+def _varied(groups: Sequence[Group]) -> list[str]:
+    """The settings that are not the same in all groups."""
+    return [name for name in groups[0].settings if len({_key({"": g.settings[name]}) for g in groups}) > 1]
+
+
+def _shown(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | bool) or _is_number(value) else str(value)
+
+
+def _sources(group: Group) -> str:
+    """What the text is made from, whatever the tokenizer."""
+    names = (field.name for field in fields(DataConfig) if field.name not in ("tokenizer", "separate_vocabularies"))
+    return _key({name: group.settings[name] for name in names})
+
+
+def _tokenizers(group: Group) -> tuple[str, ...]:
+    return tuple(tokenizer.fingerprint for tokenizer in group.histories[0].run.tokenizers)
+
+
+def _known(metric: str, histories: Sequence[History]) -> str:
+    names = sorted(set().union(*(history.metrics for history in histories)) - {"step"})
+    lookup("metric", metric, dict.fromkeys(names))
+    return metric
+
+
+def _damage(history: History) -> str | None:
+    lines = "1 damaged line" if history.damaged == 1 else f"{history.damaged} damaged lines"
+    return f"{history.run.path / METRICS}: {lines} left out." if history.damaged else None
+
+
+def _unfinished(history: History) -> str | None:
+    steps = history.run.config.training.steps
+    return f"{history.run.path} has done {history.steps} of its {steps} steps." if history.steps < steps else None
+
+
+def _code(groups: Sequence[Group]) -> str | None:
+    """What to say if the runs were made by different code, which no setting shows."""
+    paths = [history.run.path / CONFIG for group in groups for history in group.histories]
+    origins = [json.loads(path.read_text(encoding="utf-8")).get("provenance", {}) for path in paths]
+    commits = _distinct(str(origin["commit"]) for origin in origins if "commit" in origin)
+    return f"The runs were made by different versions of the code: {', '.join(commits)}." if len(commits) > 1 else None
+
+
+def _ranked(groups: Sequence[Group], metric: str, comparable: bool) -> tuple[Ranking | None, str]:
+    """The groups by last values of `metric`, over the seeds that all of them have, and what that says in words."""
+    measure = measure_of(metric)
+    having = [group for group in groups if all(metric in history.metrics for history in group.histories)]
+    if len(groups) < 2:
+        return None, "One group of runs: there is nothing to compare it with."
+    if not comparable:
+        return None, f"No winner: {measure.label} does not mean the same in all of these runs."
+    if len(having) < len(groups):
+        missing = ", ".join(group.label for group in groups if group not in having)
+        return None, f"No winner: {missing} has no {measure.label}."
+    seeds = sorted(set.intersection(*(set(group.seeds) for group in groups)))
+    if len(seeds) < 2:
+        shared = f"only seed {seeds[0]}" if seeds else "no seed"
+        return None, f"No winner: the groups share {shared}, which says nothing of the spread; train two or more."
+    values = {
+        group.label: [_value(history.last(metric)) for history in group.histories if history.seed in seeds]
+        for group in groups
+    }
+    result = ranking(values, lower_is_better=measure.lower_is_better is not False)
+    if measure.lower_is_better is None:
+        return replace(result, winner=None), f"No winner: whether more or less {measure.label} is better is not known."
+    return result, f"By {measure.label}, last values of seeds {', '.join(map(str, seeds))}: {result}"
+
+
+def _rate(history: History) -> float | None:
+    tokens, seconds = history.last("tokens"), history.last("seconds")
+    return tokens / seconds if tokens and seconds else None
+
+
+def _minutes(history: History) -> float | None:
+    seconds = history.last("seconds")
+    return None if seconds is None else seconds / 60
+
+
+def _mean_text(interval: Interval | None) -> str | float | None:
+    """A mean as a number; with half of its interval, where several seeds differ."""
+    if interval is None:
+        return None
+    reach = interval.high - interval.mean
+    if not math.isfinite(reach) or reach <= 0:
+        return int(interval.mean) if interval.mean.is_integer() else interval.mean
+    decimals = max(0, 1 - math.floor(math.log10(reach)))
+    return f"{interval.mean:.{decimals}f} ± {reach:.{decimals}f}"
+
+
+def _p_text(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
