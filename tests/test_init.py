@@ -13,6 +13,7 @@ from minitransformer.architecture.linear import OutputProjection
 from minitransformer.architecture.norms import Norm
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.model import build_model
 
 every_scheme = pytest.mark.parametrize("name", Initialisation.registry)
 LAYERS, D, D_FF, VOCABULARY = 3, 64, 256, 500
@@ -37,6 +38,14 @@ EXPECTED: dict[str, dict[str, float]] = {
         "up": (2 / (D + D_FF)) ** 0.5,
         "output": (2 / (D + D)) ** 0.5,
         "down": (2 / (D + D_FF)) ** 0.5,
+        "embedding": D**-0.5,
+        "head": D**-0.5,
+    },
+    "xavier-scaled": {
+        "query": (2 / (D + D)) ** 0.5,
+        "up": (2 / (D + D_FF)) ** 0.5,
+        "output": (2 / (D + D)) ** 0.5 / (2 * LAYERS) ** 0.5,
+        "down": (2 / (D + D_FF)) ** 0.5 / (2 * LAYERS) ** 0.5,
         "embedding": D**-0.5,
         "head": D**-0.5,
     },
@@ -93,10 +102,9 @@ class Counting(GPT2):
     """GPT-2's, with a note of what it was asked to draw."""
 
     def __init__(self) -> None:
-        super().__init__(2)
         self.drawn: list[int] = []
 
-    def linear(self, weight: Tensor) -> None:
+    def linear(self, weight: Tensor, num_sublayers: int = 1) -> None:
         self.drawn.append(id(weight))
 
     embedding = head = output_projection = linear
@@ -119,8 +127,8 @@ def test_a_tied_head_starts_as_an_embedding_does() -> None:
             nn.init.constant_(weight, 5.0)
 
     tied, untied = model_of("gpt2"), model_of("gpt2", tied_embeddings=False)
-    initialise(tied, Marked(2))
-    initialise(untied, Marked(2))
+    initialise(tied, Marked())
+    initialise(untied, Marked())
     assert tied.head.weight.eq(3).all()
     assert untied.head.weight.eq(5).all()
     assert untied.embedding.table.weight.eq(3).all()
@@ -133,7 +141,7 @@ def test_a_weight_that_no_rule_names_is_an_error() -> None:
             self.gain = nn.Parameter(torch.ones(3))
 
     with pytest.raises(AssertionError, match="no rule starts the weights of Gain"):
-        initialise(nn.Sequential(nn.Linear(3, 3), Gain()), GPT2(2))
+        initialise(nn.Sequential(nn.Linear(3, 3), Gain()), GPT2())
 
 
 def test_the_same_seed_draws_the_same_model() -> None:
@@ -151,3 +159,12 @@ def test_both_sublayers_write_through_output_projections() -> None:
         "attention.output",
         "feedforward.down",
     }
+
+
+def test_each_stack_of_an_encoder_decoder_counts_its_own_sublayers() -> None:
+    sizes: dict[str, Any] = {"d_model": 64, "num_layers": 2, "num_decoder_layers": 12, "num_heads": 4}
+    model = build_model(ModelConfig(topology="encoder-decoder", vocab_size=5, context_length=4, **sizes))
+    for stack, num_sublayers in ((model.encoder, 2 * 2), (model.decoder, 3 * 12)):
+        for branch in stack.blocks[0].branches:
+            weight = next(m.weight for m in branch.sublayer.modules() if isinstance(m, OutputProjection))
+            assert weight.std().item() == pytest.approx(0.02 / num_sublayers**0.5, rel=0.05)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minitransformer.architecture.norms import LayerNorm, Norm, RMSNorm, layer_norm, rms_norm
+from minitransformer.architecture.norms import DyT, LayerNorm, Norm, RMSNorm, layer_norm, rms_norm
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 seeds = st.integers(0, 2**16)
@@ -98,7 +98,8 @@ def test_rms_norm_gives_every_token_mean_square_1_and_keeps_its_direction() -> N
 def test_a_norm_starts_with_gains_of_1_and_biases_of_0_and_takes_eps(name: str) -> None:
     norm: Any = Norm.named(name)(5, eps=0.5)
     for parameter_name, parameter in norm.named_parameters():
-        assert parameter.eq(0.0 if parameter_name == "bias" or name == "rms-zero-centred" else 1.0).all()
+        start = {"bias": 0.0, "alpha": 0.5}.get(parameter_name, 0.0 if name == "rms-zero-centred" else 1.0)
+        assert parameter.eq(start).all()
     assert norm.eps == 0.5
     assert not any(name == "bias" for name, _ in Norm.named(name)(5, bias=False).named_parameters())
 
@@ -107,3 +108,14 @@ def test_a_norm_starts_with_gains_of_1_and_biases_of_0_and_takes_eps(name: str) 
 def test_a_norm_of_a_token_ignores_all_other_tokens(name: str) -> None:
     norm, x = Norm.named(name)(6), torch.randn(2, 5, 6)
     torch.testing.assert_close(norm(x)[:, 2], norm(x[:, 2]))
+
+
+def test_dyt_squashes_each_feature_by_itself() -> None:
+    norm = DyT(3).double()
+    with torch.no_grad():
+        norm.alpha.fill_(0.25)
+        norm.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        norm.bias.copy_(torch.tensor([0.0, 0.5, -0.5]))
+    x = torch.tensor([4.0, -8.0, 2.0]).double()
+    expected = [math.tanh(1.0), 2 * math.tanh(-2.0) + 0.5, 3 * math.tanh(0.5) - 0.5]
+    torch.testing.assert_close(norm(x), torch.tensor(expected).double())

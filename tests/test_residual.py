@@ -2,69 +2,163 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from minitransformer.architecture.block import Block
 from minitransformer.architecture.feedforward import FEEDFORWARDS
 from minitransformer.architecture.norms import LayerNorm, Norm, RMSNorm
 from minitransformer.architecture.positions import PositionScheme
-from minitransformer.architecture.residual import Place, PostLN, PreLN, ResiDual, Residual
+from minitransformer.architecture.residual import Admin, DeepNorm, Place, PostLN, PreLN, ResiDual, Residual
 from minitransformer.models.build import build_stack
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.model import build_model
 
-Sublayers = list[nn.Linear]
-NormFunction = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]
+SUBLAYERS = ("attention", "feedforward")
 
 
-def post(x: Tensor, sublayers: Sublayers, norms: list[NormFunction], final: NormFunction | None) -> Tensor:
-    for f, norm in zip(sublayers, norms, strict=True):
-        x = norm(x + f(x).tanh())
-    assert final is None
+class Recurrence(Protocol):
+    """The output for x, from sublayers f_k, the norms in the order of their use, and the last norm where there is one.
+
+    Sublayers alternate between attention and the feed-forward network.
+    """
+
+    def __call__(
+        self, x: Tensor, f: list[Function], norms: list[Function], final: Function | None, gains: list[Tensor]
+    ) -> Tensor: ...
+
+
+def post(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    for k in range(len(f)):
+        x = norms[k](x + f[k](x))
     return x
 
 
-def pre(x: Tensor, sublayers: Sublayers, norms: list[NormFunction], final: NormFunction | None) -> Tensor:
-    for f, norm in zip(sublayers, norms, strict=True):
-        x = x + f(norm(x)).tanh()
-    assert final is not None
+def pre(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    return final(x + sum(branches(x, f, lambda k, y: norms[k](y))))
+
+
+def branches(x: Tensor, f: list[Function], read: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+    """f_k(read_k(x + all branches before k))."""
+    found: list[Tensor] = []
+    for k in range(len(f)):
+        found.append(f[k](read(k, x + sum(found))))
+    return found
+
+
+def sandwich(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    outer = [lambda y, k=k: norms[2 * k + 1](f[k](y)) for k in range(len(f))]
+    return final(x + sum(branches(x, outer, lambda k, y: norms[2 * k](y))))
+
+
+def olmo2(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    outer = [lambda y, k=k: norms[k](f[k](y)) for k in range(len(f))]
+    return final(x + sum(branches(x, outer, lambda k, y: y)))
+
+
+def none(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    return x + sum(branches(x, f, lambda k, y: y))
+
+
+def deepnorm(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    for k in range(len(f)):
+        x = norms[k](len(f) ** 0.25 * x + f[k](x))  # 2L sublayers
+    return x
+
+
+def admin(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    for k in range(len(f)):
+        x = norms[k](torch.diag_embed(x) @ gains[k] + f[k](x))
+    return x
+
+
+def keel(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    for k in range(len(f)):
+        x = norms[2 * k + 1](len(f) * x + f[k](norms[2 * k](x)))
+    return x
+
+
+def lns(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    return final(x + sum(branches(x, f, lambda k, y: norms[k](y) / math.sqrt(1 + k // 2))))
+
+
+def mix(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    first = len(f) // 4
+    return pre(post(x, f[:first], norms[:first], None, []), f[first:], norms[first:], final, [])
+
+
+def hybrid(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    for layer in range(len(f) // 2):
+        y = norms[layer](x + f[2 * layer](x))
+        x = y + f[2 * layer + 1](y)
     return final(x)
 
 
-def residual(x: Tensor, sublayers: Sublayers, norms: list[NormFunction], final: NormFunction | None) -> Tensor:
+def hybrid_star(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    x = x + sum(branches(x, f[:2], lambda k, y: norms[k](y)))
+    return hybrid(x, f[2:], norms[2:], final, [])
+
+
+def b2t(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    for layer in range(len(f) // 2):
+        y = norms[2 * layer](x + f[2 * layer](x))
+        x = norms[2 * layer + 1](x + y + f[2 * layer + 1](y))
+    return x
+
+
+def residual(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
     """The output as a sum over branches, rather than as a second stream."""
-    branches = [x]
-    for f, norm in zip(sublayers, norms, strict=True):
-        branches.append(f(x).tanh())
-        x = norm(x + branches[-1])
-    assert final is not None
-    return x + final(torch.stack(branches).sum(0))
+    found = [x]
+    for k in range(len(f)):
+        found.append(f[k](x))
+        x = norms[k](x + found[-1])
+    return x + final(torch.stack(found).sum(0))
 
 
-def sandwich(x: Tensor, sublayers: Sublayers, norms: list[NormFunction], final: NormFunction | None) -> Tensor:
-    for f, before, after in zip(sublayers, norms[::2], norms[1::2], strict=True):
-        x = x + after(f(before(x)).tanh())
-    assert final is not None
-    return final(x)
+def residual_scaled(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    return residual(x, f, norms, lambda y: final(y * 0.05), gains)
 
 
-def olmo2(x: Tensor, sublayers: Sublayers, norms: list[NormFunction], final: NormFunction | None) -> Tensor:
-    for f, norm in zip(sublayers, norms, strict=True):
-        x = x + norm(f(x).tanh())
-    assert final is not None
-    return final(x)
+def siamese(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    y = x
+    for k in range(len(f)):
+        branch = f[k](x + norms[2 * k + 1](y))
+        x, y = norms[2 * k](x + branch), y + branch
+    return x + final(y)
 
 
-RECURRENCES = {"post": post, "pre": pre, "sandwich": sandwich, "olmo2": olmo2, "residual": residual}
+RECURRENCES: dict[str, Recurrence] = {
+    "post": post,
+    "pre": pre,
+    "sandwich": sandwich,
+    "peri": sandwich,
+    "olmo2": olmo2,
+    "none": none,
+    "deepnorm": deepnorm,
+    "admin": admin,
+    "lns": lns,
+    "keel": keel,
+    "mix": mix,
+    "hybrid": hybrid,
+    "hybrid-star": hybrid_star,
+    "b2t": b2t,
+    "residual": residual,
+    "residual-scaled": residual_scaled,
+    "siamese": siamese,
+}
+WITHOUT_FINAL_NORM = {"post", "none", "deepnorm", "admin", "keel", "b2t"}
+TWO_NORMS_A_SUBLAYER = {"sandwich", "peri", "keel", "siamese"}
 every_placement = pytest.mark.parametrize("name", RECURRENCES)
 
 
-def by_hand(norm: LayerNorm) -> NormFunction:
+def by_hand(norm: LayerNorm) -> Function:
     def normalised(x: Tensor) -> Tensor:
         return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + norm.eps).sqrt()
 
@@ -74,15 +168,13 @@ def by_hand(norm: LayerNorm) -> NormFunction:
 class Connections(nn.Module):
     """Some sublayers in their residual connections, as a stack would run them."""
 
-    def __init__(self, name: str, features: int = 6, num_sublayers: int = 5) -> None:
+    def __init__(self, name: str, features: int = 6, num_layers: int = 4) -> None:
         super().__init__()
         self.placement = Residual.named(name)
-        self.sublayers = nn.ModuleList(nn.Linear(features, features) for _ in range(num_sublayers))
-        self.residuals = nn.ModuleList(
-            self.placement(lambda: LayerNorm(features), 0.0, Place(i // 2, num_sublayers // 2, "attention"))
-            for i in range(num_sublayers)
-        )
-        self.final_norm = LayerNorm(features) if self.placement.has_final_norm else nn.Identity()
+        places = [Place(layer, num_layers, sublayer) for layer in range(num_layers) for sublayer in SUBLAYERS]
+        self.sublayers = nn.ModuleList(nn.Linear(features, features) for _ in places)
+        self.residuals = nn.ModuleList(self.placement(lambda: LayerNorm(features), 0.0, place) for place in places)
+        self.final_norm = self.placement.make_final_norm(lambda: LayerNorm(features))
 
     def forward(self, x: Tensor) -> Tensor:
         stream = self.placement.open(x)
@@ -99,10 +191,12 @@ def test_every_registered_placement_has_its_recurrence_here() -> None:
 def test_a_placement_is_its_recurrence_in_values_and_gradients(name: str, shake: Any) -> None:
     connections = shake(Connections(name)).double()
     x = torch.randn(2, 3, 6).double().requires_grad_()
-    final = by_hand(connections.final_norm) if connections.placement.has_final_norm else None
+    final = None if name in WITHOUT_FINAL_NORM else by_hand(connections.final_norm)
     norms = [by_hand(norm) for norm in connections.residuals.modules() if isinstance(norm, LayerNorm)]
+    gains = [part for key, part in connections.residuals.named_parameters() if key.endswith("omega")]
+    f: list[Function] = [lambda y, linear=linear: linear(y).tanh() for linear in connections.sublayers]  # type: ignore[misc]
     actual = connections(x)
-    expected = RECURRENCES[name](x, list(connections.sublayers), norms, final)
+    expected = RECURRENCES[name](x, f, norms, final, gains)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     leaves = [x, *connections.parameters()]
     torch.testing.assert_close(
@@ -113,7 +207,7 @@ def test_a_placement_is_its_recurrence_in_values_and_gradients(name: str, shake:
     )
 
 
-def test_one_step_of_each_placement_by_numbers() -> None:
+def test_one_step_of_some_placements_by_numbers() -> None:
     """With N(x) = 10 x and f(x) = x + 1, from x = 2 and, for ResiDual, y = 3."""
 
     class Tenfold(nn.Module):
@@ -148,39 +242,70 @@ def test_the_normalised_stream_of_residual_is_post_ln_bit_for_bit(shake: Any) ->
 def test_there_is_one_final_norm_where_the_equation_has_one(name: str) -> None:
     config = ModelConfig(d_model=16, num_layers=3, num_heads=4, residual=name, norm="rms")
     stack = build_stack(config, causal=True)
-    norms = sum(isinstance(module, RMSNorm) for module in stack.modules())
-    assert norms == (4 if name == "sandwich" else 2) * 3 + (name != "post")
+    assert isinstance(stack.final_norm, RMSNorm if name not in WITHOUT_FINAL_NORM else nn.Identity)
+    assert isinstance(stack.embedding_norm, RMSNorm if name == "peri" else nn.Identity)
+    norms = [
+        sum(isinstance(module, RMSNorm) for module in connection.modules())
+        for block in stack.blocks
+        for connection in (block.attention_residual, block.feedforward_residual)
+    ]
+    assert norms == {
+        "none": [0] * 6,
+        "hybrid": [0, 1] * 3,
+        "hybrid-star": [1, 1, 0, 1, 0, 1],
+    }.get(name, [2 if name in TWO_NORMS_A_SUBLAYER else 1] * 6)
 
 
-@every_placement
+@pytest.mark.parametrize("name", sorted(set(RECURRENCES) - {"none"}))
 def test_what_the_stack_hands_out_is_normalised(name: str, shake: Any) -> None:
     config = ModelConfig(d_model=64, num_layers=2, num_heads=4, residual=name, positions="none")
     y = build_stack(config, causal=True)(30 * torch.randn(1, 4, 64), positions=torch.arange(4)[None])
-    if name == "residual":  # a sum of two normalised vectors
+    if issubclass(Residual.named(name), ResiDual):  # a sum of two normalised vectors
         assert y.var(-1, correction=0).lt(4.001).all()
     else:
         torch.testing.assert_close(y.var(-1, correction=0), torch.ones(1, 4), rtol=1e-3, atol=1e-3)
 
 
+class Weighed(nn.Module):
+    """No norm, with the weight that norms have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4000))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 @every_placement
-def test_dropout_stands_on_the_branch_and_never_on_the_stream(name: str) -> None:
-    connection = Residual.named(name)(nn.Identity, 0.5, Place(0, 1, "attention")).train()
-    x = torch.ones(1, 1, 4000)
-    out = connection(Residual.named(name).open(x), lambda y: y)
-    for stream in out if isinstance(out, tuple) else (out,):
-        assert set(stream.unique().tolist()) == {1.0, 3.0}
-        assert stream.eq(1).float().mean().item() == pytest.approx(0.5, abs=0.05)
+@pytest.mark.parametrize("sublayer", SUBLAYERS)
+def test_dropout_stands_on_the_branch_and_never_on_the_stream(name: str, sublayer: str) -> None:
+    connection = Residual.named(name)(Weighed, 0.5, Place(0, 4, sublayer)).eval()
+    stream = connection.open(torch.ones(1, 1, 4000))
+
+    def after(f: Function) -> Tensor:
+        return connection.state(connection(stream, f))
+
+    whole, without = after(torch.ones_like).unique().item(), after(torch.zeros_like).unique().item()
+    connection.train()
+    dropped = after(torch.ones_like)
+    kept = without + 2 * (whole - without)  # what is left is twice as large
+    torch.testing.assert_close(dropped.unique(), torch.tensor(sorted([without, kept])))
+    assert dropped.isclose(torch.tensor(without)).float().mean().item() == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize(
-    ("residual", "positions", "norm", "feedforward"),
-    [
-        pytest.param(*choices, id="-".join(choices))
-        for choices in itertools.product(Residual.registry, PositionScheme.registry, Norm.registry, FEEDFORWARDS)
-    ],
-)
+PARTS = [
+    *({"positions": name} for name in PositionScheme.registry),
+    *({"norm": name} for name in Norm.registry),
+    *({"feedforward": name} for name in FEEDFORWARDS),
+    *({"block": name} for name in Block.registry if name != "parallel-two-norms"),
+]
+
+
+@every_placement
+@pytest.mark.parametrize("choice", PARTS, ids=lambda choice: "-".join(choice.values()))
 def test_every_parameter_of_every_combination_is_used_and_every_logit_is_finite(
-    residual: str, positions: str, norm: str, feedforward: str
+    name: str, choice: dict[str, str]
 ) -> None:
     config = ModelConfig(
         d_model=8,
@@ -189,22 +314,20 @@ def test_every_parameter_of_every_combination_is_used_and_every_logit_is_finite(
         d_ff=8,
         context_length=8,
         vocab_size=5,
-        residual=residual,
-        positions=positions,
-        norm=norm,
-        feedforward=feedforward,
+        residual=name,
         bias=True,
         tied_embeddings=False,
+        **choice,  # type: ignore[arg-type]
     )
     model = DecoderLM(config)
     logits = model(torch.randint(0, 5, (2, 6)))
     assert logits.isfinite().all()
     logits.logsumexp(-1).sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
         # A constant on every key changes no softmax: its gradient is 0, up to rounding.
-        assert parameter.grad.any() or name.endswith("key.bias"), name
+        assert parameter.grad.any() or parameter_name.endswith(("key.bias", "key_norm.bias")), parameter_name
 
 
 @pytest.fixture
@@ -246,3 +369,85 @@ def test_a_new_placement_is_one_class_that_a_config_names(sandwich: type[Residua
         for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
             weight.data -= 0.01 * gradient.sign()
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("place", "alpha", "beta"),
+    [
+        (Place(0, 100, "attention"), 3.7606, 0.1880),
+        (Place(0, 12, "attention", partner_layers=6), 1.6862, 0.4179),
+        (Place(0, 6, "attention", partner_layers=12, has_memory=True), 2.0598, 0.3433),
+    ],
+)
+def test_deepnorm_has_the_constants_of_its_paper(place: Place, alpha: float, beta: float) -> None:
+    assert DeepNorm.constants(place) == pytest.approx((alpha, beta), abs=5e-5)
+
+
+def weights_of(topology: str, **choices: Any) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"d_model": 16, "num_layers": 4, "num_decoder_layers": 3, "num_heads": 4, "vocab_size": 7}
+    return dict(build_model(ModelConfig(topology=topology, init="xavier", **sizes, **choices)).named_parameters())
+
+
+@pytest.mark.parametrize("feedforward", ["gelu", "swiglu"])
+@pytest.mark.parametrize("topology", ["decoder", "encoder", "encoder-decoder"])
+def test_deepnorm_makes_all_matrices_smaller_but_those_of_queries_and_keys(topology: str, feedforward: str) -> None:
+    plain = weights_of(topology, residual="post", feedforward=feedforward)
+    scaled = weights_of(topology, residual="deepnorm", feedforward=feedforward)
+    in_pair = topology == "encoder-decoder"
+    assert plain.keys() == scaled.keys()
+    for name, weight in plain.items():
+        beta = (8 * 4) ** -0.25
+        if in_pair:
+            beta = 0.87 * (4**4 * 3) ** (-1 / 16) if name.startswith("encoder.") else (12 * 3) ** -0.25
+        branch = ".blocks." in name and "_residual" not in name
+        gain = beta if branch and not name.endswith(("query.weight", "key.weight")) else 1.0
+        torch.testing.assert_close(scaled[name], gain * weight, rtol=1e-5, atol=0)
+
+
+def test_b2t_makes_all_matrices_of_its_layers_smaller() -> None:
+    plain, scaled = weights_of("decoder", residual="post"), weights_of("decoder", residual="b2t")
+    for name, weight in plain.items():
+        gain = 4**-0.5 if ".blocks." in name and "_residual" not in name else 1.0
+        torch.testing.assert_close(scaled[name], gain * weight, rtol=1e-5, atol=0)
+
+
+def test_admin_starts_with_the_deviations_of_pre_ln_s_stream_in_one_pass(shake: Any) -> None:
+    connections = shake(Connections("admin")).double()
+    with torch.no_grad():
+        for connection in connections.residuals:
+            connection.omega.fill_(1.0)
+    x = torch.randn(4, 8, 6).double()
+    Admin.calibrate(list(connections.residuals), lambda: connections(x))
+    variance = 1.0
+    for connection, f in zip(connections.residuals, connections.sublayers, strict=True):
+        torch.testing.assert_close(connection.omega, torch.full_like(connection.omega, variance**0.5))
+        branch = f(x).tanh()
+        variance += branch.var(correction=0).item()
+        x = by_hand(connection.norm)(connection.omega * x + branch)
+    before = [connection.omega.clone() for connection in connections.residuals]
+    connections(x)
+    assert all(torch.equal(a, c.omega) for a, c in zip(before, connections.residuals, strict=True))
+
+
+@pytest.mark.parametrize("topology", ["decoder", "encoder", "encoder-decoder"])
+@every_placement
+def test_calibration_changes_only_admin(name: str, topology: str) -> None:
+    sizes: dict[str, Any] = {"d_model": 16, "num_layers": 2, "num_heads": 4, "vocab_size": 7, "dropout": 0.5}
+    model = build_model(ModelConfig(topology=topology, residual=name, init="xavier", **sizes)).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    tokens = torch.arange(7)[None]
+    model.calibrate(lambda: model(*[tokens] * (2 if topology == "encoder-decoder" else 1)))
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(before[key], value)}
+    first = [connection for connection in before if "blocks.0.attention_residual.omega" in connection]
+    assert changed == {key for key in before if key.endswith("omega")} - set(first)
+    assert bool(changed) == (name == "admin")
+    assert model.training
+
+
+@every_placement
+def test_a_placement_reads_a_text_from_the_cache_as_it_does_at_once(name: str, tiny_decoder: Any) -> None:
+    model, tokens = tiny_decoder(residual=name, num_layers=5), torch.randint(0, 11, (2, 9))
+    cache = model.new_cache()
+    parts = [model(part, cache=cache) for part in tokens.split([4, 1, 3, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(tokens))

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from minitransformer.architecture.cache import AttentionCache, KeysAndValues
-from minitransformer.architecture.linear import OutputProjection
+from minitransformer.architecture.linear import OutputProjection, ScoreProjection
 from minitransformer.architecture.masks import causal_mask
 
 
@@ -216,7 +216,8 @@ class MultiHeadAttention(nn.Module):
     Fewer key and value heads than query heads are shared by neighbouring query heads: `num_kv_heads=1` is multi-query
     attention (Shazeer 2019, arXiv 1911.02150), others are grouped (Ainslie et al. 2023, arXiv 2305.13245). `make_norm`
     makes a norm for the projected queries, and one for the keys, from their number of features (QK-norm: Henry et al.
-    2020, arXiv 2010.04245). Vaswani et al. 2017 (arXiv 1706.03762), section 3.2.2.
+    2020, arXiv 2010.04245), `make_value_norm` one for the values (QKV-norm: Zhuo et al. 2025, arXiv 2503.04598).
+    Vaswani et al. 2017 (arXiv 1706.03762), section 3.2.2.
     """
 
     def __init__(
@@ -232,6 +233,7 @@ class MultiHeadAttention(nn.Module):
         softcap: float | None = None,
         dropout: float = 0.0,
         make_norm: Callable[[int], nn.Module] | None = None,
+        make_value_norm: Callable[[int], nn.Module] | None = None,
         kernel: AttentionKernel = fastest_attention,
     ) -> None:
         super().__init__()
@@ -239,13 +241,14 @@ class MultiHeadAttention(nn.Module):
         head_dim = head_dim or d_model // num_heads
         assert num_heads % num_kv_heads == 0
         self.head_dim, self.scale, self.softcap, self.dropout, self.kernel = head_dim, scale, softcap, dropout, kernel
-        self.query = nn.Linear(d_model, num_heads * head_dim, bias=bias)
-        self.key = nn.Linear(d_model, num_kv_heads * head_dim, bias=bias)
+        self.query = ScoreProjection(d_model, num_heads * head_dim, bias=bias)
+        self.key = ScoreProjection(d_model, num_kv_heads * head_dim, bias=bias)
         self.value = nn.Linear(d_model, num_kv_heads * head_dim, bias=bias)
         output_bias = bias if output_bias is None else output_bias
         self.output = OutputProjection(num_heads * head_dim, d_model, bias=output_bias)
         self.query_norm = make_norm(self.query.out_features) if make_norm else nn.Identity()
         self.key_norm = make_norm(self.key.out_features) if make_norm else nn.Identity()
+        self.value_norm = make_value_norm(self.value.out_features) if make_value_norm else nn.Identity()
 
     def forward(
         self,
@@ -274,7 +277,7 @@ class MultiHeadAttention(nn.Module):
 
     def _keys_and_values(self, source: Tensor, view: AttentionView) -> KeysAndValues:
         k = view.rotate(self._split_heads(self.key_norm(self.key(source))))
-        return k, self._split_heads(self.value(source))
+        return k, self._split_heads(self.value_norm(self.value(source)))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # batch, heads, length, head_dim

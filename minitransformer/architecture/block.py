@@ -170,8 +170,8 @@ class Stack(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.positions = positions
-        self.embedding_norm = make_norm() if embedding_norm else nn.Identity()
-        self.final_norm = make_norm() if residual.has_final_norm else nn.Identity()
+        self.embedding_norm = make_norm() if embedding_norm or residual.has_embedding_norm else nn.Identity()
+        self.final_norm = residual.make_final_norm(make_norm)
         self.dropout = nn.Dropout(dropout)
         self.residual, self.causal = residual, causal
         self.windows = list(windows or [None] * len(blocks))
@@ -213,6 +213,12 @@ class Stack(nn.Module):
                 memory_cache=cache and cache.memories[layer],
             )
         return self.residual.close(stream, self.final_norm)
+
+    @property
+    def connections(self) -> list[Residual]:
+        """Every residual connection, in their order."""
+        found = [branch.residual for block in self.blocks for branch in block.branches]  # type: ignore[union-attr]
+        return list(dict.fromkeys(found))
 
     def _mask(
         self, new: Tensor, positions: Tensor, window: int | None, is_token: Tensor | None, slots: Tensor | None

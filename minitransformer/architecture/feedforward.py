@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.architecture.linear import OutputProjection
+from minitransformer.architecture.linear import OutputProjection, ScoreProjection
 
 Activation = Callable[[Tensor], Tensor]
 gelu_tanh = partial(F.gelu, approximate="tanh")
@@ -62,7 +62,7 @@ class MixtureOfExperts(nn.Module):
         self, make_expert: Callable[[], nn.Module], d_model: int, *, num_experts: int, experts_per_token: int
     ) -> None:
         super().__init__()
-        self.router = nn.Linear(d_model, num_experts, bias=False)
+        self.router = ScoreProjection(d_model, num_experts, bias=False)
         self.experts = nn.ModuleList(make_expert() for _ in range(num_experts))
         self.experts_per_token = experts_per_token
 

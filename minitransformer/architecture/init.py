@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from minitransformer.architecture.block import Block
 from minitransformer.architecture.embeddings import LMHead
-from minitransformer.architecture.linear import OutputProjection
+from minitransformer.architecture.linear import OutputProjection, ScoreProjection
 from minitransformer.architecture.norms import Norm
+from minitransformer.architecture.residual import BranchGains, Residual
 from minitransformer.registry import Registered
 
 
 class Initialisation(Registered, kind="initialisation"):
-    """Draws each kind of weight, in place, for a model of `num_sublayers` residual branches.
-
-    Biases start at 0 and norms as identity under every scheme.
-    """
-
-    def __init__(self, num_sublayers: int) -> None:
-        self.num_sublayers = num_sublayers
+    """Draws each kind of weight, in place. Biases start at 0 and norms as identity under every scheme."""
 
     def linear(self, weight: Tensor) -> None:
         raise NotImplementedError
@@ -25,8 +22,8 @@ class Initialisation(Registered, kind="initialisation"):
     def embedding(self, weight: Tensor) -> None:
         raise NotImplementedError
 
-    def output_projection(self, weight: Tensor) -> None:
-        """The weights through which a sublayer writes to the residual stream."""
+    def output_projection(self, weight: Tensor, num_sublayers: int) -> None:
+        """The weights through which one of a stack's `num_sublayers` sublayers writes to the residual stream."""
         self.linear(weight)
 
     def head(self, weight: Tensor) -> None:
@@ -42,8 +39,8 @@ class GPT2(Initialisation, name="gpt2"):
 
     embedding = linear
 
-    def output_projection(self, weight: Tensor) -> None:
-        nn.init.normal_(weight, std=0.02 * self.num_sublayers**-0.5)
+    def output_projection(self, weight: Tensor, num_sublayers: int) -> None:
+        nn.init.normal_(weight, std=0.02 * num_sublayers**-0.5)
 
 
 class Xavier(Initialisation, name="xavier"):
@@ -56,6 +53,13 @@ class Xavier(Initialisation, name="xavier"):
         nn.init.normal_(weight, std=weight.size(1) ** -0.5)
 
 
+class ScaledXavier(Xavier, name="xavier-scaled"):
+    """Xavier's, with output projections 1/√num_sublayers times as large. Shoeybi et al. 2019 (arXiv 1909.08053)."""
+
+    def output_projection(self, weight: Tensor, num_sublayers: int) -> None:
+        nn.init.xavier_uniform_(weight, gain=num_sublayers**-0.5)
+
+
 class Small(Initialisation, name="small"):
     """N(0, 2 / (5 d_model)), embeddings too. Nguyen and Salazar 2019 (arXiv 1910.05895), section 2.2."""
 
@@ -64,19 +68,26 @@ class Small(Initialisation, name="small"):
 
     embedding = linear
 
-    def output_projection(self, weight: Tensor) -> None:
+    def output_projection(self, weight: Tensor, num_sublayers: int) -> None:
         nn.init.normal_(weight, std=(2 / (5 * weight.size(0))) ** 0.5)
 
 
 class ZeroOutput(GPT2, name="zero-output"):
     """GPT-2's, but every sublayer starts as zero, the stack as identity. Zhang et al. 2019 (arXiv 1901.09321)."""
 
-    def output_projection(self, weight: Tensor) -> None:
+    def output_projection(self, weight: Tensor, num_sublayers: int) -> None:
         nn.init.zeros_(weight)
 
 
 def initialise(model: nn.Module, scheme: Initialisation) -> None:
-    """Draw every weight of `model` by `scheme`; a module with weights of a kind that no rule names is an error."""
+    """Draw every weight of `model` by `scheme`, times what its residual placement asks.
+
+    A module with weights of a kind that no rule names is an error.
+    """
+    branches = [branch for module in model.modules() if isinstance(module, Block) for branch in module.branches]
+    num_sublayers = {
+        part: branch.residual.place.num_sublayers for branch in branches for part in branch.sublayer.modules()
+    }
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
         match module:
@@ -87,17 +98,26 @@ def initialise(model: nn.Module, scheme: Initialisation) -> None:
             case LMHead():
                 scheme.head(module.weight)
             case OutputProjection():
-                scheme.output_projection(module.weight)
+                scheme.output_projection(module.weight, num_sublayers.get(module, 1))
             case nn.Linear():
                 scheme.linear(module.weight)
             case nn.GRU():
                 _gru(module, scheme)
-            case Norm():
-                continue
+            case Norm() | Residual():
+                continue  # made as they start
             case _:
                 assert not list(module.parameters(recurse=False)), f"no rule starts the weights of {module}"
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+    for branch in branches:
+        _scale(branch.sublayer, branch.residual.branch_gains())
+
+
+@torch.no_grad()
+def _scale(sublayer: nn.Module, gains: BranchGains) -> None:
+    for module in sublayer.modules():
+        if isinstance(module, nn.Linear):
+            module.weight *= gains.scores if isinstance(module, ScoreProjection) else gains.values
 
 
 def _gru(module: nn.GRU, scheme: Initialisation) -> None:

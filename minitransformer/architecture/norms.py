@@ -59,6 +59,22 @@ class RMSNorm(Norm, name="rms"):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class DyT(Norm, name="dyt"):
+    """γ tanh(a x) + b with one learnable a, from ½: no norm, but in the place of one; it has no eps.
+
+    Zhu et al. 2025 (Dynamic Tanh, arXiv 2503.10622), equation 1.
+    """
+
+    def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__(features, eps=eps)
+        self.alpha = nn.Parameter(torch.tensor(0.5))
+        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+
+    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
+        squashed = self.weight * (self.alpha * x).tanh()
+        return squashed if self.bias is None else squashed + self.bias
+
+
 class ZeroCentredRMSNorm(Norm, name="rms-zero-centred"):
     """`rms_norm` with the gain 1 + w, so that weight decay pulls it to 1. Gemma (arXiv 2403.08295), its public code."""
 

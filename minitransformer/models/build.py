@@ -17,13 +17,23 @@ from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 
 
-def build_stack(config: ModelConfig, *, causal: bool, num_layers: int | None = None, has_memory: bool = False) -> Stack:
-    """The blocks that `config` describes, with its positions and norms; with `has_memory`, they attend to one."""
+def build_stack(
+    config: ModelConfig,
+    *,
+    causal: bool,
+    num_layers: int | None = None,
+    partner_layers: int = 0,
+    has_memory: bool = False,
+) -> Stack:
+    """The blocks that `config` describes, with its positions and norms; with `has_memory`, they attend to one.
+
+    In an encoder-decoder, `partner_layers` are the layers of the other stack.
+    """
     num_layers = num_layers or config.num_layers
     placement = Residual.named(config.residual)
 
     def make_residual(layer: int, sublayer: str) -> Residual:
-        place = Place(layer, num_layers, sublayer)
+        place = Place(layer, num_layers, sublayer, partner_layers, has_memory)
         return placement(partial(_norm, config), config.dropout, place)
 
     blocks = [
@@ -88,6 +98,9 @@ def _norm(config: ModelConfig, features: int | None = None) -> Norm:
 
 
 def _attention(config: ModelConfig) -> MultiHeadAttention:
+    qk_norm, value_norm = config.qk_norm, "none"
+    if Residual.named(config.residual).has_qkv_norm:
+        qk_norm = value_norm = "full" if config.qk_norm == "none" else config.qk_norm
     return MultiHeadAttention(
         config.d_model,
         config.num_heads,
@@ -98,7 +111,8 @@ def _attention(config: ModelConfig) -> MultiHeadAttention:
         scale=config.attention_scale,
         softcap=config.attention_softcap,
         dropout=config.dropout,
-        make_norm=QK_NORMS[config.qk_norm](partial(_norm, config), config.features_per_head),
+        make_norm=QK_NORMS[qk_norm](partial(_norm, config), config.features_per_head),
+        make_value_norm=QK_NORMS[value_norm](partial(_norm, config), config.features_per_head),
         kernel=KERNELS[config.attention_kernel],
     )
 

@@ -22,7 +22,7 @@ class DecoderLM(Model, name="decoder"):
         self.embedding = build_embedding(config, config.vocab_size)
         self.stack = build_stack(config, causal=True)
         self.head = build_head(config, self.embedding)
-        self.initialise(num_sublayers=2 * config.num_layers)
+        self.initialise()
 
     def hidden_states(
         self,

@@ -43,7 +43,7 @@ class EncoderLM(Encoder, name="encoder"):
         super().__init__(config)
         self.head = build_head(config, self.embedding)
         self.next_sentence = ClassificationHead(config.d_model, 2) if config.next_sentence else None
-        self.initialise(num_sublayers=2 * config.num_layers)
+        self.initialise()
 
     def forward(
         self,
@@ -71,7 +71,7 @@ class EncoderClassifier(Encoder, name="encoder-classifier"):
         self.head = ClassificationHead(
             config.d_model, config.num_classes, pooling=config.pooling, dropout=config.dropout
         )
-        self.initialise(num_sublayers=2 * config.num_layers)
+        self.initialise()
 
     def forward(
         self,

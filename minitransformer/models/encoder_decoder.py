@@ -25,10 +25,16 @@ class EncoderDecoder(Model, name="encoder-decoder"):
         own = config.target_vocab_size is not None or not config.shared_embeddings
         target_vocab_size = config.target_vocab_size or config.vocab_size
         self.target_embedding = build_embedding(config, target_vocab_size) if own else self.embedding
-        self.encoder = build_stack(config, causal=False)
-        self.decoder = build_stack(config, causal=True, num_layers=config.decoder_layers, has_memory=True)
+        self.encoder = build_stack(config, causal=False, partner_layers=config.decoder_layers)
+        self.decoder = build_stack(
+            config,
+            causal=True,
+            num_layers=config.decoder_layers,
+            partner_layers=config.num_layers,
+            has_memory=True,
+        )
         self.head = build_head(config, self.target_embedding)
-        self.initialise(num_sublayers=3 * config.decoder_layers)
+        self.initialise()
 
     def encode(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from minitransformer.architecture.attention import MultiHeadAttention
+from minitransformer.architecture.block import Stack
 from minitransformer.architecture.cache import KVCache
 from minitransformer.architecture.feedforward import MixtureOfExperts
 from minitransformer.architecture.init import Initialisation, initialise
@@ -24,9 +26,17 @@ class Model(Registered, nn.Module, kind="topology"):
         super().__init__()
         self.config = config
 
-    def initialise(self, num_sublayers: int) -> None:
-        """Draw every weight as the configuration says, for stacks of `num_sublayers` residual branches."""
-        initialise(self, Initialisation.named(self.config.init)(num_sublayers))
+    def initialise(self) -> None:
+        """Draw every weight as the configuration says."""
+        initialise(self, Initialisation.named(self.config.init)())
+
+    def calibrate(self, run: Callable[[], object]) -> None:
+        """What the placement sets by a look at real data, before the first step: `run` passes a batch through."""
+        was_training = self.training
+        self.eval()
+        for stack in [module for module in self.modules() if isinstance(module, Stack)]:
+            stack.residual.calibrate(stack.connections, run)
+        self.train(was_training)
 
     def num_parameters(self) -> int:
         """How many weights there are; tied ones count once."""

@@ -65,7 +65,7 @@ class RecurrentEncoderDecoder(Model, name="rnn"):
         self.readout = nn.Linear(4 * d, 2 * d)
         self.dropout = nn.Dropout(config.dropout)
         self.head = build_head(config, self.target_embedding)
-        self.initialise(num_sublayers=1)
+        self.initialise()
 
     def encode(
         self, source: Int[Tensor, "batch source"], *, is_token: Bool[Tensor, "batch source"] | None = None

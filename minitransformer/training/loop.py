@@ -79,6 +79,7 @@ class Trainer:
         self.objective = Objective.named(config.objective)(prepared, run.config)
         torch.manual_seed(config.seed)
         self.model = build_model(run.config.model).to(machine.device)
+        self.model.calibrate(self._pass_a_batch)
         self.fast_model: nn.Module = torch.compile(self.model) if machine.compile else self.model  # type: ignore[assignment]
         settings = OptimizerSettings(
             lr=config.lr,
@@ -97,6 +98,9 @@ class Trainer:
         self._steps_without_update = 0
         self._peak_flops = measured_flops(machine.device, self.precision.dtype)
         self._flops_per_token = self.model.flops_per_token(run.config.model.context_length)
+
+    def _pass_a_batch(self) -> None:
+        self.objective.loss_sum(self.model, self.objective.training_batches(0)[0].to(self.machine.device))
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from `checkpoint`; settings that were changed since keep their new values."""

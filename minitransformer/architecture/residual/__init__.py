@@ -1,0 +1,30 @@
+"""Where the norm stands around a sublayer: every residual placement is one class, found by its name."""
+
+from minitransformer.architecture.residual.base import BranchGains, Place, Residual
+from minitransformer.architecture.residual.depth_scaled import Admin, DeepNorm, Keel, LayerNormScaling
+from minitransformer.architecture.residual.mixed import B2TConnection, HybridNorm, HybridNormStar, MixLN
+from minitransformer.architecture.residual.single_stream import NoNorm, OLMo2, PeriLN, PostLN, PreLN, SandwichLN
+from minitransformer.architecture.residual.two_streams import ResiDual, ScaledResiDual, SiameseNorm
+
+__all__ = [
+    "Admin",
+    "B2TConnection",
+    "BranchGains",
+    "DeepNorm",
+    "HybridNorm",
+    "HybridNormStar",
+    "Keel",
+    "LayerNormScaling",
+    "MixLN",
+    "NoNorm",
+    "OLMo2",
+    "PeriLN",
+    "Place",
+    "PostLN",
+    "PreLN",
+    "ResiDual",
+    "Residual",
+    "SandwichLN",
+    "ScaledResiDual",
+    "SiameseNorm",
+]

@@ -1,0 +1,98 @@
+"""Where the norm stands around a sublayer: the interface of residual placements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from minitransformer.registry import Registered
+
+Sublayer = Callable[[Tensor], Tensor]
+MakeNorm = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a residual connection stands, for placements that are not the same everywhere.
+
+    `sublayer` is "attention", "cross_attention", "feedforward", or "parallel" for all of them in one. In an
+    encoder-decoder, `partner_layers` are the layers of the other stack, and the decoder's has a memory.
+    """
+
+    layer: int
+    num_layers: int
+    sublayer: str
+    partner_layers: int = 0
+    has_memory: bool = False
+
+    @property
+    def num_sublayers(self) -> int:
+        """Sublayers of the whole stack."""
+        return (3 if self.has_memory else 2) * self.num_layers
+
+
+@dataclass(frozen=True)
+class BranchGains:
+    """What a placement multiplies the initial weights of its sublayer with.
+
+    `scores` is for the matrices that only say where to look (queries, keys, routers), `values` for all others, through
+    which the output grows.
+    """
+
+    scores: float = 1.0
+    values: float = 1.0
+
+
+class Residual(Registered, nn.Module, kind="residual placement"):
+    """One residual connection around one sublayer, and what the stack does before the first and after the last.
+
+    `stream` is what flows from one connection to the next: x for most placements, a tuple for some. Every connection
+    owns the norms that its equation names; the stack owns those of the embeddings and of the end, where
+    `has_embedding_norm` and `has_final_norm` say that there is one. With `has_qkv_norm`, attention normalises its
+    queries, keys and values.
+    """
+
+    has_embedding_norm = False
+    has_final_norm = False
+    has_qkv_norm = False
+
+    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__()
+        self.place = place
+        self.norm = make_norm()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, stream: Any, sublayer: Sublayer) -> Any:
+        """The stream after this sublayer: the equation of the placement."""
+        raise NotImplementedError
+
+    @classmethod
+    def open(cls, x: Tensor) -> Any:
+        """The stream that enters the first sublayer, from the embeddings."""
+        return x
+
+    @classmethod
+    def state(cls, stream: Any) -> Tensor:
+        """x: the part of the stream that the next sublayer reads, for who looks at it from outside."""
+        return stream
+
+    @classmethod
+    def close(cls, stream: Any, final_norm: nn.Module) -> Tensor:
+        """The output of the stack, from the stream that leaves the last sublayer."""
+        return final_norm(stream)
+
+    @classmethod
+    def make_final_norm(cls, make_norm: MakeNorm) -> nn.Module:
+        """What `close` is given."""
+        return make_norm() if cls.has_final_norm else nn.Identity()
+
+    def branch_gains(self) -> BranchGains:
+        """What this placement asks of the initial weights of the sublayer here."""
+        return BranchGains()
+
+    @classmethod
+    def calibrate(cls, connections: Sequence[Residual], run: Callable[[], object]) -> None:
+        """Set what depends on real data, before the first step: `run` passes a batch through all `connections`."""

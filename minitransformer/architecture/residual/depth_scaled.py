@@ -1,0 +1,112 @@
+"""Placements that scale the stream or the branch, by the depth of the stack or of the layer.
+
+Notation: x is the residual stream, f the sublayer (attention or feed-forward), N the norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minitransformer.architecture.residual.base import BranchGains, MakeNorm, Place, Residual, Sublayer
+
+
+class DeepNorm(Residual, name="deepnorm"):
+    """x ← N(α x + f(x)); values, outputs and feed-forward matrices start β times as large, queries and keys do not.
+
+    A stack of L layers alone: α = (2L)^¼, β = (8L)^-¼. An encoder of N beside a decoder of M: α = 0.81 (N⁴M)^¹⁄₁₆,
+    β = 0.87 (N⁴M)^-¹⁄₁₆; that decoder: α = (3M)^¼, β = (12M)^-¼.
+    Wang et al. 2022 (arXiv 2203.00555), figure 2.
+    """
+
+    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(make_norm, dropout, place)
+        self.alpha, self.beta = self.constants(place)
+
+    @staticmethod
+    def constants(place: Place) -> tuple[float, float]:
+        """α and β."""
+        layers = place.num_layers
+        if place.has_memory:
+            return (3 * layers) ** 0.25, (12 * layers) ** -0.25
+        if place.partner_layers:
+            product = layers**4 * place.partner_layers
+            return 0.81 * product ** (1 / 16), 0.87 * product ** (-1 / 16)
+        return (2 * layers) ** 0.25, (8 * layers) ** -0.25
+
+    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+        return self.norm(self.alpha * x + self.dropout(sublayer(x)))
+
+    def branch_gains(self) -> BranchGains:
+        return BranchGains(values=self.beta)
+
+
+class Admin(Residual, name="admin"):
+    """x ← N(ω ⊙ x + f(x)), where ω starts as the standard deviation that Pre-LN's stream would have here.
+
+    `calibrate` finds it in one forward pass: ω₁ = 1 and ω_{k+1}² = ω_k² + Var f_k(x_k). Without it, ω is 1, as in
+    Post-LN; then ω learns. Liu et al. 2020 (arXiv 2004.08249), section 4.2.
+    """
+
+    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(make_norm, dropout, place)
+        self.omega = nn.Parameter(torch.ones_like(self.norm.weight))  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+        return self.norm(self.omega * x + self.dropout(sublayer(x)))
+
+    @classmethod
+    @torch.no_grad()
+    def calibrate(cls, connections: Sequence[Residual], run: Callable[[], object]) -> None:
+        variance = torch.ones(())
+
+        def measured(sublayer: Sublayer, x: Tensor) -> Tensor:
+            nonlocal variance
+            branch = sublayer(x)
+            variance = variance.to(branch.device) + branch.float().var(correction=0)
+            return branch
+
+        def listen(connection: nn.Module, inputs: tuple[Tensor, Sublayer]) -> tuple[Tensor, Sublayer]:
+            x, sublayer = inputs
+            connection.omega.copy_(variance.sqrt().expand_as(connection.omega))  # type: ignore[operator, arg-type]
+            return x, lambda x: measured(sublayer, x)
+
+        hooks = [connection.register_forward_pre_hook(listen) for connection in connections]
+        try:
+            run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class LayerNormScaling(Residual, name="lns"):
+    """x ← x + f(N(x) / √l) in layer l, counted from 1, and one norm after the last block.
+
+    Sun et al. 2025 (The Curse of Depth, arXiv 2502.05795), equation 8.
+    """
+
+    has_final_norm = True
+
+    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(make_norm, dropout, place)
+        self.scale = (place.layer + 1) ** -0.5
+
+    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+        return x + self.dropout(sublayer(self.norm(x) * self.scale))
+
+
+class Keel(Residual, name="keel"):
+    """x ← N₂(α x + f(N₁(x))), where α is the number of sublayers of the stack. Chen and Wei 2026 (arXiv 2601.19895).
+
+    The first block is like all others here; whether the paper treats it apart was not verified.
+    """
+
+    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(make_norm, dropout, place)
+        self.output_norm = make_norm()
+        self.alpha = float(place.num_sublayers)
+
+    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+        return self.output_norm(self.alpha * x + self.dropout(sublayer(self.norm(x))))

@@ -1,0 +1,93 @@
+"""Placements that differ from layer to layer, or between attention and the feed-forward network.
+
+Notation: x is the residual stream, f the sublayer (attention or feed-forward), N the norm.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from minitransformer.architecture.residual.base import BranchGains, MakeNorm, Place, Residual, Sublayer
+from minitransformer.architecture.residual.single_stream import PostLN, PreLN
+
+
+class MixLN(Residual, name="mix"):
+    """Post-LN in the first quarter of the layers, Pre-LN in the others, and one norm after the last block.
+
+    Li et al. 2024 (arXiv 2412.13795), section 3.2.
+    """
+
+    has_final_norm = True
+    post_share = 0.25
+
+    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(nn.Identity, dropout, place)
+        is_post = place.layer < int(self.post_share * place.num_layers)
+        self.connection = (PostLN if is_post else PreLN)(make_norm, dropout, place)
+
+    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+        return self.connection(x, sublayer)
+
+
+class HybridNorm(Residual, name="hybrid"):
+    """x ← x + f(x) around attention, which normalises its queries, keys and values; x ← N(x) + f(N(x)) around others.
+
+    One norm after the last block. Zhuo et al. 2025 (arXiv 2503.04598), section 3.2.
+    """
+
+    has_final_norm = True
+    has_qkv_norm = True
+
+    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        is_attention = place.sublayer in ("attention", "cross_attention")
+        super().__init__(nn.Identity if is_attention else make_norm, dropout, place)
+
+    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+        x = self.norm(x)
+        return x + self.dropout(sublayer(x))
+
+
+class HybridNormStar(Residual, name="hybrid-star"):
+    """HybridNorm, with Pre-LN around both sublayers of the first block. Zhuo et al. 2025, section 3.3: HybridNorm*."""
+
+    has_final_norm = True
+    has_qkv_norm = True
+
+    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(nn.Identity, dropout, place)
+        self.connection = (HybridNorm if place.layer else PreLN)(make_norm, dropout, place)
+
+    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+        return self.connection(x, sublayer)
+
+
+class B2TConnection(Residual, name="b2t"):
+    """Post-LN, but the feed-forward network adds the block's input b too: x ← N(b + x + f(x)).
+
+    The stream is (b, x). Matrices start L^-½ times as large in a stack of L layers, as in the authors' code.
+    Takase et al. 2022 (arXiv 2206.00330), section 4.
+    """
+
+    def forward(self, stream: tuple[Tensor, Tensor], sublayer: Sublayer) -> tuple[Tensor, Tensor]:
+        bottom, x = stream
+        total = x + self.dropout(sublayer(x))
+        if self.place.sublayer != "feedforward":
+            return bottom, self.norm(total)
+        x = self.norm(bottom + total)
+        return x, x
+
+    @classmethod
+    def open(cls, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+    @classmethod
+    def state(cls, stream: tuple[Tensor, Tensor]) -> Tensor:
+        return stream[1]
+
+    @classmethod
+    def close(cls, stream: tuple[Tensor, Tensor], final_norm: nn.Module) -> Tensor:
+        return final_norm(stream[1])
+
+    def branch_gains(self) -> BranchGains:
+        gain = self.place.num_layers**-0.5
+        return BranchGains(scores=gain, values=gain)
