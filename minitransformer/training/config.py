@@ -13,9 +13,9 @@ from minitransformer.registry import lookup
 from minitransformer.text.recipes import known
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.objectives import Objective
-from minitransformer.training.optimizers import OPTIMIZERS
+from minitransformer.training.optimizers import OPTIMIZERS, OptimizerSettings
 from minitransformer.training.precision import Precision
-from minitransformer.training.schedules import SCHEDULES
+from minitransformer.training.schedules import SCHEDULES, learning_rate_share
 
 DATA = Doc(
     "what to learn from: a recipe, a file, a folder or a glob of .txt, .md, .jsonl or source code; for pairs a .tsv, a "
@@ -89,6 +89,8 @@ class TrainingConfig:
     """AdamW: decay of the mean of gradients"""
     beta2: float = 0.95
     """AdamW: decay of the mean of squared gradients"""
+    eps: float = 1e-8
+    """AdamW: added to the root of the mean of squared gradients"""
     momentum: float = 0.95
     """Muon: decay of the mean of gradients"""
     label_smoothing: float = 0.0
@@ -109,6 +111,10 @@ class TrainingConfig:
     """steps between checkpoints (the last step always has one)"""
     log_every: int = 10
     """steps between lines in metrics.jsonl"""
+    probe: tuple[str, ...] = ()
+    """what to measure inside the model while it trains, such as gradient-norm; an unknown name is answered with all"""
+    probe_every: int = 10
+    """steps between measurements (the first step always has one)"""
     keep_last: int = 2
     """newest checkpoints to keep, beside the best one"""
     patience: int | None = None
@@ -128,7 +134,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         minimum = {
             **dict.fromkeys(("steps", "batch_size", "batch_tokens", "grad_accumulation", "keep_last", "mean_span"), 1),
-            **dict.fromkeys(("eval_every", "save_every", "log_every"), 1),
+            **dict.fromkeys(("eval_every", "save_every", "log_every", "probe_every"), 1),
             **dict.fromkeys(("warmup_steps", "weight_decay", "grad_clip", "min_lr", "seed", "expert_balance"), 0),
         }
         for name, least in minimum.items():
@@ -136,7 +142,7 @@ class TrainingConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if self.patience is not None and self.patience < 1:
             raise UserError(f"patience is {self.patience}: it must be at least 1")
-        for name in ("lr", "embedding_lr"):
+        for name in ("lr", "embedding_lr", "eps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name} is {value}: it must be above 0")
@@ -153,6 +159,24 @@ class TrainingConfig:
         lookup("schedule", self.schedule, SCHEDULES)
         if self.precision != "auto":
             Precision.named(self.precision)
+
+    @property
+    def optimizer_settings(self) -> OptimizerSettings:
+        """What the optimizers are made from."""
+        return OptimizerSettings(
+            lr=self.lr,
+            embedding_lr=self.embedding_lr or self.lr,
+            weight_decay=self.weight_decay,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+
+    def learning_rate_share(self, step: int) -> float:
+        """The share of the highest learning rate at `step`, counted from 0."""
+        schedule, floor = SCHEDULES[self.schedule], self.min_lr / self.lr
+        return learning_rate_share(schedule, step, steps=self.steps, warmup_steps=self.warmup_steps, floor=floor)
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from minitransformer.training.logging import Log
 from minitransformer.training.machine import Machine, measured_flops
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
-from minitransformer.training.optimizers import OptimizerSettings, build_optimizers, set_learning_rate
+from minitransformer.training.optimizers import build_optimizers, set_learning_rate
 from minitransformer.training.precision import Precision
-from minitransformer.training.schedules import SCHEDULES, learning_rate_share
+from minitransformer.training.probe import NO_PROBE, Probe
 from minitransformer.training.signals import StopRequest
 from minitransformer.training.step import StepResult, Validation, training_step, validate
 
@@ -73,6 +73,7 @@ class Trainer:
         log: Log,
         stop: StopRequest,
         sample: Callable[[Model, Objective], str],
+        make_probe: Callable[[Model, Objective, torch.device], Probe] = lambda *_: NO_PROBE,
     ) -> None:
         self.run, self.machine, self.log, self.stop, self.sample = run, machine, log, stop, sample
         config = self.config = run.config.training
@@ -81,17 +82,10 @@ class Trainer:
         self.model = build_model(run.config.model).to(machine.device)
         self.model.calibrate(self._pass_a_batch)
         self.fast_model: nn.Module = torch.compile(self.model) if machine.compile else self.model  # type: ignore[assignment]
-        settings = OptimizerSettings(
-            lr=config.lr,
-            embedding_lr=config.embedding_lr or config.lr,
-            weight_decay=config.weight_decay,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            momentum=config.momentum,
-        )
-        self.optimizers = build_optimizers(config.optimizer, self.model, settings)
+        self.optimizers = build_optimizers(config.optimizer, self.model, config.optimizer_settings)
         self.balance = ExpertBalance(self.model, config.expert_balance)
         self.precision = Precision.named(machine.precision)(machine.device)
+        self.probe = make_probe(self.model, self.objective, machine.device)
         self.progress = Progress()
         self.validation: Validation | None = None
         self._saved: Progress | None = None
@@ -160,16 +154,10 @@ class Trainer:
 
     def _step(self) -> StepResult:
         step = self.progress.step
+        self.probe.before_step(step + 1)
         torch.manual_seed(step_seed(self.config.seed, step))
         batches = self.objective.training_batches(step)
-        share = learning_rate_share(
-            SCHEDULES[self.config.schedule],
-            step,
-            steps=self.config.steps,
-            warmup_steps=self.config.warmup_steps,
-            floor=self.config.min_lr / self.config.lr,
-        )
-        set_learning_rate(self.optimizers, share)
+        set_learning_rate(self.optimizers, self.config.learning_rate_share(step))
         result = training_step(
             self.fast_model,
             self.objective,
@@ -178,10 +166,13 @@ class Trainer:
             self.precision,
             grad_clip=self.config.grad_clip,
             balance=self.balance,
+            probe=self.probe,
         )
         self._steps_without_update = 0 if result.finite else self._steps_without_update + 1
         self.progress.step += 1
         self.progress.tokens += sum(batch.num_tokens for batch in batches)
+        if figures := self.probe.after_update(result):
+            self.log.record({"step": self.progress.step, **figures})
         return result
 
     def _log(self, interval: _Interval) -> None:

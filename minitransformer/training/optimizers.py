@@ -23,6 +23,7 @@ class OptimizerSettings:
     beta1: float
     beta2: float
     momentum: float
+    eps: float = 1e-8
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Weights:
 
 
 def _adamw(groups: list[dict[str, object]], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)
+    return torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
 
 
 def adamw(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
