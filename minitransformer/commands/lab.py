@@ -1,0 +1,175 @@
+"""`lab`: experiments on where the norm stands, each with a report of what was claimed and what was measured."""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import tyro
+
+from minitransformer import files
+from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command
+from minitransformer.errors import UserError
+from minitransformer.lab import experiments  # noqa: F401  (which registers them)
+from minitransformer.lab.experiment import Criterion, Experiment, Settings
+from minitransformer.lab.report import coverage, reproduced, skipped, summary, verdict, write_report
+from minitransformer.lab.runner import RESULTS, Sweep, Terminal
+
+LIST, ALL = "list", "all"
+WIDTH = 80
+OUTCOME, CLAIM, MEASURED = 13, 34, 29
+"""columns of the table of criteria, in letters, with two blanks between them"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which experiment, and how."""
+
+    experiment: tyro.conf.Positional[str]
+    """name of an experiment; or "list", to say what there is; or "all", one after the other"""
+    quick: bool = False
+    """the reduced form, for a first look: fewer sizes, steps and seeds"""
+    out: Path | None = None
+    """folder of results and report, where a sweep that was stopped goes on; None is lab/NAME, or lab/NAME-quick"""
+    data: str = Settings.data
+    """what training experiments learn from: a recipe or a file, as train.py takes it"""
+    processes: int | None = None
+    """how many tasks are measured at a time; None is one for each processor"""
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.quick, self.data)
+
+    def folder(self, name: str) -> Path:
+        """Of the experiment called `name`."""
+        if self.out is not None:
+            return self.out / name if self.experiment == ALL else self.out
+        return Path("lab") / (f"{name}-quick" if self.quick else name)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run experiments, or list them; returns the exit code."""
+    return run_command(lambda: _lab(arguments))
+
+
+def _lab(arguments: Sequence[str]) -> int:
+    about = "Experiments on where the norm stands. `lab list` says what each asks, and how long it takes."
+    options = parse(Options, arguments, prog="minitransformer lab", description=about)
+    if options.processes is not None and options.processes < 1:
+        raise UserError(f"--processes is {options.processes}: give 1 or more, or leave it out")
+    if options.experiment == LIST:
+        return _list()
+    if options.experiment == ALL:
+        return _run_all(options)
+    return _run(Experiment.named(options.experiment), options)
+
+
+def _in_order() -> list[type[Experiment]]:
+    """All experiments, E2 before E10."""
+
+    def rank(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+    return [Experiment.registry[name] for name in sorted(Experiment.registry, key=rank)]
+
+
+def _list() -> int:
+    margin = max(len(name) for name in Experiment.registry) + 2
+    for experiment in _in_order():
+        time = f"{experiment.minutes:g} min"
+        title = textwrap.shorten(experiment.title, WIDTH - margin - len(time) - 2)
+        print(f"{experiment.name:{margin}}{title:{WIDTH - margin - len(time)}}{time}")
+        for text in (experiment.question, f"Repeats {experiment.source}"):
+            print(textwrap.fill(text, WIDTH, initial_indent=" " * margin, subsequent_indent=" " * margin))
+    print("\nminutes are on two processors, for the full form; --quick takes a fraction")
+    return DONE
+
+
+def _run(kind: type[Experiment], options: Options) -> int:
+    """Measure, conclude, report."""
+    _check_installed()
+    folder = options.folder(kind.name)
+    sweep = Sweep.open(folder, kind(options.settings))
+    print(f"experiment {kind.name}, {kind.title}", flush=True)
+    with files.locked(folder / RESULTS):
+        # Opened again, as another process may have added results until the lock was free.
+        sweep = Sweep.open(folder, kind(options.settings))
+        try:
+            failures = sweep.run(options.processes, Terminal(kind.name))
+        except KeyboardInterrupt:
+            covered = coverage(sweep, ())
+            counts = f"{covered.measured} of {covered.asked} results are in {folder}"
+            print(f"\ninterrupted: {counts}; the same command goes on from there", file=sys.stderr)
+            return INTERRUPTED
+        try:
+            findings = sweep.conclude()
+        except Exception as error:
+            if not failures:
+                raise
+            print(f"failed     {len(failures)} tasks; no report, as the others are too few to conclude from ({error})")
+            return FAILED
+        report = write_report(sweep, findings, failures)
+    _print_criteria(findings.criteria)
+    covered = coverage(sweep, failures)
+    print(f"results    {covered.measured} of {covered.asked}, {covered.processor_minutes:.1f} processor minutes")
+    if covered.skipped_lines:
+        print(f"skipped    {skipped(covered.skipped_lines)}")
+    if failures:
+        print(f"failed     {len(failures)} tasks; the same command tries them again")
+    print(f"criteria   {summary(findings.criteria)}")
+    print(f"report     {report}")
+    return DONE if reproduced(findings) and not failures else FAILED
+
+
+def _run_all(options: Options) -> int:
+    """One after the other, whatever becomes of each; the summary says which did not go well."""
+    outcomes = {}
+    for kind in _in_order():
+        outcomes[kind.name] = code = run_command(partial(_guarded, kind, options))
+        if code == INTERRUPTED:
+            return INTERRUPTED
+        print(flush=True)
+    for name, code in outcomes.items():
+        report = options.folder(name) / "report.html"
+        print(f"{name:10} {'reproduced' if code == DONE else 'FAILED':10} {report if report.exists() else ''}")
+    return DONE if set(outcomes.values()) <= {DONE} else FAILED
+
+
+def _guarded(kind: type[Experiment], options: Options) -> int:
+    """`_run`, but a defect of one experiment is its own."""
+    try:
+        return _run(kind, options)
+    except (UserError, BrokenPipeError):
+        raise
+    except Exception:
+        traceback.print_exc()
+        return FAILED
+
+
+def _check_installed() -> None:
+    """Raises `UserError` now for what would be missing only when all is measured."""
+    for package in ("matplotlib", "scipy"):
+        if find_spec(package) is None:
+            raise UserError(f'the laboratory needs {package}, which is not installed: pip install -e ".[lab]"')
+
+
+def _print_criteria(criteria: Sequence[Criterion]) -> None:
+    """The claims beside what was measured, in 80 columns."""
+    print(f"\n{'outcome':{OUTCOME}}  {'claim':{CLAIM}}  measured\n{'-' * WIDTH}")
+    for criterion in criteria:
+        cells = [
+            textwrap.wrap(verdict(criterion), OUTCOME),
+            textwrap.wrap(criterion.claim, CLAIM),
+            textwrap.wrap(criterion.measured, MEASURED),
+        ]
+        for line in range(max(map(len, cells))):
+            outcome, claim, measured = (cell[line] if line < len(cell) else "" for cell in cells)
+            print(f"{outcome:{OUTCOME}}  {claim:{CLAIM}}  {measured}".rstrip())
+    print()

@@ -1,0 +1,210 @@
+"""What an experiment leaves for its reader: `report.html`, a CSV file of each table, a PNG file of each picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from minitransformer import files
+from minitransformer.lab import figures
+from minitransformer.lab.experiment import Criterion, Experiment, Findings, Picture, Settings, Table
+from minitransformer.lab.page import Page
+from minitransformer.lab.runner import Failure, Sweep
+from minitransformer.lab.store import REMEDY
+
+Titled = TypeVar("Titled", Table, Picture)
+
+REPORT = "report.html"
+MOST_ROWS = 200
+"""of a table on the page; its CSV file has all"""
+MOST_FAILURES = 20
+"""that are written out one by one"""
+
+
+def verdict(criterion: Criterion) -> str:
+    """In a word or two: whether a known result was reproduced, or how one on trial came out."""
+    if criterion.holds is None:
+        return "open"
+    if criterion.must_hold:
+        return "passed" if criterion.holds else "FAILED"
+    return "holds" if criterion.holds else "does not hold"
+
+
+def reproduced(findings: Findings) -> bool:
+    """Whether no criterion failed that must hold."""
+    return not any(criterion.must_hold and criterion.holds is False for criterion in findings.criteria)
+
+
+def summary(criteria: Sequence[Criterion]) -> str:
+    """How many criteria came out how, in one line."""
+    known = [verdict(criterion) for criterion in criteria if criterion.must_hold]
+    trial = [verdict(criterion) for criterion in criteria if not criterion.must_hold]
+    parts = [_counts("reproduced", known, ("passed", "FAILED", "open"))] if known else []
+    parts += [_counts("on trial", trial, ("holds", "does not hold", "open"))] if trial else []
+    return "; ".join(parts) or "no criteria"
+
+
+def _counts(what: str, verdicts: Sequence[str], names: Iterable[str]) -> str:
+    counts = [f"{verdicts.count(name)} {name}" for name in names if name in verdicts]
+    return f"{what}: {', '.join(counts)}"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of what was asked was measured."""
+
+    asked: int
+    measured: int
+    skipped_lines: int
+    failures: Sequence[Failure]
+    processor_minutes: float
+
+    def sentences(self) -> list[str]:
+        """What the reader has to know of it."""
+        said = [
+            f"{self.measured} of {self.asked} results were measured, in {self.processor_minutes:.1f} minutes of one "
+            "processor."
+        ]
+        if self.measured < self.asked:
+            said.append("What is said here rests on an incomplete sweep.")
+        if self.skipped_lines:
+            said.append(skipped(self.skipped_lines))
+        if self.failures:
+            said.append(f"{len(self.failures)} tasks failed; the same command tries them again:")
+            said += [str(failure) for failure in self.failures[:MOST_FAILURES]]
+        return said
+
+
+def skipped(lines: int) -> str:
+    """What is said of lines that could not be read."""
+    what = "1 damaged line was" if lines == 1 else f"{lines} damaged lines were"
+    return f"{what} skipped in results.jsonl; their tasks were measured again."
+
+
+def coverage(sweep: Sweep, failures: Sequence[Failure]) -> Coverage:
+    """Of `sweep` after a run that left `failures`."""
+    tasks = {key: task for key, task in sweep.tasks.items() if task in sweep.store}
+    seconds = sum(sweep.store.seconds[key] for key in tasks)
+    return Coverage(len(sweep.tasks), len(tasks), sweep.store.skipped, failures, seconds / 60)
+
+
+def command(name: str, settings: Settings) -> str:
+    """What is typed to repeat the experiment."""
+    words = ["python", "-m", "minitransformer", "lab", name]
+    words += ["--quick"] * settings.quick
+    words += [] if settings.data == Settings.data else ["--data", settings.data]
+    return shlex.join(words)
+
+
+def write_report(sweep: Sweep, findings: Findings, failures: Sequence[Failure] = ()) -> Path:
+    """Write the report into the folder of `sweep`, and return the path of its page.
+
+    Raises `UserError` where the folder may not be written, and without matplotlib if there are pictures.
+    """
+    folder = sweep.folder
+    with files.writing(folder / REPORT, REMEDY):
+        folder.mkdir(parents=True, exist_ok=True)
+        for table, name in _named(findings.tables):
+            _write_csv(folder / f"{name}.csv", table)
+        pictures = []
+        for picture, name in _named(findings.pictures):
+            png = figures.png(picture.draw())
+            pictures.append((picture, png))
+            with files.whole_file(folder / f"{name}.png") as file:
+                file.write(png)
+        page = _head(sweep.experiment, sweep.experiment.settings)
+        _criteria(page, findings.criteria)
+        for picture, png in pictures:
+            page.figure(png, f"{picture.title}. {picture.caption}".strip(), picture.title)
+        for table, name in _named(findings.tables):
+            _table(page, table, name)
+        if findings.remarks:
+            page.heading("Remarks")
+            for remark in findings.remarks:
+                page.paragraph(remark)
+        _repeat(page, sweep, coverage(sweep, failures))
+        files.write_text(folder / REPORT, page.html())
+    return folder / REPORT
+
+
+def _named(things: Iterable[Titled]) -> Iterator[tuple[Titled, str]]:
+    """Each with a name for its file, made of its title; a name that is taken gets a number."""
+    taken: dict[str, int] = {}
+    for thing in things:
+        name = re.sub(r"[^a-z0-9]+", "-", thing.title.lower()).strip("-")[:60] or "untitled"
+        taken[name] = taken.get(name, 0) + 1
+        yield thing, name if taken[name] == 1 else f"{name}-{taken[name]}"
+
+
+def _write_csv(path: Path, table: Table) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.columns)
+    writer.writerows(["" if cell is None else cell for cell in row] for row in table.rows)
+    files.write_text(path, text.getvalue())
+
+
+def _head(experiment: Experiment, settings: Settings) -> Page:
+    page = Page(f"{experiment.name}: {experiment.title}")
+    page.paragraph(experiment.question)
+    page.paragraph(f"It repeats: {experiment.source}.")
+    if settings.quick:
+        page.paragraph("This is the reduced form, for a first look: fewer sizes, steps and seeds.")
+    return page
+
+
+def _criteria(page: Page, criteria: Sequence[Criterion]) -> None:
+    known = [criterion for criterion in criteria if criterion.must_hold]
+    trial = [criterion for criterion in criteria if not criterion.must_hold]
+    if known:
+        page.heading("What must hold")
+        page.paragraph(f"Known results; one that fails is a defect of the code or of the claim. {summary(known)}.")
+        _claims(page, known)
+    if trial:
+        page.heading("What is on trial")
+        page.paragraph(f"Claims whose outcome is published whichever way it falls. {summary(trial)}.")
+        _claims(page, trial)
+
+
+def _claims(page: Page, criteria: Sequence[Criterion]) -> None:
+    rows = [(criterion.claim, criterion.measured, verdict(criterion)) for criterion in criteria]
+    page.table(["claim", "measured", "outcome"], rows)
+
+
+def _table(page: Page, table: Table, name: str) -> None:
+    page.heading(table.title)
+    page.table(table.columns, table.rows[:MOST_ROWS])
+    if len(table.rows) > MOST_ROWS:
+        page.paragraph(f"The first {MOST_ROWS} rows of {len(table.rows)}; all are in {name}.csv.")
+
+
+def _repeat(page: Page, sweep: Sweep, covered: Coverage) -> None:
+    page.heading("How to repeat it")
+    page.code(command(sweep.experiment.name, sweep.experiment.settings))
+    for sentence in covered.sentences():
+        page.paragraph(sentence)
+    commits = list(dict.fromkeys(record["commit"] for record in sweep.records))
+    if len(commits) > 1:
+        page.paragraph(f"The results come from several commits: {', '.join(commits)}.")
+    if any(commit.endswith("-dirty") for commit in commits):
+        page.paragraph("A commit that ends in -dirty had changes that were not committed.")
+    facts = {**(sweep.records[-1] if sweep.records else {}), "data": sweep.experiment.settings.data}
+    facts["seeds"] = _ranges({task["seed"] for task in sweep.tasks.values() if isinstance(task.get("seed"), int)})
+    page.table(["what", "value"], [(name, value) for name, value in facts.items() if value and name != "command"])
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`numbers` as text, runs of them shortened: 0–4, 7."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in runs)

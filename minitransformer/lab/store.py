@@ -1,0 +1,76 @@
+"""Results on disk: one JSON line for each task that was measured, so that a killed sweep loses none of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from minitransformer.files import writing
+from minitransformer.lab.experiment import Measurement, Result, Task
+
+REMEDY = "choose another --out"
+
+
+def canonical(task: Task) -> str:
+    """The task as JSON, in the same letters whatever the order of its choices."""
+    return json.dumps(task, sort_keys=True, separators=(",", ":"))
+
+
+def task_key(task: Task) -> str:
+    """What names the task: 16 hexadecimal digits of the SHA-256 of its canonical JSON."""
+    return hashlib.sha256(canonical(task).encode()).hexdigest()[:16]
+
+
+class ResultStore:
+    """The results in the file at `path`, which grows by one line for each: `key`, `task`, `measured`, `seconds`.
+
+    One process writes; a line is on disk when `add` returns. Lines that cannot be read, such as one that was cut off
+    when the machine went down, are skipped and counted in `skipped`, and their tasks count as not yet measured.
+    Numbers that are not finite are written as Python's json does: NaN, Infinity.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.skipped = 0
+        self.seconds: dict[str, float] = {}
+        """by key: how long measuring took"""
+        self._measured: dict[str, Measurement] = {}
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        self._ends_in_the_middle = bool(lines) and lines[-1] != b""
+        for line in lines:
+            if line.strip():
+                self._read(line)
+
+    def _read(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+            key, seconds = task_key(record["task"]), float(record["seconds"])
+            if record["key"] != key or not isinstance(record["measured"], dict):
+                raise ValueError("not what was written")
+        except (ValueError, KeyError, TypeError):
+            self.skipped += 1
+            return
+        self._measured[key], self.seconds[key] = record["measured"], seconds
+
+    def __contains__(self, task: Task) -> bool:
+        return task_key(task) in self._measured
+
+    def results(self, tasks: Iterable[Task]) -> list[Result]:
+        """The results of those of `tasks` that were measured, in their order."""
+        return [Result(task, self._measured[task_key(task)]) for task in tasks if task in self]
+
+    def add(self, task: Task, measured: Measurement, seconds: float) -> None:
+        """Keep a result; raises `UserError` where the disk is full or may not be written."""
+        key = task_key(task)
+        record: dict[str, Any] = {"key": key, "task": task, "measured": measured, "seconds": round(seconds, 3)}
+        # A line that was cut off ends here, so that it spoils no other.
+        line = b"\n" * self._ends_in_the_middle + json.dumps(record).encode() + b"\n"
+        with writing(self.path, REMEDY), self.path.open("ab", buffering=0) as file:
+            file.write(line)
+            os.fsync(file.fileno())
+        self._ends_in_the_middle = False
+        self._measured[key], self.seconds[key] = measured, seconds
