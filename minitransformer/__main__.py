@@ -11,6 +11,7 @@ from minitransformer.registry import lookup
 COMMANDS = {
     "train": "train a model, or resume a run",
     "sample": "continue, fill or translate a text with the model of a run",
+    "look": "show attention, predictions and residual norms for a text, as a page",
     "compare": "runs beside each other: settings, curves, and which differences the seeds bear out",
     "import": "make a run of a public checkpoint",
     "export": "write the model of a run as the transformers library opens it",

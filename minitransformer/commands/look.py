@@ -1,0 +1,86 @@
+"""`look`: one HTML page of what the model of a run does with a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from minitransformer.commands import DONE, parse, piped_text, run_command
+from minitransformer.files import write_text, writing
+from minitransformer.lab.look import Look, Request, look_at
+from minitransformer.lab.viewer import page_of
+from minitransformer.models.model import Model
+from minitransformer.models.recurrent import RecurrentEncoderDecoder
+from minitransformer.runs import Run, latest_run
+from minitransformer.training.machine import choose_device
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which model looks at which text."""
+
+    run: tyro.conf.Positional[Path | None] = None
+    """run folder; None is the latest below runs/"""
+    prompt: str | None = None
+    """the text; an encoder's masks are written <mask>; None is what is piped in"""
+    target: str | None = None
+    """what an encoder-decoder is made to write; None is what it writes itself"""
+    last: int | None = None
+    """read only so many tokens of the prompt, the last ones"""
+    layers: tuple[int, ...] = ()
+    """the layers whose attention is shown, from 0; all without it"""
+    out: Path | None = None
+    """the page; None is look.html in the run folder"""
+    checkpoint: str | None = None
+    """checkpoint of the run, such as step-000500 or latest; None is the best, or the latest if none is called that"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Look; returns the exit code."""
+    return run_command(lambda: _look(arguments))
+
+
+def _look(arguments: Sequence[str]) -> int:
+    about = "Show attention, predictions and residual norms of a model for a text, as one HTML page."
+    options = parse(Options, arguments, prog="minitransformer look", description=about)
+    run = Run.open(options.run or latest_run())
+    prompt = piped_text() if options.prompt is None else options.prompt
+    target = None if options.target is None else run.cased(options.target)
+    request = Request(run.cased(prompt), target, options.last, options.layers)
+    checkpoint = run.checkpoint(options.checkpoint).name
+    model = run.load_model(checkpoint, device=str(choose_device(options.device)))
+    look = look_at(model, request, run.tokenizer, run.target_tokenizer)
+    out = options.out or run.path / "look.html"
+    page = page_of(look, f"A look at {run.path.name}", {**_facts(run, model, checkpoint), **_measured(look)})
+    with writing(out, "name another file with --out"):
+        write_text(out, page)
+    for name, value in {"run": str(run.path), **_measured(look), "page": f"{out} ({len(page) / 1e6:.1f} MB)"}.items():
+        print(f"{name:12} {value}")
+    return DONE
+
+
+def _facts(run: Run, model: Model, checkpoint: str) -> dict[str, str]:
+    config = model.config
+    facts = {
+        "run": str(run.path),
+        "checkpoint": checkpoint,
+        "model": f"{config.topology}, {model.num_parameters() / 1e6:.2f}M parameters, d_model {config.d_model}",
+    }
+    if isinstance(model, RecurrentEncoderDecoder):
+        return facts
+    return {**facts, "norm placement": f"{config.residual}, {config.norm} norm", "positions": config.positions}
+
+
+def _measured(look: Look) -> dict[str, str]:
+    tokens = {"tokens": ", ".join(f"{len(text.tokens)} in the {text.title.lower()}" for text in look.texts.values())}
+    losses = look.losses
+    if not losses:
+        return tokens
+    mean = math.fsum(losses) / len(losses)
+    return {**tokens, "mean loss": f"{mean:.3f} nats over {len(losses)} tokens (perplexity {math.exp(mean):.3g})"}

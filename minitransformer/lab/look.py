@@ -1,0 +1,415 @@
+"""What a model does with one text, token by token: attention, predictions and residual streams, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import singledispatch
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from minitransformer.architecture.additive_attention import AdditiveAttention, additive_attention_weights
+from minitransformer.architecture.block import Stack
+from minitransformer.errors import UserError
+from minitransformer.generation.decode import evaluating, translate
+from minitransformer.generation.fill import encode_with_masks
+from minitransformer.generation.processors import SamplingConfig
+from minitransformer.lab.attention_maps import captured_attention
+from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.encoder import EncoderClassifier, EncoderLM
+from minitransformer.models.encoder_decoder import EncoderDecoder
+from minitransformer.models.model import Model
+from minitransformer.models.recurrent import RecurrentEncoderDecoder
+from minitransformer.text.tokenizers import Tokenizer
+
+MAX_WEIGHTS = 2**24
+"""how many attention weights a look may hold: about 22 MB of HTML"""
+GUESSES = 5
+ROWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to look at. Raises `UserError` for numbers that make no sense."""
+
+    prompt: str
+    target: str | None = None
+    """what an encoder-decoder is made to write; None is what it writes itself"""
+    last: int | None = None
+    """read only so many tokens of the prompt, the last ones"""
+    layers: Sequence[int] = ()
+    """the layers whose attention is kept, from 0; none is all"""
+
+    def __post_init__(self) -> None:
+        if self.last is not None and self.last < 1:
+            raise UserError(f"last is {self.last}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Text:
+    """The tokens that a model reads on one side."""
+
+    title: str
+    tokens: Sequence[int]
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Which tokens of `queries` attend to which of `keys`, two keys of `Look.texts`: each row of weights sums to 1."""
+
+    title: str
+    queries: str
+    keys: str
+    layers: Sequence[int]
+    weights: Float[Tensor, "layers heads query key"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is predicted for one place of a text; loss and entropy in nats.
+
+    `place` may be one past the text. `token` is what stands there, or None where that is unknown: then there is no
+    probability and no loss. `guesses` are the likeliest tokens with their probabilities, the likeliest first.
+    """
+
+    place: int
+    token: int | None
+    probability: float | None
+    loss: float | None
+    entropy: float
+    guesses: Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class ResidualNorms:
+    """‖x‖₂ of the residual stream for each token, before the first block and after each."""
+
+    title: str
+    text: str
+    norms: Float[Tensor, "states tokens"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """All that was measured. `predicted` is the key of the text that the predictions are about."""
+
+    texts: dict[str, Text]
+    maps: Sequence[AttentionMaps]
+    predicted: str
+    predictions: Sequence[Prediction] = ()
+    norms: Sequence[ResidualNorms] = ()
+    remarks: Sequence[str] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[float]:
+        """In nats, of the tokens that have one."""
+        return [prediction.loss for prediction in self.predictions if prediction.loss is not None]
+
+
+@dataclass(frozen=True)
+class MapPlan:
+    """Which modules make a group of maps: `modules` is a name with a place for the layer."""
+
+    title: str
+    modules: str
+    queries: str
+    keys: str
+    num_layers: int
+
+
+@singledispatch
+def look_at(model: Model, request: Request, tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> Look:
+    """What `model` does with the text of `request`.
+
+    Raises `UserError` for a text that the model cannot read, for layers that it has not, and for more weights than
+    MAX_WEIGHTS.
+    """
+    raise UserError(f"a model of topology {model.name!r} has no attention to look at: choose another run")
+
+
+@look_at.register
+@torch.inference_mode()
+def _decoder(model: DecoderLM, request: Request, tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> Look:
+    _refuse_target(request, model)
+    tokens = _fitting(tokenizer.encode(request.prompt), request, model.config.context_length)
+    texts = {"text": Text("Text", tokens, tokenizer)}
+    plans = [MapPlan("Self-attention", "stack.blocks.{}.attention", "text", "text", model.config.num_layers)]
+    _check_size(plans, texts, request, model)
+    with watched(model) as seen:
+        logits = model(_row(tokens, model))[0]
+    places = range(1, len(tokens) + 1)
+    return Look(
+        texts,
+        seen.maps(plans, request),
+        "text",
+        predictions_of(logits, places, [*tokens[1:], None], tokenizer),
+        seen.norms(("stack", "Decoder", "text")),
+        [
+            "A token is predicted at the token before it, from all tokens up to there; nothing predicts the first, "
+            "and the last row says what would come next."
+        ],
+    )
+
+
+@look_at.register(EncoderLM)
+@look_at.register(EncoderClassifier)
+@torch.inference_mode()
+def _encoder(
+    model: EncoderLM | EncoderClassifier, request: Request, tokenizer: Tokenizer, target_tokenizer: Tokenizer
+) -> Look:
+    _refuse_target(request, model)
+    # Training puts the end-of-text token before every text.
+    prompt = _fitting(encode_with_masks(tokenizer, request.prompt), request, model.config.context_length - 1)
+    tokens = [tokenizer.end_of_text, *prompt]
+    texts = {"text": Text("Text", tokens, tokenizer)}
+    plans = [MapPlan("Self-attention", "stack.blocks.{}.attention", "text", "text", model.config.num_layers)]
+    _check_size(plans, texts, request, model)
+    with watched(model) as seen:
+        output = model(_row(tokens, model))[0]
+    predictions, remark = _encoder_predictions(model, tokens, tokenizer, output)
+    return Look(
+        texts, seen.maps(plans, request), "text", predictions, seen.norms(("stack", "Encoder", "text")), [remark]
+    )
+
+
+def _encoder_predictions(
+    model: EncoderLM | EncoderClassifier, tokens: Sequence[int], tokenizer: Tokenizer, output: Tensor
+) -> tuple[list[Prediction], str]:
+    if isinstance(model, EncoderClassifier):
+        shares = ", ".join(f"{number}: {share:.1%}" for number, share in enumerate(output.softmax(-1).tolist()))
+        return [], f"The model predicts a class of the whole text, and no token. Classes: {shares}."
+    hidden = {number for number in tokenizer.special_tokens.values() if number != tokenizer.mask}
+    places = [place for place, token in enumerate(tokens) if token not in hidden]
+    logits = masked_one_by_one(model, tokens, places, tokenizer.mask)
+    targets = [None if tokens[place] == tokenizer.mask else tokens[place] for place in places]
+    return predictions_of(logits, places, targets, tokenizer), (
+        "Each token is predicted while it alone is masked, from all others: their losses make the "
+        "pseudo-log-likelihood of Salazar et al. 2020 (arXiv 1910.14659). Maps and norms are those of the text as it "
+        "stands. Special tokens and masks of the text have no loss."
+    )
+
+
+def masked_one_by_one(
+    model: EncoderLM, tokens: Sequence[int], places: Sequence[int], mask: int
+) -> Float[Tensor, "places vocab_size"]:
+    """The logits at each of `places`, when that place alone is masked."""
+    device = next(model.parameters()).device
+    logits = []
+    for chunk in torch.tensor(places, dtype=torch.long).split(ROWS_AT_ONCE):
+        is_hidden = torch.arange(len(tokens)) == chunk[:, None]
+        rows = torch.tensor(tokens).masked_fill(is_hidden, mask)
+        logits.append(model(rows.to(device), places=is_hidden.to(device)))
+    return torch.cat(logits)
+
+
+@look_at.register(EncoderDecoder)
+@look_at.register(RecurrentEncoderDecoder)
+@torch.inference_mode()
+def _encoder_decoder(
+    model: EncoderDecoder | RecurrentEncoderDecoder,
+    request: Request,
+    tokenizer: Tokenizer,
+    target_tokenizer: Tokenizer,
+) -> Look:
+    context_length, end = model.config.context_length, target_tokenizer.end_of_text
+    source = [*_fitting(tokenizer.encode(_line(request.prompt)), request, context_length - 1), tokenizer.end_of_text]
+    target, remark = _target(model, source, request, target_tokenizer)
+    inputs = [end, *target]
+    texts = {"source": Text("Source", source, tokenizer), "target": Text("Target", inputs, target_tokenizer)}
+    plans = _plans(model)
+    _check_size(plans, texts, request, model)
+    with watched(model) as seen:
+        logits = model(_row(source, model), _row(inputs, model))[0]
+    places = range(1, len(inputs) + 1)
+    return Look(
+        texts,
+        seen.maps(plans, request),
+        "target",
+        predictions_of(logits, places, [*target, end], target_tokenizer),
+        seen.norms(("encoder", "Encoder", "source"), ("decoder", "Decoder", "target")),
+        [
+            remark,
+            "A token of the target is predicted at the token before it, which is also the row in which the maps of "
+            "the decoder show what it was predicted from.",
+        ],
+    )
+
+
+def _target(model: Any, source: Sequence[int], request: Request, tokenizer: Tokenizer) -> tuple[Sequence[int], str]:
+    """The tokens after the start token, and where they are from."""
+    # One place of the context is the start token's.
+    room = model.config.context_length - 1
+    if request.target is not None:
+        target = tokenizer.encode(_line(request.target))
+        if len(target) > room:
+            raise UserError(f"the target has {len(target)} tokens, and the model writes {room} at most: cut it")
+        return target, "The target is the given one: the model sees its true tokens so far (teacher forcing)."
+    end = tokenizer.end_of_text
+    greedy = SamplingConfig(temperature=0, max_new_tokens=room)
+    [[target]] = translate(model, [source], greedy, start=end, end_of_text=end, vocab_size=tokenizer.vocab_size)
+    return target, "The target is what the model itself writes, taking the likeliest token each time."
+
+
+def _plans(model: EncoderDecoder | RecurrentEncoderDecoder) -> list[MapPlan]:
+    config = model.config
+    if isinstance(model, RecurrentEncoderDecoder):
+        return [MapPlan("Alignment", "attention", "target", "source", 1)]
+    return [
+        MapPlan("Encoder", "encoder.blocks.{}.attention", "source", "source", config.num_layers),
+        MapPlan("Decoder", "decoder.blocks.{}.attention", "target", "target", config.decoder_layers),
+        MapPlan("Decoder to encoder", "decoder.blocks.{}.cross_attention", "target", "source", config.decoder_layers),
+    ]
+
+
+def predictions_of(
+    logits: Float[Tensor, "places vocab"], places: Sequence[int], tokens: Sequence[int | None], tokenizer: Tokenizer
+) -> list[Prediction]:
+    """The predictions for `places`, where `tokens` stand.
+
+    Probabilities are over all that the model has logits for, guesses are tokens that the tokenizer has.
+    """
+    log_p = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    # Of a token that is impossible, p log p is 0.
+    entropies = torch.special.entr(log_p.exp()).sum(-1).tolist()
+    likeliest = log_p[:, : tokenizer.vocab_size].topk(min(GUESSES, tokenizer.vocab_size))
+    found = []
+    for row, (place, token) in enumerate(zip(places, tokens, strict=True)):
+        known = None if token is None else log_p[row, token]
+        guesses = zip(likeliest.indices[row].tolist(), likeliest.values[row].exp().tolist(), strict=True)
+        found.append(
+            Prediction(
+                place,
+                token,
+                probability=None if known is None else known.exp().item(),
+                loss=None if known is None else -known.item(),
+                entropy=entropies[row],
+                guesses=list(guesses),
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a forward pass of one text left behind."""
+
+    weights: dict[str, Tensor]
+    """of each attention module by its name, [1, heads, query, key]"""
+    streams: dict[str, list[Tensor]]
+    """of each stack by its name, x before the first block and after each, [1, length, d_model]"""
+
+    def maps(self, plans: Sequence[MapPlan], request: Request) -> list[AttentionMaps]:
+        """The maps of `plans`, of the layers that are asked for."""
+        made = []
+        for plan in plans:
+            layers = _chosen(plan, request)
+            if layers:
+                weights = torch.stack([self.weights[plan.modules.format(layer)][0] for layer in layers])
+                made.append(AttentionMaps(plan.title, plan.queries, plan.keys, layers, weights.float().cpu()))
+        return made
+
+    def norms(self, *stacks: tuple[str, str, str]) -> list[ResidualNorms]:
+        """The norms in each of `stacks`: its name, a title, and the text that it reads."""
+        return [
+            ResidualNorms(title, text, torch.cat(self.streams[name]).float().norm(dim=-1).cpu())
+            for name, title, text in stacks
+            if name in self.streams
+        ]
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[Watched]:
+    """What the forward pass inside this block does, in eval mode."""
+    streams: dict[str, list[Tensor]] = {}
+    alignments: dict[str, list[Tensor]] = {}
+    handles: list[RemovableHandle] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Stack):
+            handles += _watch_stack(module, streams.setdefault(name, []))
+        if isinstance(module, AdditiveAttention):
+            handles.append(_watch_alignment(module, alignments.setdefault(name, [])))
+    try:
+        with evaluating(model), captured_attention(model) as weights:
+            seen = Watched(weights, streams)
+            yield seen
+        for name, rows in alignments.items():
+            seen.weights[name] = torch.cat(rows, dim=1)[:, None]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch_stack(stack: Stack, kept: list[Tensor]) -> list[RemovableHandle]:
+    def keep(stream: Any) -> None:
+        kept.append(stack.residual.state(stream).detach())
+
+    first = stack.blocks[0].register_forward_pre_hook(lambda block, inputs: keep(inputs[0]))
+    return [first, *(block.register_forward_hook(lambda block, _, output: keep(output)) for block in stack.blocks)]
+
+
+def _watch_alignment(attention: AdditiveAttention, kept: list[Tensor]) -> RemovableHandle:
+    def keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        state, _, keys, *_ = inputs
+        kept.append(additive_attention_weights(attention.query(state)[:, None], keys, attention.score.weight[0]))
+
+    return attention.register_forward_pre_hook(keep)
+
+
+def _row(tokens: Sequence[int], model: nn.Module) -> Tensor:
+    return torch.tensor([tokens], device=next(model.parameters()).device)
+
+
+def _line(text: str) -> str:
+    """The only line of `text`."""
+    lines = text.splitlines()
+    if len(lines) != 1:
+        raise UserError(f"a text to translate is one line, and this has {len(lines)}: give one")
+    return lines[0]
+
+
+def _refuse_target(request: Request, model: Model) -> None:
+    if request.target is not None:
+        raise UserError(f"--target is for models that translate, and this one is of topology {model.name!r}: leave it")
+
+
+def _fitting(tokens: list[int], request: Request, room: int) -> list[int]:
+    """The tokens of the prompt that are to be read; raises `UserError` if there is none, or no room for them."""
+    if not tokens:
+        raise UserError("the prompt is empty: give --prompt TEXT, or pipe a text in")
+    kept = tokens if request.last is None else tokens[-request.last :]
+    if len(kept) > room:
+        raise UserError(
+            f"the prompt has {len(kept)} tokens, and the model sees {room} of them at most: "
+            f"shorten it, or look at its end with --last {room}"
+        )
+    return kept
+
+
+def _chosen(plan: MapPlan, request: Request) -> list[int]:
+    return [layer for layer in range(plan.num_layers) if not request.layers or layer in request.layers]
+
+
+def _check_size(plans: Sequence[MapPlan], texts: dict[str, Text], request: Request, model: Model) -> None:
+    """Raises `UserError` for layers that no map has, and for more weights than a page can hold."""
+    highest = max(plan.num_layers for plan in plans) - 1
+    strangers = [layer for layer in request.layers if not 0 <= layer <= highest]
+    if strangers:
+        raise UserError(f"there is no layer {strangers[0]}: the layers of this model are 0 to {highest}")
+    weights = sum(
+        len(_chosen(plan, request))
+        * model.config.num_heads
+        * len(texts[plan.queries].tokens)
+        * len(texts[plan.keys].tokens)
+        for plan in plans
+    )
+    if weights > MAX_WEIGHTS:
+        raise UserError(
+            f"the maps of this text have {weights / 1e6:.1f} million weights, and a page holds "
+            f"{MAX_WEIGHTS / 1e6:.1f} million: choose layers with --layers, or fewer tokens with --last"
+        )
