@@ -13,6 +13,7 @@ from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import TrainingBatch
 from minitransformer.training.precision import Precision
+from minitransformer.training.probe import NO_PROBE, Probe
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ def training_step(
     *,
     grad_clip: float,
     balance: ExpertBalance,
+    probe: Probe = NO_PROBE,
 ) -> StepResult:
     """Descend along the gradient of the mean loss over the targets of all micro-batches together.
 
@@ -50,6 +52,7 @@ def training_step(
             loss = loss + balance.loss() * batch.num_targets / targets
         precision.backward(loss)
     precision.unscale(optimizers)
+    probe.before_update()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     finite = bool(torch.isfinite(total + grad_norm))
     precision.update(optimizers, finite=finite)
