@@ -18,7 +18,8 @@ ROOMS = {
     "training": {"architecture", "models", "text", "runs"},
     "generation": {"architecture", "models", "text"},
     "pretrained": {"architecture", "models", "text"},
-    "commands": {"architecture", "models", "text", "training", "generation", "pretrained", "runs"},
+    "lab": {"architecture", "models", "text", "training", "generation", "runs"},
+    "commands": {"architecture", "models", "text", "training", "generation", "pretrained", "lab", "runs"},
 }
 SHARED = {"errors", "registry", "files"}
 
