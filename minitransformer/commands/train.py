@@ -12,6 +12,7 @@ from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
 from minitransformer.files import writing
 from minitransformer.generation.samples import sample_of
+from minitransformer.lab.instruments import check_probe, probe_for
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, count_parameters
 from minitransformer.registry import lookup
@@ -135,13 +136,15 @@ def _check_changes(old: RunConfig, new: RunConfig) -> None:
 
 
 def _parse(arguments: Sequence[str], config: RunConfig) -> Options:
-    return parse(
+    options = parse(
         Options,
         arguments,
         default=Options(config.model, config.data, config.training),
         prog="train.py [PRESET]",
         description=_describe_presets() if {"-h", "--help"} & set(arguments) else "",
     )
+    check_probe(options)
+    return options
 
 
 def _describe_presets() -> str:
@@ -181,7 +184,7 @@ def _train(run: Run, prepared: Prepared, checkpoint: Path | None, initial: Run |
         if config.tensorboard:
             logs.append(TensorBoard(run.path))
         log = Logs(*logs)
-        trainer = Trainer(run, prepared, machine, log, stop, partial(_sample, run))
+        trainer = Trainer(run, prepared, machine, log, stop, partial(_sample, run), probe_for(config))
         if checkpoint is not None:
             trainer.restore(checkpoint)
         if initial is not None:

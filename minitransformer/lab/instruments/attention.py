@@ -1,0 +1,39 @@
+"""How widely attention looks."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minitransformer.lab.attention_maps import watched_attention
+from minitransformer.lab.instruments.base import Figures, Instrument, Scene
+from minitransformer.lab.instruments.places import sublayers_of
+
+
+class AttentionEntropy(Instrument, name="attention-entropy"):
+    """−Σ a log a in nats over the keys of a row of attention weights a, mean over heads and real queries.
+
+    0 is one key, log(keys) all alike; entropies near 0 go with unstable training: Zhai et al. 2023 (arXiv 2303.06296).
+    """
+
+    def look(self, scene: Scene) -> Figures:
+        rows: dict[str, Tensor] = {}
+        with (
+            torch.no_grad(),
+            watched_attention(self.model, lambda name, weights: rows.update({name: entropy(weights)})),
+        ):
+            scene.loss()
+        names = {module: name for name, module in self.model.named_modules()}
+        figures: Figures = {}
+        for place, branch in sublayers_of(self.model).items():
+            found = rows.get(names[branch.sublayer])
+            if found is not None:
+                is_token = scene.passage.is_token[place.split(".")[0]]
+                figures[place] = (found if is_token is None else found.transpose(1, 2)[is_token]).mean()
+        return figures
+
+
+def entropy(weights: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows"]:
+    """−Σ w log w in nats; the row of a query that may attend to nothing is 0, and so is its entropy."""
+    return torch.special.entr(weights.float()).sum(-1)

@@ -1,0 +1,43 @@
+"""What the layers are good for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from minitransformer.lab.instruments.base import Figures, Instrument, Scene
+from minitransformer.lab.instruments.places import layers_of
+
+
+class SkippedLayer(Instrument, name="skipped-layer"):
+    """By how many nats a target the loss rises when a layer is left out: its block hands the stream on as it got it.
+
+    Veit et al. 2016 (arXiv 1605.06431), section 4.1.
+    """
+
+    def look(self, scene: Scene) -> Figures:
+        blocks, passage = layers_of(self.model), scene.passage
+        figures: Figures = {}
+        # Layers before the one that is left out need not run again: they would do what they did.
+        done: dict[nn.Module, Any] = {}
+        for place, crossing in passage.layers.items():
+            with torch.no_grad(), replayed(done | {blocks[place]: crossing.before}):
+                figures[place] = scene.loss() - passage.loss
+            done[blocks[place]] = crossing.after
+        return figures
+
+
+@contextmanager
+def replayed(streams: dict[nn.Module, Any]) -> Iterator[None]:
+    """Within it, each of these blocks returns the stream that is given, whatever it gets."""
+    for block, stream in streams.items():
+        vars(block)["forward"] = lambda *_, stream=stream, **__: stream
+    try:
+        yield
+    finally:
+        for block in streams:
+            del vars(block)["forward"]

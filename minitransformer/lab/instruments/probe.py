@@ -1,0 +1,117 @@
+"""All instruments at once: on a model as it stands, or on one that trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minitransformer.errors import UserError
+from minitransformer.lab.instruments.base import Figures, Instrument, Scene, StepInstrument, at_rest
+from minitransformer.lab.instruments.passage import Loss
+from minitransformer.models.model import Model
+from minitransformer.training.config import RunConfig, TrainingConfig
+from minitransformer.training.objectives import Objective
+from minitransformer.training.probe import NO_PROBE, Probe
+from minitransformer.training.step import StepResult
+
+
+def probe(
+    model: nn.Module, loss: Loss, names: Sequence[str], *, examples: Sequence[Loss] = ()
+) -> dict[str, float | None]:
+    """What the instruments `names` say about `model` as it stands, which stays so: {"stream-variance/stack.0": …}.
+
+    `loss` is a forward pass of a batch that returns its mean loss, `lambda: objective_of(model(tokens))`; `examples`
+    are such passes of single examples, by default the batch as the only one. A figure that is infinite or NaN is None,
+    which JSON can say. Instruments that need a training step, such as update-ratio, say nothing here.
+    Raises `UserError` for an unknown name, with the nearest.
+    """
+    instruments = [Instrument.named(name)(model) for name in names]
+    return look(instruments, Scene(model, loss, examples or [loss]))
+
+
+def look(instruments: Sequence[Instrument], scene: Scene) -> dict[str, float | None]:
+    """The figures of `instruments` at rest, by name and place."""
+    with at_rest(scene.model):
+        return readings({instrument.name: instrument.look(scene) for instrument in instruments})
+
+
+def readings(figures: dict[str, Figures]) -> dict[str, float | None]:
+    """Numbers that JSON has: "gradient-norm/stack.0.attention", or "gradient-spikes" for one of the whole model."""
+    flat = {
+        "/".join(filter(None, (name, place))): value for name, some in figures.items() for place, value in some.items()
+    }
+    if not flat:
+        return {}
+    # One wait for the device instead of one for each number.
+    numbers = torch.stack([value.detach().double() for value in flat.values()]).tolist()
+    return {key: number if math.isfinite(number) else None for key, number in zip(flat, numbers, strict=True)}
+
+
+def check_probe(config: RunConfig) -> None:
+    """Raises `UserError` if the run's `probe` names no instruments, or its model has nothing to put them on."""
+    for name in config.training.probe:
+        Instrument.named(name)
+    if config.training.probe and config.model.topology == "rnn":
+        raise UserError("probe is for stacks of transformer blocks, and topology 'rnn' has none: leave --probe out")
+
+
+class TrainingProbe(Probe):
+    """Measures a model while it trains, in step 1 and in every step that `every` divides.
+
+    What is not read off the step itself is measured before it, with the weights that its loss and gradient are for, in
+    float32, without dropout and without `torch.compile`, on the same few examples every time: a share of the first
+    batch of the run, so that a measured step takes about twice as long as another at most.
+    """
+
+    share = 8
+
+    def __init__(
+        self, model: nn.Module, objective: Objective, device: torch.device, names: Sequence[str], every: int
+    ) -> None:
+        self.every, self._due = every, False
+        instruments = [Instrument.named(name)(model) for name in names]
+        self._of_step = [one for one in instruments if isinstance(one, StepInstrument)]
+        self._at_rest = [one for one in instruments if not isinstance(one, StepInstrument)]
+        self._figures: dict[str, float | None] = {}
+        self._model, self._objective, self._device = model, objective, device
+
+    def before_step(self, step: int) -> None:
+        self._due = step == 1 or step % self.every == 0
+        if self._due and self._at_rest:
+            loss, examples = self._losses
+            self._figures = look(self._at_rest, Scene(self._model, loss, examples))
+
+    def before_update(self) -> None:
+        if self._due:
+            for instrument in self._of_step:
+                instrument.before_update()
+
+    def after_update(self, result: StepResult) -> dict[str, float | None]:
+        for instrument in self._of_step:
+            instrument.hear(float(result.grad_norm))
+        if not self._due:
+            return {}
+        figures = {instrument.name: instrument.after_update() for instrument in self._of_step}
+        return {f"probe/{key}": value for key, value in {**self._figures, **readings(figures)}.items()}
+
+    @cached_property
+    def _losses(self) -> tuple[Loss, list[Loss]]:
+        first: Any = self._objective.training_batches(0)[0].to(self._device)
+        rows = first.split(1)
+        count = max(1, len(rows) // self.share)
+        return partial(self._loss, first.split(count)[0]), [partial(self._loss, row) for row in rows[:count]]
+
+    def _loss(self, batch: Any) -> Tensor:
+        return self._objective.loss_sum(self._model, batch) / batch.num_targets
+
+
+def probe_for(config: TrainingConfig) -> Callable[[Model, Objective, torch.device], Probe]:
+    """What makes the probe that `config` asks for, as a trainer wants it."""
+    if not config.probe:
+        return lambda *_: NO_PROBE
+    return partial(TrainingProbe, names=config.probe, every=config.probe_every)

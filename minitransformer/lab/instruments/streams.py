@@ -1,0 +1,104 @@
+"""What the residual stream is like between layers. Its mean over tokens leaves padding out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from minitransformer.lab.instruments.base import Figures, Instrument, Scene
+
+LARGEST_FP16 = torch.finfo(torch.float16).max
+
+
+class StreamVariance(Instrument, name="stream-variance"):
+    """E‖x‖² over tokens, of what enters a stack ("stack.input") and of what leaves each of its layers.
+
+    Xiong et al. 2020 (arXiv 2002.04745), lemma 2.
+    """
+
+    def look(self, scene: Scene) -> Figures:
+        figures: Figures = {}
+        for place, crossing in scene.passage.layers.items():
+            stack, _, layer = place.rpartition(".")
+            if layer == "0":
+                figures[f"{stack}.input"] = mean_square_norm(crossing.x_before)
+            figures[place] = mean_square_norm(crossing.x_after)
+        return figures
+
+
+class RepresentationChange(Instrument, name="representation-change"):
+    """ω² = E‖N(x′) − N(x)‖² / d over tokens, x before and x′ after, N a LayerNorm without gain and bias.
+
+    Of each layer and of each residual connection: where it falls to 0, deep layers change little (representation
+    collapse). Xie et al. 2023 (ResiDual, arXiv 2304.14802), section 2.
+    """
+
+    def look(self, scene: Scene) -> Figures:
+        crossings = scene.passage.layers | scene.passage.connections
+        return {place: change(crossing.x_before, crossing.x_after) for place, crossing in crossings.items()}
+
+
+class AngularDistance(Instrument, name="angular-distance"):
+    """arccos(cos(x, x′)) / π, mean over tokens, x before and x′ after each layer: 0 the same direction, 1 the opposite.
+
+    Gromov et al. 2024 (arXiv 2403.17887), section 3.2; they take the last token only.
+    """
+
+    def look(self, scene: Scene) -> Figures:
+        layers = scene.passage.layers.items()
+        return {place: angular_distance(crossing.x_before, crossing.x_after) for place, crossing in layers}
+
+
+class FP16Margin(Instrument, name="fp16-margin"):
+    """65504 / max|x|: how many times larger the largest value could be before float16 overflows.
+
+    Of the stream after each layer, all its parts, and of the output of each sublayer; not of what is inside one.
+    """
+
+    def look(self, scene: Scene) -> Figures:
+        streams = {place: _parts(crossing.after) for place, crossing in scene.passage.layers.items()}
+        outputs = {place: [output] for place, output in scene.passage.outputs.items()}
+        return {place: LARGEST_FP16 / _largest(tensors) for place, tensors in (streams | outputs).items()}
+
+
+class OutlierRatio(Instrument, name="outlier-ratio"):
+    """max|x| / median|x| over tokens and features, of the stream after each layer."""
+
+    def look(self, scene: Scene) -> Figures:
+        sizes = {place: crossing.x_after.abs() for place, crossing in scene.passage.layers.items()}
+        return {place: size.max() / size.median() for place, size in sizes.items()}
+
+
+def mean_square_norm(x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, ""]:
+    """E‖x‖²."""
+    return x.square().sum(-1).mean()
+
+
+def change(before: Float[Tensor, "tokens d_model"], after: Float[Tensor, "tokens d_model"]) -> Float[Tensor, ""]:
+    """E‖N(after) − N(before)‖² / d with a plain LayerNorm N."""
+    normed_before, normed_after = (F.layer_norm(x, x.shape[-1:], eps=1e-12) for x in (before, after))
+    return (normed_after - normed_before).square().mean()
+
+
+def angular_distance(
+    before: Float[Tensor, "tokens d_model"], after: Float[Tensor, "tokens d_model"]
+) -> Float[Tensor, ""]:
+    """The mean angle between the two, in units of π."""
+    # The half-angle formula: the arccosine of a cosine near 1 would lose half of the digits.
+    a, b = F.normalize(before, dim=-1), F.normalize(after, dim=-1)
+    angle = 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))
+    return angle.mean() / math.pi
+
+
+def _parts(stream: Any) -> Iterable[Tensor]:
+    return [stream] if isinstance(stream, Tensor) else stream
+
+
+def _largest(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack([tensor.abs().max().float() for tensor in tensors]).max()
