@@ -126,7 +126,7 @@ class Terminal(Log):
 
 
 class TensorBoard(Log):
-    """Every number as a scalar, in the run folder."""
+    """Every number as a scalar, in the run folder; TensorBoard has no word for one that is missing."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -141,7 +141,7 @@ class TensorBoard(Log):
 
     def record(self, numbers: dict[str, Any]) -> None:
         for name, value in numbers.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self.writer.add_scalar(name, value, numbers["step"])
 
     def close(self) -> None:
