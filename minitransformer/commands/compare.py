@@ -75,7 +75,7 @@ def _table(table: Table, width: int) -> str:
 def _csv(table: Table) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([table.columns, *table.rows])
+    writer.writerows([[name.replace(" ", "_") for name in table.columns], *table.rows])
     return text.getvalue()
 
 

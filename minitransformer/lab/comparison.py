@@ -18,7 +18,7 @@ from minitransformer.lab import figures
 from minitransformer.lab.experiment import Picture, Table
 from minitransformer.lab.figures import Curve
 from minitransformer.lab.page import Page
-from minitransformer.lab.statistics import Interval, Ranking, mean_interval, ranking
+from minitransformer.lab.statistics import Interval, Ranking, decimals_of, mean_interval, ranking
 from minitransformer.registry import lookup
 from minitransformer.runs import CONFIG, Run
 from minitransformer.training.config import DataConfig
@@ -206,7 +206,8 @@ class RunComparison:
 
     def differences(self) -> Table:
         """The settings that differ."""
-        rows = [[name, *(_shown(group.settings[name]) for group in self.groups)] for name in _varied(self.groups)]
+        names = {name: "hash of the text" if name == "text" else name for name in _varied(self.groups)}
+        rows = [[said, *(_shown(group.settings[name]) for group in self.groups)] for name, said in names.items()]
         return Table("What differs", ["setting", *(group.label for group in self.groups)], rows)
 
     def results(self) -> Table:
@@ -216,7 +217,7 @@ class RunComparison:
             cells = [_mean_text(group.interval(value)) for group in self.groups]
             if any(cell is not None for cell in cells):
                 rows.append([name, *cells])
-        seeds = [", ".join(map(str, group.seeds)) for group in self.groups]
+        seeds = [_seeds_text(group.seeds) for group in self.groups]
         return Table("Results", ["", *(group.label for group in self.groups)], [["seeds", *seeds], *rows])
 
     def pairs(self) -> Table | None:
@@ -233,7 +234,7 @@ class RunComparison:
     def runs(self) -> Table:
         """One row for each run: where it lies, its group, what differs, and its own results."""
         varied = _varied(self.groups)
-        columns = ["run", "group", "seed", *varied, *(name.replace(" ", "_") for name in self._results)]
+        columns = ["run", "group", "seed", *varied, *self._results]
         rows = [
             [
                 str(history.run.path),
@@ -308,11 +309,14 @@ def compare(paths: Sequence[Path], *, by: Abscissa = "step", metric: str | None 
 
     Raises `UserError` for folders that are no runs or have no metrics, for a metric that no run has, and without scipy.
     """
-    histories, repeated = _without_repetitions([History.open(path) for path in paths])
+    if not paths:
+        raise UserError("there is nothing to compare: name two run folders or more, such as runs/*")
+    opened = [History.open(path) for path in paths]
+    histories, repeated = _without_repetitions(opened)
     groups = _groups(histories)
     judged = comparability(groups)
     chosen = judged.metric if metric is None else _known(metric, histories)
-    remarks = [judged.remark, *repeated, *map(_damage, histories), *map(_unfinished, histories), _code(groups)]
+    remarks = [judged.remark, *repeated, *map(_damage, opened), *map(_unfinished, histories), _code(groups)]
     ranked, verdict = _ranked(groups, chosen, judged.comparable(chosen))
     said = tuple(remark for remark in remarks if remark is not None)
     return RunComparison(tuple(groups), chosen, by, ranked, verdict, said, judged.comparable("validation_loss"))
@@ -459,7 +463,7 @@ def _ranked(groups: Sequence[Group], metric: str, comparable: bool) -> tuple[Ran
     if len(groups) < 2:
         return None, "One group of runs: there is nothing to compare it with."
     if not comparable:
-        return None, f"No winner: {measure.label} does not mean the same in all of these runs."
+        return None, f"No winner: these runs cannot be compared by {measure.label}."
     if len(having) < len(groups):
         missing = ", ".join(group.label for group in groups if group not in having)
         return None, f"No winner: {missing} has no {measure.label}."
@@ -474,7 +478,7 @@ def _ranked(groups: Sequence[Group], metric: str, comparable: bool) -> tuple[Ran
     result = ranking(values, lower_is_better=measure.lower_is_better is not False)
     if measure.lower_is_better is None:
         return replace(result, winner=None), f"No winner: whether more or less {measure.label} is better is not known."
-    return result, f"By {measure.label}, last values of seeds {', '.join(map(str, seeds))}: {result}"
+    return result, f"Compared by the last {measure.label} of seeds {_seeds_text(seeds)}. {result}"
 
 
 def _rate(history: History) -> float | None:
@@ -494,8 +498,14 @@ def _mean_text(interval: Interval | None) -> str | float | None:
     reach = interval.high - interval.mean
     if not math.isfinite(reach) or reach <= 0:
         return int(interval.mean) if interval.mean.is_integer() else interval.mean
-    decimals = max(0, 1 - math.floor(math.log10(reach)))
+    decimals = decimals_of(reach)
     return f"{interval.mean:.{decimals}f} ± {reach:.{decimals}f}"
+
+
+def _seeds_text(seeds: Sequence[int]) -> str:
+    """Such as 0, 3, 7; four or more in a row as 0–9."""
+    in_a_row = len(seeds) > 3 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
+    return f"{seeds[0]}–{seeds[-1]}" if in_a_row else ", ".join(map(str, seeds))
 
 
 def _p_text(p: float) -> str:

@@ -26,10 +26,12 @@ h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.2rem 0 0.6rem; }
 p { max-width: 46rem; overflow-wrap: break-word; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.35rem 0.75rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
+th, td { padding: 0.35rem 0.75rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule);
+  white-space: nowrap; }
+.long { white-space: normal; min-width: 16rem; }
 th { border-bottom: 2px solid var(--faint); vertical-align: bottom; }
 tbody tr:nth-child(even) { background: var(--band); }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; }
 pre { overflow-x: auto; padding: 0.75rem 1rem; background: var(--band); border-radius: 4px; font-size: 0.88rem; }
 figure { margin: 1.5rem 0; }
 figure img { display: block; max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
@@ -39,11 +41,14 @@ figcaption { margin-top: 0.5rem; max-width: 46rem; color: var(--faint); font-siz
   body { max-width: none; padding: 0; font-size: 10pt; }
   h2 { break-after: avoid; }
   figure, tr { break-inside: avoid; }
-  .wide, pre { overflow: visible; white-space: pre-wrap; }
+  .wide, pre { overflow: visible; }
+  pre, th, td { white-space: pre-wrap; overflow-wrap: anywhere; }
 }
 """
 
-NUMERIC = re.compile(r"[-−+<]?\d[-−+\d.,eE±%\[\] ]*")
+LONG = 40
+"""letters of a cell from which on it may break into lines"""
+NUMERIC = re.compile(r"[-−+<]?\d[-–−+\d.,eE±%\[\] ]*")
 
 
 def cell_text(value: Any) -> str:
@@ -101,9 +106,9 @@ class Page:
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table of text, numbers (to the right), truth values (yes, no) and None (–)."""
         assert all(len(row) == len(columns) for row in rows), "a row has a cell for each column"
-        right = [' class="number"' if numeric else "" for numeric in number_columns(columns, rows)]
-        head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(columns, right, strict=True))
-        body = "\n".join(f"<tr>{_cells(row, right)}</tr>" for row in rows)
+        right = number_columns(columns, rows)
+        head = _cells("th", columns, right)
+        body = "\n".join(f"<tr>{_cells('td', [cell_text(value) for value in row], right)}</tr>" for row in rows)
         self.parts.append(
             f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
         )
@@ -131,5 +136,11 @@ class Page:
         )
 
 
-def _cells(row: Sequence[Any], kinds: Sequence[str]) -> str:
-    return "".join(f"<td{kind}>{escape(cell_text(value))}</td>" for value, kind in zip(row, kinds, strict=True))
+def _cells(tag: str, texts: Sequence[str], right: Sequence[bool]) -> str:
+    return "".join(f"<{tag}{_kind(text, r)}>{escape(text)}</{tag}>" for text, r in zip(texts, right, strict=True))
+
+
+def _kind(text: str, right: bool) -> str:
+    if right:
+        return ' class="number"'
+    return ' class="long"' if len(text) > LONG else ""

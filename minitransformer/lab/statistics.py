@@ -34,9 +34,17 @@ class Interval:
         return value < self.low or value > self.high
 
     def __str__(self) -> str:
-        if not math.isfinite(self.low + self.high):
+        """Mean and ends, to two digits of half the interval; the mean alone where the ends are unknown."""
+        reach = self.high - self.mean
+        if not math.isfinite(reach) or reach <= 0:
             return f"{self.mean:.4g}"
-        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+        decimals = decimals_of(reach)
+        return f"{self.mean:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
+
+
+def decimals_of(reach: float) -> int:
+    """How many decimals show two digits of `reach`, half of an interval (GUM 7.2.6: more would claim too much)."""
+    return max(0, 1 - math.floor(math.log10(reach)))
 
 
 def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
@@ -116,9 +124,9 @@ class Ranking:
         if self.seeds < 2:
             return "No winner: one seed says nothing of the spread; train with two or more."
         if self.winner is not None:
-            return f"{best} is best: at {self.level:.0%}, corrected for all pairs, it differs from every other."
+            return f"{best} is best: at {100 * self.level:g} %, corrected for all pairs, it differs from every other."
         rivals = [f"{pair.second}" for pair in self.comparisons if pair.first == best and not self.separates(pair)]
-        return f"No winner: at {self.level:.0%}, the seeds do not tell {best} from {', '.join(rivals)}."
+        return f"No winner: at {100 * self.level:g} %, the seeds do not tell {best} from {', '.join(rivals)}."
 
     def separates(self, pair: Comparison) -> bool:
         """Whether the pair differs: its interval excludes 0, and its p-value corrected for all pairs is small."""

@@ -1,0 +1,272 @@
+"""Runs beside each other: what is said of them, and what is not."""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitransformer.__main__ import main as minitransformer_main
+from minitransformer.commands import USAGE
+from minitransformer.commands.compare import main
+from minitransformer.errors import UserError
+from minitransformer.lab.comparison import compare, page
+from minitransformer.runs import Run
+from minitransformer.text.tokenizers import Bytes, Characters, Tokenizer
+from tests.runs_for_tests import configured, prepared_text, trainer_for
+
+STEPS = (4, 8, 12)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes a run folder with numbers of our own: validation losses at 4, 8 and 12 steps, two tokens and ⅒ s a step."""
+
+    def run(
+        name: str,
+        losses: tuple[float, ...] = (3.0, 2.0, 1.0),
+        *,
+        text: str = "text",
+        tokenizer: Tokenizer | None = None,
+        numbers: tuple[str, ...] = ("validation_loss", "bits_per_byte"),
+        **choices: object,
+    ) -> Path:
+        tokenizer = Bytes() if tokenizer is None else tokenizer
+        path = tmp_path / name
+        Run.create(path, configured(**choices), tokenizer, tokenizer, text)
+        records = []
+        for step, loss in zip(STEPS, losses, strict=False):
+            records.append({"step": step, "loss": loss + 0.5, "tokens": 2 * step, "seconds": step / 10})
+            records.append({"step": step, **dict.fromkeys(numbers, loss), "accuracy": None})
+        (path / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+        return path
+
+    return run
+
+
+@pytest.fixture
+def placements(make):
+    """Post and pre with three seeds each, of which pre is clearly better."""
+    losses = {"post": (2.0, 2.1, 2.2), "pre": (1.5, 1.61, 1.7)}
+    return [
+        make(f"{name}-{seed}", (4.0, 3.0, last), residual=name, seed=seed)
+        for name, lasts in losses.items()
+        for seed, last in enumerate(lasts)
+    ]
+
+
+def said(capsys, *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_runs_that_differ_in_seed_only_are_one_group(placements):
+    groups = compare(placements).groups
+    assert [(group.label, group.seeds) for group in groups] == [
+        ("residual post", [0, 1, 2]),
+        ("residual pre", [0, 1, 2]),
+    ]
+
+
+def test_what_differs_is_told_and_nothing_else(placements):
+    assert compare(placements).differences().rows == [["residual", "post", "pre"]]
+
+
+def test_results_are_means_over_seeds_with_half_of_the_interval(placements):
+    rows = {row[0]: row[1:] for row in compare(placements).results().rows}
+    # Student's t with two degrees of freedom: 4.303 · 0.1 / √3.
+    assert rows["last validation loss"][0] == "2.10 ± 0.25"
+    assert rows["steps"] == [12, 12]
+    assert rows["tokens per second"] == [20, 20]
+    assert "accuracy" not in rows
+
+
+def test_the_best_loss_is_the_lowest_and_the_last_one_the_last(make):
+    rows = {row[0]: row[1] for row in compare([make("a", (3.0, 1.0, 2.0))]).results().rows}
+    assert (rows["best validation loss"], rows["last validation loss"]) == (1, 2)
+
+
+def test_a_winner_is_named_where_seeds_bear_it_out(placements):
+    comparison = compare(placements)
+    assert comparison.ranking is not None
+    assert comparison.ranking.winner == "residual pre"
+    (pair,) = comparison.ranking.comparisons
+    assert pair.difference.mean == pytest.approx(-0.4967, abs=1e-4)
+    assert "residual pre is best" in comparison.verdict
+
+
+def test_no_winner_is_named_where_the_interval_covers_zero(make):
+    lasts = {"post": (1.0, 2.0, 3.0), "pre": (1.1, 1.5, 3.2)}
+    paths = [make(f"{n}-{s}", (4, 3, x), residual=n, seed=s) for n, xs in lasts.items() for s, x in enumerate(xs)]
+    comparison = compare(paths)
+    assert comparison.ranking is not None
+    assert comparison.ranking.winner is None
+    assert "No winner" in comparison.verdict
+
+
+def test_one_seed_each_names_no_winner(make):
+    comparison = compare([make("a", residual="post"), make("b", (9.0, 9.0, 9.0), residual="pre")])
+    assert comparison.ranking is None
+    assert "only seed 0" in comparison.verdict
+
+
+def test_seeds_are_paired_by_their_number_and_those_of_one_side_left_out(make):
+    paths = [make(f"a{seed}", (4, 3, 1.0 + seed), residual="post", seed=seed) for seed in (3, 1, 2)]
+    paths += [make(f"b{seed}", (4, 3, 0.5 + seed * 1.01), residual="pre", seed=seed) for seed in (2, 7, 3)]
+    comparison = compare(paths)
+    assert comparison.ranking is not None
+    assert comparison.ranking.seeds == 2
+    (pair,) = comparison.ranking.comparisons
+    assert abs(pair.difference.mean) == pytest.approx(0.475)
+    assert "seeds 2, 3" in comparison.verdict
+
+
+def test_the_same_run_twice_adds_no_seed(make):
+    first, again = make("a"), make("again")
+    comparison = compare([first, again, first])
+    assert [len(group.histories) for group in comparison.groups] == [1]
+    assert sum("is left out" in remark for remark in comparison.remarks) == 2
+
+
+def test_bands_are_over_seeds_at_the_steps_that_all_have(make):
+    paths = [make("a", (3.0, 2.0, 1.0), seed=0), make("b", (4.0, 3.0), seed=1)]
+    (curve,) = compare(paths).curves("validation_loss")
+    assert list(curve.x) == [4, 8]
+    assert list(curve.mean) == [3.5, 2.5]
+    assert curve.low is not None
+    assert curve.low[0] < 3.0
+
+
+@pytest.mark.parametrize(("by", "x"), [("step", [4, 8, 12]), ("tokens", [8, 16, 24]), ("seconds", [0.4, 0.8, 1.2])])
+def test_curves_run_over_steps_tokens_or_seconds(make, by, x):
+    (curve,) = compare([make("a")], by=by).curves("validation_loss")
+    assert curve.x == pytest.approx(x)
+    assert curve.low is None
+
+
+def test_other_tokenizers_are_compared_by_bits_per_byte(make):
+    chars = Characters.fit(lambda: iter(["abc"]))
+    paths = [make("bytes", text="one"), make("chars", text="two", tokenizer=chars, vocab_size=300)]
+    comparison = compare(paths)
+    assert comparison.metric == "bits_per_byte"
+    assert any("different tokenizers" in remark for remark in comparison.remarks)
+    assert not comparison.losses_comparable
+
+
+def test_other_data_are_never_a_contest(make):
+    paths = [make(f"{data}{seed}", text=data, data=data, seed=seed) for data in "xy" for seed in (0, 1)]
+    comparison = compare(paths)
+    assert comparison.metric == "bits_per_byte"
+    assert comparison.ranking is None
+    assert any("different data" in remark for remark in comparison.remarks)
+
+
+def test_a_metric_of_one_s_own_is_compared_but_has_no_better(make):
+    choices = [(residual, seed) for residual in ("post", "pre") for seed in (0, 1)]
+    paths = [make(f"{r}{s}", (3, 2, s), residual=r, seed=s, numbers=("omega",)) for r, s in choices]
+    comparison = compare(paths, metric="omega")
+    assert comparison.pairs() is not None
+    assert "is better is not known" in comparison.verdict
+    assert "last omega" in [row[0] for row in comparison.results().rows]
+
+
+def test_a_metric_that_no_run_has_is_refused_with_the_nearest(make):
+    with pytest.raises(UserError, match="did you mean 'validation_loss'"):
+        compare([make("a")], metric="validation_los")
+
+
+def test_damaged_lines_are_left_out_counted_and_said(make):
+    path = make("a")
+    with (path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 16, "validation_lo\n\xff\xfe\n[1]\n{"loss": 3}\n')
+    comparison = compare([path])
+    assert any("4 damaged lines left out" in remark for remark in comparison.remarks)
+    assert comparison.groups[0].histories[0].steps == 12
+
+
+def test_a_run_without_numbers_is_refused(make):
+    path = make("a")
+    for content in ("", "nothing\n"):
+        (path / "metrics.jsonl").write_text(content)
+        with pytest.raises(UserError, match=r"a has no numbers in metrics\.jsonl"):
+            compare([path])
+    (path / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"a has no numbers in metrics\.jsonl"):
+        compare([path])
+
+
+def test_a_folder_that_is_no_run_and_no_folder_at_all_are_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        compare([tmp_path])
+    with pytest.raises(UserError, match="name two run folders"):
+        compare([])
+
+
+def test_runs_that_diverged_are_drawn_and_win_nothing(make):
+    choices = [(residual, seed) for residual in ("post", "pre") for seed in (0, 1)]
+    paths = [make(f"{r}{s}", (3, 2, math.nan if r == "post" else 1.0), residual=r, seed=s) for r, s in choices]
+    comparison = compare(paths)
+    assert comparison.ranking is not None
+    assert comparison.ranking.winner is None
+    assert all(picture.draw() for picture in comparison.pictures())
+
+
+def test_a_run_that_is_not_done_says_so(make):
+    comparison = compare([make("a", (3.0, 2.0))])
+    assert any("has done 8 of its 12 steps" in remark for remark in comparison.remarks)
+
+
+def test_many_settings_are_named_by_their_folders_or_by_number(make):
+    small, large = {"lr": 0.01, "batch_size": 2, "dropout": 0.1}, {"lr": 0.02, "batch_size": 4, "dropout": 0.2}
+    paths = [make("small-0", **small), make("large-0", **large), make("small-1", seed=1, **small)]
+    assert [group.label for group in compare(paths).groups] == ["small", "large-0"]
+    other = make("a_name_that_is_much_too_long_for_a_column", lr=0.03, batch_size=8)
+    assert [group.label for group in compare([*paths, other]).groups] == ["group 1", "group 2", "group 3"]
+
+
+def test_the_command_shows_a_table_a_plot_and_a_verdict_in_eighty_columns(placements, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = said(capsys, *placements)
+    for wanted in ("last validation loss", "o residual post", "x residual pre", "Paired differences", "is best"):
+        assert wanted in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_page_is_one_file_with_pictures_and_escaped_names(placements, tmp_path, capsys):
+    target = tmp_path / "new" / "page.html"
+    assert f"written    {target}" in said(capsys, *placements, "--html", target)
+    html = target.read_text()
+    assert html.count("data:image/png;base64,") == 3
+    assert "residual pre is best" in html
+    assert "minitransformer compare" in html
+
+
+def test_the_page_of_a_single_run_is_written(make):
+    assert "nothing to compare it with" in page(compare([make("a")]), "command")
+
+
+def test_the_table_has_one_row_for_each_run(placements, tmp_path, capsys):
+    said(capsys, *placements, "--csv", tmp_path / "runs.csv")
+    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert [(row["residual"], row["seed"]) for row in rows] == [(r, s) for r in ("post", "pre") for s in "012"]
+    assert float(rows[4]["last_validation_loss"]) == 1.61
+
+
+def test_a_mistake_is_one_sentence(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere")]) == USAGE
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_real_runs_compare_from_the_command_line(tmp_path, capsys, monkeypatch):
+    text = prepared_text(tmp_path)
+    for residual in ("post", "pre"):
+        config = configured(residual=residual, steps=4, eval_every=2, save_every=4)
+        trainer_for(tmp_path / residual, text, config).train()
+    monkeypatch.setattr(sys, "argv", ["minitransformer", "compare", *map(str, sorted(tmp_path.glob("p*")))])
+    assert minitransformer_main() == 0
+    shown = capsys.readouterr().out
+    assert "o residual post" in shown
+    assert "bits per byte" in shown
+    assert "only seed 0" in shown
