@@ -19,7 +19,7 @@ from minitransformer.registry import lookup
 from minitransformer.runs import Run, free_run_path
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import check_room, checkpoint_step, choose_checkpoint
-from minitransformer.training.config import RunConfig
+from minitransformer.training.config import RunConfig, with_vocabulary
 from minitransformer.training.logging import Logs, RunFiles, TensorBoard, Terminal
 from minitransformer.training.loop import NonFiniteTraining, Trainer
 from minitransformer.training.machine import choose_device, choose_machine
@@ -83,20 +83,10 @@ def _begin(arguments: Sequence[str]) -> int:
     _count_parameters(options.model)
     source = None if initial is None else Run.open(initial)
     prepared = _prepare(options.run_config(), source.tokenizers if source else ())
-    config = replace(options.run_config(), model=_with_vocabulary(options.model, prepared))
+    config = replace(options.run_config(), model=with_vocabulary(options.model, prepared))
     check_room(path, config)
     run = Run.create(path, config, prepared.tokenizer, prepared.target_tokenizer, prepared.folder.name)
     return _train(run, prepared, checkpoint=None, initial=source)
-
-
-def _with_vocabulary(model: ModelConfig, prepared: Prepared) -> ModelConfig:
-    """`model` for the tokens that the data has."""
-    source, target = prepared.tokenizer, prepared.target_tokenizer
-    return replace(
-        model,
-        vocab_size=model.vocab_size or source.vocab_size,
-        target_vocab_size=None if target is source else model.target_vocab_size or target.vocab_size,
-    )
 
 
 def _option(arguments: Sequence[str], flag: str) -> Path | None:

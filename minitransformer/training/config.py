@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
@@ -13,6 +13,7 @@ from minitransformer.registry import lookup
 from minitransformer.text.recipes import known
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.objectives import Objective
+from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.optimizers import OPTIMIZERS, OptimizerSettings
 from minitransformer.training.precision import Precision
 from minitransformer.training.schedules import SCHEDULES, learning_rate_share
@@ -213,3 +214,13 @@ class RunConfig:
             restored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             parts[name] = part(**restored)
         return cls(**parts)
+
+
+def with_vocabulary(model: ModelConfig, prepared: Prepared) -> ModelConfig:
+    """`model` for the tokens that the data has, where it leaves their number open."""
+    source, target = prepared.tokenizer, prepared.target_tokenizer
+    return replace(
+        model,
+        vocab_size=model.vocab_size or source.vocab_size,
+        target_vocab_size=None if target is source else model.target_vocab_size or target.vocab_size,
+    )

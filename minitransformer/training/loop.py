@@ -109,13 +109,17 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self._saved = replace(self.progress)
 
-    def train(self) -> None:
-        """Step until the last one, an early stop, or a request to stop; the state at the end is always saved."""
+    def train(self, until: int | None = None) -> None:
+        """Step until the last one, an early stop, or a request to stop; the state at the end is always saved.
+
+        With `until`, the pause after that step is such a stop, planned: the schedule is that of all steps.
+        """
+        last = self.config.steps if until is None else min(until, self.config.steps)
         self.model.train()
         if self._validation_due() and self.progress.validated_step != self.progress.step:
             self._validate()  # the stop that this run continues from came in the middle of it
         interval = _Interval(self.progress)
-        while self.progress.step < self.config.steps and self.stop.signal is None and not self.stopped_early:
+        while self.progress.step < last and self.stop.signal is None and not self.stopped_early:
             interval.add(*self._timed_step())
             self.log.advance(self.progress.step)
             if self._due(self.config.log_every):
