@@ -1,0 +1,234 @@
+"""Training inside an experiment: a configuration in, curves out, without a run folder.
+
+It is made of what the `Trainer` is made of, and learns the same weights bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minitransformer.lab.experiment import Criterion, Experiment, Measurement, Result, Task
+from minitransformer.lab.figures import Curve
+from minitransformer.lab.instruments import probe_for
+from minitransformer.lab.judging import curve, seeds
+from minitransformer.lab.statistics import mean_interval
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import Model, build_model
+from minitransformer.text.batches import SequentialWindows
+from minitransformer.text.prepare import PreparedText
+from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.experts import ExpertBalance
+from minitransformer.training.loop import step_seed
+from minitransformer.training.objectives import Objective
+from minitransformer.training.objectives.base import Prepared
+from minitransformer.training.objectives.causal import Causal
+from minitransformer.training.optimizers import build_optimizers, set_learning_rate
+from minitransformer.training.precision import FP32
+from minitransformer.training.step import training_step, validate
+
+BASE = RunConfig(
+    ModelConfig(
+        d_model=64,
+        num_layers=6,
+        num_heads=4,
+        context_length=64,
+        residual="post",
+        positions="learned",
+        feedforward="relu",
+        bias=True,
+        init="xavier",
+    ),
+    DataConfig(tokenizer="chars"),
+    TrainingConfig(
+        steps=400,
+        batch_size=8,
+        schedule="constant",
+        warmup_steps=0,
+        weight_decay=0.0,
+        beta2=0.98,
+        eps=1e-9,
+        grad_clip=0.0,
+        precision="fp32",
+        probe=("gradient-norm", "update-ratio", "stream-variance", "representation-change"),
+    ),
+)
+"""the decoder that training experiments share: Vaswani et al. 2017 (arXiv 1706.03762), small, with their Adam"""
+NEEDS: dict[str, dict[str, Any]] = {
+    "olmo2": {"qk_norm": "head"},
+    "hybrid": {"init": "xavier-scaled"},
+    "hybrid-star": {"init": "xavier-scaled"},
+}
+"""what the papers of some placements ask of the model, beside the placement"""
+STUCK = 3.2
+"""nats a character: who knows no more of Tiny Shakespeare than how frequent each character is has 3.3"""
+LAST = 25
+"""steps at the end of training whose mean loss is looked at"""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What happened in each step: the mean loss in nats a target, and the norm of its gradient before clipping."""
+
+    losses: list[float]
+    grad_norms: list[float]
+
+    @property
+    def finite(self) -> bool:
+        """Whether no step had an infinite or NaN loss or gradient."""
+        return all(map(math.isfinite, (*self.losses, *self.grad_norms)))
+
+    @property
+    def last_loss(self) -> float:
+        """The mean loss of the last steps; infinite if a step was not finite."""
+        return final_loss(self.losses) if self.finite else math.inf
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that was trained, what it was trained on, how that went, and what a probe noted meanwhile."""
+
+    model: Model
+    objective: Objective
+    course: Course
+    probed: list[dict[str, float | None]]
+
+    def validation_loss(self) -> float:
+        """Nats a target over the whole validation split; infinite if a step was not finite."""
+        if not self.course.finite:
+            return math.inf
+        return validate(self.model, self.objective, FP32(torch.device("cpu"))).loss
+
+    def held_out(self, rows: int) -> Callable[[], Tensor]:
+        """The mean loss of one batch, the first `rows` windows of the validation split, for instruments to look at."""
+        prepared = self.objective.prepared
+        batch = SequentialWindows(prepared.validation, self.model.config.context_length, rows).batch(0)
+        return lambda: self.objective.loss_sum(self.model, batch) / batch.num_targets
+
+
+def final_loss(losses: Sequence[float]) -> float:
+    """The mean of the last of `losses`; infinite if one is not finite, or there is none."""
+    last = losses[-LAST:]
+    return sum(last) / len(last) if last and all(map(math.isfinite, last)) else math.inf
+
+
+def train(
+    config: RunConfig,
+    prepared: Prepared,
+    stop: Callable[[Course], bool] = lambda course: False,
+) -> Trained:
+    """The model of `config` after its training, in float32 on the CPU, as the `Trainer` would leave it.
+
+    Training ends at the first step whose loss or gradient is not finite, since nothing after it has a meaning, and
+    where `stop`, asked after each step, says so.
+    """
+    training, device = config.training, torch.device("cpu")
+    objective = Objective.named(training.objective)(prepared, config)
+    torch.manual_seed(training.seed)
+    model = build_model(config.model)
+    model.calibrate(lambda: objective.loss_sum(model, objective.training_batches(0)[0]))
+    optimizers = build_optimizers(training.optimizer, model, training.optimizer_settings)
+    balance, precision = ExpertBalance(model, training.expert_balance), FP32(device)
+    probe = probe_for(training)(model, objective, device)
+    course, probed = Course([], []), []
+    model.train()
+    for step in range(training.steps):
+        torch.manual_seed(step_seed(training.seed, step))
+        set_learning_rate(optimizers, training.learning_rate_share(step))
+        probe.before_step(step + 1)
+        result = training_step(
+            model,
+            objective,
+            objective.training_batches(step),
+            optimizers,
+            precision,
+            grad_clip=training.grad_clip,
+            balance=balance,
+            probe=probe,
+        )
+        if figures := probe.after_update(result):
+            probed.append({"step": step + 1, **figures})
+        course.losses.append(result.loss.item())
+        course.grad_norms.append(result.grad_norm.item())
+        if not result.finite or stop(course):
+            break
+    return Trained(model, objective, course, probed)
+
+
+class TrainingExperiment(Experiment):
+    """An experiment whose tasks are training runs: a task gives fields of the configuration, BASE gives the others."""
+
+    @cached_property
+    def text(self) -> PreparedText:
+        """The text as token ids, prepared once for all experiments: processes wait for the one that does it."""
+        return Causal.prepare(replace(BASE, data=self._data))
+
+    @property
+    def _data(self) -> DataConfig:
+        return replace(BASE.data, data=self.settings.data)
+
+    def configured(self, task: Task) -> RunConfig:
+        """The run that `task` describes, with what its placement asks of the model."""
+        choices = {**NEEDS.get(task["residual"], {}), "probe_every": task["steps"], **task}
+        model = replace(BASE.model, vocab_size=self.text.tokenizer.vocab_size, **_fields(BASE.model, choices))
+        return RunConfig(model, self._data, replace(BASE.training, **_fields(BASE.training, choices)))
+
+    def train(self, task: Task, stop: Callable[[Course], bool] = lambda course: False) -> Trained:
+        """The model that `task` describes, trained."""
+        return train(self.configured(task), self.text, stop)
+
+    def record(self, trained: Trained) -> Measurement:
+        """What every training run writes down: its curves, a look at its layers at its ends, and what it was."""
+        config = trained.objective.config.to_json()
+        return {
+            "losses": [round(loss, 4) for loss in trained.course.losses],
+            "grad_norms": [float(f"{norm:.4g}") for norm in trained.course.grad_norms],
+            "finite": trained.course.finite,
+            "last_loss": trained.course.last_loss,
+            "probed": trained.probed,
+            "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
+        }
+
+
+def _fields(part: ModelConfig | TrainingConfig, choices: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in choices.items() if name in vars(part)}
+
+
+def loss_curve(label: str, rows: Sequence[Sequence[float]]) -> Curve:
+    """The mean over seeds (rows) of losses, in blocks of LAST steps, with its interval; as far as all rows go."""
+    steps = min(map(len, rows)) // LAST * LAST
+    blocks = np.asarray([row[:steps] for row in rows], dtype=float).reshape(len(rows), -1, LAST).mean(-1)
+    return curve(label, [LAST * (i + 1) for i in range(blocks.shape[1])], blocks)
+
+
+def per_seed(results: Sequence[Result], names: Sequence[str], value: Callable[..., float]) -> list[float]:
+    """`value` of the measurements of the placements `names`, for each seed that all of them have."""
+    runs = {name: {run.task["seed"]: run.measured for run in results if run.task["residual"] == name} for name in names}
+    shared = sorted(set.intersection(*(set(by_seed) for by_seed in runs.values())))
+    return [value(*(runs[name][seed] for name in names)) for seed in shared]
+
+
+def expected(claim: str, values: Sequence[float], holds: Callable[[float], bool], *, is_open: bool) -> Criterion:
+    """A claim about a mean over seeds that must hold; nothing is said of it where `is_open`, or without values."""
+    if not values:
+        return Criterion(claim, "not measured", None)
+    mean = mean_interval(values)
+    return Criterion(claim, f"{mean}, {seeds(mean.n)}", None if is_open else holds(mean.mean))
+
+
+def on_trial(claim: str, gains: Sequence[float], unit: str = "") -> Criterion:
+    """A claim that `gains` (one per seed) are positive on average: open as long as their interval covers 0."""
+    if not gains:
+        return Criterion(claim, "not measured", None, must_hold=False)
+    gain = mean_interval(gains)
+    measured = f"gain {gain}{unit}, {seeds(gain.n)}"
+    return Criterion(claim, measured, gain.mean > 0 if gain.excludes(0) else None, must_hold=False)
