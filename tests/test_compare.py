@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -211,6 +212,38 @@ def test_runs_that_diverged_are_drawn_and_win_nothing(make):
     assert comparison.ranking is not None
     assert comparison.ranking.winner is None
     assert all(picture.draw() for picture in comparison.pictures())
+
+
+def test_runs_of_versions_with_other_settings_are_compared(make):
+    new, old = make("new"), make("old", residual="post")
+    config = json.loads((old / "config.json").read_text())
+    del config["model"]["dropout"]
+    config["training"]["forgotten"] = 3
+    (old / "config.json").write_text(json.dumps(config))
+    rows = {row[0]: row[1:] for row in compare([new, old]).differences().rows}
+    assert rows["dropout"][1] is None
+    assert rows["forgotten"] == [None, 3]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model": {}, "data": {}, "training": {}}'])
+def test_a_damaged_configuration_is_refused(make, content):
+    path = make("a")
+    (path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json .*leave the run out"):
+        compare([path])
+
+
+def test_runs_of_different_code_are_told(make):
+    paths = [make("a"), make("b", residual="post")]
+    config = json.loads((paths[0] / "config.json").read_text())
+    config["provenance"]["commit"] = "older"
+    (paths[0] / "config.json").write_text(json.dumps(config))
+    assert any("different versions of the code: older" in remark for remark in compare(paths).remarks)
+
+
+def test_comparing_starts_without_loading_torch():
+    code = "import sys, minitransformer.commands.compare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
 
 
 def test_a_run_that_is_not_done_says_so(make):

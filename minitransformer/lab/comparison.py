@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
@@ -14,18 +14,19 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from minitransformer.errors import UserError
+from minitransformer.files import sha256
 from minitransformer.lab import figures
 from minitransformer.lab.experiment import Picture, Table
 from minitransformer.lab.figures import Curve
 from minitransformer.lab.page import Page
 from minitransformer.lab.statistics import Interval, Ranking, decimals_of, mean_interval, ranking
 from minitransformer.registry import lookup
-from minitransformer.runs import CONFIG, Run
-from minitransformer.training.config import DataConfig
 
 T = TypeVar("T")
 
-METRICS = "metrics.jsonl"
+CONFIG, METRICS = "config.json", "metrics.jsonl"
+PARTS = "model", "data", "training"
+TOKENIZERS = "tokenizer.json", "target-tokenizer.json"
 Abscissa = Literal["step", "tokens", "seconds"]
 X_LABELS: dict[Abscissa, str] = {"step": "steps", "tokens": "tokens", "seconds": "seconds of training"}
 LONGEST_LABEL = 24
@@ -63,9 +64,14 @@ def measure_of(metric: str) -> Measure:
 
 @dataclass(frozen=True)
 class History:
-    """A run and the numbers that it wrote down while it trained."""
+    """A run folder's settings, and the numbers that were written down while it trained.
 
-    run: Run
+    It is read as files, without the model's code: so runs of other versions, which have other settings, open too.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    """what `config.json` holds"""
     records: tuple[dict[str, Any], ...]
     damaged: int
     """lines that are no record, as after a crash: they are left out"""
@@ -73,25 +79,29 @@ class History:
     @classmethod
     def open(cls, path: Path) -> History:
         """The run in the folder `path`; raises `UserError` if it is none, or has no metrics."""
-        run = Run.open(path)
+        config = _config(path)
         file = path / METRICS
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
         parsed = [_record(line) for line in lines if line.strip()]
         records = tuple(record for record in parsed if record is not None)
         if not records:
             raise UserError(f"{path} has no numbers in {METRICS}: train it for some steps, or leave it out")
-        return cls(run, records, len(parsed) - len(records))
+        return cls(path, config, records, len(parsed) - len(records))
 
     @property
     def seed(self) -> int:
-        return self.run.config.training.seed
+        return int(self.config["training"]["seed"])
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """All of its configuration but the seed, and which text it learned, by name."""
-        parts = self.run.config.model, self.run.config.data, self.run.config.training
-        values = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
-        return {name: value for name, value in values.items() if name != "seed"} | {"text": self.run.text}
+        values = {name: value for part in PARTS for name, value in self.config[part].items() if name != "seed"}
+        return values | {"text": self.config.get("text", "")}
+
+    @cached_property
+    def tokenizers(self) -> tuple[str, ...]:
+        """SHA-256 of its vocabularies' files: equal for those that encode alike."""
+        return tuple(sha256(self.path / name) for name in TOKENIZERS if (self.path / name).is_file())
 
     @cached_property
     def metrics(self) -> set[str]:
@@ -172,14 +182,17 @@ def comparability(groups: Sequence[Group]) -> Comparability:
     """Losses are comparable for the same task on the same tokens; otherwise, bits per byte of the same text are."""
     known = set().union(*(history.metrics for group in groups for history in group.histories))
     best = "bits_per_byte" if "bits_per_byte" in known else "validation_loss" if "validation_loss" in known else "loss"
-    if len(_distinct(tuple(group.settings[name] for name in TASK) for group in groups)) > 1:
-        tasks = ", ".join(_distinct(str(group.settings["objective"]) for group in groups))
+    if len(_distinct(tuple(_setting(group, name) for name in TASK) for group in groups)) > 1:
+        tasks = ", ".join(_distinct(str(_setting(group, "objective")) for group in groups))
         return Comparability(
             best, f"The runs learn different tasks ({tasks}): none of their losses are comparable.", _no
         )
-    if len(_distinct(group.settings["text"] for group in groups)) == 1:
+    if len(_distinct(_setting(group, "text") for group in groups)) == 1:
         return Comparability("validation_loss" if "validation_loss" in known else "loss")
-    if len(_distinct(_sources(group) for group in groups)) == 1 and len(_distinct(map(_tokenizers, groups))) > 1:
+    if (
+        len(_distinct(_sources(group) for group in groups)) == 1
+        and len(_distinct(group.histories[0].tokenizers for group in groups)) > 1
+    ):
         remark = (
             "The runs have different tokenizers: losses and rates per token are not comparable; bits per byte are, "
             "if the data did not change in between."
@@ -207,7 +220,7 @@ class RunComparison:
     def differences(self) -> Table:
         """The settings that differ."""
         names = {name: "hash of the text" if name == "text" else name for name in _varied(self.groups)}
-        rows = [[said, *(_shown(group.settings[name]) for group in self.groups)] for name, said in names.items()]
+        rows = [[said, *(_shown(_setting(group, name)) for group in self.groups)] for name, said in names.items()]
         return Table("What differs", ["setting", *(group.label for group in self.groups)], rows)
 
     def results(self) -> Table:
@@ -237,10 +250,10 @@ class RunComparison:
         columns = ["run", "group", "seed", *varied, *self._results]
         rows = [
             [
-                str(history.run.path),
+                str(history.path),
                 group.label,
                 history.seed,
-                *(_shown(group.settings[name]) for name in varied),
+                *(_shown(_setting(group, name)) for name in varied),
                 *(value(history) for value in self._results.values()),
             ]
             for group in self.groups
@@ -346,6 +359,20 @@ def page(comparison: RunComparison, command: str) -> str:
     return result.html()
 
 
+def _config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG
+    if not file.is_file():
+        raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give a folder that training has made")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): restore it, or leave the run out") from None
+    whole = isinstance(config, dict) and all(isinstance(config.get(part), dict) for part in PARTS)
+    if not whole or not isinstance(config["training"].get("seed"), int):
+        raise UserError(f"{file} is no configuration with {', '.join(PARTS)} and a seed: leave the run out")
+    return dict(config)
+
+
 def _record(line: str) -> dict[str, Any] | None:
     """The record in `line`; None if there is none."""
     try:
@@ -382,7 +409,7 @@ def _without_repetitions(histories: Sequence[History]) -> tuple[list[History], l
     for history in histories:
         kept = first.setdefault((_key(history.settings), history.seed), history)
         if kept is not history:
-            remarks.append(f"{history.run.path} is left out: it has the settings and the seed of {kept.run.path}.")
+            remarks.append(f"{history.path} is left out: it has the settings and the seed of {kept.path}.")
     return list(first.values()), remarks
 
 
@@ -398,8 +425,8 @@ def _groups(histories: Sequence[History]) -> list[Group]:
 def _labels(groups: Sequence[Group]) -> list[str]:
     """By what differs, if that is short; or else by what the names of the folders share; or else by letters."""
     varied = [name for name in _varied(groups) if name not in UNTELLING]
-    by_setting = [", ".join(f"{name} {_shown(group.settings[name])}" for name in varied) for group in groups]
-    by_folder = [_shared_name([history.run.path.name for history in group.histories]) for group in groups]
+    by_setting = [", ".join(f"{name} {_shown(_setting(group, name))}" for name in varied) for group in groups]
+    by_folder = [_shared_name([history.path.name for history in group.histories]) for group in groups]
     for labels in (by_setting, by_folder):
         if len(set(labels)) == len(groups) and all(0 < len(label) <= LONGEST_LABEL for label in labels):
             return labels
@@ -415,7 +442,8 @@ def _shared_name(names: Sequence[str]) -> str:
 
 def _varied(groups: Sequence[Group]) -> list[str]:
     """The settings that are not the same in all groups."""
-    return [name for name in groups[0].settings if len({_key({"": g.settings[name]}) for g in groups}) > 1]
+    names = _distinct(name for group in groups for name in group.settings)
+    return [name for name in names if len({_key({"": _setting(group, name)}) for group in groups}) > 1]
 
 
 def _shown(value: Any) -> Any:
@@ -424,12 +452,13 @@ def _shown(value: Any) -> Any:
 
 def _sources(group: Group) -> str:
     """What the text is made from, whatever the tokenizer."""
-    names = (field.name for field in fields(DataConfig) if field.name not in ("tokenizer", "separate_vocabularies"))
-    return _key({name: group.settings[name] for name in names})
+    data = group.histories[0].config["data"]
+    return _key({name: value for name, value in data.items() if name not in ("tokenizer", "separate_vocabularies")})
 
 
-def _tokenizers(group: Group) -> tuple[str, ...]:
-    return tuple(tokenizer.fingerprint for tokenizer in group.histories[0].run.tokenizers)
+def _setting(group: Group, name: str) -> Any:
+    """None where the group's version does not know the setting."""
+    return group.settings.get(name)
 
 
 def _known(metric: str, histories: Sequence[History]) -> str:
@@ -440,18 +469,17 @@ def _known(metric: str, histories: Sequence[History]) -> str:
 
 def _damage(history: History) -> str | None:
     lines = "1 damaged line" if history.damaged == 1 else f"{history.damaged} damaged lines"
-    return f"{history.run.path / METRICS}: {lines} left out." if history.damaged else None
+    return f"{history.path / METRICS}: {lines} left out." if history.damaged else None
 
 
 def _unfinished(history: History) -> str | None:
-    steps = history.run.config.training.steps
-    return f"{history.run.path} has done {history.steps} of its {steps} steps." if history.steps < steps else None
+    steps = history.config["training"].get("steps", 0)
+    return f"{history.path} has done {history.steps} of its {steps} steps." if history.steps < steps else None
 
 
 def _code(groups: Sequence[Group]) -> str | None:
     """What to say if the runs were made by different code, which no setting shows."""
-    paths = [history.run.path / CONFIG for group in groups for history in group.histories]
-    origins = [json.loads(path.read_text(encoding="utf-8")).get("provenance", {}) for path in paths]
+    origins = [history.config.get("provenance", {}) for group in groups for history in group.histories]
     commits = _distinct(str(origin["commit"]) for origin in origins if "commit" in origin)
     return f"The runs were made by different versions of the code: {', '.join(commits)}." if len(commits) > 1 else None
 
