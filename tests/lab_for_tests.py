@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -55,15 +56,15 @@ class WrongToy(Toy, name="toy-wrong"):
 
 
 class FailingToy(Toy, name="toy-failing"):
-    """One task raises an exception as long as there is a file "hold"; another is killed."""
+    """One task raises an exception as long as there is a file "broken"; another is killed."""
 
     title = "Tasks that fail"
 
     def measure(self, task):
-        held = (Path(self.settings.data) / "hold").exists()
-        if held and task["number"] == 1:
+        broken = (Path(self.settings.data) / "broken").exists()
+        if broken and task["number"] == 1:
             raise ZeroDivisionError("no inverse\nof nothing")
-        if held and task["number"] == 2:
+        if broken and task["number"] == 2:
             os.kill(os.getpid(), 9)
         return super().measure(task)
 
@@ -75,3 +76,21 @@ class MendableToy(Toy, name="toy-mendable"):
 
     def measure(self, task):
         raise UserError("there are no numbers: bring some")
+
+
+def doubled(task, factor=2):
+    """With what it was measured."""
+    import torch
+
+    threads = torch.get_num_threads()
+    return {"doubled": factor * task["number"], "torch_threads": threads, "process": os.getpid()}
+
+
+def sleeps_beside_a_child(task):
+    """The first time, the processes at work: this one, and one that it has started; then it sleeps."""
+    pids = Path(task["file"])
+    if pids.exists():
+        time.sleep(60)
+    child = subprocess.Popen(["sleep", "60"])
+    pids.write_text(str(child.pid))
+    return {"pids": [os.getpid(), child.pid]}

@@ -51,11 +51,12 @@ class Terminal(Progress):
         self.bar: tqdm | None = None
 
     def begin(self, asked: int, done: int) -> None:
-        self.asked, self.already, self.done = asked, done, done
+        self.asked, self.done, self.left = asked, done, asked - done
+        self.tried = 0
         self.started = self.said = time.monotonic()
         if done:
             print(f"{self.name:10} {done} of {asked} tasks were measured before", flush=True)
-        if sys.stdout.isatty() and done < asked:
+        if sys.stdout.isatty() and self.left:
             layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
             self.bar = tqdm(
                 total=asked, initial=done, desc=self.name, bar_format=layout, dynamic_ncols=True, file=sys.stdout
@@ -63,13 +64,9 @@ class Terminal(Progress):
 
     def measured(self, task: Task) -> None:
         self.done += 1
-        now = time.monotonic()
         if self.bar is not None:
             self.bar.update()
-        elif self.done == self.asked or now - self.said > self.SECONDS:
-            self.said = now
-            left = (now - self.started) / (self.done - self.already) * (self.asked - self.done)
-            print(f"{self.name:10} {self.done}/{self.asked} tasks, {left / 60:.1f} min left", flush=True)
+        self._advance()
 
     def failed(self, failure: Failure) -> None:
         text = f"{self.name:10} failed: {failure}"
@@ -77,6 +74,14 @@ class Terminal(Progress):
             self.bar.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
+        self._advance()
+
+    def _advance(self) -> None:
+        self.tried, self.left, now = self.tried + 1, self.left - 1, time.monotonic()
+        if self.bar is None and (not self.left or now - self.said > self.SECONDS):
+            self.said = now
+            minutes = (now - self.started) / self.tried * self.left / 60
+            print(f"{self.name:10} {self.done}/{self.asked} tasks, {minutes:.1f} min left", flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
