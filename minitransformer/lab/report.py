@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from minitransformer.lab.store import REMEDY
 Titled = TypeVar("Titled", Table, Picture)
 
 REPORT = "report.html"
+VERDICTS = ("passed", "FAILED", "holds", "does not hold", "open")
 MOST_ROWS = 200
 """of a table on the page; its CSV file has all"""
 MOST_FAILURES = 20
@@ -43,16 +45,20 @@ def reproduced(findings: Findings) -> bool:
 
 def summary(criteria: Sequence[Criterion]) -> str:
     """How many criteria came out how, in one line."""
-    known = [verdict(criterion) for criterion in criteria if criterion.must_hold]
-    trial = [verdict(criterion) for criterion in criteria if not criterion.must_hold]
-    parts = [_counts("reproduced", known, ("passed", "FAILED", "open"))] if known else []
-    parts += [_counts("on trial", trial, ("holds", "does not hold", "open"))] if trial else []
-    return "; ".join(parts) or "no criteria"
+    known, trial = _split(criteria)
+    parts = [f"{what}: {_counts(some)}" for what, some in (("known results", known), ("on trial", trial)) if some]
+    return "; ".join(parts) or "none"
 
 
-def _counts(what: str, verdicts: Sequence[str], names: Iterable[str]) -> str:
-    counts = [f"{verdicts.count(name)} {name}" for name in names if name in verdicts]
-    return f"{what}: {', '.join(counts)}"
+def _split(criteria: Sequence[Criterion]) -> tuple[list[Criterion], list[Criterion]]:
+    """Those that must hold, and those on trial."""
+    known = [criterion for criterion in criteria if criterion.must_hold]
+    return known, [criterion for criterion in criteria if not criterion.must_hold]
+
+
+def _counts(criteria: Sequence[Criterion]) -> str:
+    counts = Counter(verdict(criterion) for criterion in criteria)
+    return ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name])
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,10 @@ class Coverage:
             f"{self.measured} of {self.asked} results were measured, in {self.processor_minutes:.1f} minutes of one "
             "processor."
         ]
-        if self.measured < self.asked:
-            said.append("What is said here rests on an incomplete sweep.")
         if self.skipped_lines:
             said.append(skipped(self.skipped_lines))
         if self.failures:
-            said.append(f"{len(self.failures)} tasks failed; the same command tries them again:")
+            said.append(f"Tasks that failed: {len(self.failures)}. The same command tries them again.")
             said += [str(failure) for failure in self.failures[:MOST_FAILURES]]
         return said
 
@@ -118,8 +122,11 @@ def write_report(sweep: Sweep, findings: Findings, failures: Sequence[Failure] =
             pictures.append((picture, png))
             with files.whole_file(folder / f"{name}.png") as file:
                 file.write(png)
-        page = _head(sweep.experiment, sweep.experiment.settings)
+        covered = coverage(sweep, failures)
+        page = _head(sweep.experiment, covered)
         _criteria(page, findings.criteria)
+        if pictures:
+            page.heading("Figures")
         for picture, png in pictures:
             page.figure(png, f"{picture.title}. {picture.caption}".strip(), picture.title)
         for table, name in _named(findings.tables):
@@ -128,7 +135,7 @@ def write_report(sweep: Sweep, findings: Findings, failures: Sequence[Failure] =
             page.heading("Remarks")
             for remark in findings.remarks:
                 page.paragraph(remark)
-        _repeat(page, sweep, coverage(sweep, failures))
+        _repeat(page, sweep, covered)
         files.write_text(folder / REPORT, page.html())
     return folder / REPORT
 
@@ -150,31 +157,38 @@ def _write_csv(path: Path, table: Table) -> None:
     files.write_text(path, text.getvalue())
 
 
-def _head(experiment: Experiment, settings: Settings) -> Page:
+def _head(experiment: Experiment, covered: Coverage) -> Page:
     page = Page(f"{experiment.name}: {experiment.title}")
     page.paragraph(experiment.question)
-    page.paragraph(f"It repeats: {experiment.source}.")
-    if settings.quick:
+    page.paragraph(f"It repeats: {experiment.source.rstrip('.')}.")
+    if experiment.settings.quick:
         page.paragraph("This is the reduced form, for a first look: fewer sizes, steps and seeds.")
+    if covered.measured < covered.asked:
+        page.paragraph(f"The sweep is incomplete: {covered.measured} of {covered.asked} results are there.")
     return page
 
 
 def _criteria(page: Page, criteria: Sequence[Criterion]) -> None:
-    known = [criterion for criterion in criteria if criterion.must_hold]
-    trial = [criterion for criterion in criteria if not criterion.must_hold]
+    known, trial = _split(criteria)
     if known:
         page.heading("What must hold")
-        page.paragraph(f"Known results; one that fails is a defect of the code or of the claim. {summary(known)}.")
-        _claims(page, known)
+        page.paragraph(f"Known results: one that fails is a defect of the code or of the claim. {_sentence(known)}")
+        page.table(*_claims(known))
     if trial:
         page.heading("What is on trial")
-        page.paragraph(f"Claims whose outcome is published whichever way it falls. {summary(trial)}.")
-        _claims(page, trial)
+        page.paragraph(f"Claims whose outcome is published whichever way it falls. {_sentence(trial)}")
+        page.table(*_claims(trial))
 
 
-def _claims(page: Page, criteria: Sequence[Criterion]) -> None:
-    rows = [(criterion.claim, criterion.measured, verdict(criterion)) for criterion in criteria]
-    page.table(["claim", "measured", "outcome"], rows)
+def _sentence(criteria: Sequence[Criterion]) -> str:
+    of = "Of one" if len(criteria) == 1 else f"Of {len(criteria)}"
+    unclear = any(criterion.holds is None for criterion in criteria)
+    return f"{of}: {_counts(criteria)}." + " One is open where the intervals do not decide it." * unclear
+
+
+def _claims(criteria: Sequence[Criterion]) -> tuple[list[str], list[tuple[str, str, str]]]:
+    rows = [(verdict(criterion), criterion.claim, criterion.measured) for criterion in criteria]
+    return ["outcome", "claim", "measured"], rows
 
 
 def _table(page: Page, table: Table, name: str) -> None:
@@ -187,6 +201,7 @@ def _table(page: Page, table: Table, name: str) -> None:
 def _repeat(page: Page, sweep: Sweep, covered: Coverage) -> None:
     page.heading("How to repeat it")
     page.code(command(sweep.experiment.name, sweep.experiment.settings))
+    page.paragraph("All tables lie beside this page as CSV files, all figures as PNG files, all results as JSON lines.")
     for sentence in covered.sentences():
         page.paragraph(sentence)
     commits = list(dict.fromkeys(record["commit"] for record in sweep.records))
