@@ -200,7 +200,7 @@ def comparability(groups: Sequence[Group]) -> Comparability:
         return Comparability(best, remark, lambda metric: measure_of(metric).across_tokenizers)
     remark = (
         "The runs learn different data: their losses are not comparable, and bits per byte say how well each predicts "
-        "a text of its own. No winner is named."
+        "a text of its own."
     )
     return Comparability(best, remark, _no)
 
