@@ -311,6 +311,8 @@ def test_the_command_writes_the_page_and_says_what_it_found(
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "x", "--checkpoint", "step-000008"], "no checkpoint 'step-000008'"),
         (["--prompt", "x" * 33], "the prompt has 33 tokens"),
+        (["--prompt", "x", "--out", "runs"], "runs cannot be written"),
+        (["--prompt", "x", "--out", "runs/decoder/config.json/page.html"], "cannot be written"),
         (["--prompt", "x", "--device", "abacus"], "device 'abacus' cannot be used"),
     ],
 )

@@ -10,7 +10,8 @@ from pathlib import Path
 import tyro
 
 from minitransformer.commands import DONE, parse, piped_text, run_command
-from minitransformer.files import write_text, writing
+from minitransformer.errors import UserError
+from minitransformer.files import write_text
 from minitransformer.lab.look import Look, Request, look_at
 from minitransformer.lab.viewer import page_of
 from minitransformer.models.model import Model
@@ -58,8 +59,10 @@ def _look(arguments: Sequence[str]) -> int:
     look = look_at(model, request, run.tokenizer, run.target_tokenizer)
     out = options.out or run.path / "look.html"
     page = page_of(look, f"A look at {run.path.name}", {**_facts(run, model, checkpoint), **_measured(look)})
-    with writing(out, "name another file with --out"):
+    try:
         write_text(out, page)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): name another file with --out") from None
     for name, value in {"run": str(run.path), **_measured(look), "page": f"{out} ({len(page) / 1e6:.1f} MB)"}.items():
         print(f"{name:12} {value}")
     return DONE
