@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": "continue, fill or translate a text with the model of a run",
     "look": "show attention, predictions and residual norms for a text, as a page",
     "compare": "runs beside each other: settings, curves, and which differences the seeds bear out",
+    "sweep": "search hyper-parameters of a preset: grid, random draws, successive halving",
     "lab": "experiments on where the norm stands, each with a report",
     "import": "make a run of a public checkpoint",
     "export": "write the model of a run as the transformers library opens it",

@@ -147,6 +147,42 @@ def intervals(
     return figure
 
 
+def points(
+    x: Sequence[float] | Sequence[str],
+    y: Sequence[float],
+    marked: Sequence[bool],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+    mark: str,
+    log_x: bool = False,
+    log_y: bool = False,
+) -> Figure:
+    """A point for each measurement, over a number or over a name; those that are `marked` are filled, and `mark` says
+    what they are. Values that are not finite are left out. Raises `UserError` without matplotlib."""
+    figure = _figure(6.4, 4.2)
+    axes = _axes(figure, title=title, x_label=x_label, y_label=y_label)
+    axes.grid(color="#e3e5e9", linewidth=0.6)
+    names = list(dict.fromkeys(name for name in x if isinstance(name, str)))
+    places = np.asarray([names.index(at) if isinstance(at, str) else at for at in x], dtype=float)
+    values, filled = np.asarray(y, dtype=float), np.asarray(marked, dtype=bool)
+    for chosen, face, text in ((~filled, "none", "others"), (filled, PALETTE[1], mark)):
+        shown = chosen & np.isfinite(values)
+        edge = PALETTE[1] if text == mark else PALETTE[0]
+        marker = "D" if text == mark else "o"
+        axes.scatter(places[shown], values[shown], s=36, facecolors=face, edgecolors=edge, marker=marker, label=text)
+    if names:
+        axes.set_xticks(range(len(names)), names, **_slant(names))
+        axes.set_xlim(-0.5, len(names) - 0.5)
+    if log_x:
+        _log_x(axes, [Curve("", sorted(set(places.tolist())), [])])
+    if log_y:
+        _log_y(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
 def png(figure: Figure) -> bytes:
     """The figure as a PNG picture."""
     buffer = io.BytesIO()

@@ -62,7 +62,7 @@ class RunFiles(Log):
         metrics = folder / "metrics.jsonl"
         if metrics.exists():
             # What came after the checkpoint, or was cut off in the middle of a line, happens again.
-            files.write_text(metrics, "".join(f"{line}\n" for line in _records_until(metrics, resume_at)))
+            files.write_text(metrics, "".join(f"{line}\n" for line in records_until(metrics, resume_at)))
         self.metrics = metrics.open("a", encoding="utf-8")
         self.words = (folder / "train.log").open("a", encoding="utf-8")
 
@@ -79,7 +79,8 @@ class RunFiles(Log):
         self.words.close()
 
 
-def _records_until(metrics: Path, step: int) -> list[str]:
+def records_until(metrics: Path, step: int) -> list[str]:
+    """The lines of a `metrics.jsonl` up to `step`, without those that are no record."""
     kept = []
     for line in metrics.read_text(encoding="utf-8").splitlines():
         try:

@@ -1,0 +1,248 @@
+"""`sweep`: hyper-parameters of a preset searched on all processors, with a report of what came out."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import tyro
+
+from minitransformer import files
+from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command
+from minitransformer.errors import UserError
+from minitransformer.lab import plain, pool
+from minitransformer.lab.instruments import check_probe
+from minitransformer.lab.report import skipped
+from minitransformer.lab.runner import RESULTS, Failure, Terminal
+from minitransformer.lab.sweep import (
+    FIELDS,
+    TOKENS,
+    Plan,
+    Range,
+    Search,
+    Setting,
+    Values,
+    best_seed,
+    label,
+)
+from minitransformer.lab.sweep_report import (
+    conclusion,
+    diverged,
+    method,
+    outcome_text,
+    standings_table,
+    train_command,
+    write_report,
+)
+from minitransformer.lab.trials import METRICS
+from minitransformer.registry import lookup
+from minitransformer.training.config import RunConfig
+from minitransformer.training.logging import TensorBoard
+from minitransformer.training.machine import choose_device
+from minitransformer.training.presets import DEFAULT, PRESETS
+
+PROGRAM = "minitransformer sweep [PRESET]"
+LEAST_WIDTH, MOST_WIDTH = 40, 120
+MOST_ROWS = 40
+"""of the table on the terminal; the report has more, and trials.csv all"""
+ABOUT = """Search hyper-parameters of a preset. Each trial is a run, made as train.py makes it, in a folder of its own.
+
+  --set lr=1e-3,3e-3 --set residual=pre,post      all combinations, with --seeds 0,1,2 each of them three times
+  --set lr=1e-4..1e-2 --random 20                 20 draws; ranges that span a power of ten are logarithmic
+  … --halving 3                                   the best third goes on for three times the steps, and so on
+
+Names of settings are those of train.py's flags, which say what all trials share. What was stopped goes on where it was
+when the same command is given again."""
+
+
+@dataclass(frozen=True)
+class Options(RunConfig):
+    """What all trials share, what they differ in, and how they are chosen."""
+
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """a setting and its values (lr=1e-3,3e-3) or, to be drawn, its range (lr=1e-4..1e-2); repeat it for others"""
+    seeds: str | None = None
+    """seeds of each combination, such as 0,1,2 or 0..4; None is --seed"""
+    random: int | None = None
+    """how many combinations to draw; None tries all of them"""
+    draw_seed: int = 0
+    """of the draws"""
+    halving: int | None = None
+    """from rung to rung, the best one in this many goes on for this many times the steps; None trains all to the end"""
+    metric: Literal["validation_loss", "bits_per_byte"] | None = None
+    """what is minimised; None is validation_loss, or bits_per_byte where the tokens differ"""
+    out: Path | None = None
+    """folder of trials and report, where a sweep that was stopped goes on; None is sweeps/PRESET-SETTINGS"""
+    processes: int | None = None
+    """how many trials train at a time, on one thread each; None is one for each processor, or one on a GPU"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Search; returns the exit code."""
+    return run_command(lambda: _sweep(arguments))
+
+
+def _sweep(arguments: Sequence[str]) -> int:
+    named = bool(arguments) and not arguments[0].startswith("-")
+    preset = arguments[0] if named else DEFAULT
+    base = lookup("preset", preset, PRESETS)
+    default = Options(base.model, base.data, base.training)
+    options = parse(Options, arguments[named:], default=default, prog=PROGRAM, description=ABOUT)
+    plan = _plan(preset, options)
+    processes = _check(options, plan)
+    folder = options.out or Path("sweeps") / "-".join([preset, *(setting.name for setting in plan.settings)])
+    Search.open(folder, plan)
+    _print_plan(plan, folder, processes)
+    for prepared in plan.prepare():
+        print(f"{prepared.summary()}", flush=True)
+    command = shlex.join(["python", "-m", "minitransformer", "sweep", *arguments])
+    with files.locked(folder / RESULTS):
+        # Opened again, as another process may have added results until the lock was free.
+        search = Search.open(folder, plan)
+        try:
+            failures = search.run(processes, Terminal)
+        except KeyboardInterrupt:
+            counts = f"{len(search.results())} results are in {folder}"
+            print(f"\ninterrupted: {counts}; the same command goes on from there", file=sys.stderr)
+            return INTERRUPTED
+        return _report(search, failures, command)
+
+
+def _plan(preset: str, options: Options) -> Plan:
+    base = RunConfig(options.model, options.data, options.training)
+    settings = tuple(_setting(text) for text in options.set)
+    names = [setting.name for setting in settings]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--set names {name} {names.count(name)} times: give all of its values at once")
+    tokens_differ = any(s.name in TOKENS and not (isinstance(s, Values) and len(s.values) == 1) for s in settings)
+    return Plan(
+        preset,
+        base,
+        settings,
+        seeds=(base.training.seed,) if options.seeds is None else _seeds(options.seeds),
+        random=options.random,
+        draw_seed=options.draw_seed,
+        halving=options.halving,
+        metric=options.metric or ("bits_per_byte" if tokens_differ else "validation_loss"),
+    )
+
+
+def _setting(text: str) -> Setting:
+    """The setting in `text`, such as lr=1e-3,3e-3 or lr=1e-4..1e-2, with values as train.py reads them."""
+    name, _, values = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not values.strip():
+        raise UserError(f"--set {text} has no values: write it as --set {name or 'lr'}=VALUE,VALUE")
+    if name == "seed":
+        raise UserError("seed is no setting to sweep: name the seeds of every trial with --seeds")
+    lookup("setting", name, FIELDS)
+    if (ends := re.fullmatch(r"\s*([^,]+?)\.\.([^,]+?)\s*", values)) is not None:
+        return _range(name, *(_value(name, end) for end in ends.groups()))
+    return Values(name, tuple(dict.fromkeys(_value(name, word.strip()) for word in values.split(","))))
+
+
+def _range(name: str, low: Any, high: Any) -> Range:
+    if any(isinstance(end, bool) or not isinstance(end, int | float) for end in (low, high)):
+        raise UserError(f"{name} is no number, and has no range {low}..{high}: list its values")
+    if not low < high:
+        raise UserError(f"the range {low}..{high} of {name} is empty: its lower end comes first")
+    return Range(name, low, high)
+
+
+def _value(name: str, word: str) -> Any:
+    """`word` as train.py reads it after the flag of the setting; ends the program as that does."""
+    hint = get_type_hints(FIELDS[name], include_extras=True)[name]
+    if str(hint).startswith("tuple"):
+        raise UserError(f"{name} takes several values at a time, which cannot be swept: give it as a flag")
+    flag = f"--{name.replace('_', '-')}"
+    if hint is bool:
+        words = {"true": [flag], "false": [flag.replace("--", "--no-", 1)]}
+        arguments = lookup(f"value of {name}", word.lower(), words)
+    else:
+        arguments = [f"{flag}={word}"]
+    # A value alone may be no whole configuration: those are made of all settings together.
+    single = make_dataclass("Single", [(name, hint, field())], frozen=True)
+    return getattr(parse(single, arguments, prog=PROGRAM), name)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """0,1,2 or 0..4."""
+    try:
+        if (ends := re.fullmatch(r"\s*(\d+)\.\.(\d+)\s*", text)) is not None:
+            return tuple(range(int(ends[1]), int(ends[2]) + 1))
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"--seeds {text} are no whole numbers: write them as 0,1,2 or 0..4") from None
+
+
+def _check(options: Options, plan: Plan) -> int:
+    """Raises `UserError` now for what would fail later; returns the number of processes."""
+    for package in ("matplotlib", "scipy"):
+        if find_spec(package) is None:
+            raise UserError(f'sweeps need {package}, which is not installed: pip install -e ".[lab]"')
+    if options.processes is not None and options.processes < 1:
+        raise UserError(f"--processes is {options.processes}: give 1 or more, or leave it out")
+    if options.training.tensorboard:
+        TensorBoard.check()
+    check_probe(options)
+    plan.check()
+    device = choose_device(options.training.device)
+    return options.processes or (pool.processors() if device.type == "cpu" else 1)
+
+
+def _print_plan(plan: Plan, folder: Path, processes: int) -> None:
+    print(f"sweep      {plan.preset}")
+    for setting in plan.settings:
+        print(_wrapped(f"{setting.name:10} {setting}", 11))
+    print(_wrapped(f"trials     {method(plan)}", 11))
+    warmup = plan.shared.training.warmup_steps
+    if (first := plan.rungs[0]) is not None and first <= warmup:
+        print(_wrapped(f"note       the first rung, {first} steps, ends within the warm-up of {warmup}", 11))
+    print(f"processes  {processes}, of one thread each")
+    print(f"folder     {folder}")
+    print(f"data       {plan.shared.data.data}", flush=True)
+
+
+def _wrapped(text: str, margin: int) -> str:
+    return textwrap.fill(text, _width(), subsequent_indent=" " * margin, break_long_words=False, break_on_hyphens=False)
+
+
+def _width() -> int:
+    return min(max(shutil.get_terminal_size((80, 24)).columns, LEAST_WIDTH), MOST_WIDTH)
+
+
+def _report(search: Search, failures: Sequence[Failure], command: str) -> int:
+    """Say what came out, and write it down."""
+    if not search.results():
+        print(f"failed     all {len(failures)} trials; the same command tries them again")
+        return FAILED
+    report = write_report(search, failures, command)
+    table = standings_table(search)
+    print(f"\n{plain.table(table.columns, table.rows[:MOST_ROWS], _width())}\n")
+    if len(table.rows) > MOST_ROWS:
+        print(f"and {len(table.rows) - MOST_ROWS} more, in {report}\n")
+    plan, best = search.plan, search.standings(len(search.plan.rungs))[0]
+    if (sentence := diverged(search.all_standings())) is not None:
+        print(_wrapped(f"diverged   {sentence}", 11))
+    if search.store.skipped:
+        print(_wrapped(f"skipped    {skipped(search.store.skipped)}", 11))
+    if failures:
+        print(f"failed     {len(failures)} trials; the same command tries them again")
+    if not best.values or best.interval is None:
+        print("lowest     none: no combination has a finite metric for all of its seeds")
+    else:
+        print(_wrapped(f"lowest     {label(best.combination)}: {METRICS[plan.metric]} {outcome_text(best)}", 11))
+        print(_wrapped(f"ranking    {conclusion(search)}", 11))
+        print(f"repeat     {train_command(plan, best)}")
+        print(f"run        {search.path(best.combination, best_seed(best, plan.seeds))}")
+    print(f"report     {report}")
+    return FAILED if failures else DONE

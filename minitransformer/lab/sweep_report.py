@@ -1,0 +1,224 @@
+"""What a sweep leaves for its reader: `report.html`, `trials.csv`, and a PNG file for each setting that varied."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minitransformer import files
+from minitransformer.lab import figures
+from minitransformer.lab.experiment import Picture, Table
+from minitransformer.lab.page import Page
+from minitransformer.lab.report import MOST_FAILURES, MOST_ROWS, REPORT, skipped
+from minitransformer.lab.runner import Failure
+from minitransformer.lab.store import REMEDY, task_key
+from minitransformer.lab.sweep import Plan, Search, Standing, best_seed, flags, label, value_text, verdict
+from minitransformer.lab.trials import METRICS
+from minitransformer.training.presets import PRESETS
+
+TRIALS_CSV = "trials.csv"
+WIDE = 10.0
+"""ratio of the ends of an axis from which on it is logarithmic"""
+
+
+def standings_table(search: Search) -> Table:
+    """Each combination at the last rung that it came to: those that came furthest first, the lowest metric first."""
+    plan = search.plan
+    names = [setting.name for setting in plan.settings]
+    halved = plan.halving is not None
+    columns = [*names, *(["steps"] * halved), METRICS[plan.metric] + " [95 %]" * (len(plan.seeds) > 1)]
+    rows = [
+        [
+            *(_cell(standing.combination[name]) for name in names),
+            *([standing.until] * halved),
+            outcome_text(standing),
+        ]
+        for standing in search.all_standings()
+    ]
+    return Table("Combinations", columns, rows)
+
+
+def _cell(value: Any) -> Any:
+    return value_text(value) if isinstance(value, float) or value is None else value
+
+
+def outcome_text(standing: Standing) -> str:
+    """The mean over the seeds with its interval, or why there is none."""
+    if standing.interval is not None:
+        return str(standing.interval)
+    parts = [
+        f"{what} ({_seeds(seeds)})"
+        for what, seeds in (("not finite", standing.diverged), ("not measured", standing.missing))
+        if seeds
+    ]
+    return ", ".join(parts)
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def diverged(standings: Sequence[Standing]) -> str | None:
+    """Which combinations were not finite, in a sentence; None if all were."""
+    found = [f"{label(standing.combination)} ({_seeds(standing.diverged)})" for standing in standings]
+    found = [text for text, standing in zip(found, standings, strict=True) if standing.diverged]
+    if not found:
+        return None
+    more = f" and {len(found) - MOST_FAILURES} more" if len(found) > MOST_FAILURES else ""
+    return f"Infinite or NaN losses, which rank last: {'; '.join(found[:MOST_FAILURES])}{more}."
+
+
+def conclusion(search: Search) -> str:
+    """What the seeds say of the lowest, at the last rung where there was something to compare."""
+    for number in range(len(search.plan.rungs), 0, -1):
+        standings = search.standings(number)
+        if len(standings) > 1:
+            when = f"At {standings[0].until} steps: " if search.plan.halving is not None else ""
+            return f"{when}{verdict(standings)}"
+    return "There was nothing to compare."
+
+
+def train_command(plan: Plan, standing: Standing) -> str:
+    """What is typed to train the best trial of a combination again, from the start to the end."""
+    config = plan.config(standing.combination, best_seed(standing, plan.seeds))
+    return shlex.join(["python", "train.py", plan.preset, *flags(PRESETS[plan.preset], config)])
+
+
+def trials_table(search: Search) -> Table:
+    """A row for each trial and rung."""
+    names = [setting.name for setting in search.plan.settings]
+    columns = [*names, "seed", "steps", *METRICS, "best_step", "finite", "run", "seconds"]
+    rows = [
+        [
+            *(result.task[name] for name in names),
+            result.task["seed"],
+            result.measured["steps"],
+            *(result.measured[metric] for metric in METRICS),
+            result.measured["best_step"],
+            result.measured["finite"],
+            result.measured["run"],
+            search.store.seconds[task_key(result.task)],
+        ]
+        for result in search.results()
+    ]
+    return Table("Trials", columns, rows)
+
+
+def pictures(search: Search) -> list[Picture]:
+    """The metric against each setting that varied, after the first rung, which is the same for all."""
+    plan, standings = search.plan, search.standings(1)
+    finite = [standing for standing in standings if any(map(math.isfinite, standing.values))]
+    if not finite:
+        return []
+    steps = f" after {finite[0].until} steps" if len({standing.until for standing in finite}) == 1 else ""
+    return [_picture(plan, name, finite, steps) for name in plan.varied]
+
+
+def _picture(plan: Plan, name: str, standings: Sequence[Standing], steps: str) -> Picture:
+    caption = "A point is a trial; those of the lowest mean are filled."
+    if len(plan.varied) > 1:
+        caption += " Trials over one value differ in the other settings too."
+    points = [(standing, value) for standing in standings for value in standing.values if math.isfinite(value)]
+    x = [standing.combination[name] for standing, _ in points]
+    y = [value for _, value in points]
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in x)
+    return Picture(
+        f"{METRICS[plan.metric].capitalize()}{steps} by {name}",
+        lambda: figures.points(
+            x if numeric else [value_text(value) for value in x],  # type: ignore[arg-type]
+            y,
+            [standing is standings[0] for standing, _ in points],
+            x_label=name,
+            y_label=METRICS[plan.metric],
+            title=f"{plan.preset}{steps}",
+            mark="lowest mean",
+            log_x=numeric and _is_wide(x),  # type: ignore[arg-type]
+            log_y=_is_wide(y),
+        ),
+        caption,
+    )
+
+
+def _is_wide(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) / min(values) >= WIDE
+
+
+def write_report(search: Search, failures: Sequence[Failure], command: str) -> Path:
+    """Write the report into the folder of `search`, and return the path of its page.
+
+    Raises `UserError` where the folder may not be written, and without matplotlib.
+    """
+    folder = search.folder
+    with files.writing(folder / REPORT, REMEDY):
+        trials = trials_table(search)
+        _write_csv(folder / TRIALS_CSV, trials)
+        page = Page(f"Sweep of {search.plan.preset}: {', '.join(setting.name for setting in search.plan.settings)}")
+        _plan(page, search.plan)
+        _standings(page, search)
+        for picture in pictures(search):
+            png = figures.png(picture.draw())
+            with files.whole_file(folder / f"by-{picture.title.rpartition(' ')[2]}.png") as file:
+                file.write(png)
+            page.figure(png, f"{picture.title}. {picture.caption}", picture.title)
+        page.heading(trials.title)
+        page.table(trials.columns, trials.rows[:MOST_ROWS])
+        if len(trials.rows) > MOST_ROWS:
+            page.paragraph(f"The first {MOST_ROWS} rows of {len(trials.rows)}; all are in {TRIALS_CSV}.")
+        _repeat(page, search, failures, command)
+        files.write_text(folder / REPORT, page.html())
+    return folder / REPORT
+
+
+def _write_csv(path: Path, table: Table) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.columns)
+    writer.writerows(["" if cell is None else cell for cell in row] for row in table.rows)
+    files.write_text(path, text.getvalue())
+
+
+def _plan(page: Page, plan: Plan) -> None:
+    page.paragraph(f"{method(plan)} Minimised: {METRICS[plan.metric]}, the lowest of a trial's validations.")
+    page.table(["setting", "values"], [(setting.name, str(setting)) for setting in plan.settings])
+
+
+def method(plan: Plan) -> str:
+    """How the combinations are chosen and trained, in a sentence or two."""
+    count, seeds = len(plan.combinations), _seeds(plan.seeds)
+    how = f"{count} combinations" if plan.random is None else f"{count} random combinations (draw {plan.draw_seed})"
+    text = f"{how}, each with {seeds}."
+    if plan.halving is None:
+        return text
+    steps = ", ".join(map(str, plan.rungs))
+    return f"{text} After {steps} steps, the best one in {plan.halving} goes on, from its checkpoint."
+
+
+def _standings(page: Page, search: Search) -> None:
+    table = standings_table(search)
+    page.heading(table.title)
+    page.table(table.columns, table.rows[:MOST_ROWS])
+    best = search.standings(len(search.plan.rungs))[0]
+    page.paragraph(f"Lowest: {label(best.combination)}, {outcome_text(best)}. {conclusion(search)}")
+    if (sentence := diverged(search.all_standings())) is not None:
+        page.paragraph(sentence)
+    if math.isfinite(best.mean):
+        page.paragraph("To train its best trial again (with OMP_NUM_THREADS=1, as here, bit for bit on a CPU):")
+        page.code(train_command(search.plan, best))
+
+
+def _repeat(page: Page, search: Search, failures: Sequence[Failure], command: str) -> None:
+    page.heading("How to repeat it")
+    page.code(command)
+    if search.store.skipped:
+        page.paragraph(skipped(search.store.skipped))
+    if failures:
+        page.paragraph(f"{len(failures)} trials failed; the same command tries them again:")
+        for failure in failures[:MOST_FAILURES]:
+            page.paragraph(str(failure))
+    record = search.records[-1] if search.records else {}
+    page.table(["what", "value"], [(name, value) for name, value in record.items() if value and name != "command"])
