@@ -200,15 +200,18 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, record: dict[str, Any], origin: str) -> RunConfig:
-        """The configuration in `record`, read from the file `origin`; raises `UserError` if it has other fields."""
+        """The configuration in `record`, read from the file `origin`.
+
+        A field that it lacks is newer than the run and has its default, which is how the run behaved; raises `UserError`
+        for one that nothing here knows.
+        """
         parts: dict[str, Any] = {}
         for name, part in (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig)):
             values = record.get(name, {})
-            known = {field.name for field in fields(part)}
-            if values.keys() != known:
-                wrong = ", ".join(sorted(values.keys() ^ known))
+            if unknown := values.keys() - {field.name for field in fields(part)}:
+                what = ", ".join(sorted(unknown))
                 raise UserError(
-                    f"{origin}, {name}: fields that only one side knows ({wrong}): another version wrote it"
+                    f"{origin} has settings that are unknown here ({what}): a newer version wrote it, update"
                 )
             # JSON has lists where frozen records have tuples.
             restored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
