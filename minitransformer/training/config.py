@@ -202,8 +202,8 @@ class RunConfig:
     def from_json(cls, record: dict[str, Any], origin: str) -> RunConfig:
         """The configuration in `record`, read from the file `origin`.
 
-        A field that it lacks is newer than the run and has its default, which is how the run behaved; raises `UserError`
-        for one that nothing here knows.
+        A field that it lacks is newer than the run, and has its default, which is how the run behaved. Raises
+        `UserError` for one that nothing here knows.
         """
         parts: dict[str, Any] = {}
         for name, part in (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig)):
@@ -211,7 +211,7 @@ class RunConfig:
             if unknown := values.keys() - {field.name for field in fields(part)}:
                 what = ", ".join(sorted(unknown))
                 raise UserError(
-                    f"{origin} has settings that are unknown here ({what}): a newer version wrote it, update"
+                    f"{origin} has settings that are unknown here ({what}): update, as a newer version wrote it"
                 )
             # JSON has lists where frozen records have tuples.
             restored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
