@@ -57,7 +57,7 @@ def test_with_enough_beams_the_best_of_all_texts_is_found(seed: int, penalty: fl
         num_beams=VOCAB**LENGTH,
         max_new_tokens=LENGTH,
         length_penalty=penalty,
-        end_of_text=END,
+        ends=[END],
     )
     log_p = logits.log_softmax(-1)
     best = max(every_text(), key=lambda text: score(log_p, text, penalty))
@@ -70,7 +70,7 @@ def test_with_enough_beams_the_best_of_all_texts_is_found(seed: int, penalty: fl
 def test_two_beams_find_what_greedy_search_misses() -> None:
     """After 0, token 1 is likelier than 2; but 2 is followed by the end for sure, and 1 by nothing likely."""
     p = torch.tensor([[0.05, 0.5, 0.4, 0.05], [0.25, 0.25, 0.25, 0.25], [0.01, 0.01, 0.01, 0.97], [0.25] * 4])
-    search = {"max_new_tokens": 2, "length_penalty": 0.0, "end_of_text": END}
+    search = {"max_new_tokens": 2, "length_penalty": 0.0, "ends": [END]}
     [greedy] = beam_search(Chain(p.log()), torch.tensor([[0]]), num_beams=1, **search)
     [beams] = beam_search(Chain(p.log()), torch.tensor([[0]]), num_beams=2, **search)
     assert greedy[0].tokens[0] == 1
@@ -79,7 +79,7 @@ def test_two_beams_find_what_greedy_search_misses() -> None:
 
 def test_the_beams_of_a_text_never_take_rows_of_another() -> None:
     chain = Chain(torch.randn(VOCAB, VOCAB))
-    beam_search(chain, torch.tensor([[0], [1], [2]]), num_beams=2, max_new_tokens=4, end_of_text=END)
+    beam_search(chain, torch.tensor([[0], [1], [2]]), num_beams=2, max_new_tokens=4, ends=[END])
     for order in chain.orders:
         assert [row // 2 for row in order] == [0, 0, 1, 1, 2, 2]
 
@@ -98,8 +98,8 @@ def test_no_n_gram_is_completed_twice(texts: list[list[int]], n: int) -> None:
 
 def test_a_text_does_not_end_before_its_least_length() -> None:
     logits, tokens = torch.zeros(1, 4), torch.zeros(1, 5, dtype=torch.long)
-    assert MinLength(6, END)(logits, tokens).tolist() == [[0, 0, 0, NEVER]]
-    assert MinLength(5, END)(logits, tokens).tolist() == [[0, 0, 0, 0]]
+    assert MinLength(6, [END])(logits, tokens).tolist() == [[0, 0, 0, NEVER]]
+    assert MinLength(5, [END])(logits, tokens).tolist() == [[0, 0, 0, 0]]
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def test_a_source_is_translated_alike_alone_and_beside_longer_ones(
 ) -> None:
     sources = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2], [3]]
     sampling = SamplingConfig(max_new_tokens=12, **settings)
-    together = translate(translator, sources, sampling, start=10, end_of_text=10)
-    alone = [translate(translator, [source], sampling, start=10, end_of_text=10)[0] for source in sources]
+    together = translate(translator, sources, sampling, start=10, ends=[10])
+    alone = [translate(translator, [source], sampling, start=10, ends=[10])[0] for source in sources]
     assert together == alone
     assert all(len(texts) == sampling.num_samples for texts in together)
 
@@ -131,9 +131,9 @@ def test_one_beam_is_greedy_search(translator: EncoderDecoder) -> None:
     source, is_token = padded([[1, 2, 3]], torch.device("cpu"))
     with torch.no_grad():
         read = TargetReader(translator, translator.encode(source, is_token=is_token))
-        [found] = beam_search(read, torch.tensor([[10]]), num_beams=1, max_new_tokens=9, end_of_text=10)
+        [found] = beam_search(read, torch.tensor([[10]]), num_beams=1, max_new_tokens=9, ends=[10])
     [[greedy]] = translate(
-        translator, [[1, 2, 3]], SamplingConfig(temperature=0, max_new_tokens=9), start=10, end_of_text=10
+        translator, [[1, 2, 3]], SamplingConfig(temperature=0, max_new_tokens=9), start=10, ends=[10]
     )
     assert [token for token in found[0].tokens if token != 10] == greedy
 

@@ -62,7 +62,7 @@ def test_encoder_decoders_write_what_the_reference_writes(
     source = torch.randint(8, 60, (2, 6))
     expected = [before_the_end(row) for row in theirs(model.double(), source, settings, decoder_start_token_id=START)]
     sampling = SamplingConfig(temperature=0, max_new_tokens=NEW_TOKENS, **settings)
-    texts = translate(ours.double(), source.tolist(), sampling, start=START, end_of_text=END)
+    texts = translate(ours.double(), source.tolist(), sampling, start=START, ends=[END])
     assert [tokens for text in texts for tokens in text] == expected
     model.float()
 
@@ -78,6 +78,6 @@ def test_decoders_write_what_the_reference_writes(
     ours, _ = pretrained.load(path)
     prompt = [9, 8, 30, 12]
     [expected] = theirs(model.double(), torch.tensor([prompt]), settings)
-    steps = generate(ours.double(), prompt, SamplingConfig(0, max_new_tokens=NEW_TOKENS), end_of_text=END)
+    steps = generate(ours.double(), prompt, SamplingConfig(0, max_new_tokens=NEW_TOKENS), ends=[END])
     assert before_the_end([token for [token] in steps]) == before_the_end(expected)
     model.float()

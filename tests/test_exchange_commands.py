@@ -87,7 +87,7 @@ def test_lines_are_translated_in_their_order(topology: str, tmp_path: Path, call
     assert code == 0
     sources = [[*line.encode(), 256] for line in lines]
     expected = translate(
-        model, sources, SamplingConfig(num_beams=2, max_new_tokens=6), start=256, end_of_text=256, vocab_size=258
+        model, sources, SamplingConfig(num_beams=2, max_new_tokens=6), start=256, ends=[256], vocab_size=258
     )
     decoder = Bytes().with_special_tokens([MASK])
     assert out == "".join(decoder.decode(tokens) + "\n" for [tokens] in expected)

@@ -131,7 +131,7 @@ def test_something_always_remains_to_be_drawn(
 ) -> None:
     logits = torch.tensor([row])
     tokens = torch.zeros(1, 1, dtype=torch.long)
-    for process in SamplingConfig(temperature, k, p, min_p, penalty).processors(1, None):
+    for process in SamplingConfig(temperature, k, p, min_p, penalty).processors(1, []):
         logits = process(logits, tokens)
     total = logits.softmax(-1).sum()
     torch.testing.assert_close(total, torch.tensor(1.0))
@@ -139,11 +139,9 @@ def test_something_always_remains_to_be_drawn(
 
 def test_processors_stand_in_the_order_that_users_know() -> None:
     every = SamplingConfig(temperature=0.5, top_k=5, top_p=0.5, min_p=0.1, repetition_penalty=1.2)
-    assert every.processors(1, None) == [RepetitionPenalty(1.2), Temperature(0.5), TopK(5), TopP(0.5), MinP(0.1)]
-    assert SamplingConfig(temperature=1, top_p=1, min_p=0).processors(1, None) == []
-    assert SamplingConfig(temperature=0, top_k=5, repetition_penalty=1.2).processors(1, None) == [
-        RepetitionPenalty(1.2)
-    ]
+    assert every.processors(1, []) == [RepetitionPenalty(1.2), Temperature(0.5), TopK(5), TopP(0.5), MinP(0.1)]
+    assert SamplingConfig(temperature=1, top_p=1, min_p=0).processors(1, []) == []
+    assert SamplingConfig(temperature=0, top_k=5, repetition_penalty=1.2).processors(1, []) == [RepetitionPenalty(1.2)]
 
 
 @pytest.mark.parametrize(
@@ -286,7 +284,7 @@ def test_the_seed_decides_the_text_and_nothing_else_does(tiny_decoder: MakeDecod
 def test_the_loop_ends_when_every_sample_has_ended(tiny_decoder: MakeDecoder) -> None:
     model = tiny_decoder()
     sampling = SamplingConfig(temperature=2.0, num_samples=3, max_new_tokens=500, seed=0)
-    samples = list(zip(*generate(model, [1], sampling, end_of_text=0), strict=True))
+    samples = list(zip(*generate(model, [1], sampling, ends=[0]), strict=True))
     ends = [sample.index(0) for sample in samples]
     assert len(set(ends)) > 1
     assert max(ends) == len(samples[0]) - 1, "the loop went on after the last end"
@@ -485,7 +483,7 @@ def test_a_text_stream_is_the_decoding_of_the_tokens(tiny_decoder: MakeDecoder, 
     model = tiny_decoder(vocab_size=300, d_model=16)
     sampling = SamplingConfig(temperature=1.0, num_samples=3, max_new_tokens=40, seed=2)
     end = byte_tokenizer.end_of_text
-    steps = generate(model, [65], sampling, end_of_text=end, vocab_size=byte_tokenizer.vocab_size)
+    steps = generate(model, [65], sampling, ends=[end], vocab_size=byte_tokenizer.vocab_size)
     expected = [byte_tokenizer.decode(sample) for sample in zip(*steps, strict=True)]
     pieces = list(stream_text(model, byte_tokenizer, [65], sampling))
     assert ["".join(sample) for sample in zip(*pieces, strict=True)] == expected

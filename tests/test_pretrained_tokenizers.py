@@ -62,8 +62,10 @@ def like_llama3() -> Any:
         pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
-    begin = processors.TemplateProcessing(single="<|other|> $A", special_tokens=[("<|other|>", 601)])
-    return byte_level(pre_tokenizers.Sequence(steps), "<|end_of_text|>", post_processor=begin)
+    tokenizer = byte_level(pre_tokenizers.Sequence(steps), "<|end_of_text|>")
+    begin = ("<|other|>", tokenizer.token_to_id("<|other|>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|other|> $A", special_tokens=[begin])
+    return tokenizer
 
 
 def like_qwen2() -> Any:

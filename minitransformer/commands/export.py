@@ -16,6 +16,7 @@ from minitransformer.errors import UserError
 from minitransformer.models.config import choice
 from minitransformer.models.model import Model
 from minitransformer.pretrained.families import Family
+from minitransformer.pretrained.tokenizers import special_ids, target_ids
 from minitransformer.runs import Run
 
 LENGTH = 16
@@ -47,19 +48,15 @@ def _export(arguments: Sequence[str]) -> int:
     run = Run.open(options.run)
     model = run.load_model(options.checkpoint)
     family = options.format or _first_that_fits(model)
-    end = run.target_tokenizer.end_of_text
-    ids = {"eos_token_id": end, "bos_token_id": end, "pad_token_id": end, "decoder_start_token_id": end}
-    extra = {name: end for name in ids if _wanted(name, model)}
+    extra = special_ids(run.target_tokenizer)
+    if model.config.topology == "encoder-decoder":
+        extra |= target_ids(run.target_tokenizer)
     pretrained.save(model, options.to, family, extra, tokenizer=run.target_tokenizer)
     difference = _largest_difference(model, options.to)
     print(f"format     {family}")
     print(f"folder     {options.to}")
     print(f"checked    logits of the re-opened copy differ by {difference:.1e} at most")
     return DONE
-
-
-def _wanted(name: str, model: Model) -> bool:
-    return name != "decoder_start_token_id" or model.config.topology == "encoder-decoder"
 
 
 def _first_that_fits(model: Model) -> str:

@@ -20,11 +20,10 @@ import tyro
 
 from minitransformer.commands import DONE, parse, piped_text, run_command, utf8_text
 from minitransformer.errors import UserError
-from minitransformer.generation.decode import translate
 from minitransformer.generation.fill import MASK, encode_with_masks
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.readers import window_length
-from minitransformer.generation.samples import filled_text
+from minitransformer.generation.samples import filled_text, translations
 from minitransformer.generation.streaming import stream_text
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderLM
@@ -131,7 +130,7 @@ def _prompt(options: Options) -> str:
 def _continue(model: DecoderLM, prompt: str, session: Session) -> None:
     """Print the prompt and the first sample as it comes, then the others, with a line between them."""
     tokenizer, options = session.run.tokenizer, session.options
-    prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+    prompt_ids = tokenizer.encode_prompt(prompt)
     _note_context(len(prompt_ids), options.max_new_tokens, model.config.context_length)
     texts = [prompt] * options.num_samples
     _print(prompt)
@@ -151,7 +150,7 @@ def _fill(model: EncoderLM, prompt: str, session: Session) -> None:
     for line in prompt.splitlines():
         if not MASK.search(line):
             raise UserError(f"there is no mask in {line!r}: write <mask> where a word is to be guessed")
-        tokens = [tokenizer.end_of_text, *encode_with_masks(tokenizer, line)]
+        tokens = tokenizer.masked_framing.around(encode_with_masks(tokenizer, line))
         if len(tokens) > model.config.context_length:
             raise UserError(
                 f"a line has {len(tokens)} tokens, and the model sees {model.config.context_length}: cut it"
@@ -165,31 +164,22 @@ def _translate(model: EncoderDecoder | RecurrentEncoderDecoder, prompt: str, ses
     """Print what each line becomes: one line for each, or `num_samples` with their number before them."""
     run, options = session.run, session.options
     lines = prompt.splitlines()
-    end = run.target_tokenizer.end_of_text
     for begin in range(0, len(lines), LINES_AT_ONCE):
         sources = [_source(model, run, line) for line in lines[begin : begin + LINES_AT_ONCE]]
-        targets = translate(
-            model,
-            sources,
-            options,
-            start=end,
-            end_of_text=end,
-            vocab_size=run.target_tokenizer.vocab_size,
-            generator=session.generator,
-        )
-        for texts in targets:
+        for texts in translations(model, sources, options, run.target_tokenizer, session.generator):
             for number, tokens in enumerate(texts, start=1):
                 before = f"{number}\t" if options.num_samples > 1 else ""
                 _print(f"{before}{run.target_tokenizer.decode(tokens)}\n")
 
 
 def _source(model: Model, run: Run, line: str) -> list[int]:
-    """The tokens of a line, with the end that the model has learned to see."""
-    tokens = [*run.tokenizer.encode(run.cased(line)), run.tokenizer.end_of_text]
-    if len(tokens) > model.config.context_length:
-        _note(f"a line of {len(tokens)} tokens is cut to the {model.config.context_length} that the model sees")
-        tokens = [*tokens[: model.config.context_length - 1], run.tokenizer.end_of_text]
-    return tokens
+    """The tokens of a line, framed as the model has learned to see it."""
+    framing, tokens = run.tokenizer.pair_framing, run.tokenizer.encode(run.cased(line))
+    room = model.config.context_length - framing.length
+    if len(tokens) > room:
+        length = len(tokens) + framing.length
+        _note(f"a line of {length} tokens is cut to the {model.config.context_length} that the model sees")
+    return framing.around(tokens[:room])
 
 
 def _converse(model: Model, session: Session) -> None:

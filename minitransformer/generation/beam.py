@@ -30,7 +30,7 @@ def beam_search(
     max_new_tokens: int,
     length_penalty: float = 1.0,
     processors: Sequence[LogitsProcessor] = (),
-    end_of_text: int,
+    ends: Sequence[int],
     vocab_size: int | None = None,
 ) -> list[list[Hypothesis]]:
     """For each text, `num_beams` continuations, the best first: score = Σ log p / (new tokens)^length_penalty.
@@ -40,7 +40,7 @@ def beam_search(
     goes on could be better than its worst finished one, if it ended here. Graves 2012 (arXiv 1211.3711), section 3,
     with the scores of Wu et al. 2016 (arXiv 1609.08144), equation 14, in the plainer form that is common now.
     """
-    search = _Search(prompt, num_beams, max_new_tokens, length_penalty, end_of_text)
+    search = _Search(prompt, num_beams, max_new_tokens, length_penalty, ends)
     for _ in range(max_new_tokens):
         log_p = read(search.tokens)[:, :vocab_size].log_softmax(-1)
         for process in processors:
@@ -55,11 +55,11 @@ class _Search:
     """The beams of every text that go on, [texts, beams, …], and those that are finished."""
 
     def __init__(
-        self, prompt: Tensor, num_beams: int, max_new_tokens: int, length_penalty: float, end_of_text: int
+        self, prompt: Tensor, num_beams: int, max_new_tokens: int, length_penalty: float, ends: Sequence[int]
     ) -> None:
         texts, self.prompt_length = prompt.shape
         self.num_beams, self.max_new_tokens = num_beams, max_new_tokens
-        self.length_penalty, self.end_of_text = length_penalty, end_of_text
+        self.length_penalty, self.ends = length_penalty, torch.tensor(ends, device=prompt.device)
         self.running = prompt[:, None].expand(-1, num_beams, -1)
         # All beams begin alike: only the first one counts until they differ.
         self.scores = torch.full((texts, num_beams), NEVER, device=prompt.device)
@@ -75,11 +75,13 @@ class _Search:
         """Take one token more in every beam; returns the rows that the beams now continue."""
         texts, vocab = len(self.finished), log_p.size(-1)
         candidates = self.scores[:, :, None] + log_p.view(texts, self.num_beams, vocab)
-        scores, flat = candidates.flatten(1).topk(2 * self.num_beams)  # [texts, candidates] both
+        # Of those drawn up, as many may end as there are ends for each beam: enough must be left to go on.
+        count = max(2, 1 + len(self.ends)) * self.num_beams
+        scores, flat = candidates.flatten(1).topk(min(count, candidates[0].numel()))  # [texts, candidates] both
         beams, tokens = flat // vocab, flat % vocab
         extended = torch.cat([self._gather(self.running, beams), tokens[:, :, None]], dim=-1)
         new_tokens = extended.size(-1) - self.prompt_length
-        ends = (tokens == self.end_of_text) | (new_tokens == self.max_new_tokens)
+        ends = torch.isin(tokens, self.ends) | (new_tokens == self.max_new_tokens)
         self._finish(extended, scores, ends, new_tokens)
         order = scores.masked_fill(ends, NEVER).topk(self.num_beams)
         self.scores = order.values

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from minitransformer.errors import UserError
 from minitransformer.generation.beam import beam_search
-from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.processors import Forced, LogitsProcessor, Never, SamplingConfig
 from minitransformer.generation.readers import CachedReader, Reader, TargetReader, UncachedReader
 from minitransformer.models.decoder import DecoderLM
 
@@ -52,13 +53,13 @@ def generate(
     sampling: SamplingConfig,
     *,
     generator: torch.Generator | None = None,
-    end_of_text: int | None = None,
+    ends: Sequence[int] = (),
     vocab_size: int | None = None,
     cached: bool = True,
 ) -> Generator[list[int], None, None]:
     """The tokens that follow `prompt`, step by step: each step gives one token for each sample.
 
-    Ends after `max_new_tokens` steps, or when every sample has produced `end_of_text`; a sample that has goes on giving
+    Ends after `max_new_tokens` steps, or when every sample has produced one of `ends`; a sample that has goes on giving
     it. Only tokens below `vocab_size` are drawn (default: all that the model has). Random numbers come from `generator`
     (on the CPU), by default one with the seed of `sampling`; torch's global one is not touched. The model is in eval
     mode meanwhile. `cached=False` gives the same tokens, slowly. `sampling.stop` is for who turns tokens into text.
@@ -70,7 +71,7 @@ def generate(
     with evaluating(model):
         max_tokens = len(prompt) + sampling.max_new_tokens
         read: Reader = CachedReader(model, max_tokens) if cached else UncachedReader(model)
-        yield from decode(read, prompts, sampling, generator=generator, end_of_text=end_of_text, vocab_size=vocab_size)
+        yield from decode(read, prompts, sampling, generator=generator, ends=ends, vocab_size=vocab_size)
 
 
 def decode(
@@ -79,18 +80,22 @@ def decode(
     sampling: SamplingConfig,
     *,
     generator: torch.Generator | None = None,
-    end_of_text: int | None = None,
+    ends: Sequence[int] = (),
     vocab_size: int | None = None,
+    rules: Sequence[LogitsProcessor] = (),
 ) -> Generator[list[int], None, None]:
-    """`generate` for any reader: the tokens that follow the prompts, each sample's own."""
+    """`generate` for any reader: the tokens that follow the prompts, each sample's own.
+
+    `rules` decide beside `sampling` which tokens are possible.
+    """
     samples, steps = prompts.size(0), sampling.max_new_tokens
     if generator is None:
         generator = torch.Generator()
         generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
     uniform = uniform_draws(samples, steps, generator).to(prompts.device)
-    processors = sampling.processors(prompts.size(1), end_of_text)
+    processors = sampling.processors(prompts.size(1), ends, rules)
     tokens = torch.cat([prompts, prompts.new_zeros(samples, steps)], dim=1)
-    ended = [False] * samples
+    last, ended = [0] * samples, [False] * samples
     for step in range(steps):
         so_far = tokens[:, : prompts.size(1) + step]
         logits = read(so_far)[:, :vocab_size]
@@ -102,9 +107,9 @@ def decode(
         chosen = logits.argmax(-1) if sampling.greedy else draw(logits, uniform[:, step])
         tokens[:, so_far.size(1)] = chosen
         new = chosen.tolist()
-        if end_of_text is not None:
-            new = [end_of_text if over else token for token, over in zip(new, ended, strict=True)]
-            ended = [token == end_of_text for token in new]
+        new = [before if over else token for token, before, over in zip(new, last, ended, strict=True)]
+        ended = [token in ends for token in new]
+        last = new
         yield new
         if all(ended):
             return
@@ -117,25 +122,30 @@ def translate(
     sampling: SamplingConfig,
     *,
     start: int,
-    end_of_text: int,
+    ends: Sequence[int],
+    first: int | None = None,
+    last: int | None = None,
+    never: Sequence[int] = (),
     vocab_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> list[list[list[int]]]:
-    """For each source, `num_samples` targets, the best first; `end_of_text` is not part of them.
+    """For each source, `num_samples` targets, the best first, each without the one of `ends` that ends it.
 
-    Every target begins after `start`, and has no more than the model's context. With `num_beams`, what beam search
-    finds; otherwise as in `generate`.
+    Every target begins after `start`, and has no more than the model's context. `first`, if there is one, is its first
+    token whatever the model finds likely, `last` that of a target which would grow too long, and `never` are in none.
+    With `num_beams`, what beam search finds; otherwise as in `generate`.
     """
     device = next(model.parameters()).device
     source, is_token = padded(sources, device)
     limited = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, model.config.context_length))
+    rules = _rules({1: first, limited.max_new_tokens: last}, never)
     copies = sampling.num_beams if sampling.num_beams > 1 else sampling.num_samples
     rows = torch.arange(len(sources), device=device).repeat_interleave(copies)
     with evaluating(model):
         read = TargetReader(model, model.encode(source, is_token=is_token).select(rows))
         if sampling.num_beams == 1:
             prompts = torch.full((len(rows), 1), start, device=device)
-            steps = decode(read, prompts, limited, generator=generator, end_of_text=end_of_text, vocab_size=vocab_size)
+            steps = decode(read, prompts, limited, generator=generator, ends=ends, vocab_size=vocab_size, rules=rules)
             drawn = [list(tokens) for tokens in zip(*steps, strict=True)]
             targets = [drawn[i : i + copies] for i in range(0, len(drawn), copies)]
         else:
@@ -145,17 +155,23 @@ def translate(
                 num_beams=sampling.num_beams,
                 max_new_tokens=limited.max_new_tokens,
                 length_penalty=sampling.length_penalty,
-                processors=limited.processors(1, end_of_text),
-                end_of_text=end_of_text,
+                processors=limited.processors(1, ends, rules),
+                ends=ends,
                 vocab_size=vocab_size,
             )
             targets = [[hypothesis.tokens for hypothesis in text[: sampling.num_samples]] for text in found]
-    return [[_without(end_of_text, tokens) for tokens in text] for text in targets]
+    return [[_before(ends, tokens) for tokens in text] for text in targets]
 
 
-def _without(end_of_text: int, tokens: list[int]) -> list[int]:
-    """The tokens before the first `end_of_text`."""
-    return tokens[: tokens.index(end_of_text)] if end_of_text in tokens else tokens
+def _rules(forced: dict[int, int | None], never: Sequence[int]) -> list[LogitsProcessor]:
+    """`forced` says after how many tokens which one must come, if any."""
+    banned = [Never(never)] if never else []
+    return [*banned, *(Forced(length, token) for length, token in forced.items() if token is not None)]
+
+
+def _before(ends: Sequence[int], tokens: list[int]) -> list[int]:
+    """The tokens before the first that is one of `ends`."""
+    return list(takewhile(lambda token: token not in ends, tokens))
 
 
 def padded(

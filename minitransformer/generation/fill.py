@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
 
 from minitransformer.generation.decode import evaluating
 from minitransformer.models.encoder import EncoderLM
-from minitransformer.text.tokenizers import MASKS, Tokenizer
+from minitransformer.text.tokenizers import Tokenizer
 
-MASK = re.compile("|".join(map(re.escape, MASKS)))
+MASK = Tokenizer.mask_pattern
 """how a text spells a place to be filled"""
 
 
 def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of `text`, with the tokenizer's mask wherever a mask is spelled out."""
-    first, *others = (tokenizer.encode(part) for part in MASK.split(text))
+    first, *others = (tokenizer.encode(part) for part in tokenizer.mask_pattern.split(text))
     return [*first, *(token for part in others for token in (tokenizer.mask, *part))]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,7 +63,34 @@ class NoRepeatNGram:
 
 @dataclass(frozen=True)
 class MinLength:
-    """No `token`, which ends a text, before there are `length` tokens."""
+    """None of `ends`, which end a text, before there are `length` tokens."""
+
+    length: int
+    ends: Sequence[int]
+
+    def __call__(
+        self, logits: Float[Tensor, "samples vocab"], tokens: Int[Tensor, "samples length"]
+    ) -> Float[Tensor, "samples vocab"]:
+        if tokens.size(1) >= self.length:
+            return logits
+        return Never(self.ends)(logits, tokens)
+
+
+@dataclass(frozen=True)
+class Never:
+    """None of `banned`."""
+
+    banned: Sequence[int]
+
+    def __call__(
+        self, logits: Float[Tensor, "samples vocab"], tokens: Int[Tensor, "samples length"]
+    ) -> Float[Tensor, "samples vocab"]:
+        return logits.index_fill(-1, torch.tensor(self.banned, device=logits.device), NEVER)
+
+
+@dataclass(frozen=True)
+class Forced:
+    """After `length` tokens, `token` and no other."""
 
     length: int
     token: int
@@ -70,10 +98,11 @@ class MinLength:
     def __call__(
         self, logits: Float[Tensor, "samples vocab"], tokens: Int[Tensor, "samples length"]
     ) -> Float[Tensor, "samples vocab"]:
-        if tokens.size(1) >= self.length:
+        if tokens.size(1) != self.length:
             return logits
-        ids = torch.arange(logits.size(-1), device=logits.device)
-        return logits.masked_fill(ids == self.token, NEVER)
+        forced = torch.full_like(logits, NEVER)
+        forced[:, self.token] = 0.0
+        return forced
 
 
 @dataclass(frozen=True)
@@ -199,15 +228,21 @@ class SamplingConfig:
         """Whether the likeliest token is taken every time."""
         return self.temperature == 0
 
-    def processors(self, prompt_length: int, end_of_text: int | None) -> list[LogitsProcessor]:
-        """What these settings do to logits after a prompt of so many tokens, in the order in which users know it."""
+    def processors(
+        self, prompt_length: int, ends: Sequence[int], rules: Sequence[LogitsProcessor] = ()
+    ) -> list[LogitsProcessor]:
+        """What these settings do to logits after a prompt of so many tokens, in the order in which users know it.
+
+        `rules` are the model's own: they have the last word on which tokens are possible at all.
+        """
         processors: list[LogitsProcessor] = []
         if self.repetition_penalty != 1:
             processors.append(RepetitionPenalty(self.repetition_penalty))
         if self.no_repeat_ngram is not None:
             processors.append(NoRepeatNGram(self.no_repeat_ngram))
-        if self.min_new_tokens and end_of_text is not None:
-            processors.append(MinLength(prompt_length + self.min_new_tokens, end_of_text))
+        if self.min_new_tokens and ends:
+            processors.append(MinLength(prompt_length + self.min_new_tokens, ends))
+        processors += rules
         if self.greedy or self.num_beams > 1:
             # The rest changes how likely tokens are, and never which one is the likeliest.
             return processors

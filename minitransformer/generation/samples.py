@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import singledispatch
 
+import torch
+
 from minitransformer.generation.decode import generate, translate
 from minitransformer.generation.fill import fill_masks
 from minitransformer.generation.processors import SamplingConfig
@@ -37,9 +39,9 @@ def written(
     max_new_tokens: int,
 ) -> str:
     """What `model` writes from the beginning of a text, drawn with the default settings."""
-    end = tokenizer.end_of_text
     sampling = SamplingConfig(max_new_tokens=max_new_tokens, seed=0)
-    steps = generate(model, [end], sampling, end_of_text=end, vocab_size=tokenizer.vocab_size)
+    prompt = tokenizer.encode_prompt("")
+    steps = generate(model, prompt, sampling, ends=tokenizer.ends, vocab_size=tokenizer.vocab_size)
     return tokenizer.decode([token for [token] in steps])
 
 
@@ -84,16 +86,33 @@ def translated(
     max_new_tokens: int,
 ) -> str:
     """Each example, and what `model` makes of it, always taking the likeliest token."""
-    end = target_tokenizer.end_of_text
-    targets = translate(
-        model,
-        examples,
-        SamplingConfig(temperature=0, max_new_tokens=max_new_tokens),
-        start=end,
-        end_of_text=end,
-        vocab_size=target_tokenizer.vocab_size,
+    targets = translations(
+        model, examples, SamplingConfig(temperature=0, max_new_tokens=max_new_tokens), target_tokenizer
     )
     return "\n".join(
         f"{tokenizer.decode(source)}\n  -> {target_tokenizer.decode(target)}"
         for source, [target] in zip(examples, targets, strict=True)
+    )
+
+
+def translations(
+    model: EncoderDecoder | RecurrentEncoderDecoder,
+    sources: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    target_tokenizer: Tokenizer,
+    generator: torch.Generator | None = None,
+) -> list[list[list[int]]]:
+    """What `translate` finds, with targets framed as `target_tokenizer` says."""
+    framing = target_tokenizer.framing
+    return translate(
+        model,
+        sources,
+        sampling,
+        start=target_tokenizer.target_start,
+        ends=target_tokenizer.ends,
+        first=framing.first,
+        last=framing.last,
+        never=framing.never,
+        vocab_size=target_tokenizer.vocab_size,
+        generator=generator,
     )

@@ -68,8 +68,8 @@ def stream_text(
 ) -> Iterator[list[str]]:
     """The text that follows `prompt`, step by step: each step gives the new text of each sample, which may be "".
 
-    A sample ends with the end-of-text token or a stop string; the stream ends when all have. The arguments are those of
-    `generate`.
+    A sample ends with a token that ends texts or a stop string; the stream ends when all have. The arguments are those
+    of `generate`.
     """
     streams = [TextStream(sampling.stop) for _ in range(sampling.num_samples)]
     steps = generate(
@@ -77,14 +77,15 @@ def stream_text(
         prompt,
         sampling,
         generator=generator,
-        end_of_text=tokenizer.end_of_text,
+        ends=tokenizer.ends,
         vocab_size=tokenizer.vocab_size,
         cached=cached,
     )
     for step in steps:
-        yield [stream.feed(tokenizer.token_bytes(token)) for stream, token in zip(streams, step, strict=True)]
-        ended = (stream.stopped or token == tokenizer.end_of_text for stream, token in zip(streams, step, strict=True))
-        if all(ended):
+        ended = [token in tokenizer.ends for token in step]
+        pieces = [b"" if over else tokenizer.token_bytes(token) for token, over in zip(step, ended, strict=True)]
+        yield [stream.feed(piece) for stream, piece in zip(streams, pieces, strict=True)]
+        if all(stream.stopped or over for stream, over in zip(streams, ended, strict=True)):
             break
     steps.close()
     yield [stream.finish() for stream in streams]

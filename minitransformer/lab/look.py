@@ -16,9 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from minitransformer.architecture.additive_attention import AdditiveAttention, additive_attention_weights
 from minitransformer.architecture.block import Stack
 from minitransformer.errors import UserError
-from minitransformer.generation.decode import evaluating, translate
+from minitransformer.generation.decode import evaluating
 from minitransformer.generation.fill import encode_with_masks
 from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.samples import translations
 from minitransformer.lab.attention_maps import captured_attention
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM
@@ -137,7 +138,9 @@ def look_at(model: Model, request: Request, tokenizer: Tokenizer, target_tokeniz
 @torch.inference_mode()
 def _decoder(model: DecoderLM, request: Request, tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> Look:
     _refuse_target(request, model)
-    tokens = _fitting(tokenizer.encode(request.prompt), request, model.config.context_length)
+    before = tokenizer.framing.before
+    room = model.config.context_length - len(before)
+    tokens = [*before, *_fitting(tokenizer.encode(request.prompt), request, room)]
     texts = {"text": Text("Text", tokens, tokenizer)}
     plans = [MapPlan("Self-attention", "stack.blocks.{}.attention", "text", "text", model.config.num_layers)]
     _check_size(plans, texts, request, model)
@@ -164,9 +167,9 @@ def _encoder(
     model: EncoderLM | EncoderClassifier, request: Request, tokenizer: Tokenizer, target_tokenizer: Tokenizer
 ) -> Look:
     _refuse_target(request, model)
-    # Training puts the end-of-text token before every text.
-    prompt = _fitting(encode_with_masks(tokenizer, request.prompt), request, model.config.context_length - 1)
-    tokens = [tokenizer.end_of_text, *prompt]
+    framing = tokenizer.masked_framing
+    room = model.config.context_length - framing.length
+    tokens = framing.around(_fitting(encode_with_masks(tokenizer, request.prompt), request, room))
     texts = {"text": Text("Text", tokens, tokenizer)}
     plans = [MapPlan("Self-attention", "stack.blocks.{}.attention", "text", "text", model.config.num_layers)]
     _check_size(plans, texts, request, model)
@@ -217,10 +220,11 @@ def _encoder_decoder(
     tokenizer: Tokenizer,
     target_tokenizer: Tokenizer,
 ) -> Look:
-    context_length, end = model.config.context_length, target_tokenizer.end_of_text
-    source = [*_fitting(tokenizer.encode(_line(request.prompt)), request, context_length - 1), tokenizer.end_of_text]
+    framing, end = tokenizer.pair_framing, target_tokenizer.pair_framing.after[0]
+    room = model.config.context_length - framing.length
+    source = framing.around(_fitting(tokenizer.encode(_line(request.prompt)), request, room))
     target, remark = _target(model, source, request, target_tokenizer)
-    inputs = [end, *target]
+    inputs = [target_tokenizer.target_start, *target]
     texts = {"source": Text("Source", source, tokenizer), "target": Text("Target", inputs, target_tokenizer)}
     plans = _plans(model)
     _check_size(plans, texts, request, model)
@@ -246,13 +250,12 @@ def _target(model: Any, source: Sequence[int], request: Request, tokenizer: Toke
     # One place of the context is the start token's.
     room = model.config.context_length - 1
     if request.target is not None:
-        target = tokenizer.encode(_line(request.target))
+        target = [*tokenizer.framing.before, *tokenizer.encode(_line(request.target))]
         if len(target) > room:
             raise UserError(f"the target has {len(target)} tokens, and the model writes {room} at most: cut it")
         return target, "The target is the given one: the model sees its true tokens so far (teacher forcing)."
-    end = tokenizer.end_of_text
     greedy = SamplingConfig(temperature=0, max_new_tokens=room)
-    [[target]] = translate(model, [source], greedy, start=end, end_of_text=end, vocab_size=tokenizer.vocab_size)
+    [[target]] = translations(model, [source], greedy, tokenizer)
     return target, "The target is what the model itself writes, taking the likeliest token each time."
 
 

@@ -16,12 +16,12 @@ from minitransformer.pretrained import bert, gpt, llama, seq2seq  # noqa: F401  
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.rules import load_weights, save_weights
 from minitransformer.pretrained.shards import INDEX, SHARDS, WEIGHTS, Renamed, Shards, read_json, write_shards
-from minitransformer.pretrained.tokenizers import FILE, SETTINGS, load_tokenizer, save_tokenizer
+from minitransformer.pretrained.tokenizers import CONFIGS, FILE, SETTINGS, load_tokenizer, save_tokenizer
 from minitransformer.text.tokenizers import Tokenizer
 
-CONFIG = "config.json"
+CONFIG = CONFIGS[0]
 # What is fetched from the hub: some repositories hold the same weights in several formats.
-WANTED = [CONFIG, FILE, SETTINGS, WEIGHTS, INDEX, SHARDS.format(number=0, count=0).replace("00000", "*")]
+WANTED = [*CONFIGS, FILE, SETTINGS, WEIGHTS, INDEX, SHARDS.format(number=0, count=0).replace("00000", "*")]
 
 
 class Undrawn(TorchFunctionMode):
@@ -74,7 +74,8 @@ def save(
         raise UserError(f"{folder} exists already: choose another folder")
     kind = Family.named(family)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    hf = {**kind.hf_config(model.config), "dtype": dtype, **(extra or {})}
+    # What a family needs to be what it is stands above what anybody adds.
+    hf = {**kind.hf_config(model.config), "dtype": dtype, **(extra or {}), **kind.required}
     tensors = save_weights(model, model.config, kind.rules_for(model.config))
     with files.writing(folder, "choose another folder"):
         folder.parent.mkdir(parents=True, exist_ok=True)

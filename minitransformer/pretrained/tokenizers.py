@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import singledispatch
 from pathlib import Path
@@ -13,9 +14,21 @@ import numpy.typing as npt
 
 from minitransformer.errors import UserError
 from minitransformer.pretrained.shards import read_json
-from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Bytes, Characters, Texts, Tokenizer
+from minitransformer.text.tokenizers import (
+    BPE,
+    END_OF_TEXT,
+    GPT4_SPLIT,
+    MASKS,
+    Bytes,
+    Characters,
+    Framing,
+    Texts,
+    Tokenizer,
+)
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+# What a model expects of texts: the second file has the last word, and older checkpoints lack it.
+CONFIGS = ("config.json", "generation_config.json")
 # How GPT-2 splits text before merging: what a ByteLevel pre-tokenizer does without being told.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # The same splits in the spelling of files, where {1,3}+ is a repetition.
@@ -23,8 +36,9 @@ SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+": GPT4_SPLIT
 }
-# What a text ends with in one family or another.
+# What a text ends with, and what fills rows up, in one family or another.
 ENDS = ("</s>", END_OF_TEXT, "<|end_of_text|>", "[SEP]")
+PADDINGS = ("<pad>", "[PAD]")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
@@ -32,14 +46,64 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     if not (folder / FILE).is_file():
         return None
     content = read_json(folder / FILE)
+    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    expected: dict[str, Any] = {}
+    for path in (folder / name for name in CONFIGS):
+        if path.is_file():
+            expected |= {name: value for name, value in read_json(path).items() if value is not None}
     try:
-        return _tokenizer_of(content, [folder / SETTINGS, folder / "config.json"])
+        tokenizer = _tokenizer_of(content, settings, expected)
+        return tokenizer.framed(framing_of(content, expected, tokenizer))
+    except UserError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / FILE} is damaged ({error!r}): download it again") from None
 
 
-def _tokenizer_of(content: dict[str, Any], settings: Iterable[Path]) -> Tokenizer:
-    end, ranks, pattern = _end_of_text(content, settings), byte_level_ranks(content), split_pattern(content)
+def framing_of(content: dict[str, Any], expected: dict[str, Any], tokenizer: Tokenizer) -> Framing:
+    """What stands around texts, as the post-processor says, and how targets begin and end, as the configurations do."""
+    before, after = template(content.get("post_processor"))
+    two_sided = expected.get("is_encoder_decoder")
+    start = expected.get("decoder_start_token_id", expected.get("bos_token_id")) if two_sided else None
+    # A configuration that nobody adapted to a small vocabulary has ids of a large one.
+    others = [end for end in _ids(expected.get("eos_token_id")) if end < tokenizer.vocab_size]
+    banned = [tokens[0] for tokens in expected.get("bad_words_ids", []) if len(tokens) == 1]
+    return Framing(
+        before,
+        after,
+        start=None if start == tokenizer.end_of_text else start,
+        first=expected.get("forced_bos_token_id") if two_sided else None,
+        last=next(iter(_ids(expected.get("forced_eos_token_id"))), None) if two_sided else None,
+        other_ends=tuple(end for end in dict.fromkeys(others) if end != tokenizer.end_of_text),
+        never=tuple(banned),
+    )
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    """The ids that a configuration gives as one, as several, or not at all."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def template(described: dict[str, Any] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that a post-processor puts before and after a single text."""
+    for step in _steps(described, "processors"):
+        match step["type"]:
+            case "BertProcessing" | "RobertaProcessing":
+                return (step["cls"][1],), (step["sep"][1],)
+            case "TemplateProcessing":
+                sides: list[list[int]] = [[]]
+                for piece in step["single"]:
+                    if "Sequence" in piece:
+                        sides.append([])
+                    else:
+                        sides[-1] += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+                before, after = sides
+                return tuple(before), tuple(after)
+    return (), ()
+
+
+def _tokenizer_of(content: dict[str, Any], settings: dict[str, Any], expected: dict[str, Any]) -> Tokenizer:
+    end, ranks, pattern = _end_of_text(content, settings, expected), byte_level_ranks(content), split_pattern(content)
     # Added tokens that are not special are found in any text, before it is split.
     found_in_text = [token for token in content.get("added_tokens", []) if not token.get("special")]
     if ranks is None or pattern is None or end < len(ranks) or found_in_text:
@@ -52,14 +116,19 @@ def _added(content: dict[str, Any]) -> dict[str, int]:
     return {token["content"]: token["id"] for token in content.get("added_tokens", [])}
 
 
-def _end_of_text(content: dict[str, Any], settings: Iterable[Path]) -> int:
-    """The id that ends a text: what the settings say, or a token that is usually called so."""
+def _end_of_text(content: dict[str, Any], settings: dict[str, Any], expected: dict[str, Any]) -> int:
+    """The id that ends a text: what the settings say, or what the model expects, or what is usually called so."""
     vocabulary = content["model"].get("vocab")
-    ids = {**(vocabulary if isinstance(vocabulary, dict) else {}), **_added(content)}
-    named = [read_json(path).get("eos_token") for path in settings if path.is_file()]
-    for name in (*(token["content"] if isinstance(token, dict) else token for token in named), *ENDS):
-        if name in ids:
-            number: int = ids[name]
+    ids: dict[str, int] = {**(vocabulary if isinstance(vocabulary, dict) else {}), **_added(content)}
+    named = settings.get("eos_token", "")
+    known = set(ids.values())
+    candidates = [
+        ids.get(named["content"] if isinstance(named, dict) else named),
+        *(end for end in _ids(expected.get("eos_token_id")) if end in known),
+        *map(ids.get, ENDS),
+    ]
+    for number in candidates:
+        if number is not None:
             return number
     raise UserError(f"{FILE} names no token that ends a text: give its eos_token in {SETTINGS}")
 
@@ -146,7 +215,7 @@ def piece_of(token: str, decoders: Sequence[dict[str, Any]]) -> bytes:
 class PublicTokenizer(Tokenizer, name="tokenizers"):
     """Whatever a tokenizer.json describes (WordPiece, unigram, …), run by the `tokenizers` package.
 
-    Text is encoded without the special tokens that a model may want around it.
+    Text is encoded without the special tokens that a model may want around it: those are in `framing`.
     """
 
     def __init__(self, content: dict[str, Any], end_of_text: int, special_tokens: Iterable[str] = ()) -> None:
@@ -167,6 +236,7 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
         known = self._special_tokens()
         self._implementation.add_special_tokens([name for name in special_tokens if name not in known])
         self.special_tokens = self._special_tokens()
+        self.mask_pattern = self._mask_pattern()
         ids = self._implementation.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values()) + 1
         self.pieces = [b""] * self.vocab_size
@@ -178,6 +248,14 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
     def _special_tokens(self) -> dict[str, int]:
         added = self._implementation.get_added_tokens_decoder().items()
         return {token.content: number for number, token in added if token.special}
+
+    def _mask_pattern(self) -> re.Pattern[str]:
+        """Masks with the space before them, or after, if the file says that they stand for it too."""
+        added = self._implementation.get_added_tokens_decoder().values()
+        masks = [token for token in added if token.content in MASKS]
+        before = r"\s*" if any(token.lstrip for token in masks) else ""
+        after = r"\s*" if any(token.rstrip for token in masks) else ""
+        return re.compile(f"{before}(?:{Tokenizer.mask_pattern.pattern}){after}")
 
     @classmethod
     def fit(cls, texts: Texts, vocab_size: int | None = None) -> Self:
@@ -205,10 +283,37 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write `tokenizer` into a checkpoint folder, for the `tokenizers` and `transformers` packages to open."""
-    end = next(name for name, number in tokenizer.special_tokens.items() if number == tokenizer.end_of_text)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end, "pad_token": end}
+    names = {number: name for name, number in tokenizer.special_tokens.items()}
+    ids = special_ids(tokenizer)
+    end = names[tokenizer.end_of_text]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    settings |= {name: names.get(ids[f"{name}_id"], end) for name in ("bos_token", "pad_token")}
+    if masks := [name for name in MASKS if name in tokenizer.special_tokens]:
+        settings["mask_token"] = masks[0]
     (folder / FILE).write_text(json.dumps(described(tokenizer), ensure_ascii=False), encoding="utf-8")
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The fields of config.json that say how texts begin and end, for every kind of model."""
+    end, ends = tokenizer.end_of_text, list(tokenizer.ends)
+    padding = [tokenizer.special_tokens[name] for name in PADDINGS if name in tokenizer.special_tokens]
+    return {
+        "bos_token_id": next(iter(tokenizer.framing.before), end),
+        "eos_token_id": ends if len(ends) > 1 else end,
+        "pad_token_id": next(iter(padding), end),
+    }
+
+
+def target_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The fields of config.json that say how targets begin and end, for encoder-decoders."""
+    framing = tokenizer.framing
+    ids = {
+        "decoder_start_token_id": tokenizer.target_start,
+        "forced_bos_token_id": framing.first,
+        "forced_eos_token_id": framing.last,
+    }
+    return {**ids, "bad_words_ids": [[token] for token in framing.never]} if framing.never else ids
 
 
 @singledispatch
@@ -267,6 +372,25 @@ def _file(
         "version": "1.0",
         "added_tokens": [{"id": number, "content": name, **flags} for name, number in special],
         "pre_tokenizer": pre_tokenizer,
+        "post_processor": _post_processor(tokenizer),
         "model": model,
         "decoder": decoder,
     }
+
+
+def _post_processor(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """What puts special tokens before and after a text, if there are any."""
+    framing, names = tokenizer.framing, {number: name for name, number in tokenizer.special_tokens.items()}
+    if not framing.length:
+        return None
+    single = [{"Sequence": {"id": "A", "type_id": 0}}]
+    single = [
+        *({"SpecialToken": {"id": names[token], "type_id": 0}} for token in framing.before),
+        *single,
+        *({"SpecialToken": {"id": names[token], "type_id": 0}} for token in framing.after),
+    ]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    used = {
+        names[token]: {"id": names[token], "ids": [token], "tokens": [names[token]]} for token in framing.around([])
+    }
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": used}

@@ -9,13 +9,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
 from minitransformer.text.folders import work_folder
 from minitransformer.text.pairs import Pair
-from minitransformer.text.prepare_pairs import PairData, Ragged, TokenPairs, described, vocabularies
+from minitransformer.text.prepare import Tokens
+from minitransformer.text.prepare_pairs import PairData, Ragged, TokenPairs, described, framed_but_last, vocabularies
 from minitransformer.text.tokenizers import Bytes, Tokenizer
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ POOL = 16
 
 Draw = Callable[[random.Random, bool], Pair]
 """A pair from the generator; one that training never has, if asked for"""
-Encoded = tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]
+Encoded = tuple[Tokens, Tokens]
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class GeneratedPairs:
 
         number, place = divmod(index, POOL)
         pool = _pool(self, number)
-        end = self.tokenizer.end_of_text
-        return ShuffledPairs(pool, self.batch_tokens, end, end, self.seed).batch(place)
+        end = self.tokenizer.pair_framing.after[-1]
+        batches = ShuffledPairs(pool, self.batch_tokens, end, end, self.seed, self.tokenizer.target_start)
+        return batches.batch(place)
 
 
 @lru_cache(maxsize=2)
@@ -69,7 +70,7 @@ def _pool(batches: GeneratedPairs, number: int) -> TokenPairs:
 
 
 def _encoded(pair: Pair, tokenizer: Tokenizer) -> Encoded:
-    source, target = map(tokenizer.encode_array, pair)
+    source, target = (framed_but_last(tokenizer.encode_array(text), tokenizer) for text in pair)
     return source, target
 
 

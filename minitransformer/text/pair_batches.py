@@ -70,13 +70,14 @@ def gathered(texts: Ragged, rows: Integers) -> Gathered:
     return Gathered(ids, is_token, columns == lengths)
 
 
-def batch_of(pairs: TokenPairs, rows: Integers, source_end: int, target_end: int) -> PairBatch:
-    """The pairs `rows` [b], each side ended by its end token; the targets' one also begins the inputs."""
+def batch_of(pairs: TokenPairs, rows: Integers, source_end: int, target_end: int, start: int | None) -> PairBatch:
+    """The pairs `rows` [b], each side ended by its end token; inputs begin with `start`, or the targets' end token."""
+    first = target_end if start is None else start
     source, target = gathered(pairs.sources, rows), gathered(pairs.targets, rows)
     return PairBatch(
         torch.from_numpy(np.where(source.is_end, source_end, source.ids)),
         torch.from_numpy(source.is_token | source.is_end),
-        torch.from_numpy(np.pad(target.ids, ((0, 0), (1, 0)), constant_values=target_end)[:, :-1].copy()),
+        torch.from_numpy(np.pad(target.ids, ((0, 0), (1, 0)), constant_values=first)[:, :-1].copy()),
         torch.from_numpy(np.where(target.is_end, target_end, np.where(target.is_token, target.ids, IGNORE))),
     )
 
@@ -118,6 +119,7 @@ class ShuffledPairs:
     source_end: int
     target_end: int
     seed: int
+    start: int | None = None
 
     @property
     def batches_per_epoch(self) -> int:
@@ -128,7 +130,7 @@ class ShuffledPairs:
         epoch, place = divmod(index, self.batches_per_epoch)
         order, batches = _epoch(self.pairs, self.batch_tokens, self.seed, epoch)
         start, end = layout(self.pairs, self.batch_tokens).ends[batches[place] :][:2]
-        return batch_of(self.pairs, order[start:end], self.source_end, self.target_end)
+        return batch_of(self.pairs, order[start:end], self.source_end, self.target_end, self.start)
 
 
 @lru_cache(maxsize=2)
@@ -148,6 +150,7 @@ class SequentialPairs:
     batch_tokens: int
     source_end: int
     target_end: int
+    start: int | None = None
 
     def __len__(self) -> int:
         """How many batches."""
@@ -161,4 +164,5 @@ class SequentialPairs:
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
         _, order, ends = layout(self.pairs, self.batch_tokens)
-        return batch_of(self.pairs, order[ends[index] : ends[index + 1]], self.source_end, self.target_end)
+        rows = order[ends[index] : ends[index + 1]]
+        return batch_of(self.pairs, rows, self.source_end, self.target_end, self.start)

@@ -39,7 +39,8 @@ R = TypeVar("R")
 class PreparedText:
     """The token ids of both splits, each [tokens], mapped from disk, and what they were made from.
 
-    Every document starts with the end-of-text token. `…_bytes` are UTF-8 bytes of text, special tokens
+    Every document starts with the tokenizer's separator: the end-of-text token, and whatever a model wants before a
+    text. `…_bytes` are UTF-8 bytes of text, special tokens
     counting none, so that bits per byte = nats summed over a split / ln 2 / its bytes. `split` says how the
     text was divided: by "documents", or "contiguous" in one place.
     """
@@ -331,7 +332,7 @@ def _write(
 ) -> dict[str, dict[str, int]]:
     """Writes each split's tokens in the order of its parts; counts tokens, bytes of text and documents."""
     dtype = _dtype(tokenizer)
-    start = np.array([tokenizer.end_of_text], dtype)
+    start = np.array(tokenizer.separator, dtype)
 
     def encode(part: Part) -> Encoded:
         tokens = tokenizer.encode_array(part.text).astype(dtype)

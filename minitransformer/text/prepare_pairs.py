@@ -75,7 +75,7 @@ class Ragged:
 
 @dataclass(frozen=True, eq=False)
 class TokenPairs:
-    """Sources and their targets, without start and end tokens."""
+    """Sources and their targets, without the start token, and without the last token of each."""
 
     sources: Ragged
     targets: Ragged
@@ -104,14 +104,14 @@ class PairData:
 
     @property
     def ends(self) -> tuple[int, int]:
-        """The end tokens of sources and of targets."""
-        return self.tokenizer.end_of_text, self.target_tokenizer.end_of_text
+        """The last tokens of sources and of targets."""
+        return self.tokenizer.pair_framing.after[-1], self.target_tokenizer.pair_framing.after[-1]
 
     def validation_batches(self, batch_tokens: int) -> SequentialPairs:
         """Every pair of the validation split once."""
         from minitransformer.text.pair_batches import SequentialPairs
 
-        return SequentialPairs(self.validation, batch_tokens, *self.ends)
+        return SequentialPairs(self.validation, batch_tokens, *self.ends, start=self.target_tokenizer.target_start)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class PreparedPairs(PairData):
         """Batches of at most `batch_tokens` tokens a side, without end."""
         from minitransformer.text.pair_batches import ShuffledPairs
 
-        return ShuffledPairs(self.train, batch_tokens, *self.ends, seed)
+        return ShuffledPairs(self.train, batch_tokens, *self.ends, seed, self.target_tokenizer.target_start)
 
     def summary(self) -> str:
         """Three or four lines to print, of less than 80 columns."""
@@ -316,11 +316,19 @@ def _place(pair: Pair) -> float:
 
 def _encode(pair: Pair, *, tokenizers: tuple[Tokenizer, Tokenizer], room: int, cut: bool) -> Encoded:
     """Both sides as ids, [at most room] each if `cut`."""
-    source, target = (member.encode_array(text) for member, text in zip(tokenizers, pair, strict=True))
-    too_long = max(len(source), len(target)) > room
+    sides = [member.encode_array(text) for member, text in zip(tokenizers, pair, strict=True)]
+    rooms = [room + 1 - member.pair_framing.length for member in tokenizers]
+    too_long = any(len(side) > limit for side, limit in zip(sides, rooms, strict=True))
     if cut:
-        source, target = source[:room], target[:room]
+        sides = [side[:limit] for side, limit in zip(sides, rooms, strict=True)]
+    source, target = (framed_but_last(side, member) for side, member in zip(sides, tokenizers, strict=True))
     return Encoded(_place(pair), (source, target), too_long, sum(len(text.encode()) for text in pair))
+
+
+def framed_but_last(tokens: Tokens, tokenizer: Tokenizer) -> Tokens:
+    """`tokens` [tokens] with all that stands around them but the last token, which batches add."""
+    framing = tokenizer.pair_framing
+    return tokens if framing.length == 1 else np.array(framing.around(tokens.tolist())[:-1], tokens.dtype)
 
 
 def _encoded(

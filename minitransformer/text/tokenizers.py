@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -34,6 +37,47 @@ GPT4_SPLIT = (
 Texts = Callable[[], Iterator[str]]
 
 
+@dataclass(frozen=True)
+class Framing:
+    """The ids that a model expects beside those of its texts; the defaults stand for what our own training does.
+
+    Raises `TypeError` for what are no ids.
+    """
+
+    before: tuple[int, ...] = ()
+    """stand before every text that is read"""
+    after: tuple[int, ...] = ()
+    """stand after every text that is read whole, and after every target"""
+    start: int | None = None
+    """what a decoder reads before the first token of a target; None is the end of text"""
+    first: int | None = None
+    """with which every target begins, whatever the model finds likely"""
+    last: int | None = None
+    """with which a target ends that would grow too long"""
+    other_ends: tuple[int, ...] = ()
+    """end a text as well as the end of text does"""
+    never: tuple[int, ...] = ()
+    """are never written"""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            ids = value if isinstance(field.default, tuple) else () if value is None else (value,)
+            if not isinstance(ids, tuple | list) or not all(type(token) is int and token >= 0 for token in ids):
+                raise TypeError(f"{field.name} is {value!r}, which are no token ids")
+            if isinstance(field.default, tuple):
+                object.__setattr__(self, field.name, tuple(ids))  # JSON has lists only
+
+    @property
+    def length(self) -> int:
+        """How many tokens stand around a text."""
+        return len(self.before) + len(self.after)
+
+    def around(self, tokens: Iterable[int]) -> list[int]:
+        """`tokens` with what stands before and after them."""
+        return [*self.before, *tokens, *self.after]
+
+
 class Tokenizer(Registered, kind="tokenizer"):
     """Text to ids in [0, vocab_size) and back; a member says what its ordinary ids stand for.
 
@@ -44,6 +88,9 @@ class Tokenizer(Registered, kind="tokenizer"):
 
     fit_limit: ClassVar[int | None] = None
     """How many bytes of text `fit` wants at most; None for all there is."""
+    mask_pattern: re.Pattern[str] = re.compile("|".join(map(re.escape, MASKS)))
+    """How a mask is written in a text, with the spaces that it stands for too."""
+    framing = Framing()
 
     def __init__(self, pieces: Sequence[bytes], special_tokens: dict[str, int] | None = None) -> None:
         self.special_tokens = {END_OF_TEXT: len(pieces)} if special_tokens is None else dict(special_tokens)
@@ -82,6 +129,50 @@ class Tokenizer(Registered, kind="tokenizer"):
         ids: list[int] = self.encode_array(text).tolist()
         return ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """What a decoder continues: `text` after the tokens that stand before one, or a beginning if there are none."""
+        return [*self.framing.before, *self.encode(text)] or [self.end_of_text]
+
+    @property
+    def masked_framing(self) -> Framing:
+        """What stands around texts with masks: at least a first token, from which classes are told."""
+        return replace(self.framing, before=self.framing.before or (self.end_of_text,))
+
+    @property
+    def pair_framing(self) -> Framing:
+        """What stands around sources and targets: at least their end."""
+        return replace(self.framing, after=self.framing.after or (self.end_of_text,))
+
+    @property
+    def separator(self) -> list[int]:
+        """What stands before each document of a text: the end of the one before, and the beginning of this one."""
+        end = [self.end_of_text]
+        return end if self.framing.before == tuple(end) else [*end, *self.framing.before]
+
+    @property
+    def target_start(self) -> int:
+        """What a decoder reads before the first token of a target."""
+        return self.end_of_text if self.framing.start is None else self.framing.start
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids of which each ends a text."""
+        return (self.end_of_text, *self.framing.other_ends)
+
+    def framed(self, framing: Framing) -> Self:
+        """This tokenizer for a model that expects `framing`; raises `UserError` for ids that it has not."""
+        used = [*framing.before, *framing.after, *framing.other_ends, *framing.never]
+        used += [token for token in (framing.start, framing.first, framing.last) if token is not None]
+        if used and max(used) >= self.vocab_size:
+            raise UserError(
+                f"texts are to be framed by token {max(used)}, and the tokenizer has {self.vocab_size}: "
+                "use the tokenizer that the model was trained with"
+            )
+        other = copy(self)
+        other.__dict__.pop("fingerprint", None)
+        other.framing = framing
+        return other
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one id, for streaming; special tokens have none. Raises `ValueError` outside the vocabulary."""
         if not 0 <= token < self.vocab_size:
@@ -105,7 +196,8 @@ class Tokenizer(Registered, kind="tokenizer"):
         try:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r} is not {FORMAT}")
-            return Tokenizer.named(content["type"])._from_json(content)
+            tokenizer = Tokenizer.named(content["type"])._from_json(content)
+            return tokenizer.framed(Framing(**content["framing"])) if "framing" in content else tokenizer
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
             raise UserError(f"not a tokenizer: {what}; use a tokenizer.json as training wrote it") from None
@@ -162,7 +254,8 @@ class Tokenizer(Registered, kind="tokenizer"):
         return self
 
     def _described(self, **content: Any) -> dict[str, Any]:
-        return {"format": FORMAT, "type": self.name, "special_tokens": self.special_tokens, **content}
+        framing = {} if self.framing == Framing() else {"framing": asdict(self.framing)}
+        return {"format": FORMAT, "type": self.name, "special_tokens": self.special_tokens, **framing, **content}
 
 
 def _not_text(error: UnicodeEncodeError) -> UserError:

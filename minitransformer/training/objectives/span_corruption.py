@@ -57,15 +57,15 @@ class SpanCorruption(Objective, name="span-corruption"):
 
     def __init__(self, prepared: PreparedText, config: RunConfig) -> None:
         super().__init__(prepared, config)
-        # What is left is shorter than the window; the end token takes one place.
-        self.length = config.model.context_length - 1
+        self.framing, self.start = prepared.tokenizer.pair_framing, prepared.tokenizer.target_start
+        # What is left is shorter than the window; what stands around it takes its places too.
+        self.length = config.model.context_length - self.framing.length
         spans = self.length * config.training.span_density / config.training.mean_span
         if spans > len(SENTINELS):
             raise UserError(
                 f"context_length {config.model.context_length} has {spans:.0f} spans to cut out, and there are "
                 f"{len(SENTINELS)} sentinels: lower it, or raise mean_span"
             )
-        self.end = prepared.tokenizer.end_of_text
         self.sentinels = np.array([prepared.tokenizer.special_tokens[name] for name in SENTINELS])
 
     @classmethod
@@ -93,11 +93,11 @@ class SpanCorruption(Objective, name="span-corruption"):
         sources, targets = [], []
         for window in windows:
             cut = random_spans(len(window), training.span_density, training.mean_span, generator)
-            sources.append(np.append(self._with_sentinels(window, cut), self.end))
-            targets.append(np.append(self._with_sentinels(window, ~cut), self.end))
+            sources.append(self.framing.around(self._with_sentinels(window, cut).tolist()))
+            targets.append(self.framing.around(self._with_sentinels(window, ~cut).tolist()))
         # Every window loses the same number of tokens in the same number of spans, so there is no padding.
-        source, target = torch.from_numpy(np.stack(sources)), torch.from_numpy(np.stack(targets))
-        inputs = torch.cat([target.new_full((len(target), 1), self.end), target[:, :-1]], dim=1)
+        source, target = torch.tensor(sources), torch.tensor(targets)
+        inputs = torch.cat([target.new_full((len(target), 1), self.start), target[:, :-1]], dim=1)
         return PairBatch(source, torch.ones_like(source, dtype=torch.bool), inputs, target)
 
     def _with_sentinels(self, window: npt.NDArray[np.int64], cut: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
