@@ -104,7 +104,8 @@ def _run(kind: type[Experiment], options: Options) -> int:
         try:
             failures = sweep.run(options.processes, Terminal(kind.name))
         except KeyboardInterrupt:
-            covered = coverage(sweep, ())
+            # Read again: what was just being kept is on disk, but this process may not know it yet.
+            covered = coverage(Sweep.open(folder, kind(options.settings)), ())
             counts = f"{covered.measured} of {covered.asked} results are in {folder}"
             print(f"\ninterrupted: {counts}; the same command goes on from there", file=sys.stderr)
             return INTERRUPTED
@@ -138,7 +139,7 @@ def _run_all(options: Options) -> int:
         print(flush=True)
     for name, code in outcomes.items():
         report = options.folder(name) / "report.html"
-        print(f"{name:10} {'reproduced' if code == DONE else 'FAILED':10} {report if report.exists() else ''}")
+        print(f"{name:10} {'done' if code == DONE else 'FAILED':8} {report if report.exists() else ''}")
     return DONE if set(outcomes.values()) <= {DONE} else FAILED
 
 
