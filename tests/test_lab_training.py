@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from minitransformer.lab.training import train
-from tests.runs_for_tests import TINY, configured, prepared_text, trainer_for
+from minitransformer.lab import training
+from minitransformer.lab.experiment import Experiment, Result, Settings
+from minitransformer.lab.experiments.trainability import PLACEMENTS
+from minitransformer.lab.training import BASE, Course, on_trial, train
+from minitransformer.models.model import build_model
+from tests.runs_for_tests import TEXT, TINY, configured, prepared_text, trainer_for
+
+NAMES = ("E5", "E6", "E7", "E8", "E9")
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +61,152 @@ def test_experiments_train_bit_for_bit_as_the_trainer_does(text, tmp_path: Path,
     for ours, theirs in zip(trained.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert trained.validation_loss() == trainer.validation.loss
+
+
+def test_a_run_that_is_not_finite_ends_there_and_counts_as_infinitely_bad(text):
+    trained = train(configured(TINY, lr=1e30, schedule="constant", warmup_steps=0), text)
+    assert len(trained.course.losses) < TINY.training.steps
+    assert not trained.course.finite
+    assert trained.course.last_loss == trained.validation_loss() == math.inf
+
+
+def test_a_run_ends_where_it_is_told_to(text):
+    trained = train(TINY, text, lambda course: len(course.losses) == 3)
+    assert trained.course.losses == train(TINY, text).course.losses[:3]
+
+
+def test_the_last_loss_is_that_of_the_last_steps_alone():
+    assert Course([9.0] * 10 + [1.0, 2.0] * 12 + [1.0], [1.0] * 35).last_loss == pytest.approx(1.48)
+
+
+@pytest.mark.parametrize(("gains", "holds"), [([1.0, 1.1, 0.9], True), ([-1.0, -1.1], False), ([1.0, -0.9, 0.1], None)])
+def test_a_claim_on_trial_is_open_while_its_interval_covers_no_gain(gains, holds):
+    assert on_trial("it helps", gains).holds is holds
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Experiments on a small text, with models and runs as small as can be."""
+    folder = tmp_path_factory.mktemp("lab")
+    (folder / "text.txt").write_text(TEXT)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MINITRANSFORMER_DATA", str(folder / "data"))
+    model = replace(BASE.model, d_model=8, num_heads=2, context_length=8)
+    patch.setattr(training, "BASE", replace(BASE, model=model, training=replace(BASE.training, batch_size=2)))
+    yield lambda name, quick=True: Experiment.named(name)(Settings(quick, str(folder / "text.txt")))
+    patch.undo()
+
+
+def shrunk(task):
+    """As short as can be; E6 looks at all of its layers."""
+    return {**task, "steps": 2, "num_layers": 12 if task["steps"] == 150 else 1}
+
+
+@pytest.fixture(scope="module")
+def results(tiny):
+    """What the quick forms measure, in runs of two steps."""
+    found = {}
+    for name in NAMES:
+        experiment = tiny(name)
+        found[name] = [Result(task, experiment.measure(shrunk(task))) for task in experiment.tasks()]
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_concludes_from_its_quick_form(tiny, results, name):
+    findings = tiny(name).conclude(results[name])
+    assert findings.criteria
+    assert findings.tables
+    for table in findings.tables:
+        assert {len(row) for row in table.rows} <= {len(table.columns)}
+    pytest.importorskip("matplotlib")
+    for picture in findings.pictures:
+        picture.draw()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_concludes_from_a_full_sweep_that_was_stopped(tiny, results, name):
+    experiment = tiny(name, quick=False)
+    measured = results[name][0].measured
+    tasks = experiment.tasks()
+    finished = tasks[: len(tasks) // 2 + 1]
+    assert experiment.conclude([Result(task, measured) for task in finished]).criteria
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_task_is_measured_as_the_same_numbers(tiny, results, name):
+    first = results[name][0]
+    assert tiny(name).measure(shrunk(first.task)) == first.measured
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tasks_name_all_their_choices_and_differ(tiny, name):
+    for quick in (True, False):
+        tasks = tiny(name, quick).tasks()
+        assert len({tuple(sorted(task.items())) for task in tasks}) == len(tasks)
+        assert {"residual", "num_layers", "lr", "warmup_steps", "steps", "seed"} <= set(tasks[0])
+
+
+def test_placements_are_compared_with_the_same_draws_of_weights(tiny):
+    """Up to a factor that the placement asks for."""
+    experiment = tiny("E9")
+    run = {"num_layers": 2, "lr": 1e-3, "steps": 3}
+    models = {}
+    for name in PLACEMENTS:
+        torch.manual_seed(0)
+        models[name] = build_model(experiment.configured({"residual": name, **run}).model)
+    reference = {name: weight for name, weight in models["pre"].named_parameters() if weight.dim() > 1}
+    for model in models.values():
+        weights = dict(model.named_parameters())
+        for name, weight in reference.items():
+            factor = weights[name].norm() / weight.norm()
+            torch.testing.assert_close(weights[name], factor * weight)
+
+
+def measured_as(experiment, losses):
+    """Results in which each run ends with the loss that `losses` gives for its task."""
+    return [Result(task, {"last_loss": losses(task), "losses": [losses(task)] * 25}) for task in experiment.tasks()]
+
+
+def test_warm_up_fails_its_criteria_when_pre_ln_is_stuck_or_post_ln_is_not(tiny):
+    experiment = tiny("E5")
+    rescued = lambda task: 2.48 if task["residual"] != "post" or task["warmup_steps"] else 3.3  # noqa: E731
+    outcome = [criterion.holds for criterion in experiment.conclude(measured_as(experiment, rescued)).criteria]
+    assert outcome[:4] == [True] * 4
+    assert set(outcome[4:]) == {None}
+    outcome = [criterion.holds for criterion in experiment.conclude(measured_as(experiment, lambda _: 2.48)).criteria]
+    assert outcome[:4] == [False, True, True, True]
+    outcome = [criterion.holds for criterion in experiment.conclude(measured_as(experiment, lambda _: 3.3)).criteria]
+    assert outcome[:4] == [True, False, False, False]
+
+
+def test_the_trainability_map_asks_all_seeds_to_learn(tiny):
+    experiment = tiny("E7", quick=False)
+    findings = experiment.conclude(
+        measured_as(experiment, lambda task: 3.3 if task["lr"] > 1e-3 and task["seed"] else 2.5)
+    )
+    assert {cell for row in findings.tables[0].rows for cell in row[1:]} == {"0.001"}
+
+
+def ranked(experiment, loss):
+    return experiment.conclude([Result(task, {"validation_loss": loss(task)}) for task in experiment.tasks()])
+
+
+def test_the_ranking_names_a_winner_only_if_the_seeds_agree(tiny):
+    experiment = tiny("E9", quick=False)
+
+    def clear(task):
+        return PLACEMENTS.index(task["residual"]) + 0.01 * task["seed"] * (1 + PLACEMENTS.index(task["residual"]) % 2)
+
+    def noisy(task):
+        return 2 + 0.1 * ((7 * task["seed"] + 3 * PLACEMENTS.index(task["residual"])) % 5)
+
+    assert ranked(experiment, clear).criteria[0].holds is True
+    assert ranked(experiment, noisy).criteria[0].holds is None
+
+
+def test_the_ranking_takes_the_rate_that_was_best_for_the_seeds_of_tuning(tiny):
+    experiment = tiny("E9", quick=False)
+    # At 3e-3 the seeds that are ranked would do best, but those for tuning say 1e-2.
+    table = ranked(experiment, lambda task: abs(task["lr"] - (1e-2 if task["seed"] >= 100 else 3e-3))).tables[0]
+    assert {row[1] for row in table.rows} == {1e-2}

@@ -1,0 +1,142 @@
+"""E7: up to which learning rate each placement learns, by depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from minitransformer.lab.experiment import Criterion, Findings, Measurement, Picture, Result, Table, Task, select
+from minitransformer.lab.figures import heatmap
+from minitransformer.lab.training import STUCK, Course, TrainingExperiment, final_loss, on_trial
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLACEMENTS = (
+    "post",
+    "pre",
+    "sandwich",
+    "peri",
+    "olmo2",
+    "deepnorm",
+    "admin",
+    "b2t",
+    "residual",
+    "mix",
+    "lns",
+    "hybrid",
+    "siamese",
+    "keel",
+)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+BELOW = 1e-4
+"""what counts as the rate of a placement that learns at none"""
+PATIENCE = 50
+"""steps before a run may be given up"""
+
+Cell = tuple[str, int, int]
+"""Placement, layers, and steps of warm-up."""
+
+
+class Trainability(TrainingExperiment, name="E7"):
+    """A grid of short runs; those that know less than nothing are stopped."""
+
+    title = "Trainability map"
+    question = "What is the largest learning rate at which each placement learns, at each depth?"
+    source = (
+        "Wang et al. 2022 (DeepNorm, arXiv 2203.00555), figure 1; Xiong et al. 2020 (arXiv 2002.04745), section 3.1"
+    )
+    minutes = 45.0
+
+    def tasks(self) -> Sequence[Task]:
+        quick = self.settings.quick
+        names = ("post", "pre", "residual") if quick else PLACEMENTS
+        depths, rates = ((4, 12), (1e-3, 1e-2)) if quick else ((4, 8, 12, 24), RATES)
+        warmups, seeds, steps = ((1,), 1, 100) if quick else ((1, 100), 2, 150)
+        return [
+            {"residual": name, "num_layers": layers, "lr": lr, "warmup_steps": warmup, "steps": steps, "seed": seed}
+            for seed in range(seeds)
+            for layers in depths
+            for name in names
+            for warmup in warmups
+            for lr in rates
+        ]
+
+    def measure(self, task: Task) -> Measurement:
+        blind = math.log(self.text.tokenizer.vocab_size)
+
+        def lost(course: Course) -> bool:
+            return len(course.losses) >= PATIENCE and final_loss(course.losses) > blind
+
+        return self.record(self.train(task, lost))
+
+    def conclude(self, results: Sequence[Result]) -> Findings:
+        names, depths, warmups = (
+            list(dict.fromkeys(run.task[choice] for run in results))
+            for choice in ("residual", "num_layers", "warmup_steps")
+        )
+        places = [(layers, warmup) for warmup in warmups for layers in sorted(depths)]
+        largest = {(name, *place): _largest_rate(results, (name, *place)) for name in names for place in places}
+        labels = [f"{layers} layers, {'warm-up' if warmup > 1 else 'none'}" for layers, warmup in places]
+        rows = [[name, *(_rate(largest[name, *place]) for place in places)] for name in names]
+
+        def draw() -> Figure:
+            return heatmap(
+                [[math.log10(largest[name, *place] or math.nan) for place in places] for name in names],
+                rows=names,
+                columns=labels,
+                title="Largest learning rate at which all seeds learn (dash: none of those tried)",
+                value_label="log₁₀ of the learning rate",
+                format_spec=".1f",
+            )
+
+        return Findings(
+            criteria=_criteria(results, max(depths)),
+            tables=[Table("Largest learning rate at which all seeds learn", ["placement", *labels], rows)],
+            pictures=[Picture("Trainability map", draw, "Warm-up is 100 steps, and the rate constant after it.")],
+            remarks=[
+                f"A run learns if the mean loss of its last 25 steps is below {STUCK} nats a character: one that is "
+                "merely slow counts as one that is stuck.",
+                f"After {PATIENCE} steps, a run whose last 25 are worse than a guess among all characters is stopped.",
+                f"For the claims, a placement that learns at none of the rates counts as one of {BELOW:g}.",
+            ],
+        )
+
+
+def _largest_rate(results: Sequence[Result], cell: Cell) -> float:
+    """At which all seeds of the cell learn; 0 if there is none."""
+    name, layers, warmup = cell
+    runs = select(results, {"residual": name, "num_layers": layers, "warmup_steps": warmup})
+    failed = {run.task["lr"] for run in runs if run.measured["last_loss"] >= STUCK}
+    return max((run.task["lr"] for run in runs if run.task["lr"] not in failed), default=0.0)
+
+
+def _rate(lr: float) -> str:
+    return f"{lr:g}" if lr else "none"
+
+
+def _criteria(results: Sequence[Result], layers: int) -> list[Criterion]:
+    post = ("post", layers, 1)
+    claims: list[tuple[str, Cell]] = [
+        (f"{title} learns at larger rates than Post-LN, {layers} layers, no warm-up", (name, layers, 1))
+        for name, title in (("pre", "Pre-LN"), ("deepnorm", "DeepNorm"), ("residual", "ResiDual"), ("admin", "Admin"))
+    ]
+    claims += [(f"warm-up lets Post-LN learn at larger rates, {layers} layers", ("post", layers, 100))]
+    return [on_trial(claim, _decades(results, better, post), " decades") for claim, better in claims]
+
+
+def _decades(results: Sequence[Result], better: Cell, worse: Cell) -> list[float]:
+    """By how many powers of ten the largest rate of one cell is above that of the other, seed by seed."""
+    gains = []
+    for seed in sorted({run.task["seed"] for run in results}):
+        runs = select(results, {"seed": seed})
+        sides = [[run for run in runs if _cell(run) == cell] for cell in (better, worse)]
+        if all(sides):
+            rates = [_largest_rate(side, cell) or BELOW for side, cell in zip(sides, (better, worse), strict=True)]
+            gains.append(math.log10(rates[0] / rates[1]))
+    return gains
+
+
+def _cell(run: Result) -> Cell:
+    return run.task["residual"], run.task["num_layers"], run.task["warmup_steps"]
