@@ -10,21 +10,32 @@ from numpy.typing import ArrayLike
 
 from minitransformer.lab.experiment import Criterion
 from minitransformer.lab.figures import Curve
-from minitransformer.lab.statistics import Interval, mean_interval
+from minitransformer.lab.statistics import Interval, loglog_slope, mean_interval
 
 
-def between(claim: str, value: Interval, low: float, high: float, unit: str = "") -> Criterion:
+def between(claim: str, value: Interval, low: float, high: float) -> Criterion:
     """Holds if the mean lies in [low, high]: accepted ranges are of means over seeds; the interval is shown."""
-    return Criterion(claim, f"{value}{unit}, {seeds(value.n)}", low <= value.mean <= high)
+    text = "no number: a value is 0 or infinite" if math.isnan(value.mean) else f"{value}"
+    return Criterion(claim, f"{text}, {seeds(value.n)}", low <= value.mean <= high)
 
 
 def seeds(n: int) -> str:
+    """How many, in words."""
     return "1 seed" if n == 1 else f"{n} seeds"
 
 
+def exponent(x: Sequence[float], rows: ArrayLike) -> Interval:
+    """p of y ∝ x^p, from `rows` (seeds × points) of y; not a number where a y has no logarithm."""
+    values = np.asarray(rows, dtype=float)
+    if not (np.isfinite(values) & (values > 0)).all():
+        return Interval(math.nan, math.nan, math.nan, len(values))
+    return loglog_slope(x, values)
+
+
 def geometric_mean(values: ArrayLike) -> Interval:
-    """The geometric mean of positive values (one per seed), with the interval of their logarithms' mean."""
-    log = mean_interval(np.log(np.asarray(values, dtype=float)))
+    """The geometric mean of values (one per seed, none negative), with the interval of their logarithms' mean."""
+    with np.errstate(divide="ignore"):
+        log = mean_interval(np.log(np.asarray(values, dtype=float)))
     high = math.exp(log.high) if log.high < math.log(1e300) else math.inf
     return Interval(math.exp(log.mean), math.exp(log.low), high, log.n)
 

@@ -74,11 +74,11 @@ def blind(model: Model) -> Model:
     return model
 
 
-SETTINGS: dict[str, Callable[[MakeModel, Placement, int, int], Model]] = {
+MODES: dict[str, Callable[[MakeModel, Placement, int, int], Model]] = {
     "theory": lambda make, placement, num_layers, seed: blind(make(theory_config(placement, num_layers), seed)),
     "real": lambda make, placement, num_layers, seed: make(real_config(placement, num_layers), seed),
 }
-"""From a maker, a placement, a depth and a seed to a model in the setting of the theory, or in that of practice."""
+"""From a maker, a placement, a depth and a seed to a model in the theory's mode or in the real one."""
 
 
 def random_tokens(seed: int, texts: int, vocab_size: int = WIDTH) -> list[Int[Tensor, "batch length"]]:

@@ -25,9 +25,9 @@ from minitransformer.lab.experiment import (
     Task,
     select,
 )
-from minitransformer.lab.judging import between, curve, seeds
-from minitransformer.lab.statistics import loglog_slope, mean_interval
-from minitransformer.lab.subjects import SETTINGS, MakeModel, Placement, make_model, random_tokens
+from minitransformer.lab.judging import between, curve, exponent, seeds
+from minitransformer.lab.statistics import mean_interval
+from minitransformer.lab.subjects import MODES, MakeModel, Placement, make_model, random_tokens
 
 INDEPENDENT_BRANCH = 2 * (1 - (2 / 3) ** 0.5)
 """ω² of a feed-forward network whose output is independent of x and has half its square: cos² = 1 / (1 + ½)"""
@@ -93,7 +93,7 @@ def forward_statistics(make: MakeModel, placement: str, num_layers: int, seed: i
 
     A layer or sublayer that is never called changes nothing: ω² = 0.
     """
-    model: Any = SETTINGS["theory"](make, Placement(placement), num_layers, seed)
+    model: Any = MODES["theory"](make, Placement(placement), num_layers, seed)
     output, total, change = [0.0] * num_layers, [0.0] * num_layers, [0.0] * num_layers
     state = model.stack.residual.state
 
@@ -238,9 +238,9 @@ class Amplification(Experiment, name="E4"):
             if not chosen:
                 continue
             depths, changes = chosen[0].task["depths"], [result.measured["changes"] for result in chosen]
-            slope = loglog_slope(depths, changes)
+            slope = exponent(depths, changes)
             reach = f"at most {high:g}" if np.isinf(low) else f"from {low:g} to {high:g}"
-            criteria.append(between(f"{placement.label}: log-log slope {reach}", slope, low, high))
+            criteria.append(between(f"{placement.label}: the change's log-log slope {reach}", slope, low, high))
             rows.append((placement.label, round(slope.mean, 3), round(slope.low, 3), round(slope.high, 3), reach))
             curves.append(curve(placement.label, depths, changes, geometric=True))
         return Findings(
@@ -260,14 +260,14 @@ AMPLIFICATION: dict[Placement, tuple[float, float]] = {
 }
 """the exponents that are accepted"""
 AMPLIFICATION_REMARKS = (
-    "The real mode of E1. W becomes W + 0.1 std(W) · N(0, 1) for all matrices of the stack; embeddings and head stay. F "
-    "is the output of the stack, which a norm has made of size √d.",
+    "The real mode of E1. W becomes W + 0.1 std(W) · N(0, 1) for all matrices of the stack; embeddings and head stay. "
+    "F is the output of the stack, which a norm has made of size √d.",
 )
 
 
 def output_change(make: MakeModel, placement: Placement, depth: int, *, amount: float, seed: int) -> float:
     """E‖ΔF‖²/d after every matrix of the stack moved by `amount` of its standard deviation."""
-    model: Any = SETTINGS["real"](make, placement, depth, seed)
+    model: Any = MODES["real"](make, placement, depth, seed)
     (tokens,) = random_tokens(seed, 1)
     generator = torch.Generator().manual_seed(2_000_003 + seed)
     with torch.no_grad():

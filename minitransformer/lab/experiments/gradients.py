@@ -22,10 +22,10 @@ from minitransformer.lab.experiment import (
     Task,
     select,
 )
-from minitransformer.lab.judging import between, curve, geometric_mean
-from minitransformer.lab.statistics import Interval, loglog_slope
+from minitransformer.lab.judging import between, curve, exponent, geometric_mean
+from minitransformer.lab.statistics import Interval
 from minitransformer.lab.subjects import (
-    SETTINGS,
+    MODES,
     MakeModel,
     Placement,
     feedforward_outputs,
@@ -46,6 +46,7 @@ ACCEPTED: dict[Placement, tuple[float, float]] = {
     Placement("lns"): (-0.7, -0.5),
 }
 """the exponent p of gradient ∝ L^p that is accepted in the real setting"""
+FIRST_LAYER = "first layer"
 NORM = "‖∂loss/∂W₂‖"
 THEORY = {Placement("post"): "0", Placement("pre"): "−½"}
 """the exponents that theorem 1 bounds the gradient with"""
@@ -59,7 +60,9 @@ class GradientAgainstDepth(Experiment, name="E1"):
     source = "theorem 1 and figure 3 of Xiong et al. 2020 (arXiv 2002.04745)"
     minutes = 1.0
     placements: Sequence[Placement] = tuple(ACCEPTED)
-    settings_of_models: Sequence[str] = ("theory", "real")
+    modes: Sequence[str] = ("theory", "real")
+    first_layers: Sequence[str] = ("none", "full")
+    """OLMo 2's norms of queries and keys"""
     depths: Sequence[int] = (2, 4, 8, 16, 32)
     make: MakeModel = staticmethod(make_model)
 
@@ -68,31 +71,36 @@ class GradientAgainstDepth(Experiment, name="E1"):
         self.seeds = 3 if settings.quick else 10
 
     def tasks(self) -> Sequence[Task]:
-        subjects = [(setting, placement.label) for setting in self.settings_of_models for placement in self.placements]
-        subjects += [("first layer", f"olmo2, qk_norm {qk_norm}") for qk_norm in ("none", "full")]
+        subjects = [(mode, placement.label) for mode in self.modes for placement in self.placements]
+        subjects += [(FIRST_LAYER, f"olmo2, qk_norm {qk_norm}") for qk_norm in self.first_layers]
         return [
-            {"setting": setting, "placement": placement, "depths": list(self.depths), "seed": seed}
+            {"mode": mode, "placement": placement, "depths": list(self.depths), "seed": seed}
             for seed in range(self.seeds)
-            for setting, placement in subjects
+            for mode, placement in subjects
         ]
 
     def measure(self, task: Task) -> Measurement:
         make, seed = self.make, task["seed"]
-        if task["setting"] == "first layer":
+        if task["mode"] == FIRST_LAYER:
             qk_norm = task["placement"].split()[-1]
             return {"norms": [first_gradient(make, qk_norm, depth, seed) for depth in task["depths"]]}
         (placement,) = [placement for placement in ACCEPTED if placement.label == task["placement"]]
-        return {"norms": [last_gradient(make, task["setting"], placement, depth, seed) for depth in task["depths"]]}
+        return {"norms": [last_gradient(make, task["mode"], placement, depth, seed) for depth in task["depths"]]}
 
     def conclude(self, results: Sequence[Result]) -> Findings:
         slopes = {
-            (setting, placement): loglog_slope(*_norms(chosen))
-            for setting in SETTINGS
+            (mode, placement): exponent(*_norms(chosen))
+            for mode in MODES
             for placement in ACCEPTED
-            if (chosen := select(results, {"setting": setting, "placement": placement.label}))
+            if (chosen := select(results, {"mode": mode, "placement": placement.label}))
         }
         criteria = [
-            between(f"{placement.label}: log-log slope from {low:g} to {high:g}", slopes["real", placement], low, high)
+            between(
+                f"{placement.label}: the gradient's log-log slope from {low:g} to {high:g}",
+                slopes["real", placement],
+                low,
+                high,
+            )
             for placement, (low, high) in ACCEPTED.items()
             if ("real", placement) in slopes
         ]
@@ -110,11 +118,11 @@ class GradientAgainstDepth(Experiment, name="E1"):
         half = "half of its 95 % interval"
         columns = ["placement", "theory mode", half, "real mode", half, "accepted in real mode", "theorem 1"]
         tables = [Table("Exponent p of ‖∂loss/∂W₂‖ ∝ L^p, last feed-forward network", columns, rows)]
-        growth = select(results, {"setting": "first layer"})
+        growth = select(results, {"mode": FIRST_LAYER})
         return Findings(
             [*criteria, *_growth_criteria(growth)],
             tables,
-            [picture for setting in SETTINGS if (picture := _picture(results, setting))] + _growth_pictures(growth),
+            [picture for mode in MODES if (picture := _picture(results, mode))] + _growth_pictures(growth),
             REMARKS,
         )
 
@@ -129,9 +137,9 @@ REMARKS = (
 )
 
 
-def last_gradient(make: MakeModel, setting: str, placement: Placement, depth: int, seed: int) -> float:
+def last_gradient(make: MakeModel, mode: str, placement: Placement, depth: int, seed: int) -> float:
     """‖∂loss/∂W₂‖ of the last feed-forward network."""
-    return _gradient(SETTINGS[setting](make, placement, depth, seed), layer=-1, seed=seed)
+    return _gradient(MODES[mode](make, placement, depth, seed), layer=-1, seed=seed)
 
 
 def first_gradient(make: MakeModel, qk_norm: str, depth: int, seed: int) -> float:
@@ -142,8 +150,8 @@ def first_gradient(make: MakeModel, qk_norm: str, depth: int, seed: int) -> floa
 def _gradient(model: Any, *, layer: int, seed: int) -> float:
     tokens, targets = random_tokens(seed, 2)
     weight = feedforward_outputs(model.stack)[layer]
-    # Of this weight alone: the way back ends there.
-    (gradient,) = torch.autograd.grad(loss(model(tokens), targets), [weight])
+    # Of this weight alone: the way back ends there, and a layer that does nothing has a gradient of 0.
+    (gradient,) = torch.autograd.grad(loss(model(tokens), targets), [weight], materialize_grads=True)
     return float(gradient.norm())
 
 
@@ -173,19 +181,19 @@ def _growth_criteria(results: Sequence[Result]) -> list[Criterion]:
     return criteria
 
 
-def _picture(results: Sequence[Result], setting: str) -> Picture | None:
+def _picture(results: Sequence[Result], mode: str) -> Picture | None:
     curves = [
         curve(placement.label, *_norms(chosen), geometric=True)
         for placement in ACCEPTED
-        if (chosen := select(results, {"setting": setting, "placement": placement.label}))
+        if (chosen := select(results, {"mode": mode, "placement": placement.label}))
     ]
     if not curves:
         return None
     caption = (
-        f"Gradient of W₂ of the last feed-forward network against the number of layers, {setting} mode. Geometric mean "
+        f"Gradient of W₂ of the last feed-forward network against the number of layers, {mode} mode. Geometric mean "
         "over seeds with its 95 % interval. After theorem 1 and figure 3 of Xiong et al. 2020."
     )
-    return _drawn(f"Gradient of the last layer, {setting} mode", curves, caption)
+    return _drawn(f"Gradient of the last layer, {mode} mode", curves, caption)
 
 
 def _growth_pictures(results: Sequence[Result]) -> list[Picture]:
@@ -255,9 +263,8 @@ class GradientProfile(Experiment, name="E2"):
 
 KINDS = {"mean of norms": "mean_of_norms", "norm of the mean": "norm_of_mean"}
 PROFILE_REMARKS = (
-    "Encoder-decoders of d = 128, four heads, d_ff = 4d and L layers on each side, with sinusoidal positions; weights, "
-    "head, loss and batches of random tokens are as in E1. Over batches, the mean of norms says how large a gradient "
-    "is, and the norm of the mean, which is Xiong's, how much of it batches have in common.",
+    "Encoder-decoders in the real mode of E1, with L layers on each side. Over batches, the mean of norms says how "
+    "large a gradient is, and the norm of the mean, which is Xiong's, how much of it batches have in common.",
     "Post-LN's 2^((L−1)/2): cross-attention reads a memory whose tokens are much alike and so adds about the variance "
     "of x; the norm after it divides by √2, and the branch's own gradient goes to the encoder. Self-attention and the "
     "feed-forward network send back as much as their norms take.",
@@ -282,7 +289,7 @@ def profile_claims(placement: str, depth: int, side: str) -> list[tuple[str, flo
 
 def gradient_profile(make: MakeModel, placement: str, num_layers: int, batches: int, seed: int) -> Measurement:
     """For the encoder and the decoder, by layer: the mean over batches of ‖∂loss/∂W₂‖, and the norm of the mean."""
-    config = real_config(Placement(placement), num_layers, topology="encoder-decoder", positions="sinusoidal")
+    config = real_config(Placement(placement), num_layers, topology="encoder-decoder")
     model: Any = make(config, seed)
     stacks = {side: feedforward_outputs(getattr(model, side)) for side in ("encoder", "decoder")}
     weights = [weight for stack in stacks.values() for weight in stack]
