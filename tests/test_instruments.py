@@ -223,7 +223,7 @@ def test_attention_to_equal_tokens_alone_has_the_entropy_of_their_number() -> No
 
 
 def test_padding_changes_no_figure(shake: Any) -> None:
-    names = [name for name in Instrument.registry if name not in ("fp16-margin", "outlier-ratio")]
+    names = [name for name in Instrument.registry if name != "fp16-margin"]  # padding overflows too
     model = shake(make("encoder", num_layers=2))
     row, is_token = TOKENS[:1], torch.arange(12)[None] < 8
     padded = F.pad(row, (0, 4))

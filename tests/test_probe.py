@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +156,16 @@ def test_the_update_ratio_is_how_far_the_weights_have_moved(text: Any, tmp_path:
     assert found > 0
 
 
-def test_figures_at_rest_are_for_the_weights_that_the_loss_of_the_step_is_for(text: Any, tmp_path: Path) -> None:
-    trainer = probed_trainer(tmp_path / "run", text, configured(batch_size=16, dropout=0.5, probe=("stream-variance",)))
-    rows = trainer.objective.training_batches(0)[0].split(2)[0]  # type: ignore[attr-defined]
-    loss = trainer.objective.loss_sum(trainer.model, rows) / rows.num_targets
-    expected = probe_now(trainer.model, lambda: trainer.objective.loss_sum(trainer.model, rows), ["stream-variance"])
-    assert loss > 0
+def test_figures_at_rest_are_for_the_weights_and_in_the_unit_of_the_loss(text: Any, tmp_path: Path) -> None:
+    names = ("stream-variance", "skipped-layer", "example-gradient-norm")
+    trainer = probed_trainer(tmp_path / "run", text, configured(batch_size=16, dropout=0.5, probe=names))
+    rows: Any = trainer.objective.training_batches(0)[0]
+
+    def mean_loss(batch: Any) -> Tensor:
+        return trainer.objective.loss_sum(trainer.model, batch) / batch.num_targets
+
+    examples = [partial(mean_loss, row) for row in rows.split(1)[:2]]  # an eighth of the batch
+    expected = probe_now(trainer.model, lambda: mean_loss(rows.split(2)[0]), names, examples=examples)
     trainer.model.train()
     trainer._step()
     assert next(records(tmp_path / "run")) == {"step": 1, **expected}
