@@ -105,10 +105,11 @@ def test_given_positions_replace_those_that_count_tokens(tiny: Any) -> None:
 
 def test_the_next_sentence_is_two_logits_from_the_first_token(tiny: Any) -> None:
     model = tiny(next_sentence=True, num_segments=2)
-    hidden = model.hidden_states(texts(2))
-    logits = model.next_sentence(hidden)
-    assert logits.shape == (2, 2)
-    assert torch.equal(logits, model.next_sentence(hidden[:, :1]))
+    tokens = texts(2)
+    logits, follows = model(tokens)
+    assert follows.shape == (2, 2)
+    assert torch.equal(follows, model.next_sentence(model.hidden_states(tokens)[:, :1]))
+    assert torch.equal(logits, model.token_logits(tokens))
     assert tiny().next_sentence is None
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.text.batches import IGNORE
-from minitransformer.text.tokenizers import MASK
+from minitransformer.text.tokenizers import MASK, Bytes, Framing
 from minitransformer.training.checkpoint import choose_checkpoint
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.objectives import Masked, Objective, Seq2Seq, SpanCorruption
@@ -149,7 +149,7 @@ def test_source_and_target_together_are_the_text(tmp_path: Path) -> None:
     [batch] = objective.training_batches(2)
     text = objective.prepared.train.tolist()
     for source, target, inputs in zip(*(t.tolist() for t in (batch.source, batch.targets, batch.inputs)), strict=True):
-        assert source[-1] == target[-1] == objective.end
+        assert source[-1] == target[-1] == objective.prepared.tokenizer.end_of_text
         assert inputs == [objective.end, *target[:-1]]
         spans: dict[int, list[int]] = {}
         sentinel = target[0]
@@ -185,6 +185,71 @@ def test_a_vocabulary_has_the_special_tokens_of_its_objective(tmp_path: Path) ->
 def test_an_objective_refuses_topologies_that_it_cannot_train() -> None:
     with pytest.raises(UserError, match="'causal' cannot train topology 'encoder': choose --objective masked"):
         replace(TINY, model=replace(TINY.model, topology="encoder"))
+
+
+def test_padding_of_the_last_window_is_not_read(tmp_path: Path) -> None:
+    config, prepared = prepared_for(config_of(tmp_path, "masked", "encoder", batch_size=1000))
+    trainer = trainer_for(tmp_path / "run", prepared, config)
+    [batch] = [batch for batch in trainer.objective.validation_batches() if batch.is_token is not None]
+    assert not batch.is_token[-1, -1]
+    trainer.model.eval()
+    other = replace(batch, inputs=torch.where(batch.is_token, batch.inputs, 7))
+    assert not torch.equal(other.inputs, batch.inputs)
+    scores = [trainer.objective.score(trainer.model, each).nats.item() for each in (batch, other)]
+    assert scores[0] == scores[1]
+
+
+def test_windows_are_framed_as_the_tokenizer_says_and_the_frame_is_never_hidden(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "masked", "encoder", next_sentence=True, num_segments=2, batch_size=64)
+    tokenizer = Bytes().with_special_tokens([MASK, "<|cls|>", "<|sep|>"])
+    first, last = (tokenizer.special_tokens[name] for name in ("<|cls|>", "<|sep|>"))
+    prepared = Objective.named("masked").prepare(config, [tokenizer.framed(Framing((first,), (last,)))])
+    objective = Objective.named("masked")(prepared, config)
+    [batch] = objective.training_batches(0)
+    assert batch.inputs.shape == batch.segments.shape == (64, config.model.context_length)
+    assert set(batch.inputs[:, 0].tolist()) == {first}
+    assert set(batch.inputs[:, -1].tolist()) == {last}
+    assert (batch.targets[:, [0, -1]] == IGNORE).all()
+    [example] = objective.examples(1)
+    assert (example[0], example[-1]) == (first, last)
+
+
+@pytest.mark.parametrize("objective", ["seq2seq", "span-corruption"])
+def test_sources_and_targets_are_framed_as_the_tokenizer_says(objective: str, tmp_path: Path) -> None:
+    """As for BART: <s> … </s> on both sides, and another token before the target."""
+    config = config_of(tmp_path, objective, "encoder-decoder")
+    names = ["<|first|>", "<|last|>", "<|start|>", *SpanCorruption.special_tokens]
+    tokenizer = Bytes().with_special_tokens(names)
+    first, last, start = (tokenizer.special_tokens[name] for name in names[:3])
+    framed = tokenizer.framed(Framing((first,), (last,), start=start))
+    built = Objective.named(objective)(Objective.named(objective).prepare(config, [framed]), config)
+    for batch in (built.training_batches(0)[0], next(iter(built.validation_batches()))):
+        for source, is_token, inputs, targets in zip(
+            batch.source, batch.source_is_token, batch.inputs, batch.targets, strict=True
+        ):
+            source, targets = source[is_token].tolist(), targets[targets != IGNORE].tolist()
+            assert (source[0], source[-1], targets[0], targets[-1]) == (first, last, first, last)
+            assert inputs[: len(targets)].tolist() == [start, *targets[:-1]]
+
+
+def test_documents_are_divided_as_the_tokenizer_says(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "causal", "decoder")
+    framed = Bytes().with_special_tokens(["<|first|>"]).framed(Framing((257,)))
+    prepared = Objective.named("causal").prepare(config, [framed])
+    assert prepared.train[:2].tolist() == [256, 257]
+
+
+@pytest.mark.parametrize("objective", ["masked", "seq2seq", "span-corruption"])
+def test_the_loss_goes_through_the_call_of_the_model(objective: str, tmp_path: Path) -> None:
+    """Otherwise what is compiled, or wrapped, would be passed by."""
+    topology = {"masked": "encoder"}.get(objective, "encoder-decoder")
+    both = {"next_sentence": True, "num_segments": 2} if objective == "masked" else {}
+    config, prepared = prepared_for(config_of(tmp_path, objective, topology, **both))
+    trainer = trainer_for(tmp_path / "run", prepared, config)
+    calls: list[int] = []
+    trainer.model.register_forward_hook(lambda *_: calls.append(1))
+    trainer.objective.loss_sum(trainer.model, trainer.objective.training_batches(0)[0])
+    assert calls == [1]
 
 
 # Whole runs

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from minitransformer.errors import UserError
 from minitransformer.files import locked
 from minitransformer.text import corpora
-from minitransformer.text import prepare as room
+from minitransformer.text import preparing as room
 from minitransformer.text.corpora import Corpus, Piece, open_corpus
-from minitransformer.text.prepare import PreparedText, by_document, contiguous, in_order, is_validation, prepare, sample
+from minitransformer.text.prepare import PreparedText, by_document, contiguous, is_validation, prepare
+from minitransformer.text.preparing import in_order, sample
 from minitransformer.text.tokenizers import BPE, Bytes, Characters
 
 ROOT = Path(__file__).resolve().parents[1]

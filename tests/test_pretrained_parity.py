@@ -238,7 +238,8 @@ class Inputs:
             memory = model.encode(self.tokens, is_token=self.is_token, positions=source)
             hidden = model.hidden_states(self.targets, memory, is_token=self.target_is_token, positions=target)
             return model.head(hidden)
-        return model(self.tokens, is_token=self.is_token, positions=source)
+        read = model.token_logits if isinstance(model, EncoderLM) else model
+        return read(self.tokens, is_token=self.is_token, positions=source)
 
     def _places(self, tokens: Tensor, member: Member) -> Tensor | None:
         return None if member.counts_tokens else torch.arange(tokens.size(1))[None]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
+from torch import Tensor
 
 from minitransformer import pretrained
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
 from minitransformer.models.config import choice
+from minitransformer.models.encoder import EncoderLM
 from minitransformer.models.model import Model
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.tokenizers import special_ids, target_ids
@@ -61,7 +63,8 @@ def _export(arguments: Sequence[str]) -> int:
 
 def _first_that_fits(model: Model) -> str:
     refusals = []
-    candidates = {name: family for name, family in Family.registry.items() if model.name in family.architectures}
+    topology = model.config.topology
+    candidates = {name: family for name, family in Family.registry.items() if topology in family.architectures}
     for name, family in candidates.items():
         try:
             family.hf_config(model.config)
@@ -69,7 +72,7 @@ def _first_that_fits(model: Model) -> str:
             refusals.append(str(error))
         else:
             return name
-    why = f"; for one, {refusals[0]}" if refusals else f": none is for topology {model.name!r}"
+    why = f"; for one, {refusals[0]}" if refusals else f": none is for topology {topology!r}"
     raise UserError(f"no known format can hold this model{why}")
 
 
@@ -84,4 +87,10 @@ def _largest_difference(model: Model, folder: Path) -> float:
         generator=torch.Generator().manual_seed(0),
     )
     inputs = (tokens, tokens) if model.config.topology == "encoder-decoder" else (tokens,)
-    return float((model(*inputs) - copy(*inputs)).abs().max())
+    logits, again = (_logits(of)(*inputs) for of in (model, copy))
+    return float((logits - again).abs().max())
+
+
+def _logits(model: Model) -> Callable[..., Tensor]:
+    """What gives the logits of `model`: of tokens, where it has another head as well."""
+    return model.token_logits if isinstance(model, EncoderLM) else model

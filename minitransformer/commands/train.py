@@ -204,5 +204,5 @@ def _report(trainer: Trainer, stop: StopRequest) -> int:
         print(f"stopped early at step {progress.step}: no better validation in {progress.validations_since_best}")
     print(f"validation {trainer.validation} (best at step {progress.best_step})")
     print(f"run        {path}, {progress.seconds / 60:.1f} minutes of training")
-    print(f"next       {NEXT[trainer.model.name].format(path=path)}")
+    print(f"next       {NEXT[trainer.model.config.topology].format(path=path)}")
     return DONE

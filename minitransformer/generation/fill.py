@@ -30,7 +30,7 @@ def fill_masks(
     """
     device = next(model.parameters()).device
     with evaluating(model):
-        logits = model(torch.tensor([tokens], device=device))[0, :, :vocab_size]
+        logits = model.token_logits(torch.tensor([tokens], device=device))[0, :, :vocab_size]
     places = [place for place, token in enumerate(tokens) if token == mask]
     likeliest = logits[places].float().softmax(-1).topk(min(guesses, logits.size(-1)))
     return [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import singledispatch
@@ -174,11 +174,16 @@ def _encoder(
     plans = [MapPlan("Self-attention", "stack.blocks.{}.attention", "text", "text", model.config.num_layers)]
     _check_size(plans, texts, request, model)
     with watched(model) as seen:
-        output = model(_row(tokens, model))[0]
+        output = _outputs(model)(_row(tokens, model))[0]
     predictions, remark = _encoder_predictions(model, tokens, tokenizer, output)
     return Look(
         texts, seen.maps(plans, request), "text", predictions, seen.norms(("stack", "Encoder", "text")), [remark]
     )
+
+
+def _outputs(model: EncoderLM | EncoderClassifier) -> Callable[..., Tensor]:
+    """What gives the logits of the head that is looked at."""
+    return model if isinstance(model, EncoderClassifier) else model.token_logits
 
 
 def _encoder_predictions(
@@ -207,7 +212,7 @@ def masked_one_by_one(
     for chunk in torch.tensor(places, dtype=torch.long).split(ROWS_AT_ONCE):
         is_hidden = torch.arange(len(tokens)) == chunk[:, None]
         rows = torch.tensor(tokens).masked_fill(is_hidden, mask)
-        logits.append(model(rows.to(device), places=is_hidden.to(device)))
+        logits.append(model.token_logits(rows.to(device), places=is_hidden.to(device)))
     return torch.cat(logits)
 
 

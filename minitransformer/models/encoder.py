@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -34,10 +37,7 @@ class Encoder(Model):
 
 
 class EncoderLM(Encoder, name="encoder"):
-    """p(masked token | all tokens that are left). Devlin et al. 2018 (BERT, arXiv 1810.04805), section 3.1.
-
-    `next_sentence` says from the first token whether the second segment follows the first.
-    """
+    """p(masked token | all tokens that are left). Devlin et al. 2018 (BERT, arXiv 1810.04805), section 3.1."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -45,7 +45,7 @@ class EncoderLM(Encoder, name="encoder"):
         self.next_sentence = ClassificationHead(config.d_model, 2) if config.next_sentence else None
         self.initialise()
 
-    def forward(
+    def token_logits(
         self,
         tokens: Int[Tensor, "batch length"],
         *,
@@ -60,6 +60,36 @@ class EncoderLM(Encoder, name="encoder"):
         """
         hidden = self.hidden_states(tokens, is_token=is_token, segments=segments, positions=positions)
         return self.head(hidden if places is None else hidden[places])
+
+    forward: Callable[..., Any] = token_logits
+
+
+class PretrainingLogits(NamedTuple):
+    """What BERT learns from: logits of tokens, as `EncoderLM` gives them, and of whether the second segment follows."""
+
+    tokens: Float[Tensor, "*predicted vocab_size"]
+    follows: Float[Tensor, "batch 2"]
+
+
+class EncoderPretraining(EncoderLM, name="encoder-pretraining"):
+    """An encoder with `next_sentence`, which says from the first token whether the second segment follows the first.
+
+    Devlin et al. 2018, section 3.1. `token_logits` gives what it thinks of tokens alone.
+    """
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        *,
+        is_token: Bool[Tensor, "batch length"] | None = None,
+        segments: Int[Tensor, "batch length"] | None = None,
+        positions: Int[Tensor, "#batch length"] | None = None,
+        places: Bool[Tensor, "batch length"] | None = None,
+    ) -> PretrainingLogits:
+        """Logits of both heads, those of tokens only of `places`, if they are given."""
+        assert self.next_sentence is not None
+        hidden = self.hidden_states(tokens, is_token=is_token, segments=segments, positions=positions)
+        return PretrainingLogits(self.head(hidden if places is None else hidden[places]), self.next_sentence(hidden))
 
 
 class EncoderClassifier(Encoder, name="encoder-classifier"):

@@ -74,7 +74,7 @@ def positions_of(
 def build_model(config: ModelConfig) -> Model:
     """The model that `config` describes, with weights that are drawn as it says."""
     import_module(f"minitransformer.models.{TOPOLOGIES[config.topology]}")
-    return Model.named(config.topology)(config)
+    return Model.named("encoder-pretraining" if config.next_sentence else config.topology)(config)
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from minitransformer.errors import UserError
-from minitransformer.files import locked, sweep, whole_file, whole_folder, writing
+from minitransformer.files import locked, sweep, whole_file, writing
 from minitransformer.text.corpora import Corpus, Piece, Signature
 from minitransformer.text.folders import REMEDY, work_folder
+from minitransformer.text.preparing import (
+    SPLITS,
+    Tokens,
+    check_unchanged,
+    cores,
+    dtype_of,
+    hash_of,
+    in_order,
+    made,
+    mapped,
+    progress_bar,
+    sample,
+)
 from minitransformer.text.tokenizers import Tokenizer
 
 FORMAT = 1
-SPLITS = ("train", "validation")
-# A sample of the corpus is many stretches of this many characters, evenly spread.
-STRETCH = 1 << 14
 # The division by document stands if validation is at least this part, and at most this multiple, of what was asked.
 TOLERANCE = 2.0
-Tokens = npt.NDArray[np.unsignedinteger[Any]]
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def prepare(
             tokenizer = _remembered_fit(corpus, signature, scan, tokenizer, ordinary, cache, progress)
         tokenizer = tokenizer.with_special_tokens(special_tokens).check_vocab_size(vocab_size)
         for split in ("documents", "contiguous") if scan.balanced(validation_fraction) else ("contiguous",):
-            key = _hash([FORMAT, scan.digest, tokenizer.fingerprint, split, validation_fraction])[:16]
+            key = hash_of([FORMAT, scan.digest, tokenizer.fingerprint, split, validation_fraction])[:16]
             build = partial(
                 _build,
                 corpus,
@@ -150,7 +153,7 @@ def prepare(
                 workers=workers,
                 progress=progress,
             )
-            prepared = _made(cache / key, build)
+            prepared = made(cache / key, build, opened)
             if min(len(prepared.train), len(prepared.validation)) > context_length:
                 return prepared
     raise UserError(
@@ -165,42 +168,25 @@ def is_validation(beginning: str, fraction: float) -> bool:
     return int.from_bytes(digest) < fraction * 2**64
 
 
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _bar(description: str, total: int, progress: bool) -> Any:
-    from tqdm import tqdm
-
-    # disable=None: a bar on a terminal, nothing in a pipe.
-    hidden = None if progress else True
-    return tqdm(desc=description, total=total, unit="B", unit_scale=True, disable=hidden, leave=False)
-
-
 # --- scanning
 
 
 def _remembered_scan(corpus: Corpus, signature: Signature, fraction: float, cache: Path, progress: bool) -> Scan:
     """The scan of these files in this state, from disk if they were scanned before."""
-    note = cache / f"scan-{_hash([FORMAT, signature, corpus.field, fraction])[:16]}.json"
+    note = cache / f"scan-{hash_of([FORMAT, signature, corpus.field, fraction])[:16]}.json"
     with suppress(OSError, ValueError, TypeError):
         return Scan(**json.loads(note.read_bytes()))
     scan = _scan(corpus, fraction, progress)
-    _unchanged(corpus, signature)
+    check_unchanged(corpus, signature)
     with whole_file(note) as file:
         file.write(json.dumps(asdict(scan)).encode())
     return scan
 
 
-def _unchanged(corpus: Corpus, signature: Signature) -> None:
-    if corpus.signature() != signature:
-        raise UserError(f"{corpus.name} changed while it was read: try again when nothing writes to it")
-
-
 def _scan(corpus: Corpus, fraction: float, progress: bool) -> Scan:
     digest, documents, characters, size, validation = hashlib.sha256(), 0, 0, 0, 0
     aside = False
-    with _bar("reading", corpus.size, progress) as bar:
+    with progress_bar("reading", corpus.size, progress) as bar:
         for piece in corpus.pieces(bar.update):
             encoded = piece.text.encode()
             if piece.opens:
@@ -229,12 +215,12 @@ def _remembered_fit(
     progress: bool,
 ) -> Tokenizer:
     """The tokenizer called `name` for this text, from disk if it was fitted to the same before."""
-    kept = cache / f"tokenizer-{_hash([FORMAT, scan.digest, Tokenizer.named(name).name, vocab_size])[:16]}.json"
+    kept = cache / f"tokenizer-{hash_of([FORMAT, scan.digest, Tokenizer.named(name).name, vocab_size])[:16]}.json"
     with locked(kept):
         with suppress(UserError):
             return Tokenizer.load(kept)
         tokenizer = _fit(corpus, scan, name, vocab_size, progress)
-        _unchanged(corpus, signature)
+        check_unchanged(corpus, signature)
         tokenizer.save(kept)
     return tokenizer
 
@@ -244,7 +230,7 @@ def _fit(corpus: Corpus, scan: Scan, name: str, vocab_size: int | None, progress
     limit = member.fit_limit
 
     def texts() -> Iterator[str]:
-        with _bar(f"fitting {name}", corpus.size, progress) as bar:
+        with progress_bar(f"fitting {name}", corpus.size, progress) as bar:
             texts = (piece.text for piece in corpus.pieces(bar.update))
             yield from texts if limit is None else sample(texts, limit / scan.bytes)
 
@@ -254,18 +240,6 @@ def _fit(corpus: Corpus, scan: Scan, name: str, vocab_size: int | None, progress
             file=sys.stderr,
         )
     return member.fit(texts, vocab_size)
-
-
-def sample(texts: Iterable[str], share: float) -> Iterator[str]:
-    """About `share` of the characters, in stretches that are evenly spread; the same ones every time."""
-    seen = taken = 0
-    for text in texts:
-        for start in range(0, len(text), STRETCH):
-            stretch = text[start : start + STRETCH]
-            seen += len(stretch)
-            if taken + len(stretch) <= seen * share:
-                taken += len(stretch)
-                yield stretch
 
 
 # --- splitting
@@ -317,21 +291,17 @@ def _build(
     else:
         parts = contiguous(pieces, int(scan.characters * (1 - fraction)))
     counts = _write(parts, tokenizer, folder, scan.bytes, workers, progress)
-    _unchanged(corpus, signature)
+    check_unchanged(corpus, signature)
     assert sum(counts[split]["bytes"] for split in SPLITS) == scan.bytes, "the corpus is not what was scanned"
-    meta = {"format": FORMAT, "dtype": _dtype(tokenizer).name, "split": split, **counts}
+    meta = {"format": FORMAT, "dtype": dtype_of(tokenizer).name, "split": split, **counts}
     (folder / "meta.json").write_text(json.dumps(meta))
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
 def _write(
     parts: Iterable[Part], tokenizer: Tokenizer, folder: Path, total: int, workers: int | None, progress: bool
 ) -> dict[str, dict[str, int]]:
     """Writes each split's tokens in the order of its parts; counts tokens, bytes of text and documents."""
-    dtype = _dtype(tokenizer)
+    dtype = dtype_of(tokenizer)
     start = np.array(tokenizer.separator, dtype)
 
     def encode(part: Part) -> Encoded:
@@ -341,7 +311,7 @@ def _write(
     counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
     with ExitStack() as stack:
         files = [stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS]
-        bar = stack.enter_context(_bar(f"encoding with {tokenizer.name}", total, progress))
+        bar = stack.enter_context(progress_bar(f"encoding with {tokenizer.name}", total, progress))
         for tokens, size, part in in_order(encode, parts, workers or cores()):
             files[part.validation].write(tokens.data)
             count = counts[SPLITS[part.validation]]
@@ -352,44 +322,7 @@ def _write(
     return counts
 
 
-def cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """`map` on threads that runs only a little ahead, so that memory holds a few items however many there are."""
-    if workers == 1:
-        yield from map(function, items)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[Any] = deque()
-        try:
-            for item in items:
-                ahead.append(pool.submit(function, item))
-                if len(ahead) > workers + 1:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 # --- opening
-
-
-def _made(folder: Path, build: Callable[[Path], None]) -> PreparedText:
-    """What is in `folder`, built by one process while any other that wants the same waits."""
-    if prepared := opened(folder):
-        return prepared
-    with locked(folder):
-        prepared = opened(folder)
-        if prepared is None:
-            with whole_folder(folder) as made:
-                build(made)
-            prepared = opened(folder)
-    assert prepared is not None, f"{folder} was built and cannot be opened"
-    return prepared
 
 
 def opened(folder: Path) -> PreparedText | None:
@@ -397,16 +330,9 @@ def opened(folder: Path) -> PreparedText | None:
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         dtype = np.dtype(meta["dtype"])
-        train, validation = (_mapped(folder / f"{split}.bin", dtype, meta[split]["tokens"]) for split in SPLITS)
+        train, validation = (mapped(folder / f"{split}.bin", dtype, meta[split]["tokens"]) for split in SPLITS)
         counts = {f"{split}_{what}": meta[split][what] for split in SPLITS for what in ("bytes", "documents")}
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         return PreparedText(folder, tokenizer, train, validation, **counts, split=meta["split"])
     except (OSError, ValueError, KeyError, UserError):
         return None
-
-
-def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> Tokens:
-    if path.stat().st_size != count * dtype.itemsize:
-        raise ValueError(f"{path} does not hold {count} tokens")
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)

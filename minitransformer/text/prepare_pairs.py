@@ -17,20 +17,21 @@ import numpy as np
 import numpy.typing as npt
 
 from minitransformer.errors import UserError
-from minitransformer.files import locked, sweep, whole_file, whole_folder, writing
+from minitransformer.files import locked, sweep, whole_file, writing
 from minitransformer.text.corpora import Corpus
 from minitransformer.text.folders import REMEDY, work_folder
 from minitransformer.text.pairs import Pair, PairCorpus
-from minitransformer.text.prepare import (
+from minitransformer.text.preparing import (
     SPLITS,
     Tokens,
-    _bar,
-    _dtype,
-    _hash,
-    _mapped,
-    _unchanged,
+    check_unchanged,
     cores,
+    dtype_of,
+    hash_of,
     in_order,
+    made,
+    mapped,
+    progress_bar,
     sample,
 )
 from minitransformer.text.tokenizers import Tokenizer
@@ -217,7 +218,7 @@ def prepare_pairs(
         tokenizers = _tokenizers(corpus, scans[0], tokenizer, target_tokenizer, separate, vocab_size, cache)
         prints = [member.fingerprint for member in tokenizers]
         division = [scan.digest for scan in scans[1:]] or validation_fraction
-        key = _hash(["pairs", FORMAT, scans[0].digest, prints, division, context_length, too_long])[:16]
+        key = hash_of(["pairs", FORMAT, scans[0].digest, prints, division, context_length, too_long])[:16]
         encode = partial(_encode, tokenizers=tokenizers, room=context_length - 1, cut=too_long == "cut")
 
         def build(folder: Path) -> None:
@@ -226,9 +227,9 @@ def prepare_pairs(
             ]
             _build(streams, tokenizers, validation_fraction, too_long, folder)
             for each, signature in zip(corpora, signatures, strict=True):
-                _unchanged(Corpus(each.name, each.files), signature)
+                check_unchanged(Corpus(each.name, each.files), signature)
 
-        prepared = _made(cache / key, build)
+        prepared = made(cache / key, build, opened)
     for split in SPLITS:
         if not len(getattr(prepared, split)):
             raise UserError(
@@ -244,12 +245,12 @@ def prepare_pairs(
 def _remembered_scan(corpus: PairCorpus, cache: Path) -> Scan:
     """The scan of these files in this state, from disk if they were scanned before."""
     signature = corpus.signature()
-    key = _hash(["pairs", FORMAT, signature, corpus.fields, corpus.lowercase])[:16]
+    key = hash_of(["pairs", FORMAT, signature, corpus.fields, corpus.lowercase])[:16]
     note = cache / f"scan-{key}.json"
     with suppress(OSError, ValueError, TypeError):
         return Scan(**json.loads(note.read_bytes()))
     scan = _scan(corpus)
-    _unchanged(Corpus(corpus.name, corpus.files), signature)
+    check_unchanged(Corpus(corpus.name, corpus.files), signature)
     with whole_file(note) as file:
         file.write(json.dumps(asdict(scan)).encode())
     return scan
@@ -297,7 +298,7 @@ def _remembered_fit(
         for side in sides:
             yield from sample((pair[side] for pair in corpus.pairs()), share)
 
-    kept = cache / f"tokenizer-{_hash(['pairs', FORMAT, scan.digest, member.name, vocab_size, sides])[:16]}.json"
+    kept = cache / f"tokenizer-{hash_of(['pairs', FORMAT, scan.digest, member.name, vocab_size, sides])[:16]}.json"
     with locked(kept):
         with suppress(UserError):
             return Tokenizer.load(kept)
@@ -337,7 +338,7 @@ def _encoded(
     """Every pair in order, encoded on threads."""
     pairs = corpus.pairs()
     chunks = iter(lambda: list(islice(pairs, CHUNK)), [])
-    with _bar("encoding pairs", sum(scan.bytes), progress) as bar:
+    with progress_bar("encoding pairs", sum(scan.bytes), progress) as bar:
         for chunk in in_order(lambda chunk: [encode(pair) for pair in chunk], chunks, workers or cores()):
             yield from chunk
             bar.update(sum(pair.bytes for pair in chunk))
@@ -371,7 +372,7 @@ class _Writer:
         self.name = f"{split}-{side}"
         self.tokens = stack.enter_context((folder / f"{self.name}.bin").open("wb"))
         self.offsets = folder / f"{self.name}-offsets.bin"
-        self.dtype, self.ends = _dtype(tokenizer), array("q", [0])
+        self.dtype, self.ends = dtype_of(tokenizer), array("q", [0])
 
     def add(self, tokens: Tokens) -> None:
         self.tokens.write(tokens.astype(self.dtype).data)
@@ -424,20 +425,6 @@ def _build(
 # --- opening
 
 
-def _made(folder: Path, build: Callable[[Path], None]) -> PreparedPairs:
-    """What is in `folder`, built by one process while any other that wants the same waits."""
-    if prepared := opened(folder):
-        return prepared
-    with locked(folder):
-        prepared = opened(folder)
-        if prepared is None:
-            with whole_folder(folder) as made:
-                build(made)
-            prepared = opened(folder)
-    assert prepared is not None, f"{folder} was built and cannot be opened"
-    return prepared
-
-
 def opened(folder: Path) -> PreparedPairs | None:
     """What `prepare_pairs` made in `folder`; None if there is nothing, or something that is not whole."""
     try:
@@ -455,6 +442,6 @@ def opened(folder: Path) -> PreparedPairs | None:
 
 def _ragged(folder: Path, name: str, meta: dict[str, Any]) -> Ragged:
     content = meta[name]
-    tokens = _mapped(folder / f"{name}.bin", np.dtype(content["dtype"]), content["tokens"])
-    offsets: npt.NDArray[Any] = _mapped(folder / f"{name}-offsets.bin", OFFSET, content["texts"] + 1)
+    tokens = mapped(folder / f"{name}.bin", np.dtype(content["dtype"]), content["tokens"])
+    offsets: npt.NDArray[Any] = mapped(folder / f"{name}-offsets.bin", OFFSET, content["texts"] + 1)
     return Ragged(tokens, offsets)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from minitransformer.text.batches import IGNORE, SequentialWindows, ShuffledWindows
@@ -29,13 +29,15 @@ EXCERPT = 24
 class MaskedBatch:
     """Token ids some of which are hidden, the hidden ones as targets (IGNORE elsewhere), segments if there are two.
 
-    `follows` is 1 where the second segment follows the first in the text, and 0 where it comes from elsewhere.
+    `follows` is 1 where the second segment follows the first in the text, and 0 where it comes from elsewhere;
+    `is_token` is False at padding (None: there is none).
     """
 
     inputs: Int64[Tensor, "batch length"]
     targets: Int64[Tensor, "batch length"]
     segments: Int64[Tensor, "batch length"] | None = None
     follows: Int64[Tensor, "batch"] | None = None
+    is_token: Bool[Tensor, "batch length"] | None = None
 
     @property
     def num_targets(self) -> int:
@@ -43,7 +45,7 @@ class MaskedBatch:
 
     @property
     def num_tokens(self) -> int:
-        return self.inputs.numel()
+        return self.inputs.numel() if self.is_token is None else int(self.is_token.sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch on `device`."""
@@ -54,7 +56,7 @@ class MaskedBatch:
         return [self._each(lambda tensor, i=i: tensor[i : i + size]) for i in range(0, len(self.inputs), size)]
 
     def _each(self, change: Any) -> Self:
-        tensors = (self.inputs, self.targets, self.segments, self.follows)
+        tensors = (self.inputs, self.targets, self.segments, self.follows, self.is_token)
         changed: list[Any] = [None if tensor is None else change(tensor) for tensor in tensors]
         return type(self)(*changed)
 
@@ -87,8 +89,9 @@ class Masked(Objective, name="masked"):
     """−Σ log p(hidden token | all that is not hidden), with other tokens hidden each time a text is seen.
 
     Devlin et al. 2018 (BERT, arXiv 1810.04805), section 3.1; fresh masks: Liu et al. 2019 (RoBERTa, arXiv 1907.11692),
-    section 4.1. Every window begins with the end-of-text token, from which classes are told. A model with
-    `next_sentence` also learns whether the second half of a window follows the first: half of them do not.
+    section 4.1. Around every window stands what the tokenizer says, by default the end-of-text token before it, from
+    which classes are told. A model with `next_sentence` also learns whether the second half of a window follows the
+    first: half of them do not.
     """
 
     topologies = frozenset({"encoder"})
@@ -98,9 +101,8 @@ class Masked(Objective, name="masked"):
 
     def __init__(self, prepared: PreparedText, config: RunConfig) -> None:
         super().__init__(prepared, config)
-        self.mask, self.first = prepared.tokenizer.mask, prepared.tokenizer.end_of_text
-        # One place of the context is the first token's.
-        self.length = config.model.context_length - 1
+        self.mask, self.framing = prepared.tokenizer.mask, prepared.tokenizer.masked_framing
+        self.length = config.model.context_length - self.framing.length
 
     @classmethod
     def prepare(cls, config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> PreparedText:
@@ -118,23 +120,28 @@ class Masked(Objective, name="masked"):
         generator = torch.Generator().manual_seed(_seed(self.config.training.seed, 0))
         for batch in SequentialWindows(self.prepared.validation, self.length, self.config.training.batch_size):
             hidden = self._hidden(batch.inputs, self.prepared.validation, generator)
-            padding = torch.cat([torch.zeros(len(batch.targets), 1, dtype=torch.bool), batch.targets == IGNORE], 1)
-            yield replace(hidden, targets=hidden.targets.masked_fill(padding, IGNORE))
+            padding = F.pad(batch.targets == IGNORE, (len(self.framing.before), len(self.framing.after)))
+            if padding.any():
+                hidden = replace(hidden, targets=hidden.targets.masked_fill(padding, IGNORE), is_token=~padding)
+            yield hidden
 
     def _hidden(self, windows: Tensor, tokens: Any, generator: torch.Generator) -> MaskedBatch:
         follows = segments = None
         if self.config.model.next_sentence:
             windows, segments, follows = self._pairs(windows, tokens, generator)
-        whole = torch.cat([windows.new_full((len(windows), 1), self.first), windows], dim=1)
+        before, after = (
+            windows.new_tensor(ids).expand(len(windows), -1) for ids in (self.framing.before, self.framing.after)
+        )
         inputs, targets = hide(
-            whole,
+            torch.cat([before, windows], dim=1),
             mask=self.mask,
             vocab_size=self.prepared.tokenizer.vocab_size,
             probability=self.config.training.mask_probability,
             generator=generator,
-            keep=1,
+            keep=before.size(1),
         )
-        return MaskedBatch(inputs, targets, segments, follows)
+        targets = F.pad(targets, (0, after.size(1)), value=IGNORE)
+        return MaskedBatch(torch.cat([inputs, after], dim=1), targets, segments, follows)
 
     def _pairs(self, windows: Tensor, tokens: Any, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Windows whose second half is, in half of them, from another place; their segments, and which are whole."""
@@ -144,8 +151,8 @@ class Masked(Objective, name="masked"):
         starts = torch.randint(len(tokens) - rest, (rows,), generator=generator).numpy()
         elsewhere = torch.from_numpy(np.asarray(tokens)[starts[:, None] + np.arange(rest)].astype(np.int64))
         second = torch.where(follows[:, None] == 1, windows[:, half:], elsewhere)
-        segments = torch.zeros(rows, 1 + windows.size(1), dtype=torch.long)
-        segments[:, 1 + half :] = 1
+        segments = torch.zeros(rows, windows.size(1) + self.framing.length, dtype=torch.long)
+        segments[:, len(self.framing.before) + half :] = 1
         return torch.cat([windows[:, :half], second], dim=1), segments, follows
 
     @property
@@ -155,19 +162,23 @@ class Masked(Objective, name="masked"):
         return float((np.asarray(self.prepared.validation) == most_frequent).mean())
 
     def score(self, model: Any, batch: MaskedBatch) -> Score:
-        places = batch.targets != IGNORE
-        logits, targets = model(batch.inputs, segments=batch.segments, places=places), batch.targets[places]
+        output, targets = self._output(model, batch), batch.targets[batch.targets != IGNORE]
+        logits = output if batch.follows is None else output.tokens
         return Score(F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum())
 
     def loss_sum(self, model: Any, batch: MaskedBatch) -> Tensor:
         if batch.follows is None:
             return self.score(model, batch).nats
-        hidden = model.hidden_states(batch.inputs, segments=batch.segments)
-        places = batch.targets != IGNORE
-        loss = F.cross_entropy(model.head(hidden[places]), batch.targets[places], reduction="sum")
+        logits, follows = self._output(model, batch)
+        loss = F.cross_entropy(logits, batch.targets[batch.targets != IGNORE], reduction="sum")
         # A window counts as much as its hidden tokens together: the sum of two means, as in BERT.
         weight = self.config.training.mask_probability * self.length
-        return loss + weight * F.cross_entropy(model.next_sentence(hidden), batch.follows, reduction="sum")
+        return loss + weight * F.cross_entropy(follows, batch.follows, reduction="sum")
+
+    def _output(self, model: Any, batch: MaskedBatch) -> Any:
+        """Logits of the hidden tokens; `PretrainingLogits` of a model with `next_sentence`."""
+        places = batch.targets != IGNORE
+        return model(batch.inputs, is_token=batch.is_token, segments=batch.segments, places=places)
 
     def examples(self, count: int) -> list[list[int]]:
         """Excerpts from all over the validation text, each with two masks."""
@@ -176,7 +187,7 @@ class Masked(Objective, name="masked"):
         starts = np.linspace(0, len(tokens) - length, count, dtype=np.int64)
         excerpts = tokens[starts[:, None] + np.arange(length)].astype(np.int64)
         excerpts[:, [length // 3, 2 * length // 3]] = self.mask
-        return [[self.first, *excerpt] for excerpt in excerpts.tolist()]
+        return [self.framing.around(excerpt) for excerpt in excerpts.tolist()]
 
 
 def _seed(seed: int, step: int) -> int:
