@@ -11,6 +11,7 @@ import tyro
 from minitransformer import files, pretrained
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
+from minitransformer.pretrained.vocabularies import how_to_make_one
 from minitransformer.runs import Run, free_run_path
 from minitransformer.training.checkpoint import write_checkpoint
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
@@ -40,7 +41,7 @@ def _import(arguments: Sequence[str]) -> int:
         raise UserError(f"{path} exists already: choose another --out")
     model, tokenizer = pretrained.load(options.checkpoint)
     if tokenizer is None:
-        raise UserError(f"{options.checkpoint} has no tokenizer.json, which a run needs: put it into the folder")
+        raise UserError(how_to_make_one(options.checkpoint))
     topology = model.config.topology
     objectives = [name for name, objective in Objective.registry.items() if topology in objective.topologies]
     training = TrainingConfig(objective=objectives[0] if objectives else "causal")

@@ -16,12 +16,22 @@ from minitransformer.pretrained import bert, gpt, llama, seq2seq  # noqa: F401  
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.rules import load_weights, save_weights
 from minitransformer.pretrained.shards import INDEX, SHARDS, WEIGHTS, Renamed, Shards, read_json, write_shards
-from minitransformer.pretrained.tokenizers import CONFIGS, FILE, SETTINGS, load_tokenizer, save_tokenizer
+from minitransformer.pretrained.tokenizers import CONFIGS, FILE, NAMES, SETTINGS, load_tokenizer, save_tokenizer
+from minitransformer.pretrained.vocabularies import FILES
 from minitransformer.text.tokenizers import Tokenizer
 
 CONFIG = CONFIGS[0]
 # What is fetched from the hub: some repositories hold the same weights in several formats.
-WANTED = [*CONFIGS, FILE, SETTINGS, WEIGHTS, INDEX, SHARDS.format(number=0, count=0).replace("00000", "*")]
+WANTED = [
+    *CONFIGS,
+    FILE,
+    NAMES,
+    SETTINGS,
+    *FILES,
+    WEIGHTS,
+    INDEX,
+    SHARDS.format(number=0, count=0).replace("00000", "*"),
+]
 
 
 class Undrawn(TorchFunctionMode):

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from minitransformer.errors import UserError
 from minitransformer.pretrained.shards import read_json
+from minitransformer.pretrained.vocabularies import content_of_vocabulary
 from minitransformer.text.tokenizers import (
     BPE,
     END_OF_TEXT,
@@ -27,6 +28,8 @@ from minitransformer.text.tokenizers import (
 )
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+# Where older checkpoints name their special tokens.
+NAMES = "special_tokens_map.json"
 # What a model expects of texts: the second file has the last word, and older checkpoints lack it.
 CONFIGS = ("config.json", "generation_config.json")
 # How GPT-2 splits text before merging: what a ByteLevel pre-tokenizer does without being told.
@@ -42,22 +45,30 @@ PADDINGS = ("<pad>", "[PAD]")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint folder; None if it has no tokenizer.json."""
-    if not (folder / FILE).is_file():
-        return None
-    content = read_json(folder / FILE)
-    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-    expected: dict[str, Any] = {}
-    for path in (folder / name for name in CONFIGS):
-        if path.is_file():
-            expected |= {name: value for name, value in read_json(path).items() if value is not None}
+    """The tokenizer of a checkpoint folder; None if it has neither tokenizer.json nor older files that are known."""
+    settings, expected = (_merged(folder, names) for names in ((NAMES, SETTINGS), CONFIGS))
     try:
+        content = _content(folder, settings, expected.get("model_type", ""))
+        if content is None:
+            return None
         tokenizer = _tokenizer_of(content, settings, expected)
         return tokenizer.framed(framing_of(content, expected, tokenizer))
     except UserError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / FILE} is damaged ({error!r}): download it again") from None
+
+
+def _merged(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """The fields of all these files that are there and say something; the last one that does has the last word."""
+    contents = [read_json(folder / name) for name in names if (folder / name).is_file()]
+    return {field: value for content in contents for field, value in content.items() if value is not None}
+
+
+def _content(folder: Path, settings: dict[str, Any], model_type: str) -> dict[str, Any] | None:
+    if (folder / FILE).is_file():
+        return read_json(folder / FILE)
+    return content_of_vocabulary(folder, settings, model_type)
 
 
 def framing_of(content: dict[str, Any], expected: dict[str, Any], tokenizer: Tokenizer) -> Framing:
