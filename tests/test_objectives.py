@@ -150,7 +150,7 @@ def test_source_and_target_together_are_the_text(tmp_path: Path) -> None:
     text = objective.prepared.train.tolist()
     for source, target, inputs in zip(*(t.tolist() for t in (batch.source, batch.targets, batch.inputs)), strict=True):
         assert source[-1] == target[-1] == objective.prepared.tokenizer.end_of_text
-        assert inputs == [objective.end, *target[:-1]]
+        assert inputs == [objective.prepared.tokenizer.end_of_text, *target[:-1]]
         spans: dict[int, list[int]] = {}
         sentinel = target[0]
         for token in target[:-1]:
