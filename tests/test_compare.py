@@ -303,3 +303,10 @@ def test_real_runs_compare_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert "o residual post" in shown
     assert "bits per byte" in shown
     assert "only seed 0" in shown
+
+
+def test_what_only_looks_on_makes_no_group_of_its_own(make):
+    paths = [make("a"), make("b", probe=("gradient-norm",), probe_every=5, log_every=3, seed=1)]
+    comparison = compare(paths)
+    assert len(comparison.groups) == 1
+    assert comparison.differences().rows == []

@@ -32,6 +32,17 @@ X_LABELS: dict[Abscissa, str] = {"step": "steps", "tokens": "tokens", "seconds":
 LONGEST_LABEL = 24
 # The text is known by its hash, and the size of the vocabulary follows from the tokenizer: neither makes a good name.
 UNTELLING = {"text", "vocab_size", "target_vocab_size"}
+# Neither the seed nor what only looks on makes a group of its own.
+WITHOUT_EFFECT = {
+    "seed",
+    "probe",
+    "probe_every",
+    "log_every",
+    "save_every",
+    "keep_last",
+    "sample_at_eval",
+    "tensorboard",
+}
 # A loss is one of a task, and these settings make it another one.
 TASK = ("objective", "mask_probability", "span_density", "mean_span")
 
@@ -94,9 +105,10 @@ class History:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """All of its configuration but the seed, and which text it learned, by name."""
-        values = {name: value for part in PARTS for name, value in self.config[part].items() if name != "seed"}
-        return values | {"text": self.config.get("text", "")}
+        """What it learned by, but the seed, and which text, by name."""
+        values = {name: value for part in PARTS for name, value in self.config[part].items()}
+        values["text"] = self.config.get("text", "")
+        return {name: value for name, value in values.items() if name not in WITHOUT_EFFECT}
 
     @cached_property
     def tokenizers(self) -> tuple[str, ...]:
