@@ -46,6 +46,8 @@ BASE = RunConfig(
         positions="learned",
         feedforward="relu",
         bias=True,
+        scaled_embeddings=True,
+        tied_embeddings=False,
         init="xavier",
     ),
     DataConfig(tokenizer="chars"),
@@ -62,7 +64,9 @@ BASE = RunConfig(
         probe=("gradient-norm", "update-ratio", "stream-variance", "representation-change"),
     ),
 )
-"""the decoder that training experiments share: Vaswani et al. 2017 (arXiv 1706.03762), small, with their Adam"""
+"""The decoder that training experiments share: a small one with the choices and the Adam of Vaswani et al. 2017 (arXiv
+1706.03762), but for learned positions and a head of its own. Its embeddings are N(0, 1), as experiments at
+initialisation have them."""
 NEEDS: dict[str, dict[str, Any]] = {
     "olmo2": {"qk_norm": "head"},
     "hybrid": {"init": "xavier-scaled"},

@@ -38,7 +38,7 @@ class UseOfDepth(TrainingExperiment, name="E6"):
     title = "Use of depth"
     question = "Do the deep layers of a trained model change what passes through them, and does it help?"
     source = "Xie et al. 2023 (ResiDual, arXiv 2304.14802), section 2; Sun et al. 2025 (arXiv 2502.05795), figures 2-4"
-    minutes = 8.0
+    minutes = 7.0
 
     def tasks(self) -> Sequence[Task]:
         quick = self.settings.quick

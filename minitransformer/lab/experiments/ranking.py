@@ -34,7 +34,7 @@ class PlacementRanking(TrainingExperiment, name="E9"):
     title = "Ranking"
     question = "Which placement has the lowest validation loss, each at its own best learning rate?"
     source = "the comparisons of arXiv 2304.14802, 2412.13795, 2502.05795, 2502.02732 and 2503.04598 with Pre-LN"
-    minutes = 30.0
+    minutes = 45.0
 
     def tasks(self) -> Sequence[Task]:
         quick = self.settings.quick

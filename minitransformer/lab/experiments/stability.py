@@ -27,7 +27,7 @@ class Stability(TrainingExperiment, name="E8"):
     title = "Stability"
     question = "Which placements have spikes of the gradient, outliers, or numbers too large for float16?"
     source = "Kim et al. 2025 (Peri-LN, arXiv 2502.02732), sections 4.2 and 4.4"
-    minutes = 12.0
+    minutes = 14.0
 
     def tasks(self) -> Sequence[Task]:
         quick = self.settings.quick

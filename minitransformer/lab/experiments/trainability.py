@@ -47,7 +47,7 @@ class Trainability(TrainingExperiment, name="E7"):
     source = (
         "Wang et al. 2022 (DeepNorm, arXiv 2203.00555), figure 1; Xiong et al. 2020 (arXiv 2002.04745), section 3.1"
     )
-    minutes = 45.0
+    minutes = 70.0
 
     def tasks(self) -> Sequence[Task]:
         quick = self.settings.quick
