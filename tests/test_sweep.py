@@ -102,7 +102,10 @@ def refused(capsys, *arguments):
 
 
 def results(folder):
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    """What was measured, each thing once."""
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert len({record["key"] for record in records}) == len(records)
+    return records
 
 
 def weights(run):
@@ -349,7 +352,7 @@ def test_a_winner_is_named_only_where_the_seeds_bear_it_out():
     ("arguments", "words"),
     [
         ([], ["nothing to sweep", "--set"]),
-        (["--set", "learning_rate=1"], ["learning_rate"]),
+        (["--set", "learning_rate=1"], ["learning_rate", "--help"]),
         (["--set", "residal=pre,post"], ["residal", "'residual'"]),
         (["--set", "lr"], ["lr", "no values"]),
         (["--set", "lr=-1,1e-3"], ["lr is -1.0: it must be above 0", "lr -1"]),

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -53,14 +54,15 @@ PROGRAM = "minitransformer sweep [PRESET]"
 LEAST_WIDTH, MOST_WIDTH = 40, 120
 MOST_ROWS = 40
 """of the table on the terminal; the report has more, and trials.csv all"""
-ABOUT = """Search hyper-parameters of a preset. Each trial is a run, made as train.py makes it, in a folder of its own.
+ABOUT = """Search hyper-parameters of a preset. Each trial is a run, made as train.py makes it.
 
-  --set lr=1e-3,3e-3 --set residual=pre,post      all combinations, with --seeds 0,1,2 each of them three times
-  --set lr=1e-4..1e-2 --random 20                 20 draws; ranges that span a power of ten are logarithmic
-  … --halving 3                                   the best third goes on for three times the steps, and so on
+  --set lr=1e-3,3e-3 --set residual=pre,post   all combinations
+  --set lr=1e-4..1e-2 --random 20              20 draws; wide ranges are logarithmic
+  --seeds 0,1,2                                each combination three times
+  --halving 3                                  the best third goes on, and so on
 
-Names of settings are those of train.py's flags, which say what all trials share. What was stopped goes on where it was
-when the same command is given again."""
+Names of settings are those of train.py's flags, which say what all trials share.
+What was stopped goes on where it was when the same command is given again."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def _sweep(arguments: Sequence[str]) -> int:
         try:
             failures = search.run(processes, Terminal)
         except KeyboardInterrupt:
-            counts = f"{len(search.results())} results are in {folder}"
+            # Read again: what was just being kept is on disk, but this process may not know it yet.
+            counts = f"{len(Search.open(folder, plan).results())} results are in {folder}"
             print(f"\ninterrupted: {counts}; the same command goes on from there", file=sys.stderr)
             return INTERRUPTED
         return _report(search, failures, command)
@@ -144,7 +147,9 @@ def _setting(text: str) -> Setting:
         raise UserError(f"--set {text} has no values: write it as --set {name or 'lr'}=VALUE,VALUE")
     if name == "seed":
         raise UserError("seed is no setting to sweep: name the seeds of every trial with --seeds")
-    lookup("setting", name, FIELDS)
+    if name not in FIELDS:
+        nearest = "".join(f"did you mean {match!r}? " for match in get_close_matches(name, FIELDS, n=1, cutoff=0.5))
+        raise UserError(f"unknown setting {name!r}: {nearest}The names are those of the flags in --help")
     if (ends := re.fullmatch(r"\s*([^,]+?)\.\.([^,]+?)\s*", values)) is not None:
         return _range(name, *(_value(name, end) for end in ends.groups()))
     return Values(name, tuple(dict.fromkeys(_value(name, word.strip()) for word in values.split(","))))
@@ -225,7 +230,8 @@ def _report(search: Search, failures: Sequence[Failure], command: str) -> int:
     if not search.results():
         print(f"failed     all {len(failures)} trials; the same command tries them again")
         return FAILED
-    report = write_report(search, failures, command)
+    said = conclusion(search)
+    report = write_report(search, said, failures, command)
     table = standings_table(search)
     print(f"\n{plain.table(table.columns, table.rows[:MOST_ROWS], _width())}\n")
     if len(table.rows) > MOST_ROWS:
@@ -241,7 +247,7 @@ def _report(search: Search, failures: Sequence[Failure], command: str) -> int:
         print("lowest     none: no combination has a finite metric for all of its seeds")
     else:
         print(_wrapped(f"lowest     {label(best.combination)}: {METRICS[plan.metric]} {outcome_text(best)}", 11))
-        print(_wrapped(f"ranking    {conclusion(search)}", 11))
+        print(_wrapped(f"ranking    {said}", 11))
         print(f"repeat     {train_command(plan, best)}")
         print(f"run        {search.path(best.combination, best_seed(best, plan.seeds))}")
     print(f"report     {report}")

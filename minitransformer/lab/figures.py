@@ -175,8 +175,11 @@ def points(
     if names:
         axes.set_xticks(range(len(names)), names, **_slant(names))
         axes.set_xlim(-0.5, len(names) - 0.5)
+    distinct = sorted(set(places.tolist()))
     if log_x:
-        _log_x(axes, [Curve("", sorted(set(places.tolist())), [])])
+        _log_x(axes, [Curve("", distinct, [])])
+    elif not names and len(distinct) <= 8:
+        axes.set_xticks(distinct, [f"{at:g}" for at in distinct])
     if log_y:
         _log_y(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)

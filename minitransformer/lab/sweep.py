@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import product
@@ -174,6 +175,15 @@ def label(combination: Combination) -> str:
     return ", ".join(f"{name} {value_text(value)}" for name, value in combination.items())
 
 
+@contextmanager
+def _naming(combination: Combination) -> Iterator[None]:
+    """Adds to a `UserError` in which combination it came up."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} (in the combination {label(combination)})") from None
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is searched, and how. Raises `UserError` for what cannot be compared or shared out."""
@@ -244,13 +254,15 @@ class Plan:
         return {**combination, "seed": seed, "until": until}
 
     def check(self) -> None:
-        """Raises `UserError`, which names the combination, if one has no model or no objective."""
+        """Raises `UserError`, which names the combination, if one has no configuration or no model."""
+        possible: set[ModelConfig] = set()
+        assert self.rungs  # what cannot be shared out is no fault of a combination, and is said first
         for combination in self.combinations:
-            try:
-                config = self.config(combination, self.seeds[0])
-                count_parameters(replace(config.model, vocab_size=config.model.vocab_size or 4096))
-            except UserError as error:
-                raise UserError(f"{error} (in the combination {label(combination)})") from None
+            with _naming(combination):
+                model = self.config(combination, self.seeds[0]).model
+                if model not in possible:
+                    count_parameters(replace(model, vocab_size=model.vocab_size or 4096))
+                    possible.add(model)
 
     def prepare(self) -> list[Prepared]:
         """The data of all trials, each kind once. Raises `UserError` for data or combinations that cannot be used."""
@@ -260,10 +272,8 @@ class Plan:
             prepared = prepared_for(config)
             found.setdefault(prepared.folder, prepared)
             config = replace(config, model=with_vocabulary(config.model, prepared))
-            try:
+            with _naming(combination):
                 objective = Objective.named(config.training.objective)(prepared, config)
-            except UserError as error:
-                raise UserError(f"{error} (in the combination {label(combination)})") from None
             if self.metric == "bits_per_byte" and objective.validation_bytes is None:
                 raise UserError(f"objective {objective.name!r} has no bits per byte: use --metric validation_loss")
         return list(found.values())

@@ -148,8 +148,8 @@ def _is_wide(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) >= WIDE
 
 
-def write_report(search: Search, failures: Sequence[Failure], command: str) -> Path:
-    """Write the report into the folder of `search`, and return the path of its page.
+def write_report(search: Search, said: str, failures: Sequence[Failure], command: str) -> Path:
+    """Write the report into the folder of `search`, with its conclusion `said`, and return the path of its page.
 
     Raises `UserError` where the folder may not be written, and without matplotlib.
     """
@@ -159,7 +159,7 @@ def write_report(search: Search, failures: Sequence[Failure], command: str) -> P
         _write_csv(folder / TRIALS_CSV, trials)
         page = Page(f"Sweep of {search.plan.preset}: {', '.join(setting.name for setting in search.plan.settings)}")
         _plan(page, search.plan)
-        _standings(page, search)
+        _standings(page, search, said)
         for picture in pictures(search):
             png = figures.png(picture.draw())
             with files.whole_file(folder / f"by-{picture.title.rpartition(' ')[2]}.png") as file:
@@ -194,16 +194,17 @@ def method(plan: Plan) -> str:
     text = f"{how}, each with {seeds}."
     if plan.halving is None:
         return text
-    steps = ", ".join(map(str, plan.rungs))
-    return f"{text} After {steps} steps, the best one in {plan.halving} goes on, from its checkpoint."
+    *pauses, last = plan.rungs
+    after = " and ".join(filter(None, [", ".join(map(str, pauses[:-1])), str(pauses[-1])]))
+    return f"{text} After {after} steps, the best one in {plan.halving} goes on from its checkpoint, until {last}."
 
 
-def _standings(page: Page, search: Search) -> None:
+def _standings(page: Page, search: Search, said: str) -> None:
     table = standings_table(search)
     page.heading(table.title)
     page.table(table.columns, table.rows[:MOST_ROWS])
     best = search.standings(len(search.plan.rungs))[0]
-    page.paragraph(f"Lowest: {label(best.combination)}, {outcome_text(best)}. {conclusion(search)}")
+    page.paragraph(f"Lowest: {label(best.combination)}, {outcome_text(best)}. {said}")
     if (sentence := diverged(search.all_standings())) is not None:
         page.paragraph(sentence)
     if math.isfinite(best.mean):

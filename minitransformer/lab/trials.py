@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ METRICS = {"validation_loss": "validation loss", "bits_per_byte": "bits per byte
 SAMPLE_TOKENS, EXAMPLES = 120, 4
 
 
-@lru_cache(maxsize=16)
+@cache
 def _prepared(config: RunConfig) -> Prepared:
     return Objective.named(config.training.objective).prepare(config)
 
