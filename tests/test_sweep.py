@@ -173,7 +173,7 @@ def test_rungs_grow_by_the_factor_to_all_steps_and_fall_on_validations(steps, co
     assert factor ** (len(found) - 1) <= count < factor ** len(found)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_a_trial_that_pauses_at_rungs_equals_a_run_that_never_paused_bit_for_bit(here, schedule):
     config = tiny(data=str(here / "my.txt"), schedule=schedule, steps=10, eval_every=2, dropout=0.1, device="cpu")
     for until in (2, 6, 10):
