@@ -18,7 +18,7 @@ from minitransformer.lab.experiments.forward import Amplification, ForwardStatis
 from minitransformer.lab.experiments.gradients import GradientAgainstDepth, GradientProfile, last_gradient
 from minitransformer.lab.experiments.identities import CHECKS, FINAL_NORMS, Identities, final_norms, small_model
 from minitransformer.lab.judging import between, exponent, geometric_mean
-from minitransformer.lab.subjects import MODES, Placement, make_model, random_tokens
+from minitransformer.lab.subjects import MODES, Placement, loss, make_model, random_tokens
 
 DEEP, POST, PRE = Placement("deepnorm"), Placement("post"), Placement("pre")
 REDUCED: dict[type[Experiment], dict[str, Any]] = {
@@ -151,10 +151,18 @@ def test_deepnorm_without_beta_fails_the_slope():
 
 
 def test_gradients_of_layers_that_do_nothing_are_no_power_law():
-    assert last_gradient(DEFECTS["idle-layers"].make, "real", PRE, 2, 0) == 0
+    assert last_gradient(DEFECTS["idle-layers"].make, "real", PRE, 2, 0) == (0, 0)
     criterion = between("a slope", exponent([2, 4], [[1.0, 0.0]]), -1, 1)
     assert criterion.holds is False
     assert "a value is 0" in criterion.measured
+
+
+def test_the_gradient_of_the_last_layer_is_autograds():
+    model = MODES["real"](make_model, POST, 2, 3)
+    tokens, targets = random_tokens(3, 2)
+    loss(model(tokens), targets).backward()
+    expected = model.stack.blocks[-1].feedforward.down.weight.grad.norm().item()
+    assert last_gradient(make_model, "real", POST, 2, 3).norm == pytest.approx(expected, rel=1e-4)
 
 
 def test_layers_that_are_never_called_change_nothing():
