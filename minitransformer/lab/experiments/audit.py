@@ -110,7 +110,7 @@ class Audit(Experiment, name="E10"):
     title = "Audit: which criterion notices which mistake"
     question = "Would the criteria of E0, E1 and E3 notice the mistakes that published placements have had?"
     source = "mistakes of released baselines, injected into copies of the placements"
-    minutes = 1.0
+    minutes = 0.5
 
     def tasks(self) -> Sequence[Task]:
         return [{"defect": defect, "experiment": experiment} for defect in DEFECTS for experiment in EXPERIMENTS]

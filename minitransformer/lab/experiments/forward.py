@@ -42,7 +42,7 @@ class ForwardStatistics(Experiment, name="E3"):
         "lemma 2 of Xiong et al. 2020 (arXiv 2002.04745); the representation collapse of Xie et al. 2023 "
         "(ResiDual, arXiv 2304.14802), section 2"
     )
-    minutes = 0.5
+    minutes = 0.1
     placements: Sequence[str] = ("post", "pre", "residual", "deepnorm", "keel")
     num_layers = 12
     make: MakeModel = staticmethod(make_model)
@@ -186,7 +186,7 @@ def _every_layer(claim: str, values: np.ndarray, low: Any, high: Any) -> Criteri
 
 
 def _picture(measured: dict[str, dict[str, np.ndarray]], kind: str) -> Picture:
-    title = {"output": "The stream's size by layer", "change": "ω² by layer"}[kind]
+    title = {"output": "Size of the stream by layer", "change": "Change by each layer, ω²"}[kind]
     caption = {
         "output": "E‖x_l‖²/d after each layer at initialisation, with lemma 2's bounds for Pre-LN (Xiong et al. 2020).",
         "change": "ω² = E‖N(x′) − N(x)‖²/d around each feed-forward network at initialisation: the representation "
@@ -209,7 +209,7 @@ class Amplification(Experiment, name="E4"):
     title = "How much a change of the weights changes the output"
     question = "Does the change of the output grow with depth when all weights change a little, as in a first update?"
     source = "the amplification effect of Liu et al. 2020 (Admin, arXiv 2004.08249), theorem 2 and figure 4"
-    minutes = 1.0
+    minutes = 0.3
     depths: Sequence[int] = (2, 4, 8, 16, 32)
     amount = 0.1
     """of the standard deviation of each matrix"""

@@ -59,7 +59,7 @@ class GradientAgainstDepth(Experiment, name="E1"):
     title = "The last layer's gradient against depth"
     question = "How does the gradient of the last feed-forward network at initialisation grow or shrink with depth?"
     source = "theorem 1 and figure 3 of Xiong et al. 2020 (arXiv 2002.04745)"
-    minutes = 1.0
+    minutes = 0.5
     placements: Sequence[Placement] = tuple(ACCEPTED)
     modes: Sequence[str] = ("theory", "real")
     first_layers: Sequence[str] = ("none", "full")
@@ -256,7 +256,7 @@ class GradientProfile(Experiment, name="E2"):
     title = "The gradient's profile in an encoder-decoder"
     question = "How does the gradient at initialisation differ from layer to layer of an encoder and of a decoder?"
     source = "figure 3 of Xiong et al. 2020 (arXiv 2002.04745)"
-    minutes = 1.0
+    minutes = 0.5
     placements: Sequence[str] = ("post", "pre", "residual")
     make: MakeModel = staticmethod(make_model)
 

@@ -50,7 +50,7 @@ class Identities(Experiment, name="E0"):
         "the equations of 1706.03762, 2002.04745, 2203.00555 (DeepNorm, figure 2), 2304.14802 (ResiDual), 2412.13795 "
         "(Mix-LN), 2502.05795 (LayerNorm scaling) and 2502.02732 (Peri-LN) on arXiv"
     )
-    minutes = 0.2
+    minutes = 0.1
     make: MakeModel = staticmethod(make_model)
 
     def __init__(self, settings: Settings) -> None:
