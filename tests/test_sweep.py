@@ -224,7 +224,14 @@ def test_halving_lets_the_best_third_go_on_and_resumes_it(here, in_process, caps
 def test_the_command_that_repeats_a_trial_says_all_that_differs_from_the_preset():
     config = configured(
         PRESETS["gpt-nano"],
-        {"lr": 1e-3, "tied_embeddings": True, "bias": True, "patience": 3, "window_pattern": (True, False), "seed": 7},
+        {
+            "lr": 1e-3,
+            "tied_embeddings": True,
+            "bias": True,
+            "patience": 3,
+            "window_pattern": (True, False),
+            "norm_bias": False,
+        },
     )
     for changed in (config, replace(config, model=replace(config.model, d_ff=None, tied_embeddings=False))):
         options = train_command_module._parse(flags(PRESETS["gpt-nano"], changed), PRESETS["gpt-nano"])
@@ -402,6 +409,23 @@ def test_a_value_that_does_not_parse_is_answered_as_train_answers_it(here, capsy
         assert stopped.value.code == 2
         said.append(" ".join(capsys.readouterr().err.replace("│", " ").split()).partition("──")[0])
     assert word in said[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("tied_embeddings=true,False", (True, False)),
+        ("norm-bias=none,true", (None, True)),
+        ("d_ff=None,32", (None, 32)),
+        ("lr=1,3e-4", (1.0, 3e-4)),
+        ("residual=pre, post,pre", ("pre", "post")),
+        ("compile=on,off", ("on", "off")),
+    ],
+)
+def test_values_are_read_as_train_reads_them(text, values):
+    read = command._setting(text).values
+    assert read == values
+    assert list(map(type, read)) == list(map(type, values))
 
 
 def test_tokens_that_differ_are_compared_by_bits_per_byte(here, in_process, capsys):

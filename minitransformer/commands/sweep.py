@@ -168,15 +168,12 @@ def _value(name: str, word: str) -> Any:
     hint = get_type_hints(FIELDS[name], include_extras=True)[name]
     if str(hint).startswith("tuple"):
         raise UserError(f"{name} takes several values at a time, which cannot be swept: give it as a flag")
-    flag = f"--{name.replace('_', '-')}"
-    if hint is bool:
-        words = {"true": [flag], "false": [flag.replace("--", "--no-", 1)]}
-        arguments = lookup(f"value of {name}", word.lower(), words)
-    else:
-        arguments = [f"{flag}={word}"]
+    if hint in (bool, bool | None):
+        known = {"true": True, "false": False} if hint is bool else {"true": True, "false": False, "none": None}
+        return lookup(f"value of {name}", word.lower(), known)
     # A value alone may be no whole configuration: those are made of all settings together.
     single = make_dataclass("Single", [(name, hint, field())], frozen=True)
-    return getattr(parse(single, arguments, prog=PROGRAM), name)
+    return getattr(parse(single, [f"--{name.replace('_', '-')}={word}"], prog=PROGRAM), name)
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -211,7 +208,7 @@ def _print_plan(plan: Plan, folder: Path, processes: int) -> None:
     print(_wrapped(f"trials     {method(plan)}", 11))
     warmup = plan.shared.training.warmup_steps
     if (first := plan.rungs[0]) is not None and first <= warmup:
-        print(_wrapped(f"note       the first rung, {first} steps, ends within the warm-up of {warmup}", 11))
+        print(_wrapped(f"note       the first rung ends at step {first}, within the {warmup} steps of warm-up", 11))
     print(f"processes  {processes}, of one thread each")
     print(f"folder     {folder}")
     print(f"data       {plan.shared.data.data}", flush=True)

@@ -158,7 +158,7 @@ def flags(default: RunConfig, config: RunConfig) -> list[str]:
             value, name = getattr(getattr(config, part), field.name), field.name.replace("_", "-")
             if value == getattr(getattr(default, part), field.name):
                 continue
-            if isinstance(value, bool):
+            if field.type == "bool":  # one that may be None takes its value as a word
                 words.append(f"--{name}" if value else f"--no-{name}")
             else:
                 words += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]

@@ -36,7 +36,7 @@ def standings_table(search: Search) -> Table:
         [
             *(_cell(standing.combination[name]) for name in names),
             *([standing.until] * halved),
-            outcome_text(standing),
+            standing.mean if len(plan.seeds) == 1 and math.isfinite(standing.mean) else outcome_text(standing),
         ]
         for standing in search.all_standings()
     ]
