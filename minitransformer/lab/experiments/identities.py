@@ -292,7 +292,8 @@ def _scores_keep_gain_one(make: MakeModel, seed: int) -> Outcome:
         for stack in ("encoder", "decoder")
         for ratio in _ratios(deep, post, stack, lambda name: name.endswith(SCORES))
     ]
-    return Outcome(max(abs(ratio - 1) for ratio in ratios), f"{len(ratios)} matrices")
+    furthest = max(abs(ratio - 1) for ratio in ratios)
+    return Outcome(furthest, f"gains of {len(ratios)} matrices, at most {furthest:.1g} from 1")
 
 
 FINAL_NORMS = {
