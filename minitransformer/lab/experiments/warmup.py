@@ -11,9 +11,9 @@ from minitransformer.lab.training import STUCK, TrainingExperiment, loss_curve
 
 CELLS = ((6, 3e-3), (8, 3e-3), (12, 1e-3))
 """layers, and the highest learning rate"""
-EXPECTED = {(6, 3e-3): 2.48, (8, 3e-3): 2.53, (12, 1e-3): 2.68}
-"""nats a character that Post-LN reached with warm-up when the protocol was written; TOLERANCE is that of the mean"""
-TOLERANCE = 0.1
+EXPECTED = {(6, 3e-3): (2.48, 0.1), (8, 3e-3): (2.53, 0.1), (12, 1e-3): (2.68, 0.2)}
+"""Nats a character that Post-LN reached with warm-up when the protocol was written, with few seeds, and how far the
+mean may be from it: at 12 layers, where the warm-up hardly ends in time, seeds differ by 0.2."""
 WITHOUT, WITH, DECAY = "no warm-up", "warm-up", "decay at once"
 COURSES = {
     WITHOUT: {"schedule": "constant", "warmup_steps": 0},
@@ -78,6 +78,7 @@ def _criteria(cell: tuple[int, float], results: Sequence[Result]) -> list[Criter
     others = {name: _losses(results, cell, name, WITHOUT) for name in ("pre", "residual", "deepnorm")}
     worst = {name: max(losses) for name, losses in others.items() if losses}
     learned = mean_interval(with_) if with_ else None
+    loss, tolerance = EXPECTED[cell]
     return [
         Criterion(
             f"Post-LN without warm-up is stuck {place}: {STUCK} or more, with every seed",
@@ -90,13 +91,13 @@ def _criteria(cell: tuple[int, float], results: Sequence[Result]) -> list[Criter
             max(with_) < STUCK if with_ else None,
         ),
         Criterion(
-            f"it then reaches {EXPECTED[cell]} ± {TOLERANCE} on average {place}",
+            f"it then reaches {loss} ± {tolerance} on average {place}",
             str(learned or "not measured"),
-            abs(learned.mean - EXPECTED[cell]) <= TOLERANCE if learned else None,
+            abs(learned.mean - loss) <= tolerance if learned else None,
         ),
         Criterion(
             f"Pre-LN, ResiDual and DeepNorm without warm-up are never stuck {place}",
-            ", ".join(f"{name} {loss:.3f} at most" for name, loss in worst.items()) or "not measured",
+            ", ".join(f"{name} {most:.3f} at most" for name, most in worst.items()) or "not measured",
             max(worst.values()) < STUCK if len(worst) == len(others) else None,
         ),
     ]
