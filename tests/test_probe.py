@@ -194,9 +194,9 @@ def test_only_training_passes_go_through_the_compiled_model(text: Any, tmp_path:
             super().__init__()
             self.model = trainer.model
 
-        def forward(self, tokens: Tensor) -> Tensor:
+        def forward(self, tokens: Tensor, **options: Any) -> Tensor:
             passes.append(self.model.training)
-            return self.model(tokens)
+            return self.model(tokens, **options)
 
     trainer.fast_model = Compiled()
     trainer.model.train()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitransformer.architecture.cache import KVCache
 from minitransformer.models.build import build_embedding, build_head, build_stack
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, positions_of
+from minitransformer.models.model import Model, Readout, apply_head, positions_of
 
 
 class DecoderLM(Model, name="decoder"):
@@ -48,9 +50,13 @@ class DecoderLM(Model, name="decoder"):
         is_token: Bool[Tensor, "batch all"] | None = None,
         positions: Int[Tensor, "#batch all"] | None = None,
         cache: KVCache | None = None,
-    ) -> Float[Tensor, "batch length vocab_size"]:
-        """Logits of the token after each of `tokens`; the arguments are those of `hidden_states`."""
-        return self.head(self.hidden_states(tokens, is_token=is_token, positions=positions, cache=cache))
+        readout: Readout = apply_head,
+    ) -> Any:
+        """Logits [batch, length, vocab_size] of the token after each of `tokens`, or what `readout` makes instead.
+
+        The other arguments are those of `hidden_states`.
+        """
+        return readout(self.head, self.hidden_states(tokens, is_token=is_token, positions=positions, cache=cache))
 
     def new_cache(self, max_length: int | None = None) -> KVCache:
         """An empty cache for `max_length` tokens (default: the context length)."""

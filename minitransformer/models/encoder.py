@@ -11,7 +11,7 @@ from torch import Tensor
 from minitransformer.architecture.embeddings import ClassificationHead
 from minitransformer.models.build import build_embedding, build_head, build_stack
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, positions_of
+from minitransformer.models.model import Model, Readout, apply_head, positions_of
 
 
 class Encoder(Model):
@@ -53,21 +53,23 @@ class EncoderLM(Encoder, name="encoder"):
         segments: Int[Tensor, "batch length"] | None = None,
         positions: Int[Tensor, "#batch length"] | None = None,
         places: Bool[Tensor, "batch length"] | None = None,
-    ) -> Float[Tensor, "*predicted vocab_size"]:
+        readout: Readout = apply_head,
+    ) -> Any:
         """Logits of the token that stands at each place, [batch, length, vocab_size].
 
         With `places`, only of those, [places, vocab_size]: all others would be work for nothing where few are masked.
+        With another `readout`, what that makes instead.
         """
         hidden = self.hidden_states(tokens, is_token=is_token, segments=segments, positions=positions)
-        return self.head(hidden if places is None else hidden[places])
+        return readout(self.head, hidden if places is None else hidden[places])
 
     forward: Callable[..., Any] = token_logits
 
 
 class PretrainingLogits(NamedTuple):
-    """What BERT learns from: logits of tokens, as `EncoderLM` gives them, and of whether the second segment follows."""
+    """What BERT learns from: of tokens, what `EncoderLM` gives, and logits of whether the second segment follows."""
 
-    tokens: Float[Tensor, "*predicted vocab_size"]
+    tokens: Any
     follows: Float[Tensor, "batch 2"]
 
 
@@ -85,11 +87,13 @@ class EncoderPretraining(EncoderLM, name="encoder-pretraining"):
         segments: Int[Tensor, "batch length"] | None = None,
         positions: Int[Tensor, "#batch length"] | None = None,
         places: Bool[Tensor, "batch length"] | None = None,
+        readout: Readout = apply_head,
     ) -> PretrainingLogits:
-        """Logits of both heads, those of tokens only of `places`, if they are given."""
+        """Logits of both heads, those of tokens as in `token_logits`."""
         assert self.next_sentence is not None
         hidden = self.hidden_states(tokens, is_token=is_token, segments=segments, positions=positions)
-        return PretrainingLogits(self.head(hidden if places is None else hidden[places]), self.next_sentence(hidden))
+        tokens_read = readout(self.head, hidden if places is None else hidden[places])
+        return PretrainingLogits(tokens_read, self.next_sentence(hidden))
 
 
 class EncoderClassifier(Encoder, name="encoder-classifier"):

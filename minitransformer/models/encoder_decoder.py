@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from minitransformer.architecture.block import Memory
 from minitransformer.architecture.cache import KVCache
 from minitransformer.models.build import build_embedding, build_head, build_stack
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, positions_of
+from minitransformer.models.model import Model, Readout, apply_head, positions_of
 
 
 class EncoderDecoder(Model, name="encoder-decoder"):
@@ -73,10 +75,14 @@ class EncoderDecoder(Model, name="encoder-decoder"):
         *,
         source_is_token: Bool[Tensor, "batch source"] | None = None,
         is_token: Bool[Tensor, "batch length"] | None = None,
-    ) -> Float[Tensor, "batch length vocab_size"]:
-        """Logits of the target token after each of `inputs`, which begin with the start token."""
+        readout: Readout = apply_head,
+    ) -> Any:
+        """Logits [batch, length, vocab] of the target token after each of `inputs`, or what `readout` makes instead.
+
+        `inputs` begin with the start token.
+        """
         memory = self.encode(source, is_token=source_is_token)
-        return self.head(self.hidden_states(inputs, memory, is_token=is_token))
+        return readout(self.head, self.hidden_states(inputs, memory, is_token=is_token))
 
     def new_cache(self, max_length: int | None = None) -> KVCache:
         """An empty cache for `max_length` target tokens (default: the context length)."""

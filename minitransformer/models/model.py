@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minitransformer.architecture.attention import MultiHeadAttention
@@ -17,6 +18,14 @@ from minitransformer.architecture.init import Initialisation, initialise
 from minitransformer.architecture.positions import token_positions
 from minitransformer.models.config import TOPOLOGIES, ModelConfig
 from minitransformer.registry import Registered
+
+Readout = Callable[[nn.Module, Float[Tensor, "*batch d_model"]], Any]
+"""What a forward pass makes of a head and of what it reads."""
+
+
+def apply_head(head: nn.Module, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab_size"]:
+    """Logits. A loss is another readout, which need not hold all logits at once."""
+    return head(hidden)
 
 
 class Model(Registered, nn.Module, kind="topology"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from minitransformer.architecture.additive_attention import AdditiveAttention
 from minitransformer.architecture.block import Memory
 from minitransformer.models.build import build_embedding, build_head
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model
+from minitransformer.models.model import Model, Readout, apply_head
 
 
 class RecurrentCache:
@@ -110,10 +112,14 @@ class RecurrentEncoderDecoder(Model, name="rnn"):
         *,
         source_is_token: Bool[Tensor, "batch source"] | None = None,
         is_token: Bool[Tensor, "batch length"] | None = None,
-    ) -> Float[Tensor, "batch length vocab_size"]:
-        """Logits of the target token after each of `inputs`, which begin with the start token."""
+        readout: Readout = apply_head,
+    ) -> Any:
+        """Logits [batch, length, vocab] of the target token after each of `inputs`, or what `readout` makes instead.
+
+        `inputs` begin with the start token.
+        """
         memory = self.encode(source, is_token=source_is_token)
-        return self.head(self.hidden_states(inputs, memory, is_token=is_token))
+        return readout(self.head, self.hidden_states(inputs, memory, is_token=is_token))
 
     def new_cache(self, max_length: int | None = None) -> RecurrentCache:
         """An empty cache for `max_length` target tokens (default: the context length)."""

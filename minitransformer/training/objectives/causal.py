@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import nn
 
-from minitransformer.text.batches import IGNORE, Batch, SequentialWindows, ShuffledWindows
+from minitransformer.text.batches import Batch, SequentialWindows, ShuffledWindows
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.prepare import PreparedText, prepare
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.objectives.base import Objective, Score, refuse_other_files
+from minitransformer.training.objectives.cross_entropy import summed_loss
 
 if TYPE_CHECKING:
     from minitransformer.training.config import RunConfig
@@ -59,7 +60,4 @@ class Causal(Objective, name="causal"):
         return self.prepared.validation_bytes
 
     def score(self, model: nn.Module, batch: Batch) -> Score:
-        logits = model(batch.inputs)
-        return Score(
-            F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        )
+        return Score(model(batch.inputs, readout=partial(summed_loss, targets=batch.targets)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -17,6 +18,7 @@ from minitransformer.text.prepare import PreparedText
 from minitransformer.text.tokenizers import MASK, Tokenizer
 from minitransformer.training.objectives.base import Objective, Score
 from minitransformer.training.objectives.causal import prepare_text
+from minitransformer.training.objectives.cross_entropy import score_tokens, summed_loss
 
 if TYPE_CHECKING:
     from minitransformer.training.config import RunConfig
@@ -162,23 +164,24 @@ class Masked(Objective, name="masked"):
         return float((np.asarray(self.prepared.validation) == most_frequent).mean())
 
     def score(self, model: Any, batch: MaskedBatch) -> Score:
-        output, targets = self._output(model, batch), batch.targets[batch.targets != IGNORE]
-        logits = output if batch.follows is None else output.tokens
-        return Score(F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum())
+        output = self._output(model, batch, score_tokens)
+        nats, right = output if batch.follows is None else output.tokens
+        return Score(nats, right.sum())
 
     def loss_sum(self, model: Any, batch: MaskedBatch) -> Tensor:
+        output = self._output(model, batch, summed_loss)
         if batch.follows is None:
-            return self.score(model, batch).nats
-        logits, follows = self._output(model, batch)
-        loss = F.cross_entropy(logits, batch.targets[batch.targets != IGNORE], reduction="sum")
+            return output
+        loss, follows = output
         # A window counts as much as its hidden tokens together: the sum of two means, as in BERT.
         weight = self.config.training.mask_probability * self.length
         return loss + weight * F.cross_entropy(follows, batch.follows, reduction="sum")
 
-    def _output(self, model: Any, batch: MaskedBatch) -> Any:
-        """Logits of the hidden tokens; `PretrainingLogits` of a model with `next_sentence`."""
+    def _output(self, model: Any, batch: MaskedBatch, measure: Callable[..., Any]) -> Any:
+        """What `measure` makes of the hidden tokens; of a model with `next_sentence`, as the first of a pair."""
         places = batch.targets != IGNORE
-        return model(batch.inputs, is_token=batch.is_token, segments=batch.segments, places=places)
+        readout = partial(measure, targets=batch.targets[places])
+        return model(batch.inputs, is_token=batch.is_token, segments=batch.segments, places=places, readout=readout)
 
     def examples(self, count: int) -> list[list[int]]:
         """Excerpts from all over the validation text, each with two masks."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitransformer.errors import UserError
@@ -16,6 +16,7 @@ from minitransformer.text.pairs import PairCorpus, open_pairs
 from minitransformer.text.prepare_pairs import prepare_pairs
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.objectives.base import Objective, Prepared, Score, refuse_other_files
+from minitransformer.training.objectives.cross_entropy import score_tokens, summed_loss
 
 if TYPE_CHECKING:
     from minitransformer.training.config import DataConfig, RunConfig
@@ -72,7 +73,7 @@ class Seq2Seq(Objective, name="seq2seq"):
         return score_pairs(model, batch)
 
     def loss_sum(self, model: nn.Module, batch: PairBatch) -> Tensor:
-        return score_pairs(model, batch, label_smoothing=self.config.training.label_smoothing).nats
+        return pair_loss(model, batch, self.config.training.label_smoothing)
 
     def examples(self, count: int) -> list[list[int]]:
         batch = next(iter(self.validation_batches()))
@@ -104,18 +105,17 @@ def _opened(data: DataConfig, name: str, target_name: str | None) -> PairCorpus:
     )
 
 
-def score_pairs(model: Any, batch: PairBatch, label_smoothing: float = 0.0) -> Score:
+def pair_loss(model: Any, batch: PairBatch, label_smoothing: float) -> Tensor:
+    """−Σ log p of the targets, smoothed, each predicted from the source and the true tokens before it."""
+    readout = partial(summed_loss, targets=batch.targets, label_smoothing=label_smoothing)
+    return model(batch.source, batch.inputs, source_is_token=batch.source_is_token, readout=readout)
+
+
+def score_pairs(model: Any, batch: PairBatch) -> Score:
     """How well `model` predicts the targets, each from the source and the true tokens before it.
 
     An exact answer is what greedy decoding would write: as long as it is right, it sees the true tokens too.
     """
-    logits = model(batch.source, batch.inputs, source_is_token=batch.source_is_token)
-    nats = F.cross_entropy(
-        logits.flatten(0, 1),
-        batch.targets.flatten(),
-        ignore_index=IGNORE,
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )
-    right = logits.argmax(-1) == batch.targets
+    readout = partial(score_tokens, targets=batch.targets)
+    nats, right = model(batch.source, batch.inputs, source_is_token=batch.source_is_token, readout=readout)
     return Score(nats, right.sum(), (right | (batch.targets == IGNORE)).all(-1))

@@ -17,7 +17,7 @@ from minitransformer.text.prepare import PreparedText
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.objectives.base import Objective, Score
 from minitransformer.training.objectives.causal import prepare_text
-from minitransformer.training.objectives.seq2seq import score_pairs
+from minitransformer.training.objectives.seq2seq import pair_loss, score_pairs
 
 if TYPE_CHECKING:
     from minitransformer.training.config import RunConfig
@@ -110,7 +110,7 @@ class SpanCorruption(Objective, name="span-corruption"):
         return score_pairs(model, batch)
 
     def loss_sum(self, model: nn.Module, batch: PairBatch) -> Tensor:
-        return score_pairs(model, batch, label_smoothing=self.config.training.label_smoothing).nats
+        return pair_loss(model, batch, self.config.training.label_smoothing)
 
     def examples(self, count: int) -> list[list[int]]:
         sources = next(iter(self.validation_batches())).source[:count]

@@ -1,0 +1,103 @@
+"""Cross-entropy from what a head reads, without the logits of all tokens at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from minitransformer.text.batches import IGNORE
+
+# Below this number, logits are too few to cut: what they take is little beside the rest of a step.
+FEWEST_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28}
+
+
+def summed_loss(
+    head: nn.Module,
+    hidden: Float[Tensor, "*batch d_model"],
+    targets: Int64[Tensor, "*batch"],
+    *,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """−Σ log softmax(head(hidden))[target] over the targets that are not IGNORE, which are smoothed if that is asked.
+
+    Where there would be many logits, they are made for some tokens at a time. Where gradients are wanted, those of
+    hidden states and weights are found with them, so that no logits are kept or made twice. Hsu et al. 2024 (Liger
+    Kernel, arXiv 2410.10989), section 3.2; Wijmans et al. 2024 (Cut Your Losses, arXiv 2411.09009), section 3.
+    A gradient of these gradients cannot be taken.
+    """
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    size = tokens_at_once(head, hidden)
+    if len(hidden) <= size:
+        return _cross_entropy(head(hidden), targets, label_smoothing)
+    weights = [weight for weight in head.parameters() if weight.requires_grad]
+    if torch.is_grad_enabled():
+        return _LossInChunks.apply(head, hidden, targets, size, label_smoothing, *weights)
+    parts = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.stack([_cross_entropy(head(x), y, label_smoothing) for x, y in parts]).sum()
+
+
+def score_tokens(
+    head: nn.Module, hidden: Float[Tensor, "*batch d_model"], targets: Int64[Tensor, "*batch"]
+) -> tuple[Float[Tensor, ""], Bool[Tensor, "*batch"]]:
+    """`summed_loss`, and whether each target has the highest logit; as many logits at once, and for no gradients."""
+    size = tokens_at_once(head, hidden)
+    nats, right = [], []
+    for x, y in zip(hidden.flatten(0, -2).split(size), targets.flatten().split(size), strict=True):
+        logits = head(x)
+        nats.append(_cross_entropy(logits, y))
+        right.append(logits.argmax(-1) == y)
+    return torch.stack(nats).sum(), torch.cat(right).view_as(targets)
+
+
+def tokens_at_once(head: nn.Module, hidden: Float[Tensor, "*batch d_model"]) -> int:
+    """For how many tokens logits are made together.
+
+    As many as a hidden state has features: then logits take the memory of the head's weight, whose gradient is there
+    anyway, and adding such gradients up costs little beside the products. More, if that makes FEWEST_LOGITS only.
+    """
+    outputs = max((weight.size(0) for weight in head.parameters()), default=1)
+    fewest = FEWEST_LOGITS["cuda" if hidden.is_cuda else "cpu"]
+    return max(hidden.size(-1), fewest // outputs)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
+
+
+class _LossInChunks(torch.autograd.Function):
+    """The loss, which knows its gradients from the beginning: a backward pass only multiplies them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: nn.Module,
+        hidden: Tensor,
+        targets: Tensor,
+        size: int,
+        label_smoothing: float,
+        *weights: Tensor,
+    ) -> Tensor:
+        losses, hidden_gradients = [], torch.empty_like(hidden)
+        sums = [torch.zeros_like(weight) for weight in weights]
+        parts = zip(hidden.split(size), targets.split(size), hidden_gradients.split(size), strict=True)
+        for x, y, hidden_gradient in parts:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                loss = _cross_entropy(head(x), y, label_smoothing)
+            gradient, *gradients = torch.autograd.grad(loss, [x, *weights])
+            hidden_gradient.copy_(gradient)
+            if sums:
+                torch._foreach_add_(sums, gradients)
+            losses.append(loss.detach())
+        ctx.save_for_backward(hidden_gradients, *sums)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        hidden_gradients, *sums = ctx.saved_tensors
+        return None, gradient * hidden_gradients, None, None, None, *(gradient * total for total in sums)
