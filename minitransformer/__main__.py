@@ -15,6 +15,7 @@ COMMANDS = {
     "compare": "runs beside each other: settings, curves, and which differences the seeds bear out",
     "sweep": "search hyper-parameters of a preset: grid, random draws, successive halving",
     "lab": "experiments on where the norm stands, each with a report",
+    "bench": "speed and memory, beside peers and beside what the machine can do",
     "import": "make a run of a public checkpoint",
     "export": "write the model of a run as the transformers library opens it",
 }

@@ -19,7 +19,8 @@ ROOMS = {
     "generation": {"architecture", "models", "text"},
     "pretrained": {"architecture", "models", "text"},
     "lab": {"architecture", "models", "text", "training", "generation", "runs"},
-    "commands": {"architecture", "models", "text", "training", "generation", "pretrained", "lab", "runs"},
+    "benchmark": {"architecture", "models", "text", "training", "generation", "lab"},
+    "commands": {"architecture", "models", "text", "training", "generation", "pretrained", "lab", "benchmark", "runs"},
 }
 SHARED = {"errors", "registry", "files"}
 

@@ -1,0 +1,105 @@
+"""Training until a loss is reached, ours and nanoGPT's. Importing this imports torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minitransformer.benchmark.case import Setting
+from minitransformer.benchmark.ours import config_of, synchronise
+from minitransformer.benchmark.stepping import NANOGPT_STEPS, Step, nanogpt_steps, steps_of
+from minitransformer.benchmark.subjects.time_to_loss import FIRST_LOOK, GROWTH, MOST_VALIDATION
+from minitransformer.errors import UserError
+from minitransformer.models.config import MODERN, ModelConfig
+from minitransformer.text.batches import SequentialWindows
+from minitransformer.text.corpora import open_corpus
+from minitransformer.text.prepare import PreparedText, prepare
+from minitransformer.training.config import DataConfig, RunConfig
+from minitransformer.training.presets import PRESETS
+
+Logits = Callable[[Tensor], Tensor]
+SEEDS = count()
+"""a process trains from another seed each time"""
+
+
+def seconds_to_loss(setting: Setting, recipe: str, precision: str) -> float:
+    """Seconds of training until validation is at the target; raises `UserError` where it is not reached."""
+    setting = replace(setting, seed=setting.seed + next(SEEDS))
+    prepared = prepare(open_corpus(setting.data), "chars", context_length=setting.shape.context_length, progress=False)
+    setting = replace(setting, shape=replace(setting.shape, vocab_size=prepared.tokenizer.vocab_size))
+    return (_nanogpt if recipe == "nanogpt" else _ours)(setting, recipe, precision, prepared)
+
+
+@dataclass
+class _Clock:
+    """Counts the time in which it runs."""
+
+    device: str
+    seconds: float = 0.0
+    _since: float = field(default=0.0)
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        synchronise(self.device)
+        self.seconds += time.perf_counter() - self._since
+
+
+def _nanogpt(setting: Setting, recipe: str, precision: str, prepared: PreparedText) -> float:
+    torch.manual_seed(setting.seed)
+    model, step = nanogpt_steps(setting, prepared.train, compiled=False)
+    return _until_reached(setting, NANOGPT_STEPS, prepared, model, step, lambda inputs: model(inputs, inputs)[0])
+
+
+def _ours(setting: Setting, recipe: str, precision: str, prepared: PreparedText) -> float:
+    classic = PRESETS["nanogpt-cpu"].training
+    if recipe == "classic":
+        config = RunConfig(config_of(setting.shape), DataConfig(tokenizer="chars"), classic)
+    else:
+        training = replace(PRESETS["gpt-micro"].training, batch_size=setting.shape.batch_size)
+        config = RunConfig(_modern(config_of(setting.shape)), DataConfig(tokenizer="chars"), training)
+    training = replace(config.training, batch_size=setting.shape.batch_size, seed=setting.seed)
+    model, step = steps_of(replace(config, training=training), prepared, setting.device, precision, compiled=False)
+    return _until_reached(setting, training.steps, prepared, model, step, model)
+
+
+def _modern(config: ModelConfig) -> ModelConfig:
+    sizes = ("num_layers", "num_heads", "d_model", "context_length", "vocab_size", "dropout")
+    return replace(MODERN, **{name: getattr(config, name) for name in sizes})
+
+
+def _until_reached(
+    setting: Setting, steps: int, prepared: PreparedText, model: nn.Module, step: Step, logits: Logits
+) -> float:
+    """Seconds of the steps until the loss is reached; the schedule ends after `steps`."""
+    clock, look = _Clock(setting.device), FIRST_LOOK
+    for done in range(1, steps + 1):
+        clock.start()
+        step()
+        clock.stop()
+        if done == look:
+            loss = _validation_loss(setting, prepared, model, logits)
+            if loss <= setting.target_loss:
+                return clock.seconds
+            look = int(look * GROWTH) + 1
+    raise UserError(f"{steps} steps did not reach a loss of {setting.target_loss:g}: raise --target-loss")
+
+
+@torch.no_grad()
+def _validation_loss(setting: Setting, prepared: PreparedText, model: nn.Module, logits: Logits) -> float:
+    """Nats a character over the validation split, or its beginning."""
+    model.eval()
+    nats, targets = 0.0, 0
+    for batch in SequentialWindows(prepared.validation[:MOST_VALIDATION], setting.shape.context_length, 64):
+        batch = batch.to(setting.device)
+        nats += float(F.cross_entropy(logits(batch.inputs).flatten(0, 1), batch.targets.flatten(), reduction="sum"))
+        targets += batch.num_targets
+    model.train()
+    return nats / targets

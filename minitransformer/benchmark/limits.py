@@ -1,0 +1,95 @@
+"""What this machine can do at most: how fast it multiplies matrices, and how fast it reads memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+
+from minitransformer.benchmark.case import Cost, Work
+from minitransformer.benchmark.workers import Worker
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+READ_BYTES = 1 << 28
+"""far more than the caches hold"""
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Operations a second by precision, and bytes a second that are read from memory."""
+
+    flops: dict[str, float]
+    bytes: float
+
+    def share(self, cost: Cost, rate: float) -> float | None:
+        """How much of the limit `rate` units a second are; None for a precision whose limit was not measured.
+
+        A unit takes at least the longer of its arithmetic and its reading: the roofline of Williams et al. 2009.
+        """
+        flops = self.flops.get(cost.precision, self.flops.get("bf16") if cost.precision == "int8" else None)
+        if flops is None:
+            return None
+        return rate * max(cost.flops / flops, cost.bytes / self.bytes)
+
+    @classmethod
+    def best_of(cls, measured: Sequence[Limits]) -> Limits:
+        """The highest of each: whatever slows a machine down does not change what it can do."""
+        names = {name for limits in measured for name in limits.flops}
+        flops = {name: max(limits.flops.get(name, 0.0) for limits in measured) for name in sorted(names, reverse=True)}
+        return cls(flops, max(limits.bytes for limits in measured))
+
+
+def measure_limits(device: str) -> Limits:
+    """Both limits, each measured in a process of its own; raises `ContestantFailed`."""
+    return Limits(
+        {name: _measured(partial(_multiplying, device, name)) for name in DTYPES}, _measured(partial(_reading, device))
+    )
+
+
+def _measured(prepare: Callable[[], Work]) -> float:
+    worker = Worker(prepare)
+    try:
+        worker.cost()
+        return max(worker.sample() for _ in range(REPEATS))
+    finally:
+        worker.close()
+
+
+def _multiplying(device: str, precision: str) -> Work:
+    import torch
+
+    from minitransformer.training.machine import measured_flops
+
+    return Work(partial(measured_flops, torch.device(device), getattr(torch, DTYPES[precision])))
+
+
+def _reading(device: str) -> Work:
+    import torch
+
+    data = torch.ones(READ_BYTES // 4, device=device)
+
+    def sample() -> float:
+        start = time.perf_counter()
+        data.sum().item()
+        return READ_BYTES / (time.perf_counter() - start)
+
+    return Work(sample)
+
+
+def chosen_device(name: str) -> str:
+    """The device called `name`, or the fastest for "auto", without importing torch here, where it would count as
+    memory of every contestant; raises `UserError` if there is none such."""
+    if name == "cpu":
+        return name
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_choose, name).result()
+
+
+def _choose(name: str) -> str:
+    from minitransformer.training.machine import choose_device
+
+    return str(choose_device(name))

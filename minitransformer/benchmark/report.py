@@ -1,0 +1,193 @@
+"""The results as one table of 80 columns, as JSON, and as a picture."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minitransformer.benchmark.case import Setting
+from minitransformer.benchmark.limits import Limits
+from minitransformer.benchmark.rounds import AGAIN, Plan, Result
+from minitransformer.benchmark.statistics import Ratio, interval_text, least_rounds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH = 80
+NAME, SPREAD, RATIO = 26, 23, 22
+FORMAT = 1
+
+
+def table(results: Sequence[Result], limits: Limits | None) -> Iterator[str]:
+    """The lines of the table: for each case its contestants, the verdict, and who is absent and why."""
+    for result in results:
+        yield from ("", *_case(result, limits))
+
+
+def _case(result: Result, limits: Limits | None) -> Iterator[str]:
+    heading = f"{result.case.title}, {result.case.unit}"
+    if len(heading) < NAME:
+        heading = f"{heading:{NAME}}median [quartiles]"
+    yield f"{heading:{NAME + SPREAD}}{'times as good':{RATIO}} of limit"
+    yield "-" * WIDTH
+    for name in result.samples:
+        yield _row(result, name, limits).rstrip()
+    for line in _remarks(result):
+        yield from textwrap.wrap(line, WIDTH, subsequent_indent="  ")
+
+
+def _row(result: Result, name: str, limits: Limits | None) -> str:
+    spread = result.spread(name)
+    values = f"{number(spread.median)} [{number(spread.low)}–{number(spread.high)}]"
+    ratio = "base" if name == result.base else interval_text(result.ratio(name))
+    share = _share(result, name, limits)
+    return f"{name:{NAME}}{values:{SPREAD}}{ratio:{RATIO}}  {'' if share is None else f'{share:.0%}':>7}"
+
+
+def _share(result: Result, name: str, limits: Limits | None) -> float | None:
+    cost = result.costs.get(name)
+    return None if limits is None or cost is None else limits.share(cost, result.spread(name).median)
+
+
+def _remarks(result: Result) -> Iterator[str]:
+    verdict = result.verdict()
+    if verdict is not None:
+        yield f"{verdict}"
+    reasons: dict[str, list[str]] = {}
+    for entry in result.absent:
+        reasons.setdefault(entry.why, []).append(entry.name)
+    for why, names in reasons.items():
+        yield f"not measured: {', '.join(names)} ({why})"
+
+
+def heading(setting: Setting, plan: Plan, limits: Limits | None, why_no_limits: str = "") -> Iterator[str]:
+    """What was measured on what, and how to read the table."""
+    about = machine()
+    yield f"machine    {about['processor']}, {about['processors']} processors"[:WIDTH]
+    yield f"           torch {about['torch']}, Python {about['python']}, {setting.device}"
+    if limits is None:
+        yield from textwrap.wrap(f"limits     not measured: {why_no_limits}", WIDTH, subsequent_indent=" " * 11)
+    else:
+        products = ", ".join(f"{name} {number(flops)}FLOP/s" for name, flops in limits.flops.items())
+        yield f"limits     matrix products {products}; memory {number(limits.bytes)}B/s"
+    yield f"shape      {setting.shape}"
+    yield f"rounds     {plan.rounds} interleaved, in shuffled order, after {plan.warmup} for warm-up"
+    yield "           ratios are paired by rounds, [95 % interval of their median];"
+    yield "           (again): the base measured twice, what differs by chance"
+    if plan.rounds < least_rounds():
+        yield f"           fewer than {least_rounds()} rounds give no intervals, and no winner"
+
+
+def as_json(
+    results: Sequence[Result], setting: Setting, plan: Plan, limits: Limits | None, why_no_limits: str
+) -> dict[str, Any]:
+    """Everything, each sample included."""
+    return {
+        "format": FORMAT,
+        "machine": machine(),
+        "setting": {**asdict(setting), "against": str(setting.against.path) if setting.against else None},
+        "plan": asdict(plan),
+        "limits": why_no_limits if limits is None else asdict(limits),
+        "cases": [_case_as_json(result, limits) for result in results],
+    }
+
+
+def _case_as_json(result: Result, limits: Limits | None) -> dict[str, Any]:
+    verdict = result.verdict()
+    contestants = {}
+    for name, samples in result.samples.items():
+        cost = result.costs.get(name)
+        contestants[name] = {
+            "samples": samples,
+            "spread": asdict(result.spread(name)),
+            "ratio": _finite(asdict(result.ratio(name))),
+            "cost": None if cost is None else asdict(cost),
+            "share_of_limit": _share(result, name, limits),
+        }
+    return {
+        "title": result.case.title,
+        "unit": result.case.unit,
+        "lower_is_better": result.case.lower_is_better,
+        "base": result.base,
+        "noise_floor": result.floor if result.samples else None,
+        "contestants": contestants,
+        "winner": verdict.best if verdict is not None and verdict.winner else None,
+        "verdict": None if verdict is None else str(verdict),
+        "not_measured": {entry.name: entry.why for entry in result.absent},
+    }
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no infinity: an end that is not known is null."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def picture(results: Sequence[Result]) -> Figure:
+    """The ratios of all cases with their intervals, one below the other; raises `UserError` without matplotlib."""
+    from minitransformer.lab.figures import intervals
+
+    rows: list[tuple[str, Ratio]] = []
+    for result in results:
+        for name in result.samples:
+            if name != result.base:
+                short = name.replace(AGAIN, ", again")
+                rows.append((f"{result.case.title}: {short} / {result.base}", result.ratio(name)))
+    return intervals(
+        [label for label, _ in rows],
+        [ratio.median for _, ratio in rows],
+        [ratio.low if math.isfinite(ratio.high) else math.nan for _, ratio in rows],
+        [ratio.high if math.isfinite(ratio.high) else math.nan for _, ratio in rows],
+        x_label="times as good as the base: median of paired rounds and its 95 % interval",
+        title="Benchmark",
+        reference=1.0,
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What a number must be read with."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": _processor(),
+        "processors": processors,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("torch", "numpy", "transformers", "tokenizers", "tiktoken")},
+        "command": sys.argv,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def number(value: float) -> str:
+    """Three digits, with the prefix of thousands."""
+    for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= power:
+            return f"{_three_digits(value / power)}{prefix}"
+    return _three_digits(value)
+
+
+def _three_digits(value: float) -> str:
+    decimals = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:.{min(decimals, 4)}f}"

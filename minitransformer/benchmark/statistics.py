@@ -1,0 +1,161 @@
+"""What interleaved rounds allow one to say: medians, paired ratios with their intervals, and whether somebody won.
+
+Times have long tails, so nothing here is a mean: an interval of a median goes from one order statistic to another,
+whatever the distribution (Conover 1999, Practical Nonparametric Statistics, section 3.2). Ratios are taken within
+rounds, so that what slows a whole round, such as other work on the machine, cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some values, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: ArrayLike) -> Spread:
+        low, median, high = np.quantile(np.asarray(values, dtype=float), [0.25, 0.5, 0.75])
+        return cls(float(median), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median of ratios, and the interval that holds the true median at the level that was asked for.
+
+    Too few rounds for the level give the interval from 0 to ∞.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    def exceeds(self, floor: float = 1.0) -> bool:
+        """Whether the whole interval is above `floor`."""
+        return self.low > floor
+
+
+def least_rounds(level: float = LEVEL) -> int:
+    """How many rounds the widest interval, from the smallest ratio to the largest, needs to have `level`."""
+    return max(2, math.ceil(1 - math.log2(1 - level)))
+
+
+def paired_ratio(values: ArrayLike, base: ArrayLike, *, lower_is_better: bool, level: float = LEVEL) -> Ratio:
+    """How many times as good as `base` [rounds] are `values` [rounds]: above 1 is better, whatever the unit."""
+    ours, theirs = np.asarray(values, dtype=float), np.asarray(base, dtype=float)
+    return median_interval(theirs / ours if lower_is_better else ours / theirs, level)
+
+
+def median_interval(values: ArrayLike, level: float = LEVEL) -> Ratio:
+    """The median of positive `values`, between the order statistics that hold the true one with at least `level`."""
+    ordered = np.sort(np.asarray(values, dtype=float))
+    outside = _values_outside(len(ordered), level)
+    if outside is None:
+        return Ratio(float(np.median(ordered)), 0.0, math.inf)
+    return Ratio(float(np.median(ordered)), float(ordered[outside]), float(ordered[-1 - outside]))
+
+
+def _values_outside(count: int, level: float) -> int | None:
+    """How many values may be left out at either end; None if all of them are too few.
+
+    The true median lies below the k-th of n values with the probability of fewer than k heads in n throws.
+    """
+    tail, outside = 0.0, None
+    for heads in range((count + 1) // 2):
+        tail += math.comb(count, heads) / 2**count
+        if 2 * tail > 1 - level + 1e-12:
+            break
+        outside = heads
+    return outside
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who won, by how much over the next; without a winner, who could be told from the best by nobody."""
+
+    best: str
+    winner: bool
+    runner_up: str | None = None
+    lead: Ratio | None = None
+    tied: tuple[str, ...] = ()
+    rounds: int = 0
+    needed: int = 0
+
+    def __str__(self) -> str:
+        if self.runner_up is None:
+            return f"{self.best} has nothing to be compared with"
+        if self.rounds < self.needed:
+            return f"no winner: {self.rounds} rounds say too little, and {self.needed} are needed at least"
+        if self.winner:
+            assert self.lead is not None
+            return f"{self.best} wins: {interval_text(self.lead)} times as good as {self.runner_up}"
+        return f"no winner: {self.best} and {', '.join(self.tied)} are inside the noise"
+
+
+def verdict(
+    samples: Mapping[str, ArrayLike], *, lower_is_better: bool, floor: float = 1.0, level: float = LEVEL
+) -> Verdict:
+    """Whether the contestant with the best median may be called the winner over `samples` (name -> [rounds]).
+
+    It may if its paired ratio to each other one is above `floor` with its whole interval. The best was chosen by the
+    same data, so intervals have the level that Bonferroni's correction asks for. `floor` is what the same thing,
+    measured twice, was seen to differ by from itself.
+    """
+    by_name = {name: np.asarray(values, dtype=float) for name, values in samples.items()}
+    sign = 1 if lower_is_better else -1
+    order = sorted(by_name, key=lambda name: sign * float(np.median(by_name[name])))
+    best, others = order[0], order[1:]
+    if not others:
+        return Verdict(best, winner=False)
+    corrected = 1 - (1 - level) / len(others)
+    ratios = {
+        name: paired_ratio(by_name[best], by_name[name], lower_is_better=lower_is_better, level=corrected)
+        for name in others
+    }
+    tied = tuple(name for name in others if not ratios[name].exceeds(floor))
+    rounds = len(by_name[best])
+    return Verdict(best, not tied, others[0], ratios[others[0]], tied, rounds, least_rounds(corrected))
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """The p of y ∝ x^p, and its standard error; NaN with fewer than three points, where a line has none."""
+
+    value: float
+    error: float
+
+    @classmethod
+    def of(cls, x: Sequence[float], y: Sequence[float]) -> Exponent | None:
+        """The slope of log y over log x by least squares; None with fewer than two points above zero."""
+        points = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True) if a > 0 and b > 0]
+        if len({point for point, _ in points}) < 2:
+            return None
+        logs = np.asarray(points)
+        centered = logs - logs.mean(axis=0)
+        spread = float(centered[:, 0] @ centered[:, 0])
+        slope = float(centered[:, 0] @ centered[:, 1]) / spread
+        residual = centered[:, 1] - slope * centered[:, 0]
+        degrees = len(points) - 2
+        return cls(slope, math.sqrt(float(residual @ residual) / degrees / spread) if degrees else math.nan)
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" if math.isnan(self.error) else f"{self.value:.2f} ± {self.error:.2f}"
+
+
+def interval_text(ratio: Ratio) -> str:
+    """Median and ends; the median alone where the rounds were too few for an interval."""
+    if not math.isfinite(ratio.high):
+        return f"{ratio.median:.3g}"
+    return f"{ratio.median:.3g} [{ratio.low:.3g}–{ratio.high:.3g}]"

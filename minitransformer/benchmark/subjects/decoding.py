@@ -1,0 +1,74 @@
+"""Writing tokens, and reading a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from minitransformer.benchmark.case import Absent, Case, Contestant, Setting, Shape, Subject, Work, missing
+from minitransformer.benchmark.workers import repeated
+from minitransformer.errors import UserError
+
+BATCHES = (1, 8, 64)
+PROMPT = 8
+"""tokens before the first that is written"""
+Prepare = Callable[[Setting, str, int, int], Work]
+
+
+class Decode(Subject, name="decode"):
+    """Tokens a second that are drawn and written after a short prompt, all samples of a batch together."""
+
+    about = "tokens a second that are written, at batch 1, 8 and 64"
+
+    def cases(self) -> Iterator[Case]:
+        tokens = _room(self.setting)
+        for batch in BATCHES:
+            entries = _contestants(self.setting, "decode", tokens, batch)
+            yield Case.of(f"decode {tokens} tokens, batch {batch}", "tokens/s", entries)
+
+
+class Prefill(Subject, name="prefill"):
+    """Tokens a second of a prompt that fills the context, read into a cache, up to the first logits."""
+
+    about = "tokens a second of a prompt that is read"
+
+    def cases(self) -> Iterator[Case]:
+        length = self.setting.shape.context_length
+        yield Case.of(f"prefill of {length} tokens", "tokens/s", _contestants(self.setting, "prefill", length, 1))
+
+
+def _room(setting: Setting) -> int:
+    """How many tokens to write: all that were asked for, or what the context holds after the prompt."""
+    room = setting.shape.context_length - PROMPT
+    if room < 1:
+        raise UserError(f"a context of {setting.shape.context_length} has no room for a prompt of {PROMPT} tokens")
+    return min(setting.tokens, room)
+
+
+def _contestants(setting: Setting, task: str, tokens: int, batch: int) -> Iterator[Contestant | Absent]:
+    def entry(name: str, who: str, precision: str, *, base: bool = False) -> Contestant:
+        return Contestant(name, partial(_work, setting, task, who, precision, tokens, batch), base)
+
+    if setting.against:
+        yield entry("nanoGPT", "nanogpt", "fp32", base=True)
+    else:
+        yield Absent("nanoGPT", "name a checkout with --against")
+    for precision in ("fp32", "bf16"):
+        name = f"transformers {precision}"
+        yield missing("transformers", name) or entry(name, "transformers", precision, base=True)
+    for precision in ("fp32", "bf16"):
+        yield entry(f"ours {precision}", "ours", precision)
+
+
+def _work(setting: Setting, task: str, who: str, precision: str, tokens: int, batch: int) -> Work:
+    from minitransformer.benchmark import ours, writing
+
+    once = getattr(writing, f"{who}_{task}")(setting, precision, tokens, batch)
+    finish = partial(ours.synchronise, setting.device)
+    shape: Shape = setting.shape
+    cost = (
+        ours.reading_cost(shape, precision, tokens)
+        if task == "prefill"
+        else ours.decoding_cost(shape, precision, PROMPT + tokens, batch)
+    )
+    return Work(partial(repeated, once, tokens * batch, setting.seconds, finish), cost)

@@ -1,0 +1,46 @@
+"""How long training takes to a given loss: the speed of steps and the worth of recipes together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from minitransformer.benchmark.case import Absent, Case, Contestant, Setting, Subject, Work
+
+FIRST_LOOK, GROWTH = 20, 1.05
+"""validation comes after this many steps, and then whenever there are 5 % more, so times are as exact as that"""
+MOST_VALIDATION = 1 << 17
+"""characters of validation that are looked at: all that Tiny Shakespeare has"""
+RECIPES = ("classic", "modern")
+
+
+class TimeToLoss(Subject, name="time-to-loss"):
+    """Seconds of training until the loss on validation, in nats a character, is what was asked for.
+
+    Every sample trains anew, from another seed; validation is not counted. "classic" is nanoGPT's model and recipe in
+    our code, "modern" ours (Muon, rotary positions, QK-norm, squared ReLU, untied head) with the same sizes.
+    """
+
+    about = "seconds of training to a loss on validation (--target-loss)"
+
+    def cases(self) -> Iterator[Case]:
+        yield Case.of(
+            f"training to a loss of {self.setting.target_loss:g}", "s", _entries(self.setting), lower_is_better=True
+        )
+
+
+def _entries(setting: Setting) -> Iterator[Contestant | Absent]:
+    if setting.against:
+        yield Contestant("nanoGPT", partial(_work, setting, "nanogpt", "fp32"), base=True)
+    else:
+        yield Absent("nanoGPT", "name a checkout with --against")
+    for recipe in RECIPES:
+        for precision in ("fp32", "bf16"):
+            name = f"ours {recipe} {precision}"
+            yield Contestant(name, partial(_work, setting, recipe, precision), base=recipe == "classic")
+
+
+def _work(setting: Setting, recipe: str, precision: str) -> Work:
+    from minitransformer.benchmark.learning import seconds_to_loss
+
+    return Work(partial(seconds_to_loss, setting, recipe, precision))

@@ -1,0 +1,94 @@
+"""Steps of training: how many tokens a second, and how much memory they take at most."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from minitransformer.benchmark.case import Absent, Case, Contestant, Setting, Subject, Work, missing
+from minitransformer.benchmark.workers import repeated
+
+MEMORY_STEPS = 2
+"""the second has the optimizer's state"""
+
+Entry = tuple[str, Callable[..., Any], dict[str, Any]]
+
+
+class Training(Subject, name="training"):
+    """Tokens a second of whole steps: batch, loss, gradient, update."""
+
+    about = "tokens a second of whole steps: batch, loss, gradient, update"
+
+    def cases(self) -> Iterator[Case]:
+        yield Case.of("training step", "tokens/s", contestants(self.setting, _speed))
+
+
+class Memory(Subject, name="memory"):
+    """The highest resident memory of a process that trains, torch itself included; on a GPU, what torch took there."""
+
+    about = "peak memory of a process that trains"
+
+    def cases(self) -> Iterator[Case]:
+        yield Case.of(
+            "peak memory of training", "MB", contestants(self.setting, _memory), lower_is_better=True, fresh=True
+        )
+
+
+Prepare = Callable[[Setting, str, dict[str, Any], str], Work]
+
+
+def contestants(setting: Setting, prepare: Prepare) -> Iterator[Contestant | Absent]:
+    """All that can train; `prepare(setting, function of stepping, its arguments, precision)` gets them ready."""
+
+    def entry(name: str, step: str, precision: str, arguments: dict[str, Any], *, base: bool = False) -> Contestant:
+        return Contestant(name, partial(prepare, setting, step, arguments, precision), base)
+
+    no_compiler = _no_compiler(setting.device)
+    if setting.against:
+        precision = "bf16" if setting.device.startswith("cuda") else "fp32"
+        yield entry("nanoGPT", "nanogpt_step", precision, {"compiled": False}, base=True)
+        name = "nanoGPT compiled"
+        yield no_compiler(name) if no_compiler else entry(name, "nanogpt_step", precision, {"compiled": True})
+    else:
+        yield Absent("nanoGPT", "name a checkout with --against")
+    for precision in ("fp32", "bf16"):
+        name = f"transformers {precision}"
+        yield missing("transformers", name) or entry(
+            name, "transformers_step", precision, {"precision": precision}, base=True
+        )
+    for precision in ("fp32", "bf16"):
+        arguments = {"precision": precision}
+        yield entry(f"ours {precision}", "our_step", precision, {**arguments, "compiled": False})
+        name = f"ours {precision} compiled"
+        yield no_compiler(name) if no_compiler else entry(name, "our_step", precision, {**arguments, "compiled": True})
+
+
+def _no_compiler(device: str) -> Callable[[str], Absent] | None:
+    """What makes contestants absent that would have to compile, where nothing can be compiled."""
+    if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++")):
+        return lambda name: Absent(name, "torch.compile needs a C++ compiler, g++ or clang++")
+    return None
+
+
+def _speed(setting: Setting, name: str, arguments: dict[str, Any], precision: str) -> Work:
+    from minitransformer.benchmark import ours, stepping
+
+    step = getattr(stepping, name)(setting, **arguments)
+    tokens = setting.shape.batch_size * setting.shape.context_length
+    finish = partial(ours.synchronise, setting.device)
+    return Work(partial(repeated, step, tokens, setting.seconds, finish), ours.training_cost(setting.shape, precision))
+
+
+def _memory(setting: Setting, name: str, arguments: dict[str, Any], precision: str) -> Work:
+    def sample() -> float:
+        from minitransformer.benchmark import ours, stepping
+
+        step = getattr(stepping, name)(setting, **arguments)
+        for _ in range(MEMORY_STEPS):
+            step()
+        return ours.peak_on(setting.device)
+
+    return Work(sample)

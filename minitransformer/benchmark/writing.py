@@ -1,0 +1,109 @@
+"""Decoding and prefill, ours and the peers'. Importing this imports torch.
+
+All draw from the whole distribution at temperature 1, so that all do the same work for a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitransformer.benchmark.case import Setting
+from minitransformer.benchmark.ours import model_of
+from minitransformer.benchmark.peers import transformers_model
+from minitransformer.benchmark.subjects.decoding import PROMPT
+from minitransformer.generation.decode import generate
+from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.readers import CachedReader
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Once = Callable[[], object]
+
+
+def ours_decode(setting: Setting, precision: str, tokens: int, batch: int) -> Once:
+    """`generate`, as `sample.py` calls it."""
+    model: Any = model_of(setting).to(DTYPES[precision])
+    sampling = SamplingConfig(num_samples=batch, max_new_tokens=tokens, temperature=1.0, top_k=None, seed=setting.seed)
+    prompt = [0] * PROMPT
+
+    def once() -> None:
+        for _ in generate(model, prompt, sampling):
+            pass
+
+    return once
+
+
+def nanogpt_decode(setting: Setting, precision: str, tokens: int, batch: int) -> Once:
+    """Its `generate`, which has no cache."""
+    model = _nanogpt(setting, precision)
+    prompt = _prompt(setting, PROMPT, batch)
+    return lambda: model.generate(prompt, tokens)
+
+
+def transformers_decode(setting: Setting, precision: str, tokens: int, batch: int) -> Once:
+    """Its `generate`, with its cache."""
+    model = _transformers(setting, precision)
+    prompt = _prompt(setting, PROMPT, batch)
+    mask = torch.ones_like(prompt)
+
+    @torch.inference_mode()
+    def once() -> Tensor:
+        return model.generate(
+            prompt, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=tokens, min_new_tokens=tokens
+        )
+
+    return once
+
+
+def ours_prefill(setting: Setting, precision: str, tokens: int, batch: int) -> Once:
+    """A prompt into a new cache."""
+    model: Any = model_of(setting).to(DTYPES[precision]).eval()
+    prompt = _prompt(setting, tokens, batch)
+
+    @torch.inference_mode()
+    def once() -> Tensor:
+        return CachedReader(model, tokens)(prompt)
+
+    return once
+
+
+def nanogpt_prefill(setting: Setting, precision: str, tokens: int, batch: int) -> Once:
+    """A forward pass, which computes the last logits only; there is no cache to fill."""
+    model = _nanogpt(setting, precision)
+    prompt = _prompt(setting, tokens, batch)
+
+    @torch.inference_mode()
+    def once() -> Tensor:
+        return model(prompt)[0]
+
+    return once
+
+
+def transformers_prefill(setting: Setting, precision: str, tokens: int, batch: int) -> Once:
+    """A forward pass that fills its cache and computes the last logits only."""
+    model = _transformers(setting, precision)
+    prompt = _prompt(setting, tokens, batch)
+
+    @torch.inference_mode()
+    def once() -> Tensor:
+        return model(prompt, use_cache=True, logits_to_keep=1).logits
+
+    return once
+
+
+def _nanogpt(setting: Setting, precision: str) -> Any:
+    assert setting.against is not None
+    torch.manual_seed(setting.seed)
+    return setting.against.model(setting.shape, setting.device).to(DTYPES[precision]).eval()
+
+
+def _transformers(setting: Setting, precision: str) -> Any:
+    torch.manual_seed(setting.seed)
+    return transformers_model(setting.shape, setting.device).to(DTYPES[precision]).eval()
+
+
+def _prompt(setting: Setting, length: int, batch: int) -> Tensor:
+    return torch.zeros(batch, length, dtype=torch.long, device=setting.device)
