@@ -559,6 +559,12 @@ def test_few_rounds_name_no_winner_and_their_json_is_valid(race, tmp_path, capsy
     assert content["cases"][0]["contestants"]["hare"]["ratio"]["high"] is None
 
 
+def test_more_than_the_limit_is_said_to_be_no_share_of_it(race, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measure_limits", lambda device: Limits({"fp32": 8.0}, 1.0))
+    assert run("--only", "race", "--rounds", 1) == 0
+    assert "above 100 % of the limit" in capsys.readouterr().out
+
+
 def test_contestants_are_chosen_by_patterns(race, capsys):
     assert run("--only", "race", "--rounds", 1, "--contestants", "tor*") == 0
     out = capsys.readouterr().out

@@ -40,7 +40,7 @@ def _case(result: Result, limits: Limits | None) -> Iterator[str]:
     yield "-" * WIDTH
     for name in result.samples:
         yield _row(result, name, limits).rstrip()
-    for line in _remarks(result):
+    for line in _remarks(result, limits):
         yield from textwrap.wrap(line, WIDTH, subsequent_indent="  ")
 
 
@@ -57,10 +57,12 @@ def _share(result: Result, name: str, limits: Limits | None) -> float | None:
     return None if limits is None or cost is None else limits.share(cost, result.spread(name).median)
 
 
-def _remarks(result: Result) -> Iterator[str]:
+def _remarks(result: Result, limits: Limits | None) -> Iterator[str]:
     verdict = result.verdict()
     if verdict is not None:
         yield f"{verdict}"
+    if any((_share(result, name, limits) or 0) > 1 for name in result.samples):
+        yield "above 100 % of the limit: the machine was slower while that was measured, so no share of it can be told"
     reasons: dict[str, list[str]] = {}
     for entry in result.absent:
         reasons.setdefault(entry.why, []).append(entry.name)
@@ -145,7 +147,7 @@ def picture(results: Sequence[Result]) -> Figure:
         [ratio.median for _, ratio in rows],
         [ratio.low if math.isfinite(ratio.high) else math.nan for _, ratio in rows],
         [ratio.high if math.isfinite(ratio.high) else math.nan for _, ratio in rows],
-        x_label="times as good as the base: median of paired rounds and its 95 % interval",
+        x_label="times as good as the base (median, 95 %)",
         title="Benchmark",
         reference=1.0,
     )

@@ -77,12 +77,22 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # a system without them
         yield
         return
-    resource_tracker.ensure_running()  # which would lift the block, when it is started by the first process
+    _start_tracker()  # the first process would start it, and that lifts the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_tracker() -> None:
+    """Of what killed processes leave to be cleaned up, such as locks; by default, it warns of each."""
+    before = os.environ.get("PYTHONWARNINGS", "")
+    os.environ["PYTHONWARNINGS"] = f"{before},ignore:resource_tracker".lstrip(",")
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        os.environ["PYTHONWARNINGS"] = before
 
 
 def _work(remote: connection.Connection, prepare: Callable[[], Work]) -> None:
