@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minitransformer.architecture.attention import MultiHeadAttention
 from minitransformer.architecture.block import Stack
@@ -86,7 +87,24 @@ def build_model(config: ModelConfig) -> Model:
     return Model.named("encoder-pretraining" if config.next_sentence else config.topology)(config)
 
 
+class _Unmade(TorchFunctionMode):
+    """Weights that have a shape alone, and are not drawn.
+
+    `torch.device("meta")` would do, but for the draws and sums there torch loads its compiler, which takes seconds.
+    """
+
+    draws = frozenset(
+        {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.orthogonal_, Tensor.normal_}
+    )
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in self.draws:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs | ({"device": "meta"} if function is torch.empty else {})))
+
+
 def count_parameters(config: ModelConfig) -> int:
     """The number of weights of the model that `config` describes, without making them."""
-    with torch.device("meta"):
+    with _Unmade():
         return build_model(config).num_parameters()
