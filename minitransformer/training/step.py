@@ -54,6 +54,7 @@ def training_step(
     precision.unscale(optimizers)
     probe.before_update()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    # The one wait for the device in a step: whether to step is decided here for every optimizer, with no exception.
     finite = bool(torch.isfinite(total + grad_norm))
     precision.update(optimizers, finite=finite)
     model.zero_grad(set_to_none=True)
