@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,11 +49,11 @@ def endless(tmp_path_factory: pytest.TempPathFactory, shake: Callable[[DecoderLM
     return path
 
 
-def write_run(path: Path, checkpoints: list[DecoderLM]) -> None:
+def write_run(path: Path, checkpoints: list[DecoderLM], tokenizer: Tokenizer = TOKENIZER) -> None:
     config = RunConfig(checkpoints[0].config, DataConfig(), TrainingConfig())
-    run = Run(path, config, TOKENIZER, TOKENIZER, text="none")
+    run = Run(path, config, tokenizer, tokenizer, text="none")
     run.checkpoints.mkdir(parents=True)
-    TOKENIZER.save(path / "tokenizer.json")
+    tokenizer.save(path / "tokenizer.json")
     run.reconfigured(config)
     for step, model in enumerate(checkpoints, start=1):
         write_checkpoint(run.checkpoints, step, model, {})
@@ -153,9 +154,39 @@ def test_interactive_mode_continues_line_after_line(command: Any) -> None:
     assert err.count("error: character 'x'") == 1, "a line that cannot be encoded ends nothing"
 
 
+def test_a_draft_changes_no_greedy_text_and_its_luck_is_told(command: Any, runs: Path, endless: Path) -> None:
+    greedy = ("runs/chars", "--prompt", "ab", "--seed", "7", "--temperature", "0", "--num-samples", "2")
+    _, alone, _ = command(*greedy)
+    code, out, err = command(*greedy, "--draft", "runs/chars", "--draft-tokens", "3")
+    assert (code, out) == (0, alone)
+    assert re.fullmatch(r"note: of the draft's (\d+) guesses, the model accepted \1 \(100%\)\n", err)
+    code, out, err = command(*greedy, "--draft", str(endless))
+    assert (code, out) == (0, alone)
+    assert re.fullmatch(r"note: of the draft's \d+ guesses, the model accepted \d+ \(\d+%\)\n", err)
+
+
+def test_a_draft_answers_line_after_line_too(command: Any) -> None:
+    flags = ("runs/chars", "--interactive", "--temperature", "0", "--seed", "1")
+    _, alone, _ = command(*flags, piped=b"ab\nc")
+    _, out, err = command(*flags, "--draft", "runs/chars", piped=b"ab\nc")
+    assert out == alone
+    assert err.count("guesses") == 1
+
+
+def test_a_draft_with_another_tokenizer_is_refused(command: Any, runs: Path, tmp_path: Path) -> None:
+    other = Tokenizer.named("chars").fit(lambda: iter(["abcdé \nx"]))
+    write_run(tmp_path / "other", [DecoderLM(MODEL)], other)
+    code, out, err = command("runs/chars", "--prompt", "ab", "--draft", str(tmp_path / "other"))
+    assert (code, out) == (2, "")
+    assert "has another tokenizer than runs/chars" in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--draft", "nowhere", "--prompt", "a"), "nowhere is not a run folder"),
+        (("runs/chars", "--draft", "runs/chars", "--draft-tokens", "0", "--seed", "1"), "draft_tokens is 0"),
         (("--temperature", "-1"), "temperature is -1.0"),
         (("nowhere",), "nowhere is not a run folder"),
         (("--prompt", "xyz"), "character 'x'"),

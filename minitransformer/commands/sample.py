@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import singledispatch
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import tyro
@@ -24,6 +24,7 @@ from minitransformer.generation.fill import MASK, encode_with_masks
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.readers import window_length
 from minitransformer.generation.samples import filled_text, translations
+from minitransformer.generation.speculation import Draft
 from minitransformer.generation.streaming import stream_text
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderLM
@@ -53,6 +54,10 @@ class Options(SamplingConfig):
     """answer one line after the other; Ctrl-D leaves"""
     checkpoint: str | None = None
     """checkpoint of the run, such as step-000500 or latest; None is the best, or the latest if none is called that"""
+    draft: Path | None = None
+    """run folder of a smaller model with the same tokenizer, which guesses tokens that the model then reads at once"""
+    draft_tokens: int = 4
+    """how many tokens the draft guesses at a time"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
@@ -77,7 +82,10 @@ def _sample(arguments: Sequence[str]) -> int:
     prompt = "" if options.interactive else _prompt(options)
     # What cannot be encoded is said before a model is loaded.
     run.tokenizer.encode(MASK.sub("", run.cased(prompt)))
-    model = run.load_model(options.checkpoint, device=str(choose_device(options.device)))
+    draft_run = None if options.draft is None else _draft_run(options.draft, run)
+    device = str(choose_device(options.device))
+    model = run.load_model(options.checkpoint, device=device)
+    draft = None if draft_run is None else Draft(_decoder(draft_run, model, device), options.draft_tokens)
     if options.run is None:
         _note(f"the model is that of {path}")
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
@@ -85,12 +93,34 @@ def _sample(arguments: Sequence[str]) -> int:
         _note(f"--seed {seed} gives this text again")
     generator = torch.Generator().manual_seed(seed)
     _tolerate_characters()
-    session = Session(run, options, generator)
+    session = Session(run, options, generator, draft)
     if options.interactive:
         _converse(model, session)
     else:
         answer(model, prompt, session)
+    if draft is not None and draft.guessed:
+        share = draft.accepted / draft.guessed
+        _note(f"of the draft's {draft.guessed} guesses, the model accepted {draft.accepted} ({share:.0%})")
     return DONE
+
+
+def _draft_run(path: Path, run: Run) -> Run:
+    """The run in the folder `path`, which has the same tokenizer as `run`."""
+    found = Run.open(path)
+    if found.tokenizer.fingerprint != run.tokenizer.fingerprint:
+        raise UserError(
+            f"the draft {path} has another tokenizer than {run.path}: name a run that was trained with the same one"
+        )
+    return found
+
+
+def _decoder(run: Run, beside: Model, device: str) -> DecoderLM:
+    """The model of `run`, which guesses for another: both continue prompts."""
+    model = run.load_model(device=device)
+    for one in (beside, model):
+        if not isinstance(one, DecoderLM):
+            raise UserError(f"a draft is for decoders, which continue prompts, and not for topology {one.name!r}")
+    return cast(DecoderLM, model)
 
 
 @dataclass(frozen=True)
@@ -100,6 +130,7 @@ class Session:
     run: Run
     options: Options
     generator: torch.Generator
+    draft: Draft | None = None
 
 
 @singledispatch
@@ -134,7 +165,7 @@ def _continue(model: DecoderLM, prompt: str, session: Session) -> None:
     _note_context(len(prompt_ids), options.max_new_tokens, model.config.context_length)
     texts = [prompt] * options.num_samples
     _print(prompt)
-    for pieces in stream_text(model, tokenizer, prompt_ids, options, generator=session.generator):
+    for pieces in stream_text(model, tokenizer, prompt_ids, options, generator=session.generator, draft=session.draft):
         _print(pieces[0])
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     _end_line(texts[0])

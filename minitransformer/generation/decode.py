@@ -21,18 +21,49 @@ from minitransformer.models.decoder import DecoderLM
 
 def uniform_draws(samples: int, steps: int, generator: torch.Generator) -> Float[Tensor, "samples steps"]:
     """Numbers in [0, 1): each sample has its own stream, whatever the number of samples and of steps."""
+    return torch.stack([torch.rand(steps, generator=own) for own in own_generators(samples, generator)])
+
+
+def own_generators(samples: int, generator: torch.Generator) -> list[torch.Generator]:
+    """A stream of random numbers for each sample, the same ones whatever the number of samples."""
     seeds = torch.randint(2**63 - 1, (samples,), generator=generator).tolist()
-    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def seeded(generator: torch.Generator | None, sampling: SamplingConfig) -> torch.Generator:
+    """`generator`, by default one on the CPU with the seed of `sampling`, or with a new one if it has none."""
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+    return generator
 
 
 def draw(logits: Float[Tensor, "samples vocab"], uniform: Float[Tensor, "samples"]) -> Int[Tensor, "samples"]:
-    """The token at which the cumulative probability first exceeds `uniform`: token i with probability softmax(logits)ᵢ.
+    """A token by the softmax of its logits: `draw_by_weight` of them."""
+    return draw_by_weight(logits.softmax(-1), uniform)
+
+
+def draw_by_weight(
+    weights: Float[Tensor, "samples vocab"], uniform: Float[Tensor, "samples"]
+) -> Int[Tensor, "samples"]:
+    """The token at which the cumulative weight first exceeds the share `uniform` of all: i with probability ∝ wᵢ.
 
     One random number for each sample, where `torch.multinomial` takes one for each token of the vocabulary.
     """
-    cumulative = logits.softmax(-1).cumsum(-1)
+    cumulative = weights.cumsum(-1)
     # Times the total, which rounding keeps from being 1: below it, so the token found exists and is not impossible.
     return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Half precision is enough for a model, and not for sums over its vocabulary."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raises `UserError` if a model has gone wrong so far that nothing can be drawn."""
+    if not logits.isfinite().all():
+        raise UserError("the model predicts no finite probabilities: choose an earlier checkpoint")
 
 
 @contextmanager
@@ -89,19 +120,15 @@ def decode(
     `rules` decide beside `sampling` which tokens are possible.
     """
     samples, steps = prompts.size(0), sampling.max_new_tokens
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
-    uniform = uniform_draws(samples, steps, generator).to(prompts.device)
+    uniform = uniform_draws(samples, steps, seeded(generator, sampling)).to(prompts.device)
     processors = sampling.processors(prompts.size(1), ends, rules)
     tokens = torch.cat([prompts, prompts.new_zeros(samples, steps)], dim=1)
     last, ended = [0] * samples, [False] * samples
     for step in range(steps):
         so_far = tokens[:, : prompts.size(1) + step]
-        logits = read(so_far)[:, :vocab_size]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if step == 0 and not logits.isfinite().all():
-            raise UserError("the model predicts no finite probabilities: choose an earlier checkpoint")
+        logits = at_least_float32(read(so_far)[:, :vocab_size])
+        if step == 0:
+            check_finite(logits)
         for process in processors:
             logits = process(logits, so_far)
         chosen = logits.argmax(-1) if sampling.greedy else draw(logits, uniform[:, step])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minitransformer.architecture.block import Memory
 from minitransformer.architecture.cache import KVCache
-from minitransformer.generation.recording import Recorded, for_single_rows, has_hooks
+from minitransformer.generation.recording import Recorded, Step, for_single_rows, has_hooks
 from minitransformer.models.decoder import DecoderLM
 
 
@@ -49,7 +49,7 @@ class UncachedReader:
 
     def __call__(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
         window = window_length(tokens.size(1), self.model.config.context_length)
-        return _last_logits(self.model, tokens[:, -window:])
+        return _logits(self.model, tokens[:, -window:], 1)[:, 0]
 
     def reorder(self, rows: Int[Tensor, "samples"]) -> None:
         pass
@@ -62,32 +62,64 @@ class CachedReader:
         self.model = for_single_rows(model)
         self.context_length = model.config.context_length
         self.cache = model.new_cache(min(max_tokens, self.context_length))
-        self.read = self._read if any(map(has_hooks, model.modules())) else Recorded(self._read)
+        self.recorded = not any(map(has_hooks, model.modules()))
+        self.steps: dict[int, Step] = {}
         self.start: int | None = None
+        self.known = 0
 
     def __call__(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
-        samples, total = tokens.shape
-        window = window_length(total, self.context_length)
         if self.start is None:
-            self.start = total - window
-            logits = self._read(tokens[:1, -window:], torch.arange(window, device=tokens.device))
-            self.cache.select(torch.zeros(samples, dtype=torch.long, device=tokens.device))
-            return logits.expand(samples, -1)
-        new = 1 if total - window == self.start else window
-        self.start = total - window
-        return self.read(tokens[:, -new:], torch.arange(window - new, window, device=tokens.device))
+            return self._begin(tokens)
+        return self.after_each(tokens, 1)[:, 0]
+
+    def after_each(self, tokens: Int[Tensor, "samples length"], count: int) -> Float[Tensor, "samples {count} vocab"]:
+        """The logits after each of the newest `count` tokens, which the window must hold; not for the first call."""
+        total = tokens.size(1)
+        window = window_length(total, self.context_length)
+        assert count <= window, f"logits after {count} tokens in a window of {window}"
+        unread = min(total - self.known, window) if total - window == self.start else window
+        new = max(unread, count)
+        self.start, self.known = total - window, total
+        return self._step(count)(tokens[:, -new:], torch.arange(window - new, window, device=tokens.device))
+
+    def forget(self, length: int) -> None:
+        """All but the first `length` tokens may be others from now on: as in `KVCache.truncate`.
+
+        Nothing is erased: no token sees the slots behind its own, and what comes there next overwrites them.
+        """
+        self.known = min(self.known, length)
 
     def reorder(self, rows: Int[Tensor, "samples"]) -> None:
         self.cache.reorder(rows)
 
-    def _read(self, tokens: Int[Tensor, "samples new"], slots: Int[Tensor, "new"]) -> Float[Tensor, "samples vocab"]:
+    def _begin(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
+        samples, total = tokens.shape
+        window = window_length(total, self.context_length)
+        self.start, self.known = total - window, total
+        logits = self._read(tokens[:1, -window:], torch.arange(window, device=tokens.device), 1)
+        self.cache.select(torch.zeros(samples, dtype=torch.long, device=tokens.device))
+        return logits[:, 0].expand(samples, -1)
+
+    def _step(self, count: int) -> Step:
+        """`_read` for so many logits: a recording has shapes for arguments, and a number is a part of it."""
+        if count not in self.steps:
+
+            def step(tokens: Tensor, slots: Tensor) -> Tensor:
+                return self._read(tokens, slots, count)
+
+            self.steps[count] = Recorded(step) if self.recorded else step
+        return self.steps[count]
+
+    def _read(
+        self, tokens: Int[Tensor, "samples new"], slots: Int[Tensor, "new"], count: int
+    ) -> Float[Tensor, "samples {count} vocab"]:
         self.cache.place(slots)
-        return _last_logits(self.model, tokens, self.cache)
+        return _logits(self.model, tokens, count, self.cache)
 
 
-def _last_logits(model: DecoderLM, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-    # The head reads the last token only: logits of a whole prompt would be its length times the vocabulary.
-    return model.head(model.hidden_states(tokens, cache=cache)[:, -1])
+def _logits(model: DecoderLM, tokens: Tensor, count: int, cache: KVCache | None = None) -> Tensor:
+    # The head reads the last tokens only: logits of a whole prompt would be its length times the vocabulary.
+    return model.head(model.hidden_states(tokens, cache=cache)[:, -count:])
 
 
 class TargetReader:

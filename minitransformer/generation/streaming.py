@@ -9,6 +9,7 @@ import torch
 
 from minitransformer.generation.decode import generate
 from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.speculation import Draft, speculate
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.tokenizers import Tokenizer
 
@@ -65,12 +66,16 @@ def stream_text(
     *,
     generator: torch.Generator | None = None,
     cached: bool = True,
+    draft: Draft | None = None,
 ) -> Iterator[list[str]]:
     """The text that follows `prompt`, step by step: each step gives the new text of each sample, which may be "".
 
     A sample ends with a token that ends texts or a stop string; the stream ends when all have. The arguments are those
-    of `generate`.
+    of `generate`; with a `draft`, those of `speculate`, and the samples come one after the other.
     """
+    if draft is not None:
+        yield from _stream_guessed_text(model, draft, tokenizer, prompt, sampling, generator)
+        return
     streams = [TextStream(sampling.stop) for _ in range(sampling.num_samples)]
     steps = generate(
         model,
@@ -89,3 +94,28 @@ def stream_text(
             break
     steps.close()
     yield [stream.finish() for stream in streams]
+
+
+def _stream_guessed_text(
+    model: DecoderLM,
+    draft: Draft,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    sampling: SamplingConfig,
+    generator: torch.Generator | None,
+) -> Iterator[list[str]]:
+    samples = speculate(
+        model, draft, prompt, sampling, generator=generator, ends=tokenizer.ends, vocab_size=tokenizer.vocab_size
+    )
+    for number, steps in enumerate(samples):
+        stream = TextStream(sampling.stop)
+        for tokens in steps:
+            text = tokenizer.decode_bytes(token for token in tokens if token not in tokenizer.ends)
+            yield _text_of(number, stream.feed(text), sampling.num_samples)
+            if stream.stopped:
+                break
+        yield _text_of(number, stream.finish(), sampling.num_samples)
+
+
+def _text_of(sample: int, text: str, samples: int) -> list[str]:
+    return [text if number == sample else "" for number in range(samples)]
