@@ -46,6 +46,19 @@ class Toy(Experiment, name="toy"):
         return Findings(criteria, [Table("Squares of n", ["n", "square, <n²>"], rows)], remarks=["One remark."])
 
 
+class CuriousToy(Toy, name="toy-curious"):
+    """The square of each number that was the square of one before, as long as it has one digit."""
+
+    title = "Squares of squares"
+
+    def tasks(self):
+        return [{"number": n, "seed": 0} for n in (0, 2)]
+
+    def further_tasks(self, results):
+        squares = [result.measured["square"] for result in results]
+        return [{"number": square, "seed": 0} for square in squares if square < 10]
+
+
 class WrongToy(Toy, name="toy-wrong"):
     """A claim that must hold and does not."""
 

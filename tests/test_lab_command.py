@@ -218,9 +218,10 @@ def test_all_goes_on_after_one_that_fails_and_sums_up(here, capsys, only_toys):
     assert run("all", "--quick", "--out", "out") == 1
     printed = capsys.readouterr()
     assert "there are no numbers" in printed.err
-    summary = printed.out.strip().splitlines()[-4:]
+    summary = printed.out.strip().splitlines()[-5:]
     assert [line.split() for line in summary] == [
         ["toy", "done", "out/toy/report.html"],
+        ["toy-curious", "done", "out/toy-curious/report.html"],
         ["toy-failing", "FAILED", "out/toy-failing/report.html"],
         ["toy-mendable", "FAILED"],
         ["toy-wrong", "FAILED", "out/toy-wrong/report.html"],

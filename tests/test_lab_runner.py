@@ -18,7 +18,7 @@ from minitransformer.lab import pool
 from minitransformer.lab.experiment import Settings
 from minitransformer.lab.runner import Progress, Sweep, run_tasks
 from minitransformer.lab.store import ResultStore, task_key
-from tests.lab_for_tests import FailingToy, MendableToy, Toy, WrongToy, doubled, sleeps_beside_a_child
+from tests.lab_for_tests import CuriousToy, FailingToy, MendableToy, Toy, WrongToy, doubled, sleeps_beside_a_child
 
 ROOT = Path(__file__).parent.parent
 TASKS = [{"number": n} for n in range(4)]
@@ -189,6 +189,17 @@ def test_a_second_run_measures_nothing_and_says_the_same(marks, folder):
     assert [table.rows for table in again.conclude().tables] == [table.rows for table in first.conclude().tables]
     assert len(again.records) == 1
     assert again.records[0]["commit"]
+
+
+def test_results_ask_for_more_and_a_sweep_that_was_stopped_asks_for_the_same(marks, folder):
+    sweep = sweep_of(marks, folder, CuriousToy)
+    assert [task["number"] for task in sweep.tasks.values()] == [0, 2]
+    assert sweep.run(2) == []
+    assert [row[0] for row in sweep.conclude().tables[0].rows] == [0, 2, 4]
+    lines = sweep.store.path.read_text().splitlines(keepends=True)
+    sweep.store.path.write_text("".join(lines[1:]))
+    sweep_of(marks, folder, CuriousToy).run(2)
+    assert sorted(times_done(marks).values()) == [1, 1, 2]
 
 
 def test_results_that_are_not_asked_for_are_ignored(marks, folder):

@@ -102,14 +102,24 @@ def shrunk(task):
     return {**task, "steps": 2, "num_layers": 12 if task["steps"] == 150 else 1}
 
 
+def to_the_end(experiment, measure):
+    """The results of all that is asked for, also of what the results themselves ask for."""
+    results, new = [], experiment.tasks()
+    while new:
+        results += [Result(task, measure(task)) for task in new]
+        done = [result.task for result in results]
+        new = [task for task in experiment.further_tasks(results) if task not in done]
+    return results
+
+
 @pytest.fixture(scope="module")
 def results(tiny):
     """What the quick forms measure, in runs of two steps."""
-    found = {}
-    for name in NAMES:
-        experiment = tiny(name)
-        found[name] = [Result(task, experiment.measure(shrunk(task))) for task in experiment.tasks()]
-    return found
+    experiments = {name: tiny(name) for name in NAMES}
+    return {
+        name: to_the_end(experiment, lambda task: experiment.measure(shrunk(task)))  # noqa: B023
+        for name, experiment in experiments.items()
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,10 +137,8 @@ def test_every_experiment_concludes_from_its_quick_form(tiny, results, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_concludes_from_a_full_sweep_that_was_stopped(tiny, results, name):
     experiment = tiny(name, quick=False)
-    measured = results[name][0].measured
-    tasks = experiment.tasks()
-    finished = tasks[: len(tasks) // 2 + 1]
-    assert experiment.conclude([Result(task, measured) for task in finished]).criteria
+    measured = to_the_end(experiment, lambda task: results[name][0].measured)
+    assert experiment.conclude(measured[: len(measured) * 4 // 5]).criteria
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -189,7 +197,7 @@ def test_the_trainability_map_asks_all_seeds_to_learn(tiny):
 
 
 def ranked(experiment, loss):
-    return experiment.conclude([Result(task, {"validation_loss": loss(task)}) for task in experiment.tasks()])
+    return experiment.conclude(to_the_end(experiment, lambda task: {"validation_loss": loss(task)}))
 
 
 def test_the_ranking_names_a_winner_only_if_the_seeds_agree(tiny):
@@ -210,3 +218,26 @@ def test_the_ranking_takes_the_rate_that_was_best_for_the_seeds_of_tuning(tiny):
     # At 3e-3 the seeds that are ranked would do best, but those for tuning say 1e-2.
     table = ranked(experiment, lambda task: abs(task["lr"] - (1e-2 if task["seed"] >= 100 else 3e-3))).tables[0]
     assert {row[1] for row in table.rows} == {1e-2}
+
+
+def rates_by_seed(experiment, loss):
+    """The rates at which Pre-LN is trained with each seed."""
+    results = to_the_end(experiment, lambda task: {"validation_loss": loss(task)})
+    tasks = [result.task for result in results if result.task["residual"] == "pre"]
+    return {seed: [task["lr"] for task in tasks if task["seed"] == seed] for seed in (100, 101, 0, 4)}
+
+
+def test_the_seeds_that_are_ranked_train_at_the_best_rate_alone(tiny):
+    found = rates_by_seed(tiny("E9", quick=False), lambda task: abs(math.log(task["lr"] / 3e-3)))
+    assert found[100] == found[101] == [1e-3, 3e-3, 1e-2]
+    assert found[0] == found[4] == [3e-3]
+
+
+@pytest.mark.parametrize(("best", "tried"), [(2e-5, [3e-4, 1e-4]), (3e-4, [3e-4, 1e-4]), (0.03, [0.03, 0.1])])
+def test_rates_are_tried_until_the_best_is_not_the_last_or_the_ladder_ends(tiny, best, tried):
+    experiment = tiny("E9", quick=False)
+    found = rates_by_seed(experiment, lambda task: abs(math.log(task["lr"] / best)))
+    assert found[100] == [1e-3, 3e-3, 1e-2, *tried]
+    assert found[0] == [min(found[100], key=lambda lr: abs(math.log(lr / best)))]
+    remarks = ranked(experiment, lambda task: abs(math.log(task["lr"] / best))).remarks
+    assert any("may lie beyond: " in remark for remark in remarks) == (best < 1e-4)

@@ -81,7 +81,8 @@ class Experiment(Registered, kind="experiment"):
     """One question. Experiments are registered by a short name, such as "E1".
 
     `measure` runs in a process of its own with one thread, and gives the same numbers for the same task whenever it is
-    asked; `conclude` gets all results in the order of `tasks`, or those that there are of a sweep that was stopped.
+    asked; `conclude` gets all results in the order in which they were asked for, or those that there are of a sweep
+    that was stopped.
     """
 
     title: ClassVar[str]
@@ -95,8 +96,13 @@ class Experiment(Registered, kind="experiment"):
         self.settings = settings
 
     def tasks(self) -> Sequence[Task]:
-        """All that is to be measured."""
+        """All that is to be measured, or what is to be measured first."""
         raise NotImplementedError
+
+    def further_tasks(self, results: Sequence[Result]) -> Sequence[Task]:
+        """What the results ask for: first those of `tasks`, then with those of what they asked for, until that is
+        nothing new. Results are in the order of their tasks, and some may be missing."""
+        return []
 
     def measure(self, task: Task) -> Measurement:
         """The measurement of one task. Raises `UserError` for what the user can mend, such as missing data."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +158,15 @@ class Sweep:
             raise UserError(f"{folder} holds other things (it has no {EXPERIMENT}): {REMEDY}")
         return cls(folder, experiment, ResultStore(folder / RESULTS))
 
-    @cached_property
+    @property
     def tasks(self) -> dict[str, Task]:
-        """What is asked for, by key, each once."""
-        return {task_key(task): task for task in self.experiment.tasks()}
+        """What is asked for, as far as the results tell by now, by key, each once."""
+        asked: dict[str, Task] = {}
+        tasks = self.experiment.tasks()
+        while new := {task_key(task): task for task in tasks if task_key(task) not in asked}:
+            asked |= new
+            tasks = self.experiment.further_tasks(self.store.results(asked.values()))
+        return asked
 
     @property
     def records(self) -> list[dict[str, str]]:
@@ -169,11 +174,16 @@ class Sweep:
         return _read(self.folder)["provenance"] if (self.folder / EXPERIMENT).exists() else []
 
     def run(self, processes: int | None = None, progress: Progress = SILENT) -> list[Failure]:
-        """Measure what is missing, as `run_tasks` does."""
+        """Measure what is missing, as `run_tasks` does, and what is asked for once that is known."""
         if any(task not in self.store for task in self.tasks.values()):
             self._record()
         measure = partial(_measure, type(self.experiment), self.experiment.settings)
-        return run_tasks(list(self.tasks.values()), measure, self.store, processes, progress)
+        asked: set[str] = set()
+        failures: list[Failure] = []
+        while new := {key: task for key, task in self.tasks.items() if key not in asked}:
+            asked |= set(new)
+            failures += run_tasks(list(new.values()), measure, self.store, processes, progress)
+        return failures
 
     def _record(self) -> None:
         from minitransformer.runs import provenance  # late: each process imports this module, and that takes seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minitransformer.errors import UserError
@@ -15,8 +16,8 @@ from minitransformer.lab.training import TrainingExperiment, on_trial
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TUNING = 100
-"""seeds from here on choose the learning rate; those below are ranked"""
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+"""learning rates that may be tried"""
 LOSS = "validation_loss"
 CLAIMS = {
     "lns": "LNS (arXiv 2502.05795)",
@@ -28,21 +29,82 @@ CLAIMS = {
 """placements whose papers found them better than Pre-LN"""
 
 
+@dataclass(frozen=True)
+class Form:
+    """How large the experiment is."""
+
+    names: Sequence[str]
+    layers: int
+    steps: int
+    rates: Sequence[float]
+    """tried in any case"""
+    tuning: Sequence[int]
+    """seeds that choose the learning rate"""
+    ranked: Sequence[int]
+    """other seeds, which train at the chosen rate alone"""
+
+
+FULL = Form(PLACEMENTS, layers=6, steps=400, rates=LADDER[2:5], tuning=(100, 101), ranked=range(5))
+QUICK = Form(("post", "pre", "residual"), layers=4, steps=100, rates=LADDER[3:5], tuning=(100,), ranked=range(2))
+
+
 class PlacementRanking(TrainingExperiment, name="E9"):
-    """Every placement at every rate of a grid; two seeds choose the rate, and others, paired, are ranked at it."""
+    """Every placement at some rates with the seeds for tuning, and at more until the best is better than the next lower
+    and the next higher one; then the other seeds, paired, at the best rate of each."""
 
     title = "Ranking"
     question = "Which placement has the lowest validation loss, each at its own best learning rate?"
     source = "the comparisons of arXiv 2304.14802, 2412.13795, 2502.05795, 2502.02732 and 2503.04598 with Pre-LN"
-    minutes = 45.0
+    minutes = 28.0
+
+    @property
+    def form(self) -> Form:
+        """What the settings ask for."""
+        return QUICK if self.settings.quick else FULL
 
     def tasks(self) -> Sequence[Task]:
-        quick = self.settings.quick
-        names = ("post", "pre", "residual") if quick else PLACEMENTS
-        layers, steps, rates = (4, 100, (3e-3, 1e-2)) if quick else (6, 400, (1e-3, 3e-3, 1e-2))
-        seeds = [TUNING, 0, 1] if quick else [TUNING, TUNING + 1, *range(5)]
+        form = self.form
+        return [self._task(name, lr, seed) for seed in form.tuning for name in form.names for lr in form.rates]
+
+    def further_tasks(self, results: Sequence[Result]) -> Sequence[Task]:
+        further = []
+        for name, losses in self._tuned(results).items():
+            best = min(losses, key=losses.__getitem__)
+            if missing := _beside(best) - set(losses):
+                further += [self._task(name, lr, seed) for lr in sorted(missing) for seed in self.form.tuning]
+            else:
+                further += [self._task(name, best, seed) for seed in self.form.ranked]
+        return sorted(further, key=lambda task: task["seed"])
+
+    def _task(self, name: str, lr: float, seed: int) -> Task:
+        layers, steps = self.form.layers, self.form.steps
         run = {"num_layers": layers, "steps": steps, "schedule": "inverse-sqrt", "warmup_steps": steps // 4}
-        return [{"residual": name, "lr": lr, "seed": seed, **run} for seed in seeds for name in names for lr in rates]
+        return {"residual": name, "lr": lr, "seed": seed, **run}
+
+    def _tuned(self, results: Sequence[Result]) -> dict[str, dict[float, float]]:
+        """By placement, the mean loss of the seeds for tuning at each rate; without what lacks some."""
+        losses: dict[str, dict[float, list[float]]] = {name: {} for name in self.form.names}
+        for run in results:
+            if run.task["seed"] in self.form.tuning:
+                losses[run.task["residual"]].setdefault(run.task["lr"], []).append(run.measured[LOSS])
+        seeds = len(self.form.tuning)
+        means = {
+            name: {lr: sum(row) / seeds for lr, row in rows.items() if len(row) == seeds}
+            for name, rows in losses.items()
+        }
+        return {name: rates for name, rates in means.items() if set(self.form.rates) <= set(rates)}
+
+    def _ranked(self, results: Sequence[Result]) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """By placement, its best rate, and its losses there, one for each seed that all of them have."""
+        found, rates = {}, {}
+        for name, tuned in self._tuned(results).items():
+            best = min(tuned, key=tuned.__getitem__)
+            runs = select(results, {"residual": name, "lr": best})
+            losses = {run.task["seed"]: run.measured[LOSS] for run in runs if run.task["seed"] in self.form.ranked}
+            if losses:
+                rates[name], found[name] = best, losses
+        shared = sorted(set.intersection(*map(set, found.values()))) if found else []
+        return rates, {name: [losses[seed] for seed in shared] for name, losses in found.items()} if shared else {}
 
     def measure(self, task: Task) -> Measurement:
         trained = self.train(task)
@@ -50,22 +112,22 @@ class PlacementRanking(TrainingExperiment, name="E9"):
 
     def conclude(self, results: Sequence[Result]) -> Findings:
         """Raises `UserError` as long as no placement has been tuned and ranked."""
-        rates = _tuned(results)
-        losses = _ranked(results, rates)
+        rates, losses = self._ranked(results)
         if not losses:
             raise UserError("no placement has been tuned and ranked yet: run E9 to its end")
         outcome = ranking(losses)
         claims = [(name, who) for name, who in CLAIMS.items() if name in losses and "pre" in losses]
-        edges = [name for name in outcome.order if rates[name] in (min(_grid(results)), max(_grid(results)))]
+        ends = [name for name in outcome.order if rates[name] in (LADDER[0], LADDER[-1])]
         seeds, won = f"{outcome.seeds} paired seeds", True if outcome.winner else None
         remarks = [
             "Runs with the same seed share their batches and the draws of their weights. The learning rate was chosen "
-            "by other seeds, for each placement among the same rates.",
+            f"by other seeds, for each placement among {', '.join(f'{lr:g}' for lr in self.form.rates)} and, while the "
+            f"best was the lowest or the highest tried, the next one of {', '.join(f'{lr:g}' for lr in LADDER)}.",
             str(outcome),
         ]
-        if edges:
+        if ends:
             remarks.append(
-                f"The best rate is at the edge of the grid, and a better one may lie beyond: {', '.join(edges)}."
+                f"The best rate is the last that may be tried, and a better may lie beyond: {', '.join(ends)}."
             )
         return Findings(
             criteria=[
@@ -81,34 +143,10 @@ class PlacementRanking(TrainingExperiment, name="E9"):
         )
 
 
-def _grid(results: Sequence[Result]) -> list[float]:
-    return list(dict.fromkeys(run.task["lr"] for run in results))
-
-
-def _tuned(results: Sequence[Result]) -> dict[str, float]:
-    """The best rate of each placement, by the mean loss of all seeds for tuning; without those that lack some."""
-    tuning = [run for run in results if run.task["seed"] >= TUNING]
-    seeds = {run.task["seed"] for run in tuning}
-    best = {}
-    for name in dict.fromkeys(run.task["residual"] for run in tuning):
-        rows = {lr: select(tuning, {"residual": name, "lr": lr}) for lr in _grid(results)}
-        if all(len(runs) == len(seeds) for runs in rows.values()):
-            best[name] = min(rows, key=lambda lr: sum(run.measured[LOSS] for run in rows[lr]))
-    return best
-
-
-def _ranked(results: Sequence[Result], rates: dict[str, float]) -> dict[str, list[float]]:
-    """The losses of each placement at its best rate, one for each seed that all of them have."""
-    found = {
-        name: {
-            run.task["seed"]: run.measured[LOSS]
-            for run in select(results, {"residual": name, "lr": lr})
-            if run.task["seed"] < TUNING
-        }
-        for name, lr in rates.items()
-    }
-    shared = sorted(set.intersection(*map(set, found.values()))) if found else []
-    return {name: [losses[seed] for seed in shared] for name, losses in found.items()} if shared else {}
+def _beside(lr: float) -> set[float]:
+    """The rates of the ladder next to `lr`."""
+    place = LADDER.index(lr)
+    return {*LADDER[max(place - 1, 0) : place], *LADDER[place + 1 : place + 2]}
 
 
 def _gains(reference: Sequence[float], losses: Sequence[float]) -> list[float]:
