@@ -5,23 +5,30 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitransformer.architecture.block import Block
 from minitransformer.commands.train import main
 from minitransformer.lab.instruments import Instrument, check_probe, probe_for
 from minitransformer.lab.instruments import probe as probe_now
+from minitransformer.models.model import build_model
+from minitransformer.text.batches import IGNORE
+from minitransformer.text.pair_batches import PairBatch
 from minitransformer.training.checkpoint import choose_checkpoint
 from minitransformer.training.config import RunConfig
 from minitransformer.training.logging import TensorBoard, Terminal
 from minitransformer.training.loop import Trainer
+from minitransformer.training.objectives.seq2seq import pair_loss
 from minitransformer.training.probe import NO_PROBE
 from minitransformer.training.signals import StopRequest
 from tests.runs_for_tests import TEXT, TINY, configured, prepared_text, trainer_for
@@ -169,6 +176,39 @@ def test_figures_at_rest_are_for_the_weights_and_in_the_unit_of_the_loss(text: A
     trainer.model.train()
     trainer._step()
     assert next(records(tmp_path / "run")) == {"step": 1, **expected}
+
+
+def test_all_layers_are_skipped_in_turn_and_no_more_than_two_at_a_time(text: Any, tmp_path: Path) -> None:
+    config = configured(num_layers=5, probe=("skipped-layer",), probe_every=2, steps=6, lr=1e-9)
+    trainer = probed_trainer(tmp_path / "run", text, config)
+    trainer.train()
+    at_once = [set(record) - {"step"} for record in records(tmp_path / "run")]
+    assert [len(places) for places in at_once] == [2, 2, 1, 2]
+    assert set.union(*at_once[1:]) == {f"skipped-layer/stack.{layer}" for layer in range(5)}
+    assert sum(map(len, at_once[1:])) == 5
+
+
+def test_padding_of_targets_changes_no_figure() -> None:
+    torch.manual_seed(0)
+    model = build_model(replace(TINY.model, topology="encoder-decoder", vocab_size=20)).eval()
+    source, targets = torch.randint(20, (2, 7)), torch.randint(20, (2, 6))
+    source_is_token = torch.ones_like(source, dtype=torch.bool)
+    plain = PairBatch(source, source_is_token, targets.roll(1, dims=1), targets)
+    padded = PairBatch(source, source_is_token, F.pad(plain.inputs, (0, 4)), F.pad(targets, (0, 4), value=IGNORE))
+    names = [name for name in ALL if name != "fp16-margin"]  # padding overflows too
+
+    def figures(batch: PairBatch) -> dict[str, float | None]:
+        objective: Any = SimpleNamespace(
+            training_batches=lambda step: [batch], loss_sum=lambda model, batch: pair_loss(model, batch, 0.0)
+        )
+        training = replace(TINY.training, probe=tuple(names))
+        probe: Any = probe_for(training)(model, objective, torch.device("cpu"))
+        probe.share = 1
+        probe.before_step(1)
+        return probe._figures
+
+    assert any(name.startswith("attention-entropy/decoder") for name in figures(plain))
+    assert figures(padded) == pytest.approx(figures(plain), rel=1e-4, abs=1e-6)
 
 
 def test_spikes_are_counted_between_measurements(text: Any, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,19 +19,18 @@ class AttentionEntropy(Instrument, name="attention-entropy"):
     0 is one key, log(keys) all alike; entropies near 0 go with unstable training: Zhai et al. 2023 (arXiv 2303.06296).
     """
 
+    def listen(self) -> AbstractContextManager[None]:
+        self._rows: dict[str, Tensor] = {}
+        return watched_attention(self.model, lambda name, weights: self._rows.update({name: entropy(weights)}))
+
     def look(self, scene: Scene) -> Figures:
-        rows: dict[str, Tensor] = {}
-        with (
-            torch.no_grad(),
-            watched_attention(self.model, lambda name, weights: rows.update({name: entropy(weights)})),
-        ):
-            scene.loss()
+        passage = scene.passage
         names = {module: name for name, module in self.model.named_modules()}
         figures: Figures = {}
         for place, branch in sublayers_of(self.model).items():
-            found = rows.get(names[branch.sublayer])
+            found = self._rows.get(names[branch.sublayer])
             if found is not None:
-                is_token = scene.passage.is_token[place.split(".")[0]]
+                is_token = passage.is_token[place.split(".")[0]]
                 figures[place] = (found if is_token is None else found.transpose(1, 2)[is_token]).mean()
         return figures
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from minitransformer.lab.instruments.passage import Loss, Passage, watch_a_pass
@@ -16,18 +17,33 @@ Figures = dict[str, Tensor]
 
 
 class Scene:
-    """A model at rest, and what to look at it with; what instruments share is computed when it is first asked for.
+    """A model at rest, and the `instruments` that look at it; what they share is computed when it is first asked for.
 
-    `loss` is the mean loss of a batch, `examples` are those of its examples one by one.
+    `loss` is the mean loss of a batch, `examples` are those of its examples one by one. `is_token` is False at padding
+    of which the model is not told, by stack. `turn` counts the measurements of a training run; None is one that stands
+    alone.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, examples: Sequence[Loss]) -> None:
-        self.model, self.loss, self.examples = model, loss, examples
+    def __init__(
+        self,
+        model: nn.Module,
+        instruments: Sequence[Instrument],
+        loss: Loss,
+        examples: Sequence[Loss],
+        *,
+        is_token: Mapping[str, Bool[Tensor, "batch length"]] | None = None,
+        turn: int | None = None,
+    ) -> None:
+        self.model, self.instruments, self.loss, self.examples, self.turn = model, instruments, loss, examples, turn
+        self._is_token = is_token or {}
 
     @cached_property
     def passage(self) -> Passage:
-        """A forward pass of the batch."""
-        return watch_a_pass(self.model, self.loss)
+        """A forward pass of the batch, to which all instruments listen."""
+        with ExitStack() as listening:
+            for instrument in self.instruments:
+                listening.enter_context(instrument.listen())
+            return watch_a_pass(self.model, self.loss, self._is_token)
 
 
 class Instrument(Registered, kind="instrument"):
@@ -35,6 +51,10 @@ class Instrument(Registered, kind="instrument"):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+
+    def listen(self) -> AbstractContextManager[object]:
+        """Stands around the scene's pass, for who wants to hear more of it than a `Passage` holds."""
+        return nullcontext()
 
     def look(self, scene: Scene) -> Figures:
         """The figures of the model at rest, which is left as it was."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,9 +60,14 @@ class Passage:
     """by stack: False at padding; None where there is none"""
 
 
-def watch_a_pass(model: nn.Module, loss: Loss) -> Passage:
-    """Compute `loss` without gradients, and note what happens in every stack of `model` meanwhile."""
-    passage = Passage()
+def watch_a_pass(
+    model: nn.Module, loss: Loss, is_token: Mapping[str, Bool[Tensor, "batch length"]] | None = None
+) -> Passage:
+    """Compute `loss` without gradients, and note what happens in every stack of `model` meanwhile.
+
+    `is_token` is False at padding by stack, for those that are not told of it.
+    """
+    passage = Passage(is_token=dict(is_token or {}))
     handles = _listen(model, passage)
     try:
         with torch.no_grad():
@@ -92,7 +97,8 @@ def _listen(model: nn.Module, passage: Passage) -> list[RemovableHandle]:
 
 def _note_tokens(stack: str, passage: Passage) -> Callable[..., None]:
     def note(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        passage.is_token[stack] = options.get("is_token")
+        told = options.get("is_token")
+        passage.is_token[stack] = passage.is_token.get(stack) if told is None else told
 
     return note
 

@@ -14,6 +14,8 @@ from minitransformer.errors import UserError
 from minitransformer.lab.instruments.base import Figures, Instrument, Scene, StepInstrument, at_rest
 from minitransformer.lab.instruments.passage import Loss
 from minitransformer.models.model import Model
+from minitransformer.text.batches import IGNORE
+from minitransformer.text.pair_batches import PairBatch
 from minitransformer.training.config import RunConfig, TrainingConfig
 from minitransformer.training.objectives import Objective
 from minitransformer.training.probe import NO_PROBE, Probe
@@ -31,13 +33,13 @@ def probe(
     Raises `UserError` for an unknown name, with the nearest.
     """
     instruments = [Instrument.named(name)(model) for name in names]
-    return look(instruments, Scene(model, loss, examples or [loss]))
+    return look(Scene(model, instruments, loss, examples or [loss]))
 
 
-def look(instruments: Sequence[Instrument], scene: Scene) -> dict[str, float | None]:
-    """The figures of `instruments` at rest, by name and place."""
+def look(scene: Scene) -> dict[str, float | None]:
+    """The figures of all instruments at rest, by name and place."""
     with at_rest(scene.model):
-        return readings({instrument.name: instrument.look(scene) for instrument in instruments})
+        return readings({instrument.name: instrument.look(scene) for instrument in scene.instruments})
 
 
 def readings(figures: dict[str, Figures]) -> dict[str, float | None]:
@@ -83,8 +85,9 @@ class TrainingProbe(Probe):
     def before_step(self, step: int) -> None:
         self._due = step == 1 or step % self.every == 0
         if self._due and self._at_rest:
-            loss, examples = self._losses
-            self._figures = look(self._at_rest, Scene(self._model, loss, examples))
+            loss, examples, is_token = self._passes
+            turn = step // self.every
+            self._figures = look(Scene(self._model, self._at_rest, loss, examples, is_token=is_token, turn=turn))
 
     def before_update(self) -> None:
         if self._due:
@@ -100,11 +103,14 @@ class TrainingProbe(Probe):
         return {f"probe/{key}": value for key, value in {**self._figures, **readings(figures)}.items()}
 
     @cached_property
-    def _losses(self) -> tuple[Loss, list[Loss]]:
+    def _passes(self) -> tuple[Loss, list[Loss], dict[str, Tensor]]:
+        """Of the examples together and one by one; and where a decoder has tokens, of which it need not be told."""
         first: Any = self._objective.training_batches(0)[0].to(self._device)
         rows = first.split(1)
         count = max(1, int(self.share * len(rows)))
-        return partial(self._loss, first.split(count)[0]), [partial(self._loss, row) for row in rows[:count]]
+        batch = first.split(count)[0]
+        is_token = {"decoder": batch.targets != IGNORE} if isinstance(batch, PairBatch) else {}
+        return partial(self._loss, batch), [partial(self._loss, row) for row in rows[:count]], is_token
 
     def _loss(self, batch: Any) -> Tensor:
         return self._objective.loss_sum(self._model, batch) / batch.num_targets
