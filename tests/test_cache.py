@@ -81,6 +81,7 @@ VARIANTS: list[dict[str, Any]] = [
     *({"attention_kernel": kernel} for kernel in ("by-hand", "fused")),
     {"qk_norm": "head", "bias": True, "scaled_embeddings": True, "head_dim": 6, "attention_scale": 0.7},
     {"attention_window": 3, "num_kv_heads": 2, "positions": "t5", "residual": "residual"},
+    {"token_smear": True},
 ]
 every_variant = pytest.mark.parametrize("choices", VARIANTS, ids=str)
 

@@ -31,6 +31,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"num_kv_heads": 1, "attention_kernel": "by-hand"},
     {"attention_window": 3},
     {"qk_norm": "head", "norm": "rms", "feedforward": "swiglu"},
+    {"token_smear": True},
 ]
 every_variant = pytest.mark.parametrize("choices", VARIANTS, ids=str)
 

@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from minitransformer.architecture.embeddings import ClassificationHead, LMHead, TokenEmbedding, TransformedHead
+from minitransformer.architecture.embeddings import (
+    ClassificationHead,
+    LMHead,
+    TokenEmbedding,
+    TokenSmear,
+    TransformedHead,
+)
 from minitransformer.architecture.norms import LayerNorm
 
 D, VOCABULARY = 8, 11
@@ -33,6 +39,22 @@ def test_segments_are_added_after_the_scale_and_are_the_first_by_default(shake: 
     words = rows_of(embedding.table, TOKENS) * 3
     torch.testing.assert_close(embedding(TOKENS, SEGMENTS), words + rows_of(embedding.segments, SEGMENTS))
     torch.testing.assert_close(embedding(TOKENS), words + embedding.segments.weight[0])
+
+
+def test_a_smear_adds_the_embedding_before_by_its_gains_and_begins_without(shake: Any) -> None:
+    x, smear = torch.randn(2, 4, D), TokenSmear(D)
+    torch.testing.assert_close(smear(x), x)
+    shake(smear)
+    torch.testing.assert_close(smear(x)[:, 0], x[:, 0])
+    for t in range(1, 4):
+        torch.testing.assert_close(smear(x)[:, t], x[:, t] + smear.gain * x[:, t - 1])
+
+
+def test_padding_is_not_smeared(shake: Any) -> None:
+    x, smear = torch.randn(1, 3, D), shake(TokenSmear(D))
+    padded = torch.cat([torch.randn(1, 2, D), x], dim=1)
+    is_token = torch.tensor([[False, False, True, True, True]])
+    torch.testing.assert_close(smear(padded, is_token)[:, 2:], smear(x))
 
 
 def test_a_narrow_table_is_brought_to_d_model_by_a_linear_map(shake: Any) -> None:

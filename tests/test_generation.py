@@ -352,6 +352,7 @@ def test_an_empty_prompt_is_refused(tiny_decoder: MakeDecoder) -> None:
         {"head": "transformed", "head_bias": True, "logit_scale": 0.5, "embedding_norm": True},
         {"embedding_dim": 6},
         {"attention_kernel": "by-hand", "num_kv_heads": 2},
+        {"token_smear": True},
     ],
     ids=str,
 )

@@ -47,6 +47,7 @@ PARTS: list[dict[str, Any]] = [
     *({"rotary_scaling": name, "rotary_factor": 4.0, "rotary_fraction": 0.5} for name in ROTARY_SCALINGS),
     {"embedding_dim": 6, "num_kv_heads": 1, "logit_softcap": 3.0, "attention_softcap": 2.0},
     {"head": "transformed", "head_bias": True, "tied_embeddings": False, "embedding_norm": True},
+    {"token_smear": True},
 ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -13,8 +12,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from minitransformer.architecture.cache import AttentionCache, KeysAndValues
-from minitransformer.architecture.linear import OutputProjection, ScoreProjection
+from minitransformer.architecture.dropout import dropout as thin_out
+from minitransformer.architecture.linear import OutputProjection, ScoreProjection, applied_together
 from minitransformer.architecture.masks import causal_mask
+
+QUERIES_AT_ONCE = 128
+"""of `blockwise_attention`: fewer leave out more keys, in smaller and slower products (measured)"""
 
 
 def attention_weights(
@@ -41,8 +44,10 @@ def attention_weights(
     allowed = _allowed(q, k, causal, mask)
     if allowed is None:
         return scores.softmax(-1)
-    # The lowest finite number instead of -inf: a row without any key then has a softmax, and no NaN in its gradient.
-    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
+    # Added, as a mask is small beside the scores. Finite: a row without any key then has a softmax, and no NaN in its
+    # gradient; half of the lowest number: the sum is finite too.
+    forbidding = torch.zeros_like(allowed, dtype=scores.dtype).masked_fill(~allowed, torch.finfo(scores.dtype).min / 2)
+    weights = (scores + forbidding).softmax(-1)
     return weights if _every_query_has_a_key(q, k, causal, mask) else weights.masked_fill(~allowed, 0.0)
 
 
@@ -67,7 +72,43 @@ def scaled_dot_product_attention(
     shared heads: Ainslie et al. 2023 (2305.13245); `softcap`: Gemma 2 (2408.00118), section 2.
     """
     weights = attention_weights(q, k, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap)
-    return F.dropout(weights, dropout).to(v.dtype) @ repeat_heads(v, int(q.size(1)))
+    return thin_out(weights, dropout).to(v.dtype) @ repeat_heads(v, int(q.size(1)))
+
+
+def blockwise_attention(
+    q: Float[Tensor, "batch heads query head_dim"],
+    k: Float[Tensor, "batch kv_heads key head_dim"],
+    v: Float[Tensor, "batch kv_heads key value_dim"],
+    *,
+    causal: bool = False,
+    mask: Bool[Tensor, "#batch #heads #query key"] | None = None,
+    bias: Float[Tensor, "#batch #heads #query key"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "batch heads query value_dim"]:
+    """`scaled_dot_product_attention` for some queries at a time, without the keys that come after all of these.
+
+    For many queries with `causal`, that is little more than half of the work; otherwise it is the same.
+    """
+    options = {"causal": causal, "scale": scale, "softcap": softcap, "dropout": dropout}
+    queries, keys = int(q.size(-2)), int(k.size(-2))
+    if not causal or queries > keys:
+        return scaled_dot_product_attention(q, k, v, mask=mask, bias=bias, **options)
+
+    def rows_of(limits: Tensor | None, first: int, last: int, seen: int) -> Tensor | None:
+        return (
+            None if limits is None else limits[:, :, first:last, :seen] if limits.size(-2) > 1 else limits[..., :seen]
+        )
+
+    attended = []
+    for first in range(0, queries, QUERIES_AT_ONCE):
+        last = min(first + QUERIES_AT_ONCE, queries)
+        seen = keys - queries + last
+        block = q[:, :, first:last], k[:, :, :seen], v[:, :, :seen]
+        limits = {"mask": rows_of(mask, first, last, seen), "bias": rows_of(bias, first, last, seen)}
+        attended.append(scaled_dot_product_attention(*block, **limits, **options))
+    return torch.cat(attended, dim=-2)
 
 
 def fused_attention(
@@ -125,10 +166,10 @@ def fastest_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads query value_dim"]:
-    """Whichever of the two kernels is the faster one for these tensors."""
-    # Measured: torch's fused CPU kernel is the faster one in float32, and five times slower than by hand in bfloat16.
-    by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    kernel: AttentionKernel = scaled_dot_product_attention if by_hand else fused_attention
+    """Whichever of the kernels is the fastest one for these tensors: by a rule, as a resumed run has to go on alike."""
+    # Measured: torch's fused kernel for CPUs is five times slower than by hand in bfloat16, and has no dropout.
+    by_hand = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or dropout > 0)
+    kernel: AttentionKernel = blockwise_attention if by_hand else fused_attention
     return kernel(q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout=dropout)
 
 
@@ -154,6 +195,7 @@ class AttentionKernel(Protocol):
 KERNELS: dict[str, AttentionKernel] = {
     "auto": fastest_attention,
     "by-hand": scaled_dot_product_attention,
+    "blockwise": blockwise_attention,
     "fused": fused_attention,
 }
 
@@ -259,9 +301,7 @@ class MultiHeadAttention(nn.Module):
         cache: AttentionCache | None = None,
     ) -> Float[Tensor, "batch query d_model"]:
         """Attend from `x` to `memory` (to `x` itself by default), and to what `cache` holds."""
-        project = partial(self._keys_and_values, x if memory is None else memory, view)
-        q = view.rotate(self._split_heads(self.query_norm(self.query(x))))
-        k, v = project() if cache is None else cache.update(project)
+        q, k, v = self._projections(x, memory, view, cache)
         attended = self.kernel(
             q,
             k,
@@ -275,9 +315,25 @@ class MultiHeadAttention(nn.Module):
         )
         return self.output(attended.transpose(1, 2).flatten(2))  # batch, query, heads · head_dim
 
-    def _keys_and_values(self, source: Tensor, view: AttentionView) -> KeysAndValues:
-        k = view.rotate(self._split_heads(self.key_norm(self.key(source))))
-        return k, self._split_heads(self.value_norm(self.value(source)))
+    def _projections(
+        self, x: Tensor, memory: Tensor | None, view: AttentionView, cache: AttentionCache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if memory is None and cache is None:
+            query, key, value = applied_together(x, self.query, self.key, self.value)
+            return self._queries(query, view), *self._keys_and_values(key, value, view)
+        source = x if memory is None else memory
+
+        def project() -> KeysAndValues:
+            return self._keys_and_values(self.key(source), self.value(source), view)
+
+        k, v = project() if cache is None else cache.update(project)
+        return self._queries(self.query(x), view), k, v
+
+    def _queries(self, query: Tensor, view: AttentionView) -> Tensor:
+        return view.rotate(self._split_heads(self.query_norm(query)))
+
+    def _keys_and_values(self, key: Tensor, value: Tensor, view: AttentionView) -> KeysAndValues:
+        return view.rotate(self._split_heads(self.key_norm(key))), self._split_heads(self.value_norm(value))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # batch, heads, length, head_dim

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from minitransformer.architecture.attention import AttentionView, MultiHeadAttention
 from minitransformer.architecture.cache import KVCache, LayerCache, MemoryCache
+from minitransformer.architecture.embeddings import TokenSmear
 from minitransformer.architecture.masks import causal_mask, padding_mask, sliding_window_mask
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
@@ -165,11 +166,12 @@ class Stack(nn.Module):
         causal: bool,
         windows: Sequence[int | None] | None = None,
         embedding_norm: bool = False,
+        smear: TokenSmear | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.positions = positions
+        self.positions, self.smear = positions, smear
         self.embedding_norm = make_norm() if embedding_norm or residual.has_embedding_norm else nn.Identity()
         self.final_norm = residual.make_final_norm(make_norm)
         self.dropout = nn.Dropout(dropout)
@@ -191,6 +193,8 @@ class Stack(nn.Module):
         cross-attention attend to `memory`.
         """
         slots = None if cache is None else cache.slots
+        if self.smear is not None:
+            x = self.smear(x, is_token, cache and cache.embeddings)
         new_positions = positions[:, -x.size(1) :] if slots is None else positions[:, slots]
         bias, rotate = self.positions.score_bias(new_positions, positions), self.positions.rotation(new_positions)
         views = {

@@ -94,12 +94,16 @@ def _selected(buffer: Tensor | None, rows: Tensor) -> Tensor | None:
 
 
 class KVCache:
-    """A `LayerCache` and a `MemoryCache` for each layer. Whoever generates makes it; no module keeps it."""
+    """A `LayerCache` and a `MemoryCache` for each layer, and what a stack keeps of the embeddings, if anything.
+
+    Whoever generates makes it; no module keeps it.
+    """
 
     def __init__(self, num_layers: int, max_length: int) -> None:
         self.max_length = max_length
         self.layers = [LayerCache(max_length) for _ in range(num_layers)]
         self.memories = [MemoryCache() for _ in range(num_layers)]
+        self.embeddings = LayerCache(max_length)
 
     @property
     def length(self) -> int:
@@ -116,13 +120,18 @@ class KVCache:
 
         So every step has the same shapes, whatever has been read: what recording and compiling ask for.
         """
-        for layer in self.layers:
-            layer.slots = slots
+        for cache in self._of_tokens:
+            cache.slots = slots
+
+    @property
+    def _of_tokens(self) -> list[LayerCache]:
+        """What grows with the tokens that are read."""
+        return [*self.layers, self.embeddings]
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
-        for layer in self.layers:
-            layer.length = min(length, layer.length)
+        for cache in self._of_tokens:
+            cache.length = min(length, cache.length)
 
     def select(self, rows: Int[Tensor, "selected"]) -> None:
         """Keep the given rows of the batch, in their order: one may be given several times."""
@@ -132,5 +141,5 @@ class KVCache:
 
     def reorder(self, rows: Int[Tensor, "batch"]) -> None:
         """`select` for rows that are exchanged only with rows that attend to the same memory, as beams are."""
-        for layer in self.layers:
-            layer.select(rows)
+        for cache in self._of_tokens:
+            cache.select(rows)

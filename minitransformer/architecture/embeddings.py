@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from minitransformer.architecture.cache import LayerCache
+
 
 class TokenEmbedding(nn.Module):
     """E[token] · scale, and S[segment] where there are `num_segments`.
@@ -42,6 +44,31 @@ class TokenEmbedding(nn.Module):
         if self.segments is None:
             return x
         return x + (self.segments.weight[0] if segments is None else self.segments(segments))
+
+
+class TokenSmear(nn.Module):
+    """x_t + g ⊙ x_{t−1}: an embedding also says which token stood before, by gains that start at 0 and are learned.
+
+    A token shift of the embeddings alone: Peng et al. 2023 (RWKV, arXiv 2305.13048), section 3.1.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(d_model))
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch new d_model"],
+        is_token: Bool[Tensor, "batch all"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "batch new d_model"]:
+        """`x` are the newest tokens, `cache` keeps those before; padding, False in `is_token`, is nothing before."""
+        seen = x if cache is None else cache.append(x[:, None], x[:, None, :, :0])[0][:, 0]  # as keys of a single head
+        slots = None if cache is None else cache.slots
+        places = torch.arange(seen.size(1) - x.size(1), seen.size(1), device=x.device) if slots is None else slots
+        before = (places - 1).clamp(min=0)
+        known = (places > 0)[None] if is_token is None else (places > 0) & is_token[:, before]
+        return x + self.gain * seen[:, before] * known[..., None]
 
 
 class LMHead(nn.Linear):

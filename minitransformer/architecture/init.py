@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minitransformer.architecture.block import Block
-from minitransformer.architecture.embeddings import LMHead
+from minitransformer.architecture.embeddings import LMHead, TokenSmear
 from minitransformer.architecture.linear import OutputProjection, ScoreProjection
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.residual import BranchGains, Residual
@@ -103,7 +103,7 @@ def initialise(model: nn.Module, scheme: Initialisation) -> None:
                 scheme.linear(module.weight)
             case nn.GRU():
                 _gru(module, scheme)
-            case Norm() | Residual():
+            case Norm() | Residual() | TokenSmear():
                 continue  # made as they start
             case _:
                 assert not list(module.parameters(recurse=False)), f"no rule starts the weights of {module}"

@@ -8,7 +8,7 @@ from torch import nn
 
 from minitransformer.architecture.attention import KERNELS, QK_NORMS, MultiHeadAttention
 from minitransformer.architecture.block import Block, BlockParts, Stack
-from minitransformer.architecture.embeddings import LMHead, TokenEmbedding, TransformedHead
+from minitransformer.architecture.embeddings import LMHead, TokenEmbedding, TokenSmear, TransformedHead
 from minitransformer.architecture.feedforward import FEEDFORWARDS, MixtureOfExperts
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme, PositionSpace
@@ -56,6 +56,7 @@ def build_stack(
         causal=causal,
         windows=[config.window_of(layer) for layer in range(num_layers)],
         embedding_norm=config.embedding_norm,
+        smear=TokenSmear(config.d_model) if config.token_smear else None,
         dropout=config.dropout,
     )
 

@@ -76,6 +76,8 @@ class ModelConfig:
     """biases in LayerNorm; None is bias"""
     embedding_norm: bool = False
     """normalise the embeddings before the first block"""
+    token_smear: bool = False
+    """add to each token's embedding that of the token before it, by a learned gain for each feature"""
     positions: Annotated[str, choice("position scheme", PositionScheme.registry)] = "rotary"
     rotary_base: float = 10000.0
     """the slowest pair of features turns about once in 2π times this many positions"""

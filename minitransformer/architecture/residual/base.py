@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from minitransformer.architecture.dropout import Dropout
 from minitransformer.registry import Registered
 
 Sublayer = Callable[[Tensor], Tensor]
@@ -63,7 +64,7 @@ class Residual(Registered, nn.Module, kind="residual placement"):
         super().__init__()
         self.place = place
         self.norm = make_norm()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, stream: Any, sublayer: Sublayer) -> Any:
         """The stream after this sublayer: the equation of the placement."""
