@@ -188,12 +188,16 @@ def test_warm_up_fails_its_criteria_when_pre_ln_is_stuck_or_post_ln_is_not(tiny)
     assert outcome[:4] == [True, False, False, False]
 
 
-def test_the_trainability_map_asks_all_seeds_to_learn(tiny):
+def test_the_trainability_map_asks_all_seeds_to_learn_and_no_lower_rate_then(tiny):
     experiment = tiny("E7", quick=False)
-    findings = experiment.conclude(
-        measured_as(experiment, lambda task: 3.3 if task["lr"] > 1e-3 and task["seed"] else 2.5)
-    )
-    assert {cell for row in findings.tables[0].rows for cell in row[1:]} == {"0.001"}
+
+    def measured(task):
+        loss = 3.3 if task["lr"] > 1e-3 and task["seed"] else 2.5
+        return {"last_loss": loss, "losses": [loss] * 25}
+
+    results = to_the_end(experiment, measured)
+    assert {cell for row in experiment.conclude(results).tables[0].rows for cell in row[1:]} == {"0.001"}
+    assert min(run.task["lr"] for run in results) == 1e-3
 
 
 def ranked(experiment, loss):

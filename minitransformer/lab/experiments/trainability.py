@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -40,27 +41,32 @@ Cell = tuple[str, int, int]
 
 
 class Trainability(TrainingExperiment, name="E7"):
-    """A grid of short runs; those that know less than nothing are stopped."""
+    """Short runs of each cell, from the highest rate down to the first at which all seeds learn."""
 
     title = "Trainability map"
     question = "What is the largest learning rate at which each placement learns, at each depth?"
     source = (
         "Wang et al. 2022 (DeepNorm, arXiv 2203.00555), figure 1; Xiong et al. 2020 (arXiv 2002.04745), section 3.1"
     )
-    minutes = 70.0
+    minutes = 40.0
 
     def tasks(self) -> Sequence[Task]:
+        return self.further_tasks([])
+
+    def further_tasks(self, results: Sequence[Result]) -> Sequence[Task]:
         quick = self.settings.quick
         names = ("post", "pre", "residual") if quick else PLACEMENTS
         depths, rates = ((4, 12), (1e-3, 1e-2)) if quick else ((4, 8, 12, 24), RATES)
         warmups, seeds, steps = ((1,), 1, 100) if quick else ((1, 100), 2, 150)
+        runs: dict[Cell, list[Result]] = {cell: [] for cell in itertools.product(names, depths, warmups)}
+        for run in results:
+            runs[_cell(run)].append(run)
+        next_rates = {cell: _next_rate(runs[cell], rates, seeds) for cell in runs}
         return [
             {"residual": name, "num_layers": layers, "lr": lr, "warmup_steps": warmup, "steps": steps, "seed": seed}
             for seed in range(seeds)
-            for layers in depths
-            for name in names
-            for warmup in warmups
-            for lr in rates
+            for (name, layers, warmup), lr in next_rates.items()
+            if lr is not None
         ]
 
     def measure(self, task: Task) -> Measurement:
@@ -98,6 +104,7 @@ class Trainability(TrainingExperiment, name="E7"):
             remarks=[
                 f"A run learns if the mean loss of its last 25 steps is below {STUCK} nats a character: one that is "
                 "merely slow counts as one that is stuck.",
+                "Below the highest rate at which all seeds learn, none is tried.",
                 f"After {PATIENCE} steps, a run whose last 25 are worse than a guess among all characters is stopped.",
                 f"For the claims, a placement that learns at none of the rates counts as one of {BELOW:g}.",
             ],
@@ -110,6 +117,17 @@ def _largest_rate(results: Sequence[Result], cell: Cell) -> float:
     runs = select(results, {"residual": name, "num_layers": layers, "warmup_steps": warmup})
     failed = {run.task["lr"] for run in runs if run.measured["last_loss"] >= STUCK}
     return max((run.task["lr"] for run in runs if run.task["lr"] not in failed), default=0.0)
+
+
+def _next_rate(runs: Sequence[Result], rates: Sequence[float], seeds: int) -> float | None:
+    """The highest rate that some seed has not tried; None below one at which all learn."""
+    for lr in sorted(rates, reverse=True):
+        losses = [run.measured["last_loss"] for run in runs if run.task["lr"] == lr]
+        if len(losses) < seeds:
+            return lr
+        if max(losses) < STUCK:
+            break
+    return None
 
 
 def _rate(lr: float) -> str:
