@@ -98,6 +98,12 @@ def test_a_logarithmic_axis_of_sizes_has_these_sizes_as_ticks():
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["16", "32", "64", "128"]
 
 
+@pytest.mark.parametrize("layers", [2, 3, 6, 24])
+def test_layers_have_whole_numbers_as_ticks(layers):
+    figure = figures.curves([Curve("a", range(1, layers + 1), [1.0] * layers)], x_label="layer", y_label="", title="")
+    assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())
+
+
 @pytest.mark.parametrize("center", [None, 0.0])
 def test_a_heatmap_writes_every_number_into_its_cell(center):
     values = np.array([[1.5, -2.25, np.nan], [3e-5, 0.0, 7.0]])

@@ -154,6 +154,30 @@ def test_a_winner_s_interval_against_every_other_excludes_zero(values, lower_is_
         assert difference.high < 0 if lower_is_better else difference.low > 0
 
 
+@given(tables(4))
+def test_every_pair_of_a_ranking_is_the_paired_difference_and_scipy_s_paired_t_test(values):
+    result = ranking(values)
+    pairs = [(values[pair.first], values[pair.second]) for pair in result.comparisons]
+    assert [pair.difference for pair in result.comparisons] == [paired_difference(a, b) for a, b in pairs]
+    same = [np.ptp(a - b) == 0 for a, b in pairs]
+    with np.errstate(all="ignore"):
+        p_values = [
+            float((a == b).all()) if still else stats.ttest_rel(a, b).pvalue
+            for (a, b), still in zip(pairs, same, strict=True)
+        ]
+    assert [pair.p for pair in result.comparisons] == pytest.approx(holm(p_values), rel=1e-6)
+
+
+def test_hundreds_of_names_are_ranked_at_once(monkeypatch):
+    """scipy takes as long for one p-value as for all of them."""
+    asked = []
+    sf = stats.t.sf
+    monkeypatch.setattr(stats.t, "sf", lambda *arguments: asked.append(1) or sf(*arguments))
+    draws = np.random.default_rng(0)
+    assert len(ranking({str(i): draws.normal(size=5) for i in range(100)}).comparisons) == 4950
+    assert len(asked) == 1
+
+
 @given(tables())
 def test_no_winner_is_named_where_an_interval_of_the_best_covers_zero(values):
     best, *others = sorted(values, key=lambda name: values[name].mean())

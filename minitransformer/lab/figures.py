@@ -61,6 +61,8 @@ def curves(
     lines = [_draw(axes, curve, i) for i, curve in enumerate(curves)]
     if log_x:
         _log_x(axes, curves)
+    elif all(float(x).is_integer() for curve in curves for x in curve.x):
+        axes.locator_params(axis="x", integer=True)  # there is no layer 2.5
     if log_y:
         _log_y(axes)
     if len(curves) > 1:

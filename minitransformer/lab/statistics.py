@@ -53,11 +53,10 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or not array.size:
         raise ValueError(f"values have shape {array.shape}: a mean needs a row of at least one")
-    mean = float(array.mean())
     if array.size == 1:
-        return Interval(mean, -math.inf, math.inf, 1)
-    reach = _t_quantile(level, array.size - 1) * _standard_error(array)
-    return Interval(mean, mean - reach, mean + reach, array.size)
+        return Interval(float(array[0]), -math.inf, math.inf, 1)
+    (interval,) = _intervals(array[None], level)
+    return interval
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
@@ -151,13 +150,11 @@ def ranking(values_by_name: Mapping[str, ArrayLike], *, lower_is_better: bool = 
     order = tuple(sorted(values, key=means.__getitem__))
     if seeds < 2:
         return Ranking(order, (), None, level, seeds)
-    pairs = list(combinations(order, 2))
-    differences = [_differences(values[first], values[second]) for first, second in pairs]
-    p_values = holm([_p_value(difference) for difference in differences])
-    comparisons = tuple(
-        Comparison(first, second, mean_interval(difference, level), p)
-        for (first, second), difference, p in zip(pairs, differences, p_values, strict=True)
-    )
+    rows = np.stack([values[name] for name in order])
+    first, second = np.triu_indices(len(order), 1)
+    differences = _differences(rows[first], rows[second])
+    compared = zip(combinations(order, 2), _intervals(differences, level), holm(_p_values(differences)), strict=True)
+    comparisons = tuple(Comparison(*names, interval, p) for names, interval, p in compared)
     tied = Ranking(order, comparisons, None, level, seeds)
     against_best = [pair for pair in comparisons if pair.first == order[0]]
     clear = bool(against_best) and all(tied.separates(pair) for pair in against_best)
@@ -166,25 +163,37 @@ def ranking(values_by_name: Mapping[str, ArrayLike], *, lower_is_better: bool = 
 
 def _differences(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     first, second = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if first.shape != second.shape or first.ndim != 1:
+    if first.shape != second.shape or not first.ndim:
         raise ValueError(f"shapes {first.shape} and {second.shape} cannot be paired: one value per seed on both sides")
-    if first.size < 2:
-        raise UserError(f"{first.size} pair of seeds says nothing of the spread: train both with two seeds or more")
+    if first.shape[-1] < 2:
+        raise UserError(
+            f"{first.shape[-1]} pair of seeds says nothing of the spread: train both with two seeds or more"
+        )
     with np.errstate(invalid="ignore"):  # of two that diverged
         return first - second
 
 
-def _standard_error(values: np.ndarray) -> float:
+def _intervals(rows: np.ndarray, level: float) -> list[Interval]:
+    """The mean of each row [rows, seeds] with its t interval."""
+    seeds = rows.shape[1]
+    means, errors = _means_and_errors(rows)
+    reach = _t_quantile(level, seeds - 1) * errors
+    ends = zip(means.tolist(), (means - reach).tolist(), (means + reach).tolist(), strict=True)
+    return [Interval(mean, low, high, seeds) for mean, low, high in ends]
+
+
+def _p_values(differences: np.ndarray) -> list[float]:
+    """Of the two-sided paired t test of each row [rows, seeds]; 1 where the differences are no numbers."""
+    means, errors = _means_and_errors(differences)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p_values = 2 * _student().sf(np.abs(means) / errors, differences.shape[1] - 1)
+    return np.where(np.isfinite(means + errors) & (means != 0), p_values, 1.0).tolist()
+
+
+def _means_and_errors(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of each row [rows, seeds], and its standard error."""
     with np.errstate(invalid="ignore"):  # of runs that diverged
-        return float(values.std(ddof=1)) / math.sqrt(values.size)
-
-
-def _p_value(differences: np.ndarray) -> float:
-    """Of the two-sided paired t test; 1 where the differences are no numbers."""
-    mean, error = float(differences.mean()), _standard_error(differences)
-    if not math.isfinite(mean + error) or mean == 0:
-        return 1.0
-    return float(2 * _student().sf(abs(mean) / error, differences.size - 1)) if error > 0 else 0.0
+        return rows.mean(-1), rows.std(-1, ddof=1) / math.sqrt(rows.shape[1])
 
 
 def _t_quantile(level: float, degrees: int) -> float:
