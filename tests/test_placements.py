@@ -21,7 +21,9 @@ from minitransformer.text.prepare import PreparedText
 from minitransformer.training.optimizers import OptimizerSettings, build_optimizers
 from tests.runs_for_tests import configured, prepared_text, trainer_for
 
-SETTINGS = OptimizerSettings(lr=1e-2, embedding_lr=1e-2, weight_decay=0.0, beta1=0.9, beta2=0.95, momentum=0.9)
+SETTINGS = OptimizerSettings(
+    lr=1e-2, embedding_lr=1e-2, head_lr=1e-2, weight_decay=0.0, beta1=0.9, beta2=0.95, momentum=0.9
+)
 every_placement = pytest.mark.parametrize("name", list(Residual.registry))
 every_topology = pytest.mark.parametrize("topology", ["decoder", "encoder", "encoder-decoder"])
 

@@ -25,7 +25,9 @@ from minitransformer.training.step import Validation, training_step, validate
 from tests.runs_for_tests import TINY, configured, prepared_text, trainer_for
 
 CPU = torch.device("cpu")
-SETTINGS = OptimizerSettings(lr=0.1, embedding_lr=0.1, weight_decay=0.1, beta1=0.9, beta2=0.95, momentum=0.9)
+SETTINGS = OptimizerSettings(
+    lr=0.1, embedding_lr=0.1, head_lr=0.1, weight_decay=0.1, beta1=0.9, beta2=0.95, momentum=0.9
+)
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,9 @@ class TrainingConfig:
     lr: float = 1e-3
     """highest learning rate"""
     embedding_lr: float | None = None
-    """highest learning rate of embeddings, the head, biases and norms; None is lr"""
+    """highest learning rate of embeddings, biases and norms; None is lr"""
+    head_lr: float | None = None
+    """highest learning rate of a head that is not tied to the embedding; None is embedding_lr"""
     min_lr: float = 0.0
     """learning rate that the schedule ends with"""
     schedule: Annotated[str, choice("course of the learning rate", SCHEDULES)] = "cosine"
@@ -94,6 +96,8 @@ class TrainingConfig:
     """AdamW: added to the root of the mean of squared gradients"""
     momentum: float = 0.95
     """Muon: decay of the mean of gradients"""
+    newton_schulz_steps: int = 5
+    """Muon: steps towards an orthogonal update; fewer are cheaper"""
     label_smoothing: float = 0.0
     """encoder-decoders: share of the probability that training gives to all tokens alike"""
     mask_probability: float = 0.15
@@ -135,7 +139,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         minimum = {
             **dict.fromkeys(("steps", "batch_size", "batch_tokens", "grad_accumulation", "keep_last", "mean_span"), 1),
-            **dict.fromkeys(("eval_every", "save_every", "log_every", "probe_every"), 1),
+            **dict.fromkeys(("eval_every", "save_every", "log_every", "probe_every", "newton_schulz_steps"), 1),
             **dict.fromkeys(("warmup_steps", "weight_decay", "grad_clip", "min_lr", "seed", "expert_balance"), 0),
         }
         for name, least in minimum.items():
@@ -143,7 +147,7 @@ class TrainingConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if self.patience is not None and self.patience < 1:
             raise UserError(f"patience is {self.patience}: it must be at least 1")
-        for name in ("lr", "embedding_lr", "eps"):
+        for name in ("lr", "embedding_lr", "head_lr", "eps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name} is {value}: it must be above 0")
@@ -167,10 +171,12 @@ class TrainingConfig:
         return OptimizerSettings(
             lr=self.lr,
             embedding_lr=self.embedding_lr or self.lr,
+            head_lr=self.head_lr or self.embedding_lr or self.lr,
             weight_decay=self.weight_decay,
             beta1=self.beta1,
             beta2=self.beta2,
             momentum=self.momentum,
+            newton_schulz_steps=self.newton_schulz_steps,
             eps=self.eps,
         )
 

@@ -34,9 +34,16 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        newton_schulz_steps: int = 5,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, settings | {"newton_schulz_steps": newton_schulz_steps})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -53,7 +60,8 @@ class Muon(torch.optim.Optimizer):
         averages = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         stacked = torch.stack(torch._foreach_lerp(gradients, averages, group["momentum"]))
-        updates = orthogonalise(stacked.bfloat16() if stacked.is_cuda else stacked).to(stacked.dtype)
+        stacked = stacked.bfloat16() if stacked.is_cuda else stacked
+        updates = orthogonalise(stacked, group["newton_schulz_steps"]).to(parameters[0].dtype)
         rows, columns = parameters[0].shape
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, list(updates), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)

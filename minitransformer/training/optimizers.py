@@ -15,14 +15,16 @@ from minitransformer.training.muon import Muon
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """The numbers that optimizers are made from; `embedding_lr` is for embeddings, the head and vectors."""
+    """The numbers that optimizers are made from; `embedding_lr` is for embeddings and vectors."""
 
     lr: float
     embedding_lr: float
+    head_lr: float
     weight_decay: float
     beta1: float
     beta2: float
     momentum: float
+    newton_schulz_steps: int = 5
     eps: float = 1e-8
 
 
@@ -32,15 +34,19 @@ class Weights:
 
     matrices: list[nn.Parameter]
     embeddings: list[nn.Parameter]
+    head: list[nn.Parameter]
+    """of its own, where it is not tied to an embedding"""
     vectors: list[nn.Parameter]
 
     @classmethod
     def of(cls, model: nn.Module) -> Weights:
-        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | LMHead)}
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        heads = {id(module.weight) for module in model.modules() if isinstance(module, LMHead)} - tables
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return cls(
-            [p for p in trained if p.dim() >= 2 and id(p) not in tables],
+            [p for p in trained if p.dim() >= 2 and id(p) not in tables | heads],
             [p for p in trained if id(p) in tables],
+            [p for p in trained if id(p) in heads],
             [p for p in trained if p.dim() < 2],
         )
 
@@ -55,6 +61,7 @@ def adamw(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Opt
     groups = [
         {"params": weights.matrices, "lr": settings.lr, "weight_decay": settings.weight_decay},
         {"params": weights.embeddings, "lr": settings.embedding_lr, "weight_decay": settings.weight_decay},
+        {"params": weights.head, "lr": settings.head_lr, "weight_decay": settings.weight_decay},
         {"params": weights.vectors, "lr": settings.embedding_lr, "weight_decay": 0.0},
     ]
     return [_adamw(groups, settings)]
@@ -63,11 +70,18 @@ def adamw(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Opt
 def muon(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
     """Muon for matrices, which alone decay; AdamW for embeddings, the head and vectors. Jordan et al. 2024."""
     weights = Weights.of(model)
-    rest = [{"params": weights.embeddings + weights.vectors, "lr": settings.embedding_lr, "weight_decay": 0.0}]
-    return [
-        Muon(weights.matrices, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay),
-        _adamw(rest, settings),
+    rest = [
+        {"params": weights.embeddings + weights.vectors, "lr": settings.embedding_lr, "weight_decay": 0.0},
+        {"params": weights.head, "lr": settings.head_lr, "weight_decay": 0.0},
     ]
+    matrices = Muon(
+        weights.matrices,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        newton_schulz_steps=settings.newton_schulz_steps,
+    )
+    return [matrices, _adamw(rest, settings)]
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerSettings], list[torch.optim.Optimizer]]] = {
