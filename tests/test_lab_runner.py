@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from minitransformer.lab import pool
 from minitransformer.lab.experiment import Settings
 from minitransformer.lab.runner import Progress, Sweep, run_tasks
 from minitransformer.lab.store import ResultStore, task_key
+from minitransformer.processes import Process
 from tests.lab_for_tests import CuriousToy, FailingToy, MendableToy, Toy, WrongToy, doubled, sleeps_beside_a_child
 
 ROOT = Path(__file__).parent.parent
@@ -151,7 +153,7 @@ def test_a_task_that_fails_is_reported_and_tried_again_and_the_others_go_on(mark
     assert {failure.task["number"] for failure in failures} == {1, 2}
     words = " ".join(str(failure) for failure in failures)
     assert "ZeroDivisionError: no inverse (lab_for_tests.py, line" in words
-    assert "killed by SIGKILL" in words
+    assert "was killed, as happens when memory runs out" in words
     assert "number 1, seed 1" in words
     assert "\n" not in words
     assert set(times_done(marks)) == {"task-0", "task-3", "task-4", "task-5"}
@@ -175,6 +177,23 @@ def test_closing_the_outcomes_ends_the_processes_and_those_that_they_started(tmp
     outcome = next(outcomes)
     outcomes.close()
     wait_for(lambda: all(ended(pid) for pid in outcome.measured["pids"]))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_when_all_is_measured_no_process_is_left_of_those_that_tasks_started(tmp_path):
+    (outcome,) = pool.outcomes([{"file": str(tmp_path / "pids")}], sleeps_beside_a_child, 1)
+    wait_for(lambda: all(ended(pid) for pid in outcome.measured["pids"]))
+
+
+def test_an_interruption_while_a_process_starts_is_heard_afterwards(monkeypatch):
+    start = SpawnProcess.start
+    monkeypatch.setattr(SpawnProcess, "start", lambda process: (signal.raise_signal(signal.SIGINT), start(process)))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Process(exit)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # -- the folder

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing import connection, get_context, parent_process, resource_tracker
-from threading import Thread
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import connection
 from typing import Any
 
 from minitransformer.benchmark.case import Cost, Work
 from minitransformer.errors import UserError
+from minitransformer.processes import Process, one_line
 
 
 class ContestantFailed(Exception):
@@ -25,12 +23,7 @@ class Worker:
     """The process of a contestant, which waits between its samples. It ends with this process, however that ends."""
 
     def __init__(self, prepare: Callable[[], Work]) -> None:
-        context = get_context("spawn")
-        self._connection, remote = context.Pipe()
-        self._process = context.Process(target=_work, args=(remote, prepare))
-        with _deaf_to_ctrl_c():
-            self._process.start()
-        remote.close()
+        self._process = Process(_serve, prepare)
 
     def cost(self) -> Cost | None:
         """What a unit of its work asks of the machine, once it is ready; raises `ContestantFailed`."""
@@ -39,77 +32,32 @@ class Worker:
     def sample(self) -> float:
         """One measurement; raises `ContestantFailed`."""
         with suppress(OSError):  # that it was killed is seen when its answer is awaited
-            self._connection.send("sample")
+            self._process.connection.send("sample")
         return self._receive()
 
     def close(self) -> None:
         """End the process and those that it started."""
-        if self._process.pid is not None and self._process.exitcode is None and hasattr(os, "killpg"):
-            with suppress(ProcessLookupError, PermissionError):  # it has just begun, and leads no group yet
-                os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
+        self._process.end()
 
     def _receive(self) -> Any:
         try:
-            kind, answer = self._connection.recv()
+            kind, answer = self._process.connection.recv()
         except (EOFError, OSError):
-            self._process.join()
-            raise ContestantFailed(f"its process {_ending(self._process.exitcode)}") from None
+            raise ContestantFailed(f"its process {self._process.ending()}") from None
         if kind == "failed":
             raise ContestantFailed(answer)
         return answer
 
 
-def _ending(exit_code: int | None) -> str:
-    if exit_code == -signal.SIGKILL:
-        return "was killed, as happens when memory runs out"
-    return f"ended with exit code {exit_code}"
-
-
-@contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes that start here leave Ctrl-C, which goes to all of a terminal at once, to the one that ends them.
-
-    It is blocked and not ignored: children inherit that too, and one that comes meanwhile is heard afterwards.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # a system without them
-        yield
-        return
-    _start_tracker()  # the first process would start it, and that lifts the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_tracker() -> None:
-    """Of what killed processes leave to be cleaned up, such as locks; by default, it warns of each."""
-    before = os.environ.get("PYTHONWARNINGS", "")
-    os.environ["PYTHONWARNINGS"] = f"{before},ignore:resource_tracker".lstrip(",")
-    try:
-        resource_tracker.ensure_running()
-    finally:
-        os.environ["PYTHONWARNINGS"] = before
-
-
-def _work(remote: connection.Connection, prepare: Callable[[], Work]) -> None:
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-    Thread(target=_end_with_parent, daemon=True).start()
+def _serve(remote: connection.Connection, prepare: Callable[[], Work]) -> None:
     try:
         _be_quiet()
         work = prepare()
         remote.send(("ready", work.cost))
         while remote.recv():
             remote.send(("sample", work.sample()))
-    except (EOFError, BrokenPipeError):
-        _end_group()
     except BaseException as error:
-        with suppress(OSError):
-            remote.send(("failed", _in_one_line(error)))
+        remote.send(("failed", str(error) if isinstance(error, UserError) else one_line(error)))
 
 
 def _be_quiet() -> None:
@@ -118,28 +66,6 @@ def _be_quiet() -> None:
     for stream in (1, 2):
         os.dup2(nowhere, stream)
     os.close(nowhere)
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    _end_group()
-
-
-def _end_group() -> None:
-    """End this process, and those that it started."""
-    if hasattr(os, "killpg"):
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
-
-
-def _in_one_line(error: BaseException) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    last = traceback.format_exception_only(error)[-1].splitlines()[0]
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{last} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else last
 
 
 def repeated(once: Callable[[], object], units: float, seconds: float, finish: Callable[[], object]) -> float:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
-from threading import Thread
+from multiprocessing import connection
 from typing import Any
 
 from minitransformer.errors import UserError
 from minitransformer.lab.experiment import Measurement, Task
+from minitransformer.processes import Process, one_line
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-PATIENCE = 5.0
-"""seconds that a process has to end by itself when there is nothing left to do"""
+"""set before they import torch"""
 
 Measure = Callable[[Task], Measurement]
 
@@ -71,26 +68,22 @@ def outcomes(tasks: Iterable[Task], measure: Measure, processes: int) -> Generat
                     worker.give(queue.popleft())
                 else:
                     del workers[ready]
-                    worker.dismiss()
+                    worker.process.end()
                 if outcome is not None:
                     yield outcome
     finally:
         for worker in workers.values():
-            worker.kill()
+            worker.process.end()
 
 
 class _Worker:
     """A process, and the task that it has. It says when it is ready, and after that what became of each task."""
 
     def __init__(self, measure: Measure) -> None:
-        context = get_context("spawn")
-        self.connection, remote = context.Pipe()
-        self.process = context.Process(target=_work, args=(remote, measure))
+        self.process = Process(_work, measure, environment=ONE_THREAD)
+        self.connection = self.process.connection
         self.task: Task | None = None
         self.dead = False
-        with _as_workers_start():
-            self.process.start()
-        remote.close()
 
     def give(self, task: Task) -> None:
         self.task = task
@@ -107,76 +100,19 @@ class _Worker:
 
     def _bury(self) -> Outcome:
         self.dead = True
-        self.kill()
+        ending = self.process.ending()
+        self.process.end()
         if self.task is None:
-            raise RuntimeError(f"a process of the pool {_ending(self.process.exitcode)} before it had a task")
-        return Outcome(self.task, None, f"its process {_ending(self.process.exitcode)}")
-
-    def dismiss(self) -> None:
-        """Let the process end by itself."""
-        self.connection.close()
-        self.process.join(PATIENCE)
-        self.kill()
-
-    def kill(self) -> None:
-        """End the process and those that it started."""
-        if hasattr(os, "killpg") and self.process.pid is not None and self.process.exitcode is None:
-            with suppress(ProcessLookupError):  # it has just begun, and leads no group yet
-                os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-
-def _ending(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        return f"was killed by {name}" + (" (as happens when memory runs out)" if name == "SIGKILL" else "")
-    return f"ended with exit code {exit_code}"
-
-
-@contextmanager
-def _as_workers_start() -> Iterator[None]:
-    """What processes inherit that start here: one thread, set before they import torch, and no ear for Ctrl-C.
-
-    Ctrl-C goes to all processes of a terminal at once, while they start too; it is for the parent to end them.
-    """
-    before = {name: os.environ.get(name) for name in ONE_THREAD}
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.update(ONE_THREAD)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-        signal.signal(signal.SIGINT, handler)
+            raise RuntimeError(f"a process of the pool {ending} before it had a task")
+        return Outcome(self.task, None, f"its process {ending}")
 
 
 def _work(remote: connection.Connection, measure: Measure) -> None:
     """What a process does: it asks for tasks until there are none."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-    Thread(target=_end_with_parent, daemon=True).start()
     outcome = None
     while True:
-        try:
-            remote.send(outcome)
-            task = remote.recv()
-        except (EOFError, OSError):
-            return
-        outcome = _outcome(measure, task)
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    if hasattr(os, "killpg"):
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
+        remote.send(outcome)
+        outcome = _outcome(measure, remote.recv())
 
 
 def _outcome(measure: Measure, task: Task) -> Outcome:
@@ -187,12 +123,5 @@ def _outcome(measure: Measure, task: Task) -> Outcome:
     except UserError as error:
         return Outcome(task, None, str(error), mendable=True)
     except Exception as error:
-        return Outcome(task, None, _last_line(error))
+        return Outcome(task, None, one_line(error))
     return Outcome(task, measured, seconds=time.perf_counter() - start)
-
-
-def _last_line(error: Exception) -> str:
-    """Of the traceback, with the place."""
-    what = traceback.format_exception_only(error)[-1].splitlines()[0]
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{what} ({os.path.basename(place.filename)}, line {place.lineno})"
