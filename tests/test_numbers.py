@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
 from minitransformer.text.generated_pairs import POOL, GeneratedPairs, generate_pairs, generates_pairs
-from minitransformer.text.prepare_pairs import TokenPairs
+from minitransformer.text.token_pairs import TokenPairs
 from minitransformer.text.tokenizers import Bytes
 
 numbers: Any = recipes.load("numbers")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
 from minitransformer.text.pairs import PairCorpus, open_pairs
-from minitransformer.text.prepare_pairs import Encoded, PreparedPairs, Ragged, TokenPairs, divided, prepare_pairs
+from minitransformer.text.prepare_pairs import Encoded, PreparedPairs, divided, prepare_pairs
+from minitransformer.text.token_pairs import Ragged, TokenPairs
 from minitransformer.text.tokenizers import BPE, Tokenizer
 
 PAIRS = [("Un chat.", "A cat."), ("Où\u2028est-il ?", "Where is he?"), ("Là-bas\x0b!", "Over there!")]

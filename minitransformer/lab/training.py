@@ -159,7 +159,7 @@ def train(
             balance=balance,
             probe=probe,
         )
-        if figures := probe.after_update(result):
+        if figures := probe.after_update(result.grad_norm):
             probed.append({"step": step + 1, **figures})
         course.losses.append(result.loss.item())
         course.grad_norms.append(result.grad_norm.item())

@@ -14,8 +14,9 @@ from minitransformer.errors import UserError
 from minitransformer.text import recipes
 from minitransformer.text.folders import work_folder
 from minitransformer.text.pairs import Pair
-from minitransformer.text.prepare_pairs import PairData, Ragged, TokenPairs, described, framed_but_last, vocabularies
+from minitransformer.text.prepare_pairs import PairData, described, framed_but_last, vocabularies
 from minitransformer.text.preparing import Tokens
+from minitransformer.text.token_pairs import Ragged, TokenPairs
 from minitransformer.text.tokenizers import Bytes, Tokenizer
 
 if TYPE_CHECKING:

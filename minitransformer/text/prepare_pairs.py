@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from minitransformer.errors import UserError
 from minitransformer.files import locked, sweep, whole_file, writing
 from minitransformer.text.corpora import Corpus
 from minitransformer.text.folders import REMEDY, work_folder
+from minitransformer.text.pair_batches import SequentialPairs, ShuffledPairs
 from minitransformer.text.pairs import Pair, PairCorpus
 from minitransformer.text.preparing import (
     SPLITS,
@@ -34,10 +35,8 @@ from minitransformer.text.preparing import (
     progress_bar,
     sample,
 )
+from minitransformer.text.token_pairs import Ragged, TokenPairs
 from minitransformer.text.tokenizers import Tokenizer
-
-if TYPE_CHECKING:
-    from minitransformer.text.pair_batches import SequentialPairs, ShuffledPairs
 
 FORMAT = 1
 SIDES = ("source", "target")
@@ -45,44 +44,6 @@ POLICIES = ("skip", "cut")
 # What a thread encodes at once: enough that the price of a task vanishes.
 CHUNK = 1024
 OFFSET = np.dtype("<i8")
-
-
-@dataclass(frozen=True, eq=False)
-class Ragged:
-    """Texts of any length one after the other: text i is `tokens[offsets[i] : offsets[i + 1]]`."""
-
-    tokens: Tokens
-    """[tokens]"""
-    offsets: npt.NDArray[np.int64]
-    """[texts + 1]"""
-
-    @classmethod
-    def join(cls, texts: Iterable[npt.NDArray[Any]], dtype: np.dtype[Any]) -> Ragged:
-        """`texts`, each [its tokens]."""
-        kept = [np.empty(0, dtype), *(text.astype(dtype) for text in texts)]
-        return cls(np.concatenate(kept), np.cumsum([len(text) for text in kept], dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> Tokens:
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-    @cached_property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """[texts]"""
-        return np.diff(self.offsets)
-
-
-@dataclass(frozen=True, eq=False)
-class TokenPairs:
-    """Sources and their targets, without the start token, and without the last token of each."""
-
-    sources: Ragged
-    targets: Ragged
-
-    def __len__(self) -> int:
-        return len(self.sources)
 
 
 @dataclass(frozen=True)
@@ -110,8 +71,6 @@ class PairData:
 
     def validation_batches(self, batch_tokens: int) -> SequentialPairs:
         """Every pair of the validation split once."""
-        from minitransformer.text.pair_batches import SequentialPairs
-
         return SequentialPairs(self.validation, batch_tokens, *self.ends, start=self.target_tokenizer.target_start)
 
 
@@ -128,8 +87,6 @@ class PreparedPairs(PairData):
 
     def training_batches(self, batch_tokens: int, seed: int) -> ShuffledPairs:
         """Batches of at most `batch_tokens` tokens a side, without end."""
-        from minitransformer.text.pair_batches import ShuffledPairs
-
         return ShuffledPairs(self.train, batch_tokens, *self.ends, seed, self.target_tokenizer.target_start)
 
     def summary(self) -> str:

@@ -175,7 +175,7 @@ class Trainer:
         self._steps_without_update = 0 if result.finite else self._steps_without_update + 1
         self.progress.step += 1
         self.progress.tokens += sum(batch.num_tokens for batch in batches)
-        if figures := self.probe.after_update(result):
+        if figures := self.probe.after_update(result.grad_norm):
             self.log.record({"step": self.progress.step, **figures})
         return result
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from minitransformer.training.step import StepResult
+from torch import Tensor
 
 
 class Probe:
@@ -17,8 +14,8 @@ class Probe:
     def before_update(self) -> None:
         """Its gradients are complete, in the unit of the loss and not clipped; its weights are still the old ones."""
 
-    def after_update(self, result: StepResult) -> dict[str, float | None]:
-        """It is done: what to write down about it, if anything."""
+    def after_update(self, grad_norm: Tensor) -> dict[str, float | None]:
+        """It is done, and this was the norm of its gradient before clipping: what to write down, if anything."""
         return {}
 
 

@@ -19,7 +19,6 @@ from minitransformer.text.pair_batches import PairBatch
 from minitransformer.training.config import RunConfig, TrainingConfig
 from minitransformer.training.objectives import Objective
 from minitransformer.training.probe import NO_PROBE, Probe
-from minitransformer.training.step import StepResult
 
 
 def probe(
@@ -94,9 +93,9 @@ class TrainingProbe(Probe):
             for instrument in self._of_step:
                 instrument.before_update()
 
-    def after_update(self, result: StepResult) -> dict[str, float | None]:
+    def after_update(self, grad_norm: Tensor) -> dict[str, float | None]:
         for instrument in self._of_step:
-            instrument.hear(float(result.grad_norm))
+            instrument.hear(float(grad_norm))
         if not self._due:
             return {}
         figures = {instrument.name: instrument.after_update() for instrument in self._of_step}
