@@ -10,6 +10,7 @@ import torch
 
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import build_model, count_parameters
+from minitransformer.training.optimizers import OPTIMIZERS
 
 LOADED = """
 import runpy, sys
@@ -27,6 +28,30 @@ def test_help_loads_no_compiler(command: str) -> None:
     loaded = set(out.partition("LOADED")[2].split())
     assert "torch" in loaded
     assert not {"torch._dynamo", "sympy", "transformers"} & loaded
+
+
+TRAINED = """
+import sys, torch
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import build_model
+from minitransformer.training.config import TrainingConfig
+from minitransformer.training.optimizers import build_optimizers
+model = build_model(ModelConfig(d_model=8, num_heads=1, num_layers=1, vocab_size=5))
+optimizers = build_optimizers(sys.argv[1], model, TrainingConfig().optimizer_settings)
+model(torch.arange(5)[None]).sum().backward()
+for optimizer in optimizers:
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+print(*sys.modules)
+"""
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_first_step_loads_no_compiler(optimizer: str) -> None:
+    program = [sys.executable, "-c", TRAINED, optimizer]
+    loaded = subprocess.run(program, capture_output=True, text=True, check=True).stdout.split()
+    assert "torch.optim" in loaded
+    assert "torch._dynamo" not in loaded
 
 
 @pytest.mark.parametrize("topology", ["decoder", "encoder", "encoder-decoder", "rnn"])

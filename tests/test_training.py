@@ -15,6 +15,7 @@ from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.batches import IGNORE, Batch
 from minitransformer.training.checkpoint import choose_checkpoint
 from minitransformer.training.experts import ExpertBalance
+from minitransformer.training.light import LightAdamW
 from minitransformer.training.loop import MOST_STEPS_WITHOUT_UPDATE, NonFiniteTraining
 from minitransformer.training.muon import Muon, orthogonalise
 from minitransformer.training.objectives import Causal
@@ -129,6 +130,17 @@ def test_orthogonalising_keeps_directions_and_makes_their_sizes_alike(rows, colu
     sizes = (u.mT @ orthogonalise(matrices) @ v.mT).diagonal(dim1=1, dim2=2)
     seen = s / s.norm(dim=1, keepdim=True) > 0.03  # five steps do not lift what is almost nothing
     assert ((sizes > 0.3) & (sizes < 1.3))[seen].all()
+
+
+def test_adamw_is_torchs_own_bit_for_bit():
+    ours, theirs = (nn.Parameter(torch.ones(5, 3)) for _ in range(2))
+    optimizers = [kind([p], lr=0.1, fused=True) for kind, p in ((LightAdamW, ours), (torch.optim.AdamW, theirs))]
+    for _ in range(4):
+        ours.grad = torch.randn(5, 3)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minitransformer.training.light import LightOptimizer
+
 
 def orthogonalise(matrices: Float[Tensor, "count rows columns"], steps: int = 5) -> Float[Tensor, "count rows columns"]:
     """Roughly U Vᵀ for each matrix U S Vᵀ: a polynomial, applied `steps` times, takes its singular values near 1.
@@ -26,7 +28,7 @@ def orthogonalise(matrices: Float[Tensor, "count rows columns"], steps: int = 5)
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(LightOptimizer):
     """W ← (1 − lr · decay) W − lr · √max(1, rows/columns) · orthogonalise(Nesterov momentum), for matrices.
 
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. Torch's own works in bfloat16 on every device, which

@@ -10,6 +10,7 @@ from torch import nn
 
 from minitransformer.architecture.embeddings import LMHead
 from minitransformer.registry import lookup
+from minitransformer.training.light import LightAdamW
 from minitransformer.training.muon import Muon
 
 
@@ -52,7 +53,7 @@ class Weights:
 
 
 def _adamw(groups: list[dict[str, object]], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
+    return LightAdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
 
 
 def adamw(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
