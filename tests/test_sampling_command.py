@@ -154,6 +154,15 @@ def test_interactive_mode_continues_line_after_line(command: Any) -> None:
     assert err.count("error: character 'x'") == 1, "a line that cannot be encoded ends nothing"
 
 
+def test_weights_in_fewer_bytes_write_text_and_a_small_model_says_what_multiplies_them(command: Any) -> None:
+    arguments = ("--prompt", "ab", "--seed", "7", "--weights")
+    exact = command(*arguments, "fp32")
+    for weights in ("bf16", "int8"):
+        code, out, err = command(*arguments, weights)
+        assert (code, out[:2], len(out)) == (0, "ab", len(exact[1]))
+        assert f"note: {weights} weights are multiplied by torch's own kernels, as compiling another" in err
+
+
 def test_a_draft_changes_no_greedy_text_and_its_luck_is_told(command: Any, runs: Path, endless: Path) -> None:
     greedy = ("runs/chars", "--prompt", "ab", "--seed", "7", "--temperature", "0", "--num-samples", "2")
     _, alone, _ = command(*greedy)
@@ -185,6 +194,7 @@ def test_a_draft_with_another_tokenizer_is_refused(command: Any, runs: Path, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--weights", "int9"), "unknown weights 'int9': did you mean 'int8'? known are fp32, bf16, int8"),
         (("--draft", "nowhere", "--prompt", "a"), "nowhere is not a run folder"),
         (("runs/chars", "--draft", "runs/chars", "--draft-tokens", "0", "--seed", "1"), "draft_tokens is 0"),
         (("--temperature", "-1"), "temperature is -1.0"),

@@ -18,6 +18,7 @@ from minitransformer.benchmark.subjects.decoding import PROMPT
 from minitransformer.generation.decode import generate
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.readers import CachedReader
+from minitransformer.generation.weights import Weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Once = Callable[[], object]
@@ -25,7 +26,7 @@ Once = Callable[[], object]
 
 def ours_decode(setting: Setting, precision: str, tokens: int, batch: int) -> Once:
     """`generate`, as `sample.py` calls it."""
-    model: Any = model_of(setting).to(DTYPES[precision])
+    model = _ours(setting, precision)
     sampling = SamplingConfig(num_samples=batch, max_new_tokens=tokens, temperature=1.0, top_k=None, seed=setting.seed)
     prompt = [0] * PROMPT
 
@@ -60,7 +61,7 @@ def transformers_decode(setting: Setting, precision: str, tokens: int, batch: in
 
 def ours_prefill(setting: Setting, precision: str, tokens: int, batch: int) -> Once:
     """A prompt into a new cache."""
-    model: Any = model_of(setting).to(DTYPES[precision]).eval()
+    model = _ours(setting, precision)
     prompt = _prompt(setting, tokens, batch)
 
     @torch.inference_mode()
@@ -92,6 +93,10 @@ def transformers_prefill(setting: Setting, precision: str, tokens: int, batch: i
         return model(prompt, use_cache=True, logits_to_keep=1).logits
 
     return once
+
+
+def _ours(setting: Setting, precision: str) -> Any:
+    return Weights.named(precision).applied(model_of(setting).eval())
 
 
 def _nanogpt(setting: Setting, precision: str) -> Any:

@@ -17,6 +17,7 @@ from typing import Annotated, cast
 
 import torch
 import tyro
+from typing_extensions import Doc
 
 from minitransformer.commands import DONE, parse, piped_text, run_command, utf8_text
 from minitransformer.errors import UserError
@@ -26,6 +27,7 @@ from minitransformer.generation.readers import window_length
 from minitransformer.generation.samples import filled_text, translations
 from minitransformer.generation.speculation import Draft
 from minitransformer.generation.streaming import stream_text
+from minitransformer.generation.weights import Weights
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderLM
 from minitransformer.models.encoder_decoder import EncoderDecoder
@@ -58,6 +60,7 @@ class Options(SamplingConfig):
     """run folder of a smaller model with the same tokenizer, which guesses tokens that the model then reads at once"""
     draft_tokens: int = 4
     """how many tokens the draft guesses at a time"""
+    weights: Annotated[str, Doc(f"how matrices are stored to read them faster: {', '.join(Weights.registry)}")] = "fp32"
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
@@ -67,6 +70,7 @@ class Options(SamplingConfig):
             raise UserError("there are two prompts, --prompt and --prompt-file: give one of them")
         if self.interactive and (self.prompt is not None or self.prompt_file is not None):
             raise UserError("--interactive asks for its prompts: leave --prompt and --prompt-file out")
+        Weights.named(self.weights)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -84,8 +88,11 @@ def _sample(arguments: Sequence[str]) -> int:
     run.tokenizer.encode(MASK.sub("", run.cased(prompt)))
     draft_run = None if options.draft is None else _draft_run(options.draft, run)
     device = str(choose_device(options.device))
-    model = run.load_model(options.checkpoint, device=device)
-    draft = None if draft_run is None else Draft(_decoder(draft_run, model, device), options.draft_tokens)
+    weights = Weights.named(options.weights)
+    model = weights.applied(run.load_model(options.checkpoint, device=device), _note)
+    draft = None
+    if draft_run is not None:
+        draft = Draft(weights.applied(_decoder(draft_run, model, device)), options.draft_tokens)
     if options.run is None:
         _note(f"the model is that of {path}")
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed

@@ -56,8 +56,8 @@ def _contestants(setting: Setting, task: str, tokens: int, batch: int) -> Iterat
     for precision in ("fp32", "bf16"):
         name = f"transformers {precision}"
         yield missing("transformers", name) or entry(name, "transformers", precision, base=True)
-    for precision in ("fp32", "bf16"):
-        yield entry(f"ours {precision}", "ours", precision)
+    for weights in ("fp32", "bf16", "int8"):
+        yield entry(f"ours {weights}", "ours", weights)
 
 
 def _work(setting: Setting, task: str, who: str, precision: str, tokens: int, batch: int) -> Work:

@@ -1,0 +1,229 @@
+"""Weights in fewer bytes: what they cost in exactness, the kernel that multiplies them, and what happens without it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from minitransformer.errors import UserError
+from minitransformer.generation import kernel, weights
+from minitransformer.generation.decode import generate
+from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.readers import CachedReader
+from minitransformer.generation.weights import FEW_ROWS, BFloat16, Float32, Int8, StoredLinear, Weights
+from minitransformer.models.decoder import DecoderLM
+
+MakeDecoder = Callable[..., DecoderLM]
+FEWER_BYTES = [BFloat16, Int8]
+sizes = st.integers(1, 90)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """Skips where no kernel can be compiled."""
+    try:
+        kernel.prepare(lambda line: None)
+    except kernel.CannotCompile as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture
+def with_kernel(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models use the kernel too."""
+    monkeypatch.setattr(weights, "FEW_WEIGHTS", 0)
+
+
+def restored(kind: type[Weights], weight: torch.Tensor) -> torch.Tensor:
+    """The matrix that the stored one stands for."""
+    made = kind(weight)
+    wide = made.stored.to(weight.dtype)
+    return wide if made.scale is None else wide * made.scale[:, None]
+
+
+# What is stored
+
+
+@given(sizes, sizes, st.floats(1e-6, 1e6))
+def test_bf16_changes_a_weight_by_a_share_of_2_to_the_minus_8(out: int, features: int, size: float) -> None:
+    weight = torch.randn(out, features, dtype=torch.float64) * size
+    assert ((restored(BFloat16, weight) - weight).abs() <= weight.abs() * 2**-8).all()
+
+
+@given(sizes, sizes, st.floats(1e-6, 1e6))
+def test_int8_changes_a_weight_by_half_of_a_127th_of_the_largest_of_its_row(
+    out: int, features: int, size: float
+) -> None:
+    weight = torch.randn(out, features, dtype=torch.float64) * size
+    largest = weight.abs().amax(-1, keepdim=True)
+    assert ((restored(Int8, weight) - weight).abs() <= largest / 254 * (1 + 1e-6)).all()
+    assert (Int8(weight).stored.abs().amax(-1) == 127).all()
+
+
+def test_a_row_of_zeros_stays_one() -> None:
+    assert (restored(Int8, torch.zeros(2, 5)) == 0).all()
+
+
+# The products
+
+
+@pytest.mark.parametrize("kind", FEWER_BYTES)
+@given(out=sizes, features=sizes, rows=st.integers(0, 2 * FEW_ROWS), bias=st.booleans())
+def test_the_kernel_multiplies_with_what_is_stored(
+    compiled: None, kind: type[Weights], out: int, features: int, rows: int, bias: bool
+) -> None:
+    linear = nn.Linear(features, out, bias=bias)
+    x = torch.randn(2, rows, features)[:, ::2]  # whose rows do not follow each other in memory
+    with torch.no_grad():
+        expected = x @ restored(kind, linear.weight).t() + (linear.bias if bias else 0)
+        stored = weights._stored(linear, kind(linear.weight), kernel=True)
+        torch.testing.assert_close(stored(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", FEWER_BYTES)
+@given(out=sizes, features=st.sampled_from([5, 64, 100, 128]), rows=st.sampled_from([1, 3, FEW_ROWS + 1]))
+def test_torchs_kernels_multiply_with_what_is_stored_but_for_rounded_rows(
+    kind: type[Weights], out: int, features: int, rows: int
+) -> None:
+    weight, x = torch.randn(out, features), torch.randn(rows, features)
+    exact = x.double() @ restored(kind, weight).double().t()
+    # A share of 2^-8 of each product and of the sum, at most, for rounding the row, the scale and the result.
+    most = 3 * 2**-8 * (x.abs().double() @ restored(kind, weight).double().abs().t()) + 1e-5
+    assert ((kind(weight).product(x) - exact).abs() <= most).all()
+
+
+def test_the_kernel_leaves_the_arithmetic_of_the_process_as_it_was(compiled: None) -> None:
+    assert torch.tensor(1e-310, dtype=torch.float64) * 1 > 0, "subnormal numbers are 0"
+
+
+def test_an_impossible_product_is_refused_by_the_kernel(compiled: None) -> None:
+    product = torch.ops.minitransformer.row_product
+    for x, weight in ((torch.ones(1, 3), torch.ones(2, 4)), (torch.ones(1, 4).double(), torch.ones(2, 4))):
+        with pytest.raises(RuntimeError):
+            product(x, weight, None, None)
+
+
+# Models
+
+
+MODELS = [
+    {},
+    {"bias": True, "tied_embeddings": False, "feedforward": "gelu"},
+    {"logit_scale": 0.5, "logit_softcap": 3.0, "num_kv_heads": 2},
+    {"head": "transformed", "head_bias": True},
+    {"embedding_dim": 6},
+    {"num_experts": 3},
+]
+
+
+@pytest.mark.parametrize("choices", MODELS, ids=str)
+@pytest.mark.parametrize(("kind", "tolerance"), [(BFloat16, 0.01), (Int8, 0.05)])
+def test_logits_stay_close_to_those_of_fp32(
+    tiny_decoder: MakeDecoder, with_kernel: None, choices: dict[str, object], kind: type[Weights], tolerance: float
+) -> None:
+    model = tiny_decoder(d_model=32, **choices).float()
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and "embedding" not in name:
+            torch.nn.init.normal_(weight, std=weight.size(1) ** -0.5)
+    tokens = torch.randint(11, (2, 12))
+    with torch.no_grad():
+        expected = model(tokens)
+        difference = kind.applied(model)(tokens) - expected
+    assert 0 < difference.square().mean().sqrt() < tolerance * expected.std()
+
+
+@pytest.mark.parametrize("kind", FEWER_BYTES)
+@pytest.mark.parametrize("choices", MODELS, ids=str)
+def test_cached_decoding_is_uncached_decoding_with_stored_weights(
+    tiny_decoder: MakeDecoder, with_kernel: None, choices: dict[str, object], kind: type[Weights]
+) -> None:
+    model = kind.applied(tiny_decoder(context_length=8, **choices).float())
+    tokens = torch.randint(11, (1, 8))
+    with torch.no_grad():
+        reader, expected = CachedReader(model, 8), model(tokens)
+        for length in range(3, 9):
+            torch.testing.assert_close(reader(tokens[:, :length]), expected[:, length - 1], rtol=1e-3, atol=1e-3)
+
+
+def test_fp32_is_the_model_itself(tiny_decoder: MakeDecoder) -> None:
+    model = tiny_decoder()
+    assert Float32.applied(model) is model
+
+
+@pytest.mark.parametrize("kind", FEWER_BYTES)
+def test_every_linear_map_is_stored_and_the_model_stays_as_it_was(
+    tiny_decoder: MakeDecoder, kind: type[Weights]
+) -> None:
+    model = tiny_decoder(tied_embeddings=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    stored = kind.applied(model)
+    kept = [type(module) for module in stored.modules() if isinstance(module, nn.Linear)]
+    assert kept
+    assert all(issubclass(kind, StoredLinear) for kind in kept)
+    assert isinstance(stored.head, type(model.head))
+    assert stored.embedding.table.weight.data_ptr() == model.embedding.table.weight.data_ptr()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(isinstance(module, StoredLinear) for module in model.modules())
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"unknown weights 'int9': did you mean 'int8'\? known are fp32, bf16, int8"):
+        Weights.named("int9")
+
+
+# The compiler
+
+
+@pytest.fixture
+def nothing_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(weights, "FEW_WEIGHTS", 0)
+    monkeypatch.delenv("CXX", raising=False)
+    return tmp_path
+
+
+def test_without_a_compiler_torch_multiplies_and_one_line_says_so(
+    tiny_decoder: MakeDecoder, nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    said: list[str] = []
+    model = Int8.applied(tiny_decoder().float(), said.append)
+    assert said == ["int8 weights are multiplied by torch's own kernels, as there is no C++ compiler, g++ or clang++"]
+    assert len(list(generate(model, [1], SamplingConfig(max_new_tokens=5, seed=0)))) == 5
+
+
+def test_a_compiler_that_fails_is_no_compiler(
+    tiny_decoder: MakeDecoder, nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = nothing_compiled / "c++"
+    broken.write_text("#!/bin/sh\necho 'error: no such header' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    said: list[str] = []
+    BFloat16.applied(tiny_decoder().float(), said.append)
+    assert said[-1].endswith(f"as {broken} cannot compile it (error: no such header)")
+    assert not list(nothing_compiled.rglob("*.so"))
+
+
+def test_a_cache_that_cannot_be_written_is_said(
+    tiny_decoder: MakeDecoder, nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    monkeypatch.setattr(kernel, "find_compiler", lambda: "c++")
+    said: list[str] = []
+    BFloat16.applied(tiny_decoder().float(), said.append)
+    assert "cannot be written (Not a directory)" in said[-1]
+
+
+def test_small_models_compile_nothing(tiny_decoder: MakeDecoder, tmp_path: Path) -> None:
+    said: list[str] = []
+    Int8.applied(tiny_decoder(), said.append)
+    assert said == [
+        "int8 weights are multiplied by torch's own kernels, as compiling another does not pay for so small a model"
+    ]
