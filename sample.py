@@ -2,7 +2,7 @@
 
 import sys
 
-from minitransformer.commands.sample import main
+from minitransformer.commands import start
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start("sample", sys.argv[1:]))

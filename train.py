@@ -2,7 +2,7 @@
 
 import sys
 
-from minitransformer.commands.train import main
+from minitransformer.commands import start
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start("train", sys.argv[1:]))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 
-from minitransformer.commands import run_command
+from minitransformer.commands import run_command, start
 from minitransformer.registry import lookup
 
 COMMANDS = {
@@ -32,7 +31,7 @@ def main() -> int:
 
     def command() -> int:
         lookup("command", arguments[0], COMMANDS)
-        return import_module(f"minitransformer.commands.{arguments[0]}").main(arguments[1:])
+        return start(arguments[0], arguments[1:])
 
     return run_command(command)
 

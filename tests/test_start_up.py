@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from minitransformer.commands import start
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import build_model, count_parameters
 from minitransformer.training.optimizers import OPTIMIZERS
@@ -32,6 +34,7 @@ def test_help_loads_no_compiler(command: str) -> None:
 
 TRAINED = """
 import sys, torch
+from minitransformer.commands import start
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import build_model
 from minitransformer.training.config import TrainingConfig
@@ -61,3 +64,9 @@ def test_models_that_are_only_counted_have_as_many_weights_and_draw_nothing(topo
     counted = count_parameters(config)
     assert torch.equal(torch.get_rng_state(), before)
     assert counted == build_model(config).num_parameters()
+
+
+def test_a_command_that_starts_leaves_garbage_collection_as_it_was() -> None:
+    assert start("bench", ["--device", "cpu", "--only", "nothing"]) == 2
+    assert gc.isenabled()
+    gc.unfreeze()
