@@ -80,12 +80,16 @@ def command(
     return call
 
 
-def expected(runs: Path, prompt: str, checkpoint: str | None = None, **settings: Any) -> list[str]:
+def continued(runs: Path, prompt: str, checkpoint: str | None = None, **settings: Any) -> list[str]:
     run = Run.open(runs / "runs" / "chars")
     options = replace(sample.Options(max_new_tokens=10, seed=7), **settings)
     ids = run.tokenizer.encode(prompt) or [run.tokenizer.end_of_text]
     steps = stream_text(run.load_model(checkpoint), run.tokenizer, ids, options)
-    texts = [prompt + "".join(pieces) for pieces in zip(*steps, strict=True)]
+    return [prompt + "".join(pieces) for pieces in zip(*steps, strict=True)]
+
+
+def expected(runs: Path, prompt: str, checkpoint: str | None = None, **settings: Any) -> list[str]:
+    texts = continued(runs, prompt, checkpoint, **settings)
     return [text if text.endswith("\n") else text + "\n" for text in texts]
 
 
@@ -163,6 +167,14 @@ def test_weights_in_fewer_bytes_write_text_and_a_small_model_says_what_multiplie
         assert f"note: {weights} weights are multiplied by torch's own kernels, as compiling another" in err
 
 
+def test_each_line_is_continued_as_if_it_were_the_only_prompt(command: Any, runs: Path) -> None:
+    prompts = ["ab", "", "é b", "dd cab", "a"]
+    arguments = ("--lines", "--seed", "7", "--batch-size", "2")
+    code, out, err = command(*arguments, "runs/chars", piped="\n".join(prompts).encode())
+    expected_lines = [continued(runs, prompt)[0].replace("\n", r"\n") for prompt in prompts]
+    assert (code, out.splitlines(), err) == (0, expected_lines, "")
+
+
 def test_a_draft_changes_no_greedy_text_and_its_luck_is_told(command: Any, runs: Path, endless: Path) -> None:
     greedy = ("runs/chars", "--prompt", "ab", "--seed", "7", "--temperature", "0", "--num-samples", "2")
     _, alone, _ = command(*greedy)
@@ -194,6 +206,8 @@ def test_a_draft_with_another_tokenizer_is_refused(command: Any, runs: Path, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--lines", "--num-samples", "2"), "--lines writes one text for each line"),
+        (("--batch-size", "0"), "batch_size is 0"),
         (("--weights", "int9"), "unknown weights 'int9': did you mean 'int8'? known are fp32, bf16, int8"),
         (("--draft", "nowhere", "--prompt", "a"), "nowhere is not a run folder"),
         (("runs/chars", "--draft", "runs/chars", "--draft-tokens", "0", "--seed", "1"), "draft_tokens is 0"),

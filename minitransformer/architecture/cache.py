@@ -63,6 +63,24 @@ class LayerCache:
             larger[:, :, : buffer.size(2)] = buffer
         return larger
 
+    def put(self, other: LayerCache, row: int, slot: int, rows: int) -> None:
+        """What `other` holds, of one row, goes to a row of the `rows` here, from `slot` on."""
+        if other._keys is None or other._values is None:
+            return
+        if self._keys is None or self._values is None:
+            self._keys, self._values = (
+                held.new_zeros((rows, held.size(1), self.max_length, held.size(3)))
+                for held in (other._keys, other._values)
+            )
+        self._keys[row, :, slot : slot + other.length] = other._keys[0, :, : other.length]
+        self._values[row, :, slot : slot + other.length] = other._values[0, :, : other.length]
+
+    def roll(self, slots: int) -> None:
+        """What is in a slot goes so many further; what leaves at one end comes back at the other."""
+        for buffer in (self._keys, self._values):
+            if buffer is not None:
+                buffer.copy_(buffer.roll(slots, 2))
+
     def select(self, rows: Int[Tensor, "selected"]) -> None:
         """Keep the given rows of the batch, in their order; as many as before are written where the others were."""
         self._keys, self._values = _selected(self._keys, rows), _selected(self._values, rows)
@@ -132,6 +150,16 @@ class KVCache:
         """Forget all but the first `length` tokens."""
         for cache in self._of_tokens:
             cache.length = min(length, cache.length)
+
+    def put(self, other: KVCache, row: int, slot: int, rows: int) -> None:
+        """What `other`, of one row, has read goes to a row of the `rows` here, from `slot` on."""
+        for cache, source in zip(self._of_tokens, other._of_tokens, strict=True):
+            cache.put(source, row, slot, rows)
+
+    def roll(self, slots: int) -> None:
+        """What is in a slot goes so many further, in all rows."""
+        for cache in self._of_tokens:
+            cache.roll(slots)
 
     def select(self, rows: Int[Tensor, "selected"]) -> None:
         """Keep the given rows of the batch, in their order: one may be given several times."""

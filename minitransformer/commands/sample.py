@@ -10,7 +10,7 @@ import secrets
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from pathlib import Path
 from typing import Annotated, cast
@@ -26,7 +26,7 @@ from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.readers import window_length
 from minitransformer.generation.samples import filled_text, translations
 from minitransformer.generation.speculation import Draft
-from minitransformer.generation.streaming import stream_text
+from minitransformer.generation.streaming import stream_text, texts_in_batches
 from minitransformer.generation.weights import Weights
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderLM
@@ -37,7 +37,6 @@ from minitransformer.runs import Run, latest_run
 from minitransformer.training.machine import choose_device
 
 SEPARATOR = "-" * 40
-LINES_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,10 @@ class Options(SamplingConfig):
     """file with that text, which is taken as it is"""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """text that ends a sample, and is not part of it; may be given several times"""
+    lines: bool = False
+    """each line of the prompt is one of its own, and what follows it is one line too, in which \\n is a new line"""
+    batch_size: int = 32
+    """lines that are written or translated at a time"""
     interactive: bool = False
     """answer one line after the other; Ctrl-D leaves"""
     checkpoint: str | None = None
@@ -70,6 +73,10 @@ class Options(SamplingConfig):
             raise UserError("there are two prompts, --prompt and --prompt-file: give one of them")
         if self.interactive and (self.prompt is not None or self.prompt_file is not None):
             raise UserError("--interactive asks for its prompts: leave --prompt and --prompt-file out")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size is {self.batch_size}: it must be at least 1")
+        if self.lines and (self.num_samples > 1 or self.draft is not None or self.interactive):
+            raise UserError("--lines writes one text for each line: leave --num-samples, --draft and --interactive out")
         Weights.named(self.weights)
 
 
@@ -100,7 +107,7 @@ def _sample(arguments: Sequence[str]) -> int:
         _note(f"--seed {seed} gives this text again")
     generator = torch.Generator().manual_seed(seed)
     _tolerate_characters()
-    session = Session(run, options, generator, draft)
+    session = Session(run, options, seed, generator, draft)
     if options.interactive:
         _converse(model, session)
     else:
@@ -136,6 +143,7 @@ class Session:
 
     run: Run
     options: Options
+    seed: int
     generator: torch.Generator
     draft: Draft | None = None
 
@@ -168,6 +176,9 @@ def _prompt(options: Options) -> str:
 def _continue(model: DecoderLM, prompt: str, session: Session) -> None:
     """Print the prompt and the first sample as it comes, then the others, with a line between them."""
     tokenizer, options = session.run.tokenizer, session.options
+    if options.lines:
+        _continue_lines(model, prompt.splitlines(), session)
+        return
     prompt_ids = tokenizer.encode_prompt(prompt)
     _note_context(len(prompt_ids), options.max_new_tokens, model.config.context_length)
     texts = [prompt] * options.num_samples
@@ -179,6 +190,18 @@ def _continue(model: DecoderLM, prompt: str, session: Session) -> None:
     for text in texts[1:]:
         _print(f"{SEPARATOR}\n{text}")
         _end_line(text)
+
+
+def _continue_lines(model: DecoderLM, prompts: Sequence[str], session: Session) -> None:
+    """Print each prompt with what follows it, as `--prompt` would with the same seed, in one line."""
+    tokenizer, options = session.run.tokenizer, session.options
+    prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    longest = max(map(len, prompt_ids), default=0)
+    _note_context(longest, options.max_new_tokens, model.config.context_length)
+    sampling = replace(options, seed=session.seed)
+    texts = texts_in_batches(model, tokenizer, prompt_ids, sampling, options.batch_size)
+    for prompt, text in zip(prompts, texts, strict=True):
+        _print((prompt + text).replace("\\", r"\\").replace("\n", r"\n") + "\n")
 
 
 @answer.register
@@ -202,8 +225,8 @@ def _translate(model: EncoderDecoder | RecurrentEncoderDecoder, prompt: str, ses
     """Print what each line becomes: one line for each, or `num_samples` with their number before them."""
     run, options = session.run, session.options
     lines = prompt.splitlines()
-    for begin in range(0, len(lines), LINES_AT_ONCE):
-        sources = [_source(model, run, line) for line in lines[begin : begin + LINES_AT_ONCE]]
+    for begin in range(0, len(lines), options.batch_size):
+        sources = [_source(model, run, line) for line in lines[begin : begin + options.batch_size]]
         for texts in translations(model, sources, options, run.target_tokenizer, session.generator):
             for number, tokens in enumerate(texts, start=1):
                 before = f"{number}\t" if options.num_samples > 1 else ""

@@ -228,6 +228,11 @@ class SamplingConfig:
         """Whether the likeliest token is taken every time."""
         return self.temperature == 0
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether processors look at the tokens so far, which each text has its own of."""
+        return self.repetition_penalty != 1 or self.no_repeat_ngram is not None or self.min_new_tokens > 0
+
     def processors(
         self, prompt_length: int, ends: Sequence[int], rules: Sequence[LogitsProcessor] = ()
     ) -> list[LogitsProcessor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minitransformer.architecture.block import Memory
 from minitransformer.architecture.cache import KVCache
-from minitransformer.generation.recording import Recorded, Step, for_single_rows, has_hooks
+from minitransformer.generation.recording import Step, for_single_rows, recorded
 from minitransformer.models.decoder import DecoderLM
 
 
@@ -62,7 +62,6 @@ class CachedReader:
         self.model = for_single_rows(model)
         self.context_length = model.config.context_length
         self.cache = model.new_cache(min(max_tokens, self.context_length))
-        self.recorded = not any(map(has_hooks, model.modules()))
         self.steps: dict[int, Step] = {}
         self.start: int | None = None
         self.known = 0
@@ -107,7 +106,7 @@ class CachedReader:
             def step(tokens: Tensor, slots: Tensor) -> Tensor:
                 return self._read(tokens, slots, count)
 
-            self.steps[count] = Recorded(step) if self.recorded else step
+            self.steps[count] = recorded(step, self.model)
         return self.steps[count]
 
     def _read(

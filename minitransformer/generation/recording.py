@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
-Step = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[..., Tensor]
 
 
 @contextmanager
@@ -45,25 +45,30 @@ class Recorded:
 
     def __init__(self, step: Step) -> None:
         self.step = step
-        self._recordings: dict[tuple[torch.Size, torch.Size], Step | None] = {}
+        self._recordings: dict[tuple[torch.Size, ...], Step | None] = {}
 
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        shapes = a.shape, b.shape
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        shapes = tuple(tensor.shape for tensor in tensors)
         recording = self._recordings.get(shapes)
         if recording is not None:
-            return recording(a, b)
+            return recording(*tensors)
         if shapes not in self._recordings:
             self._recordings[shapes] = None
-            return self.step(a, b)
+            return self.step(*tensors)
         with uninterrupted(), warnings.catch_warnings():
             # Of torch's advice to compile instead, and of sizes that become constants: here they are.
             warnings.simplefilter("ignore")
-            self._recordings[shapes] = torch.jit.trace(self.step, (a, b), check_trace=False)
-        return self(a, b)
+            self._recordings[shapes] = torch.jit.trace(self.step, tensors, check_trace=False)
+        return self(*tensors)
+
+
+def recorded(step: Step, model: nn.Module) -> Step:
+    """`step`, to be replayed, unless someone listens to a module of `model`, who would not hear a replay."""
+    return step if any(map(has_hooks, model.modules())) else Recorded(step)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether someone listens to this very module, who would not hear a replay."""
+    """Whether someone listens to this very module."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from minitransformer.generation.batch import generate_each
 from minitransformer.generation.decode import generate
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.speculation import Draft, speculate
@@ -94,6 +95,42 @@ def stream_text(
             break
     steps.close()
     yield [stream.finish() for stream in streams]
+
+
+def texts_in_batches(
+    model: DecoderLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    batch_size: int,
+) -> Iterator[str]:
+    """The text that follows each prompt, in their order, each as soon as it and those before it are there.
+
+    As many are written at a time as `batch_size` says: `generate_each`. `num_samples` is taken for 1.
+    """
+    streams = [TextStream(sampling.stop) for _ in prompts]
+    texts = [""] * len(prompts)
+
+    def over(number: int, token: int) -> bool:
+        piece = b"" if token in tokenizer.ends else tokenizer.token_bytes(token)
+        texts[number] += streams[number].feed(piece)
+        return streams[number].stopped
+
+    done, shown = set(), 0
+    for number, _ in generate_each(
+        model,
+        prompts,
+        sampling,
+        batch_size=batch_size,
+        ends=tokenizer.ends,
+        vocab_size=tokenizer.vocab_size,
+        over=over,
+    ):
+        texts[number] += streams[number].finish()
+        done.add(number)
+        while shown in done:
+            yield texts[shown]
+            shown += 1
 
 
 def _stream_guessed_text(
