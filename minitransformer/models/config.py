@@ -269,6 +269,9 @@ PRESETS: dict[str, ModelConfig] = {
         dropout=0.2,
         init="xavier",
     ),
+    "shakespeare-fast": replace(
+        MODERN, d_model=128, num_layers=2, num_heads=4, d_ff=256, context_length=64, token_smear=True
+    ),
     # The shape that nanoGPT's README trains on a CPU: characters, no biases, no dropout, exact GELU.
     "nanogpt-cpu": ModelConfig(
         d_model=128, num_layers=4, num_heads=4, context_length=64, positions="learned", feedforward="gelu"

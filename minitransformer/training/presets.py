@@ -25,6 +25,7 @@ LONGER = TrainingConfig(
     steps=3000, batch_size=16, optimizer="muon", lr=0.02, embedding_lr=0.01, schedule="wsd", warmup_steps=100
 )
 
+SHAKESPEARE = DataConfig(data="shakespeare", tokenizer="chars")
 NUMBERS = DataConfig(data="numbers", tokenizer="bytes")
 PAIRS = TrainingConfig(
     objective="seq2seq",
@@ -81,10 +82,16 @@ PRESETS: dict[str, RunConfig] = {
             save_every=500,
         ),
     ),
+    # To a validation loss of 1.88, which nanoGPT's README has after its 2000 steps, in seconds.
+    "shakespeare-fast": RunConfig(
+        MODELS["shakespeare-fast"],
+        SHAKESPEARE,
+        replace(SHORT, steps=200, batch_size=12, head_lr=0.005, warmup_steps=1, weight_decay=0.0),
+    ),
     # nanoGPT's README: 2000 steps in minutes on a CPU, to a validation loss of 1.88 by its sampled estimate.
     "nanogpt-cpu": RunConfig(
         MODELS["nanogpt-cpu"],
-        DataConfig(data="shakespeare", tokenizer="chars"),
+        SHAKESPEARE,
         TrainingConfig(
             steps=2000,
             batch_size=12,
