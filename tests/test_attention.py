@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minitransformer.architecture import attention
 from minitransformer.architecture.attention import (
     KERNELS,
     QK_NORMS,
@@ -19,6 +21,7 @@ from minitransformer.architecture.attention import (
     MultiHeadAttention,
     PerHead,
     attention_weights,
+    blockwise_attention,
     fastest_attention,
     fused_attention,
     repeat_heads,
@@ -196,11 +199,25 @@ def test_repeated_heads_are_neighbours() -> None:
     assert repeat_heads(x, 3) is x
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_fastest_kernel_gives_what_one_of_the_two_gives(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.0), (torch.float32, 0.5), (torch.bfloat16, 0.0)])
+def test_the_fastest_kernel_gives_what_one_of_them_gives(dtype: torch.dtype, dropout: float) -> None:
     q, k, v = torch.randn(3, 2, 2, 5, 4).to(dtype)
-    chosen = scaled_dot_product_attention if dtype == torch.bfloat16 else fused_attention
-    assert torch.equal(fastest_attention(q, k, v, causal=True), chosen(q, k, v, causal=True))
+    chosen = blockwise_attention if dropout or dtype == torch.bfloat16 else fused_attention
+    torch.manual_seed(1)
+    first = fastest_attention(q, k, v, causal=True, dropout=dropout)
+    torch.manual_seed(1)
+    second = chosen(q, k, v, causal=True, dropout=dropout)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+@given(case=cases())
+def test_blocks_of_any_size_are_the_whole(size: int, case: Case) -> None:
+    whole = scaled_dot_product_attention(case.q, case.k, case.v, **case.view)
+    with patch.object(attention, "QUERIES_AT_ONCE", size):
+        blocks = blockwise_attention(case.q, case.k, case.v, **case.view)
+    torch.testing.assert_close(blocks, whole)
+    torch.testing.assert_close(case.gradients(blocks), case.gradients(whole))
 
 
 @every_kernel

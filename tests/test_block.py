@@ -120,7 +120,7 @@ def test_a_stack_drops_embeddings_in_training(tiny_stack: Any) -> None:
     stack.blocks[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     stack(torch.ones(8, 32, 16).double(), positions=token_positions(32))
     assert seen[0].eq(0).double().mean().item() == pytest.approx(0.4, abs=0.03)
-    assert seen[0].max().item() == pytest.approx(1 / 0.6)
+    assert seen[0].max().item() == pytest.approx(1 / 0.6, rel=1e-4)
 
 
 def test_every_choice_of_a_config_reaches_its_part() -> None:

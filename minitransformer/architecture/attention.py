@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -91,24 +92,24 @@ def blockwise_attention(
 
     For many queries with `causal`, that is little more than half of the work; otherwise it is the same.
     """
-    options = {"causal": causal, "scale": scale, "softcap": softcap, "dropout": dropout}
+    by_hand = partial(scaled_dot_product_attention, causal=causal, scale=scale, softcap=softcap, dropout=dropout)
     queries, keys = int(q.size(-2)), int(k.size(-2))
     if not causal or queries > keys:
-        return scaled_dot_product_attention(q, k, v, mask=mask, bias=bias, **options)
-
-    def rows_of(limits: Tensor | None, first: int, last: int, seen: int) -> Tensor | None:
-        return (
-            None if limits is None else limits[:, :, first:last, :seen] if limits.size(-2) > 1 else limits[..., :seen]
-        )
-
+        return by_hand(q, k, v, mask=mask, bias=bias)
     attended = []
     for first in range(0, queries, QUERIES_AT_ONCE):
         last = min(first + QUERIES_AT_ONCE, queries)
         seen = keys - queries + last
-        block = q[:, :, first:last], k[:, :, :seen], v[:, :, :seen]
-        limits = {"mask": rows_of(mask, first, last, seen), "bias": rows_of(bias, first, last, seen)}
-        attended.append(scaled_dot_product_attention(*block, **limits, **options))
+        part = partial(_part, first=first, last=last, seen=seen)
+        attended.append(by_hand(q[:, :, first:last], k[:, :, :seen], v[:, :, :seen], mask=part(mask), bias=part(bias)))
     return torch.cat(attended, dim=-2)
+
+
+def _part(limits: Tensor | None, first: int, last: int, seen: int) -> Tensor | None:
+    """Of a mask or a bias, what some queries and keys have to do with; one row may stand for all queries."""
+    if limits is None:
+        return None
+    return limits[:, :, first:last, :seen] if limits.size(-2) > 1 else limits[..., :seen]
 
 
 def fused_attention(

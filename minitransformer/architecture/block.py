@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from minitransformer.architecture.attention import AttentionView, MultiHeadAttention
 from minitransformer.architecture.cache import KVCache, LayerCache, MemoryCache
+from minitransformer.architecture.dropout import Dropout
 from minitransformer.architecture.embeddings import TokenSmear
 from minitransformer.architecture.masks import causal_mask, padding_mask, sliding_window_mask
 from minitransformer.architecture.positions import PositionScheme
@@ -174,7 +175,7 @@ class Stack(nn.Module):
         self.positions, self.smear = positions, smear
         self.embedding_norm = make_norm() if embedding_norm or residual.has_embedding_norm else nn.Identity()
         self.final_norm = residual.make_final_norm(make_norm)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.residual, self.causal = residual, causal
         self.windows = list(windows or [None] * len(blocks))
 

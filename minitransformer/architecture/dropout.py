@@ -26,7 +26,8 @@ def dropout(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
     dropped = round(p * LEVELS)
     if dropped == LEVELS:
         return torch.zeros_like(x)
-    return _Thinned.apply(x, _random_levels(x) >= dropped - LEVELS // 2, LEVELS / (LEVELS - dropped))
+    levels = torch.ops.minitransformer_dropout.random_levels(x.detach())
+    return _Thinned.apply(x, levels >= dropped - LEVELS // 2, LEVELS / (LEVELS - dropped))
 
 
 class Dropout(nn.Dropout):
@@ -37,10 +38,20 @@ class Dropout(nn.Dropout):
 
 
 def _random_levels(x: Tensor) -> Tensor:
-    """Integers of 16 bits, in the shape of x: four of each number that torch's generator gives."""
+    """Integers of 16 bits in the shape of x: four of each number that torch's generator gives."""
     count = x.numel()
     numbers = torch.empty(-(-count // 4), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
     return numbers.view(torch.int16)[:count].view(x.shape)
+
+
+# An operator of its own, which torch.compile calls as it is: it would draw other numbers for `random_`, and slowly. It
+# is given x itself, as torch.compile makes one of calls that have the same arguments.
+_LIBRARY = torch.library.Library("minitransformer_dropout", "DEF")
+_LIBRARY.define("random_levels(Tensor x) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_LIBRARY.impl("random_levels", _random_levels, "CPU")
+torch.library.register_fake(
+    "minitransformer_dropout::random_levels", lambda x: torch.empty(x.shape, dtype=torch.int16), lib=_LIBRARY
+)
 
 
 class _Thinned(torch.autograd.Function):

@@ -21,9 +21,14 @@ def applied_together(x: Float[Tensor, "*batch features"], *maps: nn.Linear) -> S
 
     Maps that do something else, or that somebody listens to, are called one by one.
     """
-    if not all(type(map).forward is nn.Linear.forward and not map._forward_hooks for map in maps):
-        return [map(x) for map in maps]
-    biases = [map.bias for map in maps if map.bias is not None]
+    if not all(_is_plain(linear) for linear in maps):
+        return [linear(x) for linear in maps]
+    weights: list[Tensor] = [linear.weight for linear in maps]
+    biases: list[Tensor] = [linear.bias for linear in maps if linear.bias is not None]
     assert len(biases) in (0, len(maps))
-    together = F.linear(x, torch.cat([map.weight for map in maps]), torch.cat(biases) if biases else None)
-    return together.split([map.out_features for map in maps], dim=-1)
+    together = F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
+    return together.split([len(weight) for weight in weights], dim=-1)
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    return type(linear).forward is nn.Linear.forward and not (linear._forward_hooks or linear._forward_pre_hooks)

@@ -59,7 +59,7 @@ def tokens_at_once(head: nn.Module, hidden: Float[Tensor, "*batch d_model"]) -> 
     As many as a hidden state has features: then logits take the memory of the head's weight, whose gradient is there
     anyway, and adding such gradients up costs little beside the products. More, if that makes FEWEST_LOGITS only.
     """
-    outputs = max((weight.size(0) for weight in head.parameters()), default=1)
+    outputs = max([1, *(weight.size(0) for weight in head.parameters())])
     fewest = FEWEST_LOGITS["cuda" if hidden.is_cuda else "cpu"]
     return max(hidden.size(-1), fewest // outputs)
 
