@@ -133,12 +133,14 @@ def test_gpt2_has_as_many_parameters_as_the_published_one() -> None:
 def test_parameters_counted_without_weights_are_those_of_the_formula_and_of_the_model(name: str) -> None:
     config = ModelConfig(**{**vars(PRESETS[name]), "vocab_size": 300})
     d, vocabulary, bias = config.d_model, 300, int(config.bias)
-    linears = 4 * (d * d + bias * d) + 2 * 4 * d * d + bias * (4 * d + d)
+    d_ff = config.d_ff or 4 * d
+    linears = 4 * (d * d + bias * d) + 2 * d * d_ff + bias * (d_ff + d)
     norms = (2 * config.num_layers + 1) * (d + bias * d)
     norms += (config.qk_norm == "head") * config.num_layers * 2 * config.features_per_head
     tables = vocabulary * d * (1 if config.tied_embeddings else 2)
     table = config.context_length * d if config.positions == "learned" else 0
-    assert count_parameters(config) == tables + table + config.num_layers * linears + norms
+    smear = d if config.token_smear else 0
+    assert count_parameters(config) == tables + table + smear + config.num_layers * linears + norms
     if name != "gpt2-124m":
         model = DecoderLM(config)
         assert count_parameters(config) == model.num_parameters()
