@@ -86,7 +86,7 @@ PRESETS: dict[str, RunConfig] = {
     "shakespeare-fast": RunConfig(
         MODELS["shakespeare-fast"],
         SHAKESPEARE,
-        replace(SHORT, steps=200, batch_size=12, head_lr=0.005, warmup_steps=1, weight_decay=0.0),
+        replace(SHORT, steps=220, batch_size=12, head_lr=0.005, warmup_steps=1, weight_decay=0.0),
     ),
     # nanoGPT's README: 2000 steps in minutes on a CPU, to a validation loss of 1.88 by its sampled estimate.
     "nanogpt-cpu": RunConfig(
