@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 
 from minitransformer.benchmark.case import Cost, Work
-from minitransformer.benchmark.workers import Worker
+from minitransformer.benchmark.workers import ContestantFailed, Worker
+from minitransformer.errors import UserError
 
+DEVICES = ("cpu", "cuda", "mps")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 READ_BYTES = 1 << 28
 """far more than the caches hold"""
@@ -85,11 +85,19 @@ def chosen_device(name: str) -> str:
     memory of every contestant; raises `UserError` if there is none such."""
     if name == "cpu":
         return name
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_choose, name).result()
+    worker = Worker(partial(_choosing, name))
+    try:
+        worker.cost()
+        kind = DEVICES[int(worker.sample())]
+    except ContestantFailed as failure:
+        raise UserError(str(failure)) from None
+    finally:
+        worker.close()
+    return kind if name == "auto" else name
 
 
-def _choose(name: str) -> str:
+def _choosing(name: str) -> Work:
     from minitransformer.training.machine import choose_device
 
-    return str(choose_device(name))
+    device = choose_device(name).type
+    return Work(lambda: DEVICES.index(device))

@@ -150,6 +150,7 @@ def picture(results: Sequence[Result]) -> Figure:
         x_label="times as good as the base (median, 95 %)",
         title="Benchmark",
         reference=1.0,
+        log_x=True,
     )
 
 

@@ -19,6 +19,7 @@ from minitransformer.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -122,13 +123,15 @@ def intervals(
     x_label: str,
     title: str,
     reference: float | None = None,
+    log_x: bool = False,
 ) -> Figure:
     """Means with their intervals, one below the other (a forest plot); raises `UserError` without matplotlib.
 
     With `reference`, a line stands there, and markers are hollow where the interval covers it. An interval whose ends
     are not finite is a marker without bars.
     """
-    figure = _figure(6.4, 1.4 + 0.32 * len(labels))
+    longest = max(map(len, labels), default=0)
+    figure = _figure(max(6.4, 3.6 + 0.08 * longest), 1.4 + 0.32 * len(labels))
     axes = _axes(figure, title=title, x_label=x_label, y_label="")
     axes.grid(axis="x", color="#e3e5e9", linewidth=0.6)
     if reference is not None:
@@ -144,6 +147,9 @@ def intervals(
         axes.plot([mean], [y], marker="o", markersize=6, color=PALETTE[0], markerfacecolor=face, markeredgewidth=1.4)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
+    if log_x:
+        axes.set_xscale("log")
+        _plain_ticks(axes.xaxis, *axes.get_xlim())
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     return figure
@@ -252,16 +258,20 @@ def _log_x(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def _log_y(axes: Axes) -> None:
-    """A logarithmic y axis; one of few decades has plain numbers, also between the powers of ten."""
+    """A logarithmic y axis."""
+    axes.set_yscale("log")
+    _plain_ticks(axes.yaxis, *axes.get_ylim())
+
+
+def _plain_ticks(axis: Axis, low: float, high: float) -> None:
+    """A logarithmic axis of few decades has plain numbers, also between the powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
     if high / low < MOST_PLAIN:
         steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7) if high / low < 5 else (1, 2, 5)
-        axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_major_locator(LogLocator(subs=steps, numticks=12))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Figure, axes: Axes, lines: Sequence[Line2D], labels: Sequence[str], *, at_right: bool) -> None:
