@@ -37,7 +37,6 @@ from minitransformer.lab.sweep import (
 )
 from minitransformer.lab.trials import train_trial
 from minitransformer.runs import Run
-from minitransformer.training import loop
 from minitransformer.training.config import RunConfig
 from minitransformer.training.presets import PRESETS
 from tests.runs_for_tests import TEXT as LONG_TEXT
@@ -68,7 +67,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINITRANSFORMER_DATA", str(tmp_path / "work"))
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(loop, "measured_flops", lambda device, dtype: 1e9)  # which takes a while, for each trainer
     trials._prepared.cache_clear()
     (tmp_path / "my.txt").write_text(TEXT)
     return tmp_path

@@ -19,6 +19,7 @@ from minitransformer.text.prepare import PreparedText
 from minitransformer.text.tokenizers import Bytes
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.experts import ExpertBalance
+from minitransformer.training.machine import keep_freed_memory
 from minitransformer.training.objectives import Objective
 from minitransformer.training.optimizers import build_optimizers, set_learning_rate
 from minitransformer.training.precision import Precision
@@ -31,6 +32,7 @@ Step = Callable[[], object]
 
 def our_step(setting: Setting, precision: str, compiled: bool) -> Step:
     """A step of our training, from the batch to the update."""
+    keep_freed_memory()  # as a run does
     recipe = replace(PRESETS["nanogpt-cpu"].training, batch_size=setting.shape.batch_size, seed=setting.seed)
     config = RunConfig(config_of(setting.shape), DataConfig(tokenizer="bytes"), recipe)
     tokens = random_tokens(setting)

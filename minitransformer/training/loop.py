@@ -23,7 +23,7 @@ from minitransformer.training.checkpoint import (
 )
 from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.logging import Log
-from minitransformer.training.machine import Machine, measured_flops
+from minitransformer.training.machine import Machine, keep_freed_memory, peak_flops
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.optimizers import build_optimizers, set_learning_rate
@@ -77,6 +77,7 @@ class Trainer:
     ) -> None:
         self.run, self.machine, self.log, self.stop, self.sample = run, machine, log, stop, sample
         config = self.config = run.config.training
+        keep_freed_memory()
         self.objective = Objective.named(config.objective)(prepared, run.config)
         torch.manual_seed(config.seed)
         self.model = build_model(run.config.model).to(machine.device)
@@ -90,7 +91,7 @@ class Trainer:
         self.validation: Validation | None = None
         self._saved: Progress | None = None
         self._steps_without_update = 0
-        self._peak_flops = measured_flops(machine.device, self.precision.dtype)
+        self._peak_flops = peak_flops(machine.device, self.precision.dtype)
         self._flops_per_token = self.model.flops_per_token(run.config.model.context_length)
 
     def _pass_a_batch(self) -> None:

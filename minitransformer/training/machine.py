@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -15,6 +18,11 @@ from minitransformer.training.precision import Precision
 
 # Compiling costs about half a minute on a CPU, so a run must be this many times longer before it pays.
 COMPILE_PAYS_AFTER_FLOPS = {"cpu": 6e13, "cuda": 1e16}
+# Matrix products are most of a step, and not all of it. Processors are far from this on either side: those with matrix
+# units for bf16 double the rate, others fall to a hundredth, so that noise never makes a resumed run choose otherwise.
+BF16_PAYS_FROM = 1.3
+# From glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ def choose_machine(
     """
     chosen = choose_device(device)
     name, why = _choose_precision(chosen, precision)
-    compiled, why_compiled = _choose_compile(chosen, compile, run_flops)
+    compiled, why_compiled = _choose_compile(chosen, name, compile, run_flops)
     if compile == "auto" and compiled and not fixed_shapes:
         compiled, why_compiled = False, "batches have many shapes"
     threads = f", {torch.get_num_threads()} threads" if chosen.type == "cpu" else ""
@@ -66,12 +74,13 @@ def _choose_precision(device: torch.device, name: str) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "this GPU multiplies it fastest"
         return "fp16", "this GPU has no bf16"
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return "bf16", "this processor multiplies it fastest"
-    return "fp32", "this processor has no bf16" if device.type == "cpu" else "bf16 gains nothing here"
+    if device.type == "cpu":
+        gain = peak_flops(device, torch.bfloat16) / peak_flops(device, torch.float32)
+        return ("bf16", f"{gain:.1f}x fp32 here") if gain > BF16_PAYS_FROM else ("fp32", f"bf16 is {gain:.2g}x here")
+    return "fp32", "bf16 gains nothing here"
 
 
-def _choose_compile(device: torch.device, choice: str, run_flops: float) -> tuple[bool, str]:
+def _choose_compile(device: torch.device, precision: str, choice: str, run_flops: float) -> tuple[bool, str]:
     if choice == "off":
         return False, "as asked"
     if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++")):
@@ -80,6 +89,8 @@ def _choose_compile(device: torch.device, choice: str, run_flops: float) -> tupl
         return (True, "as asked") if choice == "on" else (False, f"not on {device.type}")
     if choice == "on":
         return True, "as asked"
+    if device.type == "cpu" and precision == "fp32":
+        return False, "on a CPU it gains nothing in fp32"  # measured: matrix products are what a step takes
     pays = run_flops > COMPILE_PAYS_AFTER_FLOPS[device.type]
     return pays, "the run is long" if pays else "the run is short"
 
@@ -92,6 +103,19 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         best = min(_seconds(lambda: (a @ b)[0, 0].item()) for _ in range(4))  # noqa: B023
     return 2 * size**3 / best
+
+
+peak_flops = cache(measured_flops)
+"""the same, measured once: what is chosen by it, and compared with it, is one number"""
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one: by default, large tensors are fetched anew, page by page."""
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, 1 << 30):
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _seconds(work: Callable[[], object]) -> float:
