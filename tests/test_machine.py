@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,3 +79,18 @@ print(min(faults() for _ in range(20)))
 def test_memory_that_was_freed_is_used_again_without_fetching_its_pages() -> None:
     done = subprocess.run([sys.executable, "-c", REUSED], capture_output=True, check=True)
     assert int(done.stdout) < 10
+
+
+def test_what_the_compiler_makes_is_kept_where_the_user_keeps_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what stood there comes back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machine.compiled(torch.nn.Identity())
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == tmp_path / "minitransformer" / "inductor"
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_dir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    machine.compiled(torch.nn.Identity())
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"

@@ -17,9 +17,9 @@ from minitransformer.benchmark.peers import transformers_model
 from minitransformer.models.model import build_model
 from minitransformer.text.prepare import PreparedText
 from minitransformer.text.tokenizers import Bytes
+from minitransformer.training import machine
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.experts import ExpertBalance
-from minitransformer.training.machine import keep_freed_memory
 from minitransformer.training.objectives import Objective
 from minitransformer.training.optimizers import build_optimizers, set_learning_rate
 from minitransformer.training.precision import Precision
@@ -32,7 +32,7 @@ Step = Callable[[], object]
 
 def our_step(setting: Setting, precision: str, compiled: bool) -> Step:
     """A step of our training, from the batch to the update."""
-    keep_freed_memory()  # as a run does
+    machine.keep_freed_memory()  # as a run does
     recipe = replace(PRESETS["nanogpt-cpu"].training, batch_size=setting.shape.batch_size, seed=setting.seed)
     config = RunConfig(config_of(setting.shape), DataConfig(tokenizer="bytes"), recipe)
     tokens = random_tokens(setting)
@@ -52,7 +52,7 @@ def steps_of(
     training: TrainingConfig = config.training
     torch.manual_seed(training.seed)
     model = build_model(config.model).to(device).train()
-    fast: torch.nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
+    fast = machine.compiled(model) if compiled else model
     objective = Objective.named(training.objective)(prepared, config)
     optimizers = build_optimizers(training.optimizer, model, training.optimizer_settings)
     arithmetic = Precision.named(precision)(torch.device(device))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minitransformer import files
 from minitransformer.models.model import Model, build_model
@@ -23,7 +23,7 @@ from minitransformer.training.checkpoint import (
 )
 from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.logging import Log
-from minitransformer.training.machine import Machine, keep_freed_memory, peak_flops
+from minitransformer.training.machine import Machine, compiled, keep_freed_memory, peak_flops
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.optimizers import build_optimizers, set_learning_rate
@@ -82,7 +82,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build_model(run.config.model).to(machine.device)
         self.model.calibrate(self._pass_a_batch)
-        self.fast_model: nn.Module = torch.compile(self.model) if machine.compile else self.model  # type: ignore[assignment]
+        self.fast_model = compiled(self.model) if machine.compile else self.model
         self.optimizers = build_optimizers(config.optimizer, self.model, config.optimizer_settings)
         self.balance = ExpertBalance(self.model, config.expert_balance)
         self.precision = Precision.named(machine.precision)(machine.device)

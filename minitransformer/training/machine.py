@@ -8,10 +8,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from minitransformer.errors import UserError
 from minitransformer.training.precision import Precision
@@ -107,6 +110,15 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 peak_flops = cache(measured_flops)
 """the same, measured once: what is chosen by it, and compared with it, is one number"""
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """`model` by torch.compile, which keeps what it makes in the user's cache: later runs begin within seconds."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitransformer" / "inductor"
+    with suppress(OSError):  # torch has a folder of its own, which does not outlive the machine's next start
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    return torch.compile(model)  # type: ignore[return-value]
 
 
 def keep_freed_memory() -> None:
