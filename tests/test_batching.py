@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitransformer.architecture.positions import PositionScheme
@@ -34,6 +34,7 @@ def together(
     return [found[number] for number in range(len(prompts))]
 
 
+@settings(max_examples=15)
 @given(prompt_lists, st.integers(1, 7), st.sampled_from([0.0, 1.0]), st.integers(0, 2**32), st.integers(1, 25))
 def test_each_text_is_what_it_would_have_been_alone(
     tiny_decoder: MakeDecoder,
