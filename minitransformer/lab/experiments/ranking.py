@@ -55,7 +55,7 @@ class PlacementRanking(TrainingExperiment, name="E9"):
     title = "Ranking"
     question = "Which placement has the lowest validation loss, each at its own best learning rate?"
     source = "the comparisons of arXiv 2304.14802, 2412.13795, 2502.05795, 2502.02732 and 2503.04598 with Pre-LN"
-    minutes = 28.0
+    minutes = 45.0
 
     @property
     def form(self) -> Form:
