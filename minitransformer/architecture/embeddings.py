@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minitransformer.architecture.cache import LayerCache
+from minitransformer.architecture.dropout import Dropout
 
 
 class TokenEmbedding(nn.Module):
@@ -130,7 +131,7 @@ class ClassificationHead(nn.Module):
         super().__init__()
         self.pool = nn.Linear(d_model, d_model)
         self.activation = POOLING_ACTIVATIONS[pooling]
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classify = nn.Linear(d_model, num_classes)
 
     def forward(

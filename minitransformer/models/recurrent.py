@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from minitransformer.architecture.additive_attention import AdditiveAttention
 from minitransformer.architecture.block import Memory
+from minitransformer.architecture.dropout import Dropout
 from minitransformer.models.build import build_embedding, build_head
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, Readout, apply_head
@@ -65,7 +66,7 @@ class RecurrentEncoderDecoder(Model, name="rnn"):
         self.attention = AdditiveAttention(d, 2 * d, d)
         self.decoder = _gru(3 * d, d, config.decoder_layers, config.dropout)
         self.readout = nn.Linear(4 * d, 2 * d)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.head = build_head(config, self.target_embedding)
         self.initialise()
 
