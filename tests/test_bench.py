@@ -442,8 +442,11 @@ class Square(Axis, name="square"):
     sizes = (1, 2, 4, 8, 16)
     size_unit = "m"
 
+    def at(self, size):
+        return replace(self.setting, megabytes=size)
+
     def quantities(self):
-        return [Quantity("area", "m²", lambda setting, size: 3.0 * size**2), Quantity("side", "m", lambda s, size: 2.0)]
+        return [Quantity("area", "m²", lambda at: 3.0 * at.megabytes**2), Quantity("side", "m", lambda at: 2.0)]
 
 
 Axis.registry.pop("square")

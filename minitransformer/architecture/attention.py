@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -84,24 +84,31 @@ def blockwise_attention(
     causal: bool = False,
     mask: Bool[Tensor, "#batch #heads #query key"] | None = None,
     bias: Float[Tensor, "#batch #heads #query key"] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    dropout: float = 0.0,
+    **settings: Any,
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """`scaled_dot_product_attention` for some queries at a time, without the keys that come after all of these.
 
     For many queries with `causal`, that is little more than half of the work; otherwise it is the same.
     """
-    by_hand = partial(scaled_dot_product_attention, causal=causal, scale=scale, softcap=softcap, dropout=dropout)
     queries, keys = int(q.size(-2)), int(k.size(-2))
     if not causal or queries > keys:
-        return by_hand(q, k, v, mask=mask, bias=bias)
+        return scaled_dot_product_attention(q, k, v, causal=causal, mask=mask, bias=bias, **settings)
     attended = []
     for first in range(0, queries, QUERIES_AT_ONCE):
         last = min(first + QUERIES_AT_ONCE, queries)
         seen = keys - queries + last
         part = partial(_part, first=first, last=last, seen=seen)
-        attended.append(by_hand(q[:, :, first:last], k[:, :, :seen], v[:, :, :seen], mask=part(mask), bias=part(bias)))
+        attended.append(
+            scaled_dot_product_attention(
+                q[:, :, first:last],
+                k[:, :, :seen],
+                v[:, :, :seen],
+                causal=True,
+                mask=part(mask),
+                bias=part(bias),
+                **settings,
+            )
+        )
     return torch.cat(attended, dim=-2)
 
 

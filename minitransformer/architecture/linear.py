@@ -21,7 +21,7 @@ def applied_together(x: Float[Tensor, "*batch features"], *maps: nn.Linear) -> S
 
     Maps that do something else, or that somebody listens to, are called one by one.
     """
-    if not all(_is_plain(linear) for linear in maps):
+    if not all(is_plain(linear) for linear in maps):
         return [linear(x) for linear in maps]
     weights: list[Tensor] = [linear.weight for linear in maps]
     biases: list[Tensor] = [linear.bias for linear in maps if linear.bias is not None]
@@ -30,5 +30,11 @@ def applied_together(x: Float[Tensor, "*batch features"], *maps: nn.Linear) -> S
     return together.split([len(weight) for weight in weights], dim=-1)
 
 
-def _is_plain(linear: nn.Linear) -> bool:
-    return type(linear).forward is nn.Linear.forward and not (linear._forward_hooks or linear._forward_pre_hooks)
+def is_plain(linear: nn.Linear) -> bool:
+    """Whether it does what `nn.Linear` does, and nobody listens to it."""
+    return type(linear).forward is nn.Linear.forward and not has_hooks(linear)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone listens to this very module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
@@ -45,15 +43,12 @@ def random_tokens(setting: Setting, windows: int = 2000) -> np.ndarray:
 
 def training_cost(shape: Shape, precision: str) -> Cost:
     """Of a token that is trained on: the arithmetic of its step, as PaLM's appendix B counts it."""
-    with torch.device("meta"):
-        model = build_model(replace(config_of(shape), dropout=0.0))
-    return Cost(model.flops_per_token(shape.context_length), 0.0, precision)
+    return Cost(_unmade(shape).flops_per_token(shape.context_length), 0.0, precision)
 
 
 def reading_cost(shape: Shape, precision: str, length: int) -> Cost:
     """Of a token of a prompt of `length` tokens: a third of a training step, and its share of the weights."""
-    with torch.device("meta"):
-        model = build_model(config_of(shape))
+    model = _unmade(shape)
     # Without the head, which reads the last token only.
     head = shape.vocab_size * shape.d_model
     return Cost(
@@ -69,10 +64,15 @@ def decoding_cost(shape: Shape, precision: str, length: int, batch: int) -> Cost
     Each step reads all weights once for the whole batch, and of each sample's keys and values half of what they are at
     the end; operations are a third of a training step's.
     """
-    with torch.device("meta"):
-        model = build_model(config_of(shape))
+    model = _unmade(shape)
     cached = 2 * shape.num_layers * shape.d_model * (length / 2) * WIDTHS[precision]
     return Cost(model.flops_per_token(length // 2) / 3, _weight_bytes(model, precision) / batch + cached, precision)
+
+
+def _unmade(shape: Shape) -> Model:
+    """The model, whose weights have a shape alone."""
+    with torch.device("meta"):
+        return build_model(config_of(shape))
 
 
 def _weight_bytes(model: Model, precision: str) -> float:

@@ -22,11 +22,11 @@ LEAST_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something that grows: seconds or MB beyond those of the process before, measured by `measure(setting, size)`."""
+    """Something that grows, and how to measure it in a process of its own; `measure` has to be picklable."""
 
     name: str
     unit: str
-    measure: Callable[[Setting, int], float]
+    measure: Callable[[Setting], float]
 
 
 class Axis(Registered, kind="axis"):
@@ -40,8 +40,12 @@ class Axis(Registered, kind="axis"):
         self.setting = setting
 
     @abstractmethod
+    def at(self, size: int) -> Setting:
+        """What is measured at a size."""
+
+    @abstractmethod
     def quantities(self) -> list[Quantity]:
-        """What is measured of each size."""
+        """What is measured there."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def grow(
         try:
             for quantity in quantities:
                 report(f"{axis.name}: {quantity.name} at {_grouped(size)} {axis.size_unit}")
-                value = measure(partial(_work, quantity.measure, axis.setting, size))
+                value = measure(partial(_work, quantity.measure, axis.at(size)))
                 points[quantity.name].append((size, value))
         except ContestantFailed as failure:
             stopped = f"at {_grouped(size)}: {failure}"
@@ -107,8 +111,8 @@ def grow(
     return Growth(type(axis), points, {quantity.name: quantity.unit for quantity in quantities}, stopped)
 
 
-def _work(measure: Callable[[Setting, int], float], setting: Setting, size: int) -> Work:
-    return Work(partial(measure, setting, size))
+def _work(measure: Callable[[Setting], float], setting: Setting) -> Work:
+    return Work(partial(measure, setting))
 
 
 def _grouped(size: int) -> str:
@@ -132,12 +136,11 @@ class Context(Axis, name="context"):
     sizes = _doubling(512, 32768)
     size_unit = "tokens"
 
+    def at(self, size: int) -> Setting:
+        return replace(self.setting, shape=replace(self.setting.shape, context_length=size, batch_size=1))
+
     def quantities(self) -> list[Quantity]:
-        return [
-            Quantity("training memory", "MB", _with_context(training_memory)),
-            Quantity("training step", "s", _with_context(training_seconds)),
-            Quantity("decoding", "s", _with_context(decoding_seconds)),
-        ]
+        return [*_training(), Quantity("decoding", "s", decoding_seconds)]
 
 
 class Vocabulary(Axis, name="vocabulary"):
@@ -147,11 +150,11 @@ class Vocabulary(Axis, name="vocabulary"):
     sizes = _doubling(1024, 262144, 4)
     size_unit = "tokens"
 
+    def at(self, size: int) -> Setting:
+        return replace(self.setting, shape=replace(self.setting.shape, vocab_size=size))
+
     def quantities(self) -> list[Quantity]:
-        return [
-            Quantity("training memory", "MB", _with_vocabulary(training_memory)),
-            Quantity("training step", "s", _with_vocabulary(training_seconds)),
-        ]
+        return _training()
 
 
 class Batch(Axis, name="batch"):
@@ -161,11 +164,11 @@ class Batch(Axis, name="batch"):
     sizes = _doubling(1, 1024)
     size_unit = "sequences"
 
+    def at(self, size: int) -> Setting:
+        return replace(self.setting, shape=replace(self.setting.shape, batch_size=size))
+
     def quantities(self) -> list[Quantity]:
-        return [
-            Quantity("training memory", "MB", _with_batch(training_memory)),
-            Quantity("training step", "s", _with_batch(training_seconds)),
-        ]
+        return _training()
 
 
 class CorpusSize(Axis, name="corpus"):
@@ -175,46 +178,15 @@ class CorpusSize(Axis, name="corpus"):
     sizes = _doubling(1, 10_000, 4)
     size_unit = "MB"
 
+    def at(self, size: int) -> Setting:
+        return replace(self.setting, megabytes=size)
+
     def quantities(self) -> list[Quantity]:
         return [Quantity("peak memory", "MB", preparing_memory), Quantity("preparing", "s", preparing_seconds)]
 
 
-Measurement = Callable[[Setting], float]
-
-
-@dataclass(frozen=True)
-class _With:
-    """A measurement at a size, which `fit` puts into the setting; picklable, as a closure is not."""
-
-    measurement: Measurement
-    fit: Callable[[Setting, int], Setting]
-
-    def __call__(self, setting: Setting, size: int) -> float:
-        return self.measurement(self.fit(setting, size))
-
-
-def _with_context(measurement: Measurement) -> _With:
-    return _With(measurement, _context_of)
-
-
-def _context_of(setting: Setting, size: int) -> Setting:
-    return replace(setting, shape=replace(setting.shape, context_length=size, batch_size=1))
-
-
-def _with_vocabulary(measurement: Measurement) -> _With:
-    return _With(measurement, _vocabulary_of)
-
-
-def _vocabulary_of(setting: Setting, size: int) -> Setting:
-    return replace(setting, shape=replace(setting.shape, vocab_size=size))
-
-
-def _with_batch(measurement: Measurement) -> _With:
-    return _With(measurement, _batch_of)
-
-
-def _batch_of(setting: Setting, size: int) -> Setting:
-    return replace(setting, shape=replace(setting.shape, batch_size=size))
+def _training() -> list[Quantity]:
+    return [Quantity("training memory", "MB", training_memory), Quantity("training step", "s", training_seconds)]
 
 
 # --- what is measured, in processes of their own
@@ -252,17 +224,17 @@ def decoding_seconds(setting: Setting) -> float:
     return _median_seconds(once, partial(synchronise, setting.device))
 
 
-def preparing_seconds(setting: Setting, megabytes: int) -> float:
+def preparing_seconds(setting: Setting) -> float:
     """To prepare so many MB of text."""
-    return _prepared(setting, megabytes)[0]
+    return _prepared(setting)[0]
 
 
-def preparing_memory(setting: Setting, megabytes: int) -> float:
+def preparing_memory(setting: Setting) -> float:
     """The highest resident memory of a process that prepares so many MB of text."""
-    return _prepared(setting, megabytes)[1]
+    return _prepared(setting)[1]
 
 
-def _prepared(setting: Setting, megabytes: int) -> tuple[float, float]:
+def _prepared(setting: Setting) -> tuple[float, float]:
     """Seconds, and MB at most."""
     from minitransformer.benchmark.subjects.tokenizers import texts_of
     from minitransformer.text.corpora import open_corpus
@@ -272,7 +244,7 @@ def _prepared(setting: Setting, megabytes: int) -> tuple[float, float]:
         path = Path(folder) / "text.txt"
         first = "".join(texts_of(setting.data, 1))
         with path.open("w", encoding="utf-8") as file:
-            for _ in range(megabytes):
+            for _ in range(int(setting.megabytes)):
                 file.write(first)
         start = time.perf_counter()
         prepare(open_corpus(str(path)), "bytes", context_length=64, cache=Path(folder) / "prepared", progress=False)

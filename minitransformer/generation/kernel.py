@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -13,6 +11,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from minitransformer.toolchain import cache_folder, find_compiler
 
 SOURCE = Path(__file__).with_name("row_product.cpp")
 LEVELS = {"AVX2": ["-march=x86-64-v3"], "AVX512": ["-march=x86-64-v4"]}
@@ -45,10 +45,12 @@ def _built(report: Callable[[str], None]) -> Path:
     """The library for this source, torch and processor, which no other can be mistaken for."""
     capability = torch.backends.cpu.get_cpu_capability()
     what = SOURCE.read_bytes() + repr((FLAGS, torch.__version__, platform.platform(), capability)).encode()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitransformer"
+    folder = cache_folder()
     library = folder / f"row_product-{hashlib.sha256(what).hexdigest()[:16]}.so"
     if not library.exists():
         compiler = find_compiler()
+        if compiler is None:
+            raise CannotCompile("there is no C++ compiler, g++ or clang++")
         report(f"compiling a kernel with {compiler}, once for this machine: a few seconds")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -59,14 +61,6 @@ def _built(report: Callable[[str], None]) -> Path:
         except OSError as error:
             raise CannotCompile(f"{folder} cannot be written ({error.strerror})") from None
     return library
-
-
-def find_compiler() -> str:
-    """The C++ compiler of $CXX, or one that is installed; raises `CannotCompile`."""
-    found = [name for name in (os.environ.get("CXX", ""), "g++", "clang++") if shutil.which(name)]
-    if not found:
-        raise CannotCompile("there is no C++ compiler, g++ or clang++")
-    return found[0]
 
 
 def _compile(compiler: str, flags: list[str], library: Path) -> None:

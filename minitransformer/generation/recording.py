@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minitransformer.architecture.linear import has_hooks, is_plain
+
 M = TypeVar("M", bound=nn.Module)
 Step = Callable[..., Tensor]
 
@@ -67,19 +69,13 @@ def recorded(step: Step, model: nn.Module) -> Step:
     return step if any(map(has_hooks, model.modules())) else Recorded(step)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether someone listens to this very module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def for_single_rows(model: M) -> M:
     """A copy of `model`, with the same weights, whose linear maps are fast for one row; made for evaluation only."""
     return with_modules(model, _row_linear)
 
 
 def _row_linear(module: nn.Module) -> nn.Module | None:
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not has_hooks(module)
-    return RowLinear(module) if plain else None  # type: ignore[arg-type]
+    return RowLinear(module) if isinstance(module, nn.Linear) and is_plain(module) else None
 
 
 def with_modules(model: M, replace: Callable[[nn.Module], nn.Module | None]) -> M:

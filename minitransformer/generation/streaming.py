@@ -59,6 +59,25 @@ class TextStream:
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self.stop)), 0)
 
 
+class TokenStream(TextStream):
+    """The text of one sample, from its tokens: one of the tokenizer's `ends` has none, and is the last."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        super().__init__(stop)
+        self._tokenizer = tokenizer
+        self._ended = False
+
+    @property
+    def over(self) -> bool:
+        """Whether no text follows."""
+        return self.stopped or self._ended
+
+    def feed_tokens(self, *tokens: int) -> str:
+        """`feed` of what the tokens stand for."""
+        self._ended |= tokens[-1] in self._tokenizer.ends
+        return self.feed(self._tokenizer.decode_bytes(token for token in tokens if token not in self._tokenizer.ends))
+
+
 def stream_text(
     model: DecoderLM,
     tokenizer: Tokenizer,
@@ -77,7 +96,7 @@ def stream_text(
     if draft is not None:
         yield from _stream_guessed_text(model, draft, tokenizer, prompt, sampling, generator)
         return
-    streams = [TextStream(sampling.stop) for _ in range(sampling.num_samples)]
+    streams = [TokenStream(tokenizer, sampling.stop) for _ in range(sampling.num_samples)]
     steps = generate(
         model,
         prompt,
@@ -88,10 +107,8 @@ def stream_text(
         cached=cached,
     )
     for step in steps:
-        ended = [token in tokenizer.ends for token in step]
-        pieces = [b"" if over else tokenizer.token_bytes(token) for token, over in zip(step, ended, strict=True)]
-        yield [stream.feed(piece) for stream, piece in zip(streams, pieces, strict=True)]
-        if all(stream.stopped or over for stream, over in zip(streams, ended, strict=True)):
+        yield [stream.feed_tokens(token) for stream, token in zip(streams, step, strict=True)]
+        if all(stream.over for stream in streams):
             break
     steps.close()
     yield [stream.finish() for stream in streams]
@@ -108,13 +125,12 @@ def texts_in_batches(
 
     As many are written at a time as `batch_size` says: `generate_each`. `num_samples` is taken for 1.
     """
-    streams = [TextStream(sampling.stop) for _ in prompts]
+    streams = [TokenStream(tokenizer, sampling.stop) for _ in prompts]
     texts = [""] * len(prompts)
 
     def over(number: int, token: int) -> bool:
-        piece = b"" if token in tokenizer.ends else tokenizer.token_bytes(token)
-        texts[number] += streams[number].feed(piece)
-        return streams[number].stopped
+        texts[number] += streams[number].feed_tokens(token)
+        return streams[number].over
 
     done, shown = set(), 0
     for number, _ in generate_each(
@@ -145,11 +161,10 @@ def _stream_guessed_text(
         model, draft, prompt, sampling, generator=generator, ends=tokenizer.ends, vocab_size=tokenizer.vocab_size
     )
     for number, steps in enumerate(samples):
-        stream = TextStream(sampling.stop)
+        stream = TokenStream(tokenizer, sampling.stop)
         for tokens in steps:
-            text = tokenizer.decode_bytes(token for token in tokens if token not in tokenizer.ends)
-            yield _text_of(number, stream.feed(text), sampling.num_samples)
-            if stream.stopped:
+            yield _text_of(number, stream.feed_tokens(*tokens), sampling.num_samples)
+            if stream.over:
                 break
         yield _text_of(number, stream.finish(), sampling.num_samples)
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from minitransformer.errors import UserError
+from minitransformer.toolchain import cache_folder, find_compiler
 from minitransformer.training.precision import Precision
 
 # Compiling costs about half a minute on a CPU, so a run must be this many times longer before it pays.
@@ -86,7 +85,7 @@ def _choose_precision(device: torch.device, name: str) -> tuple[str, str]:
 def _choose_compile(device: torch.device, precision: str, choice: str, run_flops: float) -> tuple[bool, str]:
     if choice == "off":
         return False, "as asked"
-    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++")):
+    if device.type == "cpu" and find_compiler() is None:
         return False, "it needs a C++ compiler, g++ or clang++, and there is none"
     if device.type not in COMPILE_PAYS_AFTER_FLOPS:
         return (True, "as asked") if choice == "on" else (False, f"not on {device.type}")
@@ -114,7 +113,7 @@ peak_flops = cache(measured_flops)
 
 def compiled(model: nn.Module) -> nn.Module:
     """`model` by torch.compile, which keeps what it makes in the user's cache: later runs begin within seconds."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitransformer" / "inductor"
+    folder = cache_folder() / "inductor"
     with suppress(OSError):  # torch has a folder of its own, which does not outlive the machine's next start
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from minitransformer.benchmark.case import Absent, Case, Contestant, Setting, Subject, Work, missing
 from minitransformer.benchmark.workers import repeated
+from minitransformer.toolchain import find_compiler
 
 MEMORY_STEPS = 2
 """the second has the optimizer's state"""
@@ -68,7 +67,7 @@ def contestants(setting: Setting, prepare: Prepare) -> Iterator[Contestant | Abs
 
 def _no_compiler(device: str) -> Callable[[str], Absent] | None:
     """What makes contestants absent that would have to compile, where nothing can be compiled."""
-    if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++")):
+    if device == "cpu" and find_compiler() is None:
         return lambda name: Absent(name, "torch.compile needs a C++ compiler, g++ or clang++")
     return None
 
