@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -35,6 +36,23 @@ class TorchRandom:
 
 torch_random = TorchRandom()  # Hypothesis keeps a weak reference
 hypothesis.register_random(torch_random)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shapes_are_not_checked_while_recording() -> Iterator[None]:
+    """They were in the step before, which had the same ones; while torch records, checking them takes far longer."""
+    trace = torch.jit.trace
+
+    def unchecked(*arguments: Any, **settings: Any) -> Any:
+        jaxtyping.config.update("jaxtyping_disable", True)
+        try:
+            return trace(*arguments, **settings)
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.jit, "trace", unchecked)
+        yield
 
 
 @pytest.fixture(autouse=True)
