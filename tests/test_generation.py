@@ -30,7 +30,7 @@ from minitransformer.generation.processors import (
     TopP,
 )
 from minitransformer.generation.readers import CachedReader, window_length
-from minitransformer.generation.recording import Recorded, for_single_rows
+from minitransformer.generation.recording import SOON, Recorded, for_single_rows
 from minitransformer.generation.samples import sample_of
 from minitransformer.generation.streaming import TextStream, stream_text
 from minitransformer.models.decoder import DecoderLM
@@ -378,6 +378,30 @@ def test_a_step_is_recorded_when_it_comes_again_and_each_shape_has_its_own() -> 
         for number in range(4):
             assert torch.equal(recorded(torch.ones(size), torch.tensor([number])), torch.full((size,), 1.0 + number))
     assert calls == [(2,), (2,), (3,), (3,)]
+
+
+def test_shapes_that_come_now_and_then_are_not_recorded() -> None:
+    calls = []
+
+    def step(a: Tensor) -> Tensor:
+        calls.append(len(a))
+        return a + 1
+
+    recorded = Recorded(step)
+    for _ in range(3):
+        for size in (2, *[1] * SOON):
+            recorded(torch.ones(size))
+    assert calls == [2, 1, 1, 2, 2]
+    recorded(torch.ones(1))
+    recorded(torch.ones(2))
+    assert calls == [2, 1, 1, 2, 2, 2], "recorded, and that replayed"
+
+
+def test_replays_leave_the_libraries_of_others_as_they_are() -> None:
+    recorded, before = Recorded(lambda a: a + 1, onednn=False), torch._C._get_mkldnn_enabled()
+    for _ in range(4):
+        recorded(torch.ones(1))
+    assert torch._C._get_mkldnn_enabled() == before
 
 
 def test_an_interruption_while_a_step_is_recorded_is_not_lost() -> None:

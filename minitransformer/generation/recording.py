@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from minitransformer.architecture.linear import has_hooks, is_plain
 
+SOON = 8
+"""steps"""
 M = TypeVar("M", bound=nn.Module)
 Step = Callable[..., Tensor]
 
@@ -43,30 +45,51 @@ def uninterrupted() -> Iterator[None]:
 
 
 class Recorded:
-    """`step`, a function of tensors that does the same whatever they hold; recorded when shapes come again."""
+    """`step`, a function of tensors that does the same whatever they hold; recorded when shapes come again soon.
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
-        self._recordings: dict[tuple[torch.Size, ...], Step | None] = {}
+    What comes now and then, such as reading a window anew, is not worth a recording. `onednn` says whether replays may
+    use that library.
+    """
+
+    def __init__(self, step: Step, onednn: bool = True) -> None:
+        self.step, self.onednn = step, onednn
+        self._recordings: dict[tuple[torch.Size, ...], Step] = {}
+        self._steps = 0
+        self._seen: dict[tuple[torch.Size, ...], int] = {}
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         shapes = tuple(tensor.shape for tensor in tensors)
-        recording = self._recordings.get(shapes)
-        if recording is not None:
-            return recording(*tensors)
+        self._steps += 1
         if shapes not in self._recordings:
-            self._recordings[shapes] = None
-            return self.step(*tensors)
-        with uninterrupted(), warnings.catch_warnings():
-            # Of torch's advice to compile instead, and of sizes that become constants: here they are.
-            warnings.simplefilter("ignore")
-            self._recordings[shapes] = torch.jit.trace(self.step, tensors, check_trace=False)
-        return self(*tensors)
+            before, self._seen[shapes] = self._seen.get(shapes, -SOON), self._steps
+            if self._steps - before > SOON:
+                return self.step(*tensors)
+            with uninterrupted(), warnings.catch_warnings():
+                # Of torch's advice to compile instead, and of sizes that become constants: here they are.
+                warnings.simplefilter("ignore")
+                self._recordings[shapes] = torch.jit.trace(self.step, tensors, check_trace=False)
+        # To optimise a recording takes as long as hundreds of replays gain by it.
+        with torch.jit.optimized_execution(False), _onednn(self.onednn):
+            return self._recordings[shapes](*tensors)
+
+
+@contextmanager
+def _onednn(allowed: bool) -> Iterator[None]:
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(before and allowed)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def recorded(step: Step, model: nn.Module) -> Step:
     """`step`, to be replayed, unless someone listens to a module of `model`, who would not hear a replay."""
-    return step if any(map(has_hooks, model.modules())) else Recorded(step)
+    if any(map(has_hooks, model.modules())):
+        return step
+    # Measured: of what float32 models do for a token, oneDNN only does GELU, in several times the time of torch.
+    weights = [module._parameters.get("weight") for module in model.modules() if isinstance(module, nn.Linear)]
+    return Recorded(step, onednn=not all(weight is not None and weight.dtype == torch.float32 for weight in weights))
 
 
 def for_single_rows(model: M) -> M:
@@ -106,6 +129,7 @@ class RowLinear(nn.Linear):
         if weight.device.type == "cpu" and weight.size(0) > weight.size(1):
             weight = weight.t().contiguous().t()
         self.weight = nn.Parameter(weight, requires_grad=False)
+        self.transposed = weight.t()
         self.register_parameter("bias", _constant(linear.bias))
         self.large = weight.numel() > 1 << 17
 
@@ -113,5 +137,5 @@ class RowLinear(nn.Linear):
         if self.large and x.numel() == self.weight.size(1):
             product = torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
         else:
-            product = x @ self.weight.t()
+            product = x @ self.transposed
         return product if self.bias is None else product + self.bias
