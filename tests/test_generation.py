@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +20,7 @@ from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
-from minitransformer.generation.decode import draw, generate, uniform_draws
+from minitransformer.generation.decode import draw, generate, on_host, uniform_draws
 from minitransformer.generation.processors import (
     MinP,
     RepetitionPenalty,
@@ -256,6 +256,28 @@ def test_greedy_decoding_takes_the_likeliest_token_of_the_model(tiny_decoder: Ma
     for [new] in run(model, tokens, temperature=0, max_new_tokens=20):
         assert new == model(torch.tensor([tokens]))[0, -1].argmax().item()
         tokens = [*tokens, new]
+
+
+@pytest.mark.parametrize(("asynchronous", "order"), [(False, "0a1b2c"), (True, "01a2bc")])
+def test_an_asynchronous_device_has_the_next_step_to_do_while_one_is_read(asynchronous: bool, order: str) -> None:
+    events = []
+
+    def steps() -> Iterator[Tensor]:
+        for step in range(3):
+            events.append(str(step))
+            yield torch.tensor([step])
+
+    for [step] in on_host(steps(), asynchronous):
+        events.append("abc"[step])
+    assert "".join(events) == order
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("choices", [{}, {"num_experts": 3}], ids=str)
+def test_a_gpu_writes_by_its_graphs_what_it_writes_alone(tiny_decoder: MakeDecoder, choices: dict[str, Any]) -> None:
+    model = tiny_decoder(context_length=16, **choices).cuda()
+    settings = {"temperature": 1.0, "num_samples": 2, "max_new_tokens": 40}
+    assert run(model, [1, 2, 3], **settings) == run(model, [1, 2, 3], cached=False, **settings)
 
 
 def test_continuing_a_continuation_is_one_long_continuation(tiny_decoder: MakeDecoder) -> None:

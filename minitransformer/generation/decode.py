@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
@@ -119,12 +119,29 @@ def decode(
 
     `rules` decide beside `sampling` which tokens are possible.
     """
-    samples, steps = prompts.size(0), sampling.max_new_tokens
-    uniform = uniform_draws(samples, steps, seeded(generator, sampling)).to(prompts.device)
+    uniform = uniform_draws(prompts.size(0), sampling.max_new_tokens, seeded(generator, sampling)).to(prompts.device)
     processors = sampling.processors(prompts.size(1), ends, rules)
-    tokens = torch.cat([prompts, prompts.new_zeros(samples, steps)], dim=1)
-    last, ended = [0] * samples, [False] * samples
-    for step in range(steps):
+    last, ended = [0] * prompts.size(0), [False] * prompts.size(0)
+    for new in on_host(_choices(read, prompts, uniform, processors, sampling, vocab_size), prompts.is_cuda):
+        new = [before if over else token for token, before, over in zip(new, last, ended, strict=True)]
+        ended = [token in ends for token in new]
+        last = new
+        yield new
+        if all(ended):
+            return
+
+
+def _choices(
+    read: Reader,
+    prompts: Int[Tensor, "samples length"],
+    uniform: Float[Tensor, "samples steps"],
+    processors: Sequence[LogitsProcessor],
+    sampling: SamplingConfig,
+    vocab_size: int | None,
+) -> Iterator[Int[Tensor, "samples"]]:
+    """The tokens of each step, on the device, which need not have drawn them yet."""
+    tokens = torch.cat([prompts, torch.zeros_like(uniform, dtype=prompts.dtype)], dim=1)
+    for step in range(uniform.size(1)):
         so_far = tokens[:, : prompts.size(1) + step]
         logits = at_least_float32(read(so_far)[:, :vocab_size])
         if step == 0:
@@ -133,13 +150,37 @@ def decode(
             logits = process(logits, so_far)
         chosen = logits.argmax(-1) if sampling.greedy else draw(logits, uniform[:, step])
         tokens[:, so_far.size(1)] = chosen
-        new = chosen.tolist()
-        new = [before if over else token for token, before, over in zip(new, last, ended, strict=True)]
-        ended = [token in ends for token in new]
-        last = new
-        yield new
-        if all(ended):
-            return
+        yield chosen
+
+
+def on_host(tensors: Iterable[Tensor], asynchronous: bool) -> Iterator[list[int]]:
+    """Their numbers. Those of an asynchronous device are read when it has the next one to work on, and never idles."""
+    before: Callable[[], list[int]] | None = None
+    for tensor in tensors:
+        if not asynchronous:
+            yield tensor.tolist()
+            continue
+        arriving = _on_its_way(tensor)
+        if before:
+            yield before()
+        before = arriving
+    if before:
+        yield before()
+
+
+def _on_its_way(tensor: Tensor) -> Callable[[], list[int]]:
+    """Begins to copy what `tensor` will hold; waits for that alone when called."""
+    numbers = tensor.to("cpu", non_blocking=True)
+    arrived = torch.cuda.Event() if tensor.is_cuda else None
+    if arrived:
+        arrived.record()
+
+    def wait() -> list[int]:
+        if arrived:
+            arrived.synchronize()
+        return numbers.tolist()
+
+    return wait
 
 
 @torch.inference_mode()
