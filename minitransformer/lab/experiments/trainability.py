@@ -48,7 +48,7 @@ class Trainability(TrainingExperiment, name="E7"):
     source = (
         "Wang et al. 2022 (DeepNorm, arXiv 2203.00555), figure 1; Xiong et al. 2020 (arXiv 2002.04745), section 3.1"
     )
-    minutes = 40.0
+    minutes = 60.0
 
     def tasks(self) -> Sequence[Task]:
         return self.further_tasks([])
