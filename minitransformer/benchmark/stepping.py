@@ -23,6 +23,7 @@ from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.objectives import Objective
 from minitransformer.training.optimizers import build_optimizers, set_learning_rate
 from minitransformer.training.precision import Precision
+from minitransformer.training.prefetch import prefetched
 from minitransformer.training.presets import PRESETS
 from minitransformer.training.step import training_step
 
@@ -54,6 +55,7 @@ def steps_of(
     model = build_model(config.model).to(device).train()
     fast = machine.compiled(model) if compiled else model
     objective = Objective.named(training.objective)(prepared, config)
+    batches_of = prefetched(objective.training_batches, torch.device(device))
     optimizers = build_optimizers(training.optimizer, model, training.optimizer_settings)
     arithmetic = Precision.named(precision)(torch.device(device))
     balance = ExpertBalance(model, training.expert_balance)
@@ -62,7 +64,7 @@ def steps_of(
     def step() -> object:
         nonlocal done
         set_learning_rate(optimizers, training.learning_rate_share(done))
-        batches = objective.training_batches(done)
+        batches = batches_of(done)
         done += 1
         return training_step(
             fast,

@@ -28,6 +28,7 @@ from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.optimizers import build_optimizers, set_learning_rate
 from minitransformer.training.precision import Precision
+from minitransformer.training.prefetch import prefetched
 from minitransformer.training.probe import NO_PROBE, Probe
 from minitransformer.training.signals import StopRequest
 from minitransformer.training.step import StepResult, Validation, training_step, validate
@@ -79,6 +80,7 @@ class Trainer:
         config = self.config = run.config.training
         keep_freed_memory()
         self.objective = Objective.named(config.objective)(prepared, run.config)
+        self.training_batches = prefetched(self.objective.training_batches, machine.device)
         torch.manual_seed(config.seed)
         self.model = build_model(run.config.model).to(machine.device)
         self.model.calibrate(self._pass_a_batch)
@@ -161,7 +163,7 @@ class Trainer:
         step = self.progress.step
         self.probe.before_step(step + 1)
         torch.manual_seed(step_seed(self.config.seed, step))
-        batches = self.objective.training_batches(step)
+        batches = self.training_batches(step)
         set_learning_rate(self.optimizers, self.config.learning_rate_share(step))
         result = training_step(
             self.fast_model,
