@@ -175,17 +175,18 @@ def test_figures_at_rest_are_for_the_weights_and_in_the_unit_of_the_loss(text: A
     expected = probe_now(trainer.model, lambda: mean_loss(rows.split(2)[0]), names, examples=examples)
     trainer.model.train()
     trainer._step()
-    assert next(records(tmp_path / "run")) == {"step": 1, **expected}
+    found = next(records(tmp_path / "run"))
+    del expected["skipped-layer/stack.0"]  # a run skips one layer at a time
+    assert found == {"step": 1, **expected}
 
 
-def test_all_layers_are_skipped_in_turn_and_no_more_than_two_at_a_time(text: Any, tmp_path: Path) -> None:
-    config = configured(num_layers=5, probe=("skipped-layer",), probe_every=2, steps=6, lr=1e-9)
+def test_a_run_skips_one_layer_at_a_time_and_all_in_turn(text: Any, tmp_path: Path) -> None:
+    config = configured(num_layers=3, probe=("skipped-layer",), probe_every=2, steps=6, lr=1e-9)
     trainer = probed_trainer(tmp_path / "run", text, config)
     trainer.train()
     at_once = [set(record) - {"step"} for record in records(tmp_path / "run")]
-    assert [len(places) for places in at_once] == [2, 2, 1, 2]
-    assert set.union(*at_once[1:]) == {f"skipped-layer/stack.{layer}" for layer in range(5)}
-    assert sum(map(len, at_once[1:])) == 5
+    assert [len(places) for places in at_once] == [1, 1, 1, 1]
+    assert set.union(*at_once[1:]) == {f"skipped-layer/stack.{layer}" for layer in range(3)}
 
 
 def test_padding_of_targets_changes_no_figure() -> None:
