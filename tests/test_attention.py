@@ -17,6 +17,7 @@ from minitransformer.architecture import attention
 from minitransformer.architecture.attention import (
     KERNELS,
     QK_NORMS,
+    AttentionKernel,
     AttentionView,
     MultiHeadAttention,
     PerHead,
@@ -199,14 +200,25 @@ def test_repeated_heads_are_neighbours() -> None:
     assert repeat_heads(x, 3) is x
 
 
-@pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.0), (torch.float32, 0.5), (torch.bfloat16, 0.0)])
-def test_the_fastest_kernel_gives_what_one_of_them_gives(dtype: torch.dtype, dropout: float) -> None:
-    q, k, v = torch.randn(3, 2, 2, 5, 4).to(dtype)
-    chosen = blockwise_attention if dropout or dtype == torch.bfloat16 else fused_attention
-    torch.manual_seed(1)
-    first = fastest_attention(q, k, v, causal=True, dropout=dropout)
-    torch.manual_seed(1)
-    second = chosen(q, k, v, causal=True, dropout=dropout)
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "dropout", "training", "length"),
+    [
+        (fused_attention, torch.float32, 0.0, True, 200),
+        (fused_attention, torch.float32, 0.0, False, 5),
+        (blockwise_attention, torch.float32, 0.0, True, 5),
+        (blockwise_attention, torch.float32, 0.5, True, 200),
+        (blockwise_attention, torch.bfloat16, 0.0, False, 5),
+    ],
+)
+def test_the_fastest_kernel_gives_what_one_of_them_gives(
+    kernel: AttentionKernel, dtype: torch.dtype, dropout: float, training: bool, length: int
+) -> None:
+    q, k, v = torch.randn(3, 2, 2, length, 4).to(dtype)
+    with torch.set_grad_enabled(training):
+        torch.manual_seed(1)
+        first = fastest_attention(q, k, v, causal=True, dropout=dropout)
+        torch.manual_seed(1)
+        second = kernel(q, k, v, causal=True, dropout=dropout)
     assert torch.equal(first, second)
 
 

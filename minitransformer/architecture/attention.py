@@ -175,8 +175,10 @@ def fastest_attention(
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """Whichever of the kernels is the fastest one for these tensors: by a rule, as a resumed run has to go on alike."""
-    # Measured: torch's fused kernel for CPUs is five times slower than by hand in bfloat16, and has no dropout.
-    by_hand = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or dropout > 0)
+    # Measured: torch's fused kernel for CPUs is five times slower than by hand in bfloat16, has no dropout, and takes
+    # longer to train with few keys.
+    few_to_train = torch.is_grad_enabled() and int(k.size(-2)) <= QUERIES_AT_ONCE
+    by_hand = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or dropout > 0 or few_to_train)
     kernel: AttentionKernel = blockwise_attention if by_hand else fused_attention
     return kernel(q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout=dropout)
 
