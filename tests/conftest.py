@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import hypothesis
@@ -38,20 +39,28 @@ torch_random = TorchRandom()  # Hypothesis keeps a weak reference
 hypothesis.register_random(torch_random)
 
 
+@contextmanager
+def unchecked() -> Iterator[None]:
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def shapes_are_not_checked_while_recording() -> Iterator[None]:
     """They were in the step before, which had the same ones; while torch records, checking them takes far longer."""
-    trace = torch.jit.trace
-
-    def unchecked(*arguments: Any, **settings: Any) -> Any:
-        jaxtyping.config.update("jaxtyping_disable", True)
-        try:
-            return trace(*arguments, **settings)
-        finally:
-            jaxtyping.config.update("jaxtyping_disable", False)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.jit, "trace", unchecked)
+        patch.setattr(torch.jit, "trace", unchecked()(torch.jit.trace))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def shapes_are_not_checked_in_long_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of tests with the mark `unchecked_shapes`, which call over and over what other tests call with checks."""
+    with unchecked() if request.node.get_closest_marker("unchecked_shapes") else nullcontext():
         yield
 
 

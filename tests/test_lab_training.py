@@ -16,6 +16,8 @@ from minitransformer.lab.training import BASE, Course, on_trial, train
 from minitransformer.models.model import build_model
 from tests.runs_for_tests import TEXT, TINY, configured, prepared_text, trainer_for
 
+pytestmark = pytest.mark.unchecked_shapes
+
 NAMES = ("E5", "E6", "E7", "E8", "E9")
 
 

@@ -43,6 +43,7 @@ def texts(model: Model, tokens: Tensor) -> list[Tensor]:
     return [tokens, tokens] if model.config.topology == "encoder-decoder" else [tokens]
 
 
+@pytest.mark.unchecked_shapes
 @every_topology
 @every_placement
 def test_a_placement_learns(name: str, topology: str) -> None:
@@ -86,6 +87,7 @@ def test_every_placement_compiles_as_one_graph_that_computes_the_same(topology: 
     assert done.stdout.split() == list(Residual.registry)
 
 
+@pytest.mark.unchecked_shapes
 @every_placement
 def test_an_interrupted_run_of_a_placement_ends_as_an_uninterrupted_one(
     name: str, text: PreparedText, tmp_path: Path

@@ -23,6 +23,8 @@ from minitransformer.generation.streaming import stream_text
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.tokenizers import Tokenizer
 
+pytestmark = pytest.mark.unchecked_shapes
+
 MakeDecoder = Callable[..., DecoderLM]
 
 

@@ -43,6 +43,8 @@ from tests.runs_for_tests import TEXT as LONG_TEXT
 from tests.runs_for_tests import TINY
 from tests.runs_for_tests import configured as tiny
 
+pytestmark = pytest.mark.unchecked_shapes
+
 ROOT = Path(__file__).parent.parent
 SHAPE = ["--d-model", "16", "--num-layers", "1", "--num-heads", "2", "--context-length", "16", "--tokenizer", "bytes"]
 SMALL = [

@@ -25,6 +25,8 @@ from minitransformer.training.signals import StopRequest
 from minitransformer.training.step import Validation, training_step, validate
 from tests.runs_for_tests import TINY, configured, prepared_text, trainer_for
 
+pytestmark = pytest.mark.unchecked_shapes
+
 CPU = torch.device("cpu")
 SETTINGS = OptimizerSettings(
     lr=0.1, embedding_lr=0.1, head_lr=0.1, weight_decay=0.1, beta1=0.9, beta2=0.95, momentum=0.9

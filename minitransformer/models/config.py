@@ -272,6 +272,9 @@ PRESETS: dict[str, ModelConfig] = {
     "shakespeare-fast": replace(
         MODERN, d_model=128, num_layers=2, num_heads=4, d_ff=256, context_length=64, token_smear=True
     ),
+    "shakespeare": replace(
+        MODERN, d_model=160, num_layers=4, num_heads=5, context_length=256, token_smear=True, dropout=0.1
+    ),
     # The shape that nanoGPT's README trains on a CPU: characters, no biases, no dropout, exact GELU.
     "nanogpt-cpu": ModelConfig(
         d_model=128, num_layers=4, num_heads=4, context_length=64, positions="learned", feedforward="gelu"
