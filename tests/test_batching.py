@@ -19,8 +19,6 @@ from minitransformer.generation.streaming import stream_text, texts_in_batches
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.tokenizers import Tokenizer
 
-pytestmark = pytest.mark.unchecked_shapes
-
 MakeDecoder = Callable[..., DecoderLM]
 prompt_lists = st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=20), min_size=1, max_size=6)
 

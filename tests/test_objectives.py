@@ -24,8 +24,6 @@ from minitransformer.training.objectives.masked import hide
 from minitransformer.training.objectives.span_corruption import SENTINELS, random_spans
 from tests.runs_for_tests import TEXT, TINY, configured, trainer_for
 
-pytestmark = pytest.mark.unchecked_shapes
-
 SHAPE = {"d_model": 16, "num_layers": 2, "num_heads": 2, "context_length": 24}
 FAST = {"steps": 12, "batch_size": 4, "batch_tokens": 200, "eval_every": 5, "save_every": 3, "log_every": 1}
 

@@ -33,8 +33,6 @@ from minitransformer.training.probe import NO_PROBE
 from minitransformer.training.signals import StopRequest
 from tests.runs_for_tests import TEXT, TINY, configured, prepared_text, trainer_for
 
-pytestmark = pytest.mark.unchecked_shapes
-
 ALL = tuple(Instrument.registry)
 
 

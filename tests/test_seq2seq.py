@@ -28,8 +28,6 @@ from minitransformer.training.precision import Precision
 from minitransformer.training.step import training_step, validate
 from tests.runs_for_tests import configured
 
-pytestmark = pytest.mark.unchecked_shapes
-
 PAIRS = [(f"{i} and {i + 1}", f"{2 * i + 1}") for i in range(0, 3000, 7)]
 VOCABULARY = 257
 CPU = torch.device("cpu")
