@@ -3,13 +3,14 @@
 import json
 import math
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.batches import IGNORE, Batch
@@ -171,21 +172,64 @@ def test_muon_takes_matrices_of_a_shape_together_as_it_would_alone():
         torch.testing.assert_close(p, q)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_or_gradient_that_is_not_finite_never_changes_the_weights(precision, bad):
-    class Broken(Causal):
-        def loss_sum(self, model, batch):
-            return super().loss_sum(model, batch) * bad
+class TimesInfinity(Causal):
+    def loss_sum(self, model, batch):
+        return super().loss_sum(model, batch) * math.inf
 
+
+class TimesNaN(Causal):
+    def loss_sum(self, model, batch):
+        return super().loss_sum(model, batch) * math.nan
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("broken", [TimesInfinity, TimesNaN])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_loss_or_gradient_that_is_not_finite_changes_neither_weights_nor_averages(precision, broken, first):
     model = DecoderLM(TINY.model)
     optimizers = build_optimizers("muon", model, SETTINGS)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    arithmetic = Precision.named(precision)(CPU)
     batch = random_batch(2, torch.Generator().manual_seed(0))
-    objective, rules = Broken(None, TINY), {"grad_clip": 1.0, "balance": ExpertBalance(model, 0.0)}
-    result = training_step(model, objective, [batch], optimizers, Precision.named(precision)(CPU), **rules)
-    assert not result.finite
-    assert_same(before, model.state_dict())
+
+    def step(objective):
+        rules = {"grad_clip": 1.0, "balance": ExpertBalance(model, 0.0)}
+        return training_step(model, objective(None, TINY), [batch], optimizers, arithmetic, **rules)
+
+    def averages():
+        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        return [tensor.clone() for state in states for tensor in state.values()]
+
+    if not first:
+        assert step(Causal).finite
+    weights, before = {name: tensor.clone() for name, tensor in model.state_dict().items()}, averages()
+    assert not step(broken).finite
+    assert_same(weights, model.state_dict())
+    before = before or [torch.zeros_like(average) for average in averages()]
+    assert all(torch.equal(*pair) for pair in zip(before, averages(), strict=True))
+    step(Causal)
+    assert all(tensor.isfinite().all() for tensor in [*averages(), *model.state_dict().values()])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_asks_the_device_for_no_number(precision, optimizer):
+    class NoNumber(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is not torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    class Counted(Batch):
+        num_targets = 32  # which is counted before the batch goes to the device
+
+    model = DecoderLM(replace(TINY.model, dropout=0.1))
+    optimizers = build_optimizers(optimizer, model, SETTINGS)
+    random = random_batch(2, torch.Generator().manual_seed(0))
+    batch = Counted(**{field.name: getattr(random, field.name) for field in fields(random)})
+    rules = {"grad_clip": 1.0, "balance": ExpertBalance(model, 0.1)}
+    with NoNumber():
+        result = training_step(model, Causal(None, TINY), [batch], optimizers, Precision.named(precision)(CPU), **rules)
+        with pytest.raises(AssertionError):
+            bool(result.finite)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def _bare(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -15,6 +16,9 @@ def _bare(method: Callable[..., Any]) -> Callable[..., Any]:
 
 class LightOptimizer(torch.optim.Optimizer):
     """`torch.optim.Optimizer`, with the same methods."""
+
+    found_inf: Tensor | None = None
+    """1 on the device of the weights if the next step is to change nothing, as torch's fused optimizers call it"""
 
     add_param_group = _bare(torch.optim.Optimizer.add_param_group)
     state_dict = _bare(torch.optim.Optimizer.state_dict)

@@ -123,7 +123,12 @@ class Trainer:
             self._validate()  # the stop that this run continues from came in the middle of it
         interval = _Interval(self.progress)
         while self.progress.step < last and self.stop.signal is None and not self.stopped_early:
-            interval.add(*self._timed_step())
+            start = time.perf_counter()
+            interval.add(self._step())
+            if self._reading_due():
+                for finite in interval.read():
+                    self._steps_without_update = 0 if finite else self._steps_without_update + 1
+            self.progress.seconds += time.perf_counter() - start
             self.log.advance(self.progress.step)
             if self._due(self.config.log_every):
                 self._log(interval)
@@ -132,11 +137,11 @@ class Trainer:
                 self._validate()
             if self._due(self.config.save_every) or self.progress.best_step == self.progress.step:
                 self._save()
-            if self._steps_without_update == MOST_STEPS_WITHOUT_UPDATE:
+            if self._steps_without_update >= MOST_STEPS_WITHOUT_UPDATE:
                 self._save()
                 raise NonFiniteTraining(
-                    f"{MOST_STEPS_WITHOUT_UPDATE} steps in a row had an infinite or NaN loss or gradient, the last one "
-                    f"step {self.progress.step}; none changed the weights, which are saved: try a lower --lr, or "
+                    f"{self._steps_without_update} steps in a row had an infinite or NaN loss or gradient, the last "
+                    f"one step {self.progress.step}; none changed the weights, which are saved: try a lower --lr, or "
                     "--precision fp32"
                 )
         self._save()
@@ -152,12 +157,10 @@ class Trainer:
     def _validation_due(self) -> bool:
         return self.progress.step > 0 and self._due(self.config.eval_every)
 
-    def _timed_step(self) -> tuple[StepResult, float]:
-        start = time.perf_counter()
-        result = self._step()
-        seconds = time.perf_counter() - start
-        self.progress.seconds += seconds
-        return result, seconds
+    def _reading_due(self) -> bool:
+        """Whether to wait for the device, which may be some steps behind."""
+        config = self.config
+        return any(map(self._due, (config.log_every, config.eval_every, config.save_every, MOST_STEPS_WITHOUT_UPDATE)))
 
     def _step(self) -> StepResult:
         step = self.progress.step
@@ -175,7 +178,6 @@ class Trainer:
             balance=self.balance,
             probe=self.probe,
         )
-        self._steps_without_update = 0 if result.finite else self._steps_without_update + 1
         self.progress.step += 1
         self.progress.tokens += sum(batch.num_tokens for batch in batches)
         if figures := self.probe.after_update(result.grad_norm):
@@ -184,7 +186,8 @@ class Trainer:
 
     def _log(self, interval: _Interval) -> None:
         steps = self.progress.step - interval.first_step
-        tokens_per_second = (self.progress.tokens - interval.first_token) / interval.seconds
+        seconds = self.progress.seconds - interval.first_second
+        tokens_per_second = (self.progress.tokens - interval.first_token) / seconds
         self.log.record(
             {
                 "step": self.progress.step,
@@ -196,7 +199,7 @@ class Trainer:
                 "tokens_per_second": tokens_per_second,
                 "mfu": tokens_per_second * self._flops_per_token / self._peak_flops,
                 "seconds": self.progress.seconds,
-                "seconds_left": (self.config.steps - self.progress.step) * interval.seconds / steps,
+                "seconds_left": (self.config.steps - self.progress.step) * seconds / steps,
             }
         )
 
@@ -253,21 +256,26 @@ class Trainer:
 
 
 class _Interval:
-    """What happened since the last record; the tensors stay on their device until somebody reads them."""
+    """What happened since the last record; what steps found out stays on the device until it is read."""
 
     def __init__(self, start: Progress) -> None:
-        self.first_step, self.first_token = start.step, start.tokens
-        self.seconds = 0.0
-        self.losses: list[Tensor] = []
-        self.grad_norms: list[Tensor] = []
+        self.first_step, self.first_token, self.first_second = start.step, start.tokens, start.seconds
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+        self._unread: list[Tensor] = []
 
-    def add(self, result: StepResult, seconds: float) -> None:
-        self.seconds += seconds
-        if result.finite:
-            self.losses.append(result.loss)
-            self.grad_norms.append(result.grad_norm)
+    def add(self, result: StepResult) -> None:
+        self._unread.append(torch.stack([result.loss, result.grad_norm, result.finite.to(result.loss.dtype)]))
+
+    def read(self) -> list[bool]:
+        """Wait for the device; whether each step since the last reading was finite."""
+        figures = torch.stack(self._unread).tolist() if self._unread else []
+        self._unread = []
+        self.losses += [loss for loss, _, finite in figures if finite]
+        self.grad_norms += [norm for _, norm, finite in figures if finite]
+        return [bool(finite) for _, _, finite in figures]
 
     @staticmethod
-    def mean(values: list[Tensor]) -> float | None:
+    def mean(values: list[float]) -> float | None:
         """Their mean; None for no values, which JSON can say and NaN it cannot."""
-        return torch.stack(values).mean().item() if values else None
+        return sum(values) / len(values) if values else None

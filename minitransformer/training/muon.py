@@ -60,10 +60,13 @@ class Muon(LightOptimizer):
     def _step_together(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         averages = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+        skip = self.found_inf if self.found_inf is not None else torch.zeros((), device=parameters[0].device)
+        # Where the step is skipped, an average moves towards itself, and the update is 0.
+        gradients = [torch.where(skip > 0, a, g) for a, g in zip(averages, gradients, strict=True)]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         stacked = torch.stack(torch._foreach_lerp(gradients, averages, group["momentum"]))
         stacked = stacked.bfloat16() if stacked.is_cuda else stacked
-        updates = orthogonalise(stacked, group["newton_schulz_steps"]).to(parameters[0].dtype)
+        updates = orthogonalise(stacked, group["newton_schulz_steps"]).to(parameters[0].dtype) * (1 - skip)
         rows, columns = parameters[0].shape
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * (1 - skip))
         torch._foreach_add_(parameters, list(updates), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from minitransformer.architecture.embeddings import LMHead
 from minitransformer.registry import lookup
-from minitransformer.training.light import LightAdamW
+from minitransformer.training.light import LightAdamW, LightOptimizer
 from minitransformer.training.muon import Muon
 
 
@@ -52,11 +51,11 @@ class Weights:
         )
 
 
-def _adamw(groups: list[dict[str, object]], settings: OptimizerSettings) -> torch.optim.Optimizer:
+def _adamw(groups: list[dict[str, object]], settings: OptimizerSettings) -> LightOptimizer:
     return LightAdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
 
 
-def adamw(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
+def adamw(model: nn.Module, settings: OptimizerSettings) -> list[LightOptimizer]:
     """AdamW for all, fused; only matrices and embeddings decay. Loshchilov and Hutter 2017 (arXiv 1711.05101)."""
     weights = Weights.of(model)
     groups = [
@@ -68,7 +67,7 @@ def adamw(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Opt
     return [_adamw(groups, settings)]
 
 
-def muon(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
+def muon(model: nn.Module, settings: OptimizerSettings) -> list[LightOptimizer]:
     """Muon for matrices, which alone decay; AdamW for embeddings, the head and vectors. Jordan et al. 2024."""
     weights = Weights.of(model)
     rest = [
@@ -85,13 +84,13 @@ def muon(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Opti
     return [matrices, _adamw(rest, settings)]
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerSettings], list[torch.optim.Optimizer]]] = {
+OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerSettings], list[LightOptimizer]]] = {
     "adamw": adamw,
     "muon": muon,
 }
 
 
-def build_optimizers(name: str, model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
+def build_optimizers(name: str, model: nn.Module, settings: OptimizerSettings) -> list[LightOptimizer]:
     """The optimizers that `name` stands for; each group remembers its highest learning rate."""
     optimizers = lookup("optimizer", name, OPTIMIZERS)(model, settings)
     for optimizer in optimizers:
@@ -100,7 +99,7 @@ def build_optimizers(name: str, model: nn.Module, settings: OptimizerSettings) -
     return optimizers
 
 
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
+def set_learning_rate(optimizers: list[LightOptimizer], share: float) -> None:
     """Set each group's learning rate to `share` of its highest one."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:

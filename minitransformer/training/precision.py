@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minitransformer.registry import Registered
+from minitransformer.training.light import LightOptimizer
 
 
 class Precision(Registered, kind="precision"):
@@ -27,14 +28,17 @@ class Precision(Registered, kind="precision"):
         """Add the gradients of `loss`."""
         loss.backward()
 
-    def unscale(self, optimizers: list[torch.optim.Optimizer]) -> None:
+    def unscale(self, optimizers: list[LightOptimizer]) -> None:
         """Make the gradients those of the loss itself."""
 
-    def update(self, optimizers: list[torch.optim.Optimizer], *, finite: bool) -> None:
-        """One step of each optimizer, unless a gradient is infinite or NaN."""
-        if finite:
-            for optimizer in optimizers:
-                optimizer.step()
+    def update(self, optimizers: list[LightOptimizer], *, skip: Tensor) -> None:
+        """One step of each optimizer, which changes nothing if `skip` is 1: only the device knows, and nobody waits."""
+        # torch's fused AdamW for MPS does not look at `found_inf`.
+        if self.device.type == "mps" and skip:
+            return
+        for optimizer in optimizers:
+            optimizer.found_inf = skip
+            optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -71,15 +75,13 @@ class FP16(Precision, name="fp16"):
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def unscale(self, optimizers: list[torch.optim.Optimizer]) -> None:
+    def unscale(self, optimizers: list[LightOptimizer]) -> None:
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
 
-    def update(self, optimizers: list[torch.optim.Optimizer], *, finite: bool) -> None:
-        # The scaler looks for infinite gradients itself, skips the step and lowers the scale.
-        for optimizer in optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
+    def update(self, optimizers: list[LightOptimizer], *, skip: Tensor) -> None:
+        super().update(optimizers, skip=skip)
+        self.scaler.update()  # lowers the scale where it saw an infinite gradient
 
     def state_dict(self) -> dict[str, Any]:
         return self.scaler.state_dict()

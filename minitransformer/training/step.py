@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minitransformer.training.experts import ExpertBalance
+from minitransformer.training.light import LightOptimizer
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import TrainingBatch
 from minitransformer.training.precision import Precision
@@ -18,18 +19,21 @@ from minitransformer.training.probe import NO_PROBE, Probe
 
 @dataclass(frozen=True)
 class StepResult:
-    """The mean loss in nats a target, the norm of its gradient before clipping, and whether both were finite."""
+    """The mean loss in nats a target, the norm of its gradient before clipping, and whether both were finite.
+
+    To read one of them is to wait for the device.
+    """
 
     loss: Tensor
     grad_norm: Tensor
-    finite: bool
+    finite: Tensor
 
 
 def training_step(
     model: nn.Module,
     objective: Objective,
     micro_batches: Sequence[TrainingBatch],
-    optimizers: list[torch.optim.Optimizer],
+    optimizers: list[LightOptimizer],
     precision: Precision,
     *,
     grad_clip: float,
@@ -54,9 +58,8 @@ def training_step(
     precision.unscale(optimizers)
     probe.before_update()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    # The one wait for the device in a step: whether to step is decided here for every optimizer, with no exception.
-    finite = bool(torch.isfinite(total + grad_norm))
-    precision.update(optimizers, finite=finite)
+    finite = torch.isfinite(total + grad_norm)
+    precision.update(optimizers, skip=(~finite).float())
     model.zero_grad(set_to_none=True)
     return StepResult(total, grad_norm, finite)
 
