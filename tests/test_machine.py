@@ -84,7 +84,7 @@ def test_memory_that_was_freed_is_used_again_without_fetching_its_pages() -> Non
 def test_what_the_compiler_makes_is_kept_where_the_user_keeps_caches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(torch, "compile", lambda model, mode: model)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what stood there comes back
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -107,7 +107,7 @@ def test_help_names_every_preset_with_its_parameters(capsys):
         (["--data", "my.txt", "--steps", "0"], ["steps is 0"]),
         (["--data", "my.txt", "--device", "cuda:9"], ["cuda:9", "cpu"]),
         (["--data", "my.txt", "--device", "tpu"], ["tpu", "cpu"]),
-        (["--data", "my.txt", "--precision", "fp8"], ["fp8", "fp16"]),
+        (["--data", "my.txt", "--precision", "fp4"], ["fp4", "fp16"]),
         (["--data", "my.txt", "--schedule", "cosin"], ["cosin", "cosine"]),
         (["--data", "my.txt", "--out", "taken"], ["taken", "exists", "--resume"]),
         (["--resume", "nowhere"], ["nowhere", "not a run folder"]),

@@ -182,7 +182,7 @@ class TimesNaN(Causal):
         return super().loss_sum(model, batch) * math.nan
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
 @pytest.mark.parametrize("broken", [TimesInfinity, TimesNaN])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_loss_or_gradient_that_is_not_finite_changes_neither_weights_nor_averages(precision, broken, first):
@@ -211,7 +211,7 @@ def test_a_loss_or_gradient_that_is_not_finite_changes_neither_weights_nor_avera
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
 def test_a_step_asks_the_device_for_no_number(precision, optimizer):
     class NoNumber(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -232,7 +232,7 @@ def test_a_step_asks_the_device_for_no_number(precision, optimizer):
             bool(result.finite)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
 def test_every_precision_learns_the_text(text, tmp_path, precision):
     trainer = trainer_for(tmp_path / "run", text, configured(precision=precision, steps=60, eval_every=60))
     trainer.train()
@@ -246,7 +246,7 @@ def test_every_precision_learns_the_text(text, tmp_path, precision):
     stop_at=st.integers(1, 11),
     dropout=st.sampled_from([0.0, 0.3]),
     grad_accumulation=st.integers(1, 3),
-    precision=st.sampled_from(["fp32", "bf16"]),
+    precision=st.sampled_from(["fp32", "bf16", "fp8"]),
     optimizer=st.sampled_from(sorted(OPTIMIZERS)),
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(

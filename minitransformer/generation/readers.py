@@ -59,7 +59,7 @@ class CachedReader:
     """Reads each token once, as long as the window only grows; the first call's tokens are the same in every sample."""
 
     def __init__(self, model: DecoderLM, max_tokens: int) -> None:
-        self.model = for_single_rows(model)
+        self.model = model
         self.context_length = model.config.context_length
         self.cache = model.new_cache(min(max_tokens, self.context_length))
         self.steps: dict[int, Step] = {}
@@ -101,6 +101,8 @@ class CachedReader:
 
     def _step(self, count: int) -> Step:
         """`_read` for so many logits: a recording has shapes for arguments, and a number is a part of it."""
+        if not self.steps:
+            self.model = for_single_rows(self.model)  # after the prompt, which need not wait for it
         if count not in self.steps:
 
             def step(tokens: Tensor, slots: Tensor) -> Tensor:

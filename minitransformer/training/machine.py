@@ -70,7 +70,8 @@ def choose_device(name: str) -> torch.device:
 
 def _choose_precision(device: torch.device, name: str) -> tuple[str, str]:
     if name != "auto":
-        Precision.named(name)
+        if why_not := Precision.named(name).why_not(device):
+            raise UserError(f"precision {name!r} is impossible on {device} ({why_not}): choose bf16, or leave it out")
         return name, "as asked"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -117,7 +118,9 @@ def compiled(model: nn.Module) -> nn.Module:
     with suppress(OSError):  # torch has a folder of its own, which does not outlive the machine's next start
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    return torch.compile(model)  # type: ignore[return-value]
+    # A GPU's products are timed in many ways; a CUDA graph would write its next output over this one.
+    on_gpu = next(model.parameters(), torch.empty(0)).is_cuda
+    return torch.compile(model, mode="max-autotune-no-cudagraphs" if on_gpu else None)  # type: ignore[return-value]
 
 
 def keep_freed_memory() -> None:

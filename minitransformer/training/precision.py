@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minitransformer.registry import Registered
+from minitransformer.training.float8 import Float8Products
 from minitransformer.training.light import LightOptimizer
+
+FIRST_WITH_FLOAT8 = (8, 9)
+"""capability of the first GPUs that multiply 8 bits: Ada, before Hopper"""
 
 
 class Precision(Registered, kind="precision"):
     """Weights, gradients and optimizer stay in float32; what `autocast` encloses may be computed in less."""
 
     dtype = torch.float32
+
+    @classmethod
+    def why_not(cls, device: torch.device) -> str | None:
+        """Why `device` cannot compute in it, in words, if that is so."""
+        return None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -58,6 +68,21 @@ class BF16(Precision, name="bf16"):
     """Matrix products in bfloat16, which has the range of float32. Kalamkar et al. 2019 (arXiv 1905.12322)."""
 
     dtype = torch.bfloat16
+
+
+class FP8(BF16, name="fp8"):
+    """As bf16, with the products of linear maps in 8 bits. Micikevicius et al. 2022 (arXiv 2209.05433)."""
+
+    @classmethod
+    def why_not(cls, device: torch.device) -> str | None:
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < FIRST_WITH_FLOAT8:
+            return "it has no matrix units for 8 bits"
+        return "torch has no such products there" if device.type == "mps" else None
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        with super().autocast(), Float8Products():
+            yield
 
 
 class FP16(Precision, name="fp16"):

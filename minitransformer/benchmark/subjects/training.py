@@ -58,11 +58,22 @@ def contestants(setting: Setting, prepare: Prepare) -> Iterator[Contestant | Abs
         yield missing("transformers", name) or entry(
             name, "transformers_step", precision, {"precision": precision}, base=True
         )
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", *_float8(setting.device)):
         arguments = {"precision": precision}
         yield entry(f"ours {precision}", "our_step", precision, {**arguments, "compiled": False})
         name = f"ours {precision} compiled"
         yield no_compiler(name) if no_compiler else entry(name, "our_step", precision, {**arguments, "compiled": True})
+
+
+def _float8(device: str) -> tuple[str, ...]:
+    """Where products in 8 bits are there to be fast; on a CPU they are there to be tried."""
+    if not device.startswith("cuda"):
+        return ()
+    import torch
+
+    from minitransformer.training.precision import FP8
+
+    return () if FP8.why_not(torch.device(device)) else ("fp8",)
 
 
 def _no_compiler(device: str) -> Callable[[str], Absent] | None:
