@@ -55,7 +55,7 @@ class LayerCache:
 
     def _with_room(self, buffer: Tensor | None, new: Tensor) -> Tensor:
         """`buffer`, or a larger copy, with room for `length` tokens like `new`, or for all if there are slots."""
-        if buffer is not None and (self.slots is not None or buffer.size(2) >= self.length):
+        if buffer is not None and buffer.size(2) >= (self.length if self.slots is None else self.max_length):
             return buffer
         room = self.max_length if self.slots is not None else min(self.max_length, max(2 * self.length, 32))
         larger = new.new_zeros((*new.shape[:2], room, new.size(3)))

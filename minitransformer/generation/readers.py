@@ -95,7 +95,8 @@ class CachedReader:
         samples, total = tokens.shape
         window = window_length(total, self.context_length)
         self.start, self.known = total - window, total
-        logits = self._read(tokens[:1, -window:], torch.arange(window, device=tokens.device), 1)
+        # Without slots, attention need not look at those that are empty yet.
+        logits = _logits(self.model, tokens[:1, -window:], 1, self.cache)
         self.cache.select(torch.zeros(samples, dtype=torch.long, device=tokens.device))
         return logits[:, 0].expand(samples, -1)
 
