@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,6 +98,31 @@ def test_all_linear_maps_of_a_model_are_multiplied_in_8_bits_there_and_back():
     # queries, keys and values together, the output, and the two of the feed-forward network; the head has no sixteens
     assert (forwards, products.count) == (4 * layers, 12 * layers)
     assert 0 < (logits - plain).abs().max() < 0.1 * plain.std()
+
+
+COMPILED = """
+import torch
+from minitransformer.models.build import ModelConfig
+from minitransformer.models.model import build_model
+from minitransformer.training.precision import FP8
+sizes = {"d_model": 32, "num_layers": 2, "num_heads": 2, "context_length": 16, "vocab_size": 32}
+model = build_model(ModelConfig(init="xavier", qk_norm="head", **sizes))
+tokens = torch.randint(32, (2, 16))
+compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+with FP8(torch.device("cpu")).autocast():
+    torch.testing.assert_close(compiled(tokens), model(tokens))
+with torch.profiler.profile() as profile, FP8(torch.device("cpu")).autocast():
+    compiled(tokens).float().logsumexp(-1).sum().backward()
+print(sum(event.count for event in profile.key_averages() if event.key == "aten::_scaled_mm"))
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_model_multiplies_in_8_bits_in_one_graph():
+    # In a process of its own: the compiler cannot read the checks that the tests put around signatures.
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [str(3 * (2 * 4 + 1))]
 
 
 def test_a_device_without_such_products_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -251,7 +251,7 @@ class PerHead(nn.Module):
         self.norm, self.head_dim = norm, head_dim
 
     def forward(self, x: Float[Tensor, "batch length features"]) -> Float[Tensor, "batch length features"]:
-        return self.norm(x.unflatten(-1, (-1, self.head_dim))).flatten(2)
+        return self.norm(torch.unflatten(x, -1, (-1, self.head_dim))).flatten(2)
 
 
 # For the norm of queries and keys: from a maker of norms and head_dim to a maker for a projection's features.
@@ -346,4 +346,5 @@ class MultiHeadAttention(nn.Module):
         return view.rotate(self._split_heads(self.key_norm(key))), self._split_heads(self.value_norm(value))
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # batch, heads, length, head_dim
+        # The method of a tensor is one of Python's, which torch.compile does not enter while functions are replaced.
+        return torch.unflatten(x, -1, (-1, self.head_dim)).transpose(1, 2)  # batch, heads, length, head_dim

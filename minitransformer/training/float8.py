@@ -59,7 +59,9 @@ class _Product(torch.autograd.Function):
         stored, weight_scale = quantised(weight, FORWARDS)
         ctx.save_for_backward(rows, rows_scale, stored, weight_scale)
         ctx.dtypes = x.dtype, weight.dtype
-        product = _multiplied(rows, rows_scale, stored.t(), weight_scale, torch.bfloat16, fast=True)
+        # On a CPU, torch makes it of operations that autocast would round to bfloat16 once more.
+        with torch.autocast(x.device.type, enabled=False):
+            product = _multiplied(rows, rows_scale, stored.t(), weight_scale, torch.bfloat16, fast=True)
         return product.view(*x.shape[:-1], -1)
 
     @staticmethod
