@@ -48,7 +48,7 @@ def test_a_processor_gets_the_arithmetic_that_it_is_measured_to_be_fastest_in(
         (2.0, LONG, True, True, "the run is long"),
         (2.0, SHORT, True, False, "the run is short"),
         (2.0, LONG, False, False, "batches have many shapes"),
-        (0.5, LONG, True, False, "gains nothing in fp32"),
+        (0.5, LONG, True, False, "gains little in fp32"),
     ],
     indirect=["bf16_gain"],
 )

@@ -93,7 +93,7 @@ def _choose_compile(device: torch.device, precision: str, choice: str, run_flops
     if choice == "on":
         return True, "as asked"
     if device.type == "cpu" and precision == "fp32":
-        return False, "on a CPU it gains nothing in fp32"  # measured: matrix products are what a step takes
+        return False, "on a CPU it gains little in fp32"  # measured: 1.0 to 1.17 times as fast, after a minute
     pays = run_flops > COMPILE_PAYS_AFTER_FLOPS[device.type]
     return pays, "the run is long" if pays else "the run is short"
 
