@@ -446,7 +446,11 @@ class Square(Axis, name="square"):
         return replace(self.setting, megabytes=size)
 
     def quantities(self):
-        return [Quantity("area", "m²", lambda at: 3.0 * at.megabytes**2), Quantity("side", "m", lambda at: 2.0)]
+        return [
+            Quantity("area", "m²", lambda at: 3.0 * at.megabytes**2),
+            Quantity("side", "m", lambda at: 2.0),
+            Quantity("late", "m", lambda at: max(1.0, at.megabytes / 8)),
+        ]
 
 
 Axis.registry.pop("square")
@@ -461,7 +465,16 @@ def test_growth_is_fitted_over_all_sizes_that_fit_the_budget():
     assert [size for size, _ in growth.points["area"]] == [1, 2, 4, 8, 16]
     assert growth.exponent("area").value == pytest.approx(2)
     assert growth.exponent("side").value == pytest.approx(0)
+    assert growth.exponent("late").value < 0.5
+    assert growth.last_exponent("late").value == pytest.approx(1)
     assert growth.stopped == "all sizes"
+
+
+def test_tokens_of_a_vocabulary_beyond_16_bits_can_be_drawn():
+    from minitransformer.benchmark.ours import random_tokens
+
+    tokens = random_tokens(replace(TINY, shape=replace(TINY.shape, vocab_size=1 << 18)))
+    assert 1 << 16 < tokens.max() < 1 << 18
 
 
 def test_growth_stops_before_the_budget_is_spent():

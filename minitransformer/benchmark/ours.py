@@ -38,7 +38,7 @@ def model_of(setting: Setting) -> Model:
 def random_tokens(setting: Setting, windows: int = 2000) -> np.ndarray:
     """Token ids to train on [tokens]: what a step costs does not depend on what they are."""
     generator = np.random.default_rng(setting.seed)
-    return generator.integers(setting.shape.vocab_size, size=windows * setting.shape.context_length, dtype=np.uint16)
+    return generator.integers(setting.shape.vocab_size, size=windows * setting.shape.context_length, dtype=np.uint32)
 
 
 def training_cost(shape: Shape, precision: str) -> Cost:

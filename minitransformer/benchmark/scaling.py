@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,14 @@ class Growth:
 
     def exponent(self, name: str) -> Exponent | None:
         """The p of quantity ∝ size^p; None with fewer than two sizes."""
-        points = self.points[name]
+        return self._exponent(self.points[name])
+
+    def last_exponent(self, name: str) -> Exponent | None:
+        """The same between the two largest sizes alone, where what does not grow weighs least."""
+        return self._exponent(self.points[name][-2:])
+
+    @staticmethod
+    def _exponent(points: Sequence[tuple[int, float]]) -> Exponent | None:
         return Exponent.of([size for size, _ in points], [value for _, value in points])
 
 

@@ -13,12 +13,12 @@ from minitransformer.benchmark.scaling import Growth
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAME, SIZES, VALUES, EXPONENT = 27, 18, 19, 14
+NAME, SIZES, VALUES, EXPONENT = 20, 17, 20, 15
 
 
 def growth_table(growths: Sequence[Growth]) -> Iterator[str]:
     """The lines of the table: quantities by axis, their ends, and the exponent between them."""
-    yield f"{'':{NAME}}{'from – to':{SIZES}}{'grows from – to':{VALUES}}exponent"
+    yield f"{'':{NAME}}{'from – to':{SIZES}}{'grows from – to':{VALUES}}{'exponent':{EXPONENT}}at last"
     for growth in growths:
         yield f"{growth.axis.name}, {growth.axis.size_unit}"
         yield "-" * WIDTH
@@ -28,6 +28,7 @@ def growth_table(growths: Sequence[Growth]) -> Iterator[str]:
         yield from textwrap.wrap(f"ends: {growth.stopped}", WIDTH, subsequent_indent="  ")
         yield ""
     yield "exponent p of value ∝ size^p: 1 is linear, 2 quadratic, 0 flat; ± standard error"
+    yield "at last: between the two largest sizes, where what does not grow weighs least"
 
 
 def _row(growth: Growth, name: str) -> str:
@@ -35,8 +36,10 @@ def _row(growth: Growth, name: str) -> str:
     (first, low), (last, high) = points[0], points[-1]
     sizes = f"{number(first)} – {number(last)}"
     values = f"{number(low)} – {number(high)} {growth.units[name]}"
-    exponent = growth.exponent(name)
-    return f"  {name:{NAME - 2}}{sizes:{SIZES}}{values:{VALUES}}{'' if exponent is None else exponent}".rstrip()
+    overall, at_last = (
+        "" if found is None else str(found) for found in (growth.exponent(name), growth.last_exponent(name))
+    )
+    return f"  {name:{NAME - 2}}{sizes:{SIZES}}{values:{VALUES}}{overall:{EXPONENT}}{at_last}".rstrip()
 
 
 def growth_as_json(growths: Sequence[Growth]) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def growth_as_json(growths: Sequence[Growth]) -> dict[str, Any]:
 def _as_json(growth: Growth) -> dict[str, Any]:
     quantities = {}
     for name, points in growth.points.items():
-        exponent = growth.exponent(name)
+        exponent, last = growth.exponent(name), growth.last_exponent(name)
         known = exponent is not None and not math.isnan(exponent.error)
         quantities[name] = {
             "unit": growth.units[name],
@@ -55,6 +58,7 @@ def _as_json(growth: Growth) -> dict[str, Any]:
             "values": [value for _, value in points],
             "exponent": None if exponent is None else exponent.value,
             "standard_error": exponent.error if exponent is not None and known else None,
+            "last_exponent": None if last is None else last.value,
         }
     return {"size_unit": growth.axis.size_unit, "stopped": growth.stopped, "quantities": quantities}
 
