@@ -77,6 +77,12 @@ def test_zeros_and_numbers_that_are_not_finite_stay_what_they_are():
         assert not rounded(x, FORWARDS)[3, 4].isfinite()
 
 
+def test_factors_are_stored_by_rows_whatever_they_were():
+    once = torch.randn(16, 1)
+    for x in (torch.randn(16, 32).t(), once.expand(16, 32), torch.ones(()).expand(16, 32)):
+        assert quantised(x, BACKWARDS)[0].is_contiguous()
+
+
 @pytest.mark.parametrize("sizes", [(15, 16, 16), (16, 17, 16), (16, 16, 18)])
 def test_sizes_that_the_kernels_lack_are_multiplied_as_ever(sizes):
     rows, features, outputs = sizes

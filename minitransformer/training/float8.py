@@ -41,9 +41,9 @@ def linear(
 def quantised(
     x: Float[Tensor, "rows columns"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, ""]]:
-    """x / scale in 8 bits, and `scale`."""
+    """x / scale in 8 bits, stored by rows, and `scale`."""
     scale = x.abs().amax().float().clamp(min=1e-30) / torch.finfo(dtype).max
-    return (x / scale).to(dtype), scale
+    return (x / scale).to(dtype).contiguous(), scale
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
