@@ -108,7 +108,7 @@ def test_all_linear_maps_of_a_model_are_multiplied_in_8_bits_there_and_back():
 
 COMPILED = """
 import torch
-from minitransformer.models.build import ModelConfig
+from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import build_model
 from minitransformer.training.precision import FP8
 sizes = {"d_model": 32, "num_layers": 2, "num_heads": 2, "context_length": 16, "vocab_size": 32}

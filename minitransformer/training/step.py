@@ -46,14 +46,15 @@ def training_step(
     one batch would; experts are balanced beside it. If the loss or a gradient is infinite or NaN, the weights stay as
     they are.
     """
-    targets = sum(batch.num_targets for batch in micro_batches)
+    counts = [batch.num_targets for batch in micro_batches]  # before they go to the device, which would be waited for
+    targets = sum(counts)
     total = torch.zeros((), device=precision.device)
-    for batch in micro_batches:
+    for batch, count in zip(micro_batches, counts, strict=True):
         batch = batch.to(precision.device, non_blocking=True)
         with precision.autocast():
             loss = objective.loss_sum(model, batch) / targets
             total += loss.detach()
-            loss = loss + balance.loss() * batch.num_targets / targets
+            loss = loss + balance.loss() * count / targets
         precision.backward(loss)
     precision.unscale(optimizers)
     probe.before_update()
