@@ -241,6 +241,19 @@ def test_a_fresh_case_starts_a_process_for_each_sample(fakes):
     assert len(fakes) == 22
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_when_its_time_is_up_a_case_has_the_rounds_that_a_median_needs(fresh, fakes):
+    plan = replace(PLAN, warmup=2, seconds=0.0)
+    result = measure(case_of(a=[1.0], b=[1.0], fresh=fresh), plan, start=Fake)
+    assert result.late
+    assert {len(values) for values in result.samples.values()} == {3}
+    assert fresh or {len(fake.asked) for fake in fakes} == {1 + 3}
+
+
+def test_a_case_in_time_is_not_late():
+    assert not measure(case_of(a=[1.0]), replace(PLAN, seconds=1000.0), start=Fake).late
+
+
 # --- workers
 
 
@@ -310,10 +323,6 @@ def test_the_share_of_the_limit_is_that_of_the_scarcer_resource(cost, share):
     assert LIMITS.share(cost, 5.0) == share
 
 
-def test_limits_are_the_best_that_was_seen():
-    assert Limits.best_of([LIMITS, Limits({"fp32": 120.0}, 9.0)]) == Limits({"fp32": 120.0, "bf16": 200.0}, 10.0)
-
-
 def test_our_costs_are_those_of_the_model():
     from minitransformer.benchmark import ours
 
@@ -372,8 +381,8 @@ def test_both_recipes_train_to_a_loss(text):
     from minitransformer.benchmark.learning import seconds_to_loss
 
     setting = replace(TINY, data=str(text), target_loss=2.7, shape=replace(TINY.shape, d_model=32, batch_size=8))
-    assert seconds_to_loss(setting, "modern", "fp32") > 0
-    assert seconds_to_loss(replace(setting, target_loss=2.9), "classic", "fp32") > 0
+    assert seconds_to_loss(setting, "modern") > 0
+    assert seconds_to_loss(replace(setting, target_loss=2.9), "classic") > 0
 
 
 def test_a_loss_that_the_schedule_does_not_reach_is_an_error(text, monkeypatch):
@@ -383,7 +392,7 @@ def test_a_loss_that_the_schedule_does_not_reach_is_an_error(text, monkeypatch):
     short = replace(preset, training=replace(preset.training, steps=2, warmup_steps=0))
     monkeypatch.setitem(learning.PRESETS, "nanogpt-cpu", short)
     with pytest.raises(UserError, match=r"^2 steps did not reach a loss of 0.001: raise --target-loss$"):
-        learning.seconds_to_loss(replace(TINY, data=str(text), target_loss=0.001), "classic", "fp32")
+        learning.seconds_to_loss(replace(TINY, data=str(text), target_loss=0.001), "classic")
 
 
 def test_nanogpt_warms_up_decays_and_stays():
@@ -581,6 +590,21 @@ def test_more_than_the_limit_is_said_to_be_no_share_of_it(race, monkeypatch, cap
     assert "above 100 % of the limit" in capsys.readouterr().out
 
 
+def test_results_come_as_they_are_measured_and_in_a_pipe_the_subjects_are_said(race, capsys, monkeypatch):
+    said = []
+    monkeypatch.setattr(bench, "measure", lambda *a, **k: (said.append(capsys.readouterr()), measure(*a, **k))[1])
+    assert run("--only", "race", "race", "--rounds", 3) == 0
+    said.append(capsys.readouterr())
+    assert ["limits " in part.out for part in said] == [True, False, False]
+    assert ["hare" in part.out for part in said] == [False, True, True]
+    assert [part.err for part in said] == ["measuring: limits of the machine\n", "measuring: a race\n", ""]
+
+
+def test_a_case_that_was_cut_short_says_so(race, capsys):
+    assert run("--only", "race", "--minutes", 1e-6) == 0
+    assert "3 rounds: the time of this case was up (--minutes)" in capsys.readouterr().out
+
+
 def test_contestants_are_chosen_by_patterns(race, capsys):
     assert run("--only", "race", "--rounds", 1, "--contestants", "tor*") == 0
     out = capsys.readouterr().out
@@ -598,6 +622,7 @@ def test_contestants_are_chosen_by_patterns(race, capsys):
         (["--contestants", "our fp32"], "unknown contestant 'our fp32': did you mean 'ours fp32'?"),
         (["--base", "nanogpt"], "unknown contestant 'nanogpt': did you mean 'nanoGPT'?"),
         (["--rounds", "0"], "--rounds is 0: give 1 or more"),
+        (["--minutes", "0"], "--minutes is 0.0: it must be above 0"),
         (["--target-loss", "-1"], "--target-loss is -1.0: it must be above 0"),
         (["--json", "/no/such/a.json"], "/no/such/a.json cannot be written, as there is no folder /no/such"),
     ],

@@ -21,6 +21,7 @@ from minitransformer.text.batches import SequentialWindows
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.prepare import PreparedText, prepare
 from minitransformer.training.config import DataConfig, RunConfig
+from minitransformer.training.machine import choose_machine
 from minitransformer.training.presets import PRESETS
 
 Logits = Callable[[Tensor], Tensor]
@@ -28,12 +29,12 @@ SEEDS = count()
 """a process trains from another seed each time"""
 
 
-def seconds_to_loss(setting: Setting, recipe: str, precision: str) -> float:
+def seconds_to_loss(setting: Setting, recipe: str) -> float:
     """Seconds of training until validation is at the target; raises `UserError` where it is not reached."""
     setting = replace(setting, seed=setting.seed + next(SEEDS))
     prepared = prepare(open_corpus(setting.data), "chars", context_length=setting.shape.context_length, progress=False)
     setting = replace(setting, shape=replace(setting.shape, vocab_size=prepared.tokenizer.vocab_size))
-    return (_nanogpt if recipe == "nanogpt" else _ours)(setting, recipe, precision, prepared)
+    return _nanogpt(setting, prepared) if recipe == "nanogpt" else _ours(setting, recipe, prepared)
 
 
 @dataclass
@@ -52,13 +53,13 @@ class _Clock:
         self.seconds += time.perf_counter() - self._since
 
 
-def _nanogpt(setting: Setting, recipe: str, precision: str, prepared: PreparedText) -> float:
+def _nanogpt(setting: Setting, prepared: PreparedText) -> float:
     torch.manual_seed(setting.seed)
     model, step = nanogpt_steps(setting, prepared.train, compiled=False)
     return _until_reached(setting, NANOGPT_STEPS, prepared, model, step, lambda inputs: model(inputs, inputs)[0])
 
 
-def _ours(setting: Setting, recipe: str, precision: str, prepared: PreparedText) -> float:
+def _ours(setting: Setting, recipe: str, prepared: PreparedText) -> float:
     classic = PRESETS["nanogpt-cpu"].training
     if recipe == "classic":
         config = RunConfig(config_of(setting.shape), DataConfig(tokenizer="chars"), classic)
@@ -66,7 +67,9 @@ def _ours(setting: Setting, recipe: str, precision: str, prepared: PreparedText)
         training = replace(PRESETS["gpt-micro"].training, batch_size=setting.shape.batch_size)
         config = RunConfig(_modern(config_of(setting.shape)), DataConfig(tokenizer="chars"), training)
     training = replace(config.training, batch_size=setting.shape.batch_size, seed=setting.seed)
-    model, step = steps_of(replace(config, training=training), prepared, setting.device, precision, compiled=False)
+    machine = choose_machine(setting.device, "auto", "off", run_flops=0)
+    config = replace(config, training=training)
+    model, step = steps_of(config, prepared, setting.device, machine.precision, compiled=False)
     return _until_reached(setting, training.steps, prepared, model, step, model)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,13 +34,6 @@ class Limits:
         if flops is None:
             return None
         return rate * max(cost.flops / flops, cost.bytes / self.bytes)
-
-    @classmethod
-    def best_of(cls, measured: Sequence[Limits]) -> Limits:
-        """The highest of each: whatever slows a machine down does not change what it can do."""
-        names = {name for limits in measured for name in limits.flops}
-        flops = {name: max(limits.flops.get(name, 0.0) for limits in measured) for name in sorted(names, reverse=True)}
-        return cls(flops, max(limits.bytes for limits in measured))
 
 
 def measure_limits(device: str) -> Limits:

@@ -1,4 +1,4 @@
-"""The results as one table of 80 columns, as JSON, and as a picture."""
+"""The results as tables of 80 columns, as JSON, and as a picture."""
 
 from __future__ import annotations
 
@@ -26,13 +26,9 @@ NAME, SPREAD, RATIO = 26, 23, 22
 FORMAT = 1
 
 
-def table(results: Sequence[Result], limits: Limits | None) -> Iterator[str]:
-    """The lines of the table: for each case its contestants, the verdict, and who is absent and why."""
-    for result in results:
-        yield from ("", *_case(result, limits))
-
-
-def _case(result: Result, limits: Limits | None) -> Iterator[str]:
+def table(result: Result, limits: Limits | None) -> Iterator[str]:
+    """The lines of a case: its contestants, the verdict, and who is absent and why."""
+    yield ""
     heading = f"{result.case.title}, {result.case.unit}"
     if len(heading) < NAME:
         heading = f"{heading:{NAME}}median [quartiles]"
@@ -61,6 +57,9 @@ def _remarks(result: Result, limits: Limits | None) -> Iterator[str]:
     verdict = result.verdict()
     if verdict is not None:
         yield f"{verdict}"
+    if result.late:
+        rounds = len(next(iter(result.samples.values()), ()))
+        yield f"{rounds} rounds: the time of this case was up (--minutes)"
     if any((_share(result, name, limits) or 0) > 1 for name in result.samples):
         yield "above 100 % of the limit: the machine was slower while that was measured, so no share of it can be told"
     reasons: dict[str, list[str]] = {}
@@ -81,7 +80,7 @@ def heading(setting: Setting, plan: Plan, limits: Limits | None, why_no_limits: 
         products = ", ".join(f"{name} {number(flops)}FLOP/s" for name, flops in limits.flops.items())
         yield f"limits     matrix products {products}; memory {number(limits.bytes)}B/s"
     yield f"shape      {setting.shape}"
-    yield f"rounds     {plan.rounds} interleaved, in shuffled order, after {plan.warmup} for warm-up"
+    yield f"rounds     up to {plan.rounds}, interleaved, in shuffled order, after {plan.warmup} for warm-up"
     yield "           ratios are paired by rounds, [95 % interval of their median];"
     yield "           (again): the base measured twice, what differs by chance"
     if plan.rounds < least_rounds():
@@ -96,7 +95,7 @@ def as_json(
         "format": FORMAT,
         "machine": machine(),
         "setting": {**asdict(setting), "against": str(setting.against.path) if setting.against else None},
-        "plan": asdict(plan),
+        "plan": _finite(asdict(plan)),
         "limits": why_no_limits if limits is None else asdict(limits),
         "cases": [_case_as_json(result, limits) for result in results],
     }
@@ -127,9 +126,9 @@ def _case_as_json(result: Result, limits: Limits | None) -> dict[str, Any]:
     }
 
 
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """JSON has no infinity: an end that is not known is null."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return {name: None if value == math.inf else value for name, value in values.items()}
 
 
 def picture(results: Sequence[Result]) -> Figure:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,6 +16,8 @@ from minitransformer.benchmark.workers import ContestantFailed, Worker
 
 AGAIN = " (again)"
 """ends the name of the base measured as a contestant like any other: what it differs by from itself is noise"""
+LEAST_ROUNDS = 3
+"""of a case whose time is up, after one for warm-up: a median needs them"""
 
 
 class Measurer(Protocol):
@@ -41,6 +45,8 @@ class Plan:
     """what others are compared with, where it takes part; None is the first that a case offers"""
     twin: bool = True
     """measure the base a second time, as if it were another, to see how far the machine alone puts two apart"""
+    seconds: float = math.inf
+    """after which a case begins no round that it can do without"""
     seed: int = 0
 
 
@@ -53,6 +59,8 @@ class Result:
     samples: dict[str, list[float]]
     costs: dict[str, Cost | None] = field(default_factory=dict)
     absent: tuple[Absent, ...] = ()
+    late: bool = False
+    """whether there are fewer rounds than planned, as the time was up"""
 
     def spread(self, name: str) -> Spread:
         return Spread.of(self.samples[name])
@@ -84,13 +92,15 @@ def measure(case: Case, plan: Plan, *, start: Start = Worker, report: Report = l
 
     Whatever happens, also Ctrl-C, no process of a contestant is left when this returns.
     """
+    began = time.monotonic()
     case, base = _with_twin(case, plan)
     if case.fresh:
         return _measure_fresh(case, base, plan, start, report)
     with _ready(case, start, report) as (measurers, absent):
         costs = {name: measurer[1] for name, measurer in measurers.items()}
         samples: dict[str, list[float]] = {name: [] for name in measurers}
-        for number, order in enumerate(_orders(list(measurers), plan), start=-plan.warmup):
+        rounds = _Rounds(list(measurers), plan, began)
+        for number, order in rounds:
             for name in order:
                 if name not in samples:
                     continue
@@ -104,7 +114,7 @@ def measure(case: Case, plan: Plan, *, start: Start = Worker, report: Report = l
                     continue
                 if number >= 0:
                     samples[name].append(value)
-        return _result(case, base, samples, costs, absent)
+        return _result(case, base, samples, costs, absent, rounds.late)
 
 
 def _measure_fresh(case: Case, base: str | None, plan: Plan, start: Start, report: Report) -> Result:
@@ -112,7 +122,8 @@ def _measure_fresh(case: Case, base: str | None, plan: Plan, start: Start, repor
     absent = list(case.absent)
     by_name = {contestant.name: contestant for contestant in case.contestants}
     samples: dict[str, list[float]] = {name: [] for name in by_name}
-    for number, order in enumerate(_orders(list(by_name), replace(plan, warmup=0))):
+    rounds = _Rounds(list(by_name), replace(plan, warmup=0), time.monotonic())
+    for number, order in rounds:
         for name in order:
             if name not in samples:
                 continue
@@ -126,7 +137,7 @@ def _measure_fresh(case: Case, base: str | None, plan: Plan, start: Start, repor
                 del samples[name]
             finally:
                 measurer.close()
-    return _result(case, base, samples, {}, absent)
+    return _result(case, base, samples, {}, absent, rounds.late)
 
 
 def _result(
@@ -135,12 +146,13 @@ def _result(
     samples: dict[str, list[float]],
     costs: dict[str, Cost | None],
     absent: Sequence[Absent],
+    late: bool,
 ) -> Result:
     measured = [contestant.name for contestant in case.contestants if contestant.name in samples]
     # A base that failed leaves its place to the next.
     base = base if base in samples else next((name for name in measured if not name.endswith(AGAIN)), None)
     shown = tuple(entry for entry in absent if not entry.name.endswith(AGAIN))
-    return Result(case, base, {name: samples[name] for name in measured}, costs, shown)
+    return Result(case, base, {name: samples[name] for name in measured}, costs, shown, late)
 
 
 def _with_twin(case: Case, plan: Plan) -> tuple[Case, str | None]:
@@ -158,11 +170,25 @@ def _with_twin(case: Case, plan: Plan) -> tuple[Case, str | None]:
     return replace(case, contestants=contestants), base
 
 
-def _orders(names: list[str], plan: Plan) -> Iterator[list[str]]:
-    """For each round, warm-up included, the names in a random order: whoever comes after another does so by chance."""
-    draws = random.Random(plan.seed)
-    for _ in range(plan.warmup + plan.rounds):
-        yield draws.sample(names, len(names))
+class _Rounds:
+    """The number of each round, below 0 for warm-up, and the names in a random order.
+
+    So whoever comes after another does so by chance. `late` says whether some were left out, as the time was up.
+    """
+
+    def __init__(self, names: list[str], plan: Plan, began: float) -> None:
+        self.names, self.plan = names, plan
+        self.end = began + plan.seconds
+        self.late = False
+
+    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+        draws = random.Random(self.plan.seed)
+        for number in range(-self.plan.warmup, self.plan.rounds):
+            needed = number < LEAST_ROUNDS if number >= 0 else number == -self.plan.warmup
+            if needed or time.monotonic() < self.end:
+                yield number, draws.sample(self.names, len(self.names))
+            elif number >= 0:
+                self.late = True
 
 
 def _round(number: int, plan: Plan) -> str:

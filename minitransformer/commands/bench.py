@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
@@ -61,8 +62,8 @@ class Options:
     """of time-to-loss, in nats a character"""
     scaling: bool = False
     """instead: how memory and time grow with context, vocabulary, batch and text"""
-    budget_seconds: float = 300.0
-    """of --scaling: sizes grow while they fit into it"""
+    minutes: float = 20.0
+    """that all of it takes, about: as many rounds, and with --scaling as large sizes, as fit"""
     json: Path | None = None
     """file for everything that was measured, each sample included"""
     plot: Path | None = None
@@ -99,7 +100,7 @@ def _check(options: Options) -> None:
     for name, least in {"rounds": 1, "warmup": 0, "tokens": 1}.items():
         if getattr(options, name) < least:
             raise UserError(f"--{name} is {getattr(options, name)}: give {least} or more")
-    for name in ("seconds", "megabytes", "target_loss", "budget_seconds"):
+    for name in ("seconds", "megabytes", "target_loss", "minutes"):
         if not getattr(options, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be above 0")
     if options.plot is not None and find_spec("matplotlib") is None:
@@ -131,38 +132,24 @@ def _compare(options: Options) -> int:
     setting, plan = _setting(options), options.plan()
     cases = _cases(options, setting)
     progress = Progress()
+    end = time.monotonic() + 60 * options.minutes
     results: list[Result] = []
-    measured: list[Limits] = []
-    why_no_limits = ""
-
-    def measure_the_limits() -> None:
-        nonlocal why_no_limits
-        progress("limits of the machine")
-        try:
-            measured.append(measure_limits(setting.device))
-        except ContestantFailed as failure:
-            why_no_limits = str(failure)
-
-    def save() -> None:
-        if options.json is not None:
-            content = as_json(results, setting, plan, _best(measured), why_no_limits)
-            with writing(options.json, REMEDY):
-                write_text(options.json, json.dumps(content, indent=1) + "\n")
-
     interrupted = False
     try:
-        measure_the_limits()
-        for case in cases:
-            results.append(measure(case, plan, report=progress))
-            save()
-        measure_the_limits()  # whatever slowed the machine then may be gone by now
+        progress("limits of the machine")
+        limits, why_no_limits = _limits(setting)
+        progress.show(heading(setting, plan, limits, why_no_limits))
+        for number, case in enumerate(cases):
+            seconds = (end - time.monotonic()) / (len(cases) - number)
+            results.append(measure(case, replace(plan, seconds=seconds), report=progress))
+            progress.show(table(results[-1], limits))
+            if options.json is not None:
+                content = as_json(results, setting, plan, limits, why_no_limits)
+                with writing(options.json, REMEDY):
+                    write_text(options.json, json.dumps(content, indent=1) + "\n")
     except KeyboardInterrupt:
         interrupted = True
     progress.clear()
-    limits = _best(measured)
-    for line in (*heading(setting, plan, limits, why_no_limits), *table(results, limits)):
-        print(line)
-    save()
     if interrupted:
         print(f"\ninterrupted: {len(results)} of {len(cases)} cases are measured", file=sys.stderr)
         return INTERRUPTED
@@ -171,8 +158,12 @@ def _compare(options: Options) -> int:
     return DONE if any(result.samples for result in results) else FAILED
 
 
-def _best(measured: Sequence[Limits]) -> Limits | None:
-    return Limits.best_of(measured) if measured else None
+def _limits(setting: Setting) -> tuple[Limits | None, str]:
+    """Those of the machine, or why they are not known."""
+    try:
+        return measure_limits(setting.device), ""
+    except ContestantFailed as failure:
+        return None, str(failure)
 
 
 def _cases(options: Options, setting: Setting) -> list[Case]:
@@ -213,12 +204,10 @@ def _scaling(options: Options) -> int:
     interrupted = False
     try:
         for name in names:
-            growths.append(grow(Axis.named(name)(setting), options.budget_seconds / len(names), report=progress))
+            growths.append(grow(Axis.named(name)(setting), 60 * options.minutes / len(names), report=progress))
     except KeyboardInterrupt:
         interrupted = True
-    progress.clear()
-    for line in growth_table(growths):
-        print(line)
+    progress.show(growth_table(growths))
     if options.json is not None:
         with writing(options.json, REMEDY):
             write_text(options.json, json.dumps(growth_as_json(growths), indent=1) + "\n")
@@ -238,16 +227,26 @@ def _save_picture(path: Path, figure: object) -> None:
 
 
 class Progress:
-    """What is being measured, in one line of a terminal; nothing in a pipe."""
+    """What is being measured: in one line of a terminal, or in a pipe where something else begins."""
 
     def __init__(self) -> None:
-        self.shown = sys.stderr.isatty()
+        self.live = sys.stderr.isatty()
+        self.subject = ""
 
     def __call__(self, line: str) -> None:
-        if self.shown:
+        subject = line.partition(":")[0]
+        if self.live:
             print(f"\r{line[: WIDTH - 1]:{WIDTH - 1}}", end="", file=sys.stderr, flush=True)
+        elif subject != self.subject:
+            print(f"measuring: {subject}", file=sys.stderr, flush=True)
+        self.subject = subject
+
+    def show(self, lines: Iterable[str]) -> None:
+        """Results, in place of what was being measured."""
+        self.clear()
+        for line in lines:
+            print(line, flush=True)
 
     def clear(self) -> None:
-        self("")
-        if self.shown:
-            print("\r", end="", file=sys.stderr, flush=True)
+        if self.live:
+            print(f"\r{'':{WIDTH - 1}}\r", end="", file=sys.stderr, flush=True)

@@ -18,7 +18,8 @@ class TimeToLoss(Subject, name="time-to-loss"):
     """Seconds of training until the loss on validation, in nats a character, is what was asked for.
 
     Every sample trains anew, from another seed; validation is not counted. "classic" is nanoGPT's model and recipe in
-    our code, "modern" ours (Muon, rotary positions, QK-norm, squared ReLU, untied head) with the same sizes.
+    our code, "modern" ours (Muon, rotary positions, QK-norm, squared ReLU, untied head) with the same sizes, both in
+    the precision that `train.py` chooses.
     """
 
     about = "seconds of training to a loss on validation (--target-loss)"
@@ -31,16 +32,14 @@ class TimeToLoss(Subject, name="time-to-loss"):
 
 def _entries(setting: Setting) -> Iterator[Contestant | Absent]:
     if setting.against:
-        yield Contestant("nanoGPT", partial(_work, setting, "nanogpt", "fp32"), base=True)
+        yield Contestant("nanoGPT", partial(_work, setting, "nanogpt"), base=True)
     else:
         yield Absent("nanoGPT", "name a checkout with --against")
     for recipe in RECIPES:
-        for precision in ("fp32", "bf16"):
-            name = f"ours {recipe} {precision}"
-            yield Contestant(name, partial(_work, setting, recipe, precision), base=recipe == "classic")
+        yield Contestant(f"ours {recipe}", partial(_work, setting, recipe), base=recipe == "classic")
 
 
-def _work(setting: Setting, recipe: str, precision: str) -> Work:
+def _work(setting: Setting, recipe: str) -> Work:
     from minitransformer.benchmark.learning import seconds_to_loss
 
-    return Work(partial(seconds_to_loss, setting, recipe, precision))
+    return Work(partial(seconds_to_loss, setting, recipe))
