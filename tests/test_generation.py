@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minitransformer.architecture.block import Block
+from minitransformer.architecture.cache import KVCache
 from minitransformer.architecture.feedforward import FEEDFORWARDS
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
+from minitransformer.generation import readers
 from minitransformer.generation.decode import draw, generate, on_host, uniform_draws
 from minitransformer.generation.processors import (
     MinP,
@@ -235,6 +237,36 @@ def test_cached_decoding_is_uncached_decoding_even_past_the_context(
         settings = {"temperature": temperature, "num_samples": 2, "max_new_tokens": 14}
         for prompt in ([1, 2, 3], list(range(11)) * 2):  # shorter and longer than the context
             assert run(model, prompt, **settings) == run(model, prompt, cached=False, **settings)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{}, {"positions": "t5"}, {"positions": "learned", "token_smear": True}, {"attention_window": 5}],
+    ids=str,
+)
+def test_a_text_that_looks_at_more_slots_the_longer_it_is_is_the_same(
+    tiny_decoder: MakeDecoder, choices: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "FEW_SLOTS", 8)
+    model = tiny_decoder(context_length=32, **choices)
+    settings = {"num_samples": 2, "max_new_tokens": 40}
+    expected = run(model, [1, 2, 3], cached=False, **settings)
+    seen = []
+    place = KVCache.place
+    monkeypatch.setattr(KVCache, "place", lambda cache, slots, n: (seen.append(n), place(cache, slots, n))[1])
+    assert run(model, [1, 2, 3], **settings) == expected
+    assert list(dict.fromkeys(seen)) == [8, 16, 24, 32]
+
+
+@given(st.integers(1, 100_000), st.integers(1, 100_000))
+def test_attention_looks_at_few_slots_more_than_are_in_use(length: int, most: int) -> None:
+    length = min(length, most)
+    seen = readers.slots_seen(length, most)
+    assert length <= seen <= min(most, max(1.25 * length + 1, length + readers.FEW_SLOTS))
+
+
+def test_a_long_text_looks_at_few_numbers_of_slots() -> None:
+    assert len({readers.slots_seen(length, 32768) for length in range(1, 32769)}) == 20
 
 
 @pytest.mark.parametrize("residual", Residual.registry)

@@ -23,11 +23,12 @@ class AttentionCache(Protocol):
 class LayerCache:
     """The keys and values of one self-attention layer, for at most `max_length` tokens.
 
-    The buffers grow with what they hold, so that few tokens cost little; with `slots` they are whole from the start.
+    The buffers grow with what they hold, so that few tokens cost little; with `slots` they are whole from the start,
+    and their first `seen` slots are looked at.
     """
 
     def __init__(self, max_length: int) -> None:
-        self.max_length = max_length
+        self.max_length = self.seen = max_length
         self.length = 0
         self.slots: Tensor | None = None
         self._keys: Tensor | None = None
@@ -41,11 +42,13 @@ class LayerCache:
     ) -> KeysAndValues:
         """Add the keys and values of new tokens; returns those of all tokens so far.
 
-        With `slots`, the new ones go there, and both buffers are returned whole.
+        With `slots`, the new ones go there, and those of all slots that are seen are returned.
         """
         if self.slots is not None:
             self._keys, self._values = self._with_room(self._keys, k), self._with_room(self._values, v)
-            return self._keys.index_copy_(2, self.slots, k), self._values.index_copy_(2, self.slots, v)
+            self._keys.index_copy_(2, self.slots, k)
+            self._values.index_copy_(2, self.slots, v)
+            return self._keys[:, :, : self.seen], self._values[:, :, : self.seen]
         start, self.length = self.length, self.length + k.size(2)
         assert self.length <= self.max_length, f"{self.length} tokens in a cache for {self.max_length}"
         self._keys, self._values = self._with_room(self._keys, k), self._with_room(self._values, v)
@@ -133,13 +136,19 @@ class KVCache:
         """Where the next tokens go, if `place` has said so; otherwise they follow those already read."""
         return self.layers[0].slots
 
-    def place(self, slots: Int[Tensor, "new"] | None) -> None:
-        """The next tokens go to these slots: attention then sees all slots, and a mask says which of them count.
+    @property
+    def seen(self) -> int:
+        """How many slots attention sees, if `place` has said where the next tokens go."""
+        return self.layers[0].seen
 
-        So every step has the same shapes, whatever has been read: what recording and compiling ask for.
+    def place(self, slots: Int[Tensor, "new"] | None, seen: int | None = None) -> None:
+        """The next tokens go to these slots; attention then sees the first `seen` slots (default: all).
+
+        A mask says which of them count. So every step that sees as many has the same shapes, whatever has been read:
+        what recording and compiling ask for.
         """
         for cache in self._of_tokens:
-            cache.slots = slots
+            cache.slots, cache.seen = slots, seen or self.max_length
 
     @property
     def _of_tokens(self) -> list[LayerCache]:

@@ -22,7 +22,7 @@ from minitransformer.generation.decode import (
     uniform_draws,
 )
 from minitransformer.generation.processors import LogitsProcessor, SamplingConfig
-from minitransformer.generation.readers import window_length
+from minitransformer.generation.readers import slots_seen, window_length
 from minitransformer.generation.recording import for_single_rows, recorded
 from minitransformer.models.decoder import DecoderLM
 
@@ -62,15 +62,16 @@ class RowsReader:
         """Every row reads one token; the logits of the next."""
         if self.end == self.slots:
             self._move(-min(self.starts))
-        if self._is_token is None:
+        seen = slots_seen(self.end + 1, self.slots)
+        if self._is_token is None or self._is_token.size(1) != seen:
             starts = torch.tensor(self.starts, device=self.device)
-            self._is_token = torch.arange(self.slots, device=self.device) >= starts[:, None]
+            self._is_token = torch.arange(seen, device=self.device) >= starts[:, None]
         slot = torch.tensor([self.end], device=self.device)
         self.end += 1
         return self._read(torch.tensor(tokens, device=self.device)[:, None], slot, self._is_token)
 
     def _read_all(self, tokens: Tensor, slot: Tensor, is_token: Tensor) -> Tensor:
-        self.cache.place(slot)
+        self.cache.place(slot, int(is_token.size(1)))
         return self.model.head(self.model.hidden_states(tokens, is_token=is_token, cache=self.cache)[:, -1])
 
     def _move(self, by: int) -> None:

@@ -19,6 +19,9 @@ from minitransformer.architecture.cache import KVCache
 from minitransformer.generation.recording import Step, for_single_rows, recorded
 from minitransformer.models.decoder import DecoderLM
 
+FEW_SLOTS = 512
+"""that it costs little to look at"""
+
 
 def window_length(total: int, context_length: int) -> int:
     """How many of `total` tokens, the last ones, a model sees that sees at most `context_length`.
@@ -29,6 +32,15 @@ def window_length(total: int, context_length: int) -> int:
         return total
     after_a_drop = context_length // 2 + 1
     return after_a_drop + (total - context_length - 1) % (context_length + 1 - after_a_drop)
+
+
+def slots_seen(length: int, most: int) -> int:
+    """How many of `most` slots attention looks at when `length` are in use: up to a quarter more, or `FEW_SLOTS`.
+
+    What is recorded looks at a fixed number of slots. All of them would cost a short text as much as the longest.
+    """
+    step = max(FEW_SLOTS, (1 << length.bit_length()) // 8)
+    return min(most, -(-length // step) * step)
 
 
 class Reader(Protocol):
@@ -61,7 +73,9 @@ class CachedReader:
     def __init__(self, model: DecoderLM, max_tokens: int) -> None:
         self.model = model
         self.context_length = model.config.context_length
-        self.cache = model.new_cache(min(max_tokens, self.context_length))
+        slots = min(max_tokens, self.context_length)
+        self.cache = model.new_cache(slots)
+        self.positions = torch.arange(slots, device=next(model.parameters()).device)
         self.steps: dict[int, Step] = {}
         self.start: int | None = None
         self.known = 0
@@ -79,7 +93,8 @@ class CachedReader:
         unread = min(total - self.known, window) if total - window == self.start else window
         new = max(unread, count)
         self.start, self.known = total - window, total
-        return self._step(count)(tokens[:, -new:], torch.arange(window - new, window, device=tokens.device))
+        positions = self.positions[: slots_seen(window, len(self.positions))]
+        return self._step(count)(tokens[:, -new:], positions[window - new : window], positions[None])
 
     def forget(self, length: int) -> None:
         """All but the first `length` tokens may be others from now on: as in `KVCache.truncate`.
@@ -106,22 +121,28 @@ class CachedReader:
             self.model = for_single_rows(self.model)  # after the prompt, which need not wait for it
         if count not in self.steps:
 
-            def step(tokens: Tensor, slots: Tensor) -> Tensor:
-                return self._read(tokens, slots, count)
+            def step(tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+                return self._read(tokens, slots, positions, count)
 
             self.steps[count] = recorded(step, self.model)
         return self.steps[count]
 
     def _read(
-        self, tokens: Int[Tensor, "samples new"], slots: Int[Tensor, "new"], count: int
+        self,
+        tokens: Int[Tensor, "samples new"],
+        slots: Int[Tensor, "new"],
+        positions: Int[Tensor, "1 seen"],
+        count: int,
     ) -> Float[Tensor, "samples {count} vocab"]:
-        self.cache.place(slots)
-        return _logits(self.model, tokens, count, self.cache)
+        self.cache.place(slots, int(positions.size(1)))
+        return _logits(self.model, tokens, count, self.cache, positions)
 
 
-def _logits(model: DecoderLM, tokens: Tensor, count: int, cache: KVCache | None = None) -> Tensor:
+def _logits(
+    model: DecoderLM, tokens: Tensor, count: int, cache: KVCache | None = None, positions: Tensor | None = None
+) -> Tensor:
     # The head reads the last tokens only: logits of a whole prompt would be its length times the vocabulary.
-    return model.head(model.hidden_states(tokens, cache=cache)[:, -count:])
+    return model.head(model.hidden_states(tokens, positions=positions, cache=cache)[:, -count:])
 
 
 class TargetReader:

@@ -77,7 +77,7 @@ def positions_of(
     """0, 1, 2, … for `tokens` and all that are in `cache` before them; padding is not counted."""
     if cache is None:
         return token_positions(tokens.size(1), is_token, tokens.device)
-    total = cache.max_length if cache.slots is not None else cache.length + tokens.size(1)
+    total = cache.seen if cache.slots is not None else cache.length + tokens.size(1)
     return token_positions(total, is_token, tokens.device)
 
 

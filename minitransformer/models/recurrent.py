@@ -31,7 +31,7 @@ class RecurrentCache:
         self.state, self.keys, self.length = state, keys, self.length + new
         assert self.length <= self.max_length, f"{self.length} tokens in a cache for {self.max_length}"
 
-    def place(self, slots: Int[Tensor, "new"] | None) -> None:
+    def place(self, slots: Int[Tensor, "new"] | None, seen: int | None = None) -> None:
         """Nothing: a state is as large after any number of tokens."""
 
     def select(self, rows: Int[Tensor, "selected"]) -> None:
