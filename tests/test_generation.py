@@ -21,7 +21,7 @@ from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
-from minitransformer.generation import readers
+from minitransformer.generation import readers, recording
 from minitransformer.generation.decode import draw, generate, on_host, uniform_draws
 from minitransformer.generation.processors import (
     MinP,
@@ -32,7 +32,7 @@ from minitransformer.generation.processors import (
     TopP,
 )
 from minitransformer.generation.readers import CachedReader, window_length
-from minitransformer.generation.recording import SOON, Recorded, for_single_rows
+from minitransformer.generation.recording import FEW_PRODUCTS, SOON, Recorded, for_single_rows
 from minitransformer.generation.samples import sample_of
 from minitransformer.generation.streaming import TextStream, stream_text
 from minitransformer.models.decoder import DecoderLM
@@ -456,6 +456,24 @@ def test_replays_leave_the_libraries_of_others_as_they_are() -> None:
     for _ in range(4):
         recorded(torch.ones(1))
     assert torch._C._get_mkldnn_enabled() == before
+
+
+@pytest.mark.parametrize(("rows", "threads"), [(1, 1), (3, 1), (4, 3)])
+def test_few_products_are_done_by_one_thread_which_no_other_process_can_delay(
+    rows: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during = []
+    monkeypatch.setattr(recording, "traced", lambda step, tensors: lambda *t: during.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        recorded = Recorded(lambda a: a + 1, products=FEW_PRODUCTS // 4)
+        for _ in range(3):
+            recorded(torch.ones(rows, 1))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert during == [threads, threads]
 
 
 def test_an_interruption_while_a_step_is_recorded_is_not_lost() -> None:

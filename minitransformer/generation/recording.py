@@ -24,6 +24,8 @@ from minitransformer.architecture.linear import has_hooks, is_plain
 
 SOON = 8
 """steps"""
+FEW_PRODUCTS = 1 << 22
+"""that one thread does as fast as several (measured), and several times as fast if another process is at work"""
 M = TypeVar("M", bound=nn.Module)
 Step = Callable[..., Tensor]
 
@@ -47,12 +49,12 @@ def uninterrupted() -> Iterator[None]:
 class Recorded:
     """`step`, a function of tensors that does the same whatever they hold; recorded when shapes come again soon.
 
-    What comes now and then, such as reading a window anew, is not worth a recording. `onednn` says whether replays may
-    use that library.
+    What comes now and then, such as reading a window anew, is not worth a recording. The first tensor holds the tokens,
+    each of which takes so many `products`; `onednn` says whether replays may use that library.
     """
 
-    def __init__(self, step: Step, onednn: bool = True) -> None:
-        self.step, self.onednn = step, onednn
+    def __init__(self, step: Step, products: int = 0, onednn: bool = True) -> None:
+        self.step, self.products, self.onednn = step, products, onednn
         self._recordings: dict[tuple[torch.Size, ...], Step] = {}
         self._steps = 0
         self._seen: dict[tuple[torch.Size, ...], int] = {}
@@ -66,8 +68,13 @@ class Recorded:
                 return self.step(*tensors)
             with uninterrupted():
                 self._recordings[shapes] = (captured if tensors[0].is_cuda else traced)(self.step, tensors)
+        few = tensors[0].numel() * self.products < FEW_PRODUCTS
         # To optimise a recording takes as long as hundreds of replays gain by it.
-        with torch.jit.optimized_execution(False), _onednn(self.onednn):
+        with (
+            torch.jit.optimized_execution(False),
+            _onednn(self.onednn),
+            _threads(1 if few else torch.get_num_threads()),
+        ):
             return self._recordings[shapes](*tensors)
 
 
@@ -112,13 +119,29 @@ def _onednn(allowed: bool) -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def recorded(step: Step, model: nn.Module) -> Step:
     """`step`, to be replayed, unless someone listens to a module of `model`, who would not hear a replay."""
     if any(map(has_hooks, model.modules())):
         return step
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     # Measured: of what float32 models do for a token, oneDNN only does GELU, in several times the time of torch.
-    weights = [module._parameters.get("weight") for module in model.modules() if isinstance(module, nn.Linear)]
-    return Recorded(step, onednn=not all(weight is not None and weight.dtype == torch.float32 for weight in weights))
+    onednn = not all(getattr(linear, "kernel", False) or _is_float32(linear) for linear in linears)
+    return Recorded(step, sum(linear.in_features * linear.out_features for linear in linears), onednn)
+
+
+def _is_float32(linear: nn.Linear) -> bool:
+    weight = linear._parameters.get("weight")
+    return weight is not None and weight.dtype == torch.float32
 
 
 def for_single_rows(model: M) -> M:

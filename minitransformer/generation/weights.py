@@ -1,8 +1,8 @@
-"""Weights in fewer bytes while a model decodes.
+"""How weights are stored, and read, while a model decodes.
 
 A step for one token reads every weight once and does one multiplication with it: how long it takes depends on how many
-bytes the weights have. Only matrices of linear maps are stored otherwise; embeddings, norms, biases, caches and all
-that is computed stay as they are.
+bytes the weights have, and on how fast these are read. Only matrices of linear maps are stored otherwise; embeddings,
+norms, biases, caches and all that is computed stay as they are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -21,8 +21,6 @@ from minitransformer.generation.recording import with_modules
 from minitransformer.registry import Registered
 
 M = TypeVar("M", bound=nn.Module)
-FEW_ROWS = 64
-"""up to so many, the kernel is faster than a matrix product of widened weights (measured)"""
 FEW_WEIGHTS = 1 << 21
 """models with fewer fit into caches, and gain nothing from the kernel (measured)"""
 
@@ -32,6 +30,8 @@ class Weights(Registered, kind="weights"):
 
     stored: Tensor
     scale: Tensor | None = None
+    few_rows: ClassVar[int] = 64
+    """up to so many, our kernel is faster than torch's (measured, with weights that are widened for these)"""
 
     def __init__(self, weight: Float[Tensor, "out in"]) -> None:
         raise NotImplementedError
@@ -61,9 +61,17 @@ class Weights(Registered, kind="weights"):
 class Float32(Weights, name="fp32"):
     """As the checkpoint has them: nothing is rounded."""
 
+    few_rows = 8
+
+    def __init__(self, weight: Float[Tensor, "out in"]) -> None:
+        self.stored = weight
+
+    def product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        return x @ self.stored.t()
+
     @classmethod
     def applied(cls, model: M, report: Callable[[str], None] = lambda line: None) -> M:
-        return model
+        return model if _why_no_kernel(model, report) else super().applied(model, report)
 
 
 class BFloat16(Weights, name="bf16"):
@@ -92,7 +100,7 @@ class Int8(Weights, name="int8"):
 
     def product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         assert self.scale is not None
-        few_rows = x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.size(-1)
+        few_rows = x.device.type == "cpu" and x.numel() <= self.few_rows * x.size(-1)
         if few_rows and x.size(-1) % 64 == 0:
             # torch's kernel reads whole blocks of features, and is fast for bfloat16 alone.
             rows = x.reshape(-1, x.size(-1)).bfloat16()
@@ -108,7 +116,7 @@ class StoredLinear(nn.Linear):
     kernel: bool
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        if self.kernel and x.dtype == torch.float32 and x.numel() <= FEW_ROWS * x.size(-1):
+        if self.kernel and x.dtype == torch.float32 and x.numel() <= self.weights.few_rows * x.size(-1):
             product = torch.ops.minitransformer.row_product
             return product(x.contiguous(), self.weights.stored, self.weights.scale, self.bias)
         plain = self.weights.product(x)
@@ -135,7 +143,9 @@ def _why_no_kernel(model: nn.Module, report: Callable[[str], None]) -> str | Non
     """Why rows are not multiplied by our own kernel, in words that follow "as", or None if they are."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if any(linear.weight.device.type != "cpu" for linear in linears):
-        return "another kernel is for CPUs"
+        return "ours is for CPUs"
+    if any(linear.weight.dtype != torch.float32 for linear in linears):
+        return "ours is for models in float32"
     if sum(linear.weight.numel() for linear in linears) < FEW_WEIGHTS:
         return "compiling another does not pay for so small a model"
     try:
