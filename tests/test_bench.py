@@ -173,9 +173,9 @@ def fakes():
     return Fake.all
 
 
-def case_of(lower_is_better=False, fresh=False, **values):
+def case_of(lower_is_better=False, fresh=False, warmup=True, **values):
     contestants = [Contestant(name, partial(lambda row: (row, []), row)) for name, row in values.items()]
-    return Case.of("race", "laps/s", contestants, lower_is_better=lower_is_better, fresh=fresh)
+    return Case.of("race", "laps/s", contestants, lower_is_better=lower_is_better, fresh=fresh, warmup=warmup)
 
 
 def test_every_contestant_has_a_sample_in_every_round_and_warm_up_is_dropped(fakes):
@@ -183,6 +183,12 @@ def test_every_contestant_has_a_sample_in_every_round_and_warm_up_is_dropped(fak
     assert result.samples["a"] == [1.0] * 11
     assert all(len(values) == 11 for values in result.samples.values())
     assert all(fake.closed for fake in fakes)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_case_that_needs_none_has_no_warm_up(fresh, fakes):
+    result = measure(case_of(a=[1.0], fresh=fresh, warmup=False), replace(PLAN, twin=False), start=Fake)
+    assert sum(len(fake.asked) for fake in fakes) == len(result.samples["a"]) == 11
 
 
 def test_the_order_within_rounds_is_shuffled():
@@ -330,10 +336,11 @@ def test_our_costs_are_those_of_the_model():
     weights = 12 * shape.d_model**2 + shape.vocab_size * shape.d_model  # of one block, and the head
     scores = 12 * shape.d_model
     assert ours.training_cost(shape, "fp32").flops == 6 * weights + scores * shape.context_length
-    assert ours.decoding_cost(shape, "bf16", 0, 4).bytes == 2 * weights / 4
-    assert ours.decoding_cost(shape, "bf16", 12, 4).flops == (6 * weights + scores * 6) / 3
-    whole = ours.reading_cost(shape, "fp32", 1)
-    assert whole == ours.decoding_cost(shape, "fp32", 0, 1).__class__(2 * weights + scores / 3, 4 * weights, "fp32")
+    assert ours.decoding_cost(shape, "bf16", "fp32", "fp32", 0, 4).bytes == 2 * weights / 4
+    written = ours.decoding_cost(shape, "int8", "bf16", "fp32", 12, 4)
+    cached = 2 * 6 * shape.d_model * 4  # keys and values of half of the tokens
+    assert written == Cost((6 * weights + scores * 6) / 3, weights / 4 + cached, "bf16")
+    assert ours.reading_cost(shape, "fp32", "fp32", 1) == Cost(2 * weights + scores / 3, 4 * weights, "fp32")
 
 
 # --- subjects, in tiny shapes

@@ -49,11 +49,11 @@ class Setting:
     against: NanoGPT | None = None
     data: str = "pydocs"
     """text for what needs some: a recipe or a file"""
-    megabytes: float = 10.0
+    megabytes: float = 2.0
     """of the text, for tokenizers"""
     tokens: int = 500
     """to decode, where the context has room for them"""
-    target_loss: float = 2.4
+    target_loss: float = 2.6
     """nats a character, on validation"""
     seconds: float = 0.3
     """that a sample takes at least: what is shorter is repeated"""
@@ -106,6 +106,8 @@ class Case:
     lower_is_better: bool = False
     fresh: bool = False
     """whether each sample needs a new process, as a peak of memory does"""
+    warmup: bool = True
+    """whether the first samples of a process differ from later ones"""
 
     @classmethod
     def of(
@@ -116,6 +118,7 @@ class Case:
         *,
         lower_is_better: bool = False,
         fresh: bool = False,
+        warmup: bool = True,
     ) -> Case:
         """The case of `entries`, those that can be measured and those that cannot."""
         entries = list(entries)
@@ -126,6 +129,7 @@ class Case:
             tuple(entry for entry in entries if isinstance(entry, Absent)),
             lower_is_better,
             fresh,
+            warmup,
         )
 
 

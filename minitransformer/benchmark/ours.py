@@ -46,27 +46,24 @@ def training_cost(shape: Shape, precision: str) -> Cost:
     return Cost(_unmade(shape).flops_per_token(shape.context_length), 0.0, precision)
 
 
-def reading_cost(shape: Shape, precision: str, length: int) -> Cost:
+def reading_cost(shape: Shape, weights: str, products: str, length: int) -> Cost:
     """Of a token of a prompt of `length` tokens: a third of a training step, and its share of the weights."""
     model = _unmade(shape)
     # Without the head, which reads the last token only.
     head = shape.vocab_size * shape.d_model
-    return Cost(
-        model.flops_per_token(length) / 3 - 2 * head * (1 - 1 / length),
-        _weight_bytes(model, precision) / length,
-        precision,
-    )
+    flops = model.flops_per_token(length) / 3 - 2 * head * (1 - 1 / length)
+    return Cost(flops, _weight_bytes(model, weights) / length, products)
 
 
-def decoding_cost(shape: Shape, precision: str, length: int, batch: int) -> Cost:
+def decoding_cost(shape: Shape, weights: str, products: str, cache: str, length: int, batch: int) -> Cost:
     """Of a token that is written, as one of `batch` samples, into texts of up to `length` tokens.
 
     Each step reads all weights once for the whole batch, and of each sample's keys and values half of what they are at
-    the end; operations are a third of a training step's.
+    the end; operations are a third of a training step's. Weights, products and cache have each their precision.
     """
     model = _unmade(shape)
-    cached = 2 * shape.num_layers * shape.d_model * (length / 2) * WIDTHS[precision]
-    return Cost(model.flops_per_token(length // 2) / 3, _weight_bytes(model, precision) / batch + cached, precision)
+    cached = 2 * shape.num_layers * shape.d_model * (length / 2) * WIDTHS[cache]
+    return Cost(model.flops_per_token(length // 2) / 3, _weight_bytes(model, weights) / batch + cached, products)
 
 
 def _unmade(shape: Shape) -> Model:

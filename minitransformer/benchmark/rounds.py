@@ -93,6 +93,7 @@ def measure(case: Case, plan: Plan, *, start: Start = Worker, report: Report = l
     Whatever happens, also Ctrl-C, no process of a contestant is left when this returns.
     """
     began = time.monotonic()
+    plan = replace(plan, warmup=0) if case.fresh or not case.warmup else plan
     case, base = _with_twin(case, plan)
     if case.fresh:
         return _measure_fresh(case, base, plan, start, report)
@@ -118,11 +119,11 @@ def measure(case: Case, plan: Plan, *, start: Start = Worker, report: Report = l
 
 
 def _measure_fresh(case: Case, base: str | None, plan: Plan, start: Start, report: Report) -> Result:
-    """As `measure`, each sample in a new process; there is nothing to warm up."""
+    """As `measure`, each sample in a new process."""
     absent = list(case.absent)
     by_name = {contestant.name: contestant for contestant in case.contestants}
     samples: dict[str, list[float]] = {name: [] for name in by_name}
-    rounds = _Rounds(list(by_name), replace(plan, warmup=0), time.monotonic())
+    rounds = _Rounds(list(by_name), plan, time.monotonic())
     for number, order in rounds:
         for name in order:
             if name not in samples:

@@ -66,9 +66,12 @@ def _work(setting: Setting, task: str, who: str, precision: str, tokens: int, ba
     once = getattr(writing, f"{who}_{task}")(setting, precision, tokens, batch)
     finish = partial(ours.synchronise, setting.device)
     shape: Shape = setting.shape
+    # Ours only stores weights otherwise: keys and values stay in fp32, and on a CPU products do too.
+    cache = "fp32" if who == "ours" else precision
+    products = cache if setting.device == "cpu" else precision
     cost = (
-        ours.reading_cost(shape, precision, tokens)
+        ours.reading_cost(shape, precision, products, tokens)
         if task == "prefill"
-        else ours.decoding_cost(shape, precision, PROMPT + tokens, batch)
+        else ours.decoding_cost(shape, precision, products, cache, PROMPT + tokens, batch)
     )
     return Work(partial(repeated, once, tokens * batch, setting.seconds, finish), cost)

@@ -31,9 +31,8 @@ class Memory(Subject, name="memory"):
     about = "peak memory of a process that trains"
 
     def cases(self) -> Iterator[Case]:
-        yield Case.of(
-            "peak memory of training", "MB", contestants(self.setting, _memory), lower_is_better=True, fresh=True
-        )
+        entries = contestants(self.setting, _memory)
+        yield Case.of("peak memory of training", "MB", entries, lower_is_better=True, fresh=True)
 
 
 Prepare = Callable[[Setting, str, dict[str, Any], str], Work]
