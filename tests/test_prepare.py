@@ -24,7 +24,7 @@ from minitransformer.text import corpora
 from minitransformer.text import preparing as room
 from minitransformer.text.corpora import Corpus, Piece, open_corpus
 from minitransformer.text.prepare import PreparedText, by_document, contiguous, is_validation, prepare
-from minitransformer.text.preparing import in_order, sample
+from minitransformer.text.preparing import AHEAD, in_order, sample
 from minitransformer.text.tokenizers import BPE, Bytes, Characters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -367,7 +367,8 @@ def test_bpe_is_fitted_to_a_sample_of_a_large_corpus_and_says_so(
     assert "even sample" in capsys.readouterr().err
 
 
-def test_working_ahead_keeps_the_order_and_stays_near() -> None:
+@pytest.mark.parametrize(("size", "most"), [(AHEAD, 3), (AHEAD // 10, 30), (0, 100)])
+def test_working_ahead_keeps_the_order_and_stays_near(size: int, most: int) -> None:
     begun: list[int] = []
 
     def items() -> Iterator[int]:
@@ -375,6 +376,6 @@ def test_working_ahead_keeps_the_order_and_stays_near() -> None:
             begun.append(i)
             yield i
 
-    for count, result in enumerate(in_order(lambda i: i * i, items(), workers=3)):
+    for count, result in enumerate(in_order(lambda i: i * i, items(), workers=3, size=lambda item: size)):
         assert result == count**2
-        assert len(begun) <= count + 3 + 3
+        assert min(100, count + most) <= len(begun) <= count + most + 3

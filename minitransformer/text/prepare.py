@@ -312,7 +312,7 @@ def _write(
     with ExitStack() as stack:
         files = [stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS]
         bar = stack.enter_context(progress_bar(f"encoding with {tokenizer.name}", total, progress))
-        for tokens, size, part in in_order(encode, parts, workers or cores()):
+        for tokens, size, part in in_order(encode, parts, workers or cores(), lambda part: len(part.text)):
             files[part.validation].write(tokens.data)
             count = counts[SPLITS[part.validation]]
             count["tokens"] += len(tokens)

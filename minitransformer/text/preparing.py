@@ -7,7 +7,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,8 @@ from minitransformer.text.tokenizers import Tokenizer
 SPLITS = ("train", "validation")
 # A sample of the corpus is many stretches of this many characters, evenly spread.
 STRETCH = 1 << 14
+AHEAD = 1 << 20
+"""characters for each thread, of what is begun before it is asked for"""
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 T = TypeVar("T")
 R = TypeVar("R")
@@ -64,20 +66,29 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """`map` on threads that runs only a little ahead, so that memory holds a few items however many there are."""
+def in_order(
+    function: Callable[[T], R], items: Iterable[T], workers: int, size: Callable[[T], int] = lambda item: AHEAD
+) -> Iterator[R]:
+    """`map` on threads that runs only a little ahead, so that memory holds a few items however many there are.
+
+    Small ones are more, as `size` tells, so that no thread waits for the others while one has a large item.
+    """
     if workers == 1:
         yield from map(function, items)
         return
     with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[Any] = deque()
+        ahead: deque[tuple[Future[R], int]] = deque()
+        total = 0
         try:
             for item in items:
-                ahead.append(pool.submit(function, item))
-                if len(ahead) > workers + 1:
-                    yield ahead.popleft().result()
+                ahead.append((pool.submit(function, item), size(item)))
+                total += ahead[-1][1]
+                while len(ahead) > workers + 1 and total > workers * AHEAD:
+                    first, length = ahead.popleft()
+                    total -= length
+                    yield first.result()
             while ahead:
-                yield ahead.popleft().result()
+                yield ahead.popleft()[0].result()
         finally:
             pool.shutdown(cancel_futures=True)
 

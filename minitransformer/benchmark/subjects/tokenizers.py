@@ -114,7 +114,7 @@ def _encode_ours(texts: list[str], threads: int) -> Callable[[], object]:
     tokenizer = BPE.fit(lambda: islice(iter(texts), 200), VOCABULARY)
 
     def once() -> int:
-        return sum(map(len, in_order(tokenizer.encode_array, texts, threads)))
+        return sum(map(len, in_order(tokenizer.encode_array, texts, threads, len)))
 
     return once
 
