@@ -256,8 +256,9 @@ def test_when_its_time_is_up_a_case_has_the_rounds_that_a_median_needs(fresh, fa
     assert fresh or {len(fake.asked) for fake in fakes} == {1 + 3}
 
 
-def test_a_case_in_time_is_not_late():
-    assert not measure(case_of(a=[1.0]), replace(PLAN, seconds=1000.0), start=Fake).late
+@pytest.mark.parametrize("plan", [replace(PLAN, seconds=1000.0), replace(PLAN, rounds=3, warmup=2, seconds=0.0)])
+def test_a_case_that_has_all_its_rounds_is_not_late(plan):
+    assert not measure(case_of(a=[1.0]), plan, start=Fake).late
 
 
 # --- workers
