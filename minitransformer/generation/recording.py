@@ -20,12 +20,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minitransformer.architecture.attention import MultiHeadAttention
 from minitransformer.architecture.linear import has_hooks, is_plain
 
 SOON = 8
 """steps"""
-FEW_PRODUCTS = 1 << 22
-"""that one thread does as fast as several (measured), and several times as fast if another process is at work"""
+FEW_PRODUCTS = 1 << 21
+"""that one thread does about as fast as several (measured), and several times as fast if another process is at work"""
 M = TypeVar("M", bound=nn.Module)
 Step = Callable[..., Tensor]
 
@@ -49,11 +50,11 @@ def uninterrupted() -> Iterator[None]:
 class Recorded:
     """`step`, a function of tensors that does the same whatever they hold; recorded when shapes come again soon.
 
-    What comes now and then, such as reading a window anew, is not worth a recording. The first tensor holds the tokens,
-    each of which takes so many `products`; `onednn` says whether replays may use that library.
+    What comes now and then, such as reading a window anew, is not worth a recording. `products` counts what there is
+    to do for such tensors; `onednn` says whether replays may use that library.
     """
 
-    def __init__(self, step: Step, products: int = 0, onednn: bool = True) -> None:
+    def __init__(self, step: Step, products: Callable[..., int] = lambda *tensors: 0, onednn: bool = True) -> None:
         self.step, self.products, self.onednn = step, products, onednn
         self._recordings: dict[tuple[torch.Size, ...], Step] = {}
         self._steps = 0
@@ -68,7 +69,7 @@ class Recorded:
                 return self.step(*tensors)
             with uninterrupted():
                 self._recordings[shapes] = (captured if tensors[0].is_cuda else traced)(self.step, tensors)
-        few = tensors[0].numel() * self.products < FEW_PRODUCTS
+        few = self.products(*tensors) < FEW_PRODUCTS
         # To optimise a recording takes as long as hundreds of replays gain by it.
         with (
             torch.jit.optimized_execution(False),
@@ -130,13 +131,22 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def recorded(step: Step, model: nn.Module) -> Step:
-    """`step`, to be replayed, unless someone listens to a module of `model`, who would not hear a replay."""
+    """`step`, to be replayed, unless someone listens to a module of `model`, who would not hear a replay.
+
+    It takes tokens, their slots, and a tensor whose last dimension is that of all slots that they may attend to.
+    """
     if any(map(has_hooks, model.modules())):
         return step
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    scored = sum(2 * module.query.out_features for module in model.modules() if isinstance(module, MultiHeadAttention))
+
+    def products(tokens: Tensor, slots: Tensor, seen: Tensor) -> int:
+        return tokens.numel() * (weights + scored * seen.size(-1))
+
     # Measured: of what float32 models do for a token, oneDNN only does GELU, in several times the time of torch.
     onednn = not all(getattr(linear, "kernel", False) or _is_float32(linear) for linear in linears)
-    return Recorded(step, sum(linear.in_features * linear.out_features for linear in linears), onednn)
+    return Recorded(step, products, onednn)
 
 
 def _is_float32(linear: nn.Linear) -> bool:
