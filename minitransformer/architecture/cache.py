@@ -46,9 +46,10 @@ class LayerCache:
         """
         if self.slots is not None:
             self._keys, self._values = self._with_room(self._keys, k), self._with_room(self._values, v)
-            self._keys.index_copy_(2, self.slots, k)
-            self._values.index_copy_(2, self.slots, v)
-            return self._keys[:, :, : self.seen], self._values[:, :, : self.seen]
+            keys, values = self._keys.index_copy_(2, self.slots, k), self._values.index_copy_(2, self.slots, v)
+            if self.seen == self.max_length:  # where a small model would notice the time of a slice
+                return keys, values
+            return keys[:, :, : self.seen], values[:, :, : self.seen]
         start, self.length = self.length, self.length + k.size(2)
         assert self.length <= self.max_length, f"{self.length} tokens in a cache for {self.max_length}"
         self._keys, self._values = self._with_room(self._keys, k), self._with_room(self._values, v)

@@ -56,7 +56,7 @@ class Recorded:
 
     def __init__(self, step: Step, products: Callable[..., int] = lambda *tensors: 0, onednn: bool = True) -> None:
         self.step, self.products, self.onednn = step, products, onednn
-        self._recordings: dict[tuple[torch.Size, ...], Step] = {}
+        self._recordings: dict[tuple[torch.Size, ...], tuple[Step, bool]] = {}
         self._steps = 0
         self._seen: dict[tuple[torch.Size, ...], int] = {}
 
@@ -68,15 +68,16 @@ class Recorded:
             if self._steps - before > SOON:
                 return self.step(*tensors)
             with uninterrupted():
-                self._recordings[shapes] = (captured if tensors[0].is_cuda else traced)(self.step, tensors)
-        few = self.products(*tensors) < FEW_PRODUCTS
+                replay = (captured if tensors[0].is_cuda else traced)(self.step, tensors)
+                self._recordings[shapes] = replay, self.products(*tensors) < FEW_PRODUCTS
+        replay, few = self._recordings[shapes]
         # To optimise a recording takes as long as hundreds of replays gain by it.
         with (
             torch.jit.optimized_execution(False),
             _onednn(self.onednn),
             _threads(1 if few else torch.get_num_threads()),
         ):
-            return self._recordings[shapes](*tensors)
+            return replay(*tensors)
 
 
 def traced(step: Step, tensors: Sequence[Tensor]) -> Step:

@@ -51,11 +51,7 @@ class Weights(Registered, kind="weights"):
         why_not = _why_no_kernel(model, report)
         if why_not:
             report(f"{cls.name} weights are multiplied by torch's own kernels, as {why_not}")
-
-        def replace(module: nn.Module) -> nn.Module | None:
-            return _stored(module, cls(module.weight.detach()), not why_not) if isinstance(module, nn.Linear) else None
-
-        return with_modules(model, replace)
+        return _with_stored(model, cls, kernel=not why_not)
 
 
 class Float32(Weights, name="fp32"):
@@ -71,7 +67,7 @@ class Float32(Weights, name="fp32"):
 
     @classmethod
     def applied(cls, model: M, report: Callable[[str], None] = lambda line: None) -> M:
-        return model if _why_no_kernel(model, report) else super().applied(model, report)
+        return model if _why_no_kernel(model, report) else _with_stored(model, cls, kernel=True)
 
 
 class BFloat16(Weights, name="bf16"):
@@ -121,6 +117,13 @@ class StoredLinear(nn.Linear):
             return product(x.contiguous(), self.weights.stored, self.weights.scale, self.bias)
         plain = self.weights.product(x)
         return plain if self.bias is None else plain + self.bias
+
+
+def _with_stored(model: M, kind: type[Weights], kernel: bool) -> M:
+    def replace(module: nn.Module) -> nn.Module | None:
+        return _stored(module, kind(module.weight.detach()), kernel) if isinstance(module, nn.Linear) else None
+
+    return with_modules(model, replace)
 
 
 def _stored(linear: nn.Linear, weights: Weights, kernel: bool) -> nn.Linear:
