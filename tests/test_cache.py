@@ -36,12 +36,14 @@ def test_more_tokens_than_the_cache_holds_is_a_bug() -> None:
         cache.append(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
 
 
-def test_a_cache_keeps_the_type_of_the_keys_and_allocates_once() -> None:
-    cache = LayerCache(4)
-    first, _ = cache.append(torch.ones(1, 1, 1, 2).bfloat16(), torch.ones(1, 1, 1, 2).bfloat16())
-    second, _ = cache.append(torch.ones(1, 1, 1, 2).bfloat16(), torch.ones(1, 1, 1, 2).bfloat16())
-    assert second.dtype == torch.bfloat16
-    assert first.data_ptr() == second.data_ptr()
+def test_a_cache_keeps_the_type_of_the_keys_and_copies_neither_a_prompt_nor_what_it_has_room_for() -> None:
+    cache, one = LayerCache(4), torch.ones(1, 1, 1, 2).bfloat16()
+    prompt, _ = cache.append(one, one.clone())
+    second, _ = cache.append(one.clone(), one.clone())
+    third, _ = cache.append(one.clone(), one.clone())
+    assert prompt.data_ptr() == one.data_ptr()
+    assert third.dtype == torch.bfloat16
+    assert second.data_ptr() == third.data_ptr()
 
 
 def test_a_truncated_cache_goes_on_from_there(tiny_decoder: Any) -> None:

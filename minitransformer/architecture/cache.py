@@ -42,7 +42,8 @@ class LayerCache:
     ) -> KeysAndValues:
         """Add the keys and values of new tokens; returns those of all tokens so far.
 
-        With `slots`, the new ones go there, and those of all slots that are seen are returned.
+        With `slots`, the new ones go there, and those of all slots that are seen are returned. Without, the first ones
+        are kept as they are: a prompt is not copied before there are more.
         """
         if self.slots is not None:
             self._keys, self._values = self._with_room(self._keys, k), self._with_room(self._values, v)
@@ -52,6 +53,9 @@ class LayerCache:
             return keys[:, :, : self.seen], values[:, :, : self.seen]
         start, self.length = self.length, self.length + k.size(2)
         assert self.length <= self.max_length, f"{self.length} tokens in a cache for {self.max_length}"
+        if self._keys is None or self._values is None:
+            self._keys, self._values = k, v
+            return k, v
         self._keys, self._values = self._with_room(self._keys, k), self._with_room(self._values, v)
         self._keys[:, :, start : self.length] = k
         self._values[:, :, start : self.length] = v

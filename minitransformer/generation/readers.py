@@ -112,7 +112,8 @@ class CachedReader:
         self.start, self.known = total - window, total
         # Without slots, attention need not look at those that are empty yet.
         logits = _logits(self.model, tokens[:1, -window:], 1, self.cache)
-        self.cache.select(torch.zeros(samples, dtype=torch.long, device=tokens.device))
+        if samples > 1:
+            self.cache.select(torch.zeros(samples, dtype=torch.long, device=tokens.device))
         return logits[:, 0].expand(samples, -1)
 
     def _step(self, count: int) -> Step:
