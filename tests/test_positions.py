@@ -177,8 +177,8 @@ def test_rotary_of_an_odd_head_dim_says_what_to_do() -> None:
 
 def test_turning_by_a_right_angle_swaps_the_halves() -> None:
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
-    zero, one = torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, 2)
-    assert rotate_half(x, zero, one).flatten().tolist() == [-3, -4, 1, 2]
+    cos, sin = torch.zeros(1, 1, 1, 4), torch.tensor([-1.0, -1.0, 1.0, 1.0]).view(1, 1, 1, 4)
+    assert rotate_half(x, cos, sin).flatten().tolist() == [-3, -4, 1, 2]
 
 
 # ALiBi

@@ -128,12 +128,14 @@ class Learned(PositionScheme, name="learned"):
 
 def rotate_half(
     x: Float[Tensor, "batch heads length head_dim"],
-    cos: Float[Tensor, "#batch 1 length half"],
-    sin: Float[Tensor, "#batch 1 length half"],
+    cos: Float[Tensor, "#batch 1 length head_dim"],
+    sin: Float[Tensor, "#batch 1 length head_dim"],
 ) -> Float[Tensor, "batch heads length head_dim"]:
-    """Turn the pair (x[i], x[i + head_dim/2]) by its angle, for every i: the half-split layout of public weights."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    """x ⊙ cos + swap(x) ⊙ sin, where swap exchanges the halves of each head; sin is negative in the first half.
+
+    That turns the pair (x[i], x[i + head_dim/2]) by its angle, for every i: the half-split layout of public weights.
+    """
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).to(x.dtype)
 
 
 def unscaled(frequencies: Float[Tensor, "half"], space: PositionSpace) -> Float[Tensor, "half"]:
@@ -186,7 +188,7 @@ class Rotary(PositionScheme, name="rotary"):
         # Made here rather than kept in a buffer, which a model in bfloat16 would round: far positions need the digits.
         pairs = torch.arange(0, self.turned, 2, dtype=torch.float32, device=positions.device)
         angles = positions[:, None, :, None] * self.rescale(self.base ** (-pairs / self.turned))
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos().repeat(1, 1, 1, 2), torch.cat([-angles.sin(), angles.sin()], dim=-1)
         if self.whole_head:
             return lambda x: rotate_half(x, cos, sin)
         return lambda x: torch.cat([rotate_half(x[..., : self.turned], cos, sin), x[..., self.turned :]], dim=-1)
