@@ -18,7 +18,7 @@ from minitransformer.training.checkpoint import choose_checkpoint
 from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.light import LightAdamW
 from minitransformer.training.loop import MOST_STEPS_WITHOUT_UPDATE, NonFiniteTraining
-from minitransformer.training.muon import Muon, orthogonalise
+from minitransformer.training.muon import Muon, jordan, nearest_to_one, orthogonalise, polar_express
 from minitransformer.training.objectives import Causal
 from minitransformer.training.optimizers import OPTIMIZERS, OptimizerSettings, build_optimizers
 from minitransformer.training.precision import Precision
@@ -126,13 +126,32 @@ def test_every_optimizer_updates_every_weight_once(name, tied):
     assert sorted(updated) == sorted(id(p) for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("quintics", "seen", "least", "most"),
+    # How small a singular value is lifted, and what all those become.
+    [(jordan(5), 0.03, 0.3, 1.3), (polar_express(3), 5e-4, 0.07, 1.94), (polar_express(6), 5e-4, 0.98, 1.05)],
+)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(0, 999))
-def test_orthogonalising_keeps_directions_and_makes_their_sizes_alike(rows, columns, count, seed):
+def test_orthogonalising_keeps_directions_and_makes_their_sizes_alike(
+    quintics, seen, least, most, rows, columns, count, seed
+):
     matrices = torch.randn(count, rows, columns, generator=torch.Generator().manual_seed(seed))
     u, s, v = torch.linalg.svd(matrices, full_matrices=False)
-    sizes = (u.mT @ orthogonalise(matrices) @ v.mT).diagonal(dim1=1, dim2=2)
-    seen = s / s.norm(dim=1, keepdim=True) > 0.03  # five steps do not lift what is almost nothing
-    assert ((sizes > 0.3) & (sizes < 1.3))[seen].all()
+    sizes = (u.mT @ orthogonalise(matrices, quintics) @ v.mT).diagonal(dim1=1, dim2=2)
+    lifted = s / s.norm(dim=1, keepdim=True) > seen
+    assert ((sizes > least) & (sizes < most))[lifted].all()
+
+
+@given(st.floats(1e-3, 0.9), st.floats(1.0, 2.0), st.lists(st.floats(-0.1, 0.1), min_size=3, max_size=3))
+def test_no_other_polynomial_is_nearer_to_one(lowest, highest, others):
+    x = torch.linspace(lowest, highest, 4001, dtype=torch.float64)
+
+    def distance(a, b, c):
+        return (a * x + b * x**3 + c * x**5 - 1).abs().max().item()
+
+    quintic, most = nearest_to_one(lowest, highest)
+    assert distance(*quintic) == pytest.approx(most, rel=1e-4, abs=1e-7)
+    assert distance(*(q + other for q, other in zip(quintic, others, strict=True))) >= most * (1 - 1e-4) - 1e-7
 
 
 def test_adamw_is_torchs_own_bit_for_bit():

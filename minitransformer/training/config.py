@@ -12,6 +12,7 @@ from minitransformer.models.config import ModelConfig, choice
 from minitransformer.registry import lookup
 from minitransformer.text.recipes import known
 from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.training.muon import NEWTON_SCHULZ
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.optimizers import OPTIMIZERS, OptimizerSettings
@@ -96,6 +97,7 @@ class TrainingConfig:
     """AdamW: added to the root of the mean of squared gradients"""
     momentum: float = 0.95
     """Muon: decay of the mean of gradients"""
+    newton_schulz: Annotated[str, choice("Muon: coefficients of these steps", NEWTON_SCHULZ)] = "jordan"
     newton_schulz_steps: int = 5
     """Muon: steps towards an orthogonal update; fewer are cheaper"""
     label_smoothing: float = 0.0
@@ -161,6 +163,7 @@ class TrainingConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         Objective.named(self.objective)
         lookup("optimizer", self.optimizer, OPTIMIZERS)
+        lookup("Newton-Schulz iteration", self.newton_schulz, NEWTON_SCHULZ)
         lookup("schedule", self.schedule, SCHEDULES)
         if self.precision != "auto":
             Precision.named(self.precision)
@@ -176,6 +179,7 @@ class TrainingConfig:
             beta1=self.beta1,
             beta2=self.beta2,
             momentum=self.momentum,
+            newton_schulz=self.newton_schulz,
             newton_schulz_steps=self.newton_schulz_steps,
             eps=self.eps,
         )

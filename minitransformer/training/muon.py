@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,17 +14,68 @@ from torch import Tensor, nn
 
 from minitransformer.training.light import LightOptimizer
 
+Quintic = tuple[float, float, float]
+"""(a, b, c) of a x + b x³ + c x⁵"""
+SMALLEST = 5e-4
+"""singular value, of a matrix of norm 1, that `polar_express` means to bring near 1"""
 
-def orthogonalise(matrices: Float[Tensor, "count rows columns"], steps: int = 5) -> Float[Tensor, "count rows columns"]:
-    """Roughly U Vᵀ for each matrix U S Vᵀ: a polynomial, applied `steps` times, takes its singular values near 1.
 
-    Jordan et al. 2024 (Muon), Newton-Schulz iteration with their coefficients.
+def jordan(steps: int) -> list[Quintic]:
+    """The same polynomial in every step, which takes values between 0 and 1 to between 0.7 and 1.2 in five.
+
+    Jordan et al. 2024 (Muon), whose public code has these coefficients.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    return [(3.4445, -4.7750, 2.0315)] * steps
+
+
+@cache
+def polar_express(steps: int) -> list[Quintic]:
+    """In each step, the polynomial that takes what the ones before leave between `SMALLEST` and 1 the nearest to 1.
+
+    Amsel et al. 2025 (Polar Express, arXiv 2505.16932), section 3.
+    """
+    lowest, highest, quintics = SMALLEST, 1.0, []
+    for _ in range(steps):
+        quintic, error = nearest_to_one(lowest, highest)
+        quintics.append(quintic)
+        lowest, highest = 1 - error, 1 + error
+    return quintics
+
+
+def nearest_to_one(lowest: float, highest: float) -> tuple[Quintic, float]:
+    """The odd polynomial of degree five that is the nearest to 1 between two numbers, and how far from 1 it is at most.
+
+    That far it is at four points, the ends among them, below and above in turn: Remez' exchange finds the other two.
+    """
+    if highest - lowest < 1e-4:  # where the system is singular: the limit
+        return (15 / 8, -10 / 8, 3 / 8), 0.0
+    inner = (3 * lowest + highest) / 4, (lowest + 3 * highest) / 4
+    while True:
+        points = torch.tensor([lowest, *inner, highest], dtype=torch.float64)
+        signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+        system = torch.stack([points, points**3, points**5, signs], dim=1)
+        a, b, c, error = torch.linalg.solve(system, torch.ones_like(signs)).tolist()
+        # Where the derivative a + 3 b x² + 5 c x⁴ is 0.
+        root = math.sqrt(9 * b * b - 20 * a * c)
+        before, inner = inner, (math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c)))
+        if max(abs(x - y) for x, y in zip(before, inner, strict=True)) < 1e-9:
+            return (a, b, c), error
+
+
+NEWTON_SCHULZ: dict[str, Callable[[int], list[Quintic]]] = {"jordan": jordan, "polar-express": polar_express}
+
+
+def orthogonalise(
+    matrices: Float[Tensor, "count rows columns"], quintics: Sequence[Quintic]
+) -> Float[Tensor, "count rows columns"]:
+    """Roughly U Vᵀ for each matrix U S Vᵀ, whose singular values the polynomials, one after the other, take near 1.
+
+    Newton-Schulz iteration: a X + b (X Xᵀ) X + c (X Xᵀ)² X has the singular values a s + b s³ + c s⁵.
+    """
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
+    for a, b, c in quintics:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -42,10 +95,10 @@ class Muon(LightOptimizer):
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
-        newton_schulz_steps: int = 5,
+        quintics: Sequence[Quintic] | None = None,
     ) -> None:
-        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, settings | {"newton_schulz_steps": newton_schulz_steps})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.quintics = quintics or jordan(5)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -66,7 +119,7 @@ class Muon(LightOptimizer):
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         stacked = torch.stack(torch._foreach_lerp(gradients, averages, group["momentum"]))
         stacked = stacked.bfloat16() if stacked.is_cuda else stacked
-        updates = orthogonalise(stacked, group["newton_schulz_steps"]).to(parameters[0].dtype) * (1 - skip)
+        updates = orthogonalise(stacked, self.quintics).to(parameters[0].dtype) * (1 - skip)
         rows, columns = parameters[0].shape
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * (1 - skip))
         torch._foreach_add_(parameters, list(updates), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)

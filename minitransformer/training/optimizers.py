@@ -10,7 +10,7 @@ from torch import nn
 from minitransformer.architecture.embeddings import LMHead
 from minitransformer.registry import lookup
 from minitransformer.training.light import LightAdamW, LightOptimizer
-from minitransformer.training.muon import Muon
+from minitransformer.training.muon import NEWTON_SCHULZ, Muon
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class OptimizerSettings:
     beta1: float
     beta2: float
     momentum: float
+    newton_schulz: str = "jordan"
     newton_schulz_steps: int = 5
     eps: float = 1e-8
 
@@ -79,7 +80,7 @@ def muon(model: nn.Module, settings: OptimizerSettings) -> list[LightOptimizer]:
         lr=settings.lr,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
-        newton_schulz_steps=settings.newton_schulz_steps,
+        quintics=lookup("Newton-Schulz iteration", settings.newton_schulz, NEWTON_SCHULZ)(settings.newton_schulz_steps),
     )
     return [matrices, _adamw(rest, settings)]
 
