@@ -70,6 +70,12 @@ def test_plain_is_act_of_x_w1_plus_b1_times_w2_plus_b2(name: str, bias: bool, sh
     torch.testing.assert_close(network(x), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", FEEDFORWARDS)
+def test_gradients_are_those_of_finite_differences(name: str, shake: Any) -> None:
+    network, x = shake(FEEDFORWARDS[name](3, 5)).double(), torch.randn(1, 2, 3).double().requires_grad_()
+    assert torch.autograd.gradcheck(network, (x,))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", GATED)
 def test_gated_multiplies_act_of_the_gate_with_a_linear_map(name: str, bias: bool, shake: Any) -> None:

@@ -270,7 +270,7 @@ PRESETS: dict[str, ModelConfig] = {
         init="xavier",
     ),
     "shakespeare-fast": replace(
-        MODERN, d_model=128, num_layers=2, num_heads=4, d_ff=256, context_length=64, token_smear=True
+        MODERN, d_model=128, num_layers=1, num_heads=4, num_kv_heads=2, context_length=96, token_smear=True
     ),
     "shakespeare": replace(
         MODERN, d_model=160, num_layers=4, num_heads=5, context_length=256, token_smear=True, dropout=0.1
