@@ -129,7 +129,7 @@ def test_every_optimizer_updates_every_weight_once(name, tied):
 @pytest.mark.parametrize(
     ("quintics", "seen", "least", "most"),
     # How small a singular value is lifted, and what all those become.
-    [(jordan(5), 0.03, 0.3, 1.3), (polar_express(3), 5e-4, 0.07, 1.94), (polar_express(6), 5e-4, 0.98, 1.05)],
+    [(jordan(5), 0.03, 0.3, 1.3), (polar_express(3), 5e-4, 0.07, 1.94), (polar_express(6), 5e-4, 0.96, 1.04)],
 )
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(0, 999))
 def test_orthogonalising_keeps_directions_and_makes_their_sizes_alike(
@@ -140,6 +140,15 @@ def test_orthogonalising_keeps_directions_and_makes_their_sizes_alike(
     sizes = (u.mT @ orthogonalise(matrices, quintics) @ v.mT).diagonal(dim1=1, dim2=2)
     lifted = s / s.norm(dim=1, keepdim=True) > seen
     assert ((sizes > least) & (sizes < most))[lifted].all()
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 3), st.integers(0, 999))
+def test_rounding_to_bfloat16_makes_nothing_grow(rows, columns, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    matrices = torch.randn(4, rows, rank, generator=generator) @ torch.randn(4, rank, columns, generator=generator)
+    for quintics in (jordan(5), polar_express(3), polar_express(5), polar_express(8)):
+        orthogonal = orthogonalise(matrices.bfloat16(), quintics).float()
+        assert torch.linalg.matrix_norm(orthogonal, 2).max() < 2.2
 
 
 @given(st.floats(1e-3, 0.9), st.floats(1.0, 2.0), st.lists(st.floats(-0.1, 0.1), min_size=3, max_size=3))

@@ -18,6 +18,8 @@ Quintic = tuple[float, float, float]
 """(a, b, c) of a x + b x³ + c x⁵"""
 SMALLEST = 5e-4
 """singular value, of a matrix of norm 1, that `polar_express` means to bring near 1"""
+ROOM = 1.01
+"""for rounding: above the interval that a polynomial of `polar_express` is made for, it soon grows without bound"""
 
 
 def jordan(steps: int) -> list[Quintic]:
@@ -36,10 +38,10 @@ def polar_express(steps: int) -> list[Quintic]:
     """
     lowest, highest, quintics = SMALLEST, 1.0, []
     for _ in range(steps):
-        quintic, error = nearest_to_one(lowest, highest)
-        quintics.append(quintic)
+        (a, b, c), error = nearest_to_one(lowest, highest)
+        quintics.append((a / ROOM, b / ROOM**3, c / ROOM**5))  # of x / ROOM
         lowest, highest = 1 - error, 1 + error
-    return quintics
+    return [*quintics[:-1], (a, b, c)]
 
 
 def nearest_to_one(lowest: float, highest: float) -> tuple[Quintic, float]:
