@@ -582,7 +582,15 @@ def test_the_command_prints_one_table_of_80_columns_and_writes_every_sample(race
     (case,) = json.loads((tmp_path / "a.json").read_text())["cases"]
     assert case["contestants"]["hare"]["samples"] == [2.0] * 6
     assert case["winner"] == "hare"
+    assert not case["late"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_case_whose_time_was_up_says_so_in_the_table_and_in_json(race, tmp_path, capsys):
+    assert run("--only", "race", "--rounds", 6, "--minutes", 1e-9, "--json", tmp_path / "a.json") == 0
+    assert "3 rounds: the time of this case was up (--minutes)" in capsys.readouterr().out
+    (case,) = json.loads((tmp_path / "a.json").read_text())["cases"]
+    assert case["late"]
 
 
 def test_few_rounds_name_no_winner_and_their_json_is_valid(race, tmp_path, capsys):

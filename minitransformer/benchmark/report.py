@@ -118,6 +118,7 @@ def _case_as_json(result: Result, limits: Limits | None) -> dict[str, Any]:
         "unit": result.case.unit,
         "lower_is_better": result.case.lower_is_better,
         "base": result.base,
+        "late": result.late,
         "noise_floor": result.floor if result.samples else None,
         "contestants": contestants,
         "winner": verdict.best if verdict is not None and verdict.winner else None,
