@@ -134,7 +134,8 @@ def test_parameters_counted_without_weights_are_those_of_the_formula_and_of_the_
     config = ModelConfig(**{**vars(PRESETS[name]), "vocab_size": 300})
     d, vocabulary, bias = config.d_model, 300, int(config.bias)
     d_ff = config.d_ff or 4 * d
-    linears = 4 * (d * d + bias * d) + 2 * d * d_ff + bias * (d_ff + d)
+    outputs = 2 * d + 2 * (config.num_kv_heads or config.num_heads) * config.features_per_head  # of all heads
+    linears = outputs * (d + bias) + 2 * d * d_ff + bias * (d_ff + d)
     norms = (2 * config.num_layers + 1) * (d + bias * d)
     norms += (config.qk_norm == "head") * config.num_layers * 2 * config.features_per_head
     tables = vocabulary * d * (1 if config.tied_embeddings else 2)
