@@ -188,7 +188,8 @@ class Rotary(PositionScheme, name="rotary"):
         # Made here rather than kept in a buffer, which a model in bfloat16 would round: far positions need the digits.
         pairs = torch.arange(0, self.turned, 2, dtype=torch.float32, device=positions.device)
         angles = positions[:, None, :, None] * self.rescale(self.base ** (-pairs / self.turned))
-        cos, sin = angles.cos().repeat(1, 1, 1, 2), torch.cat([-angles.sin(), angles.sin()], dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         if self.whole_head:
             return lambda x: rotate_half(x, cos, sin)
         return lambda x: torch.cat([rotate_half(x[..., : self.turned], cos, sin), x[..., self.turned :]], dim=-1)

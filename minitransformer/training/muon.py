@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ def jordan(steps: int) -> list[Quintic]:
     return [(3.4445, -4.7750, 2.0315)] * steps
 
 
-@cache
 def polar_express(steps: int) -> list[Quintic]:
     """In each step, the polynomial that takes what the ones before leave between `SMALLEST` and 1 the nearest to 1.
 
@@ -41,7 +39,7 @@ def polar_express(steps: int) -> list[Quintic]:
         (a, b, c), error = nearest_to_one(lowest, highest)
         quintics.append((a / ROOM, b / ROOM**3, c / ROOM**5))  # of x / ROOM
         lowest, highest = 1 - error, 1 + error
-    return [*quintics[:-1], (a, b, c)]
+    return [*quintics[:-1], (a, b, c)]  # nothing comes after the last, which needs no room
 
 
 def nearest_to_one(lowest: float, highest: float) -> tuple[Quintic, float]:
