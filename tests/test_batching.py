@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.errors import UserError
-from minitransformer.generation import readers
+from minitransformer.generation import batch, readers, recording
 from minitransformer.generation.batch import RowsReader, generate_each
 from minitransformer.generation.decode import generate
 from minitransformer.generation.processors import SamplingConfig
@@ -75,6 +75,9 @@ def test_rows_that_look_at_more_slots_the_further_they_are_write_the_same(
     tiny_decoder: MakeDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, "FEW_SLOTS", 4)
+    for module in (batch, recording):
+        monkeypatch.setattr(module, "has_fixed_shapes", lambda device: True)
+    monkeypatch.setattr(recording, "captured", recording.traced)
     model = tiny_decoder(context_length=20)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1], [2, 2], [8, 7, 6]]
     sampling = SamplingConfig(temperature=1.0, max_new_tokens=30, seed=5)

@@ -244,18 +244,32 @@ def test_cached_decoding_is_uncached_decoding_even_past_the_context(
     [{}, {"positions": "t5"}, {"positions": "learned", "token_smear": True}, {"attention_window": 5}],
     ids=str,
 )
+@pytest.mark.parametrize(
+    ("fixed", "all_seen"),
+    [(True, [8, 16, 24, 32]), (False, [4, 5, 17])],  # read or recorded; the other lengths are replayed
+    ids=["fixed shapes", "any length"],
+)
 def test_a_text_that_looks_at_more_slots_the_longer_it_is_is_the_same(
-    tiny_decoder: MakeDecoder, choices: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny_decoder: MakeDecoder,
+    choices: dict[str, Any],
+    fixed: bool,
+    all_seen: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(readers, "FEW_SLOTS", 8)
+    for module in (readers, recording):
+        monkeypatch.setattr(module, "has_fixed_shapes", lambda device: fixed)
+    monkeypatch.setattr(recording, "captured", recording.traced)
     model = tiny_decoder(context_length=32, **choices)
     settings = {"num_samples": 2, "max_new_tokens": 40}
     expected = run(model, [1, 2, 3], cached=False, **settings)
     seen = []
     place = KVCache.place
-    monkeypatch.setattr(KVCache, "place", lambda cache, slots, n: (seen.append(n), place(cache, slots, n))[1])
+    monkeypatch.setattr(
+        KVCache, "place", lambda cache, slots, n, **last: (seen.append(int(n)), place(cache, slots, n, **last))[1]
+    )
     assert run(model, [1, 2, 3], **settings) == expected
-    assert list(dict.fromkeys(seen)) == [8, 16, 24, 32]
+    assert list(dict.fromkeys(seen)) == all_seen
 
 
 @given(st.integers(1, 100_000), st.integers(1, 100_000))
@@ -437,18 +451,36 @@ def test_a_step_is_recorded_when_it_comes_again_and_each_shape_has_its_own() -> 
 def test_shapes_that_come_now_and_then_are_not_recorded() -> None:
     calls = []
 
-    def step(a: Tensor) -> Tensor:
+    def step(a: Tensor, b: Tensor) -> Tensor:
         calls.append(len(a))
-        return a + 1
+        return a + b
 
-    recorded = Recorded(step)
+    recorded, b = Recorded(step), torch.ones(1)
     for _ in range(3):
         for size in (2, *[1] * SOON):
-            recorded(torch.ones(size))
+            recorded(torch.ones(size), b)
     assert calls == [2, 1, 1, 2, 2]
-    recorded(torch.ones(1))
-    recorded(torch.ones(2))
+    recorded(torch.ones(1), b)
+    recorded(torch.ones(2), b)
     assert calls == [2, 1, 1, 2, 2, 2], "recorded, and that replayed"
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_one_recording_serves_all_lengths_but_where_shapes_are_fixed(
+    fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "captured", recording.traced)
+    calls = []
+
+    def step(a: Tensor, b: Tensor) -> Tensor:
+        calls.append(int(b.size(1)))
+        return a + torch.arange(10).narrow(0, 0, b.size(1)).sum() + b.sum()
+
+    recorded = Recorded(step, fixed=fixed)
+    for length in (2, 2, 3, 3, 5, 1):
+        expected = 1.0 + sum(range(length)) + length
+        assert recorded(torch.ones(1), torch.ones(1, length)).tolist() == [expected]
+    assert calls == ([2, 2, 3, 3, 5, 1] if fixed else [2, 2])
 
 
 def test_replays_leave_the_libraries_of_others_as_they_are() -> None:
@@ -467,13 +499,13 @@ def test_few_products_are_done_by_one_thread_which_no_other_process_can_delay(
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        recorded = Recorded(lambda a: a + 1, products=lambda a: len(a) * FEW_PRODUCTS // 4)
-        for _ in range(3):
-            recorded(torch.ones(rows, 1))
+        recorded = Recorded(lambda a, b: a + 1, products=lambda a, b: len(a) * len(b) * FEW_PRODUCTS // 4)
+        for length in (1, 1, 1, 4):
+            recorded(torch.ones(rows), torch.ones(length))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
-    assert during == [threads, threads]
+    assert during == [threads, threads, 3], "four times as many products need several"
 
 
 def test_products_are_those_with_weights_and_with_the_keys_and_values_that_are_seen(tiny_decoder: MakeDecoder) -> None:

@@ -202,7 +202,7 @@ class Stack(nn.Module):
             window: AttentionView(
                 # Kernels know causality without a mask, if the queries are the last keys.
                 causal=self.causal and slots is None,
-                mask=self._mask(new_positions, positions, window, is_token, slots),
+                mask=self._mask(new_positions, positions, window, is_token, cache),
                 bias=bias,
                 rotate=rotate,
             )
@@ -226,15 +226,17 @@ class Stack(nn.Module):
         return list(dict.fromkeys(found))
 
     def _mask(
-        self, new: Tensor, positions: Tensor, window: int | None, is_token: Tensor | None, slots: Tensor | None
+        self, new: Tensor, positions: Tensor, window: int | None, is_token: Tensor | None, cache: KVCache | None
     ) -> Tensor | None:
-        # Numbers, which sizes are not while torch records a step.
-        queries, keys, device = int(new.size(1)), int(positions.size(1)), positions.device
+        # A number, which a size is not while torch records a step. That of the keys grows from replay to replay.
+        queries, keys, device = int(new.size(1)), positions.size(1), positions.device
+        placed = None if cache is None or cache.slots is None else cache
+        slots, most = (None, keys) if placed is None else (placed.slots, placed.max_length)
         masks = []
         if is_token is not None:
             masks.append(padding_mask(is_token))
-        if window is not None and window < keys:
+        if window is not None and window < most:
             masks.append(sliding_window_mask(queries, keys, window, device, slots=slots))
-        if self.causal and slots is not None:
+        if self.causal and placed is not None and not (queries == 1 and placed.newest_last):
             masks.append(causal_mask(queries, keys, device, slots=slots))
         return reduce(and_, masks) if masks else None

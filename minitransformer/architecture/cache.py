@@ -48,9 +48,7 @@ class LayerCache:
         if self.slots is not None:
             self._keys, self._values = self._with_room(self._keys, k), self._with_room(self._values, v)
             keys, values = self._keys.index_copy_(2, self.slots, k), self._values.index_copy_(2, self.slots, v)
-            if self.seen == self.max_length:  # where a small model would notice the time of a slice
-                return keys, values
-            return keys[:, :, : self.seen], values[:, :, : self.seen]
+            return keys.narrow(2, 0, self.seen), values.narrow(2, 0, self.seen)
         start, self.length = self.length, self.length + k.size(2)
         assert self.length <= self.max_length, f"{self.length} tokens in a cache for {self.max_length}"
         if self._keys is None or self._values is None:
@@ -127,6 +125,7 @@ class KVCache:
 
     def __init__(self, num_layers: int, max_length: int) -> None:
         self.max_length = max_length
+        self.newest_last = False
         self.layers = [LayerCache(max_length) for _ in range(num_layers)]
         self.memories = [MemoryCache() for _ in range(num_layers)]
         self.embeddings = LayerCache(max_length)
@@ -146,14 +145,16 @@ class KVCache:
         """How many slots attention sees, if `place` has said where the next tokens go."""
         return self.layers[0].seen
 
-    def place(self, slots: Int[Tensor, "new"] | None, seen: int | None = None) -> None:
+    def place(self, slots: Int[Tensor, "new"] | None, seen: int | None = None, *, newest_last: bool = False) -> None:
         """The next tokens go to these slots; attention then sees the first `seen` slots (default: all).
 
         A mask says which of them count. So every step that sees as many has the same shapes, whatever has been read:
-        what recording and compiling ask for.
+        what recording and compiling ask for. With `newest_last`, the newest token is in the last slot that is seen, and
+        needs no mask.
         """
+        self.newest_last = newest_last
         for cache in self._of_tokens:
-            cache.slots, cache.seen = slots, seen or self.max_length
+            cache.slots, cache.seen = slots, self.max_length if seen is None else seen
 
     @property
     def _of_tokens(self) -> list[LayerCache]:

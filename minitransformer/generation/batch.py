@@ -23,7 +23,7 @@ from minitransformer.generation.decode import (
 )
 from minitransformer.generation.processors import LogitsProcessor, SamplingConfig
 from minitransformer.generation.readers import slots_seen, window_length
-from minitransformer.generation.recording import for_single_rows, recorded
+from minitransformer.generation.recording import for_single_rows, has_fixed_shapes, recorded
 from minitransformer.models.decoder import DecoderLM
 
 
@@ -37,6 +37,7 @@ class RowsReader:
     def __init__(self, model: DecoderLM, rows: int, slots: int) -> None:
         self.model = for_single_rows(model)
         self.device = next(model.parameters()).device
+        self.fixed = has_fixed_shapes(self.device)
         self.rows, self.slots = rows, slots
         self.cache = model.new_cache(slots)
         self.end, self.starts = 0, [0] * rows
@@ -62,16 +63,16 @@ class RowsReader:
         """Every row reads one token; the logits of the next."""
         if self.end == self.slots:
             self._move(-min(self.starts))
-        seen = slots_seen(self.end + 1, self.slots)
-        if self._is_token is None or self._is_token.size(1) != seen:
+        if self._is_token is None:
             starts = torch.tensor(self.starts, device=self.device)
-            self._is_token = torch.arange(seen, device=self.device) >= starts[:, None]
+            self._is_token = torch.arange(self.slots, device=self.device) >= starts[:, None]
         slot = torch.tensor([self.end], device=self.device)
         self.end += 1
-        return self._read(torch.tensor(tokens, device=self.device)[:, None], slot, self._is_token)
+        seen = slots_seen(self.end, self.slots) if self.fixed else self.end
+        return self._read(torch.tensor(tokens, device=self.device)[:, None], slot, self._is_token[:, :seen])
 
     def _read_all(self, tokens: Tensor, slot: Tensor, is_token: Tensor) -> Tensor:
-        self.cache.place(slot, int(is_token.size(1)))
+        self.cache.place(slot, is_token.size(1), newest_last=not self.fixed)
         return self.model.head(self.model.hidden_states(tokens, is_token=is_token, cache=self.cache)[:, -1])
 
     def _move(self, by: int) -> None:

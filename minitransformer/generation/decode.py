@@ -52,7 +52,8 @@ def draw_by_weight(
     """
     cumulative = weights.cumsum(-1)
     # Times the total, which rounding keeps from being 1: below it, so the token found exists and is not impossible.
-    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    share = uniform.unsqueeze(1) * cumulative.narrow(1, -1, 1)
+    return torch.searchsorted(cumulative, share, right=True).squeeze(1)
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
@@ -141,14 +142,14 @@ def _choices(
 ) -> Iterator[Int[Tensor, "samples"]]:
     """The tokens of each step, on the device, which need not have drawn them yet."""
     tokens = torch.cat([prompts, torch.zeros_like(uniform, dtype=prompts.dtype)], dim=1)
-    for step in range(uniform.size(1)):
-        so_far = tokens[:, : prompts.size(1) + step]
+    for step, numbers in enumerate(uniform.unbind(1)):
+        so_far = tokens.narrow(1, 0, prompts.size(1) + step)  # an index takes Python twice as long
         logits = at_least_float32(read(so_far)[:, :vocab_size])
         if step == 0:
             check_finite(logits)
         for process in processors:
             logits = process(logits, so_far)
-        chosen = logits.argmax(-1) if sampling.greedy else draw(logits, uniform[:, step])
+        chosen = logits.argmax(-1) if sampling.greedy else draw(logits, numbers)
         tokens[:, so_far.size(1)] = chosen
         yield chosen
 

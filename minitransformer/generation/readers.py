@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minitransformer.architecture.block import Memory
 from minitransformer.architecture.cache import KVCache
-from minitransformer.generation.recording import Step, for_single_rows, recorded
+from minitransformer.generation.recording import Step, for_single_rows, has_fixed_shapes, recorded
 from minitransformer.models.decoder import DecoderLM
 
 FEW_SLOTS = 512
@@ -37,7 +37,7 @@ def window_length(total: int, context_length: int) -> int:
 def slots_seen(length: int, most: int) -> int:
     """How many of `most` slots attention looks at when `length` are in use: up to a quarter more, or `FEW_SLOTS`.
 
-    What is recorded looks at a fixed number of slots. All of them would cost a short text as much as the longest.
+    For recordings with fixed shapes: all slots would cost a short text as much as the longest.
     """
     step = max(FEW_SLOTS, (1 << length.bit_length()) // 8)
     return min(most, -(-length // step) * step)
@@ -75,7 +75,8 @@ class CachedReader:
         self.context_length = model.config.context_length
         slots = min(max_tokens, self.context_length)
         self.cache = model.new_cache(slots)
-        self.positions = torch.arange(slots, device=next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self.positions, self.fixed = torch.arange(slots, device=device), has_fixed_shapes(device)
         self.steps: dict[int, Step] = {}
         self.start: int | None = None
         self.known = 0
@@ -83,7 +84,7 @@ class CachedReader:
     def __call__(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
         if self.start is None:
             return self._begin(tokens)
-        return self.after_each(tokens, 1)[:, 0]
+        return self.after_each(tokens, 1).squeeze(1)
 
     def after_each(self, tokens: Int[Tensor, "samples length"], count: int) -> Float[Tensor, "samples {count} vocab"]:
         """The logits after each of the newest `count` tokens, which the window must hold; not for the first call."""
@@ -93,8 +94,9 @@ class CachedReader:
         unread = min(total - self.known, window) if total - window == self.start else window
         new = max(unread, count)
         self.start, self.known = total - window, total
-        positions = self.positions[: slots_seen(window, len(self.positions))]
-        return self._step(count)(tokens[:, -new:], positions[window - new : window], positions[None])
+        seen = slots_seen(window, len(self.positions)) if self.fixed else window
+        newest, positions = self.positions.narrow(0, window - new, new), self.positions.narrow(0, 0, seen)
+        return self._step(count)(tokens.narrow(1, total - new, new), newest, positions[None])
 
     def forget(self, length: int) -> None:
         """All but the first `length` tokens may be others from now on: as in `KVCache.truncate`.
@@ -135,7 +137,7 @@ class CachedReader:
         positions: Int[Tensor, "1 seen"],
         count: int,
     ) -> Float[Tensor, "samples {count} vocab"]:
-        self.cache.place(slots, int(positions.size(1)))
+        self.cache.place(slots, positions.size(1), newest_last=not self.fixed)
         return _logits(self.model, tokens, count, self.cache, positions)
 
 

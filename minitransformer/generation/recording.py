@@ -47,37 +47,57 @@ def uninterrupted() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
+def has_fixed_shapes(device: torch.device) -> bool:
+    """Whether what is recorded there holds for the very shapes that it was recorded with."""
+    return device.type == "cuda"
+
+
 class Recorded:
     """`step`, a function of tensors that does the same whatever they hold; recorded when shapes come again soon.
 
-    What comes now and then, such as reading a window anew, is not worth a recording. `products` counts what there is
-    to do for such tensors; `onednn` says whether replays may use that library.
+    What comes now and then, such as reading a window anew, is not worth a recording. One is made for each shape of the
+    first tensor, and holds for any size of the others, unless `fixed`: then it is a CUDA graph. `products` counts what
+    there is to do for such tensors; `onednn` says whether replays may use that library.
     """
 
-    def __init__(self, step: Step, products: Callable[..., int] = lambda *tensors: 0, onednn: bool = True) -> None:
-        self.step, self.products, self.onednn = step, products, onednn
-        self._recordings: dict[tuple[torch.Size, ...], tuple[Step, bool]] = {}
+    def __init__(
+        self,
+        step: Step,
+        products: Callable[..., int] = lambda *tensors: 0,
+        *,
+        onednn: bool = True,
+        fixed: bool = False,
+    ) -> None:
+        self.step, self.products, self.onednn, self.fixed = step, products, onednn, fixed
+        self._recordings: dict[tuple[int, ...], Step] = {}
         self._steps = 0
-        self._seen: dict[tuple[torch.Size, ...], int] = {}
+        self._seen: dict[tuple[int, ...], int] = {}
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        shapes = tuple(tensor.shape for tensor in tensors)
+        shapes = sum([tensor.shape for tensor in tensors], ()) if self.fixed else tensors[0].shape
         self._steps += 1
         if shapes not in self._recordings:
             before, self._seen[shapes] = self._seen.get(shapes, -SOON), self._steps
             if self._steps - before > SOON:
                 return self.step(*tensors)
             with uninterrupted():
-                replay = (captured if tensors[0].is_cuda else traced)(self.step, tensors)
-                self._recordings[shapes] = replay, self.products(*tensors) < FEW_PRODUCTS
-        replay, few = self._recordings[shapes]
+                self._recordings[shapes] = (captured if self.fixed else traced)(self.step, tensors)
+        return self._replayed(self._recordings[shapes], tensors)
+
+    def _replayed(self, replay: Step, tensors: Sequence[Tensor]) -> Tensor:
+        # Each is a context manager of its own in torch; three of them would take longer than a matrix product.
+        threads, onednn = torch.get_num_threads(), torch._C._get_mkldnn_enabled()
+        optimizing = torch._C._get_graph_executor_optimize()
+        torch.set_num_threads(1 if self.products(*tensors) < FEW_PRODUCTS else threads)
+        torch._C._set_mkldnn_enabled(onednn and self.onednn)
         # To optimise a recording takes as long as hundreds of replays gain by it.
-        with (
-            torch.jit.optimized_execution(False),
-            _onednn(self.onednn),
-            _threads(1 if few else torch.get_num_threads()),
-        ):
+        torch._C._set_graph_executor_optimize(False)
+        try:
             return replay(*tensors)
+        finally:
+            torch._C._set_graph_executor_optimize(optimizing)
+            torch._C._set_mkldnn_enabled(onednn)
+            torch.set_num_threads(threads)
 
 
 def traced(step: Step, tensors: Sequence[Tensor]) -> Step:
@@ -111,26 +131,6 @@ def captured(step: Step, tensors: Sequence[Tensor]) -> Step:
     return replay
 
 
-@contextmanager
-def _onednn(allowed: bool) -> Iterator[None]:
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(before and allowed)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def recorded(step: Step, model: nn.Module) -> Step:
     """`step`, to be replayed, unless someone listens to a module of `model`, who would not hear a replay.
 
@@ -147,7 +147,7 @@ def recorded(step: Step, model: nn.Module) -> Step:
 
     # Measured: of what float32 models do for a token, oneDNN only does GELU, in several times the time of torch.
     onednn = not all(getattr(linear, "kernel", False) or _is_float32(linear) for linear in linears)
-    return Recorded(step, products, onednn)
+    return Recorded(step, products, onednn=onednn, fixed=has_fixed_shapes(next(model.parameters()).device))
 
 
 def _is_float32(linear: nn.Linear) -> bool:
