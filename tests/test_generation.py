@@ -484,10 +484,13 @@ def test_one_recording_serves_all_lengths_but_where_shapes_are_fixed(
 
 
 def test_replays_leave_the_libraries_of_others_as_they_are() -> None:
-    recorded, before = Recorded(lambda a: a + 1, onednn=False), torch._C._get_mkldnn_enabled()
+    def settings_of_torch() -> list[bool]:
+        return [torch._C._get_mkldnn_enabled(), torch._C._get_graph_executor_optimize()]
+
+    recorded, before = Recorded(lambda a: a + 1, onednn=False), settings_of_torch()
     for _ in range(4):
         recorded(torch.ones(1))
-    assert torch._C._get_mkldnn_enabled() == before
+    assert settings_of_torch() == before == [torch.backends.mkldnn.is_available(), True]
 
 
 @pytest.mark.parametrize(("rows", "threads"), [(1, 1), (3, 1), (4, 3)])
