@@ -32,7 +32,7 @@ from minitransformer.generation.processors import (
     TopP,
 )
 from minitransformer.generation.readers import CachedReader, window_length
-from minitransformer.generation.recording import FEW_PRODUCTS, SOON, Recorded, for_single_rows
+from minitransformer.generation.recording import FEW_PRODUCTS, SOON, Recorded, RowLinear, for_single_rows
 from minitransformer.generation.samples import sample_of
 from minitransformer.generation.streaming import TextStream, stream_text
 from minitransformer.models.decoder import DecoderLM
@@ -538,11 +538,26 @@ def test_linear_maps_with_hooks_or_a_forward_of_their_own_keep_them(tiny_decoder
             return 2 * super().forward(x)
 
     model = tiny_decoder(feedforward="relu")
-    model.stack.blocks[0].feedforward.up.__class__ = Doubled
-    model.stack.blocks[1].feedforward.up.register_forward_hook(lambda module, args, output: output * 3)
+    first, second = model.stack.blocks
+    first.feedforward.up.__class__ = first.attention.value.__class__ = Doubled
+    for linear in (second.feedforward.up, second.attention.key):
+        linear.register_forward_hook(lambda module, args, output: output * 3)
     tokens = torch.randint(11, (1, 6))
     with torch.no_grad():
-        torch.testing.assert_close(for_single_rows(model)(tokens), model(tokens))
+        found = for_single_rows(model)(tokens, cache=model.new_cache())
+        torch.testing.assert_close(found, model(tokens))
+
+
+@pytest.mark.parametrize(("d_model", "outputs"), [(16, [48, 16]), (256, [256] * 4)])
+def test_only_small_queries_keys_and_values_are_one_product(
+    d_model: int, outputs: list[int], tiny_decoder: MakeDecoder
+) -> None:
+    rows = for_single_rows(tiny_decoder(d_model=d_model, num_layers=1, bias=True))
+    called = []
+    for linear in [module for module in rows.stack.blocks[0].attention.modules() if isinstance(module, RowLinear)]:
+        linear.register_forward_hook(lambda module, args, output: called.append(module.out_features))
+    rows(torch.zeros(1, 1, dtype=torch.long), cache=rows.new_cache())
+    assert called == outputs
 
 
 def test_the_reader_repeats_its_cache_exactly(tiny_decoder: MakeDecoder) -> None:

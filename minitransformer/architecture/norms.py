@@ -34,7 +34,7 @@ class Norm(Registered, nn.Module, kind="norm"):
 
     def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.shape = eps, (features,)
         self.weight = nn.Parameter(torch.ones(features))
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
@@ -49,14 +49,14 @@ class LayerNorm(Norm, name="layer"):
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(Norm, name="rms"):
     """`rms_norm` by torch's fused kernel; it has no bias. Zhang and Sennrich 2019 (arXiv 1910.07467)."""
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
 class DyT(Norm, name="dyt"):
@@ -83,4 +83,4 @@ class ZeroCentredRMSNorm(Norm, name="rms-zero-centred"):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
-        return F.rms_norm(x, self.weight.shape, 1 + self.weight, self.eps)
+        return F.rms_norm(x, self.shape, 1 + self.weight, self.eps)

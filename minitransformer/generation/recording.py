@@ -14,19 +14,22 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.architecture.attention import MultiHeadAttention
+from minitransformer.architecture.attention import AttentionView, MultiHeadAttention
+from minitransformer.architecture.cache import AttentionCache
 from minitransformer.architecture.linear import has_hooks, is_plain
 
 SOON = 8
 """steps"""
 FEW_PRODUCTS = 1 << 21
 """that one thread does about as fast as several (measured), and several times as fast if another process is at work"""
+MANY_WEIGHTS = 1 << 17
+"""of which a product with one row takes much longer than to call it"""
 M = TypeVar("M", bound=nn.Module)
 Step = Callable[..., Tensor]
 
@@ -157,18 +160,26 @@ def _is_float32(linear: nn.Linear) -> bool:
 
 def for_single_rows(model: M) -> M:
     """A copy of `model`, with the same weights, whose linear maps are fast for one row; made for evaluation only."""
-    return with_modules(model, _row_linear)
+    return with_modules(model, _for_single_rows)
 
 
-def _row_linear(module: nn.Module) -> nn.Module | None:
-    return RowLinear(module) if isinstance(module, nn.Linear) and is_plain(module) else None
+def _for_single_rows(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, nn.Linear) and is_plain(module):
+        return RowLinear(module)
+    if isinstance(module, MultiHeadAttention):
+        maps = [module.query, module.key, module.value]
+        if all(map(is_plain, maps)) and sum(linear.weight.numel() for linear in maps) <= MANY_WEIGHTS:
+            return RowAttention.of(module)
+    return None
 
 
 def with_modules(model: M, replace: Callable[[nn.Module], nn.Module | None]) -> M:
     """A copy of `model`, with the same weights as constants, in which some modules have a replacement."""
     replaced = replace(model)
-    if replaced is not None:
-        return replaced  # type: ignore[return-value]
+    return _with_parts(model, replace) if replaced is None else replaced  # type: ignore[return-value]
+
+
+def _with_parts(model: M, replace: Callable[[nn.Module], nn.Module | None]) -> M:
     clone = copy.copy(model)
     # What requires a gradient cannot be a constant of a recording.
     clone._parameters = {name: _constant(weight) for name, weight in model._parameters.items()}
@@ -176,25 +187,28 @@ def with_modules(model: M, replace: Callable[[nn.Module], nn.Module | None]) -> 
     return clone
 
 
-def _constant(weight: nn.Parameter | None) -> nn.Parameter | None:
+def _constant(weight: Tensor | None) -> nn.Parameter | None:
     return None if weight is None else nn.Parameter(weight.detach(), requires_grad=False)
 
 
 class RowLinear(nn.Linear):
-    """x Wᵀ + b, fast for a single row."""
+    """x Wᵀ + b, fast for a single row; the outputs of several maps one after another."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, *maps: nn.Linear) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would draw weights
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach()
+        weight, bias = maps[0].weight.detach(), _constant(maps[0].bias)
+        if len(maps) > 1:
+            weight = torch.cat([linear.weight.detach() for linear in maps])
+            bias = None if bias is None else _constant(torch.cat([linear.bias for linear in maps]))
+        self.out_features, self.in_features = weight.shape
         # Measured on CPUs: a row times a wide matrix is up to 1.8 times as fast if the matrix is stored by columns, and
         # large matrices are faster still with a vector.
         if weight.device.type == "cpu" and weight.size(0) > weight.size(1):
             weight = weight.t().contiguous().t()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.transposed = weight.t()
-        self.register_parameter("bias", _constant(linear.bias))
-        self.large = weight.numel() > 1 << 17
+        self.register_parameter("bias", bias)
+        self.large = weight.numel() > MANY_WEIGHTS
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.large and x.numel() == self.weight.size(1):
@@ -202,3 +216,28 @@ class RowLinear(nn.Linear):
         else:
             product = x @ self.transposed
         return product if self.bias is None else product + self.bias
+
+
+class RowAttention(MultiHeadAttention):
+    """Self-attention whose queries, keys and values are one product: for few features, calling it takes the longest."""
+
+    together: RowLinear
+    sizes: list[int]
+
+    @classmethod
+    def of(cls, attention: MultiHeadAttention) -> RowAttention:
+        """`attention`, made for evaluation only."""
+        maps = [attention.query, attention.key, attention.value]
+        clone: Any = _with_parts(attention, _for_single_rows)
+        clone.__class__ = cls
+        clone.together, clone.sizes = RowLinear(*maps), [linear.out_features for linear in maps]
+        return clone
+
+    def _projections(
+        self, x: Tensor, memory: Tensor | None, view: AttentionView, cache: AttentionCache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if memory is not None or cache is None:
+            return super()._projections(x, memory, view, cache)
+        query, key, value = self.together(x).split(self.sizes, dim=-1)
+        k, v = cache.update(lambda: self._keys_and_values(key, value, view))
+        return self._queries(query, view), k, v
