@@ -1,9 +1,10 @@
 """The model's steps, recorded once and replayed without Python.
 
 For one token of a small model, walking through its modules takes longer than the arithmetic in them. All steps do the
-same, once the cache has slots for all tokens to come (`KVCache.place`): so a step is recorded, and the later ones replay
-its operations, with as many slots as are in use then. `torch.jit.trace` records in milliseconds, where `torch.compile`
-takes longer than most texts take to write. On CUDA, a graph replays all kernels of a step by one call, for fixed shapes.
+same, once the cache has slots for all tokens to come (`KVCache.place`): so a step is recorded, and the later ones
+replay its operations, with the slots that are in use by then. `torch.jit.trace` records in milliseconds, where
+`torch.compile` takes longer than most texts take to write. On CUDA, a graph replays all kernels of a step by one call,
+for fixed shapes.
 """
 
 from __future__ import annotations
