@@ -513,10 +513,14 @@ def test_few_products_are_done_by_one_thread_which_no_other_process_can_delay(
 
 def test_products_are_those_with_weights_and_with_the_keys_and_values_that_are_seen(tiny_decoder: MakeDecoder) -> None:
     model = tiny_decoder(d_model=16, num_layers=3, d_ff=10, feedforward="relu", vocab_size=11)
-    step = recording.recorded(lambda *tensors: tensors[0], model)
+    reader = CachedReader(model, 8)
+    with torch.no_grad():
+        for length in (2, 3):
+            reader(torch.ones(1, length, dtype=torch.long))
     weights = 3 * (4 * 16 * 16 + 2 * 10 * 16) + 11 * 16
     tokens, seen = torch.zeros(5, 1), torch.zeros(1, 7)
-    assert step.products(tokens, torch.zeros(1), seen) == 5 * (weights + 3 * 2 * 16 * 7)  # type: ignore[attr-defined]
+    products = reader.steps[1].products  # type: ignore[attr-defined]
+    assert products(tokens, torch.zeros(1), seen) == 5 * (weights + 3 * 2 * 16 * 7)
 
 
 def test_an_interruption_while_a_step_is_recorded_is_not_lost() -> None:

@@ -71,7 +71,7 @@ class CachedReader:
     """Reads each token once, as long as the window only grows; the first call's tokens are the same in every sample."""
 
     def __init__(self, model: DecoderLM, max_tokens: int) -> None:
-        self.model = model
+        self.model = self.row_model = model
         self.context_length = model.config.context_length
         slots = min(max_tokens, self.context_length)
         self.cache = model.new_cache(slots)
@@ -121,7 +121,7 @@ class CachedReader:
     def _step(self, count: int) -> Step:
         """`_read` for so many logits: a recording has shapes for arguments, and a number is a part of it."""
         if not self.steps:
-            self.model = for_single_rows(self.model)  # after the prompt, which need not wait for it
+            self.row_model = for_single_rows(self.model)  # after the prompt, which need not wait for it
         if count not in self.steps:
 
             def step(tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class CachedReader:
         count: int,
     ) -> Float[Tensor, "samples {count} vocab"]:
         self.cache.place(slots, positions.size(1), newest_last=not self.fixed)
-        return _logits(self.model, tokens, count, self.cache, positions)
+        return _logits(self.row_model, tokens, count, self.cache, positions)
 
 
 def _logits(
