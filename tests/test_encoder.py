@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
+from tests.texts_for_tests import with_padding, without_padding
 
 SIZES = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context_length": 32, "vocab_size": 11}
 LENGTH = 6
@@ -48,18 +47,15 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 @both_topologies
 @every_variant
-@settings(max_examples=5)
-@given(left=st.integers(0, 3), right=st.integers(0, 3))
-def test_padding_never_matters(kind: dict[str, Any], choices: dict[str, Any], left: int, right: int, tiny: Any) -> None:
-    model, tokens, inside = tiny(**kind, **choices), texts(2), slice(left, left + LENGTH)
-    padded = texts(2, left + LENGTH + right)
-    padded[:, inside] = tokens
-    is_token = torch.zeros_like(padded).bool()
-    is_token[:, inside] = True
-    close(model.hidden_states(padded, is_token=is_token)[:, inside], model.hidden_states(tokens))
+def test_padding_never_matters(kind: dict[str, Any], choices: dict[str, Any], tiny: Any) -> None:
+    model, tokens = tiny(**kind, **choices), texts()
+    padded, is_token = with_padding(tokens, 3, 11)
+    hidden = without_padding(model.hidden_states(padded, is_token=is_token), is_token)
+    close(hidden, model.hidden_states(tokens).expand_as(hidden))
     logits = model(padded, is_token=is_token)
     assert logits.isfinite().all()
-    close(logits if "num_classes" in kind else logits[:, inside], model(tokens))
+    found = logits if "num_classes" in kind else without_padding(logits, is_token)
+    close(found, model(tokens).expand_as(found))
 
 
 @both_topologies

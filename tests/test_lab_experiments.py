@@ -183,11 +183,13 @@ def audit():
     return experiment.conclude([Result(task, experiment.measure(task)) for task in wanted])
 
 
+@pytest.mark.slow
 def test_the_audit_flags_every_defect_and_no_healthy_model(audit):
     assert len(audit.criteria) == len(DEFECTS)
     assert [criterion for criterion in audit.criteria if not criterion.holds] == []
 
 
+@pytest.mark.slow
 def test_the_audit_says_by_which_criterion(audit):
     rows = [row[:2] for table in audit.tables for row in table.rows]
     assert {defect for defect, _ in rows} == {DEFECTS[name].title for name in DEFECTS if name != "none"}
