@@ -68,7 +68,7 @@ class RowsReader:
             self._is_token = torch.arange(self.slots, device=self.device) >= starts[:, None]
         slot = torch.tensor([self.end], device=self.device)
         self.end += 1
-        seen = slots_seen(self.end, self.slots) if self.fixed else self.end
+        seen = slots_seen(self.end, self.slots, self.fixed)
         return self._read(torch.tensor(tokens, device=self.device)[:, None], slot, self._is_token[:, :seen])
 
     def _read_all(self, tokens: Tensor, slot: Tensor, is_token: Tensor) -> Tensor:

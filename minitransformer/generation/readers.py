@@ -34,11 +34,14 @@ def window_length(total: int, context_length: int) -> int:
     return after_a_drop + (total - context_length - 1) % (context_length + 1 - after_a_drop)
 
 
-def slots_seen(length: int, most: int) -> int:
-    """How many of `most` slots attention looks at when `length` are in use: up to a quarter more, or `FEW_SLOTS`.
+def slots_seen(length: int, most: int, fixed: bool) -> int:
+    """How many of `most` slots attention looks at when `length` are in use: these, where recordings take any size.
 
-    For recordings with fixed shapes: all slots would cost a short text as much as the longest.
+    Where their shapes are `fixed`, up to a quarter more, or `FEW_SLOTS`: all would cost a short text as much as the
+    longest.
     """
+    if not fixed:
+        return length
     step = max(FEW_SLOTS, (1 << length.bit_length()) // 8)
     return min(most, -(-length // step) * step)
 
@@ -94,7 +97,7 @@ class CachedReader:
         unread = min(total - self.known, window) if total - window == self.start else window
         new = max(unread, count)
         self.start, self.known = total - window, total
-        seen = slots_seen(window, len(self.positions)) if self.fixed else window
+        seen = slots_seen(window, len(self.positions), self.fixed)
         newest, positions = self.positions.narrow(0, window - new, new), self.positions.narrow(0, 0, seen)
         return self._step(count)(tokens.narrow(1, total - new, new), newest, positions[None])
 
