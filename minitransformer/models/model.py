@@ -41,9 +41,12 @@ class Model(Registered, nn.Module, kind="topology"):
         initialise(self, Initialisation.named(self.config.init)())
 
     def calibrate(self, run: Callable[[], object]) -> None:
-        """What the placement sets by a look at real data, before the first step: `run` passes a batch through."""
+        """What the placement sets by a look at real data, before the first step: `run` passes a batch through.
+
+        With dropout, as in the first step; what it drops depends on torch's generators alone.
+        """
         was_training = self.training
-        self.eval()
+        self.train()
         for stack in [module for module in self.modules() if isinstance(module, Stack)]:
             stack.residual.calibrate(stack.connections, run)
         self.train(was_training)

@@ -6,6 +6,7 @@ Notation: x is the residual stream, f the sublayer (attention or feed-forward), 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,9 @@ class DeepNorm(Residual, name="deepnorm"):
 class Admin(Residual, name="admin"):
     """x ← N(ω ⊙ x + f(x)), where ω starts as the standard deviation that Pre-LN's stream would have here.
 
-    `calibrate` finds it in one forward pass: ω₁ = 1 and ω_{k+1}² = ω_k² + Var f_k(x_k). Without it, ω is 1, as in
-    Post-LN; then ω learns. Liu et al. 2020 (arXiv 2004.08249), section 4.2.
+    `calibrate` finds it in one forward pass, with dropout: ω₁ = 1 and ω_{k+1}² = Var(ω_k ⊙ x_k) + Var f_k(x_k), so that
+    ω₂ is small where the embeddings are. Without it, ω is 1, as in Post-LN; then ω learns. Liu et al. 2020 (arXiv
+    2004.08249), section 4.2, with the variances of the authors' code (LiyuanLucasLiu/Transformer-Clinic).
     """
 
     def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
@@ -62,18 +64,18 @@ class Admin(Residual, name="admin"):
     def calibrate(cls, connections: Sequence[Residual], run: Callable[[], object]) -> None:
         variance = torch.ones(())
 
-        def measured(sublayer: Sublayer, x: Tensor) -> Tensor:
+        def scale_stream(connection: nn.Module, inputs: tuple[Tensor, Sublayer]) -> None:
             nonlocal variance
-            branch = sublayer(x)
-            variance = variance.to(branch.device) + branch.float().var(correction=0)
-            return branch
+            omega = connection.omega
+            omega.copy_(variance.sqrt().expand_as(omega))  # type: ignore[operator, arg-type]
+            variance = (omega * inputs[0]).float().var(correction=0)  # type: ignore[operator]
 
-        def listen(connection: nn.Module, inputs: tuple[Tensor, Sublayer]) -> tuple[Tensor, Sublayer]:
-            x, sublayer = inputs
-            connection.omega.copy_(variance.sqrt().expand_as(connection.omega))  # type: ignore[operator, arg-type]
-            return x, lambda x: measured(sublayer, x)
+        def add_branch(_: nn.Module, __: Any, branch: Tensor) -> None:
+            nonlocal variance
+            variance = variance + branch.float().var(correction=0)
 
-        hooks = [connection.register_forward_pre_hook(listen) for connection in connections]
+        hooks = [connection.register_forward_pre_hook(scale_stream) for connection in connections]
+        hooks += [connection.dropout.register_forward_hook(add_branch) for connection in connections]
         try:
             run()
         finally:

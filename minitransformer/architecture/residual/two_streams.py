@@ -1,4 +1,4 @@
-"""Placements with two streams: a normalised x, and y, the plain sum of all branches.
+"""Placements with two streams: x, which is normalised on its way, and y, the plain sum of all branches.
 
 Notation: f is the sublayer (attention or feed-forward), o its output, N the norm.
 """
@@ -54,17 +54,48 @@ class ScaledResiDual(ResiDual, name="residual-scaled"):
     eta = 0.05
 
 
-class SiameseNorm(ResiDual, name="siamese"):
-    """o = f(x + N₁(y)); x ← N₂(x + o) beside y ← y + o, from y = x; the output is x + N(y). arXiv 2602.08064.
+class SiameseNorm(Residual, name="siamese"):
+    """x ← N₁(x), o = f(N₃(x + N₂(y))); x ← x + o / √(2l) beside y ← y + o in layer l, counted from 1, from y = x.
 
-    The sublayer reads both streams. From a secondary source: not compared with the authors' code.
+    The output is N₃(N₁(x) + N₂(y)): a Post-LN stream beside a Pre-LN stream, and each sublayer reads and writes both.
+    Li et al. 2026 (arXiv 2602.08064), as the authors' code for DeiT has it (Qwen-Applications/SiameseNorm).
     """
+
+    has_final_norm = True
 
     def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
         super().__init__(make_norm, dropout, place)
-        self.input_norm = make_norm()
+        self.other_norm, self.input_norm = make_norm(), make_norm()
+        self.scale = (2 * (place.layer + 1)) ** -0.5
 
     def forward(self, stream: Streams, sublayer: Sublayer) -> Streams:
-        x, y = stream
-        branch = self.dropout(sublayer(x + self.input_norm(y)))
-        return self.norm(x + branch), y + branch
+        x, y = self.norm(stream[0]), stream[1]
+        branch = self.dropout(sublayer(self.input_norm(x + self.other_norm(y))))
+        return x + self.scale * branch, y + branch
+
+    @classmethod
+    def open(cls, x: Tensor) -> Streams:
+        return x, x
+
+    @classmethod
+    def state(cls, stream: Streams) -> Tensor:
+        return stream[0]
+
+    @classmethod
+    def close(cls, stream: Streams, final_norm: nn.Module) -> Tensor:
+        return final_norm(*stream)
+
+    @classmethod
+    def make_final_norm(cls, make_norm: MakeNorm) -> nn.Module:
+        return NormOfBoth(make_norm)
+
+
+class NormOfBoth(nn.Module):
+    """N₃(N₁(x) + N₂(y)) of two streams."""
+
+    def __init__(self, make_norm: MakeNorm) -> None:
+        super().__init__()
+        self.norm, self.other_norm, self.output_norm = make_norm(), make_norm(), make_norm()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.output_norm(self.norm(x) + self.other_norm(y))

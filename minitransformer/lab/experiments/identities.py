@@ -310,7 +310,7 @@ FINAL_NORMS = {
     "lns": 1,
     "hybrid": 1,
     "hybrid-star": 1,
-    "siamese": 1,
+    "siamese": 3,
     "keel": 0,
     "none": 0,
 }
