@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from minitransformer.architecture.attention import AttentionView
 from minitransformer.architecture.block import Block
 from minitransformer.architecture.feedforward import FEEDFORWARDS
 from minitransformer.architecture.norms import LayerNorm, Norm, RMSNorm
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Admin, DeepNorm, Place, PostLN, PreLN, ResiDual, Residual
+from minitransformer.errors import UserError
 from minitransformer.models.build import build_stack
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
@@ -27,11 +29,11 @@ SUBLAYERS = ("attention", "feedforward")
 class Recurrence(Protocol):
     """The output for x, from sublayers f_k, the norms in the order of their use, and the last norm where there is one.
 
-    Sublayers alternate between attention and the feed-forward network.
+    Sublayers alternate between attention and the feed-forward network. Of several last norms, `final` is the list.
     """
 
     def __call__(
-        self, x: Tensor, f: list[Function], norms: list[Function], final: Function | None, gains: list[Tensor]
+        self, x: Tensor, f: list[Function], norms: list[Function], final: Any, gains: list[Tensor]
     ) -> Tensor: ...
 
 
@@ -127,11 +129,14 @@ def residual_scaled(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
 
 
 def siamese(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    """As the authors' block for DeiT: three norms a sublayer, and c = √(2 (index + 1))."""
     y = x
     for k in range(len(f)):
-        branch = f[k](x + norms[2 * k + 1](y))
-        x, y = norms[2 * k](x + branch), y + branch
-    return x + final(y)
+        c = ((k // 2 + 1) * 2) ** 0.5
+        x = norms[3 * k](x)
+        z = f[k](norms[3 * k + 2](x + norms[3 * k + 1](y)))
+        x, y = x + z / c, y + z
+    return final[2](final[0](x) + final[1](y))
 
 
 RECURRENCES: dict[str, Recurrence] = {
@@ -154,7 +159,7 @@ RECURRENCES: dict[str, Recurrence] = {
     "siamese": siamese,
 }
 WITHOUT_FINAL_NORM = {"post", "none", "deepnorm", "admin", "keel", "b2t"}
-TWO_NORMS_A_SUBLAYER = {"sandwich", "peri", "keel", "siamese"}
+NORMS_A_SUBLAYER = {"sandwich": 2, "peri": 2, "keel": 2, "siamese": 3}
 every_placement = pytest.mark.parametrize("name", RECURRENCES)
 
 
@@ -168,12 +173,12 @@ def by_hand(norm: LayerNorm) -> Function:
 class Connections(nn.Module):
     """Some sublayers in their residual connections, as a stack would run them."""
 
-    def __init__(self, name: str, features: int = 6, num_layers: int = 4) -> None:
+    def __init__(self, name: str, features: int = 6, num_layers: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
         self.placement = Residual.named(name)
         places = [Place(layer, num_layers, sublayer) for layer in range(num_layers) for sublayer in SUBLAYERS]
         self.sublayers = nn.ModuleList(nn.Linear(features, features) for _ in places)
-        self.residuals = nn.ModuleList(self.placement(lambda: LayerNorm(features), 0.0, place) for place in places)
+        self.residuals = nn.ModuleList(self.placement(lambda: LayerNorm(features), dropout, place) for place in places)
         self.final_norm = self.placement.make_final_norm(lambda: LayerNorm(features))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,12 +196,12 @@ def test_every_registered_placement_has_its_recurrence_here() -> None:
 def test_a_placement_is_its_recurrence_in_values_and_gradients(name: str, shake: Any) -> None:
     connections = shake(Connections(name)).double()
     x = torch.randn(2, 3, 6).double().requires_grad_()
-    final = None if name in WITHOUT_FINAL_NORM else by_hand(connections.final_norm)
+    final = [by_hand(norm) for norm in connections.final_norm.modules() if isinstance(norm, LayerNorm)]
     norms = [by_hand(norm) for norm in connections.residuals.modules() if isinstance(norm, LayerNorm)]
     gains = [part for key, part in connections.residuals.named_parameters() if key.endswith("omega")]
     f: list[Function] = [lambda y, linear=linear: linear(y).tanh() for linear in connections.sublayers]  # type: ignore[misc]
     actual = connections(x)
-    expected = RECURRENCES[name](x, f, norms, final, gains)
+    expected = RECURRENCES[name](x, f, norms, final if len(final) > 1 else next(iter(final), None), gains)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     leaves = [x, *connections.parameters()]
     torch.testing.assert_close(
@@ -242,7 +247,8 @@ def test_the_normalised_stream_of_residual_is_post_ln_bit_for_bit(shake: Any) ->
 def test_there_is_one_final_norm_where_the_equation_has_one(name: str) -> None:
     config = ModelConfig(d_model=16, num_layers=3, num_heads=4, residual=name, norm="rms")
     stack = build_stack(config, causal=True)
-    assert isinstance(stack.final_norm, RMSNorm if name not in WITHOUT_FINAL_NORM else nn.Identity)
+    final = [module for module in stack.final_norm.modules() if isinstance(module, RMSNorm)]
+    assert len(final) == (0 if name in WITHOUT_FINAL_NORM else 3 if name == "siamese" else 1)
     assert isinstance(stack.embedding_norm, RMSNorm if name == "peri" else nn.Identity)
     norms = [
         sum(isinstance(module, RMSNorm) for module in connection.modules())
@@ -253,7 +259,7 @@ def test_there_is_one_final_norm_where_the_equation_has_one(name: str) -> None:
         "none": [0] * 6,
         "hybrid": [0, 1] * 3,
         "hybrid-star": [1, 1, 0, 1, 0, 1],
-    }.get(name, [2 if name in TWO_NORMS_A_SUBLAYER else 1] * 6)
+    }.get(name, [NORMS_A_SUBLAYER.get(name, 1)] * 6)
 
 
 @pytest.mark.parametrize("name", sorted(set(RECURRENCES) - {"none"}))
@@ -412,22 +418,53 @@ def test_b2t_makes_all_matrices_of_its_layers_smaller() -> None:
         torch.testing.assert_close(scaled[name], gain * weight, rtol=1e-5, atol=0)
 
 
-def test_admin_starts_with_the_deviations_of_pre_ln_s_stream_in_one_pass(shake: Any) -> None:
-    connections = shake(Connections("admin")).double()
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_admin_starts_with_the_deviations_of_pre_ln_s_stream_in_one_pass(dropout: float, shake: Any) -> None:
+    connections = shake(Connections("admin", dropout=dropout)).double()
     with torch.no_grad():
         for connection in connections.residuals:
             connection.omega.fill_(1.0)
-    x = torch.randn(4, 8, 6).double()
+    x = 0.02 * torch.randn(4, 8, 6).double()
+    torch.manual_seed(5)
     Admin.calibrate(list(connections.residuals), lambda: connections(x))
+    torch.manual_seed(5)
     variance = 1.0
     for connection, f in zip(connections.residuals, connections.sublayers, strict=True):
         torch.testing.assert_close(connection.omega, torch.full_like(connection.omega, variance**0.5))
-        branch = f(x).tanh()
-        variance += branch.var(correction=0).item()
+        branch = connection.dropout(f(x).tanh())
+        variance = (connection.omega * x).var(correction=0).item() + branch.var(correction=0).item()
         x = by_hand(connection.norm)(connection.omega * x + branch)
     before = [connection.omega.clone() for connection in connections.residuals]
-    connections(x)
+    connections(0.02 * torch.randn(4, 8, 6).double())
     assert all(torch.equal(a, c.omega) for a, c in zip(before, connections.residuals, strict=True))
+
+
+def admin_decoder(dropout: float = 0.0, seed: int = 3, **choices: Any) -> DecoderLM:
+    """A decoder with embeddings N(0, 0.02²), whose Admin saw a batch."""
+    sizes: dict[str, Any] = {"d_model": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 50, "positions": "none"}
+    torch.manual_seed(seed)
+    model = DecoderLM(ModelConfig(residual="admin", dropout=dropout, **sizes, **choices))
+    tokens = torch.arange(64).reshape(4, 16).remainder(50)
+    model.eval().calibrate(lambda: model(tokens))
+    assert not model.training
+    return model
+
+
+def omegas(model: DecoderLM) -> list[float]:
+    return [connection.omega[0].item() for connection in model.stack.connections]  # type: ignore[union-attr, operator]
+
+
+def test_admin_s_second_gain_is_as_small_as_the_default_embeddings() -> None:
+    first, second, third, *_ = omegas(admin_decoder())
+    assert first == 1
+    assert second == pytest.approx(0.02, rel=0.1)  # not 1: the stream that it scales starts with this deviation
+    assert third < 0.03  # one branch of GPT-2's small weights later
+
+
+def test_admin_is_profiled_with_dropout_and_alike_for_the_same_seed() -> None:
+    dropped, whole = omegas(admin_decoder(dropout=0.5, init="xavier")), omegas(admin_decoder(init="xavier"))
+    assert dropped == omegas(admin_decoder(dropout=0.5, init="xavier"))
+    assert all(a > 1.1 * b for a, b in zip(dropped[1:], whole[1:], strict=True))
 
 
 @pytest.mark.parametrize("topology", ["decoder", "encoder", "encoder-decoder"])
@@ -451,3 +488,49 @@ def test_a_placement_reads_a_text_from_the_cache_as_it_does_at_once(name: str, t
     cache = model.new_cache()
     parts = [model(part, cache=cache) for part in tokens.split([4, 1, 3, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens))
+
+
+def normalised_by(name: str, **choices: Any) -> list[int | None]:
+    """How many features the norms of queries, keys and values take together in a model with four heads of 4 each."""
+    sizes: dict[str, Any] = {"d_model": 16, "num_layers": 4, "num_heads": 4, "vocab_size": 7}
+    model = build_model(ModelConfig(residual=name, **sizes, **choices))
+    attention = model.stack.blocks[0].attention  # type: ignore[union-attr, index]
+    norms = [attention.query_norm, attention.key_norm, attention.value_norm]
+    return [next((part.weight.numel() for part in norm.modules() if isinstance(part, Norm)), None) for norm in norms]
+
+
+@pytest.mark.parametrize("name", ["hybrid", "hybrid-star"])
+def test_hybridnorm_normalises_queries_keys_and_values_by_head_unless_it_is_told_otherwise(name: str) -> None:
+    assert normalised_by(name) == normalised_by(name, qk_norm="head") == [4, 4, 4]
+    assert normalised_by(name, qk_norm="full") == [16, 16, 16]
+
+
+def test_any_placement_can_normalise_values_as_queries_and_keys() -> None:
+    assert normalised_by("pre") == [None] * 3
+    assert normalised_by("pre", qk_norm="head") == [4, 4, None]
+    assert normalised_by("pre", qk_norm="head", value_norm=True) == [4, 4, 4]
+    assert normalised_by("post", qk_norm="full", value_norm=True) == [16, 16, 16]
+    with pytest.raises(UserError, match="qk_norm 'head'"):
+        ModelConfig(value_norm=True)
+
+
+def test_attention_of_hybridnorm_is_that_of_its_authors(shake: Any) -> None:
+    """q, k and v of each head through an RMS norm of its features, as in their dense_model/olmo/model.py."""
+    config = ModelConfig(d_model=8, num_layers=1, num_heads=2, residual="hybrid", norm="rms", positions="none")
+    attention = shake(build_stack(config, causal=True)).blocks[0].attention.double()
+    x = torch.randn(1, 5, 8).double()
+    attended = []
+    for head in range(2):
+        part = slice(4 * head, 4 * head + 4)
+        q, k, v = (
+            y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.norm.weight
+            for y, norm in (
+                (x @ attention.query.weight[part].T, attention.query_norm),
+                (x @ attention.key.weight[part].T, attention.key_norm),
+                (x @ attention.value.weight[part].T, attention.value_norm),
+            )
+        )
+        scores = (q @ k.transpose(1, 2) / 2).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+        attended.append(scores.softmax(-1) @ v)
+    expected = torch.cat(attended, -1) @ attention.output.weight.T
+    torch.testing.assert_close(attention(x, view=AttentionView(causal=True)), expected, rtol=1e-12, atol=1e-12)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from minitransformer.errors import UserError
+from minitransformer.models.config import ModelConfig
 from minitransformer.training.config import RunConfig
 from minitransformer.training.presets import PRESETS
 
@@ -28,6 +29,16 @@ def test_a_run_that_is_older_than_a_setting_has_its_default() -> None:
     record = stored(changed)
     del record["training"]["eps"]
     assert RunConfig.from_json(record, "config.json") == changed
+
+
+@pytest.mark.parametrize("residual", ["hybrid", "hybrid-star"])
+def test_an_older_hybridnorm_still_normalises_all_features_together(residual: str) -> None:
+    record = stored(RunConfig(ModelConfig(residual=residual)))
+    assert RunConfig.from_json(record, "config.json").model.qk_norm == "none"  # by head, as its authors have it
+    del record["model"]["value_norm"]
+    assert RunConfig.from_json(record, "config.json").model.qk_norm == "full"
+    record["model"]["qk_norm"] = "head"
+    assert RunConfig.from_json(record, "config.json").model.qk_norm == "head"
 
 
 @pytest.mark.parametrize("part", ["model", "data", "training"])

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minitransformer.architecture.residual import Residual
 from minitransformer.lab.experiment import Criterion, Experiment, Measurement, Result, Task
 from minitransformer.lab.figures import Curve
 from minitransformer.lab.instruments import probe_for
@@ -67,12 +68,6 @@ BASE = RunConfig(
 """The decoder that training experiments share: a small one with the choices and the Adam of Vaswani et al. 2017 (arXiv
 1706.03762), but for learned positions and a head of its own. Its embeddings are N(0, 1), as experiments at
 initialisation have them."""
-NEEDS: dict[str, dict[str, Any]] = {
-    "olmo2": {"qk_norm": "head"},
-    "hybrid": {"init": "xavier-scaled"},
-    "hybrid-star": {"init": "xavier-scaled"},
-}
-"""what the papers of some placements ask of the model, beside the placement"""
 STUCK = 3.2
 """nats a character: who knows no more of Tiny Shakespeare than how frequent each character is has 3.3"""
 LAST = 25
@@ -181,8 +176,8 @@ class TrainingExperiment(Experiment):
         return replace(BASE.data, data=self.settings.data)
 
     def configured(self, task: Task) -> RunConfig:
-        """The run that `task` describes, with what its placement asks of the model."""
-        choices = {**NEEDS.get(task["residual"], {}), "probe_every": task["steps"], **task}
+        """The run that `task` describes, with what its placement asks for of the model, unless the task says it."""
+        choices = {**Residual.named(task["residual"]).asks_for, "probe_every": task["steps"], **task}
         model = replace(BASE.model, vocab_size=self.text.tokenizer.vocab_size, **_fields(BASE.model, choices))
         return RunConfig(model, self._data, replace(BASE.training, **_fields(BASE.training, choices)))
 

@@ -99,9 +99,10 @@ def _norm(config: ModelConfig, features: int | None = None) -> Norm:
 
 
 def _attention(config: ModelConfig) -> MultiHeadAttention:
-    qk_norm, value_norm = config.qk_norm, "none"
-    if Residual.named(config.residual).has_qkv_norm:
-        qk_norm = value_norm = "full" if config.qk_norm == "none" else config.qk_norm
+    placement, qk_norm = Residual.named(config.residual), config.qk_norm
+    if placement.has_qkv_norm and qk_norm == "none":
+        qk_norm = placement.asks_for["qk_norm"]
+    value_norm = qk_norm if config.value_norm or placement.has_qkv_norm else "none"
     return MultiHeadAttention(
         config.d_model,
         config.num_heads,

@@ -108,6 +108,8 @@ class ModelConfig:
     attention_output_bias: bool | None = None
     """biases of attention's output; None is bias"""
     qk_norm: Annotated[str, choice("normalise queries and keys", QK_NORMS)] = "none"
+    value_norm: bool = False
+    """normalise values as qk_norm does queries and keys"""
     attention_scale: float | None = None
     """what scores are multiplied by; None is head_dim^-1/2"""
     attention_softcap: float | None = None
@@ -165,6 +167,8 @@ class ModelConfig:
             )
         if self.block == "parallel-two-norms" and self.residual != "pre":
             raise UserError(f"block 'parallel-two-norms' is Pre-LN, and residual is {self.residual!r}: choose 'pre'")
+        if self.value_norm and self.qk_norm == "none" and not Residual.named(self.residual).has_qkv_norm:
+            raise UserError("value_norm is as qk_norm, and qk_norm is 'none': choose qk_norm 'head' or 'full'")
         if (self.topology == "encoder-classifier") != (self.num_classes is not None):
             raise UserError(
                 f"topology is {self.topology!r} and num_classes {self.num_classes}: "

@@ -212,12 +212,13 @@ class RunConfig:
     def from_json(cls, record: dict[str, Any], origin: str) -> RunConfig:
         """The configuration in `record`, read from the file `origin`.
 
-        A field that it lacks is newer than the run, and has its default, which is how the run behaved. Raises
+        A field that it lacks is newer than the run, and has its default, which is how the run behaved or is made to by
+        another field. Raises
         `UserError` for one that nothing here knows.
         """
         parts: dict[str, Any] = {}
         for name, part in (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig)):
-            values = record.get(name, {})
+            values = _today(record.get(name, {})) if name == "model" else record.get(name, {})
             if unknown := values.keys() - {field.name for field in fields(part)}:
                 what = ", ".join(sorted(unknown))
                 raise UserError(
@@ -227,6 +228,13 @@ class RunConfig:
             restored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             parts[name] = part(**restored)
         return cls(**parts)
+
+
+def _today(model: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a model, as they are meant today."""
+    # Until values had a choice of their own, HybridNorm without qk_norm normalised all features together.
+    older = "value_norm" not in model and model.get("residual") in ("hybrid", "hybrid-star")
+    return model | {"qk_norm": "full"} if older and model.get("qk_norm", "none") == "none" else model
 
 
 def with_vocabulary(model: ModelConfig, prepared: Prepared) -> ModelConfig:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -53,12 +53,14 @@ class Residual(Registered, nn.Module, kind="residual placement"):
     `stream` is what flows from one connection to the next: x for most placements, a tuple for some. Every connection
     owns the norms that its equation names; the stack owns those of the embeddings and of the end, where
     `has_embedding_norm` and `has_final_norm` say that there is one. With `has_qkv_norm`, attention normalises its
-    queries, keys and values.
+    queries, keys and values: as the model says, or as `asks_for` does where the model says nothing.
     """
 
     has_embedding_norm = False
     has_final_norm = False
     has_qkv_norm = False
+    asks_for: ClassVar[Mapping[str, Any]] = {}
+    """choices of a model's other parts that its authors made with it, for who compares it as they published it"""
 
     def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
         super().__init__()

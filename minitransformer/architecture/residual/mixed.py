@@ -5,6 +5,8 @@ Notation: x is the residual stream, f the sublayer (attention or feed-forward), 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from minitransformer.architecture.residual.base import BranchGains, MakeNorm, Place, Residual, Sublayer
@@ -32,11 +34,13 @@ class MixLN(Residual, name="mix"):
 class HybridNorm(Residual, name="hybrid"):
     """x ← x + f(x) around attention, which normalises its queries, keys and values; x ← N(x) + f(N(x)) around others.
 
-    One norm after the last block. Zhuo et al. 2025 (arXiv 2503.04598), section 3.2.
+    One norm after the last block. Zhuo et al. 2025 (arXiv 2503.04598), section 3.2; their code normalises each head by
+    itself, and starts with Megatron's weights.
     """
 
     has_final_norm = True
     has_qkv_norm = True
+    asks_for: ClassVar = {"qk_norm": "head", "value_norm": True, "init": "xavier-scaled"}
 
     def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
         is_attention = place.sublayer in ("attention", "cross_attention")
@@ -52,6 +56,7 @@ class HybridNormStar(Residual, name="hybrid-star"):
 
     has_final_norm = True
     has_qkv_norm = True
+    asks_for = HybridNorm.asks_for
 
     def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
         super().__init__(nn.Identity, dropout, place)

@@ -5,6 +5,8 @@ Notation: x is the residual stream, f the sublayer (attention or feed-forward), 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from minitransformer.architecture.residual.base import MakeNorm, Place, Residual, Sublayer
@@ -48,10 +50,12 @@ class PeriLN(SandwichLN, name="peri"):
 class OLMo2(Residual, name="olmo2"):
     """x ← x + N(f(x)), and one norm after the last block. OLMo 2 (arXiv 2501.00656), section 3.2.
 
-    Nothing bounds what attention reads: use it with `qk_norm`, as the paper does.
+    Nothing bounds what attention reads: use it with `qk_norm`, as the paper does, whose code (OLMo-core) normalises the
+    features of all heads together.
     """
 
     has_final_norm = True
+    asks_for: ClassVar = {"qk_norm": "full"}
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         return x + self.dropout(self.norm(sublayer(x)))
