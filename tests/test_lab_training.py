@@ -173,6 +173,45 @@ def test_placements_are_compared_with_the_same_draws_of_weights(tiny):
             torch.testing.assert_close(weights[name], factor * weight)
 
 
+@pytest.mark.parametrize(
+    ("residual", "asked"),
+    [
+        ("olmo2", {"qk_norm": "full", "value_norm": False, "init": "xavier"}),
+        ("hybrid", {"qk_norm": "head", "value_norm": True, "init": "xavier-scaled"}),
+        ("hybrid-star", {"qk_norm": "head", "value_norm": True, "init": "xavier-scaled"}),
+        ("pre", {"qk_norm": "none", "value_norm": False, "init": "xavier"}),
+    ],
+)
+def test_a_placement_is_trained_with_the_attention_and_the_weights_that_its_authors_gave_it(tiny, residual, asked):
+    config = tiny("E9").configured({"residual": residual, "lr": 1e-3, "steps": 3}).model
+    assert {choice: getattr(config, choice) for choice in asked} == asked
+
+
+def test_a_task_may_say_what_its_placement_asks_for(tiny):
+    task = {"residual": "olmo2", "qk_norm": "none", "steps": 3}
+    assert tiny("E9").configured(task).model.qk_norm == "none"
+
+
+def test_the_ranking_has_pre_ln_with_all_that_hybridnorm_has_beside_its_placement(tiny):
+    experiment = tiny("E9", quick=False)
+    models = [experiment.configured(task).model for task in experiment.tasks()]
+    hybrid = next(model for model in models if model.residual == "hybrid")
+    assert replace(hybrid, residual="pre") in models
+
+
+def test_what_hybridnorm_gains_over_pre_ln_with_its_norms_is_a_claim_of_its_own(tiny):
+    """HybridNorm beats Pre-LN by a nat, of which the norms of queries, keys and values are all but a tenth."""
+
+    def loss(task):
+        noise = 1e-3 * task["seed"] * (1 + (task["residual"] == "hybrid") + 2 * ("qk_norm" in task))
+        return noise + {"hybrid": 1.0, "pre": 1.1 if "qk_norm" in task else 2.0}.get(task["residual"], 3.0)
+
+    claims = {c.claim: c.measured for c in ranked(tiny("E9", quick=False), loss).criteria}
+    same = "HybridNorm reaches a lower loss than Pre-LN with the same normalisation of queries, keys and values"
+    assert claims["HybridNorm (arXiv 2503.04598) reaches a lower loss than Pre-LN"].startswith("gain 0.99")
+    assert claims[same].startswith("gain 0.1")
+
+
 def measured_as(experiment, losses):
     """Results in which each run ends with the loss that `losses` gives for its task."""
     return [Result(task, {"last_loss": losses(task), "losses": [losses(task)] * 25}) for task in experiment.tasks()]
@@ -227,9 +266,9 @@ def test_the_ranking_takes_the_rate_that_was_best_for_the_seeds_of_tuning(tiny):
 
 
 def rates_by_seed(experiment, loss):
-    """The rates at which Pre-LN is trained with each seed."""
+    """The rates at which plain Pre-LN is trained with each seed."""
     results = to_the_end(experiment, lambda task: {"validation_loss": loss(task)})
-    tasks = [result.task for result in results if result.task["residual"] == "pre"]
+    tasks = [result.task for result in results if result.task["residual"] == "pre" and "qk_norm" not in result.task]
     return {seed: [task["lr"] for task in tasks if task["seed"] == seed] for seed in (100, 101, 0, 4)}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from minitransformer.architecture.residual import HybridNorm
 from minitransformer.errors import UserError
 from minitransformer.lab.experiment import Criterion, Findings, Measurement, Picture, Result, Table, Task, select
 from minitransformer.lab.experiments.trainability import PLACEMENTS
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """learning rates that may be tried"""
 LOSS = "validation_loss"
+PRE_LN_QKV = "pre, QKV-norm"
+ROWS: dict[str, Task] = {name: {"residual": name} for name in PLACEMENTS} | {
+    PRE_LN_QKV: {**HybridNorm.asks_for, "residual": "pre"}
+}
+"""what is ranked, and which choices of a task it is: placements, and Pre-LN with all that HybridNorm has beside it"""
 CLAIMS = {
     "lns": "LNS (arXiv 2502.05795)",
     "hybrid": "HybridNorm (arXiv 2503.04598)",
@@ -27,6 +33,14 @@ CLAIMS = {
     "peri": "Peri-LN (arXiv 2502.02732)",
 }
 """placements whose papers found them better than Pre-LN"""
+COMPARISONS = [(name, "pre", f"{who} reaches a lower loss than Pre-LN") for name, who in CLAIMS.items()] + [
+    (
+        "hybrid",
+        PRE_LN_QKV,
+        "HybridNorm reaches a lower loss than Pre-LN with the same normalisation of queries, keys and values",
+    )
+]
+"""claims that the first has a lower loss than the second"""
 
 
 @dataclass(frozen=True)
@@ -44,13 +58,13 @@ class Form:
     """other seeds, which train at the chosen rate alone"""
 
 
-FULL = Form(PLACEMENTS, layers=6, steps=400, rates=LADDER[2:5], tuning=(100, 101), ranked=range(5))
+FULL = Form(tuple(ROWS), layers=6, steps=400, rates=LADDER[2:5], tuning=(100, 101), ranked=range(5))
 QUICK = Form(("post", "pre", "residual"), layers=4, steps=100, rates=LADDER[3:5], tuning=(100,), ranked=range(2))
 
 
 class PlacementRanking(TrainingExperiment, name="E9"):
-    """Every placement at some rates with the seeds for tuning, and at more until the best is better than the next lower
-    and the next higher one; then the other seeds, paired, at the best rate of each."""
+    """Every row at some rates with the seeds for tuning, and at more until the best is better than the next lower and
+    the next higher one; then the other seeds, paired, at the best rate of each."""
 
     title = "Ranking"
     question = "Which placement has the lowest validation loss, each at its own best learning rate?"
@@ -79,14 +93,14 @@ class PlacementRanking(TrainingExperiment, name="E9"):
     def _task(self, name: str, lr: float, seed: int) -> Task:
         layers, steps = self.form.layers, self.form.steps
         run = {"num_layers": layers, "steps": steps, "schedule": "inverse-sqrt", "warmup_steps": steps // 4}
-        return {"residual": name, "lr": lr, "seed": seed, **run}
+        return {**ROWS[name], "lr": lr, "seed": seed, **run}
 
     def _tuned(self, results: Sequence[Result]) -> dict[str, dict[float, float]]:
         """By placement, the mean loss of the seeds for tuning at each rate; without what lacks some."""
         losses: dict[str, dict[float, list[float]]] = {name: {} for name in self.form.names}
         for run in results:
             if run.task["seed"] in self.form.tuning:
-                losses[run.task["residual"]].setdefault(run.task["lr"], []).append(run.measured[LOSS])
+                losses[_row(run.task)].setdefault(run.task["lr"], []).append(run.measured[LOSS])
         seeds = len(self.form.tuning)
         means = {
             name: {lr: sum(row) / seeds for lr, row in rows.items() if len(row) == seeds}
@@ -99,7 +113,7 @@ class PlacementRanking(TrainingExperiment, name="E9"):
         found, rates = {}, {}
         for name, tuned in self._tuned(results).items():
             best = min(tuned, key=tuned.__getitem__)
-            runs = select(results, {"residual": name, "lr": best})
+            runs = [run for run in select(results, {"lr": best}) if _row(run.task) == name]
             losses = {run.task["seed"]: run.measured[LOSS] for run in runs if run.task["seed"] in self.form.ranked}
             if losses:
                 rates[name], found[name] = best, losses
@@ -116,13 +130,15 @@ class PlacementRanking(TrainingExperiment, name="E9"):
         if not losses:
             raise UserError("no placement has been tuned and ranked yet: run E9 to its end")
         outcome = ranking(losses)
-        claims = [(name, who) for name, who in CLAIMS.items() if name in losses and "pre" in losses]
+        claims = [(a, b, claim) for a, b, claim in COMPARISONS if a in losses and b in losses]
         ends = [name for name in outcome.order if rates[name] in (LADDER[0], LADDER[-1])]
         seeds, won = f"{outcome.seeds} paired seeds", True if outcome.winner else None
         remarks = [
             "Runs with the same seed share their batches and the draws of their weights. The learning rate was chosen "
             f"by other seeds, for each placement among {', '.join(f'{lr:g}' for lr in self.form.rates)} and, while the "
             f"best was the lowest or the highest tried, the next one of {', '.join(f'{lr:g}' for lr in LADDER)}.",
+            f"'{PRE_LN_QKV}' is Pre-LN with HybridNorm's norm of queries, keys and values and its initial weights: "
+            "what HybridNorm gains over it comes from where its norms stand.",
             str(outcome),
         ]
         if ends:
@@ -132,15 +148,19 @@ class PlacementRanking(TrainingExperiment, name="E9"):
         return Findings(
             criteria=[
                 Criterion("one placement is better than every other", f"{outcome} {seeds}.", won, must_hold=False),
-                *(
-                    on_trial(f"{who} reaches a lower loss than Pre-LN", _gains(losses["pre"], losses[name]), " nats")
-                    for name, who in claims
-                ),
+                *(on_trial(claim, _gains(losses[b], losses[a]), " nats") for a, b, claim in claims),
             ],
             tables=[_places(outcome, losses, rates), _pairs(outcome)],
             pictures=[_picture(outcome, losses)],
             remarks=remarks,
         )
+
+
+def _row(task: Task) -> str:
+    """Which of ROWS a task belongs to."""
+    choices = {choice for row in ROWS.values() for choice in row}
+    asked = {choice: value for choice, value in task.items() if choice in choices}
+    return next(name for name, row in ROWS.items() if row == asked)
 
 
 def _beside(lr: float) -> set[float]:
