@@ -16,6 +16,11 @@ from numpy.typing import ArrayLike
 
 from minitransformer.errors import UserError
 
+LEVEL = 0.95
+"""of intervals, and one minus the largest corrected p-value that decides"""
+FEWEST_SEEDS = 5
+"""paired seeds from which on a winner is named, or a claim decided"""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -47,7 +52,7 @@ def decimals_of(reach: float) -> int:
     return max(0, 1 - math.floor(math.log10(reach)))
 
 
-def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+def mean_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
     """The mean of `values` (one per seed) with its t interval; raises `ValueError` without values, and `UserError`
     without scipy."""
     array = np.asarray(values, dtype=float)
@@ -59,13 +64,13 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     return interval
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
+def paired_difference(a: ArrayLike, b: ArrayLike, level: float = LEVEL) -> Interval:
     """The mean of `a − b`, seed by seed, with its t interval; raises `UserError` for fewer than two seeds, or without
     scipy, and `ValueError` where the lengths differ."""
     return mean_interval(_differences(a, b), level)
 
 
-def loglog_slope(x: ArrayLike, ys_by_seed: ArrayLike, level: float = 0.95) -> Interval:
+def loglog_slope(x: ArrayLike, ys_by_seed: ArrayLike, level: float = LEVEL) -> Interval:
     """The exponent p of y ∝ x^p: the slope of log y over log x by least squares, for each seed (row) of `ys_by_seed`
     (seeds × points), and its t interval over seeds.
 
@@ -80,6 +85,18 @@ def loglog_slope(x: ArrayLike, ys_by_seed: ArrayLike, level: float = 0.95) -> In
         raise ValueError("a slope needs at least two different x")
     centered = np.log(points) - np.log(points).mean()
     return mean_interval(np.log(ys) @ centered / (centered @ centered), level)
+
+
+def p_value(values: ArrayLike) -> float:
+    """Of the two-sided t test of a mean of 0 of `values`, such as paired differences (one per seed); 1 for fewer than
+    two, and where they are not finite. Raises `UserError` without scipy."""
+    array = np.asarray(values, dtype=float)
+    return 1.0 if array.size < 2 else _p_values(array[None])[0]
+
+
+def p_text(p: float) -> str:
+    """Three decimals of a p-value."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -132,7 +149,7 @@ class Ranking:
         return pair.difference.excludes(0) and pair.p < 1 - self.level
 
 
-def ranking(values_by_name: Mapping[str, ArrayLike], *, lower_is_better: bool = True, level: float = 0.95) -> Ranking:
+def ranking(values_by_name: Mapping[str, ArrayLike], *, lower_is_better: bool = True, level: float = LEVEL) -> Ranking:
     """Ranks names by the means of their values, one for each seed and in the same order of seeds for all.
 
     A winner is named only if its paired interval against every other excludes 0, and still does so by p-values with
@@ -185,7 +202,7 @@ def _intervals(rows: np.ndarray, level: float) -> list[Interval]:
 def _p_values(differences: np.ndarray) -> list[float]:
     """Of the two-sided paired t test of each row [rows, seeds]; 1 where the differences are no numbers."""
     means, errors = _means_and_errors(differences)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # of no spread at all, or no numbers
         p_values = 2 * _student().sf(np.abs(means) / errors, differences.shape[1] - 1)
     return np.where(np.isfinite(means + errors) & (means != 0), p_values, 1.0).tolist()
 

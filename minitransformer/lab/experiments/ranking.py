@@ -10,8 +10,9 @@ from minitransformer.errors import UserError
 from minitransformer.lab.experiment import Criterion, Findings, Measurement, Picture, Result, Table, Task, select
 from minitransformer.lab.experiments.trainability import PLACEMENTS
 from minitransformer.lab.figures import intervals
+from minitransformer.lab.judging import on_trial
 from minitransformer.lab.statistics import Ranking, mean_interval, paired_difference, ranking
-from minitransformer.lab.training import TrainingExperiment, on_trial
+from minitransformer.lab.training import TrainingExperiment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,10 +133,10 @@ class PlacementRanking(TrainingExperiment, name="E9"):
         return Findings(
             criteria=[
                 Criterion("one placement is better than every other", f"{outcome} {seeds}.", won, must_hold=False),
-                *(
-                    on_trial(f"{who} reaches a lower loss than Pre-LN", _gains(losses["pre"], losses[name]), " nats")
-                    for name, who in claims
-                ),
+            ],
+            claims=[
+                on_trial(f"{who} reaches a lower loss than Pre-LN", _gains(losses["pre"], losses[name]), " nats")
+                for name, who in claims
             ],
             tables=[_places(outcome, losses, rates), _pairs(outcome)],
             pictures=[_picture(outcome, losses)],
