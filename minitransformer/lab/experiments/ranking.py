@@ -11,7 +11,7 @@ from minitransformer.lab.experiment import Criterion, Findings, Measurement, Pic
 from minitransformer.lab.experiments.trainability import PLACEMENTS
 from minitransformer.lab.figures import intervals
 from minitransformer.lab.judging import on_trial
-from minitransformer.lab.statistics import Ranking, mean_interval, paired_difference, ranking
+from minitransformer.lab.statistics import SMALLEST_DIFFERENCE, Ranking, mean_interval, paired_difference, ranking
 from minitransformer.lab.training import TrainingExperiment
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class PlacementRanking(TrainingExperiment, name="E9"):
         rates, losses = self._ranked(results)
         if not losses:
             raise UserError("no placement has been tuned and ranked yet: run E9 to its end")
-        outcome = ranking(losses)
+        outcome = ranking(losses, smallest=SMALLEST_DIFFERENCE)
         claims = [(name, who) for name, who in CLAIMS.items() if name in losses and "pre" in losses]
         ends = [name for name in outcome.order if rates[name] in (LADDER[0], LADDER[-1])]
         seeds, won = f"{outcome.seeds} paired seeds", True if outcome.winner else None
