@@ -38,12 +38,12 @@ class UseOfDepth(TrainingExperiment, name="E6"):
     title = "Use of depth"
     question = "Do the deep layers of a trained model change what passes through them, and does it help?"
     source = "Xie et al. 2023 (ResiDual, arXiv 2304.14802), section 2; Sun et al. 2025 (arXiv 2502.05795), figures 2-4"
-    minutes = 7.0
+    minutes = 12.0
 
     def tasks(self) -> Sequence[Task]:
         quick = self.settings.quick
         names = ("pre", "residual", "lns") if quick else ("pre", "residual", "lns", "post", "deepnorm")
-        steps, seeds = (150, 1) if quick else (600, 3)
+        steps, seeds = (150, 1) if quick else (600, 5)
         run = {"num_layers": LAYERS, "lr": 1e-3, "schedule": "inverse-sqrt", "warmup_steps": 100, "steps": steps}
         return [{"residual": name, "seed": seed, **run} for seed in range(seeds) for name in names]
 
