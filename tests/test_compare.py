@@ -49,8 +49,8 @@ def make(tmp_path):
 
 @pytest.fixture
 def placements(make):
-    """Post and pre with three seeds each, of which pre is clearly better."""
-    losses = {"post": (2.0, 2.1, 2.2), "pre": (1.5, 1.61, 1.7)}
+    """Post and pre with five seeds each, of which pre is clearly better."""
+    losses = {"post": (2.0, 2.1, 2.2, 2.3, 1.9), "pre": (1.5, 1.61, 1.7, 1.8, 1.4)}
     return [
         make(f"{name}-{seed}", (4.0, 3.0, last), residual=name, seed=seed)
         for name, lasts in losses.items()
@@ -66,8 +66,8 @@ def said(capsys, *arguments: object) -> str:
 def test_runs_that_differ_in_seed_only_are_one_group(placements):
     groups = compare(placements).groups
     assert [(group.label, group.seeds) for group in groups] == [
-        ("residual post", [0, 1, 2]),
-        ("residual pre", [0, 1, 2]),
+        ("residual post", [0, 1, 2, 3, 4]),
+        ("residual pre", [0, 1, 2, 3, 4]),
     ]
 
 
@@ -77,8 +77,8 @@ def test_what_differs_is_told_and_nothing_else(placements):
 
 def test_results_are_means_over_seeds_with_half_of_the_interval(placements):
     rows = {row[0]: row[1:] for row in compare(placements).results().rows}
-    # Student's t with two degrees of freedom: 4.303 · 0.1 / √3.
-    assert rows["last validation loss"][0] == "2.10 ± 0.25"
+    # Student's t with four degrees of freedom: 2.776 · 0.158 / √5.
+    assert rows["last validation loss"][0] == "2.10 ± 0.20"
     assert rows["steps"] == [12, 12]
     assert rows["tokens per second"] == [20, 20]
     assert "accuracy" not in rows
@@ -94,17 +94,38 @@ def test_a_winner_is_named_where_seeds_bear_it_out(placements):
     assert comparison.ranking is not None
     assert comparison.ranking.winner == "residual pre"
     (pair,) = comparison.ranking.comparisons
-    assert pair.difference.mean == pytest.approx(-0.4967, abs=1e-4)
+    assert pair.difference.mean == pytest.approx(-0.498, abs=1e-4)
     assert "residual pre is best" in comparison.verdict
 
 
 def test_no_winner_is_named_where_the_interval_covers_zero(make):
-    lasts = {"post": (1.0, 2.0, 3.0), "pre": (1.1, 1.5, 3.2)}
+    lasts = {"post": (1.0, 2.0, 3.0, 1.0, 2.0), "pre": (1.1, 1.5, 3.2, 1.2, 1.7)}
     paths = [make(f"{n}-{s}", (4, 3, x), residual=n, seed=s) for n, xs in lasts.items() for s, x in enumerate(xs)]
     comparison = compare(paths)
     assert comparison.ranking is not None
     assert comparison.ranking.winner is None
     assert "No winner" in comparison.verdict
+
+
+def of_seeds(make, name: str, lasts: list[float], residual: str) -> list[Path]:
+    return [make(f"{name}-{seed}", (4, 3, x), residual=residual, seed=seed) for seed, x in enumerate(lasts)]
+
+
+def test_four_seeds_name_no_winner_however_far_apart(make):
+    lasts = [1.0, 1.1, 1.2, 1.3]
+    paths = of_seeds(make, "a", lasts, "post") + of_seeds(make, "b", [x + 9 for x in lasts], "pre")
+    assert "No winner: 4 seeds are fewer than the 5 that one needs" in compare(paths).verdict
+
+
+def test_a_difference_below_the_smallest_worth_naming_names_no_winner(make, capsys):
+    lasts = [1.0, 1.1, 1.2, 1.3, 1.4]
+    paths = of_seeds(make, "a", lasts, "post") + of_seeds(make, "b", [x + 1e-3 for x in lasts], "pre")
+    assert "residual post differs from residual pre by less than 0.002" in compare(paths).verdict
+    assert "residual post is best" in compare(paths, smallest_difference=5e-4).verdict
+    shown = " ".join(said(capsys, *paths, "--smallest-difference", "0.0005").split())
+    assert "residual post is best" in shown
+    with pytest.raises(UserError, match="smallest-difference is -1"):
+        compare(paths, smallest_difference=-1)
 
 
 def test_one_seed_each_names_no_winner(make):
@@ -283,8 +304,8 @@ def test_the_page_of_a_single_run_is_written(make):
 def test_the_table_has_one_row_for_each_run(placements, tmp_path, capsys):
     said(capsys, *placements, "--csv", tmp_path / "runs.csv")
     rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
-    assert [(row["residual"], row["seed"]) for row in rows] == [(r, s) for r in ("post", "pre") for s in "012"]
-    assert float(rows[4]["last_validation_loss"]) == 1.61
+    assert [(row["residual"], row["seed"]) for row in rows] == [(r, s) for r in ("post", "pre") for s in "01234"]
+    assert float(rows[6]["last_validation_loss"]) == 1.61
 
 
 def test_a_mistake_is_one_sentence(tmp_path, capsys):

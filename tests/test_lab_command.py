@@ -10,7 +10,7 @@ import pytest
 
 from minitransformer.commands import lab
 from minitransformer.lab.experiment import Criterion, Experiment, Findings, Picture, Settings, Table
-from minitransformer.lab.report import command, write_report
+from minitransformer.lab.report import KNOWN_RULE, TRIAL_RULE, command, write_report
 from minitransformer.lab.runner import Failure, Sweep
 from tests.lab_for_tests import Toy
 
@@ -99,6 +99,12 @@ def report(tmp_path):
     sweep = Sweep.open(folder, Toy(Settings(data=str(tmp_path))))
     path = write_report(sweep, FINDINGS, [Failure({"number": 5, "seed": 1}, "ValueError: none")])
     return path, References(path.read_text())
+
+
+def test_the_report_states_how_it_was_decided(report):
+    _, page = report
+    assert KNOWN_RULE in page.text
+    assert TRIAL_RULE in page.text
 
 
 def test_a_report_is_one_file_that_refers_to_no_other(report):

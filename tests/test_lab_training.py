@@ -12,7 +12,7 @@ import torch
 from minitransformer.lab import training
 from minitransformer.lab.experiment import Experiment, Result, Settings
 from minitransformer.lab.experiments.trainability import PLACEMENTS
-from minitransformer.lab.training import BASE, Course, on_trial, train
+from minitransformer.lab.training import BASE, Course, train
 from minitransformer.models.model import build_model
 from tests.runs_for_tests import TEXT, TINY, configured, prepared_text, trainer_for
 
@@ -79,11 +79,6 @@ def test_a_run_ends_where_it_is_told_to(text):
 
 def test_the_last_loss_is_that_of_the_last_steps_alone():
     assert Course([9.0] * 10 + [1.0, 2.0] * 12 + [1.0], [1.0] * 35).last_loss == pytest.approx(1.48)
-
-
-@pytest.mark.parametrize(("gains", "holds"), [([1.0, 1.1, 0.9], True), ([-1.0, -1.1], False), ([1.0, -0.9, 0.1], None)])
-def test_a_claim_on_trial_is_open_while_its_interval_covers_no_gain(gains, holds):
-    assert on_trial("it helps", gains).holds is holds
 
 
 @pytest.fixture(scope="module")
@@ -218,15 +213,25 @@ def measured_as(experiment, losses):
 
 
 def test_warm_up_fails_its_criteria_when_pre_ln_is_stuck_or_post_ln_is_not(tiny):
-    experiment = tiny("E5")
     rescued = lambda task: 2.48 if task["residual"] != "post" or task["warmup_steps"] else 3.3  # noqa: E731
-    outcome = [criterion.holds for criterion in experiment.conclude(measured_as(experiment, rescued)).criteria]
-    assert outcome[:4] == [True] * 4
-    assert set(outcome[4:]) == {None}
-    outcome = [criterion.holds for criterion in experiment.conclude(measured_as(experiment, lambda _: 2.48)).criteria]
-    assert outcome[:4] == [False, True, True, True]
-    outcome = [criterion.holds for criterion in experiment.conclude(measured_as(experiment, lambda _: 3.3)).criteria]
-    assert outcome[:4] == [True, False, False, False]
+    outcomes = []
+    for quick in (True, False):
+        experiment = tiny("E5", quick)
+        for losses in (rescued, lambda _: 2.48, lambda _: 3.3):
+            criteria = experiment.conclude(measured_as(experiment, losses)).criteria
+            outcomes.append([criterion.holds for criterion in criteria])
+    # One seed says of a mean only what it is, and the reduced form has one cell of three.
+    assert [outcome[:4] for outcome in outcomes[:3]] == [
+        [True, True, None, True],
+        [False, True, None, True],
+        [True, False, None, False],
+    ]
+    assert {holds for outcome in outcomes[:3] for holds in outcome[4:]} == {None}
+    assert [outcome[:4] for outcome in outcomes[3:]] == [
+        [True, True, True, True],
+        [False, True, True, True],
+        [True, False, False, False],
+    ]
 
 
 def test_the_trainability_map_asks_all_seeds_to_learn_and_no_lower_rate_then(tiny):

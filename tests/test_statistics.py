@@ -12,6 +12,7 @@ from scipy import stats
 
 from minitransformer.errors import UserError
 from minitransformer.lab.statistics import (
+    FEWEST_SEEDS,
     Interval,
     holm,
     loglog_slope,
@@ -196,9 +197,9 @@ def test_a_clear_winner_is_named():
 
 
 def test_the_correction_for_many_pairs_can_take_a_winner_away():
-    a, b = np.array([0.0, 0.1, -0.1, 0.05]), np.array([0.2, 0.4, 0.15, 0.2])
+    a, b = np.array([0.0, 0.1, -0.1, 0.05, 0.0]), np.array([0.2, 0.4, 0.05, 0.2, 0.1])
     alone = {"a": a, "b": b}
-    crowd = {f"other {i}": 9 + np.arange(4) * (-1.0) ** i * (i + 1) for i in range(5)}
+    crowd = {f"other {i}": 9 + np.arange(5) * (-1.0) ** i * (i + 1) for i in range(5)}
     assert ranking(alone).winner == "a"
     assert ranking(alone | crowd).winner is None
 
@@ -209,10 +210,34 @@ def test_chance_alone_rarely_makes_a_winner():
     assert winners <= 6 + 3 * math.sqrt(6)
 
 
-def test_one_seed_names_no_winner():
-    result = ranking({"a": [1.0], "b": [99.0]})
+@given(tables(4), st.floats(0, 20))
+def test_a_winner_has_five_seeds_and_differs_from_every_other_by_what_is_worth_naming(values, smallest):
+    result = ranking(values, smallest=smallest)
+    if result.winner is None:
+        return
+    assert result.seeds >= FEWEST_SEEDS
+    assert all(abs(pair.difference.mean) >= smallest for pair in result.comparisons if pair.first == result.winner)
+
+
+@pytest.mark.parametrize("seeds", range(1, 5))
+def test_fewer_than_five_seeds_name_no_winner(seeds):
+    result = ranking({"a": [1.0, 1.1, 1.2, 1.3][:seeds], "b": [99.0, 99.2, 99.1, 99.1][:seeds]})
     assert result.winner is None
-    assert "one seed" in str(result)
+    assert "fewer than the 5" in str(result)
+
+
+def test_a_difference_that_is_sure_and_not_worth_naming_makes_no_winner():
+    seeds = np.array([1.0, 1.2, 1.1, 1.3, 0.9])
+    values = {"0.1": seeds, "0.1001": seeds + 1.3e-6 + 1e-9 * np.arange(5)}
+    result = ranking(values, smallest=0.002)
+    assert result.winner is None
+    assert str(result) == "No winner: 0.1 differs from 0.1001 by less than 0.002."
+    assert ranking(values).winner == "0.1"
+
+
+def test_of_many_rivals_their_number_is_named():
+    draws = np.random.default_rng(0)
+    assert "5 of the 5 others" in str(ranking({str(i): draws.normal(size=5) for i in range(6)}))
 
 
 def test_names_that_diverged_come_last_and_nothing_wins_against_them():

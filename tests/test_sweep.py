@@ -22,6 +22,7 @@ from minitransformer.commands import sweep as command
 from minitransformer.commands import train as train_command_module
 from minitransformer.errors import UserError
 from minitransformer.lab import pool, trials
+from minitransformer.lab.comparison import History, compare
 from minitransformer.lab.sweep import (
     Plan,
     Range,
@@ -33,7 +34,7 @@ from minitransformer.lab.sweep import (
     flags,
     grid,
     rungs,
-    verdict,
+    standings_ranking,
 )
 from minitransformer.lab.trials import train_trial
 from minitransformer.runs import Run
@@ -343,16 +344,67 @@ def test_a_trial_that_fails_is_said_ranks_last_and_is_tried_again(here, in_proce
     monkeypatch.undo()
 
 
-SURE = Standing({"lr": 1}, 10, (1.0, 1.1, 1.2), (), ())
-CLOSE = Standing({"lr": 2}, 10, (1.05, 1.2, 1.1), (), ())
-FAR = Standing({"lr": 3}, 10, (2.01, 2.1, 2.22), (), ())
+SURE = Standing({"lr": 1}, 10, (1.0, 1.1, 1.2, 1.1, 1.0), (), ())
+CLOSE = Standing({"lr": 2}, 10, (1.05, 1.2, 1.1, 1.1, 1.0), (), ())
+FAR = Standing({"lr": 3}, 10, (2.01, 2.1, 2.22, 2.1, 2.0), (), ())
 
 
 def test_a_winner_is_named_only_where_the_seeds_bear_it_out():
-    assert verdict([SURE, FAR]).startswith("lr 1 is best")
-    assert verdict([SURE, CLOSE, FAR]) == "No winner: at 95 %, the seeds do not tell lr 1 from lr 2."
-    one_seed = [replace(standing, values=standing.values[:1]) for standing in (SURE, FAR)]
-    assert "one seed" in verdict(one_seed)
+    assert str(standings_ranking([SURE, FAR])).startswith("lr 1 is best")
+    assert str(standings_ranking([SURE, CLOSE, FAR])) == "No winner: at 95 %, the seeds do not tell lr 1 from lr 2."
+    for seeds in (1, 2, 4):
+        few = [replace(standing, values=standing.values[:seeds]) for standing in (SURE, FAR)]
+        assert "fewer than the 5" in str(standings_ranking(few))
+
+
+def test_the_smallest_difference_worth_naming_is_a_flag_and_changes_no_trial(here, in_process, capsys):
+    arguments = ["--set", "lr=1e-3,1e-1", "--seeds", "0..4", "--out", "s"]
+    assert sweep(*arguments) == 0
+    assert "is best: " in " ".join(capsys.readouterr().out.split())
+    assert sweep(*arguments, "--smallest-difference", "9") == 0
+    assert "by less than 9." in " ".join(capsys.readouterr().out.split())
+    assert len(in_process) == 10
+
+
+def test_a_sweep_and_a_comparison_of_its_trials_show_the_same_paired_differences_and_say_the_same(
+    here, in_process, capsys
+):
+    assert sweep("--set", "lr=1e-3,2.5", "--seeds", "0..4", "--eval-every", "2", "--out", "s") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    compared = compare(sorted((here / "s/trials").iterdir()))
+    ((_, difference, seeds, p),) = compared.pairs().rows
+    assert seeds == 5
+    assert f"lr 0.001 − lr 2.5 {difference} 5 {p}" in out
+    verdict = compared.verdict.partition(". ")[2]
+    assert verdict in out
+    page = (here / "s/report.html").read_text()
+    assert f"<td>{difference}</td>" in page.replace(' class="number"', "")
+
+
+def test_a_trial_is_judged_by_its_last_validation_as_compare_judges_a_run(here):
+    config = tiny(data=str(here / "my.txt"), eval_every=2, device="cpu", steps=6)
+    train_trial(here / "run", config, 6)
+    file = here / "run/metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    losses = iter((3.0, 1.0, 2.0))
+    changed = [
+        {**record, "validation_loss": next(losses)} if "validation_loss" in record else record for record in records
+    ]
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in changed))
+    measured = trials._outcome(here / "run", 6, finite=True)
+    assert measured["validation_loss"] == History.open(here / "run").last("validation_loss") == 2
+    assert (measured["best_validation_loss"], measured["best_step"]) == (1, 4)
+
+
+def test_a_sweep_that_was_judged_by_best_validations_is_not_mixed_with_last_ones(here, in_process, capsys):
+    assert sweep("--set", "lr=1e-3,1e-1", "--out", "s", steps=2) == 0
+    record = json.loads((here / "s/sweep.json").read_text())
+    del record["identity"]["judged by"]
+    (here / "s/sweep.json").write_text(json.dumps(record))
+    error = refused(
+        capsys, "gpt-nano", "--set", "lr=1e-3,1e-1", "--out", "s", "--data", "my.txt", "--steps", "2", *SMALL
+    )
+    assert "judged by None, not the last validation" in error
 
 
 @pytest.mark.parametrize(
@@ -383,6 +435,7 @@ def test_a_winner_is_named_only_where_the_seeds_bear_it_out():
         (["--set", "lr=1,2,3,4,5,6,7,8,9", "--halving", "3"], ["6 steps", "--steps"]),
         (["--set", "steps=6,8", "--halving", "2"], ["steps", "--halving"]),
         (["--set", "lr=1,2", "--processes", "0"], ["--processes is 0"]),
+        (["--set", "lr=1,2", "--smallest-difference", "-1"], ["--smallest-difference is -1"]),
         (["--set", "lr=1,2", "--device", "abacus"], ["abacus", "cpu"]),
         (["--set", "lr=1,2", "--out", "my.txt"], ["my.txt", "file"]),
         (["--set", "lr=1,2", "--out", "."], ["other things", "--out"]),

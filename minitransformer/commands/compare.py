@@ -16,8 +16,9 @@ import tyro
 from minitransformer import files
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.lab import plain
-from minitransformer.lab.comparison import X_LABELS, Abscissa, RunComparison, compare, measure_of, page
+from minitransformer.lab.comparison import X_LABELS, Abscissa, RunComparison, compare, page
 from minitransformer.lab.experiment import Table
+from minitransformer.lab.verdicts import measure_of
 
 LEAST_WIDTH, MOST_WIDTH = 40, 120
 
@@ -32,6 +33,9 @@ class Options:
     """what the curves run over"""
     metric: str | None = None
     """a number of metrics.jsonl to compare by; None is validation_loss, or bits_per_byte where losses do not compare"""
+    smallest_difference: float | None = None
+    """between groups, in the unit of the metric, below which no winner is named; None is 0.002 for losses and bits per
+    byte, and 0 for other numbers"""
     html: Path | None = None
     """also write a page, which is one self-contained file"""
     csv: Path | None = None
@@ -46,7 +50,9 @@ def main(arguments: Sequence[str]) -> int:
 def _compare(arguments: Sequence[str]) -> int:
     about = "Compare runs: what differs in their settings, how they learned, and which differences the seeds bear out."
     options = parse(Options, arguments, prog="minitransformer compare", description=about)
-    comparison = compare(options.runs, by=options.by, metric=options.metric)
+    comparison = compare(
+        options.runs, by=options.by, metric=options.metric, smallest_difference=options.smallest_difference
+    )
     columns = shutil.get_terminal_size((80, 24)).columns
     print(_text(comparison, min(max(columns, LEAST_WIDTH), MOST_WIDTH)))
     if options.html is not None:

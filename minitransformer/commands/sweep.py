@@ -23,6 +23,7 @@ from minitransformer.lab import plain, pool
 from minitransformer.lab.instruments import check_probe
 from minitransformer.lab.report import skipped
 from minitransformer.lab.runner import RESULTS, Failure, Terminal
+from minitransformer.lab.statistics import SMALLEST_DIFFERENCE
 from minitransformer.lab.sweep import (
     FIELDS,
     TOKENS,
@@ -80,7 +81,9 @@ class Options(RunConfig):
     halving: int | None = None
     """from rung to rung, the best one in this many goes on for this many times the steps; None trains all to the end"""
     metric: Literal["validation_loss", "bits_per_byte"] | None = None
-    """what is minimised; None is validation_loss, or bits_per_byte where the tokens differ"""
+    """what is minimised, a trial's last; None is validation_loss, or bits_per_byte where the tokens differ"""
+    smallest_difference: float = SMALLEST_DIFFERENCE
+    """between combinations, in nats or bits a byte, below which no winner is named"""
     out: Path | None = None
     """folder of trials and report, where a sweep that was stopped goes on; None is sweeps/PRESET-SETTINGS"""
     processes: int | None = None
@@ -136,6 +139,7 @@ def _plan(preset: str, options: Options) -> Plan:
         draw_seed=options.draw_seed,
         halving=options.halving,
         metric=options.metric or ("bits_per_byte" if tokens_differ else "validation_loss"),
+        smallest_difference=options.smallest_difference,
     )
 
 
@@ -229,10 +233,10 @@ def _report(search: Search, failures: Sequence[Failure], command: str) -> int:
         return FAILED
     said = conclusion(search)
     report = write_report(search, said, failures, command)
-    table = standings_table(search)
-    print(f"\n{plain.table(table.columns, table.rows[:MOST_ROWS], _width())}\n")
-    if len(table.rows) > MOST_ROWS:
-        print(f"and {len(table.rows) - MOST_ROWS} more, in {report}\n")
+    for table in filter(None, (standings_table(search), said.pairs)):
+        print(f"\n{plain.table(table.columns, table.rows[:MOST_ROWS], _width())}\n")
+        if len(table.rows) > MOST_ROWS:
+            print(f"and {len(table.rows) - MOST_ROWS} more, in {report}\n")
     plan, best = search.plan, search.standings(len(search.plan.rungs))[0]
     if (sentence := diverged(search.all_standings())) is not None:
         print(_wrapped(f"diverged   {sentence}", 11))
@@ -244,7 +248,7 @@ def _report(search: Search, failures: Sequence[Failure], command: str) -> int:
         print("lowest     none: no combination has a finite metric for all of its seeds")
     else:
         print(_wrapped(f"lowest     {label(best.combination)}: {METRICS[plan.metric]} {outcome_text(best)}", 11))
-        print(_wrapped(f"ranking    {said}", 11))
+        print(_wrapped(f"ranking    {said.text}", 11))
         print(f"repeat     {train_command(plan, best)}")
         print(f"run        {search.path(best.combination, best_seed(best, plan.seeds))}")
     print(f"report     {report}")

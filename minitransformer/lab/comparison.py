@@ -19,7 +19,15 @@ from minitransformer.lab import figures
 from minitransformer.lab.experiment import Picture, Table
 from minitransformer.lab.figures import Curve
 from minitransformer.lab.page import Page
-from minitransformer.lab.statistics import Interval, Ranking, decimals_of, mean_interval, ranking
+from minitransformer.lab.statistics import FEWEST_SEEDS, Interval, Ranking, decimals_of, mean_interval, ranking
+from minitransformer.lab.verdicts import (
+    check_smallest_difference,
+    is_number,
+    last_value,
+    measure_of,
+    pairs_table,
+    series,
+)
 from minitransformer.registry import lookup
 
 T = TypeVar("T")
@@ -45,32 +53,6 @@ WITHOUT_EFFECT = {
 }
 # A loss is one of a task, and these settings make it another one.
 TASK = ("objective", "mask_probability", "span_density", "mean_span")
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What is known of a metric: its name for readers, and whether less of it is better (None: neither is)."""
-
-    label: str
-    lower_is_better: bool | None = None
-    across_tokenizers: bool = False
-    """whether it means the same where texts are cut into other tokens"""
-
-
-MEASURES = {
-    "validation_loss": Measure("validation loss (nats per target)", True),
-    "bits_per_byte": Measure("bits per byte of validation text", True, across_tokenizers=True),
-    "perplexity": Measure("validation perplexity", True),
-    "accuracy": Measure("share of targets guessed", False),
-    "exact": Measure("share of texts that are exact", False, across_tokenizers=True),
-    "loss": Measure("training loss (nats per target)", True),
-    "tokens_per_second": Measure("tokens per second", False),
-}
-
-
-def measure_of(metric: str) -> Measure:
-    """What is known of `metric`, which may be one that nobody here has heard of."""
-    return MEASURES.get(metric, Measure(metric.replace("_", " ")))
 
 
 @dataclass(frozen=True)
@@ -118,18 +100,15 @@ class History:
     @cached_property
     def metrics(self) -> set[str]:
         """The names of its numbers."""
-        return {name for record in self.records for name, value in record.items() if _is_number(value)}
+        return {name for record in self.records for name, value in record.items() if is_number(value)}
 
     def series(self, metric: str) -> dict[int, float]:
         """`metric` by step; what was not finite is NaN."""
-        if metric not in self.metrics:
-            return {}
-        values = {record["step"]: _value(record[metric]) for record in self.records if metric in record}
-        return dict(sorted(values.items()))
+        return series(self.records, metric)
 
     def last(self, metric: str) -> float | None:
         """The last value; None if there is none."""
-        return next(reversed(self.series(metric).values()), None)
+        return last_value(self.records, metric)
 
     def lowest(self, metric: str) -> float | None:
         """The lowest finite value; None if there is none."""
@@ -249,12 +228,7 @@ class RunComparison:
         """The paired differences; None where nothing was paired."""
         if self.ranking is None or not self.ranking.comparisons:
             return None
-        rows = [
-            [f"{pair.first} − {pair.second}", str(pair.difference), pair.difference.n, _p_text(pair.p)]
-            for pair in self.ranking.comparisons
-        ]
-        columns = ["pair", "difference [95 % interval]", "seeds", "p (Holm)"]
-        return Table(f"Paired differences of {measure_of(self.metric).label}", columns, rows)
+        return pairs_table(self.ranking, measure_of(self.metric).label)
 
     def runs(self) -> Table:
         """One row for each run: where it lies, its group, what differs, and its own results."""
@@ -328,12 +302,20 @@ class RunComparison:
         return told
 
 
-def compare(paths: Sequence[Path], *, by: Abscissa = "step", metric: str | None = None) -> RunComparison:
+def compare(
+    paths: Sequence[Path],
+    *,
+    by: Abscissa = "step",
+    metric: str | None = None,
+    smallest_difference: float | None = None,
+) -> RunComparison:
     """The runs in `paths` beside each other, by `metric` (None: validation loss, or bits per byte where losses are not
-    comparable).
+    comparable); no winner is named below `smallest_difference` (None: that of the metric).
 
-    Raises `UserError` for folders that are no runs or have no metrics, for a metric that no run has, and without scipy.
+    Raises `UserError` for folders that are no runs or have no metrics, for a metric that no run has, for a negative
+    `smallest_difference`, and without scipy.
     """
+    check_smallest_difference(smallest_difference)
     if not paths:
         raise UserError("there is nothing to compare: name two run folders or more, such as runs/*")
     opened = [History.open(path) for path in paths]
@@ -342,7 +324,8 @@ def compare(paths: Sequence[Path], *, by: Abscissa = "step", metric: str | None 
     judged = comparability(groups)
     chosen = judged.metric if metric is None else _known(metric, histories)
     remarks = [judged.remark, *repeated, *map(_damage, opened), *map(_unfinished, histories), _code(groups)]
-    ranked, verdict = _ranked(groups, chosen, judged.comparable(chosen))
+    least = measure_of(chosen).smallest_difference if smallest_difference is None else smallest_difference
+    ranked, verdict = _ranked(groups, chosen, judged.comparable(chosen), least)
     said = tuple(remark for remark in remarks if remark is not None)
     return RunComparison(tuple(groups), chosen, by, ranked, verdict, said, judged.comparable("validation_loss"))
 
@@ -392,14 +375,6 @@ def _record(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _value(value: Any) -> float:
-    return float(value) if _is_number(value) else math.nan
 
 
 def _no(metric: str) -> bool:
@@ -459,7 +434,7 @@ def _varied(groups: Sequence[Group]) -> list[str]:
 
 
 def _shown(value: Any) -> Any:
-    return value if value is None or isinstance(value, str | bool) or _is_number(value) else str(value)
+    return value if value is None or isinstance(value, str | bool) or is_number(value) else str(value)
 
 
 def _sources(group: Group) -> str:
@@ -496,7 +471,7 @@ def _code(groups: Sequence[Group]) -> str | None:
     return f"The runs were made by different versions of the code: {', '.join(commits)}." if len(commits) > 1 else None
 
 
-def _ranked(groups: Sequence[Group], metric: str, comparable: bool) -> tuple[Ranking | None, str]:
+def _ranked(groups: Sequence[Group], metric: str, comparable: bool, smallest: float) -> tuple[Ranking | None, str]:
     """The groups by last values of `metric`, over the seeds that all of them have, and what that says in words."""
     measure = measure_of(metric)
     having = [group for group in groups if all(metric in history.metrics for history in group.histories)]
@@ -510,12 +485,12 @@ def _ranked(groups: Sequence[Group], metric: str, comparable: bool) -> tuple[Ran
     seeds = sorted(set.intersection(*(set(group.seeds) for group in groups)))
     if len(seeds) < 2:
         shared = f"only seed {seeds[0]}" if seeds else "no seed"
-        return None, f"No winner: the groups share {shared}, which says nothing of the spread; train two or more."
-    values = {
-        group.label: [_value(history.last(metric)) for history in group.histories if history.seed in seeds]
-        for group in groups
+        return None, f"No winner: the groups share {shared}, and a winner needs {FEWEST_SEEDS}."
+    last = {
+        group.label: [history.last(metric) for history in group.histories if history.seed in seeds] for group in groups
     }
-    result = ranking(values, lower_is_better=measure.lower_is_better is not False)
+    values = {label: np.array(row, dtype=float) for label, row in last.items()}
+    result = ranking(values, lower_is_better=measure.lower_is_better is not False, smallest=smallest)
     if measure.lower_is_better is None:
         return replace(result, winner=None), f"No winner: whether more or less {measure.label} is better is not known."
     return result, f"Compared by the last {measure.label} of seeds {_seeds_text(seeds)}. {result}"
@@ -546,7 +521,3 @@ def _seeds_text(seeds: Sequence[int]) -> str:
     """Such as 0, 3, 7; four or more in a row as 0–9."""
     in_a_row = len(seeds) > 3 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
     return f"{seeds[0]}–{seeds[-1]}" if in_a_row else ", ".join(map(str, seeds))
-
-
-def _p_text(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from minitransformer.lab.statistics import FEWEST_SEEDS, LEVEL, holm, mean_interval, p_text, p_value
 from minitransformer.registry import Registered
 
 if TYPE_CHECKING:
@@ -40,13 +41,53 @@ class Criterion:
     """A claim beside what was measured.
 
     With `must_hold`, it reproduces what is known, and a failure is a defect; otherwise it is on trial, and its outcome
-    is published whichever way it falls. `holds` is None where the interval leaves it open.
+    is published whichever way it falls. `holds` is None where the seeds leave it open.
     """
 
     claim: str
     measured: str
     holds: bool | None
     must_hold: bool = True
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim on trial, that gains are positive on average: no criterion until it is judged beside all the others of
+    its experiment."""
+
+    claim: str
+    gains: Sequence[float]
+    """one for each seed, both sides of it measured with that seed"""
+    unit: str = ""
+
+
+def judged(claims: Sequence[Claim]) -> list[Criterion]:
+    """The claims of one experiment, each decided by its paired t test with Holm's correction for their number.
+
+    With fewer than `FEWEST_SEEDS` seeds a claim is open, and counts among them all the same.
+    """
+    tested = [p_value(claim.gains) if len(claim.gains) >= FEWEST_SEEDS else 1.0 for claim in claims]
+    number = "1 claim" if len(claims) == 1 else f"{len(claims)} claims"
+    criteria = []
+    for claim, p in zip(claims, holm(tested), strict=True):
+        if not claim.gains:
+            criteria.append(Criterion(claim.claim, "not measured", None, must_hold=False))
+            continue
+        gain = mean_interval(claim.gains)
+        measured = f"gain {gain}{claim.unit}, {seeds(gain.n)}"
+        if gain.n < FEWEST_SEEDS:
+            measured, holds = f"{measured}: fewer than {FEWEST_SEEDS} decide nothing", None
+        else:
+            equals = "" if p_text(p).startswith("<") else "= "
+            measured = f"{measured}, p {equals}{p_text(p)} (Holm, {number})"
+            holds = gain.mean > 0 if p < 1 - LEVEL else None
+        criteria.append(Criterion(claim.claim, measured, holds, must_hold=False))
+    return criteria
+
+
+def seeds(n: int) -> str:
+    """How many, in words."""
+    return "1 seed" if n == 1 else f"{n} seeds"
 
 
 @dataclass(frozen=True)
@@ -69,12 +110,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Findings:
-    """What an experiment has to say."""
+    """What an experiment has to say. `claims` are judged here, together, and follow the criteria."""
 
     criteria: Sequence[Criterion]
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
     remarks: Sequence[str] = ()
+    _: KW_ONLY
+    claims: InitVar[Sequence[Claim]] = ()
+
+    def __post_init__(self, claims: Sequence[Claim]) -> None:
+        object.__setattr__(self, "criteria", (*self.criteria, *judged(claims)))
 
 
 class Experiment(Registered, kind="experiment"):

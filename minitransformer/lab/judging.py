@@ -4,24 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from minitransformer.lab.experiment import Criterion
+from minitransformer.lab.experiment import Claim, Criterion, seeds
 from minitransformer.lab.figures import Curve
 from minitransformer.lab.statistics import Interval, loglog_slope, mean_interval
 
 
-def between(claim: str, value: Interval, low: float, high: float) -> Criterion:
-    """Holds if the mean lies in [low, high]: accepted ranges are of means over seeds; the interval is shown."""
+def within(value: Interval, low: float, high: float) -> bool | None:
+    """Whether the whole interval lies in [low, high]; False if it lies wholly outside or is no number, None if it
+    crosses an end."""
+    if low <= value.low and value.high <= high:
+        return True
+    return False if math.isnan(value.mean) or value.high < low or value.low > high else None
+
+
+def between(claim: str, value: Interval, low: float, high: float, note: str = "") -> Criterion:
+    """A known result: a mean over seeds in [low, high], as `within` decides; `note` follows what was measured."""
     text = "no number: a value is 0 or infinite" if math.isnan(value.mean) else f"{value}"
-    return Criterion(claim, f"{text}, {seeds(value.n)}", low <= value.mean <= high)
+    return Criterion(claim, f"{text}, {seeds(value.n)}{note}", within(value, low, high))
 
 
-def seeds(n: int) -> str:
-    """How many, in words."""
-    return "1 seed" if n == 1 else f"{n} seeds"
+def expected(
+    claim: str,
+    values: Sequence[float],
+    *,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    is_open: bool = False,
+) -> Criterion:
+    """`between` of `values` (one per seed); nothing is said where `is_open`, or without values."""
+    if not values:
+        return Criterion(claim, "not measured", None)
+    criterion = between(claim, mean_interval(values), at_least, at_most)
+    return replace(criterion, holds=None) if is_open else criterion
+
+
+def on_trial(claim: str, gains: Sequence[float], unit: str = "") -> Claim:
+    """A claim that `gains` (one per paired seed) are positive on average, for `Findings(claims=...)`."""
+    return Claim(claim, gains, unit)
 
 
 def exponent(x: Sequence[float], rows: ArrayLike) -> Interval:

@@ -17,6 +17,7 @@ from minitransformer.lab import figures
 from minitransformer.lab.experiment import Criterion, Experiment, Findings, Picture, Settings, Table
 from minitransformer.lab.page import Page
 from minitransformer.lab.runner import Failure, Sweep
+from minitransformer.lab.statistics import FEWEST_SEEDS
 from minitransformer.lab.store import REMEDY
 
 Titled = TypeVar("Titled", Table, Picture)
@@ -27,6 +28,15 @@ MOST_ROWS = 200
 """of a table on the page; its CSV file has all"""
 MOST_FAILURES = 20
 """that are written out one by one"""
+KNOWN_RULE = (
+    "A result about a mean over seeds is reproduced where its 95 % interval lies within the accepted range, fails "
+    "where that lies outside, and is open where it crosses an end."
+)
+TRIAL_RULE = (
+    "Each claim about a gain is decided by its paired t test at 5 %, with Holm's correction for the number of such "
+    f"claims of the experiment; fewer than {FEWEST_SEEDS} paired seeds leave it open. Intervals are for each claim "
+    "alone, at 95 %."
+)
 
 
 def verdict(criterion: Criterion) -> str:
@@ -173,17 +183,18 @@ def _criteria(page: Page, criteria: Sequence[Criterion]) -> None:
     if known:
         page.heading("What must hold")
         page.paragraph(f"Known results: one that fails is a defect of the code or of the claim. {_sentence(known)}")
+        page.paragraph(KNOWN_RULE)
         page.table(*_claims(known))
     if trial:
         page.heading("What is on trial")
         page.paragraph(f"Claims whose outcome is published whichever way it falls. {_sentence(trial)}")
+        page.paragraph(TRIAL_RULE)
         page.table(*_claims(trial))
 
 
 def _sentence(criteria: Sequence[Criterion]) -> str:
     of = "Of one" if len(criteria) == 1 else f"Of {len(criteria)}"
-    unclear = any(criterion.holds is None for criterion in criteria)
-    return f"{of}: {_counts(criteria)}." + " One is open where the intervals do not decide it." * unclear
+    return f"{of}: {_counts(criteria)}."
 
 
 def _claims(criteria: Sequence[Criterion]) -> tuple[list[str], list[tuple[str, str, str]]]:

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from minitransformer.errors import UserError
+
+LEVEL = 0.95
+"""of intervals, and one minus the largest corrected p-value that decides"""
+FEWEST_SEEDS = 5
+"""paired seeds from which on a winner is named, or a claim decided"""
+SMALLEST_DIFFERENCE = 0.002
+"""nats (or bits a byte) from which on a difference is worth naming a winner"""
+MOST_RIVALS = 3
+"""that are named one by one"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ def decimals_of(reach: float) -> int:
     return max(0, 1 - math.floor(math.log10(reach)))
 
 
-def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+def mean_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
     """The mean of `values` (one per seed) with its t interval; raises `ValueError` without values, and `UserError`
     without scipy."""
     array = np.asarray(values, dtype=float)
@@ -59,13 +68,13 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     return interval
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
+def paired_difference(a: ArrayLike, b: ArrayLike, level: float = LEVEL) -> Interval:
     """The mean of `a − b`, seed by seed, with its t interval; raises `UserError` for fewer than two seeds, or without
     scipy, and `ValueError` where the lengths differ."""
     return mean_interval(_differences(a, b), level)
 
 
-def loglog_slope(x: ArrayLike, ys_by_seed: ArrayLike, level: float = 0.95) -> Interval:
+def loglog_slope(x: ArrayLike, ys_by_seed: ArrayLike, level: float = LEVEL) -> Interval:
     """The exponent p of y ∝ x^p: the slope of log y over log x by least squares, for each seed (row) of `ys_by_seed`
     (seeds × points), and its t interval over seeds.
 
@@ -80,6 +89,18 @@ def loglog_slope(x: ArrayLike, ys_by_seed: ArrayLike, level: float = 0.95) -> In
         raise ValueError("a slope needs at least two different x")
     centered = np.log(points) - np.log(points).mean()
     return mean_interval(np.log(ys) @ centered / (centered @ centered), level)
+
+
+def p_value(values: ArrayLike) -> float:
+    """Of the two-sided t test of a mean of 0 of `values`, such as paired differences (one per seed); 1 for fewer than
+    two, and where they are not finite. Raises `UserError` without scipy."""
+    array = np.asarray(values, dtype=float)
+    return 1.0 if array.size < 2 else _p_values(array[None])[0]
+
+
+def p_text(p: float) -> str:
+    """Three decimals of a p-value."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -115,28 +136,50 @@ class Ranking:
     winner: str | None
     level: float
     seeds: int
+    smallest: float = 0.0
+    """difference from which on it is worth naming a winner"""
 
     def __str__(self) -> str:
-        best = self.order[0]
-        if len(self.order) == 1:
+        best, *others = self.order
+        if not others:
             return f"{best} has nothing to be compared with."
-        if self.seeds < 2:
-            return "No winner: one seed says nothing of the spread; train with two or more."
+        if self.seeds < FEWEST_SEEDS:
+            counted = "1 seed is" if self.seeds == 1 else f"{self.seeds} seeds are"
+            return f"No winner: {counted} fewer than the {FEWEST_SEEDS} that one needs."
+        level = f"at {100 * self.level:g} %"
         if self.winner is not None:
-            return f"{best} is best: at {100 * self.level:g} %, corrected for all pairs, it differs from every other."
-        rivals = [f"{pair.second}" for pair in self.comparisons if pair.first == best and not self.separates(pair)]
-        return f"No winner: at {100 * self.level:g} %, the seeds do not tell {best} from {', '.join(rivals)}."
+            return f"{best} is best: {level}, corrected for all pairs, it differs from every other."
+        pairs = [pair for pair in self.comparisons if pair.first == best]
+        if unclear := [pair.second for pair in pairs if not self.separates(pair)]:
+            return f"No winner: {level}, the seeds do not tell {best} from {self._named(unclear)}."
+        close = [pair.second for pair in pairs if not self.is_worth_naming(pair)]
+        return f"No winner: {best} differs from {self._named(close)} by less than {self.smallest:g}."
+
+    def _named(self, rivals: Sequence[str]) -> str:
+        """The rivals by name, or how many of the others they are."""
+        return "; ".join(rivals) if len(rivals) <= MOST_RIVALS else f"{len(rivals)} of the {len(self.order) - 1} others"
+
+    def is_worth_naming(self, pair: Comparison) -> bool:
+        """Whether the pair's mean difference is as large as the smallest that is worth naming."""
+        return abs(pair.difference.mean) >= self.smallest
 
     def separates(self, pair: Comparison) -> bool:
         """Whether the pair differs: its interval excludes 0, and its p-value corrected for all pairs is small."""
         return pair.difference.excludes(0) and pair.p < 1 - self.level
 
 
-def ranking(values_by_name: Mapping[str, ArrayLike], *, lower_is_better: bool = True, level: float = 0.95) -> Ranking:
+def ranking(
+    values_by_name: Mapping[str, ArrayLike],
+    *,
+    lower_is_better: bool = True,
+    level: float = LEVEL,
+    smallest: float = 0.0,
+) -> Ranking:
     """Ranks names by the means of their values, one for each seed and in the same order of seeds for all.
 
-    A winner is named only if its paired interval against every other excludes 0, and still does so by p-values with
-    Holm's correction over all pairs, because the best was chosen by the same data. Raises `ValueError` where the
+    A winner is named only from `FEWEST_SEEDS` seeds on, if its paired interval against every other excludes 0, and
+    still does so by p-values with Holm's correction over all pairs, because the best was chosen by the same data; and
+    if it differs from every other by `smallest` or more. Raises `ValueError` where the
     names have different numbers of values or none, and `UserError` without scipy.
     """
     values = {name: np.asarray(row, dtype=float) for name, row in values_by_name.items()}
@@ -149,16 +192,16 @@ def ranking(values_by_name: Mapping[str, ArrayLike], *, lower_is_better: bool = 
     means = {name: sign * float(row.mean()) if np.isfinite(row).all() else math.inf for name, row in values.items()}
     order = tuple(sorted(values, key=means.__getitem__))
     if seeds < 2:
-        return Ranking(order, (), None, level, seeds)
+        return Ranking(order, (), None, level, seeds, smallest)
     rows = np.stack([values[name] for name in order])
     first, second = np.triu_indices(len(order), 1)
     differences = _differences(rows[first], rows[second])
     compared = zip(combinations(order, 2), _intervals(differences, level), holm(_p_values(differences)), strict=True)
     comparisons = tuple(Comparison(*names, interval, p) for names, interval, p in compared)
-    tied = Ranking(order, comparisons, None, level, seeds)
+    tied = Ranking(order, comparisons, None, level, seeds, smallest)
     against_best = [pair for pair in comparisons if pair.first == order[0]]
-    clear = bool(against_best) and all(tied.separates(pair) for pair in against_best)
-    return Ranking(order, comparisons, order[0] if clear else None, level, seeds)
+    clear = bool(against_best) and all(tied.separates(pair) and tied.is_worth_naming(pair) for pair in against_best)
+    return replace(tied, winner=order[0]) if clear and seeds >= FEWEST_SEEDS else tied
 
 
 def _differences(a: ArrayLike, b: ArrayLike) -> np.ndarray:
@@ -185,7 +228,7 @@ def _intervals(rows: np.ndarray, level: float) -> list[Interval]:
 def _p_values(differences: np.ndarray) -> list[float]:
     """Of the two-sided paired t test of each row [rows, seeds]; 1 where the differences are no numbers."""
     means, errors = _means_and_errors(differences)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # of no spread at all, or no numbers
         p_values = 2 * _student().sf(np.abs(means) / errors, differences.shape[1] - 1)
     return np.where(np.isfinite(means + errors) & (means != 0), p_values, 1.0).tolist()
 

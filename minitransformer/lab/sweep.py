@@ -25,9 +25,10 @@ from minitransformer import files
 from minitransformer.errors import UserError
 from minitransformer.lab.experiment import Measurement, Result, Task
 from minitransformer.lab.runner import LEFTOVERS, RESULTS, SILENT, Failure, Progress, run_tasks
-from minitransformer.lab.statistics import Interval, Ranking, mean_interval, ranking
+from minitransformer.lab.statistics import SMALLEST_DIFFERENCE, Interval, Ranking, mean_interval, ranking
 from minitransformer.lab.store import REMEDY, ResultStore, canonical, task_key
 from minitransformer.lab.trials import prepared_for, train_trial
+from minitransformer.lab.verdicts import check_smallest_difference
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
 from minitransformer.runs import provenance
@@ -39,8 +40,7 @@ SWEEP, TRIALS = "sweep.json", "trials"
 ATTEMPTS = 100
 """draws for each combination that is asked for, until it is believed that there are no more"""
 LONGEST_NAME = 100
-MOST_RIVALS = 3
-"""that are named one by one"""
+JUDGED_BY = "the last validation"
 # Losses of other tokens do not compare, and those of another task or another text not by any metric.
 TOKENS = {"tokenizer", "vocab_size", "target_vocab_size", "separate_vocabularies"}
 TASK = {field.name for field in fields(DataConfig)} - TOKENS | {
@@ -199,6 +199,8 @@ class Plan:
     halving: int | None = None
     """one combination in this many goes on from rung to rung; None trains all of them to the end"""
     metric: str = "validation_loss"
+    smallest_difference: float = SMALLEST_DIFFERENCE
+    """below which no winner is named"""
 
     def __post_init__(self) -> None:
         if not self.settings:
@@ -206,6 +208,7 @@ class Plan:
         for name, value, least in (("random", self.random, 1), ("halving", self.halving, 2)):
             if value is not None and value < least:
                 raise UserError(f"--{name} is {value}: it must be at least {least}")
+        check_smallest_difference(self.smallest_difference)
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise UserError(f"--seeds are {', '.join(map(str, self.seeds)) or 'none'}: give different ones")
         for name in self.varied:
@@ -284,7 +287,7 @@ class Plan:
         parts = self.base.to_json()
         named = {name: value for part in ("model", "data", "training") for name, value in parts[part].items()}
         names = ", ".join(setting.name for setting in self.settings)
-        identity = {"preset": self.preset, "settings": names, "halving": self.halving, **named}
+        identity = {"preset": self.preset, "settings": names, "halving": self.halving, "judged by": JUDGED_BY, **named}
         if self.halving is not None:
             identity |= {"random": self.random, "draw_seed": self.draw_seed, "metric": self.metric}
             identity |= {f"values of {setting.name}": str(setting) for setting in self.settings}
@@ -424,19 +427,9 @@ class Search:
             files.write_text(self.folder / SWEEP, json.dumps(record, indent=2) + "\n")
 
 
-def verdict(standings: Sequence[Standing]) -> str:
-    """What the seeds allow one to say of standings at one rung, in a sentence."""
-    ranked = _ranking(standings)
-    if ranked.winner is not None or ranked.seeds < 2 or len(standings) == 1:
-        return str(ranked)
-    best = ranked.order[0]
-    rivals = [pair.second for pair in ranked.comparisons if pair.first == best and not ranked.separates(pair)]
-    shown = "; ".join(rivals) if len(rivals) <= MOST_RIVALS else f"{len(rivals)} of the {len(standings) - 1} others"
-    return f"No winner: at {100 * ranked.level:g} %, the seeds do not tell {best} from {shown}."
-
-
-def _ranking(standings: Sequence[Standing]) -> Ranking:
-    return ranking({label(standing.combination): standing.values for standing in standings})
+def standings_ranking(standings: Sequence[Standing], smallest: float = SMALLEST_DIFFERENCE) -> Ranking:
+    """What the seeds allow one to say of standings at one rung."""
+    return ranking({label(standing.combination): standing.values for standing in standings}, smallest=smallest)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import io
 import math
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from minitransformer.lab.page import Page
 from minitransformer.lab.report import MOST_FAILURES, MOST_ROWS, REPORT, skipped
 from minitransformer.lab.runner import Failure
 from minitransformer.lab.store import REMEDY, task_key
-from minitransformer.lab.sweep import Plan, Search, Standing, best_seed, flags, label, value_text, verdict
+from minitransformer.lab.sweep import Plan, Search, Standing, best_seed, flags, label, standings_ranking, value_text
 from minitransformer.lab.trials import METRICS
+from minitransformer.lab.verdicts import pairs_table
 from minitransformer.training.presets import PRESETS
 
 TRIALS_CSV = "trials.csv"
+BEST = "best_validation_loss", "best_step"
 WIDE = 10.0
 """ratio of the ends of an axis from which on it is logarithmic"""
 
@@ -73,14 +76,27 @@ def diverged(standings: Sequence[Standing]) -> str | None:
     return f"Infinite or NaN losses, which rank last: {'; '.join(found[:MOST_FAILURES])}{more}."
 
 
-def conclusion(search: Search) -> str:
+@dataclass(frozen=True)
+class Conclusion:
     """What the seeds say of the lowest, at the last rung where there was something to compare."""
-    for number in range(len(search.plan.rungs), 0, -1):
+
+    text: str
+    pairs: Table | None = None
+    """the lowest against every other; None where nothing is paired"""
+
+
+def conclusion(search: Search) -> Conclusion:
+    """Of the last rung with several combinations."""
+    plan = search.plan
+    for number in range(len(plan.rungs), 0, -1):
         standings = search.standings(number)
         if len(standings) > 1:
-            when = f"At {standings[0].until} steps: " if search.plan.halving is not None else ""
-            return f"{when}{verdict(standings)}"
-    return "There was nothing to compare."
+            ranked = standings_ranking(standings, plan.smallest_difference)
+            when = f"At {standings[0].until} steps: " if plan.halving is not None else ""
+            what = f"the last {METRICS[plan.metric]}" + (f" at {standings[0].until} steps" if when else "")
+            pairs = pairs_table(ranked, what, of=ranked.order[0]) if ranked.comparisons else None
+            return Conclusion(f"{when}{ranked}", pairs)
+    return Conclusion("There was nothing to compare.")
 
 
 def train_command(plan: Plan, standing: Standing) -> str:
@@ -92,14 +108,13 @@ def train_command(plan: Plan, standing: Standing) -> str:
 def trials_table(search: Search) -> Table:
     """A row for each trial and rung."""
     names = [setting.name for setting in search.plan.settings]
-    columns = [*names, "seed", "steps", *METRICS, "best_step", "finite", "run", "seconds"]
+    columns = [*names, "seed", "steps", *METRICS, *BEST, "finite", "run", "seconds"]
     rows = [
         [
             *(result.task[name] for name in names),
             result.task["seed"],
             result.measured["steps"],
-            *(result.measured[metric] for metric in METRICS),
-            result.measured["best_step"],
+            *(result.measured[name] for name in (*METRICS, *BEST)),
             result.measured["finite"],
             result.measured["run"],
             search.store.seconds[task_key(result.task)],
@@ -148,7 +163,7 @@ def _is_wide(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) >= WIDE
 
 
-def write_report(search: Search, said: str, failures: Sequence[Failure], command: str) -> Path:
+def write_report(search: Search, said: Conclusion, failures: Sequence[Failure], command: str) -> Path:
     """Write the report into the folder of `search`, with its conclusion `said`, and return the path of its page.
 
     Raises `UserError` where the folder may not be written, and without matplotlib.
@@ -183,7 +198,7 @@ def _write_csv(path: Path, table: Table) -> None:
 
 
 def _plan(page: Page, plan: Plan) -> None:
-    page.paragraph(f"{method(plan)} Minimised: {METRICS[plan.metric]}, the lowest of a trial's validations.")
+    page.paragraph(f"{method(plan)} Minimised: {METRICS[plan.metric]}, a trial's last, by which `compare` judges too.")
     page.table(["setting", "values"], [(setting.name, str(setting)) for setting in plan.settings])
 
 
@@ -199,17 +214,20 @@ def method(plan: Plan) -> str:
     return f"{text} After {after} steps, the best one in {plan.halving} goes on from its checkpoint, until {last}."
 
 
-def _standings(page: Page, search: Search, said: str) -> None:
+def _standings(page: Page, search: Search, said: Conclusion) -> None:
     table = standings_table(search)
     page.heading(table.title)
     page.table(table.columns, table.rows[:MOST_ROWS])
     best = search.standings(len(search.plan.rungs))[0]
-    page.paragraph(f"Lowest: {label(best.combination)}, {outcome_text(best)}. {said}")
+    page.paragraph(f"Lowest: {label(best.combination)}, {outcome_text(best)}. {said.text}")
     if (sentence := diverged(search.all_standings())) is not None:
         page.paragraph(sentence)
     if math.isfinite(best.mean):
         page.paragraph("To train its best trial again (with OMP_NUM_THREADS=1, as here, bit for bit on a CPU):")
         page.code(train_command(search.plan, best))
+    if said.pairs is not None:
+        page.heading(said.pairs.title)
+        page.table(said.pairs.columns, said.pairs.rows[:MOST_ROWS])
 
 
 def _repeat(page: Page, search: Search, failures: Sequence[Failure], command: str) -> None:

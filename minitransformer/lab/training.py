@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from minitransformer.architecture.residual import Residual
-from minitransformer.lab.experiment import Criterion, Experiment, Measurement, Result, Task
+from minitransformer.lab.experiment import Experiment, Measurement, Result, Task
 from minitransformer.lab.figures import Curve
 from minitransformer.lab.instruments import probe_for
-from minitransformer.lab.judging import curve, seeds
-from minitransformer.lab.statistics import mean_interval
+from minitransformer.lab.judging import curve
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.text.batches import SequentialWindows
@@ -214,20 +213,3 @@ def per_seed(results: Sequence[Result], names: Sequence[str], value: Callable[..
     runs = {name: {run.task["seed"]: run.measured for run in results if run.task["residual"] == name} for name in names}
     shared = sorted(set.intersection(*(set(by_seed) for by_seed in runs.values())))
     return [value(*(runs[name][seed] for name in names)) for seed in shared]
-
-
-def expected(claim: str, values: Sequence[float], holds: Callable[[float], bool], *, is_open: bool) -> Criterion:
-    """A claim about a mean over seeds that must hold; nothing is said of it where `is_open`, or without values."""
-    if not values:
-        return Criterion(claim, "not measured", None)
-    mean = mean_interval(values)
-    return Criterion(claim, f"{mean}, {seeds(mean.n)}", None if is_open else holds(mean.mean))
-
-
-def on_trial(claim: str, gains: Sequence[float], unit: str = "") -> Criterion:
-    """A claim that `gains` (one per seed) are positive on average: open as long as their interval covers 0."""
-    if not gains:
-        return Criterion(claim, "not measured", None, must_hold=False)
-    gain = mean_interval(gains)
-    measured = f"gain {gain}{unit}, {seeds(gain.n)}"
-    return Criterion(claim, measured, gain.mean > 0 if gain.excludes(0) else None, must_hold=False)

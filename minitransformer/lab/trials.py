@@ -16,6 +16,7 @@ from minitransformer.generation.samples import sample_of
 from minitransformer.lab.experiment import Measurement
 from minitransformer.lab.instruments import probe_for
 from minitransformer.lab.store import REMEDY
+from minitransformer.lab.verdicts import last_value
 from minitransformer.models.model import Model, count_parameters
 from minitransformer.runs import Run
 from minitransformer.training.checkpoint import check_room, checkpoint_step, choose_checkpoint
@@ -113,14 +114,16 @@ def _sample(run: Run, model: Model, objective: Objective) -> str:
 
 
 def _outcome(path: Path, until: int, finite: bool) -> Measurement:
-    """What the run at `path` wrote down until step `until`: its best validation, and whether all went well."""
+    """What the run at `path` wrote down until step `until`: its last validation, by which it is judged, its best, and
+    whether all went well."""
     records = [json.loads(line) for line in records_until(path / "metrics.jsonl", until)]
     losses = [record["loss"] for record in records if "loss" in record]
     validations = [record for record in records if "validation_loss" in record]
     usable = [record for record in validations if math.isfinite(record["validation_loss"])]
     best: dict[str, Any] = min(usable, key=lambda record: record["validation_loss"], default={})
     return {
-        **{metric: best.get(metric) for metric in METRICS},
+        **{metric: last_value(records, metric) for metric in METRICS},
+        "best_validation_loss": best.get("validation_loss"),
         "best_step": best.get("step"),
         "steps": max((record["step"] for record in records), default=0),
         # A loss of None is that of an interval in which no step had a finite one.

@@ -121,7 +121,7 @@ class Audit(Experiment, name="E10"):
         findings = experiment.conclude([Result(each, experiment.measure(each)) for each in asked])
         return {
             "criteria": len(findings.criteria),
-            "flags": [[criterion.claim, criterion.measured] for criterion in findings.criteria if not criterion.holds],
+            "flags": [[c.claim, c.measured] for c in findings.criteria if c.holds is False],
         }
 
     def conclude(self, results: Sequence[Result]) -> Findings:
@@ -140,7 +140,7 @@ class Audit(Experiment, name="E10"):
 
 REMARKS = (
     "A defect is a class that takes the place of the right one while a model is made; E0, E1 and E3 then measure and "
-    "judge as they always do, with fewer placements, sizes and seeds.",
+    "judge as they always do, with fewer placements, sizes and seeds. Flagged is what fails, and not what is open.",
     "Two final norms are one at initialisation, where gains are 1 and N(N(x)) = N(x): only E0, which draws gains anew "
     "and counts norms, can see them.",
 )

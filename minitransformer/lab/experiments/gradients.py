@@ -100,21 +100,22 @@ class GradientAgainstDepth(Experiment, name="E1"):
             for placement in ACCEPTED
             if (chosen := select(results, {"mode": mode, "placement": placement.label}))
         }
+        tokens = {
+            placement: exponent(*_norms(chosen, "of_a_token"))
+            for placement in ACCEPTED
+            if (chosen := select(results, {"mode": "real", "placement": placement.label}))
+        }
         criteria = [
             between(
                 f"{placement.label}: the gradient's log-log slope from {low:g} to {high:g}",
                 slopes["real", placement],
                 low,
                 high,
+                note=f"; of one token {tokens[placement]}",
             )
             for placement, (low, high) in ACCEPTED.items()
             if ("real", placement) in slopes
         ]
-        tokens = {
-            placement: exponent(*_norms(chosen, "of_a_token"))
-            for placement in ACCEPTED
-            if (chosen := select(results, {"mode": "real", "placement": placement.label}))
-        }
         rows = [
             (
                 placement.label,
@@ -153,12 +154,13 @@ REMARKS = (
     "Both modes: d = 128, batches of 4 × 32 random tokens with random targets out of 128, embeddings N(0, 1), Xavier's "
     "matrices, a linear head of its own with weights N(0, 1/d), the mean cross-entropy as loss, causal attention, no "
     "positions, no biases. Theory mode: one head with W_Q = W_K = 0 and d_ff = d. Real mode: four heads and d_ff = 4d.",
-    "A mean over seeds decides whether a criterion holds; the interval is Student's t at 95 % over seeds.",
+    "Intervals are Student's t at 95 % over seeds. The accepted ranges are of the gradient of all tokens; beside it "
+    "stands the slope of one token, the mean over tokens of the gradient that each gives alone.",
     "Only slopes are compared: the scale of the head multiplies all gradients, and ResiDual's output is the sum of two "
     "normalised streams.",
-    "Post-LN's slope above 0 does not contradict theorem 1. The column of one token has the mean over tokens of the "
-    "gradient that each gives alone, and under Post-LN that does not depend on depth. But the deeper the model, the "
-    "more alike its tokens become, and the more their gradients add up.",
+    "Post-LN's slope above 0 does not contradict theorem 1. The slope of one token is 0 there. But the "
+    "deeper the model, the more alike its tokens become, and the more their gradients add up. Under ResiDual, "
+    "the gradient of one token shrinks with depth, and that of all together does not.",
 )
 
 

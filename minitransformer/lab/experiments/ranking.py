@@ -11,8 +11,9 @@ from minitransformer.errors import UserError
 from minitransformer.lab.experiment import Criterion, Findings, Measurement, Picture, Result, Table, Task, select
 from minitransformer.lab.experiments.trainability import PLACEMENTS
 from minitransformer.lab.figures import intervals
-from minitransformer.lab.statistics import Ranking, mean_interval, paired_difference, ranking
-from minitransformer.lab.training import TrainingExperiment, on_trial
+from minitransformer.lab.judging import on_trial
+from minitransformer.lab.statistics import SMALLEST_DIFFERENCE, Ranking, mean_interval, paired_difference, ranking
+from minitransformer.lab.training import TrainingExperiment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,7 +130,7 @@ class PlacementRanking(TrainingExperiment, name="E9"):
         rates, losses = self._ranked(results)
         if not losses:
             raise UserError("no placement has been tuned and ranked yet: run E9 to its end")
-        outcome = ranking(losses)
+        outcome = ranking(losses, smallest=SMALLEST_DIFFERENCE)
         claims = [(a, b, claim) for a, b, claim in COMPARISONS if a in losses and b in losses]
         ends = [name for name in outcome.order if rates[name] in (LADDER[0], LADDER[-1])]
         seeds, won = f"{outcome.seeds} paired seeds", True if outcome.winner else None
@@ -148,7 +149,9 @@ class PlacementRanking(TrainingExperiment, name="E9"):
         return Findings(
             criteria=[
                 Criterion("one placement is better than every other", f"{outcome} {seeds}.", won, must_hold=False),
-                *(on_trial(claim, _gains(losses[b], losses[a]), " nats") for a, b, claim in claims),
+            ],
+            claims=[
+                on_trial(claim, _gains(losses[worse], losses[better]), " nats") for better, worse, claim in claims
             ],
             tables=[_places(outcome, losses, rates), _pairs(outcome)],
             pictures=[_picture(outcome, losses)],

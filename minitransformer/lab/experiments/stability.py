@@ -9,8 +9,9 @@ from minitransformer.lab.experiment import Findings, Measurement, Picture, Resul
 from minitransformer.lab.figures import intervals
 from minitransformer.lab.instruments import probe
 from minitransformer.lab.instruments.gradients import spikes
+from minitransformer.lab.judging import on_trial
 from minitransformer.lab.statistics import mean_interval
-from minitransformer.lab.training import STUCK, TrainingExperiment, on_trial, per_seed
+from minitransformer.lab.training import STUCK, TrainingExperiment, per_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +60,8 @@ class Stability(TrainingExperiment, name="E8"):
             "Peri-LN has smaller outliers than Pre-LN": lambda peri, pre: pre[OUTLIER] - peri[OUTLIER],
         }
         return Findings(
-            criteria=[
+            criteria=[],
+            claims=[
                 on_trial(f"{claim}, lr {max(rates):g}", per_seed(highest, ["peri", "pre"], gain))
                 for claim, gain in claims.items()
             ],

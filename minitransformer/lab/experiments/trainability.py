@@ -7,9 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from minitransformer.lab.experiment import Criterion, Findings, Measurement, Picture, Result, Table, Task, select
+from minitransformer.lab.experiment import Claim, Findings, Measurement, Picture, Result, Table, Task, select
 from minitransformer.lab.figures import heatmap
-from minitransformer.lab.training import STUCK, Course, TrainingExperiment, final_loss, on_trial
+from minitransformer.lab.judging import on_trial
+from minitransformer.lab.training import STUCK, Course, TrainingExperiment, final_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,7 +99,8 @@ class Trainability(TrainingExperiment, name="E7"):
             )
 
         return Findings(
-            criteria=_criteria(results, max(depths)),
+            criteria=[],
+            claims=_claims(results, max(depths)),
             tables=[Table("Largest learning rate at which all seeds learn", ["placement", *labels], rows)],
             pictures=[Picture("Trainability map", draw, "Warm-up is 100 steps, and the rate constant after it.")],
             remarks=[
@@ -107,6 +109,7 @@ class Trainability(TrainingExperiment, name="E7"):
                 "Below the highest rate at which all seeds learn, none is tried.",
                 f"After {PATIENCE} steps, a run whose last 25 are worse than a guess among all characters is stopped.",
                 f"For the claims, a placement that learns at none of the rates counts as one of {BELOW:g}.",
+                "Two seeds draw the map and decide nothing: the claims stay open, and say how far apart the rates are.",
             ],
         )
 
@@ -134,7 +137,7 @@ def _rate(lr: float) -> str:
     return f"{lr:g}" if lr else "none"
 
 
-def _criteria(results: Sequence[Result], layers: int) -> list[Criterion]:
+def _claims(results: Sequence[Result], layers: int) -> list[Claim]:
     post = ("post", layers, 1)
     claims: list[tuple[str, Cell]] = [
         (f"{title} learns at larger rates than Post-LN, {layers} layers, no warm-up", (name, layers, 1))

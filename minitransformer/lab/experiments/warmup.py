@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from minitransformer.lab.experiment import Criterion, Findings, Measurement, Picture, Result, Table, Task, select
 from minitransformer.lab.figures import Curve, curves
+from minitransformer.lab.judging import expected
 from minitransformer.lab.statistics import mean_interval
 from minitransformer.lab.training import STUCK, TrainingExperiment, loss_curve
 
@@ -77,7 +78,6 @@ def _criteria(cell: tuple[int, float], results: Sequence[Result]) -> list[Criter
     without, with_ = (_losses(results, cell, "post", course) for course in (WITHOUT, WITH))
     others = {name: _losses(results, cell, name, WITHOUT) for name in ("pre", "residual", "deepnorm")}
     worst = {name: max(losses) for name, losses in others.items() if losses}
-    learned = mean_interval(with_) if with_ else None
     loss, tolerance = EXPECTED[cell]
     return [
         Criterion(
@@ -90,10 +90,11 @@ def _criteria(cell: tuple[int, float], results: Sequence[Result]) -> list[Criter
             f"largest {max(with_):.3f} of {len(with_)}" if with_ else "not measured",
             max(with_) < STUCK if with_ else None,
         ),
-        Criterion(
+        expected(
             f"it then reaches {loss} ± {tolerance} on average {place}",
-            str(learned or "not measured"),
-            abs(learned.mean - loss) <= tolerance if learned else None,
+            with_,
+            at_least=loss - tolerance,
+            at_most=loss + tolerance,
         ),
         Criterion(
             f"Pre-LN, ResiDual and DeepNorm without warm-up are never stuck {place}",

@@ -1,0 +1,85 @@
+"""By what runs are judged, wherever they are put beside each other: the figure, and the paired differences of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minitransformer.errors import UserError
+from minitransformer.lab.experiment import Table
+from minitransformer.lab.statistics import SMALLEST_DIFFERENCE, Ranking, p_text
+
+Record = Mapping[str, Any]
+"""A line of metrics.jsonl: a step, and what was measured after it."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is known of a metric: its name for readers, and whether less of it is better (None: neither is)."""
+
+    label: str
+    lower_is_better: bool | None = None
+    across_tokenizers: bool = False
+    """whether it means the same where texts are cut into other tokens"""
+    smallest_difference: float = 0.0
+    """below which no winner is named, unless the user says otherwise"""
+
+
+MEASURES = {
+    "validation_loss": Measure("validation loss (nats per target)", True, smallest_difference=SMALLEST_DIFFERENCE),
+    "bits_per_byte": Measure(
+        "bits per byte of validation text", True, across_tokenizers=True, smallest_difference=SMALLEST_DIFFERENCE
+    ),
+    "perplexity": Measure("validation perplexity", True),
+    "accuracy": Measure("share of targets guessed", False),
+    "exact": Measure("share of texts that are exact", False, across_tokenizers=True),
+    "loss": Measure("training loss (nats per target)", True, smallest_difference=SMALLEST_DIFFERENCE),
+    "tokens_per_second": Measure("tokens per second", False),
+}
+
+
+def measure_of(metric: str) -> Measure:
+    """What is known of `metric`, which may be one that nobody here has heard of."""
+    return MEASURES.get(metric, Measure(metric.replace("_", " ")))
+
+
+def check_smallest_difference(value: float | None) -> None:
+    """Raises `UserError` for one that is negative or no number."""
+    if value is not None and not 0 <= value < math.inf:
+        raise UserError(f"--smallest-difference is {value:g}: give 0, which names any winner that is sure, or more")
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is one; truth values are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def series(records: Iterable[Record], metric: str) -> dict[int, float]:
+    """`metric` by step; what was not finite is NaN, and a metric that never is a number has no steps."""
+    found = {record["step"]: record[metric] for record in records if metric in record}
+    if not any(map(is_number, found.values())):
+        return {}
+    return {step: float(value) if is_number(value) else math.nan for step, value in sorted(found.items())}
+
+
+def last_value(records: Iterable[Record], metric: str) -> float | None:
+    """The figure that a run is judged by: `metric` at the last step that has it; None if none has."""
+    return next(reversed(series(records, metric).values()), None)
+
+
+def pairs_table(ranking: Ranking, what: str, *, of: str | None = None) -> Table:
+    """The paired differences of `what`, of all pairs or those of one name alone; p-values are corrected for all."""
+    rows = [
+        [
+            f"{pair.first} − {pair.second}",
+            str(pair.difference) if math.isfinite(pair.difference.mean) else None,
+            pair.difference.n,
+            p_text(pair.p),
+        ]
+        for pair in ranking.comparisons
+        if of is None or pair.first == of
+    ]
+    columns = ["pair", "difference [95 % interval]", "seeds", "p (Holm)"]
+    return Table(f"Paired differences of {what}", columns, rows)
