@@ -15,15 +15,8 @@ from torch import Tensor
 
 from minitransformer.architecture.cache import KVCache
 from minitransformer.errors import UserError
-from minitransformer.generation.decode import (
-    at_least_float32,
-    check_finite,
-    draw,
-    evaluating,
-    seeded,
-    uniform_draws,
-)
-from minitransformer.generation.processors import LogitsProcessor, SamplingConfig
+from minitransformer.generation.decode import draw, evaluating, seeded, uniform_draws
+from minitransformer.generation.processors import LogitsProcessor, SamplingConfig, at_least_float32, check_finite
 from minitransformer.generation.readers import slots_seen, window_length
 from minitransformer.generation.recording import for_single_rows, has_fixed_shapes, recorded
 from minitransformer.models.decoder import DecoderLM

@@ -14,15 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitransformer.errors import UserError
-from minitransformer.generation.decode import (
-    at_least_float32,
-    check_finite,
-    draw_by_weight,
-    evaluating,
-    own_generators,
-    seeded,
-)
-from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.decode import draw_by_weight, evaluating, own_generators, seeded
+from minitransformer.generation.processors import SamplingConfig, at_least_float32, check_finite
 from minitransformer.generation.readers import CachedReader, window_length
 from minitransformer.models.decoder import DecoderLM
 
