@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minitransformer.errors import UserError
+from minitransformer.generation.batch import generate_each
 from minitransformer.generation.beam import beam_search
-from minitransformer.generation.decode import padded, search, translate
+from minitransformer.generation.decode import generate, padded, search, translate
 from minitransformer.generation.fill import fill_masks
 from minitransformer.generation.processors import NEVER, MinLength, NoRepeatNGram, SamplingConfig
+from minitransformer.generation.speculation import Draft, speculate
 from minitransformer.generation.streaming import best_texts
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.encoder import EncoderLM
@@ -126,6 +128,17 @@ def test_a_stop_string_ends_a_beam_as_an_end_does_and_is_not_shown(tiny_decoder:
     found = search(model, [1, 2], sampling, ends=[10], stops=lambda new: new[-2:] == stops)
     assert texts == [tokenizer.decode(tokens).removesuffix(stop) for tokens in found]
     assert any(tokens[-2:] == stops for tokens in found)
+
+
+def test_what_draws_texts_refuses_to_search_for_them(tiny_decoder: Any) -> None:
+    model, sampling = tiny_decoder(), SamplingConfig(num_beams=2)
+    for texts in (
+        generate(model, [1], sampling),
+        generate_each(model, [[1]], sampling, batch_size=1),
+        speculate(model, Draft(model), [1], sampling),
+    ):
+        with pytest.raises(UserError, match="num_beams is 2"):
+            next(texts)
 
 
 def test_a_model_that_predicts_nothing_finite_is_refused_by_a_beam_search_too(tiny_decoder: Any) -> None:

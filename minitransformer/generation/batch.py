@@ -16,7 +16,13 @@ from torch import Tensor
 from minitransformer.architecture.cache import KVCache
 from minitransformer.errors import UserError
 from minitransformer.generation.decode import draw, evaluating, seeded, uniform_draws
-from minitransformer.generation.processors import LogitsProcessor, SamplingConfig, at_least_float32, check_finite
+from minitransformer.generation.processors import (
+    LogitsProcessor,
+    SamplingConfig,
+    at_least_float32,
+    check_finite,
+    check_no_beams,
+)
 from minitransformer.generation.readers import slots_seen, window_length
 from minitransformer.generation.recording import for_single_rows, has_fixed_shapes, recorded
 from minitransformer.models.decoder import DecoderLM
@@ -112,6 +118,7 @@ def generate_each(
     Each is what `generate` gives for this prompt alone with the same seed, up to the rounding of sums, with one of
     `ends` as its last token if it has come. `over` is told the number and each new token, and may end the text.
     """
+    check_no_beams(sampling)
     if not all(prompts):
         raise UserError("a prompt has no token: begin with the end-of-text token")
     context = model.config.context_length

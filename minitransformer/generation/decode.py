@@ -21,6 +21,7 @@ from minitransformer.generation.processors import (
     SamplingConfig,
     at_least_float32,
     check_finite,
+    check_no_beams,
 )
 from minitransformer.generation.readers import CachedReader, Reader, TargetReader, UncachedReader
 from minitransformer.models.decoder import DecoderLM
@@ -147,8 +148,10 @@ def decode(
 ) -> Generator[list[int], None, None]:
     """`generate` for any reader: the tokens that follow the prompts, each sample's own.
 
-    `rules` decide beside `sampling` which tokens are possible.
+    Raises `UserError` where a beam search is asked for: that is `search`. `rules` decide beside `sampling` which tokens
+    are possible.
     """
+    check_no_beams(sampling)
     uniform = uniform_draws(prompts.size(0), sampling.max_new_tokens, seeded(generator, sampling)).to(prompts.device)
     processors = sampling.processors(prompts.size(1), ends, rules)
     last, ended = [0] * prompts.size(0), [False] * prompts.size(0)

@@ -274,3 +274,9 @@ class SamplingConfig:
         if self.min_p:
             processors.append(MinP(self.min_p))
         return processors
+
+
+def check_no_beams(sampling: SamplingConfig) -> None:
+    """Raises `UserError` where `sampling` asks for a beam search of what writes one token after the other."""
+    if sampling.num_beams > 1:
+        raise UserError(f"num_beams is {sampling.num_beams}, and these texts are not searched for: make it 1")
