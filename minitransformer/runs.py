@@ -11,18 +11,24 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minitransformer import files
 from minitransformer.errors import UserError
 from minitransformer.models.model import Model, build_model
-from minitransformer.pretrained.tokenizers import PublicTokenizer  # noqa: F401  (which a run may have: it registers)
+from minitransformer.pretrained.shards import read_json
+from minitransformer.pretrained.tokenizers import (
+    CONFIGS,
+    PublicTokenizer,  # noqa: F401  (which a run may have: it registers)
+)
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import choose_checkpoint, load_model_weights
 from minitransformer.training.config import RunConfig
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+GENERATION = CONFIGS[1]
 TOKENIZER, TARGET_TOKENIZER = "tokenizer.json", "target-tokenizer.json"
 
 
@@ -48,7 +54,7 @@ def provenance() -> dict[str, str]:
 class Run:
     """A run folder: `config.json`, `tokenizer.json`, `metrics.jsonl`, `train.log`, `samples.txt` and `checkpoints/`.
 
-    A run with two vocabularies has `target-tokenizer.json` too.
+    A run with two vocabularies has `target-tokenizer.json` too; an import may have `generation_config.json`.
     """
 
     path: Path
@@ -96,6 +102,12 @@ class Run:
         """Of what the model reads and, if that has another vocabulary, of what it writes."""
         both = [self.tokenizer, self.target_tokenizer]
         return both if self.target_tokenizer is not self.tokenizer else both[:1]
+
+    @property
+    def generation_config(self) -> dict[str, Any] | None:
+        """How the publisher of an import would have it generate, if that is known; raises `UserError` if damaged."""
+        path = self.path / GENERATION
+        return read_json(path) if path.is_file() else None
 
     @property
     def checkpoints(self) -> Path:

@@ -16,6 +16,7 @@ from jaxtyping import install_import_hook
 # Before the first import of what it checks: from here on, every call must have the shapes that its signature says.
 install_import_hook(["minitransformer.architecture", "minitransformer.models"], "beartype.beartype")
 
+from minitransformer.generation import recording  # noqa: E402
 from minitransformer.models.config import ModelConfig  # noqa: E402
 from minitransformer.models.decoder import DecoderLM  # noqa: E402
 
@@ -53,7 +54,7 @@ def unchecked() -> Iterator[None]:
 def shapes_are_not_checked_while_recording() -> Iterator[None]:
     """They were in the step before, which had the same ones; while torch records, checking them takes far longer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.jit, "trace", unchecked()(torch.jit.trace))
+        patch.setattr(recording, "traced", unchecked()(recording.traced))
         yield
 
 

@@ -29,6 +29,8 @@ from minitransformer.architecture.attention import (
     scaled_dot_product_attention,
 )
 from minitransformer.architecture.norms import RMSNorm
+from minitransformer.errors import UserError
+from tests.conftest import unchecked
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 
@@ -163,6 +165,36 @@ def test_more_queries_than_keys_may_all_attend_without_a_mask_as_in_cross_attent
     q, k = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 3, 4)
     assert kernel(q, k, k).ne(0).all()
     assert kernel(q, k, k, causal=True).ne(0).any(-1)[0, 0].tolist() == [False, False, True, True, True]
+
+
+@every_kernel
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (1, 6), (5, 1), (4, 5, 6), (2, 1, 1, 6), (2, 1, 5, 1)], ids=str)
+def test_masks_and_biases_broadcast_alike_in_every_kernel(
+    kernel: Any, grad: bool, causal: bool, shape: tuple[int, ...]
+) -> None:
+    """With gradients and without, where `auto` takes other kernels; [query, key] is the usual mask of a textbook."""
+    q, k, v = torch.randn(2, 4, 5, 4).double(), torch.randn(2, 2, 6, 4).double(), torch.randn(2, 2, 6, 4).double()
+    mask, bias = torch.rand(shape) < 0.7, torch.randn(shape).double()
+    for limits in ({"mask": mask}, {"bias": bias}, {"mask": mask, "bias": bias}):
+        whole = {name: limit.expand(2, 4, 5, 6) for name, limit in limits.items()}
+        expected = looped(Case(q, k, v, {"mask": None, "bias": None, "scale": None, "causal": causal, **whole}))[1]
+        with torch.set_grad_enabled(grad), patch.object(attention, "QUERIES_AT_ONCE", 2), unchecked():
+            torch.testing.assert_close(kernel(q, k, v, causal=causal, **limits), expected, rtol=1e-10, atol=1e-12)
+
+
+@every_kernel
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 4), (3, 2), (1, 2)])
+def test_heads_that_cannot_be_shared_out_are_refused_with_both_counts(
+    kernel: Any, grad: bool, heads: int, kv_heads: int
+) -> None:
+    q, k = torch.randn(1, heads, 3, 4), torch.randn(1, kv_heads, 3, 4)
+    with torch.set_grad_enabled(grad), pytest.raises(UserError, match=rf"{heads} query heads.* {kv_heads} key"):
+        kernel(q, k, k)
+    with pytest.raises(UserError, match="cannot share"):
+        MultiHeadAttention(24, heads, num_kv_heads=kv_heads)
 
 
 @given(case=cases())

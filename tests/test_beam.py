@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minitransformer.errors import UserError
+from minitransformer.generation.batch import generate_each
 from minitransformer.generation.beam import beam_search
-from minitransformer.generation.decode import padded, translate
+from minitransformer.generation.decode import generate, padded, search, translate
 from minitransformer.generation.fill import fill_masks
 from minitransformer.generation.processors import NEVER, MinLength, NoRepeatNGram, SamplingConfig
+from minitransformer.generation.speculation import Draft, speculate
+from minitransformer.generation.streaming import best_texts
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.encoder import EncoderLM
 from minitransformer.models.encoder_decoder import EncoderDecoder
+from minitransformer.text.tokenizers import Characters
 
 VOCAB, END, LENGTH = 4, 3, 4
 
@@ -54,9 +60,7 @@ def test_with_enough_beams_the_best_of_all_texts_is_found(seed: int, penalty: fl
     [found] = beam_search(
         Chain(logits),
         torch.tensor([[0]]),
-        num_beams=VOCAB**LENGTH,
-        max_new_tokens=LENGTH,
-        length_penalty=penalty,
+        SamplingConfig(num_beams=VOCAB**LENGTH, max_new_tokens=LENGTH, length_penalty=penalty),
         ends=[END],
     )
     log_p = logits.log_softmax(-1)
@@ -70,18 +74,80 @@ def test_with_enough_beams_the_best_of_all_texts_is_found(seed: int, penalty: fl
 def test_two_beams_find_what_greedy_search_misses() -> None:
     """After 0, token 1 is likelier than 2; but 2 is followed by the end for sure, and 1 by nothing likely."""
     p = torch.tensor([[0.05, 0.5, 0.4, 0.05], [0.25, 0.25, 0.25, 0.25], [0.01, 0.01, 0.01, 0.97], [0.25] * 4])
-    search = {"max_new_tokens": 2, "length_penalty": 0.0, "ends": [END]}
-    [greedy] = beam_search(Chain(p.log()), torch.tensor([[0]]), num_beams=1, **search)
-    [beams] = beam_search(Chain(p.log()), torch.tensor([[0]]), num_beams=2, **search)
+    greedy, beams = (
+        beam_search(
+            Chain(p.log()),
+            torch.tensor([[0]]),
+            SamplingConfig(num_beams=number, max_new_tokens=2, length_penalty=0.0),
+            ends=[END],
+        )[0]
+        for number in (1, 2)
+    )
     assert greedy[0].tokens[0] == 1
     assert beams[0].tokens == [2, END]
 
 
 def test_the_beams_of_a_text_never_take_rows_of_another() -> None:
     chain = Chain(torch.randn(VOCAB, VOCAB))
-    beam_search(chain, torch.tensor([[0], [1], [2]]), num_beams=2, max_new_tokens=4, ends=[END])
+    beam_search(chain, torch.tensor([[0], [1], [2]]), SamplingConfig(num_beams=2, max_new_tokens=4), ends=[END])
     for order in chain.orders:
         assert [row // 2 for row in order] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("choices", [{}, {"positions": "learned"}, {"attention_window": 5}], ids=str)
+@pytest.mark.parametrize("new", [10, 40])
+def test_beams_of_a_decoder_are_the_same_with_a_cache_and_without_within_the_context_and_past_it(
+    choices: dict[str, Any], new: int, tiny_decoder: Any
+) -> None:
+    model = tiny_decoder(num_layers=1, context_length=12, **choices)
+    sampling = SamplingConfig(num_beams=3, num_samples=3, max_new_tokens=new, no_repeat_ngram=4)
+    found = search(model, [1, 2, 3], sampling, ends=[9])
+    assert found == search(model, [1, 2, 3], sampling, ends=[9], cached=False)
+    assert len(found) == 3
+
+
+def test_of_the_beams_of_a_decoder_none_is_likelier_than_the_best_of_all_texts(tiny_decoder: Any) -> None:
+    """With as many beams as there are texts, by the model's own probabilities, which do not count the prompt's."""
+    model, prompt, length = tiny_decoder(vocab_size=4), [1, 2], 3
+    every = torch.cartesian_prod(*[torch.arange(4)] * length)
+    with torch.no_grad():
+        log_p = model(torch.cat([torch.tensor([prompt]).expand(len(every), -1), every], 1)).log_softmax(-1)
+    scores = log_p[:, 1:-1].gather(-1, every[..., None]).sum((1, 2))
+    best = every[scores.argsort(descending=True)].tolist()
+    found = search(model, prompt, SamplingConfig(num_beams=64, num_samples=5, max_new_tokens=length))
+    assert found == best[:5]
+
+
+def test_a_stop_string_ends_a_beam_as_an_end_does_and_is_not_shown(tiny_decoder: Any) -> None:
+    tokenizer, model = Characters("abcdefghij"), tiny_decoder(vocab_size=11)
+    sampling = SamplingConfig(num_beams=4, num_samples=4, max_new_tokens=8)
+    stop = best_texts(model, tokenizer, [1, 2], sampling)[0][2:4]
+    texts = best_texts(model, tokenizer, [1, 2], replace(sampling, stop=(stop,)))
+    assert not any(stop in text for text in texts)
+    stops = tokenizer.encode(stop)
+    found = search(model, [1, 2], sampling, ends=[10], stops=lambda new: new[-2:] == stops)
+    assert texts == [tokenizer.decode(tokens).removesuffix(stop) for tokens in found]
+    assert any(tokens[-2:] == stops for tokens in found)
+
+
+def test_what_draws_texts_refuses_to_search_for_them(tiny_decoder: Any) -> None:
+    model, sampling = tiny_decoder(), SamplingConfig(num_beams=2)
+    for texts in (
+        generate(model, [1], sampling),
+        generate_each(model, [[1]], sampling, batch_size=1),
+        speculate(model, Draft(model), [1], sampling),
+    ):
+        with pytest.raises(UserError, match="num_beams is 2"):
+            next(texts)
+
+
+def test_a_model_that_predicts_nothing_finite_is_refused_by_a_beam_search_too(tiny_decoder: Any) -> None:
+    model = tiny_decoder()
+    model.embedding.table.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="no finite probabilities"):
+        search(model, [1], SamplingConfig(num_beams=2))
+    with pytest.raises(UserError, match="no token"):
+        search(model, [], SamplingConfig(num_beams=2))
 
 
 @given(
@@ -131,7 +197,7 @@ def test_one_beam_is_greedy_search(translator: EncoderDecoder) -> None:
     source, is_token = padded([[1, 2, 3]], torch.device("cpu"))
     with torch.no_grad():
         read = TargetReader(translator, translator.encode(source, is_token=is_token))
-        [found] = beam_search(read, torch.tensor([[10]]), num_beams=1, max_new_tokens=9, ends=[10])
+        [found] = beam_search(read, torch.tensor([[10]]), SamplingConfig(max_new_tokens=9), ends=[10])
     [[greedy]] = translate(
         translator, [[1, 2, 3]], SamplingConfig(temperature=0, max_new_tokens=9), start=10, ends=[10]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from minitransformer import pretrained
-from minitransformer.generation.decode import generate, translate
+from minitransformer.generation.decode import generate, search, translate
 from minitransformer.generation.processors import SamplingConfig
+from minitransformer.models.decoder import DecoderLM
 from tests.test_pretrained_parity import folder, public, transformers  # noqa: F401  (two of them are fixtures)
 
 START, END, NEW_TOKENS = 2, 7, 10
@@ -19,6 +21,7 @@ NAMES = {
     "num_beams": "num_beams",
     "num_samples": "num_return_sequences",
     "length_penalty": "length_penalty",
+    "early_stopping": "early_stopping",
     "no_repeat_ngram": "no_repeat_ngram_size",
     "min_new_tokens": "min_new_tokens",
     "repetition_penalty": "repetition_penalty",
@@ -30,17 +33,23 @@ SETTINGS: list[dict[str, Any]] = [
     {"num_beams": 3, "length_penalty": 2.0, "no_repeat_ngram": 2},
     {"num_beams": 2, "min_new_tokens": 5, "repetition_penalty": 1.3},
     {"num_beams": 4, "num_samples": 3},
+    {"num_beams": 3, "early_stopping": "true", "num_samples": 3},
+    {"num_beams": 3, "early_stopping": "never", "length_penalty": 1.5, "num_samples": 2},
+    {"num_beams": 3, "early_stopping": "never", "length_penalty": -1.0},
 ]
+THEIR_WORDS = {"true": True, "false": False}
 
 
-def theirs(model: Any, tokens: torch.Tensor, settings: dict[str, Any], **options: Any) -> list[list[int]]:
+def theirs(
+    model: Any, tokens: torch.Tensor, settings: dict[str, Any], ends: Sequence[int] | None = (END,), **options: Any
+) -> list[list[int]]:
     """What the library writes after `tokens`, in float64, without its own ideas of how texts begin and end."""
     for name in ("forced_eos_token_id", "forced_bos_token_id", "bad_words_ids"):
         setattr(model.generation_config, name, None)
-    renamed = {NAMES[name]: value for name, value in settings.items()}
-    found = model.generate(
-        tokens, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=END, pad_token_id=END, **renamed, **options
-    )
+    renamed = {NAMES[name]: THEIR_WORDS.get(value, value) for name, value in settings.items()}
+    # What pads a text that ended is cut: it ends with its first end.
+    how = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": ends and list(ends), "pad_token_id": END}
+    found = model.generate(tokens, **how, **renamed, **options)
     prompt = 1 if "decoder_start_token_id" in options else tokens.size(1)
     return [row[prompt:] for row in found.tolist()]
 
@@ -67,17 +76,31 @@ def test_encoder_decoders_write_what_the_reference_writes(
     model.float()
 
 
-@pytest.mark.parametrize("settings", SETTINGS[:1], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bloom"])
 def test_decoders_write_what_the_reference_writes(
     name: str,
     settings: dict[str, Any],
     folder: Path,  # noqa: F811
 ) -> None:
+    """With a token that ends texts, with several that do come, and with none."""
     model, path = public(name, folder)
-    ours, _ = pretrained.load(path)
+    ours = pretrained.load(path)[0].double()
+    assert isinstance(ours, DecoderLM)
+    sampling = SamplingConfig(0, max_new_tokens=NEW_TOKENS, **settings)
     prompt = [9, 8, 30, 12]
-    [expected] = theirs(model.double(), torch.tensor([prompt]), settings)
-    steps = generate(ours.double(), prompt, SamplingConfig(0, max_new_tokens=NEW_TOKENS), ends=[END])
-    assert before_the_end([token for [token] in steps]) == before_the_end(expected)
+    likely = [token for [token] in generate(ours, prompt, SamplingConfig(0, max_new_tokens=NEW_TOKENS))]
+    for ends in ([END], [likely[0], likely[3], END], []):
+        expected = theirs(model.double(), torch.tensor([prompt]), settings, ends or None)
+        if sampling.num_beams == 1:
+            found = [[token for [token] in generate(ours, prompt, sampling, ends=ends)]]
+        else:
+            found = search(ours, prompt, sampling, ends=ends)
+        assert [up_to_an_end(text, ends) for text in expected] == found
+        if likely[0] in ends and (sampling.num_beams == 1 or sampling.early_stopping == "true"):
+            assert any(text[-1] in ends for text in found)
     model.float()
+
+
+def up_to_an_end(tokens: list[int], ends: list[int]) -> list[int]:
+    return tokens[: next((place for place, token in enumerate(tokens, start=1) if token in ends), len(tokens))]

@@ -35,6 +35,17 @@ def space(**sizes: Any) -> PositionSpace:
     return PositionSpace(**{"d_model": 8, "num_heads": 2, "head_dim": 4, "max_length": 64, "causal": True, **sizes})
 
 
+@every_scheme
+def test_a_position_past_the_context_is_named_where_a_scheme_has_none_for_it(name: str) -> None:
+    scheme = PositionScheme.named(name)(space())
+    scheme.embed(torch.zeros(1, 2, 8), torch.tensor([[62, 63]]))
+    if name in ("learned", "sinusoidal", "sinusoidal-halves"):
+        with pytest.raises(UserError, match="no position 70, as context_length is 64"):
+            scheme.embed(torch.zeros(1, 3, 8), torch.tensor([[63, 70, 64]]))
+    else:
+        scheme.embed(torch.zeros(1, 2, 8), torch.tensor([[63, 70]]))
+
+
 # Positions of tokens
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import pytest
 import torch
 
 from minitransformer.commands import sample
-from minitransformer.generation.streaming import stream_text
+from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.streaming import best_texts, stream_text
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.runs import Run
+from minitransformer.runs import GENERATION, Run
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import write_checkpoint
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
@@ -176,7 +178,7 @@ def test_each_line_is_continued_as_if_it_were_the_only_prompt(command: Any, runs
 
 
 def test_a_draft_changes_no_greedy_text_and_its_luck_is_told(command: Any, runs: Path, endless: Path) -> None:
-    greedy = ("runs/chars", "--prompt", "ab", "--seed", "7", "--temperature", "0", "--num-samples", "2")
+    greedy = ("runs/chars", "--prompt", "ab", "--temperature", "0", "--num-samples", "2")
     _, alone, _ = command(*greedy)
     code, out, err = command(*greedy, "--draft", "runs/chars", "--draft-tokens", "3")
     assert (code, out) == (0, alone)
@@ -187,7 +189,7 @@ def test_a_draft_changes_no_greedy_text_and_its_luck_is_told(command: Any, runs:
 
 
 def test_a_draft_answers_line_after_line_too(command: Any) -> None:
-    flags = ("runs/chars", "--interactive", "--temperature", "0", "--seed", "1")
+    flags = ("runs/chars", "--interactive", "--temperature", "0")
     _, alone, _ = command(*flags, piped=b"ab\nc")
     _, out, err = command(*flags, "--draft", "runs/chars", piped=b"ab\nc")
     assert out == alone
@@ -227,6 +229,135 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(command: Any, arguments: tupl
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag", "why"),
+    [
+        *(
+            (f"--num-beams 4 {flag}", flag.split()[0], "has no part in a beam search")
+            for flag in ("--temperature 0.8", "--top-k 5", "--top-p 0.9", "--min-p 0.1", "--seed 0")
+        ),
+        ("--num-beams=2 --draft runs/chars", "--draft", "a beam search follows several"),
+        ("--num-beams 2 --lines --batch-size 4", "--batch-size", "one line at a time"),
+        ("--length-penalty 1.0", "--length-penalty", "give --num-beams 2 or more"),
+        ("--early_stopping never --num-beams 1", "--early-stopping", "give --num-beams 2 or more"),
+        *(
+            (f"--temperature 0 {flag}", flag.split()[0], "takes the likeliest token")
+            for flag in ("--top-k 5", "--top-p 0.9", "--min-p 0.1", "--seed 0")
+        ),
+        ("--draft-tokens=4", "--draft-tokens", "name its run with --draft"),
+        ("--batch-size 32", "--batch-size", "give --lines as well"),
+    ],
+)
+def test_a_flag_that_can_change_nothing_beside_another_is_refused(
+    command: Any, arguments: str, flag: str, why: str
+) -> None:
+    code, out, err = command("runs/chars", "--prompt", "ab", *arguments.split())
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"error: {flag} .*{why}.*\n", err)
+
+
+def test_flags_that_are_given_as_none_or_with_what_they_are_for_are_no_mistake(command: Any) -> None:
+    for arguments in (
+        "--num-beams 2 --top-k None --length-penalty 0.5 --early-stopping true",
+        "--top-k 5 --top-p 0.9 --min-p 0.1 --temperature 0.5 --seed 1",
+        "--temperature 0 --repetition-penalty 1.2 --no-repeat-ngram 3 --min-new-tokens 2",
+    ):
+        assert command("runs/chars", "--prompt", "ab", *arguments.split())[0] == 0
+
+
+def test_contradictions_in_numbers_are_refused(command: Any) -> None:
+    for arguments, message in (
+        ("--num-beams 2 --num-samples 3", "num_samples 3 is more than num_beams 2"),
+        ("--min-new-tokens 11", "min_new_tokens 11 is more than max_new_tokens 10"),
+    ):
+        code, out, err = command("runs/chars", "--prompt", "ab", *arguments.split())
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+
+
+def test_a_beam_search_writes_the_best_texts_and_draws_nothing(command: Any, runs: Path) -> None:
+    run = Run.open(runs / "runs" / "chars")
+    sampling = SamplingConfig(num_beams=4, num_samples=2, max_new_tokens=10)
+    best, second = (
+        f"ab{text}" for text in best_texts(run.load_model(), run.tokenizer, run.tokenizer.encode_prompt("ab"), sampling)
+    )
+    flags = ("runs/chars", "--num-beams", "4")
+    assert command(*flags, "--prompt", "ab") == (0, best.removesuffix("\n") + "\n", "")
+    _, out, err = command(*flags, "--prompt", "ab", "--num-samples", "2")
+    assert (out, err) == ("\n".join(text.removesuffix("\n") for text in (best, sample.SEPARATOR, second)) + "\n", "")
+    code, out, err = command(*flags, "--lines", piped=b"ab\nc\nab")
+    lines = out.splitlines()
+    assert (code, err, len(lines)) == (0, "", 3)
+    assert lines[0] == lines[2] == best.replace("\n", r"\n")
+    code, out, err = command(*flags, "--interactive", piped=b"ab\nab")
+    assert (code, out, err) == (0, 2 * (best.removesuffix("\n") + "\n"), "")
+
+
+def test_a_beam_search_past_the_context_is_announced(command: Any) -> None:
+    code, _, err = command("runs/chars", "--prompt", "ab", "--num-beams", "2", "--max-new-tokens", str(CONTEXT + 4))
+    assert (code, err.count("\n")) == (0, 1)
+    assert "the oldest half is dropped and the rest is read anew" in err
+
+
+# What the publisher of an import advises
+
+
+@pytest.fixture
+def advised(runs: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Writes what `generation_config.json` of runs/chars says; it is gone afterwards."""
+    path = runs / "runs" / "chars" / GENERATION
+    yield lambda content: path.write_text(json.dumps(content)) and None
+    path.unlink(missing_ok=True)
+
+
+def test_what_the_publisher_advises_is_the_default_and_flags_override_it(
+    command: Any, runs: Path, advised: Any
+) -> None:
+    advised({"do_sample": True, "temperature": 1.5, "top_k": 3, "eos_token_id": [1, 2], "max_new_tokens": 7})
+    code, out, err = command("runs/chars", "--prompt", "ab", "--seed", "7", "--top-k", "4")
+    assert (code, [out]) == (0, expected(runs, "ab", temperature=1.5, top_k=4))
+    assert err == "note: by runs/chars/generation_config.json, unless flags say otherwise: temperature 1.5\n"
+    advised({"do_sample": False, "temperature": 0.6, "top_p": 0.9})
+    code, out, err = command("runs/chars", "--prompt", "ab")
+    assert (code, [out]) == (0, expected(runs, "ab", temperature=0))
+    assert "temperature 0.0" in err
+    assert "--seed" not in err
+    advised({"num_beams": 3, "early_stopping": True, "penalty_alpha": 0.6})
+    code, out, err = command("runs/chars", "--prompt", "ab")
+    assert (code, out) == (0, command("runs/chars", "--prompt", "ab", "--early-stopping", "true")[1])
+    assert "num_beams 3, early_stopping true" in err
+    assert "asks for penalty_alpha, which nothing here does" in err
+
+
+def test_a_flag_against_what_the_publisher_advises_says_where_that_stands(command: Any, advised: Any) -> None:
+    advised({"num_beams": 3})
+    code, _, err = command("runs/chars", "--prompt", "ab", "--temperature", "0.5")
+    assert code == 2
+    assert "give --num-beams 1 (num_beams is 3 in runs/chars/generation_config.json)\n" in err
+    assert command("runs/chars", "--prompt", "ab", "--temperature", "0.5", "--num-beams", "1")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"temperature": "hot"}, "temperature is 'hot': it must be a number"),
+        ({"top_k": 2.5}, "top_k is 2.5: it must be a whole number"),
+        ({"top_p": 7}, "top_p is 7"),
+        ({"num_beams": True}, "num_beams is True"),
+        ({"do_sample": 1}, "do_sample is 1: it must be true or false"),
+        ({"early_stopping": "soon"}, "early_stopping is 'soon'"),
+        ({"stop_strings": [1]}, "stop_strings is [1]"),
+        ([], "it holds no JSON object"),
+    ],
+)
+def test_advice_that_makes_no_sense_is_refused(command: Any, advised: Any, content: Any, message: str) -> None:
+    advised(content)
+    code, out, err = command("runs/chars", "--prompt", "ab")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "generation_config.json" in err
+    assert message in err
 
 
 def test_piped_bytes_that_are_no_text_are_refused(command: Any) -> None:

@@ -161,6 +161,22 @@ def test_text_with_few_pairs_makes_a_smaller_bpe() -> None:
     assert BPE.train(iter([]), 4096).vocab_size == 256 + 1
 
 
+def test_a_single_text_trains_bpe_as_one_document_and_not_as_characters() -> None:
+    text = "the theory of the thing " * 50
+    assert BPE.train(text, 280).fingerprint == BPE.train(iter([text]), 280).fingerprint
+    assert BPE.train([text], 280).fingerprint == BPE.train(iter([text]), 280).fingerprint
+
+
+@pytest.mark.parametrize("place", [0, 200])
+def test_half_a_surrogate_pair_in_a_text_to_train_on_is_refused(place: int) -> None:
+    texts = ["hat "] * place + ["hat \ud83d"]
+    for kind in (BPE, Characters):
+        with pytest.raises(UserError, match=r"U\+D83D"):
+            kind.fit(lambda: iter(texts), 300)
+    with pytest.raises(UserError, match=r"U\+D83D"):
+        BPE.train(texts[-1], 300)
+
+
 def test_bpe_merges_what_is_frequent() -> None:
     assert len(BPE.train(iter(["the theory of the thing " * 50]), 280).encode(" the")) == 1
 

@@ -16,6 +16,7 @@ from minitransformer.architecture.cache import AttentionCache, KeysAndValues
 from minitransformer.architecture.dropout import dropout as thin_out
 from minitransformer.architecture.linear import OutputProjection, ScoreProjection, applied_together
 from minitransformer.architecture.masks import causal_mask
+from minitransformer.errors import UserError
 
 QUERIES_AT_ONCE = 128
 """of `blockwise_attention`: fewer leave out more keys, in smaller and slower products (measured)"""
@@ -26,8 +27,8 @@ def attention_weights(
     k: Float[Tensor, "batch kv_heads key head_dim"],
     *,
     causal: bool = False,
-    mask: Bool[Tensor, "#batch #heads #query key"] | None = None,
-    bias: Float[Tensor, "#batch #heads #query key"] | None = None,
+    mask: Bool[Tensor, "... #query #key"] | None = None,
+    bias: Float[Tensor, "... #query #key"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "batch heads query key"]:
@@ -58,17 +59,18 @@ def scaled_dot_product_attention(
     v: Float[Tensor, "batch kv_heads key value_dim"],
     *,
     causal: bool = False,
-    mask: Bool[Tensor, "#batch #heads #query key"] | None = None,
-    bias: Float[Tensor, "#batch #heads #query key"] | None = None,
+    mask: Bool[Tensor, "... #query #key"] | None = None,
+    bias: Float[Tensor, "... #query #key"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """softmax(Q Kᵀ · scale + bias) V over the keys that `mask` and `causal` allow (True = may attend).
 
-    `scale` defaults to head_dim^-1/2. With `causal`, the last query is aligned with the last key. A query that may
-    attend to nothing gets zeros. `heads` is a multiple of `kv_heads`: neighbouring query heads share a key head.
-    `softcap` c bounds scaled scores s, before the bias, by c · tanh(s / c).
+    `scale` defaults to head_dim^-1/2; `mask` and `bias` broadcast over the scores. With `causal`, the last query is
+    aligned with the last key. A query that may attend to nothing gets zeros. `heads` is a multiple of `kv_heads`, or a
+    `UserError` is raised: neighbouring query heads share a key head. `softcap` c bounds scaled scores s, before the
+    bias, by c · tanh(s / c).
     Vaswani et al. 2017 (arXiv 1706.03762), equation 1; `bias` as in T5 (1910.10683) and ALiBi (2108.12409);
     shared heads: Ainslie et al. 2023 (2305.13245); `softcap`: Gemma 2 (2408.00118), section 2.
     """
@@ -82,8 +84,8 @@ def blockwise_attention(
     v: Float[Tensor, "batch kv_heads key value_dim"],
     *,
     causal: bool = False,
-    mask: Bool[Tensor, "#batch #heads #query key"] | None = None,
-    bias: Float[Tensor, "#batch #heads #query key"] | None = None,
+    mask: Bool[Tensor, "... #query #key"] | None = None,
+    bias: Float[Tensor, "... #query #key"] | None = None,
     **settings: Any,
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """`scaled_dot_product_attention` for some queries at a time, without the keys that come after all of these.
@@ -113,10 +115,11 @@ def blockwise_attention(
 
 
 def _part(limits: Tensor | None, first: int, last: int, seen: int) -> Tensor | None:
-    """Of a mask or a bias, what some queries and keys have to do with; one row may stand for all queries."""
+    """Of a mask or a bias, what some queries and keys have to do with; one row or column may stand for all."""
     if limits is None:
         return None
-    return limits[:, :, first:last, :seen] if limits.size(-2) > 1 else limits[..., :seen]
+    limits = limits[..., :seen]
+    return limits[..., first:last, :] if limits.dim() > 1 and limits.size(-2) > 1 else limits
 
 
 def fused_attention(
@@ -125,8 +128,8 @@ def fused_attention(
     v: Float[Tensor, "batch kv_heads key value_dim"],
     *,
     causal: bool = False,
-    mask: Bool[Tensor, "#batch #heads #query key"] | None = None,
-    bias: Float[Tensor, "#batch #heads #query key"] | None = None,
+    mask: Bool[Tensor, "... #query #key"] | None = None,
+    bias: Float[Tensor, "... #query #key"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
@@ -149,11 +152,11 @@ def fused_attention(
         q,
         k,
         v,
-        attn_mask=allowed,
+        attn_mask=allowed if allowed is None or allowed.dim() > 1 else allowed[None],
         dropout_p=dropout,
         is_causal=plain_causal,
         scale=scale,
-        enable_gqa=bool(q.size(1) != k.size(1)),
+        enable_gqa=_queries_of_a_key(int(q.size(1)), int(k.size(1))) > 1,
     )
     # torch's kernels for CPUs give zeros themselves.
     if q.device.type == "cpu" or _every_query_has_a_key(q, k, causal, mask):
@@ -168,8 +171,8 @@ def fastest_attention(
     v: Float[Tensor, "batch kv_heads key value_dim"],
     *,
     causal: bool = False,
-    mask: Bool[Tensor, "#batch #heads #query key"] | None = None,
-    bias: Float[Tensor, "#batch #heads #query key"] | None = None,
+    mask: Bool[Tensor, "... #query #key"] | None = None,
+    bias: Float[Tensor, "... #query #key"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
@@ -214,7 +217,16 @@ def repeat_heads(
     x: Float[Tensor, "batch kv_heads length head_dim"], heads: int
 ) -> Float[Tensor, "batch heads length head_dim"]:
     """Each key (or value) head repeated for the query heads that share it."""
-    return x if x.size(1) == heads else x.repeat_interleave(heads // int(x.size(1)), dim=1)
+    return x if x.size(1) == heads else x.repeat_interleave(_queries_of_a_key(heads, int(x.size(1))), dim=1)
+
+
+def _queries_of_a_key(heads: int, kv_heads: int) -> int:
+    """How many query heads share a key head; raises `UserError` where they cannot be shared out."""
+    if heads % kv_heads:
+        raise UserError(
+            f"{heads} query heads cannot share {kv_heads} key and value heads: make the first a multiple of it"
+        )
+    return heads // kv_heads
 
 
 def _allowed(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor | None:
@@ -291,7 +303,7 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
         head_dim = head_dim or d_model // num_heads
-        assert num_heads % num_kv_heads == 0
+        _queries_of_a_key(num_heads, num_kv_heads)
         self.head_dim, self.scale, self.softcap, self.dropout, self.kernel = head_dim, scale, softcap, dropout, kernel
         self.query = ScoreProjection(d_model, num_heads * head_dim, bias=bias)
         self.key = ScoreProjection(d_model, num_kv_heads * head_dim, bias=bias)

@@ -75,6 +75,29 @@ class PositionScheme(Registered, nn.Module, kind="position scheme"):
         return None
 
 
+def row_of_each(
+    look_up: Callable[[Tensor], Tensor], positions: Int[Tensor, "#batch length"], max_length: int
+) -> Float[Tensor, "#batch length d_model"]:
+    """What `look_up` finds in a table of `max_length` rows; raises `UserError` for a position that has none.
+
+    On a GPU, which would have to be waited for, only more positions than there are rows are looked at.
+    """
+    if positions.is_cuda and positions.size(1) > max_length and (positions >= max_length).any():
+        raise _past_the_context(positions, max_length)
+    try:
+        return look_up(positions)
+    except IndexError:
+        raise _past_the_context(positions, max_length) from None
+
+
+def _past_the_context(positions: Tensor, max_length: int) -> UserError:
+    missing = int(positions[(positions >= max_length) | (positions < 0)][0])
+    return UserError(
+        f"there is no position {missing}, as context_length is {max_length} (positions are 0 to {max_length - 1}): "
+        "give fewer tokens at a time, or take a model with a longer context"
+    )
+
+
 class NoPositions(PositionScheme, name="none"):
     """No positions: a causal model can still count (Haviv et al. 2022, arXiv 2203.16634), an encoder sees a set."""
 
@@ -101,7 +124,7 @@ class Sinusoidal(PositionScheme, name="sinusoidal"):
     def embed(
         self, x: Float[Tensor, "batch length d_model"], positions: Int[Tensor, "#batch length"]
     ) -> Float[Tensor, "batch length d_model"]:
-        return x + self.table[positions]  # type: ignore[index]
+        return x + row_of_each(self.table.__getitem__, positions, len(self.table))  # type: ignore[arg-type]
 
 
 class SinusoidalHalves(Sinusoidal, name="sinusoidal-halves"):
@@ -123,7 +146,7 @@ class Learned(PositionScheme, name="learned"):
     def embed(
         self, x: Float[Tensor, "batch length d_model"], positions: Int[Tensor, "#batch length"]
     ) -> Float[Tensor, "batch length d_model"]:
-        return x + self.table(positions)
+        return x + row_of_each(self.table, positions, self.table.num_embeddings)
 
 
 def rotate_half(

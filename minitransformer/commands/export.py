@@ -53,7 +53,8 @@ def _export(arguments: Sequence[str]) -> int:
     extra = special_ids(run.target_tokenizer)
     if model.config.topology == "encoder-decoder":
         extra |= target_ids(run.target_tokenizer)
-    pretrained.save(model, options.to, family, extra, tokenizer=run.target_tokenizer)
+    generation = run.generation_config
+    pretrained.save(model, options.to, family, extra, tokenizer=run.target_tokenizer, generation=generation)
     difference = _largest_difference(model, options.to)
     print(f"format     {family}")
     print(f"folder     {options.to}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import tyro
 from minitransformer import files, pretrained
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
+from minitransformer.generation.published import published
 from minitransformer.pretrained.vocabularies import how_to_make_one
-from minitransformer.runs import Run, free_run_path
+from minitransformer.runs import GENERATION, Run, free_run_path
 from minitransformer.training.checkpoint import write_checkpoint
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.objectives import Objective
@@ -43,11 +45,16 @@ def _import(arguments: Sequence[str]) -> int:
     if tokenizer is None:
         raise UserError(how_to_make_one(options.checkpoint))
     topology = model.config.topology
+    generation = pretrained.generation_config(options.checkpoint)
+    if generation is not None:
+        published(generation, GENERATION, two_sided=topology == "encoder-decoder")  # said now, not at the first sample
     objectives = [name for name, objective in Objective.registry.items() if topology in objective.topologies]
     training = TrainingConfig(objective=objectives[0] if objectives else "causal")
     with files.writing(path, "choose an --out on another disk"):
         config = RunConfig(model.config, DataConfig(tokenizer=tokenizer.name), training)
         run = Run.create(path, config, tokenizer, tokenizer)
+        if generation is not None:
+            files.write_text(path / GENERATION, json.dumps(generation, indent=2) + "\n")
         write_checkpoint(run.checkpoints, 0, model, {})
     print(f"model      {topology}, {model.num_parameters() / 1e6:.2f}M parameters")
     print(f"tokenizer  {tokenizer.name}, {tokenizer.vocab_size:,} tokens")

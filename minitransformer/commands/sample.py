@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import singledispatch
@@ -20,20 +20,22 @@ import tyro
 from typing_extensions import Doc
 
 from minitransformer.commands import DONE, parse, piped_text, run_command, utf8_text
+from minitransformer.commands.flags import check_flags, given_flags
 from minitransformer.errors import UserError
 from minitransformer.generation.fill import MASK, encode_with_masks
 from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.published import published
 from minitransformer.generation.readers import window_length
 from minitransformer.generation.samples import filled_text, translations
 from minitransformer.generation.speculation import Draft
-from minitransformer.generation.streaming import stream_text, texts_in_batches
+from minitransformer.generation.streaming import best_texts, stream_text, texts_in_batches
 from minitransformer.generation.weights import Weights
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderLM
 from minitransformer.models.encoder_decoder import EncoderDecoder
 from minitransformer.models.model import Model
 from minitransformer.models.recurrent import RecurrentEncoderDecoder
-from minitransformer.runs import Run, latest_run
+from minitransformer.runs import GENERATION, Run, latest_run
 from minitransformer.training.machine import choose_device
 
 SEPARATOR = "-" * 40
@@ -73,6 +75,10 @@ class Options(SamplingConfig):
             raise UserError("there are two prompts, --prompt and --prompt-file: give one of them")
         if self.interactive and (self.prompt is not None or self.prompt_file is not None):
             raise UserError("--interactive asks for its prompts: leave --prompt and --prompt-file out")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}: lower it"
+            )
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}: it must be at least 1")
         if self.lines and (self.num_samples > 1 or self.draft is not None or self.interactive):
@@ -86,10 +92,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _sample(arguments: Sequence[str]) -> int:
-    about = "Continue a prompt, fill in masks, or translate lines, with the model of a run."
+    about = (
+        "Continue a prompt, fill in masks, or translate lines, with the model of a run. The defaults of an imported "
+        f"checkpoint are those of its {GENERATION}, where it has one."
+    )
     options = parse(Options, arguments, prog="sample.py", description=about)
     path = options.run or latest_run()
     run = Run.open(path)
+    options = _completed(options, given_flags(arguments), run)
     prompt = "" if options.interactive else _prompt(options)
     # What cannot be encoded is said before a model is loaded.
     run.tokenizer.encode(MASK.sub("", run.cased(prompt)))
@@ -103,7 +113,7 @@ def _sample(arguments: Sequence[str]) -> int:
     if options.run is None:
         _note(f"the model is that of {path}")
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-    if options.seed is None:
+    if options.seed is None and _draws(options, model):
         _note(f"--seed {seed} gives this text again")
     generator = torch.Generator().manual_seed(seed)
     _tolerate_characters()
@@ -116,6 +126,29 @@ def _sample(arguments: Sequence[str]) -> int:
         share = draft.accepted / draft.guessed
         _note(f"of the draft's {draft.guessed} guesses, the model accepted {draft.accepted} ({share:.0%})")
     return DONE
+
+
+def _completed(options: Options, given: set[str], run: Run) -> Options:
+    """`options` with what the publisher of the run's model advises where no flag was given; refuses idle flags."""
+    content, topology = run.generation_config, run.config.model.topology
+    where = {}
+    if content is not None and topology != "encoder":
+        path = str(run.path / GENERATION)
+        advice = published(content, path, two_sided=topology != "decoder")
+        taken = {name: value for name, value in advice.settings.items() if name not in given}
+        where = dict.fromkeys(taken, path)
+        options = replace(options, **taken)
+        if taken:
+            _note(f"by {path}, unless flags say otherwise: " + ", ".join(f"{name} {taken[name]}" for name in taken))
+        if advice.not_followed:
+            _note(f"{path} asks for {', '.join(advice.not_followed)}, which nothing here does")
+    check_flags(given, vars(options), topology, where)
+    return options
+
+
+def _draws(options: Options, model: Model) -> bool:
+    """Whether what is written depends on chance."""
+    return options.num_beams == 1 and not options.greedy and not isinstance(model, EncoderLM)
 
 
 def _draft_run(path: Path, run: Run) -> Run:
@@ -181,6 +214,12 @@ def _continue(model: DecoderLM, prompt: str, session: Session) -> None:
         return
     prompt_ids = tokenizer.encode_prompt(prompt)
     _note_context(len(prompt_ids), options.max_new_tokens, model.config.context_length)
+    if options.num_beams > 1:
+        found = best_texts(model, tokenizer, prompt_ids, options)
+        for number, text in enumerate(found):
+            _print(f"{SEPARATOR}\n{prompt}{text}" if number else prompt + text)
+            _end_line(prompt + text)
+        return
     texts = [prompt] * options.num_samples
     _print(prompt)
     for pieces in stream_text(model, tokenizer, prompt_ids, options, generator=session.generator, draft=session.draft):
@@ -199,7 +238,11 @@ def _continue_lines(model: DecoderLM, prompts: Sequence[str], session: Session) 
     longest = max(map(len, prompt_ids), default=0)
     _note_context(longest, options.max_new_tokens, model.config.context_length)
     sampling = replace(options, seed=session.seed)
-    texts = texts_in_batches(model, tokenizer, prompt_ids, sampling, options.batch_size)
+    texts: Iterator[str]
+    if options.num_beams > 1:
+        texts = (best_texts(model, tokenizer, ids, options)[0] for ids in prompt_ids)
+    else:
+        texts = texts_in_batches(model, tokenizer, prompt_ids, sampling, options.batch_size)
     for prompt, text in zip(prompts, texts, strict=True):
         _print((prompt + text).replace("\\", r"\\").replace("\n", r"\n") + "\n")
 

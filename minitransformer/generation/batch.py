@@ -7,21 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from minitransformer.architecture.cache import KVCache
 from minitransformer.errors import UserError
-from minitransformer.generation.decode import (
+from minitransformer.generation.decode import draw, evaluating, seeded, uniform_draws
+from minitransformer.generation.processors import (
+    LogitsProcessor,
+    SamplingConfig,
     at_least_float32,
     check_finite,
-    draw,
-    evaluating,
-    seeded,
-    uniform_draws,
+    check_no_beams,
 )
-from minitransformer.generation.processors import LogitsProcessor, SamplingConfig
 from minitransformer.generation.readers import slots_seen, window_length
 from minitransformer.generation.recording import for_single_rows, has_fixed_shapes, recorded
 from minitransformer.models.decoder import DecoderLM
@@ -41,7 +42,8 @@ class RowsReader:
         self.rows, self.slots = rows, slots
         self.cache = model.new_cache(slots)
         self.end, self.starts = 0, [0] * rows
-        self._read = recorded(self._read_all, model)
+        # Not a method: what knows this, and is kept by it, would wait for a collection of garbage.
+        self._read = recorded(partial(_read, self.model, self.cache, not self.fixed), model)
         self._is_token: Bool[Tensor, "rows slots"] | None = None
 
     def length(self, row: int) -> int:
@@ -71,15 +73,18 @@ class RowsReader:
         seen = slots_seen(self.end, self.slots, self.fixed)
         return self._read(torch.tensor(tokens, device=self.device)[:, None], slot, self._is_token[:, :seen])
 
-    def _read_all(self, tokens: Tensor, slot: Tensor, is_token: Tensor) -> Tensor:
-        self.cache.place(slot, is_token.size(1), newest_last=not self.fixed)
-        return self.model.head(self.model.hidden_states(tokens, is_token=is_token, cache=self.cache)[:, -1])
-
     def _move(self, by: int) -> None:
         """All that was read lies so many slots further; positions within a row stay."""
         assert by, "a row has more tokens than there are slots"
         self.cache.roll(by)
         self.end, self.starts, self._is_token = self.end + by, [start + by for start in self.starts], None
+
+
+def _read(
+    model: DecoderLM, cache: KVCache, newest_last: bool, tokens: Tensor, slot: Tensor, is_token: Tensor
+) -> Tensor:
+    cache.place(slot, is_token.size(1), newest_last=newest_last)
+    return model.head(model.hidden_states(tokens, is_token=is_token, cache=cache)[:, -1])
 
 
 @dataclass
@@ -113,6 +118,7 @@ def generate_each(
     Each is what `generate` gives for this prompt alone with the same seed, up to the rounding of sums, with one of
     `ends` as its last token if it has come. `over` is told the number and each new token, and may end the text.
     """
+    check_no_beams(sampling)
     if not all(prompts):
         raise UserError("a prompt has no token: begin with the end-of-text token")
     context = model.config.context_length

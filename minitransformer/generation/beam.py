@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minitransformer.generation.processors import NEVER, LogitsProcessor
+from minitransformer.generation.processors import NEVER, LogitsProcessor, SamplingConfig, at_least_float32, check_finite
 from minitransformer.generation.readers import Reader
 
 
@@ -25,24 +25,29 @@ class Hypothesis:
 def beam_search(
     read: Reader,
     prompt: Int[Tensor, "texts length"],
+    sampling: SamplingConfig,
     *,
-    num_beams: int,
-    max_new_tokens: int,
-    length_penalty: float = 1.0,
     processors: Sequence[LogitsProcessor] = (),
     ends: Sequence[int],
     vocab_size: int | None = None,
+    stops: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[Hypothesis]]:
-    """For each text, `num_beams` continuations, the best first: score = Σ log p / (new tokens)^length_penalty.
+    """For each text, up to `num_beams` continuations, the best first: score = Σ log p / (new tokens)^length_penalty.
 
-    `read` sees texts · num_beams rows, beams of a text side by side. At each step, 2 · num_beams candidates are drawn
-    up: those among the first num_beams that end are finished, the best others go on. A text is done when no beam that
-    goes on could be better than its worst finished one, if it ended here. Graves 2012 (arXiv 1211.3711), section 3,
-    with the scores of Wu et al. 2016 (arXiv 1609.08144), equation 14, in the plainer form that is common now.
+    `read` sees texts · num_beams rows, beams of a text side by side. At each step, (1 + ends) · num_beams candidates
+    are drawn up, at least 2 · num_beams: those among the first num_beams that end are finished, the best others go on.
+    A text with num_beams finished ones is done at once if `early_stopping` is "true"; otherwise, when no beam that goes
+    on is better than the worst of them. A beam counts with the length that it has; with "never" and a positive
+    `length_penalty`, with the greatest that it can reach. Graves 2012 (arXiv 1211.3711), section 3, with the scores of
+    Wu et al. 2016 (arXiv 1609.08144), equation 14, in the plainer form that is common now. Raises `UserError` where
+    the model predicts what is not finite.
     """
-    search = _Search(prompt, num_beams, max_new_tokens, length_penalty, ends)
-    for _ in range(max_new_tokens):
-        log_p = read(search.tokens)[:, :vocab_size].log_softmax(-1)
+    search = _Search(prompt, sampling, ends, stops)
+    for step in range(sampling.max_new_tokens):
+        logits = at_least_float32(read(search.tokens)[:, :vocab_size])
+        if step == 0:
+            check_finite(logits)
+        log_p = logits.log_softmax(-1)
         for process in processors:
             log_p = process(log_p, search.tokens)
         read.reorder(search.advance(log_p))
@@ -55,14 +60,18 @@ class _Search:
     """The beams of every text that go on, [texts, beams, …], and those that are finished."""
 
     def __init__(
-        self, prompt: Tensor, num_beams: int, max_new_tokens: int, length_penalty: float, ends: Sequence[int]
+        self,
+        prompt: Tensor,
+        sampling: SamplingConfig,
+        ends: Sequence[int],
+        stops: Callable[[Sequence[int]], bool] | None,
     ) -> None:
         texts, self.prompt_length = prompt.shape
-        self.num_beams, self.max_new_tokens = num_beams, max_new_tokens
-        self.length_penalty, self.ends = length_penalty, torch.tensor(ends, device=prompt.device)
-        self.running = prompt[:, None].expand(-1, num_beams, -1)
+        self.sampling, self.num_beams, self.stops = sampling, sampling.num_beams, stops
+        self.ends = torch.tensor(ends, device=prompt.device)
+        self.running = prompt[:, None].expand(-1, self.num_beams, -1)
         # All beams begin alike: only the first one counts until they differ.
-        self.scores = torch.full((texts, num_beams), NEVER, device=prompt.device)
+        self.scores = torch.full((texts, self.num_beams), NEVER, device=prompt.device)
         self.scores[:, 0] = 0.0
         self.finished: list[list[Hypothesis]] = [[] for _ in range(texts)]
         self.over = [False] * texts
@@ -81,7 +90,10 @@ class _Search:
         beams, tokens = flat // vocab, flat % vocab
         extended = torch.cat([self._gather(self.running, beams), tokens[:, :, None]], dim=-1)
         new_tokens = extended.size(-1) - self.prompt_length
-        ends = torch.isin(tokens, self.ends) | (new_tokens == self.max_new_tokens)
+        ends = torch.isin(tokens, self.ends) | (new_tokens == self.sampling.max_new_tokens)
+        if self.stops is not None:
+            new = extended[:, :, self.prompt_length :].tolist()
+            ends |= torch.tensor([[self.stops(text) for text in beams] for beams in new], device=ends.device)
         self._finish(extended, scores, ends, new_tokens)
         order = scores.masked_fill(ends, NEVER).topk(self.num_beams)
         self.scores = order.values
@@ -95,17 +107,26 @@ class _Search:
 
     def _finish(self, extended: Tensor, scores: Tensor, ends: Bool[Tensor, "texts candidates"], length: int) -> None:
         """Keep the best of the beams that end, and see which texts are over."""
-        penalised = (scores / length**self.length_penalty).tolist()
+        penalty = self.sampling.length_penalty
+        penalised = (scores / length**penalty).tolist()
         for text, place in ends[:, : self.num_beams].nonzero().tolist():
             if not self.over[text] and penalised[text][place] > NEVER:
                 tokens = extended[text, place, self.prompt_length :].tolist()
                 self.finished[text].append(Hypothesis(tokens, penalised[text][place]))
+        at_best = self._length_at_best(length) ** penalty
         going_on = scores.masked_fill(ends, NEVER).amax(-1).tolist()
         for text, hypotheses in enumerate(self.finished):
             hypotheses.sort(key=lambda hypothesis: -hypothesis.score)
             del hypotheses[self.num_beams :]
             if len(hypotheses) == self.num_beams:
-                self.over[text] |= going_on[text] / length**self.length_penalty <= hypotheses[-1].score
+                no_better = going_on[text] / at_best <= hypotheses[-1].score
+                self.over[text] |= no_better or self.sampling.early_stopping == "true"
+            self.over[text] |= going_on[text] == NEVER
+
+    def _length_at_best(self, length: int) -> int:
+        """With which a beam that has `length` new tokens is compared to finished texts."""
+        waits = self.sampling.early_stopping == "never" and self.sampling.length_penalty > 0
+        return self.sampling.max_new_tokens if waits else length
 
     def done(self) -> bool:
         return all(self.over)

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from minitransformer.errors import UserError
 from minitransformer.generation.beam import beam_search
-from minitransformer.generation.processors import Forced, LogitsProcessor, Never, SamplingConfig
+from minitransformer.generation.processors import (
+    Forced,
+    LogitsProcessor,
+    Never,
+    SamplingConfig,
+    at_least_float32,
+    check_finite,
+    check_no_beams,
+)
 from minitransformer.generation.readers import CachedReader, Reader, TargetReader, UncachedReader
 from minitransformer.models.decoder import DecoderLM
 
@@ -56,17 +64,6 @@ def draw_by_weight(
     return torch.searchsorted(cumulative, share, right=True).squeeze(1)
 
 
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Half precision is enough for a model, and not for sums over its vocabulary."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def check_finite(logits: Tensor) -> None:
-    """Raises `UserError` if a model has gone wrong so far that nothing can be drawn."""
-    if not logits.isfinite().all():
-        raise UserError("the model predicts no finite probabilities: choose an earlier checkpoint")
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None, None, None]:
     """`model` is in eval mode meanwhile."""
@@ -96,14 +93,47 @@ def generate(
     (on the CPU), by default one with the seed of `sampling`; torch's global one is not touched. The model is in eval
     mode meanwhile. `cached=False` gives the same tokens, slowly. `sampling.stop` is for who turns tokens into text.
     """
-    if not prompt:
-        raise UserError("the prompt has no token: begin with the end-of-text token")
+    _check_prompt(prompt)
     device = next(model.parameters()).device
     prompts = torch.tensor(prompt, device=device).expand(sampling.num_samples, -1)
     with evaluating(model):
         max_tokens = len(prompt) + sampling.max_new_tokens
         read: Reader = CachedReader(model, max_tokens) if cached else UncachedReader(model)
         yield from decode(read, prompts, sampling, generator=generator, ends=ends, vocab_size=vocab_size)
+
+
+@torch.inference_mode()
+def search(
+    model: DecoderLM,
+    prompt: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    ends: Sequence[int] = (),
+    vocab_size: int | None = None,
+    stops: Callable[[Sequence[int]], bool] | None = None,
+    cached: bool = True,
+) -> list[list[int]]:
+    """The `num_samples` best of the texts after `prompt` that a beam search with `num_beams` finds, the best first.
+
+    Each is its new tokens, with the one of `ends` that ends it, if one does; `stops` says of new tokens whether they
+    end a text as well. The window moves as in `generate`, whose other arguments these are. There are fewer texts than
+    asked for only where nothing else is possible.
+    """
+    _check_prompt(prompt)
+    prompts = torch.tensor([prompt], device=next(model.parameters()).device)
+    processors = sampling.processors(len(prompt), ends)
+    with evaluating(model):
+        max_tokens = len(prompt) + sampling.max_new_tokens
+        read: Reader = CachedReader(model, max_tokens) if cached else UncachedReader(model)
+        [found] = beam_search(
+            read, prompts, sampling, processors=processors, ends=ends, vocab_size=vocab_size, stops=stops
+        )
+    return [hypothesis.tokens for hypothesis in found[: sampling.num_samples]]
+
+
+def _check_prompt(prompt: Sequence[int]) -> None:
+    if not prompt:
+        raise UserError("the prompt has no token: begin with the end-of-text token")
 
 
 def decode(
@@ -118,8 +148,10 @@ def decode(
 ) -> Generator[list[int], None, None]:
     """`generate` for any reader: the tokens that follow the prompts, each sample's own.
 
-    `rules` decide beside `sampling` which tokens are possible.
+    Raises `UserError` where a beam search is asked for: that is `search`. `rules` decide beside `sampling` which tokens
+    are possible.
     """
+    check_no_beams(sampling)
     uniform = uniform_draws(prompts.size(0), sampling.max_new_tokens, seeded(generator, sampling)).to(prompts.device)
     processors = sampling.processors(prompts.size(1), ends, rules)
     last, ended = [0] * prompts.size(0), [False] * prompts.size(0)
@@ -218,16 +250,9 @@ def translate(
             drawn = [list(tokens) for tokens in zip(*steps, strict=True)]
             targets = [drawn[i : i + copies] for i in range(0, len(drawn), copies)]
         else:
-            found = beam_search(
-                read,
-                torch.full((len(sources), 1), start, device=device),
-                num_beams=sampling.num_beams,
-                max_new_tokens=limited.max_new_tokens,
-                length_penalty=sampling.length_penalty,
-                processors=limited.processors(1, ends, rules),
-                ends=ends,
-                vocab_size=vocab_size,
-            )
+            prompts = torch.full((len(sources), 1), start, device=device)
+            processors = limited.processors(1, ends, rules)
+            found = beam_search(read, prompts, limited, processors=processors, ends=ends, vocab_size=vocab_size)
             targets = [[hypothesis.tokens for hypothesis in text[: sampling.num_samples]] for text in found]
     return [[_before(ends, tokens) for tokens in text] for text in targets]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,17 @@ from torch import Tensor
 from minitransformer.errors import UserError
 
 NEVER = float("-inf")
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Half precision is enough for a model, and not for sums over its vocabulary."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raises `UserError` if a model has gone wrong so far that nothing can be drawn."""
+    if not logits.isfinite().all():
+        raise UserError("the model predicts no finite probabilities: choose an earlier checkpoint")
 
 
 class LogitsProcessor(Protocol):
@@ -196,6 +207,9 @@ class SamplingConfig:
     """beams of a beam search, which takes the likeliest text it finds; 1 is none"""
     length_penalty: float = 1.0
     """beams are compared by log-probability / length to this power: above 0 favours longer texts"""
+    early_stopping: Literal["false", "true", "never"] = "false"
+    """when to end a beam search that has num_beams texts: if no beam is better than the worst of them now, at once, or
+    only if none can become better"""
     seed: int | None = None
     """the same seed gives the same text (default: another one each time)"""
     stop: tuple[str, ...] = ()
@@ -260,3 +274,9 @@ class SamplingConfig:
         if self.min_p:
             processors.append(MinP(self.min_p))
         return processors
+
+
+def check_no_beams(sampling: SamplingConfig) -> None:
+    """Raises `UserError` where `sampling` asks for a beam search of what writes one token after the other."""
+    if sampling.num_beams > 1:
+        raise UserError(f"num_beams is {sampling.num_beams}, and these texts are not searched for: make it 1")

@@ -8,6 +8,7 @@ long keeps its last tokens by the same rule. Reading anew makes this exact for e
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -122,26 +123,27 @@ class CachedReader:
         return logits[:, 0].expand(samples, -1)
 
     def _step(self, count: int) -> Step:
-        """`_read` for so many logits: a recording has shapes for arguments, and a number is a part of it."""
+        """`_read`, recorded, for so many logits: a recording has shapes for arguments, and a number is a part of it."""
         if not self.steps:
             self.row_model = for_single_rows(self.model)  # after the prompt, which need not wait for it
         if count not in self.steps:
-
-            def step(tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-                return self._read(tokens, slots, positions, count)
-
+            # Not a method: what knows the reader, and is kept by it, would wait for a collection of garbage.
+            step = partial(_read, self.row_model, self.cache, count, not self.fixed)
             self.steps[count] = recorded(step, self.model)
         return self.steps[count]
 
-    def _read(
-        self,
-        tokens: Int[Tensor, "samples new"],
-        slots: Int[Tensor, "new"],
-        positions: Int[Tensor, "1 seen"],
-        count: int,
-    ) -> Float[Tensor, "samples {count} vocab"]:
-        self.cache.place(slots, positions.size(1), newest_last=not self.fixed)
-        return _logits(self.row_model, tokens, count, self.cache, positions)
+
+def _read(
+    model: DecoderLM,
+    cache: KVCache,
+    count: int,
+    newest_last: bool,
+    tokens: Int[Tensor, "samples new"],
+    slots: Int[Tensor, "new"],
+    positions: Int[Tensor, "1 seen"],
+) -> Float[Tensor, "samples {count} vocab"]:
+    cache.place(slots, positions.size(1), newest_last=newest_last)
+    return _logits(model, tokens, count, cache, positions)
 
 
 def _logits(

@@ -105,11 +105,16 @@ class Recorded:
 
 
 def traced(step: Step, tensors: Sequence[Tensor]) -> Step:
-    """`step` without Python."""
+    """`step` without Python, for as long as someone keeps it.
+
+    As `torch.jit.trace`, which would put it, with the weights and the cache that are its constants, into a compilation
+    unit of the whole process, for ever.
+    """
     with warnings.catch_warnings():
-        # Of torch's advice to compile instead, and of sizes that become constants: here they are.
+        # Of sizes that become constants: here they are.
         warnings.simplefilter("ignore")
-        return torch.jit.trace(step, tensors, check_trace=False)
+        graph, _ = torch._C._create_graph_by_tracing(step, tuple(tensors), lambda value: "", True, False)
+    return torch._C.CompilationUnit().create_function("step", graph)
 
 
 def captured(step: Step, tensors: Sequence[Tensor]) -> Step:

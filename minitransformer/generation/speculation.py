@@ -14,15 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitransformer.errors import UserError
-from minitransformer.generation.decode import (
-    at_least_float32,
-    check_finite,
-    draw_by_weight,
-    evaluating,
-    own_generators,
-    seeded,
-)
-from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.decode import draw_by_weight, evaluating, own_generators, seeded
+from minitransformer.generation.processors import SamplingConfig, at_least_float32, check_finite, check_no_beams
 from minitransformer.generation.readers import CachedReader, window_length
 from minitransformer.models.decoder import DecoderLM
 
@@ -84,6 +77,7 @@ def speculate(
     draft; neither `num_samples` nor `max_new_tokens` changes how it begins. Leave a sample early by taking the next.
     Raises `UserError` where `generate` does, and where the draft has too few tokens.
     """
+    check_no_beams(sampling)
     if not prompt:
         raise UserError("the prompt has no token: begin with the end-of-text token")
     tokens, drafts = vocab_size or model.embedding.table.num_embeddings, draft.model.embedding.table.num_embeddings

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from minitransformer.generation.batch import generate_each
-from minitransformer.generation.decode import generate
+from minitransformer.generation.decode import generate, search
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.speculation import Draft, speculate
 from minitransformer.models.decoder import DecoderLM
@@ -112,6 +112,24 @@ def stream_text(
             break
     steps.close()
     yield [stream.finish() for stream in streams]
+
+
+def best_texts(model: DecoderLM, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingConfig) -> list[str]:
+    """The `num_samples` best texts after `prompt` that `search` finds, the best first, up to their stop strings."""
+
+    def read(tokens: Sequence[int]) -> tuple[str, bool]:
+        stream = TokenStream(tokenizer, sampling.stop)
+        return stream.feed_tokens(*tokens) + stream.finish(), stream.stopped
+
+    found = search(
+        model,
+        prompt,
+        sampling,
+        ends=tokenizer.ends,
+        vocab_size=tokenizer.vocab_size,
+        stops=(lambda tokens: read(tokens)[1]) if sampling.stop else None,
+    )
+    return [read(tokens)[0] for tokens in found]
 
 
 def texts_in_batches(

@@ -20,7 +20,7 @@ from minitransformer.pretrained.tokenizers import CONFIGS, FILE, NAMES, SETTINGS
 from minitransformer.pretrained.vocabularies import FILES
 from minitransformer.text.tokenizers import Tokenizer
 
-CONFIG = CONFIGS[0]
+CONFIG, GENERATION = CONFIGS
 # What is fetched from the hub: some repositories hold the same weights in several formats.
 WANTED = [
     *CONFIGS,
@@ -66,6 +66,12 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     return model, load_tokenizer(folder)
 
 
+def generation_config(name: str | Path) -> dict[str, Any] | None:
+    """How the publisher would have the checkpoint called `name` generate, if there is a file that says so."""
+    path = _folder(name) / GENERATION
+    return read_json(path) if path.is_file() else None
+
+
 def save(
     model: Model,
     folder: str | Path,
@@ -73,11 +79,12 @@ def save(
     extra: Mapping[str, Any] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `model` into the new folder `folder`, as the `transformers` library opens checkpoints of `family`.
 
-    `extra` are fields of config.json that are no property of the model, such as the ids of special tokens. Raises
-    `UserError` naming the field that the family cannot hold.
+    `extra` are fields of config.json that are no property of the model, such as the ids of special tokens; `generation`
+    is what `generation_config` read. Raises `UserError` naming the field that the family cannot hold.
     """
     folder = Path(folder)
     if folder.exists():
@@ -94,6 +101,8 @@ def save(
             write_shards(tensors, partial)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, partial)
+            if generation is not None:
+                (partial / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
 def _folder(name: str | Path) -> Path:

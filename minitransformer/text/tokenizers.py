@@ -365,10 +365,11 @@ class BPE(Tokenizer, name="bpe"):
         )
 
     @classmethod
-    def train(cls, texts: Iterator[str], vocab_size: int) -> Self:
+    def train(cls, texts: str | Iterable[str], vocab_size: int) -> Self:
         """Merges the most frequent pairs of `texts` until there are `vocab_size` tokens, or no pair is left.
 
-        Raises `UserError` when `vocab_size` cannot hold the 256 bytes and the special tokens.
+        A single text is one document. Raises `UserError` when `vocab_size` cannot hold the 256 bytes and the special
+        tokens, and for a text that UTF-8 cannot spell.
         """
         import rustbpe
 
@@ -380,7 +381,11 @@ class BPE(Tokenizer, name="bpe"):
             )
         trainer = rustbpe.Tokenizer()
         # A small buffer: rustbpe holds this many texts at once, and ours may be long.
-        trainer.train_from_iterator(texts, vocab_size=vocab_size - 1, buffer_size=64, pattern=GPT4_SPLIT)
+        documents = iter([texts] if isinstance(texts, str) else texts)
+        try:
+            trainer.train_from_iterator(documents, vocab_size=vocab_size - 1, buffer_size=64, pattern=GPT4_SPLIT)
+        except UnicodeEncodeError as error:
+            raise _not_text(error) from None
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])
         return cls([bytes(token) for token, _ in ranks])
 

@@ -1,0 +1,81 @@
+"""Which flags of `sample` were given, and which of them can change nothing beside the others.
+
+A flag that would be ignored is a mistake, and said: what it was meant to do would silently not happen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from minitransformer.errors import UserError
+from minitransformer.generation.processors import SamplingConfig
+
+DRAWING = ("top_k", "top_p", "min_p", "seed")
+OF_BEAMS = ("length_penalty", "early_stopping")
+OF_TEXTS = (*(field.name for field in fields(SamplingConfig)), "lines", "batch_size", "draft", "draft_tokens")
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Flags that change nothing, and why, in words that follow their name; `cause` is the setting that makes it so."""
+
+    flags: Collection[str]
+    why: str
+    cause: str = ""
+
+
+def given_flags(arguments: Sequence[str]) -> set[str]:
+    """The fields that the flags among `arguments` set."""
+    flags = (argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--"))
+    return {flag.replace("-", "_") for flag in flags}
+
+
+def check_flags(given: set[str], values: Mapping[str, Any], topology: str, where: Mapping[str, str]) -> None:
+    """Raises `UserError` for a flag that was `given` and can change nothing in a model of `topology`.
+
+    `values` are those of all options; `where` says of some where they are from, if that is no flag.
+    """
+    for idle in _idle(values, topology):
+        for flag in sorted(given & set(idle.flags)):
+            if values[flag] is None or values[flag] is False:
+                continue  # as good as not given
+            elsewhere = where.get(idle.cause)
+            cause = f" ({idle.cause} is {values[idle.cause]} in {elsewhere})" if elsewhere else ""
+            raise UserError(f"--{flag.replace('_', '-')} {idle.why}{cause}")
+
+
+def _idle(values: Mapping[str, Any], topology: str) -> Iterator[Idle]:
+    beams = values["num_beams"] > 1
+    if topology == "encoder":
+        yield Idle(OF_TEXTS, "is for models that write texts, and this one fills in masks: leave it out")
+        return
+    if beams:
+        out = "leave it out, or give --num-beams 1"
+        yield Idle(("temperature", *DRAWING), f"has no part in a beam search, which draws nothing: {out}", "num_beams")
+        yield Idle(("draft",), f"guesses the tokens of one text, and a beam search follows several: {out}", "num_beams")
+    else:
+        yield Idle(OF_BEAMS, "is for a beam search: give --num-beams 2 or more")
+        if values["temperature"] == 0:
+            out = "leave it out, or give a --temperature above 0"
+            yield Idle(
+                DRAWING, f"changes nothing at temperature 0, which takes the likeliest token: {out}", "temperature"
+            )
+    if values["draft"] is None:
+        yield Idle(("draft_tokens",), "is for a draft: name its run with --draft")
+    yield from _idle_of_decoders(values, beams) if topology == "decoder" else _idle_of_translators(values)
+
+
+def _idle_of_decoders(values: Mapping[str, Any], beams: bool) -> Iterator[Idle]:
+    if not values["lines"]:
+        yield Idle(("batch_size",), "is for many prompts: give --lines as well")
+    elif beams:
+        yield Idle(("batch_size",), "changes nothing in a beam search, which takes one line at a time: leave it out")
+
+
+def _idle_of_translators(values: Mapping[str, Any]) -> Iterator[Idle]:
+    yield Idle(("lines",), "is for models that continue prompts, and this one makes a line of each line: leave it out")
+    yield Idle(("stop",), "is for models that continue prompts, and this one ends by itself: leave it out")
+    if values["interactive"]:
+        yield Idle(("batch_size",), "changes nothing where one line is answered at a time: leave it out")
