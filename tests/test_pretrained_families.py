@@ -231,8 +231,8 @@ def test_every_setting_in_the_way_is_named() -> None:
     with pytest.raises(UserError) as caught:
         Family.named("gpt2").hf_config(replace(GPT2_CONFIG, residual="post", qkv_bias=False, token_smear=True))
     assert str(caught.value) == (
-        "residual is 'post', and gpt2 can only hold 'pre'; qkv_bias is False, and gpt2 can only hold True; "
-        "token_smear is True, and gpt2 can only hold False: choose another format"
+        "residual is 'post', and gpt2 can only hold 'pre'; token_smear is True, and gpt2 can only hold False; "
+        "qkv_bias is False, and gpt2 can only hold True: choose another format"
     )
 
 
