@@ -180,6 +180,20 @@ def test_a_value_of_another_kind_is_refused_by_the_field(field: str, value: Any,
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [("bert", "type_vocab_size"), ("roberta", "type_vocab_size"), ("mixtral", "num_local_experts")],
+)
+def test_a_field_that_the_library_does_not_open_without_is_not_null(family: str, field: str) -> None:
+    with pytest.raises(UserError, match=f"{field} is None in config.json: it must be a whole number"):
+        read(family, **{**WHOLE[family], field: None})
+
+
+def test_llama3_counts_from_the_context_where_its_original_length_is_not_said() -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert read("llama", **LLAMA, rope_parameters=scaling).rotary_original_length == 64
+
+
 @pytest.mark.parametrize("head_dim", [2, 44, 47, 49, 64, 98])
 def test_gptj_turns_as_many_features_as_its_configuration_says(head_dim: int) -> None:
     for turned in range(2, head_dim + 1, 2):
@@ -213,6 +227,33 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+def test_every_setting_in_the_way_is_named() -> None:
+    with pytest.raises(UserError) as caught:
+        Family.named("gpt2").hf_config(replace(GPT2_CONFIG, residual="post", qkv_bias=False, token_smear=True))
+    assert str(caught.value) == (
+        "residual is 'post', and gpt2 can only hold 'pre'; token_smear is True, and gpt2 can only hold False; "
+        "qkv_bias is False, and gpt2 can only hold True: choose another format"
+    )
+
+
+def test_a_number_that_a_family_needs_is_no_guess() -> None:
+    dense = replace(read("mixtral", **WHOLE["mixtral"]), num_experts=None)
+    with pytest.raises(UserError, match="num_experts is None, and mixtral can only hold a number, such as 8"):
+        Family.named("mixtral").hf_config(dense)
+    without_segments = replace(read("bert", **BERT), num_segments=None)
+    with pytest.raises(UserError, match="num_segments is None, and bert can only hold a number, such as 2"):
+        Family.named("bert").hf_config(without_segments)
+
+
+@pytest.mark.parametrize("family", Family.registry)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_with_the_choices_in_place_of_the_obstacles_nothing_is_in_the_way(family: str, preset: str) -> None:
+    config = replace(PRESETS[preset], vocab_size=11)
+    if config.topology in Family.named(family).architectures:
+        choices = {obstacle.setting: obstacle.choice for obstacle in Family.named(family).obstacles(config)}
+        assert Family.named(family).hf_config(replace(config, **choices))
+
+
 @pytest.mark.parametrize(("family", "choices", "message"), REFUSALS, ids=[message for *_, message in REFUSALS])
 def test_a_choice_that_a_family_cannot_hold_is_named(family: str, choices: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -237,3 +278,5 @@ def test_sides_of_different_sizes_are_refused() -> None:
     sizes = {"encoder_attention_heads": 2, "decoder_attention_heads": 4, "encoder_ffn_dim": 8}
     with pytest.raises(UserError, match="encoder_attention_heads is 2 and decoder_attention_heads 4"):
         read("bart", **bart, **sizes)
+    with pytest.raises(UserError, match="does not say decoder_attention_heads"):
+        read("bart", **bart, encoder_attention_heads=2, encoder_ffn_dim=8)

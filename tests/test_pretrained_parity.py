@@ -101,6 +101,7 @@ MEMBERS: dict[str, Member] = {
         {**T5, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 10},
     ),
     "t5 of equal sides": Member("T5ForConditionalGeneration", {**T5, "num_decoder_layers": 2}),
+    "mt5": Member("MT5ForConditionalGeneration", T5),
     "t5 1.1": Member(
         "T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     ),
@@ -187,7 +188,7 @@ def public(name: str, folder: Path) -> tuple[nn.Module, Path]:
     config = model_class.config_class(vocab_size=VOCABULARY, attn_implementation="eager", **member.choices)
     torch.manual_seed(0)
     model = model_class(config).eval()
-    if name == "t5 1.1":  # the library ties the head of every new T5, and unties it for files that have one
+    if name in ("t5 1.1", "mt5"):  # the library ties the head of every new T5, and unties it for files that have one
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     _shake(model)
     model.save_pretrained(folder / name)

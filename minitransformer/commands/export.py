@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import torch
 import tyro
-from torch import Tensor
 
 from minitransformer import pretrained
-from minitransformer.commands import DONE, parse, run_command
+from minitransformer.commands import DONE, FAILED, parse, run_command
 from minitransformer.errors import UserError
-from minitransformer.models.config import choice
-from minitransformer.models.encoder import EncoderLM
-from minitransformer.models.model import Model
-from minitransformer.pretrained.families import Family
+from minitransformer.models.config import PRESETS, ModelConfig, choice
+from minitransformer.pretrained.families import Family, Obstacle
+from minitransformer.pretrained.formats import families_of, nearest_family
+from minitransformer.pretrained.reopened import reference_of, reopened_difference
 from minitransformer.pretrained.tokenizers import special_ids, target_ids
 from minitransformer.runs import Run
 
-LENGTH = 16
+# As a share of the logits: rounding costs about 1e-5, the wrong epsilon or GELU at least 3e-4.
+TOLERANCE = 2e-4
 
 
 @dataclass(frozen=True)
@@ -45,53 +46,72 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _export(arguments: Sequence[str]) -> int:
-    about = "Write the model of a run as the transformers library opens it."
+    about = _description() if {"-h", "--help"} & set(arguments) else ""
     options = parse(Options, arguments, prog="minitransformer export", description=about)
     run = Run.open(options.run)
+    family = _format(run.config.model, options.format)
     model = run.load_model(options.checkpoint)
-    family = options.format or _first_that_fits(model)
     extra = special_ids(run.target_tokenizer)
     if model.config.topology == "encoder-decoder":
         extra |= target_ids(run.target_tokenizer)
     generation = run.generation_config
     pretrained.save(model, options.to, family, extra, tokenizer=run.target_tokenizer, generation=generation)
-    difference = _largest_difference(model, options.to)
+    reference, reader = reference_of(options.to)
+    try:
+        difference = reopened_difference(model, options.to)
+    except UserError as error:
+        return _removed(options.to, str(error))
+    if not difference <= TOLERANCE:
+        return _removed(options.to, f"logits of the copy, opened by {reader}, differ by {difference:.1e} of their size")
+    by = reader if reference is not None else f"minitransformer alone, as {reader}"
     print(f"format     {family}")
     print(f"folder     {options.to}")
-    print(f"checked    logits of the re-opened copy differ by {difference:.1e} at most")
+    print(f"checked    logits of the copy, opened by {by}, differ by {difference:.1e} of their size at most")
     return DONE
 
 
-def _first_that_fits(model: Model) -> str:
-    refusals = []
-    topology = model.config.topology
-    candidates = {name: family for name, family in Family.registry.items() if topology in family.architectures}
-    for name, family in candidates.items():
-        try:
-            family.hf_config(model.config)
-        except UserError as error:
-            refusals.append(str(error))
-        else:
-            return name
-    why = f"; for one, {refusals[0]}" if refusals else f": none is for topology {topology!r}"
-    raise UserError(f"no known format can hold this model{why}")
+def _removed(folder: Path, reason: str) -> int:
+    shutil.rmtree(folder)
+    print(f"error: {reason}: the copy was removed; choose another --format", file=sys.stderr)
+    return FAILED
 
 
-@torch.inference_mode()
-def _largest_difference(model: Model, folder: Path) -> float:
-    """Between the logits of `model` and those of the copy in `folder`, on random tokens."""
-    copy, _ = pretrained.load(folder)
-    assert model.config.vocab_size is not None
-    tokens = torch.randint(
-        model.config.vocab_size,
-        (2, min(LENGTH, model.config.context_length)),
-        generator=torch.Generator().manual_seed(0),
+def _description() -> str:
+    formats = {
+        name: families_of(replace(config, vocab_size=config.vocab_size or 1)) for name, config in PRESETS.items()
+    }
+    able = "; ".join(f"{name} ({', '.join(families)})" for name, families in formats.items() if families)
+    return (
+        "Write the model of a run as the transformers library opens it, and compare the logits of both.\n\n"
+        f"Of the presets, these can be exported as they are: {able}. Imports, and what was trained from them, can be "
+        "exported to the family that they came from. For others, the command says which flags of train.py to give."
     )
-    inputs = (tokens, tokens) if model.config.topology == "encoder-decoder" else (tokens,)
-    logits, again = (_logits(of)(*inputs) for of in (model, copy))
-    return float((logits - again).abs().max())
 
 
-def _logits(model: Model) -> Callable[..., Tensor]:
-    """What gives the logits of `model`: of tokens, where it has another head as well."""
-    return model.token_logits if isinstance(model, EncoderLM) else model
+def _format(config: ModelConfig, wanted: str | None) -> str:
+    """The family to write; raises `UserError` with all that stands in its way, and the flags that go round it."""
+    if wanted is None:
+        family, obstacles = nearest_family(config)
+    else:
+        family, obstacles = wanted, Family.named(wanted).obstacles(config)
+    if not obstacles:
+        return family
+    who = "no known format holds this model, and the nearest is" if wanted is None else "this model is none of"
+    if obstacles[0].setting == "topology":
+        raise UserError(f"{who} {family}: {obstacles[0]}")
+    flags = " ".join(_flag(obstacle) for obstacle in obstacles)
+    why = "; ".join(map(str, obstacles))
+    raise UserError(f"{who} {family}: {why}: train a model with {flags}, which {family} holds")
+
+
+def _flag(obstacle: Obstacle) -> str:
+    """How train.py is told the value that the family holds."""
+    name, value = obstacle.setting.replace("_", "-"), obstacle.choice
+    kinds = {field.name: field.type for field in fields(ModelConfig)}
+    if kinds[obstacle.setting] == "bool":
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {_spelled(value)}"
+
+
+def _spelled(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

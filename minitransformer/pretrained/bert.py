@@ -98,7 +98,11 @@ class RoBERTa(BERT, name="roberta"):
     """Liu et al. 2019 (arXiv 1907.11692). Its positions count from 2: the padding token's id, and one."""
 
     architectures = {"encoder": "RobertaForMaskedLM", "encoder-classifier": "RobertaForSequenceClassification"}
-    fields = {name: field for name, field in BERT.fields.items() if name != "max_position_embeddings"}
+    fields = {
+        **{name: field for name, field in BERT.fields.items() if name != "max_position_embeddings"},
+        # Its head for masked tokens has this one, whatever the blocks have.
+        "hidden_act": Field("feedforward", {"gelu": "gelu"}, "gelu"),
+    }
     required = {**BERT.required, "pad_token_id": 1}
     prefix = "roberta."
     rules = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
@@ -34,13 +34,37 @@ SIZES = ("vocab_size", "d_model", "num_layers", "num_heads", "context_length")
 class Field:
     """A field of the family's configuration and ours; `values` translates, where they are spelled differently.
 
-    `older` are the names that the field had before.
+    `default` is what the family takes where the field is left out. A field that has one may not be null, unless it is
+    `nullable`. `older` are the names that the field had before.
     """
 
     ours: str
     values: Mapping[Any, Any] | None = None
     default: Any = None
     older: Sequence[str] = ()
+    nullable: bool = False
+
+    def holds(self, value: Any) -> bool:
+        """Whether the family's configuration has a word for this value of ours."""
+        if self.values is not None:
+            return value in self.values.values()
+        return value is not None or self.default is None or self.nullable
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """A setting of a model that a family cannot hold: all `possible` values, and the one to choose."""
+
+    family: str
+    setting: str
+    value: Any
+    possible: tuple[Any, ...]
+    """none where every value but None is"""
+    choice: Any
+
+    def __str__(self) -> str:
+        held = " or ".join(dict.fromkeys(map(repr, self.possible))) or f"a number, such as {self.choice!r}"
+        return f"{self.setting} is {self.value!r}, and {self.family} can only hold {held}"
 
 
 class Family(Registered, kind="model_type"):
@@ -104,7 +128,7 @@ class Family(Registered, kind="model_type"):
                 value = field.values[value]
             elif value is None and field.ours in SIZES:
                 raise cls._does_not_say(theirs)
-            elif not _is_of(value, kinds[field.ours]):
+            elif (value is None and not field.holds(None)) or not _is_of(value, kinds[field.ours]):
                 raise UserError(f"{theirs} is {value!r} in config.json: it must be {_in_words(kinds[field.ours])}")
             ours[field.ours] = value
         ours |= cls.read(hf)
@@ -136,43 +160,74 @@ class Family(Registered, kind="model_type"):
 
     @classmethod
     def hf_config(cls, config: ModelConfig) -> HF:
-        """The family's configuration; raises `UserError` naming the first field that it cannot hold."""
+        """The family's configuration; raises `UserError` naming every setting that it cannot hold."""
+        if obstacles := cls.obstacles(config):
+            raise UserError(f"{'; '.join(map(str, obstacles))}: choose another format")
+        return cls._written(config)
+
+    @classmethod
+    def obstacles(cls, config: ModelConfig) -> list[Obstacle]:
+        """Every setting that the family cannot hold; with the choices of all of them in their place, it can."""
         if config.topology not in cls.architectures:
-            raise cls._cannot_hold("topology", config.topology, cls.architectures)
-        for name, value in cls.fixed.items():
-            if not _equal(_canonical(config).get(name, value), value):
-                raise cls._cannot_hold(name, getattr(config, name), [value])
+            return [cls._obstacle("topology", config.topology, tuple(cls.architectures))]
+        found: dict[str, Obstacle] = {}
+        while True:
+            try:  # in the place of what was found, as one setting may hide another
+                changed = replace(config, **{name: obstacle.choice for name, obstacle in found.items()})
+            except UserError:
+                return list(found.values())
+            more = cls._unspeakable(changed) or cls._lost(changed)
+            if not more.keys() - found.keys():
+                return list(found.values())
+            found |= {name: obstacle for name, obstacle in more.items() if name not in found}
+
+    @classmethod
+    def _unspeakable(cls, config: ModelConfig) -> dict[str, Obstacle]:
+        """The settings for which the family's configuration has no words."""
+        ours = _canonical(config)
+        found = {
+            name: cls._obstacle(name, getattr(config, name), (value,))
+            for name, value in cls.fixed.items()
+            if not _equal(ours.get(name, value), value)
+        }
+        for field in cls._fields().values():
+            if field.ours in ours and not field.holds(ours[field.ours]):
+                values = field.values or {}
+                choice = values.get(field.default, field.default)
+                found[field.ours] = cls._obstacle(field.ours, ours[field.ours], tuple(values.values()), choice)
+        return found
+
+    @classmethod
+    def _lost(cls, config: ModelConfig) -> dict[str, Obstacle]:
+        """The settings that come back as others when the family's configuration is read again."""
+        before, after = _canonical(config), _canonical(cls.model_config(cls._written(config)))
+        return {
+            name: cls._obstacle(name, value, (after[name],))
+            for name, value in before.items()
+            if name in after and not _equal(value, after[name])
+        }
+
+    @classmethod
+    def _obstacle(cls, name: str, value: Any, possible: tuple[Any, ...], choice: Any = None) -> Obstacle:
+        return Obstacle(cls.name, name, value, possible, possible[0] if choice is None else choice)
+
+    @classmethod
+    def _written(cls, config: ModelConfig) -> HF:
+        """The configuration of a member, from settings that the family has words for."""
         hf: HF = {"model_type": cls.name, "architectures": [cls.architectures[config.topology]], **cls.required}
+        ours = _canonical(config)
         for theirs, field in cls._fields().items():
-            value = _canonical(config)[field.ours]
-            if field.values is not None:
-                spelled = {ours: theirs for theirs, ours in reversed(list(field.values.items()))}
-                if value not in spelled:
-                    raise cls._cannot_hold(field.ours, value, field.values.values())
-                value = spelled[value]
-            hf[theirs] = value
+            spelled = {ours: theirs for theirs, ours in reversed(list((field.values or {}).items()))}
+            hf[theirs] = ours[field.ours] if field.values is None else spelled[ours[field.ours]]
         hf |= cls.write(config)
         if config.num_classes is not None:
             hf["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_classes)}
             hf["label2id"] = {label: int(i) for i, label in hf["id2label"].items()}
-        cls._check_round_trip(config, hf)
         return hf
-
-    @classmethod
-    def _check_round_trip(cls, config: ModelConfig, hf: HF) -> None:
-        before, after = _canonical(config), _canonical(cls.model_config(hf))
-        for name, value in before.items():
-            if not _equal(value, after[name]):
-                raise cls._cannot_hold(name, value, [after[name]])
 
     @classmethod
     def _does_not_say(cls, name: str) -> UserError:
         return UserError(f"config.json does not say {name}, which a checkpoint of {cls.name} needs: add it")
-
-    @classmethod
-    def _cannot_hold(cls, name: str, value: Any, possible: Any) -> UserError:
-        choices = " or ".join(dict.fromkeys(map(repr, possible)))
-        return UserError(f"{name} is {value!r}, and {cls.name} can only hold {choices}: choose another format")
 
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

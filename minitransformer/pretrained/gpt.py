@@ -7,7 +7,7 @@ from typing import Any
 
 from minitransformer.models.config import ModelConfig
 from minitransformer.pretrained.families import ACTIVATIONS, HF, Family, Field
-from minitransformer.pretrained.rope import read_rope, write_rope
+from minitransformer.pretrained.rope import read_partial_rope, read_rope, write_partial_rope, write_rope
 from minitransformer.pretrained.rules import (
     GroupedHeads,
     InterleavedPairs,
@@ -146,11 +146,12 @@ class GPTNeoX(Family, name="gpt_neox"):
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
         bias = hf.get("attention_bias", True)
-        return {**read_rope(hf, default_fraction=0.25), "qkv_bias": bias, "attention_output_bias": bias}
+        return {**read_partial_rope(hf), "qkv_bias": bias, "attention_output_bias": bias}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
-        return {**write_rope(config), "attention_bias": config.qkv_bias is not False}
+        older = {"rotary_pct": config.rotary_fraction, "rotary_emb_base": config.rotary_base}
+        return {**write_partial_rope(config), **older, "attention_bias": config.qkv_bias is not False}
 
 
 class OPT(Family, name="opt"):

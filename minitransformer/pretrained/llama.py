@@ -6,7 +6,7 @@ from typing import Any
 
 from minitransformer.models.config import ModelConfig
 from minitransformer.pretrained.families import GATED, HF, Family, Field
-from minitransformer.pretrained.rope import read_rope, write_rope
+from minitransformer.pretrained.rope import read_partial_rope, read_rope, write_partial_rope, write_rope
 from minitransformer.pretrained.rules import Rule
 
 BLOCK = "stack.blocks.{layer}."
@@ -74,7 +74,7 @@ class Mistral(Llama, name="mistral"):
     """Jiang et al. 2023 (arXiv 2310.06825): Llama with a sliding window."""
 
     architectures = {"decoder": "MistralForCausalLM"}
-    fields = {**Llama.fields, "sliding_window": "attention_window"}
+    fields = {**Llama.fields, "sliding_window": Field("attention_window", default=4096, nullable=True)}
     fixed = {**Llama.fixed, "bias": False}
 
     @classmethod
@@ -90,7 +90,13 @@ class Mixtral(Mistral, name="mixtral"):
     """Jiang et al. 2024 (arXiv 2401.04088): Mistral with experts."""
 
     architectures = {"decoder": "MixtralForCausalLM"}
-    fields = {**Mistral.fields, "num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
+    fields = {
+        **Mistral.fields,
+        "rms_norm_eps": Field("norm_eps", default=1e-5),
+        "sliding_window": "attention_window",
+        "num_local_experts": Field("num_experts", default=8),
+        "num_experts_per_tok": Field("experts_per_token", default=2),
+    }
     rules = (
         *OUTSIDE,
         *PRE_LN,
@@ -101,18 +107,23 @@ class Mixtral(Mistral, name="mixtral"):
         Rule(THEIRS + "block_sparse_moe.experts.{expert}.w2", BLOCK + "feedforward.experts.{expert}.down"),
     )
 
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        return read_rope(hf, default_base=1e6)
+
 
 def read_windows(hf: HF, pattern: list[str]) -> dict[str, Any]:
     """The window and the layers that have it, from `layer_types` or, where that is left out, `pattern`."""
     kinds = hf.get("layer_types") or pattern
     sliding = tuple(kind == "sliding_attention" for kind in kinds)
-    return {"attention_window": hf.get("sliding_window"), "window_pattern": sliding} if any(sliding) else {}
+    return {"attention_window": hf.get("sliding_window", 4096), "window_pattern": sliding} if any(sliding) else {}
 
 
 def write_windows(config: ModelConfig) -> HF:
+    """Both, and a window that hides nothing where no layer has one: Gemma-2 always makes a mask of it."""
     sliding = [config.window_of(layer) is not None for layer in range(config.num_layers)]
     return {
-        "sliding_window": config.attention_window,
+        "sliding_window": config.attention_window or config.context_length,
         "layer_types": ["sliding_attention" if window else "full_attention" for window in sliding],
     }
 
@@ -170,7 +181,10 @@ class OLMo2(Llama, name="olmo2"):
     """OLMo 2 (arXiv 2501.00656): norms after the sublayers, and of whole queries and keys."""
 
     architectures = {"decoder": "Olmo2ForCausalLM"}
-    fields = {**{name: field for name, field in Llama.fields.items() if name != "head_dim"}}
+    fields = {
+        **{name: field for name, field in Llama.fields.items() if name != "head_dim"},
+        "rms_norm_eps": Field("norm_eps", default=1e-5),
+    }
     fixed = {"residual": "olmo2", "norm": "rms", "positions": "rotary", "qk_norm": "full", "bias": False}
     rules = (
         *OUTSIDE,
@@ -192,8 +206,8 @@ class Gemma2(Family, name="gemma2"):
         "head_dim": Field("head_dim", default=256),
         "rms_norm_eps": Field("norm_eps", default=1e-6),
         "hidden_activation": Field("feedforward", GATED, "gelu_pytorch_tanh"),
-        "attn_logit_softcapping": "attention_softcap",
-        "final_logit_softcapping": "logit_softcap",
+        "attn_logit_softcapping": Field("attention_softcap", default=50.0, nullable=True),
+        "final_logit_softcapping": Field("logit_softcap", default=30.0, nullable=True),
         "tie_word_embeddings": Field("tied_embeddings", default=True),
     }
     fixed = {
@@ -253,8 +267,8 @@ class StableLM(Family, name="stablelm"):
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
-        return read_rope(hf, default_fraction=0.25)
+        return read_partial_rope(hf)
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
-        return write_rope(config)
+        return write_partial_rope(config)

@@ -14,10 +14,31 @@ LLAMA3 = {
 }
 
 
-def read_rope(hf: dict[str, Any], default_fraction: float = 1.0) -> dict[str, Any]:
-    """Our fields, from either spelling; raises `UserError` for a scaling that we do not have."""
+# Where GPT-NeoX and StableLM say nothing, a quarter of each head turns.
+QUARTER = 0.25
+
+
+def read_rope(hf: dict[str, Any], default_base: float = 10000.0) -> dict[str, Any]:
+    """Our fields, from either spelling, for a family that turns whole heads.
+
+    Its public code has no other: it ignores a fraction, or fails. Raises `UserError` for one, and for a scaling that we
+    do not have.
+    """
+    ours = read_partial_rope(hf, default_fraction=1.0, default_base=default_base)
+    if ours["rotary_fraction"] != 1.0:
+        raise UserError(
+            f"partial_rotary_factor is {ours['rotary_fraction']} in config.json: {hf.get('model_type', 'this family')} "
+            "turns whole heads, and the transformers library ignores it; remove it, or use the family that has it"
+        )
+    return ours
+
+
+def read_partial_rope(
+    hf: dict[str, Any], default_fraction: float = QUARTER, default_base: float = 10000.0
+) -> dict[str, Any]:
+    """Our fields, from either spelling, for a family that turns a fraction of each head."""
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    base = rope.get("rope_theta") or hf.get("rope_theta") or hf.get("rotary_emb_base") or 10000.0
+    base = rope.get("rope_theta") or hf.get("rope_theta") or hf.get("rotary_emb_base") or default_base
     fractions = (rope.get("partial_rotary_factor"), hf.get("partial_rotary_factor"), hf.get("rotary_pct"))
     fraction = next((value for value in fractions if value is not None), default_fraction)
     ours: dict[str, Any] = {"rotary_base": float(base), "rotary_fraction": float(fraction)}
@@ -27,16 +48,29 @@ def read_rope(hf: dict[str, Any], default_fraction: float = 1.0) -> dict[str, An
     if kind not in ("linear", "llama3"):
         raise UserError(f"rope_type is {kind!r} in config.json: known are default, linear and llama3")
     ours |= {"rotary_scaling": kind, "rotary_factor": float(rope["factor"])}
-    return ours | {name: rope[theirs] for theirs, name in LLAMA3.items() if theirs in rope}
+    original = {"original_max_position_embeddings": hf.get("max_position_embeddings")} if kind == "llama3" else {}
+    said = {**original, **rope}
+    return ours | {name: said[theirs] for theirs, name in LLAMA3.items() if said.get(theirs) is not None}
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """`rope_parameters`, and beside it the older spelling for older readers."""
+    """`rope_parameters`, and beside it the older spelling for older readers.
+
+    For a family that turns whole heads, of which a fraction is not said.
+    """
     kind = "default" if config.rotary_scaling == "none" else config.rotary_scaling
-    rope: dict[str, Any] = {"rope_type": kind}
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": config.rotary_base}
     if kind != "default":
         rope["factor"] = config.rotary_factor
     if kind == "llama3":
         rope |= {theirs: getattr(config, ours) for theirs, ours in LLAMA3.items()}
-    older = {"rope_theta": config.rotary_base, "partial_rotary_factor": config.rotary_fraction}
-    return {"rope_parameters": {**rope, **older}, **older, "rope_scaling": None if kind == "default" else rope}
+    older = {"rope_theta": config.rotary_base, "rope_scaling": None if kind == "default" else rope}
+    return {"rope_parameters": rope, **older}
+
+
+def write_partial_rope(config: ModelConfig) -> dict[str, Any]:
+    """`write_rope` with the fraction of each head that is turned, for a family that has it."""
+    fraction = {"partial_rotary_factor": config.rotary_fraction}
+    written = {**write_rope(config), **fraction}
+    # One of them stands for the other where both are read, so both say everything.
+    return {name: {**value, **fraction} if isinstance(value, dict) else value for name, value in written.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from minitransformer.errors import UserError
@@ -33,6 +34,11 @@ def t5_sublayers(theirs: str, ours: str, feedforward: int) -> tuple[Rule, ...]:
     )
 
 
+T5_ACTIVATION = Field(
+    "feedforward", {"relu": "relu", "gated-gelu": "geglu-tanh", "gated-silu": "swiglu", "gated-relu": "reglu"}, "relu"
+)
+
+
 class T5(Family, name="t5"):
     """Raffel et al. 2019 (arXiv 1910.10683), and its version 1.1: gated, with a head of its own."""
 
@@ -49,13 +55,10 @@ class T5(Family, name="t5"):
         "layer_norm_epsilon": Field("norm_eps", default=1e-6),
         "relative_attention_num_buckets": Field("t5_buckets", default=32),
         "relative_attention_max_distance": Field("t5_max_distance", default=128),
-        "feed_forward_proj": Field(
-            "feedforward",
-            {"relu": "relu", "gated-gelu": "geglu-tanh", "gated-silu": "swiglu", "gated-relu": "reglu"},
-            "relu",
-        ),
+        "feed_forward_proj": T5_ACTIVATION,
     }
     fixed = {"residual": "pre", "norm": "rms", "positions": "t5", "bias": False, "attention_scale": 1.0}
+    required = {"is_encoder_decoder": True}
 
     @classmethod
     def rules_for(cls, config: ModelConfig) -> tuple[Rule, ...]:
@@ -81,17 +84,33 @@ class T5(Family, name="t5"):
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
-        tied = not hf["has_head"] if "has_head" in hf else hf.get("tie_word_embeddings", True)
         scaled = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True))
-        return {"tied_embeddings": tied, "logit_scale": hf["d_model"] ** -0.5 if scaled else 1.0}
+        return {"tied_embeddings": has_no_head(hf), "logit_scale": hf["d_model"] ** -0.5 if scaled else 1.0}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
-        return {
-            "is_encoder_decoder": True,
-            "tie_word_embeddings": config.tied_embeddings,
-            "scale_decoder_outputs": config.logit_scale != 1.0,
-        }
+        return {"tie_word_embeddings": config.tied_embeddings, "scale_decoder_outputs": config.logit_scale != 1.0}
+
+
+def has_no_head(hf: HF) -> bool:
+    """Whether the embedding is the head too: what the tensors say, and without them the configuration."""
+    return not hf["has_head"] if "has_head" in hf else bool(hf.get("tie_word_embeddings", True))
+
+
+class MT5(T5, name="mt5"):
+    """Xue et al. 2020 (arXiv 2010.11934): T5's version 1.1, which never scales what its head reads."""
+
+    architectures = {"encoder-decoder": "MT5ForConditionalGeneration"}
+    fields = {**T5.fields, "feed_forward_proj": replace(T5_ACTIVATION, default="gated-gelu")}
+    fixed = {**T5.fixed, "logit_scale": 1.0}
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        return {"tied_embeddings": has_no_head(hf)}
+
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        return {"tie_word_embeddings": config.tied_embeddings}
 
 
 def bart_rules() -> tuple[Rule, ...]:
@@ -190,7 +209,7 @@ def sizes_of_both_sides(hf: HF) -> dict[str, Any]:
     """Nothing more to read, if encoder and decoder have the same sizes; otherwise a `UserError`."""
     for name in ("attention_heads", "ffn_dim"):
         encoder = hf[f"encoder_{name}"]
-        decoder = hf.get(f"decoder_{name}", encoder)
+        decoder = hf[f"decoder_{name}"]
         if encoder != decoder:
             raise UserError(
                 f"encoder_{name} is {encoder} and decoder_{name} {decoder} in config.json: only equal ones are known"

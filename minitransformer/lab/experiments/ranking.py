@@ -150,9 +150,7 @@ class PlacementRanking(TrainingExperiment, name="E9"):
             criteria=[
                 Criterion("one placement is better than every other", f"{outcome} {seeds}.", won, must_hold=False),
             ],
-            claims=[
-                on_trial(claim, _gains(losses[worse], losses[better]), " nats") for better, worse, claim in claims
-            ],
+            claims=[on_trial(claim, _gains(losses[worse], losses[better]), " nats") for better, worse, claim in claims],
             tables=[_places(outcome, losses, rates), _pairs(outcome)],
             pictures=[_picture(outcome, losses)],
             remarks=remarks,
