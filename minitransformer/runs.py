@@ -21,6 +21,7 @@ from minitransformer.pretrained.tokenizers import PublicTokenizer  # noqa: F401 
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import choose_checkpoint, load_model_weights
 from minitransformer.training.config import RunConfig
+from minitransformer.training.machine import Resolved
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 TOKENIZER, TARGET_TOKENIZER = "tokenizer.json", "target-tokenizer.json"
@@ -58,23 +59,36 @@ class Run:
     """of what the model writes: `tokenizer` itself, unless it has a vocabulary of its own"""
     text: str
     """which prepared text it learns, so that resuming notices another"""
+    machine: Resolved | None = None
+    """what it trains on and how; None where nothing was trained, or an older version did it"""
 
     @classmethod
     def create(
-        cls, path: Path, config: RunConfig, tokenizer: Tokenizer, target_tokenizer: Tokenizer, text: str = ""
+        cls,
+        path: Path,
+        config: RunConfig,
+        tokenizer: Tokenizer,
+        target_tokenizer: Tokenizer,
+        text: str = "",
+        machine: Resolved | None = None,
     ) -> Run:
         """A new run folder; `config.json` is written last, and makes it one."""
         (path / CHECKPOINTS).mkdir(parents=True)
         tokenizer.save(path / TOKENIZER)
         if target_tokenizer is not tokenizer:
             target_tokenizer.save(path / TARGET_TOKENIZER)
-        return cls(path, config, tokenizer, target_tokenizer, text).reconfigured(config)
+        return cls(path, config, tokenizer, target_tokenizer, text, machine).reconfigured(config)
 
-    def reconfigured(self, config: RunConfig) -> Run:
-        """This run with another configuration, which is written down with the code and the command behind it."""
-        record = {**config.to_json(), "text": self.text, "provenance": provenance()}
+    def reconfigured(self, config: RunConfig, machine: Resolved | None = None) -> Run:
+        """This run with another configuration, which is written down with the code and the command behind it.
+
+        `machine` replaces what it was trained on until now.
+        """
+        run = replace(self, config=config, machine=machine or self.machine)
+        about = {} if run.machine is None else {"machine": run.machine.to_json()}
+        record = {**config.to_json(), "text": self.text, **about, "provenance": provenance()}
         files.write_text(self.path / CONFIG, json.dumps(record, indent=2) + "\n")
-        return replace(self, config=config)
+        return run
 
     @classmethod
     def open(cls, path: Path) -> Run:
@@ -89,7 +103,8 @@ class Run:
         tokenizer = Tokenizer.load(path / TOKENIZER)
         own = path / TARGET_TOKENIZER
         target_tokenizer = Tokenizer.load(own) if own.exists() else tokenizer
-        return cls(path, config, tokenizer, target_tokenizer, record.get("text", ""))
+        machine = Resolved.from_json(record.get("machine"), str(path / CONFIG))
+        return cls(path, config, tokenizer, target_tokenizer, record.get("text", ""), machine)
 
     @property
     def tokenizers(self) -> list[Tokenizer]:

@@ -243,3 +243,71 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(here):
     left, right = (load_file(here / run / "checkpoints/latest/model.safetensors") for run in ("killed", "whole"))
     assert all(torch.equal(left[name], right[name]) for name in right)
     assert not list((here / "killed").rglob("*.partial"))
+
+
+@pytest.fixture
+def units(monkeypatch):
+    """Whether this CPU has instructions for bfloat16, from now on."""
+
+    def set_units(there):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: there)
+
+    return set_units
+
+
+AUTO = [word for word in SMALL if word not in ("--precision", "fp32")]
+ON_CPU = ["gpt-nano", "--data", "my.txt", "--device", "cpu", *AUTO]
+
+
+@pytest.mark.unchecked_shapes
+@pytest.mark.parametrize("there", [True, False])
+def test_auto_is_resolved_once_and_a_resumed_run_ends_bit_for_bit(here, units, capsys, there):
+    units(there)
+    precision = "bf16" if there else "fp32"
+    assert main([*ON_CPU, "--out", "whole", "--steps", "6", "--schedule", "constant"]) == 0
+    assert main([*ON_CPU, "--out", "parts", "--steps", "3", "--schedule", "constant"]) == 0
+    units(True)  # whatever "auto" would be now
+    assert main(["--resume", "parts", "--steps", "6"]) == 0
+    out = capsys.readouterr().out
+    assert f"changed    precision {precision}" not in out
+    assert f"{precision} (as before), compile off (as before)" in out
+    for run in ("whole", "parts"):
+        record = json.loads((here / run / "config.json").read_text())
+        assert record["machine"] == {"device": "cpu", "precision": precision, "compile": False}
+        assert record["training"]["precision"] == "auto"
+    left, right = (load_file(here / run / "checkpoints/latest/model.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+@pytest.mark.unchecked_shapes
+def test_a_resumed_run_says_what_this_machine_does_not_have(here, units, capsys):
+    units(True)
+    assert main([*ON_CPU, "--out", "run", "--steps", "3"]) == 0
+    units(False)
+    assert main(["--resume", "run", "--steps", "5"]) == 0
+    assert "changed    precision bf16 -> fp32 (this machine has no bf16 units)\n" in capsys.readouterr().out
+    assert Run.open(here / "run").machine.precision == "fp32"
+
+
+@pytest.mark.unchecked_shapes
+def test_a_resumed_run_may_be_asked_for_another_precision(here, units, capsys):
+    units(False)
+    assert main([*ON_CPU, "--out", "run", "--steps", "2"]) == 0
+    for steps, precision, change in (("3", "bf16", "fp32 -> bf16"), ("4", "fp16", "bf16 -> fp16")):
+        assert main(["--resume", "run", "--steps", steps, "--precision", precision]) == 0
+        assert f"changed    precision {change} (as asked)\n" in capsys.readouterr().out
+        run = Run.open(here / "run")
+        assert (run.machine.precision, run.config.training.precision) == (precision, precision)
+
+
+@pytest.mark.unchecked_shapes
+def test_a_run_of_an_older_version_is_resolved_when_it_goes_on(here, units):
+    units(False)
+    assert main([*ON_CPU, "--out", "run", "--steps", "2"]) == 0
+    record = json.loads((here / "run/config.json").read_text())
+    del record["machine"]
+    (here / "run/config.json").write_text(json.dumps(record))
+    assert Run.open(here / "run").machine is None
+    assert main(["--resume", "run", "--steps", "3"]) == 0
+    assert Run.open(here / "run").machine.precision == "fp32"

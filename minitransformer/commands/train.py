@@ -22,10 +22,11 @@ from minitransformer.training.checkpoint import check_room, checkpoint_step, cho
 from minitransformer.training.config import RunConfig, with_vocabulary
 from minitransformer.training.logging import Logs, RunFiles, TensorBoard, Terminal
 from minitransformer.training.loop import NonFiniteTraining, Trainer
-from minitransformer.training.machine import choose_device, choose_machine
+from minitransformer.training.machine import Machine, choose_device, choose_precision
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.presets import DEFAULT, PRESETS
+from minitransformer.training.run_machine import SETTINGS, machine_again, machine_for
 from minitransformer.training.signals import StopRequest
 
 NON_FINITE = 3
@@ -79,14 +80,17 @@ def _begin(arguments: Sequence[str]) -> int:
     # What cannot work is said now, and not after minutes of preparing text.
     if options.training.tensorboard:
         TensorBoard.check()
-    choose_device(options.training.device)
+    choose_precision(choose_device(options.training.device), options.training.precision)
     _count_parameters(options.model)
     source = None if initial is None else Run.open(initial)
     prepared = _prepare(options.run_config(), source.tokenizers if source else ())
     config = replace(options.run_config(), model=with_vocabulary(options.model, prepared))
     check_room(path, config)
-    run = Run.create(path, config, prepared.tokenizer, prepared.target_tokenizer, prepared.folder.name)
-    return _train(run, prepared, checkpoint=None, initial=source)
+    machine = machine_for(config)
+    run = Run.create(
+        path, config, prepared.tokenizer, prepared.target_tokenizer, prepared.folder.name, machine.resolved
+    )
+    return _train(run, prepared, machine, checkpoint=None, initial=source)
 
 
 def _option(arguments: Sequence[str], flag: str) -> Path | None:
@@ -99,19 +103,23 @@ def _option(arguments: Sequence[str], flag: str) -> Path | None:
 def _resume(path: Path, arguments: Sequence[str]) -> int:
     run = Run.open(path)
     options = _parse(arguments, run.config)
-    _check_changes(run.config, options)
+    _check_changes(run.config, options, silent=() if run.machine is None else SETTINGS)
     checkpoint = choose_checkpoint(run.checkpoints, options.checkpoint)
     if checkpoint_step(checkpoint) >= options.training.steps:
         raise UserError(f"{path} has done its {options.training.steps} steps: give a larger --steps to extend it")
+    anew = [name for name in SETTINGS if getattr(run.config.training, name) != getattr(options.training, name)]
+    machine, changes = machine_again(run.machine, options, anew)
+    for change in changes:
+        print(f"changed    {change}")
     prepared = _prepare(options.run_config(), run.tokenizers)
     if prepared.folder.name != run.text:
         raise UserError(f"{options.data.data} is not the text that {path} began with: restore it, or train a new run")
     check_room(path, options)
-    return _train(run.reconfigured(options.run_config()), prepared, checkpoint)
+    return _train(run.reconfigured(options.run_config(), machine.resolved), prepared, machine, checkpoint)
 
 
-def _check_changes(old: RunConfig, new: RunConfig) -> None:
-    """Say which settings a resumed run changes; refuse those that would make it another run."""
+def _check_changes(old: RunConfig, new: RunConfig, silent: Sequence[str] = ()) -> None:
+    """Say which settings a resumed run changes, but the `silent` ones; refuse those that would make it another run."""
     for part in ("model", "data", "training"):
         before, after = getattr(old, part), getattr(new, part)
         for field in fields(before):
@@ -122,7 +130,8 @@ def _check_changes(old: RunConfig, new: RunConfig) -> None:
                 raise UserError(
                     f"this run has {field.name} {a}, and resuming cannot make it {b}: train a new run for that"
                 )
-            print(f"changed    {field.name} {a} -> {b}")
+            if field.name not in silent:
+                print(f"changed    {field.name} {a} -> {b}")
 
 
 def _parse(arguments: Sequence[str], config: RunConfig) -> Options:
@@ -153,19 +162,10 @@ def _prepare(config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepare
     return prepared
 
 
-def _train(run: Run, prepared: Prepared, checkpoint: Path | None, initial: Run | None = None) -> int:
+def _train(run: Run, prepared: Prepared, machine: Machine, checkpoint: Path | None, initial: Run | None = None) -> int:
     config = run.config.training
-    parameters = count_parameters(run.config.model)
-    objective = Objective.named(config.objective)
-    tokens = config.steps * objective.tokens_per_step(run.config)
-    machine = choose_machine(
-        config.device,
-        config.precision,
-        config.compile,
-        run_flops=6 * parameters * tokens,
-        fixed_shapes=objective.fixed_shapes,
-    )
-    print(f"model      {parameters / 1e6:.2f}M parameters, {tokens / 1e6:.1f}M tokens to read")
+    tokens = config.steps * Objective.named(config.objective).tokens_per_step(run.config)
+    print(f"model      {count_parameters(run.config.model) / 1e6:.2f}M parameters, {tokens / 1e6:.1f}M tokens to read")
     print(f"machine    {machine.description}")
     print(f"run        {run.path}", flush=True)
     with StopRequest() as stop, writing(run.path, "choose an --out on another disk"):
