@@ -44,7 +44,8 @@ def _import(arguments: Sequence[str]) -> int:
         raise UserError(how_to_make_one(options.checkpoint))
     topology = model.config.topology
     objectives = [name for name, objective in Objective.registry.items() if topology in objective.topologies]
-    training = TrainingConfig(objective=objectives[0] if objectives else "causal")
+    # A rate that public models are often trained at from scratch: fine-tuning takes a tenth of it.
+    training = TrainingConfig(objective=objectives[0] if objectives else "causal", lr=3e-4)
     with files.writing(path, "choose an --out on another disk"):
         config = RunConfig(model.config, DataConfig(tokenizer=tokenizer.name), training)
         run = Run.create(path, config, tokenizer, tokenizer)

@@ -10,16 +10,24 @@ from pathlib import Path
 
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
-from minitransformer.files import writing
+from minitransformer.files import sha256, writing
 from minitransformer.generation.samples import sample_of
 from minitransformer.lab.instruments import check_probe, probe_for
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, count_parameters
 from minitransformer.registry import lookup
-from minitransformer.runs import Run, free_run_path
+from minitransformer.runs import Run, data_name, free_run_path
+from minitransformer.text.prepare import TooShort
 from minitransformer.text.tokenizers import Tokenizer
-from minitransformer.training.checkpoint import check_room, checkpoint_step, choose_checkpoint
+from minitransformer.training.checkpoint import (
+    MODEL,
+    check_room,
+    checkpoint_step,
+    choose_checkpoint,
+    load_model_weights,
+)
 from minitransformer.training.config import RunConfig, with_vocabulary
+from minitransformer.training.finetuning import LEAST_TOKENS, Parent, check_fits, fine_tuning
 from minitransformer.training.logging import Logs, RunFiles, TensorBoard, Terminal
 from minitransformer.training.loop import NonFiniteTraining, Trainer
 from minitransformer.training.machine import Machine, choose_device, choose_precision
@@ -49,9 +57,10 @@ class Options(RunConfig):
     resume: Path | None = None
     """continue the run in this folder; --steps extends it, other settings hold from here on"""
     checkpoint: str | None = None
-    """with --resume: the checkpoint to continue from; None is the latest"""
+    """with --resume: the checkpoint to continue from, None is the latest; with --init-from: None is the best"""
     init_from: Path | None = None
-    """a new run that begins with the weights, the model and the tokenizer of the run in this folder: fine-tuning"""
+    """fine-tune: a new run that begins with the weights, the model and the tokenizer of the run in this folder, by
+    default at a tenth of its learning rates, with at most 20 steps of warm-up, 1000 steps and 1024 tokens a sequence"""
 
     def run_config(self) -> RunConfig:
         return RunConfig(self.model, self.data, self.training)
@@ -65,32 +74,67 @@ def main(arguments: Sequence[str]) -> int:
 
 def _begin(arguments: Sequence[str]) -> int:
     named = bool(arguments) and not arguments[0].startswith("-")
+    if (initial := _option(arguments, "--init-from")) is not None:
+        if named:
+            raise UserError(f"--init-from {initial} brings a model of its own: leave the preset {arguments[0]!r} out")
+        return _fine_tune(initial, arguments)
     preset = arguments[0] if named else DEFAULT
-    initial = _option(arguments, "--init-from")
-    base = lookup("preset", preset, PRESETS)
-    if initial is not None:
-        base = replace(Run.open(initial).config, data=base.data) if named else Run.open(initial).config
-    options = _parse(arguments[named:], base)
+    options = _parse(arguments[named:], lookup("preset", preset, PRESETS))
     print(f"preset     {preset}", flush=True)  # what follows has to load more of torch first
     if options.checkpoint is not None:
-        raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume")
-    path = options.out or free_run_path(f"{preset}-{Path(options.data.data).stem.strip('*') or 'data'}")
+        raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume or --init-from")
+    path = _free_path(options, preset)
+    config, prepared = options.run_config(), _prepare(options.run_config())
+    return _train(*_created(path, config, prepared), checkpoint=None)
+
+
+def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
+    source = Run.open(initial)
+    new_data = any(word.partition("=")[0] == "--data" for word in arguments)
+    base = fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data)
+    options = _parse(arguments, base)
+    weights = source.checkpoint(options.checkpoint)
+    size = f"{source.config.model.topology} of {_count_parameters(source.config.model) / 1e6:.2f}M parameters"
+    print(f"from       {initial} ({size}, {weights.name})", flush=True)
+    check_fits(source.config.model, options.model)
+    if options.data.tokenizer != base.data.tokenizer:
+        raise UserError(f"--init-from {initial} has a tokenizer of its own: leave --tokenizer out")
+    path = _free_path(options, source.path.resolve().name)
+    config = options.run_config()
+    try:
+        prepared = _prepare(config, source.tokenizers)
+    except TooShort as error:
+        if options.training.sequence_length != base.training.sequence_length or error.longest < LEAST_TOKENS:
+            raise
+        config = replace(config, training=replace(config.training, sequence_length=error.longest))
+        prepared = _prepare(config, source.tokenizers)
+    if (length := config.training.sequence_length) is not None:
+        print(f"sequences  {length:,} tokens, of the {config.model.context_length:,} that the model sees")
+    parent = Parent(str(initial), weights.name, sha256(weights / MODEL))
+    return _train(*_created(path, config, prepared, parent), checkpoint=None, weights=weights)
+
+
+def _free_path(options: Options, name: str) -> Path:
+    """The folder of the new run. Raises `UserError` now for what cannot work: not after minutes of preparing text."""
+    path = options.out or free_run_path(f"{name}-{data_name(options.data.data)}")
     if path.exists():
         raise UserError(f"{path} exists already: choose another --out, or continue the run with --resume {path}")
-    # What cannot work is said now, and not after minutes of preparing text.
     if options.training.tensorboard:
         TensorBoard.check()
     choose_precision(choose_device(options.training.device), options.training.precision)
     _count_parameters(options.model)
-    source = None if initial is None else Run.open(initial)
-    prepared = _prepare(options.run_config(), source.tokenizers if source else ())
-    config = replace(options.run_config(), model=with_vocabulary(options.model, prepared))
+    return path
+
+
+def _created(
+    path: Path, config: RunConfig, prepared: Prepared, parent: Parent | None = None
+) -> tuple[Run, Prepared, Machine]:
+    config = replace(config, model=with_vocabulary(config.model, prepared))
     check_room(path, config)
     machine = machine_for(config)
-    run = Run.create(
-        path, config, prepared.tokenizer, prepared.target_tokenizer, prepared.folder.name, machine.resolved
-    )
-    return _train(run, prepared, machine, checkpoint=None, initial=source)
+    tokenizers = prepared.tokenizer, prepared.target_tokenizer
+    run = Run.create(path, config, *tokenizers, prepared.folder.name, machine.resolved, parent)
+    return run, prepared, machine
 
 
 def _option(arguments: Sequence[str], flag: str) -> Path | None:
@@ -162,7 +206,7 @@ def _prepare(config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepare
     return prepared
 
 
-def _train(run: Run, prepared: Prepared, machine: Machine, checkpoint: Path | None, initial: Run | None = None) -> int:
+def _train(run: Run, prepared: Prepared, machine: Machine, checkpoint: Path | None, weights: Path | None = None) -> int:
     config = run.config.training
     tokens = config.steps * Objective.named(config.objective).tokens_per_step(run.config)
     print(f"model      {count_parameters(run.config.model) / 1e6:.2f}M parameters, {tokens / 1e6:.1f}M tokens to read")
@@ -177,8 +221,8 @@ def _train(run: Run, prepared: Prepared, machine: Machine, checkpoint: Path | No
         trainer = Trainer(run, prepared, machine, log, stop, partial(_sample, run), probe_for(config))
         if checkpoint is not None:
             trainer.restore(checkpoint)
-        if initial is not None:
-            trainer.model.load_state_dict(initial.load_model().state_dict())
+        if weights is not None:
+            load_model_weights(weights, trainer.model)
         try:
             trainer.train()
             if stop.signal is None and not config.sample_at_eval:  # else the last validation has printed one

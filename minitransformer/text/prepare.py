@@ -100,6 +100,14 @@ class Part(NamedTuple):
     validation: bool
 
 
+class TooShort(UserError):
+    """Text without one window in each of its parts; the longest that would fit has `longest` tokens."""
+
+    def __init__(self, message: str, longest: int) -> None:
+        super().__init__(message)
+        self.longest = longest
+
+
 class Encoded(NamedTuple):
     tokens: Tokens
     bytes: int
@@ -156,9 +164,10 @@ def prepare(
             prepared = made(cache / key, build, opened)
             if min(len(prepared.train), len(prepared.validation)) > context_length:
                 return prepared
-    raise UserError(
+    raise TooShort(
         f"{corpus.name} is too short: train has {len(prepared.train)} tokens and validation {len(prepared.validation)}"
-        f", but one window needs {context_length + 1} in each: choose a smaller --context-length, or give more text"
+        f", but one window needs {context_length + 1} in each: choose a smaller --context-length, or give more text",
+        longest=min(len(prepared.train), len(prepared.validation)) - 1,
     )
 
 
