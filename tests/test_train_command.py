@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,12 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minitransformer.commands.train import main
+from minitransformer.commands import flags
+from minitransformer.commands.export import Options as ExportOptions
+from minitransformer.commands.sample import Options as SampleOptions
+from minitransformer.commands.train import Options, main
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import count_parameters
 from minitransformer.runs import Run, data_name
+from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.training.config import with_vocabulary
 from minitransformer.training.finetuning import check_fits
-from tests.runs_for_tests import TEXT
+from minitransformer.training.objectives import Objective
+from minitransformer.training.presets import PRESETS
+from tests.runs_for_tests import TEXT, configured
 
 ROOT = Path(__file__).parent.parent
 SHAPE = ["--d-model", "16", "--num-layers", "1", "--num-heads", "2", "--context-length", "16", "--tokenizer", "bytes"]
@@ -87,6 +96,34 @@ def test_help_names_every_preset_with_its_parameters(capsys):
     assert "gpt2-124m" in out
     assert "124.44M" in out
     assert "--d-model" in out
+
+
+@pytest.mark.parametrize("tokenizer", Tokenizer.registry)
+def test_what_help_says_of_a_vocabulary_is_what_the_tokenizer_finds(tokenizer):
+    kind = Tokenizer.registry[tokenizer]
+    if tokenizer == "tokenizers":
+        pytest.skip("belongs to an imported checkpoint, and is never fitted")
+    if tokenizer == "bpe":
+        assert kind.usual_vocab_size == kind.default_vocab_size
+        return
+    try:
+        fitted = kind.fit(lambda: iter(["".join(map(chr, [10, *range(32, 96)]))]))
+    except UserError as error:
+        pytest.skip(str(error))
+    assert fitted.vocab_size == kind.usual_vocab_size
+
+
+def test_help_counts_the_parameters_of_presets_by_their_own_tokenizers(here, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    counts = dict(
+        line.split() for line in capsys.readouterr().out.splitlines() if re.fullmatch(r"\s+\S+\s+[\d.]+M", line)
+    )
+    (here / "my.txt").write_text("".join(map(chr, [10, *range(32, 96)])) * 40)
+    for preset in ("shakespeare", "shakespeare-fast", "nanogpt-cpu"):
+        prepared = Objective.named("causal").prepare(configured(PRESETS[preset], data="my.txt", context_length=64))
+        size = count_parameters(with_vocabulary(PRESETS[preset].model, prepared)) / 1e6
+        assert counts[preset] == f"{size:.2f}M"
 
 
 @pytest.mark.parametrize(
@@ -415,3 +452,31 @@ def test_positions_that_are_learned_cannot_be_fewer(here):
         check_fits(model, replace(model, context_length=128))
     rotary = replace(model, positions="rotary")
     check_fits(rotary, replace(rotary, context_length=128, dropout=0.1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        *((["--learning-rate", "1e-3"], "--lr"), (["--max-steps=10"], "--steps"), (["--n-layer", "3"], "--num-layers")),
+        *((["--n_head", "3"], "--num-heads"), (["--residul", "post"], "--residual"), (["--bf16"], "--precision")),
+        *((["--block-size", "8"], "--context-length"), (["--max-iters", "5"], "--steps")),
+        *((["--wd", "0"], "--weight-decay"), (["--epochs", "3"], "--steps"), (["--smear"], "--token-smear")),
+        (["--no-tied-embedings"], "--no-tied-embeddings"),
+    ],
+)
+def test_a_flag_that_does_not_exist_is_answered_with_the_one_that_was_meant(here, capsys, arguments, flag):
+    error = refused(capsys, "gpt-nano", "--data", "my.txt", *arguments)
+    assert f"there is no flag {arguments[0].partition('=')[0]}: did you mean {flag}?" in error
+
+
+def test_a_flag_like_no_other_and_a_word_too_many_get_one_sentence(here, capsys):
+    assert "there is no flag --xyzzy: look into --help" in refused(capsys, "--xyzzy", "1")
+    assert "nothing takes 'stray'" in refused(capsys, "--steps", "3", "stray")
+    assert list(here.iterdir()) == [here / "my.txt"]
+
+
+def test_what_flags_are_called_elsewhere_are_no_flags_here_and_lead_to_one():
+    known = {*flags.flag_names(Options), *flags.flag_names(SampleOptions), *flags.flag_names(ExportOptions)}
+    for name, meant in flags.ELSEWHERE.items():
+        assert name not in flags.flag_names(Options)
+        assert set(meant) <= known, name

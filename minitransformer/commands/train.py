@@ -13,7 +13,6 @@ from minitransformer.errors import UserError
 from minitransformer.files import sha256, writing
 from minitransformer.generation.samples import sample_of
 from minitransformer.lab.instruments import check_probe, probe_for
-from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, count_parameters
 from minitransformer.registry import lookup
 from minitransformer.runs import Run, data_name, free_run_path
@@ -26,7 +25,7 @@ from minitransformer.training.checkpoint import (
     choose_checkpoint,
     load_model_weights,
 )
-from minitransformer.training.config import RunConfig, with_vocabulary
+from minitransformer.training.config import RunConfig, with_usual_vocabulary, with_vocabulary
 from minitransformer.training.finetuning import LEAST_TOKENS, Parent, check_fits, fine_tuning
 from minitransformer.training.logging import Logs, RunFiles, TensorBoard, Terminal
 from minitransformer.training.loop import NonFiniteTraining, Trainer
@@ -94,7 +93,7 @@ def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
     base = fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data)
     options = _parse(arguments, base)
     weights = source.checkpoint(options.checkpoint)
-    size = f"{source.config.model.topology} of {_count_parameters(source.config.model) / 1e6:.2f}M parameters"
+    size = f"{source.config.model.topology} of {count_parameters(source.config.model) / 1e6:.2f}M parameters"
     print(f"from       {initial} ({size}, {weights.name})", flush=True)
     check_fits(source.config.model, options.model)
     if options.data.tokenizer != base.data.tokenizer:
@@ -122,7 +121,7 @@ def _free_path(options: Options, name: str) -> Path:
     if options.training.tensorboard:
         TensorBoard.check()
     choose_precision(choose_device(options.training.device), options.training.precision)
-    _count_parameters(options.model)
+    count_parameters(with_usual_vocabulary(options))
     return path
 
 
@@ -191,13 +190,10 @@ def _parse(arguments: Sequence[str], config: RunConfig) -> Options:
 
 
 def _describe_presets() -> str:
-    sizes = "\n".join(f"  {name:12}{_count_parameters(run.model) / 1e6:8.2f}M" for name, run in PRESETS.items())
-    return f"Train a model, or resume a run.\n\nPresets (default: {DEFAULT}) and their parameters:\n{sizes}"
-
-
-def _count_parameters(model: ModelConfig) -> int:
-    """Parameters of a model whose vocabulary may not be known yet: BPE's default size stands for it."""
-    return count_parameters(replace(model, vocab_size=model.vocab_size or 4096))
+    sizes = {name: count_parameters(with_usual_vocabulary(run)) / 1e6 for name, run in PRESETS.items()}
+    lines = "\n".join(f"  {name:18}{size:7.2f}M" for name, size in sizes.items())
+    about = f"Presets (default: {DEFAULT}) and their parameters, with the usual vocabulary of their tokenizers:"
+    return f"Train a model, resume a run, or fine-tune one.\n\n{about}\n{lines}"
 
 
 def _prepare(config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepared:

@@ -31,7 +31,13 @@ from minitransformer.lab.trials import prepared_for, shared_machine, train_trial
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
 from minitransformer.runs import provenance
-from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig, with_vocabulary
+from minitransformer.training.config import (
+    DataConfig,
+    RunConfig,
+    TrainingConfig,
+    with_usual_vocabulary,
+    with_vocabulary,
+)
 from minitransformer.training.machine import Resolved
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
@@ -260,9 +266,9 @@ class Plan:
         assert self.rungs  # what cannot be shared out is no fault of a combination, and is said first
         for combination in self.combinations:
             with _naming(combination):
-                model = self.config(combination, self.seeds[0]).model
+                model = with_usual_vocabulary(self.config(combination, self.seeds[0]))
                 if model not in possible:
-                    count_parameters(replace(model, vocab_size=model.vocab_size or 4096))
+                    count_parameters(model)
                     possible.add(model)
 
     def prepare(self) -> list[Prepared]:

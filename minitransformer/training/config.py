@@ -246,6 +246,13 @@ class RunConfig:
         return cls(**parts)
 
 
+def with_usual_vocabulary(config: RunConfig) -> ModelConfig:
+    """The model of `config` before its data is known: about as many tokens as its tokenizer usually finds."""
+    own = Objective.named(config.training.objective).special_tokens
+    usual = Tokenizer.named(config.data.tokenizer).usual_vocab_size + len(own)
+    return replace(config.model, vocab_size=config.model.vocab_size or usual)
+
+
 def with_vocabulary(model: ModelConfig, prepared: Prepared) -> ModelConfig:
     """`model` for the tokens that the data has, where it leaves their number open."""
     source, target = prepared.tokenizer, prepared.target_tokenizer
