@@ -23,7 +23,7 @@ from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
 from minitransformer.runs import Run, data_name
-from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.text.tokenizers import Published, Tokenizer
 from minitransformer.training.config import with_vocabulary
 from minitransformer.training.finetuning import check_fits
 from minitransformer.training.objectives import Objective
@@ -106,11 +106,10 @@ def test_what_help_says_of_a_vocabulary_is_what_the_tokenizer_finds(tokenizer):
     if tokenizer == "bpe":
         assert kind.usual_vocab_size == kind.default_vocab_size
         return
-    try:
-        fitted = kind.fit(lambda: iter(["".join(map(chr, [10, *range(32, 96)]))]))
-    except UserError as error:
-        pytest.skip(str(error))
-    assert fitted.vocab_size == kind.usual_vocab_size
+    if issubclass(kind, Published) and not all(path.exists() for path in kind._cached().values()):
+        pytest.skip("its ranks are not on this machine")
+    characters = "".join(map(chr, [10, *range(32, 96)]))
+    assert kind.fit(lambda: iter([characters])).vocab_size == kind.usual_vocab_size
 
 
 def test_help_counts_the_parameters_of_presets_by_their_own_tokenizers(here, capsys):
@@ -375,7 +374,7 @@ def parent(here, capsys):
 def test_a_fine_tune_names_its_parent_and_not_a_preset(here, parent, capsys):
     assert tuned("--steps", "2") == 0
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == "from       parent (decoder of 0.01M parameters, step-000003)"
+    assert first == "from       parent (decoder of 11.4k parameters, step-000003)"
     record = json.loads((here / "runs/parent-my/config.json").read_text())
     digest = hashlib.sha256((parent / "checkpoints/step-000003/model.safetensors").read_bytes()).hexdigest()
     assert record["parent"] == {"path": "parent", "checkpoint": "step-000003", "sha256": digest}

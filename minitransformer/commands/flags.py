@@ -83,9 +83,8 @@ def check_known(options: type[Any], unknown: Sequence[str]) -> None:
     if flag is None:
         raise UserError(f"nothing takes {unknown[0]!r}: a flag stands before its value, as --help shows")
     flag = flag.partition("=")[0]
-    remedy = (
-        f"did you mean {nearest}?" if (nearest := _nearest(flag, list(flag_names(options)))) else "look into --help"
-    )
+    nearest = _nearest(flag, list(flag_names(options)))
+    remedy = "look into --help" if nearest is None else f"did you mean {nearest}?"
     raise UserError(f"there is no flag {flag}: {remedy}")
 
 

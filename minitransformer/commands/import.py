@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from minitransformer import files, pretrained
+from minitransformer.amounts import amount
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
 from minitransformer.pretrained.vocabularies import how_to_make_one
@@ -50,7 +51,7 @@ def _import(arguments: Sequence[str]) -> int:
         config = RunConfig(model.config, DataConfig(tokenizer=tokenizer.name), training)
         run = Run.create(path, config, tokenizer, tokenizer)
         write_checkpoint(run.checkpoints, 0, model, {})
-    print(f"model      {topology}, {model.num_parameters() / 1e6:.2f}M parameters")
+    print(f"model      {topology}, {amount(model.num_parameters())} parameters")
     print(f"tokenizer  {tokenizer.name}, {tokenizer.vocab_size:,} tokens")
     print(f"run        {path}")
     print(f"next       python sample.py {path}, or python train.py --init-from {path} --data ...")

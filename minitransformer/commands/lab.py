@@ -15,6 +15,7 @@ from pathlib import Path
 import tyro
 
 from minitransformer import files
+from minitransformer.amounts import duration
 from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command
 from minitransformer.errors import UserError
 from minitransformer.lab import experiments  # noqa: F401  (which registers them)
@@ -119,7 +120,8 @@ def _run(kind: type[Experiment], options: Options) -> int:
         report = write_report(sweep, findings, failures)
     _print_criteria(findings.criteria)
     covered = coverage(sweep, failures)
-    print(f"results    {covered.measured} of {covered.asked}, {covered.processor_minutes:.1f} processor minutes")
+    spent = duration(60 * covered.processor_minutes)
+    print(f"results    {covered.measured} of {covered.asked}, {spent} of processor time")
     if covered.skipped_lines:
         print(f"skipped    {skipped(covered.skipped_lines)}")
     if failures:

@@ -209,7 +209,7 @@ def _print_plan(plan: Plan, folder: Path, processes: int) -> None:
     warmup = plan.shared.training.warmup_steps
     if (first := plan.rungs[0]) is not None and first <= warmup:
         print(_wrapped(f"note       the first rung ends at step {first}, within the {warmup} steps of warm-up", 11))
-    print(f"processes  {processes}, of one thread each")
+    print(f"processes  {processes}, of one thread{' each' * (processes > 1)}")
     print(f"folder     {folder}")
     print(f"data       {plan.shared.data.data}", flush=True)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+from minitransformer.amounts import amount, duration
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
 from minitransformer.files import sha256, writing
@@ -93,7 +94,7 @@ def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
     base = fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data)
     options = _parse(arguments, base)
     weights = source.checkpoint(options.checkpoint)
-    size = f"{source.config.model.topology} of {count_parameters(source.config.model) / 1e6:.2f}M parameters"
+    size = f"{source.config.model.topology} of {amount(count_parameters(source.config.model))} parameters"
     print(f"from       {initial} ({size}, {weights.name})", flush=True)
     check_fits(source.config.model, options.model)
     if options.data.tokenizer != base.data.tokenizer:
@@ -205,7 +206,7 @@ def _prepare(config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepare
 def _train(run: Run, prepared: Prepared, machine: Machine, checkpoint: Path | None, weights: Path | None = None) -> int:
     config = run.config.training
     tokens = config.steps * Objective.named(config.objective).tokens_per_step(run.config)
-    print(f"model      {count_parameters(run.config.model) / 1e6:.2f}M parameters, {tokens / 1e6:.1f}M tokens to read")
+    print(f"model      {amount(count_parameters(run.config.model))} parameters, {amount(tokens)} tokens to read")
     print(f"machine    {machine.description}")
     print(f"run        {run.path}", flush=True)
     with StopRequest() as stop, writing(run.path, "choose an --out on another disk"):
@@ -243,6 +244,6 @@ def _report(trainer: Trainer, stop: StopRequest) -> int:
     if trainer.stopped_early:
         print(f"stopped early at step {progress.step}: no better validation in {progress.validations_since_best}")
     print(f"validation {trainer.validation} (best at step {progress.best_step})")
-    print(f"run        {path}, {progress.seconds / 60:.1f} minutes of training")
+    print(f"run        {path}, {duration(progress.seconds)} of training")
     print(f"next       {NEXT[trainer.model.config.topology].format(path=path)}")
     return DONE

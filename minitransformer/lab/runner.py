@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minitransformer import files
+from minitransformer.amounts import duration
 from minitransformer.errors import UserError
 from minitransformer.lab import pool
 from minitransformer.lab.experiment import Experiment, Findings, Measurement, Settings, Task
@@ -80,8 +81,8 @@ class Terminal(Progress):
         self.tried, self.left, now = self.tried + 1, self.left - 1, time.monotonic()
         if self.bar is None and (not self.left or now - self.said > self.SECONDS):
             self.said = now
-            minutes = (now - self.started) / self.tried * self.left / 60
-            print(f"{self.name:10} {self.done}/{self.asked} tasks, {minutes:.1f} min left", flush=True)
+            seconds = (now - self.started) / self.tried * self.left
+            print(f"{self.name:10} {self.done}/{self.asked} tasks, {duration(seconds)} left", flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

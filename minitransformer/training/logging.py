@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minitransformer import files
+from minitransformer.amounts import duration
 from minitransformer.errors import UserError
 
 
@@ -108,7 +109,7 @@ class Terminal(Log):
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss}, {speed}", refresh=False)
             return
-        left = f"{numbers['seconds_left'] / 60:.1f} min left"
+        left = f"{duration(numbers['seconds_left'])} left"
         print(f"step {numbers['step']} loss {loss} lr {numbers['lr']:.2e}, {speed}, {left}", flush=True)
 
     def line(self, text: str) -> None:
