@@ -439,6 +439,22 @@ def test_a_metric_that_the_objective_does_not_have_is_refused(here, capsys):
     assert "validation_loss" in refused(capsys, "bert-mini", *arguments)
 
 
+@pytest.mark.parametrize("module", ["matplotlib.figure", "scipy.stats"])
+def test_what_is_not_installed_is_said_before_anything_is_trained(here, in_process, capsys, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    arguments = ["gpt-nano", "--set", "lr=1e-3,1e-2", "--data", "my.txt", *SMALL]
+    assert f"sweeps need {module.partition('.')[0]}" in refused(capsys, *arguments)
+    assert not in_process
+    assert not (here / "sweeps").exists()
+
+
+def test_a_sweep_with_tensorboard_is_refused_where_it_is_not_installed(here, in_process, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    arguments = ["gpt-nano", "--set", "lr=1e-3,1e-2", "--data", "my.txt", *SMALL, "--tensorboard"]
+    assert "--tensorboard needs" in refused(capsys, *arguments)
+    assert not in_process
+
+
 def has_units(monkeypatch, there):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: there)

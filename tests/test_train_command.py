@@ -213,6 +213,15 @@ def test_a_run_cannot_become_another_run(run, capsys, arguments, words):
     assert before == ((run / "config.json").read_text(), (run / "metrics.jsonl").read_text())
 
 
+def test_tensorboard_that_is_not_installed_is_said_before_any_work(run, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    before = (run / "config.json").read_text()
+    for arguments in (["--resume", "run", "--steps", "9"], ["--data", "my.txt"], ["--init-from", "run"]):
+        assert "--no-tensorboard" in refused(capsys, *arguments, "--tensorboard")
+    assert (run / "config.json").read_text() == before
+    assert not Path("runs").exists()
+
+
 def test_resuming_with_another_text_is_refused(here, run, capsys):
     (here / "my.txt").write_text(TEXT.upper())
     assert "not the text" in refused(capsys, "--resume", "run", "--steps", "9")

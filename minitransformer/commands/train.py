@@ -152,6 +152,8 @@ def _resume(path: Path, arguments: Sequence[str]) -> int:
     if checkpoint_step(checkpoint) >= options.training.steps:
         raise UserError(f"{path} has done its {options.training.steps} steps: give a larger --steps to extend it")
     anew = [name for name in SETTINGS if getattr(run.config.training, name) != getattr(options.training, name)]
+    if options.training.tensorboard:
+        TensorBoard.check()
     machine, changes = machine_again(run.machine, options, anew)
     for change in changes:
         print(f"changed    {change}")

@@ -170,13 +170,18 @@ class Sweep:
         return asked
 
     @property
+    def is_measured(self) -> bool:
+        """Whether nothing is asked for that was not measured before."""
+        return all(task in self.store for task in self.tasks.values())
+
+    @property
     def records(self) -> list[dict[str, str]]:
         """The provenance of each command that measured here, the latest at the end."""
         return _read(self.folder)["provenance"] if (self.folder / EXPERIMENT).exists() else []
 
     def run(self, processes: int | None = None, progress: Progress = SILENT) -> list[Failure]:
         """Measure what is missing, as `run_tasks` does, and what is asked for once that is known."""
-        if any(task not in self.store for task in self.tasks.values()):
+        if not self.is_measured:
             self._record()
         measure = partial(_measure, type(self.experiment), self.experiment.settings)
         asked: set[str] = set()

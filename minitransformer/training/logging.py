@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from minitransformer import files
 from minitransformer.amounts import duration
-from minitransformer.errors import UserError
+from minitransformer.toolchain import check_importable
 
 
 class Log:
@@ -138,8 +137,9 @@ class TensorBoard(Log):
     @staticmethod
     def check() -> None:
         """Raise a `UserError` if TensorBoard is not installed."""
-        if find_spec("tensorboard") is None:
-            raise UserError('tensorboard is not installed: pip install -e ".[tensorboard]", or leave --tensorboard out')
+        check_importable(
+            "--tensorboard needs", "tensorboard", "torch.utils.tensorboard", remedy=", or give --no-tensorboard"
+        )
 
     def record(self, numbers: dict[str, Any]) -> None:
         for name, value in numbers.items():
