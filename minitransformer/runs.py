@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -26,6 +28,8 @@ from minitransformer.pretrained.tokenizers import (
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import choose_checkpoint, load_model_weights
 from minitransformer.training.config import RunConfig
+from minitransformer.training.finetuning import Parent
+from minitransformer.training.machine import Resolved
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 GENERATION = CONFIGS[1]
@@ -64,23 +68,40 @@ class Run:
     """of what the model writes: `tokenizer` itself, unless it has a vocabulary of its own"""
     text: str
     """which prepared text it learns, so that resuming notices another"""
+    machine: Resolved | None = None
+    """what it trains on and how; None where nothing was trained, or an older version did it"""
+    parent: Parent | None = None
+    """whose weights it began with; None from scratch"""
 
     @classmethod
     def create(
-        cls, path: Path, config: RunConfig, tokenizer: Tokenizer, target_tokenizer: Tokenizer, text: str = ""
+        cls,
+        path: Path,
+        config: RunConfig,
+        tokenizer: Tokenizer,
+        target_tokenizer: Tokenizer,
+        text: str = "",
+        machine: Resolved | None = None,
+        parent: Parent | None = None,
     ) -> Run:
         """A new run folder; `config.json` is written last, and makes it one."""
         (path / CHECKPOINTS).mkdir(parents=True)
         tokenizer.save(path / TOKENIZER)
         if target_tokenizer is not tokenizer:
             target_tokenizer.save(path / TARGET_TOKENIZER)
-        return cls(path, config, tokenizer, target_tokenizer, text).reconfigured(config)
+        return cls(path, config, tokenizer, target_tokenizer, text, machine, parent).reconfigured(config)
 
-    def reconfigured(self, config: RunConfig) -> Run:
-        """This run with another configuration, which is written down with the code and the command behind it."""
-        record = {**config.to_json(), "text": self.text, "provenance": provenance()}
+    def reconfigured(self, config: RunConfig, machine: Resolved | None = None) -> Run:
+        """This run with another configuration, which is written down with the code and the command behind it.
+
+        `machine` replaces what it was trained on until now.
+        """
+        run = replace(self, config=config, machine=machine or self.machine)
+        origins = {"machine": run.machine, "parent": run.parent}
+        about = {name: origin.to_json() for name, origin in origins.items() if origin is not None}
+        record = {**config.to_json(), "text": self.text, **about, "provenance": provenance()}
         files.write_text(self.path / CONFIG, json.dumps(record, indent=2) + "\n")
-        return replace(self, config=config)
+        return run
 
     @classmethod
     def open(cls, path: Path) -> Run:
@@ -95,7 +116,9 @@ class Run:
         tokenizer = Tokenizer.load(path / TOKENIZER)
         own = path / TARGET_TOKENIZER
         target_tokenizer = Tokenizer.load(own) if own.exists() else tokenizer
-        return cls(path, config, tokenizer, target_tokenizer, record.get("text", ""))
+        machine = Resolved.from_json(record.get("machine"), str(path / CONFIG))
+        parent = Parent.from_json(record.get("parent"), str(path / CONFIG))
+        return cls(path, config, tokenizer, target_tokenizer, record.get("text", ""), machine, parent)
 
     @property
     def tokenizers(self) -> list[Tokenizer]:
@@ -137,6 +160,15 @@ def latest_run(root: Path = Path("runs")) -> Path:
     if not found:
         raise UserError(f"there is no run in {root}/: train one with `python train.py`, or name its folder")
     return max(found, key=lambda path: (path / CHECKPOINTS).stat().st_mtime if (path / CHECKPOINTS).exists() else 0)
+
+
+def data_name(data: str) -> str:
+    """A short name for the recipe, file, folder or glob `data`: its last part that says something, without endings."""
+    for part in reversed(Path(data if data.strip("./") else os.path.abspath(data)).parts):
+        name = re.sub(r"(\.[A-Za-z]\w*)+$", "", re.sub(r"[*?\[\]]+", "", part))
+        if name := re.sub(r"[^\w.+-]+", "-", name).strip(".-"):
+            return name
+    return "data"
 
 
 def free_run_path(name: str, root: Path = Path("runs")) -> Path:

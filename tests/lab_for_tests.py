@@ -22,6 +22,12 @@ class Toy(Experiment, name="toy"):
     source = "Euclid, Elements, book II"
     minutes = 0.1
     must_hold = True
+    needs_data = True
+
+    def prepare(self):
+        if (Path(self.settings.data) / "offline").exists() and self.needs_data:
+            (Path(self.settings.data) / "asked").open("a").write("asked\n")
+            raise UserError("there is no text: download it")
 
     def tasks(self):
         return [{"number": n, "seed": n % 2} for n in range(2 if self.settings.quick else 6)]

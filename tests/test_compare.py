@@ -331,3 +331,22 @@ def test_what_only_looks_on_makes_no_group_of_its_own(make):
     comparison = compare(paths)
     assert len(comparison.groups) == 1
     assert comparison.differences().rows == []
+
+
+def test_whose_weights_a_run_began_with_is_a_difference_and_tells_groups_apart(make):
+    scratch, tuned, again = make("scratch"), make("tuned"), make("again", seed=1)
+    for path in (tuned, again):
+        record = json.loads((path / "config.json").read_text())
+        record["parent"] = {"path": "runs/gpt", "checkpoint": "step-000750", "sha256": "0123456789abcdef"}
+        (path / "config.json").write_text(json.dumps(record))
+    comparison = compare([scratch, tuned, again])
+    assert [len(group.histories) for group in comparison.groups] == [1, 2]
+    assert comparison.differences().rows == [["parent", None, "gpt step-000750 (01234567)"]]
+
+
+def test_a_setting_that_an_older_run_does_not_have_is_the_same_as_none(make):
+    old, new = make("old"), make("new", seed=1)
+    record = json.loads((old / "config.json").read_text())
+    del record["training"]["sequence_length"]
+    (old / "config.json").write_text(json.dumps(record))
+    assert len(compare([old, new]).groups) == 1

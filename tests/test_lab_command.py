@@ -4,6 +4,7 @@ import base64
 import csv
 import math
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -254,7 +255,40 @@ def test_a_mistake_gets_one_sentence(here, capsys, arguments, words):
 
 
 def test_what_is_not_installed_is_said_before_anything_is_measured(here, capsys, monkeypatch):
-    monkeypatch.setattr(lab, "find_spec", lambda name: None)
-    assert run("toy") == 2
-    assert 'pip install -e ".[lab]"' in capsys.readouterr().err
+    for module in ("matplotlib.figure", "scipy.stats"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            for experiment in ("toy", "all"):
+                assert run(experiment) == 2
+                error = capsys.readouterr().err
+                assert f"needs {module.partition('.')[0]}" in error
+                assert 'pip install -e ".[lab]"' in error
+    assert not (here / "lab").exists()
+
+
+def test_all_says_once_which_experiments_have_no_data_and_runs_the_others(here, capsys, only_toys, monkeypatch):
+    for name in ("toy-failing", "toy-mendable", "toy-wrong"):
+        monkeypatch.delitem(Experiment.registry, name)
+    assert run("toy", "--quick", "--out", "out/toy") == 0
+    capsys.readouterr()
+    (here / "marks/offline").touch()
+    assert run("all", "--quick", "--out", "out") == 1
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    first = printed.out.splitlines()[0]
+    assert (
+        first == "left out   toy-curious, for want of data: there is no text: download it; --data FILE takes any text"
+    )
+    assert [line.split() for line in printed.out.strip().splitlines()[-2:]] == [
+        ["toy", "done", "out/toy/report.html"],
+        ["toy-curious", "left", "out"],
+    ]
+    assert (here / "marks/asked").read_text() == "asked\n"
+    assert not (here / "out/toy-curious").exists()
+
+
+def test_an_experiment_without_data_is_one_sentence_before_anything_is_made(here, capsys):
+    (here / "marks/offline").touch()
+    assert run("toy", "--quick") == 2
+    assert capsys.readouterr().err == "error: there is no text: download it\n"
     assert not (here / "lab").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -119,3 +120,13 @@ def test_dyt_squashes_each_feature_by_itself() -> None:
     x = torch.tensor([4.0, -8.0, 2.0]).double()
     expected = [math.tanh(1.0), 2 * math.tanh(-2.0) + 0.5, 3 * math.tanh(0.5) - 0.5]
     torch.testing.assert_close(norm(x), torch.tensor(expected).double())
+
+
+@pytest.mark.parametrize("name", Norm.registry)
+def test_a_norm_of_bfloat16_under_autocast_warns_of_nothing_and_is_the_float32_one_rounded(name, shake):
+    norm = shake(Norm.named(name)(16))
+    x = torch.randn(3, 5, 16).bfloat16()
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error")
+        found = norm(x)
+    torch.testing.assert_close(found.float(), norm(x.float()).bfloat16().float(), atol=1e-2, rtol=1e-2)

@@ -39,6 +39,7 @@ from minitransformer.lab.sweep import (
 from minitransformer.lab.trials import train_trial
 from minitransformer.runs import Run
 from minitransformer.training.config import RunConfig
+from minitransformer.training.machine import COMPILE_PAYS_AFTER_FLOPS, Resolved
 from minitransformer.training.presets import PRESETS
 from tests.runs_for_tests import TEXT as LONG_TEXT
 from tests.runs_for_tests import TINY
@@ -330,10 +331,10 @@ def test_trials_that_are_not_finite_rank_last_and_are_said(here, in_process, cap
 def test_a_trial_that_fails_is_said_ranks_last_and_is_tried_again(here, in_process, capsys, monkeypatch):
     real = train_trial
 
-    def failing(path, config, until):
+    def failing(path, config, until, machine):
         if config.training.lr == 1e-3:
             raise ZeroDivisionError("no inverse")
-        return real(path, config, until)
+        return real(path, config, until, machine)
 
     monkeypatch.setattr("minitransformer.lab.sweep.train_trial", failing)
     arguments = ["--set", "lr=1e-3,1e-1", "--out", "s"]
@@ -489,6 +490,76 @@ def test_tokens_that_differ_are_compared_by_bits_per_byte(here, in_process, caps
 def test_a_metric_that_the_objective_does_not_have_is_refused(here, capsys):
     arguments = ["--set", "lr=1,2", "--metric", "bits_per_byte", "--data", "my.txt", *SMALL]
     assert "validation_loss" in refused(capsys, "bert-mini", *arguments)
+
+
+@pytest.mark.parametrize("module", ["matplotlib.figure", "scipy.stats"])
+def test_what_is_not_installed_is_said_before_anything_is_trained(here, in_process, capsys, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    arguments = ["gpt-nano", "--set", "lr=1e-3,1e-2", "--data", "my.txt", *SMALL]
+    assert f"sweeps need {module.partition('.')[0]}" in refused(capsys, *arguments)
+    assert not in_process
+    assert not (here / "sweeps").exists()
+
+
+def test_a_sweep_with_tensorboard_is_refused_where_it_is_not_installed(here, in_process, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    arguments = ["gpt-nano", "--set", "lr=1e-3,1e-2", "--data", "my.txt", *SMALL, "--tensorboard"]
+    assert "--tensorboard needs" in refused(capsys, *arguments)
+    assert not in_process
+
+
+def has_units(monkeypatch, there):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: there)
+
+
+def auto_plan(*settings, **training):
+    base = tiny(TINY, data="my.txt", precision="auto", device="cpu", steps=2, **training)
+    return Plan("tiny", base, settings or (LR,), seeds=(0, 1))
+
+
+def test_all_trials_of_a_sweep_have_the_machine_that_it_began_with(here, in_process, monkeypatch):
+    has_units(monkeypatch, False)
+    began = Search.open(here / "sweep", auto_plan())
+    began.plan.prepare()
+    assert began.run() == []
+    has_units(monkeypatch, True)
+    more = Search.open(here / "sweep", replace(auto_plan(), seeds=(0, 1, 2)))
+    assert more.run() == []
+    machines = {Run.open(path).machine for path in (here / "sweep/trials").iterdir()}
+    assert machines == {Resolved("cpu", "fp32", False)}
+    assert json.loads((here / "sweep/sweep.json").read_text())["machine"]["precision"] == "fp32"
+
+
+def test_a_sweep_does_not_go_on_where_its_trials_would_be_computed_otherwise(here, in_process, monkeypatch):
+    has_units(monkeypatch, True)
+    began = Search.open(here / "sweep", auto_plan())
+    began.plan.prepare()
+    assert began.run() == []
+    has_units(monkeypatch, False)
+    more = Search.open(here / "sweep", replace(auto_plan(), seeds=(0, 1, 2)))
+    with pytest.raises(UserError, match=r"precision bf16 -> fp32 \(this machine has no bf16 units\)"):
+        more.run()
+
+
+def test_a_precision_that_is_swept_is_that_of_the_trial(here, in_process, monkeypatch):
+    has_units(monkeypatch, False)
+    search = Search.open(here / "sweep", auto_plan(Values("precision", ("auto", "bf16"))))
+    search.plan.prepare()
+    assert search.run() == []
+    machines = {path.name: Run.open(path).machine.precision for path in (here / "sweep/trials").iterdir()}
+    assert machines["precision-bf16-seed-0"] == "bf16"
+    assert machines["precision-auto-seed-0"] == "fp32"
+
+
+def test_trials_are_compiled_only_where_that_pays_for_the_shortest(here, monkeypatch):
+    has_units(monkeypatch, True)
+    monkeypatch.setattr("minitransformer.training.machine.find_compiler", lambda: "g++")
+    long, short = auto_plan(Values("steps", (200, 400))), auto_plan(Values("steps", (1, 400)))
+    of_a_step = trials.run_flops(short.config({"steps": 1}, seed=0))
+    monkeypatch.setitem(COMPILE_PAYS_AFTER_FLOPS, "cpu", 1.5 * of_a_step)
+    assert Search.open(here / "long", long).machine.compile
+    assert not Search.open(here / "short", short).machine.compile
 
 
 @pytest.mark.slow

@@ -1,20 +1,34 @@
 """`train.py` as its users meet it: what it leaves behind, what it says, and how it survives."""
 
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from minitransformer.commands.train import main
-from minitransformer.runs import Run
-from tests.runs_for_tests import TEXT
+from minitransformer.commands import flags
+from minitransformer.commands.export import Options as ExportOptions
+from minitransformer.commands.sample import Options as SampleOptions
+from minitransformer.commands.train import Options, main
+from minitransformer.errors import UserError
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import count_parameters
+from minitransformer.runs import Run, data_name
+from minitransformer.text.tokenizers import Published, Tokenizer
+from minitransformer.training.config import with_vocabulary
+from minitransformer.training.finetuning import check_fits
+from minitransformer.training.objectives import Objective
+from minitransformer.training.presets import PRESETS
+from tests.runs_for_tests import TEXT, configured
 
 ROOT = Path(__file__).parent.parent
 SHAPE = ["--d-model", "16", "--num-layers", "1", "--num-heads", "2", "--context-length", "16", "--tokenizer", "bytes"]
@@ -82,6 +96,33 @@ def test_help_names_every_preset_with_its_parameters(capsys):
     assert "gpt2-124m" in out
     assert "124.44M" in out
     assert "--d-model" in out
+
+
+@pytest.mark.parametrize("tokenizer", Tokenizer.registry)
+def test_what_help_says_of_a_vocabulary_is_what_the_tokenizer_finds(tokenizer):
+    kind = Tokenizer.registry[tokenizer]
+    if tokenizer == "tokenizers":
+        pytest.skip("belongs to an imported checkpoint, and is never fitted")
+    if tokenizer == "bpe":
+        assert kind.usual_vocab_size == kind.default_vocab_size
+        return
+    if issubclass(kind, Published) and not all(path.exists() for path in kind._cached().values()):
+        pytest.skip("its ranks are not on this machine")
+    characters = "".join(map(chr, [10, *range(32, 96)]))
+    assert kind.fit(lambda: iter([characters])).vocab_size == kind.usual_vocab_size
+
+
+def test_help_counts_the_parameters_of_presets_by_their_own_tokenizers(here, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    counts = dict(
+        line.split() for line in capsys.readouterr().out.splitlines() if re.fullmatch(r"\s+\S+\s+[\d.]+M", line)
+    )
+    (here / "my.txt").write_text("".join(map(chr, [10, *range(32, 96)])) * 40)
+    for preset in ("shakespeare", "shakespeare-fast", "nanogpt-cpu"):
+        prepared = Objective.named("causal").prepare(configured(PRESETS[preset], data="my.txt", context_length=64))
+        size = count_parameters(with_vocabulary(PRESETS[preset].model, prepared)) / 1e6
+        assert counts[preset] == f"{size:.2f}M"
 
 
 @pytest.mark.parametrize(
@@ -172,6 +213,15 @@ def test_a_run_cannot_become_another_run(run, capsys, arguments, words):
     assert before == ((run / "config.json").read_text(), (run / "metrics.jsonl").read_text())
 
 
+def test_tensorboard_that_is_not_installed_is_said_before_any_work(run, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    before = (run / "config.json").read_text()
+    for arguments in (["--resume", "run", "--steps", "9"], ["--data", "my.txt"], ["--init-from", "run"]):
+        assert "--no-tensorboard" in refused(capsys, *arguments, "--tensorboard")
+    assert (run / "config.json").read_text() == before
+    assert not Path("runs").exists()
+
+
 def test_resuming_with_another_text_is_refused(here, run, capsys):
     (here / "my.txt").write_text(TEXT.upper())
     assert "not the text" in refused(capsys, "--resume", "run", "--steps", "9")
@@ -243,3 +293,198 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(here):
     left, right = (load_file(here / run / "checkpoints/latest/model.safetensors") for run in ("killed", "whole"))
     assert all(torch.equal(left[name], right[name]) for name in right)
     assert not list((here / "killed").rglob("*.partial"))
+
+
+@pytest.fixture
+def units(monkeypatch):
+    """Whether this CPU has instructions for bfloat16, from now on."""
+
+    def set_units(there):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: there)
+
+    return set_units
+
+
+AUTO = [word for word in SMALL if word not in ("--precision", "fp32")]
+ON_CPU = ["gpt-nano", "--data", "my.txt", "--device", "cpu", *AUTO]
+
+
+@pytest.mark.unchecked_shapes
+@pytest.mark.parametrize("there", [True, False])
+def test_auto_is_resolved_once_and_a_resumed_run_ends_bit_for_bit(here, units, capsys, there):
+    units(there)
+    precision = "bf16" if there else "fp32"
+    assert main([*ON_CPU, "--out", "whole", "--steps", "6", "--schedule", "constant"]) == 0
+    assert main([*ON_CPU, "--out", "parts", "--steps", "3", "--schedule", "constant"]) == 0
+    units(True)  # whatever "auto" would be now
+    assert main(["--resume", "parts", "--steps", "6"]) == 0
+    out = capsys.readouterr().out
+    assert f"changed    precision {precision}" not in out
+    assert f"{precision} (as before), compile off (as before)" in out
+    for run in ("whole", "parts"):
+        record = json.loads((here / run / "config.json").read_text())
+        assert record["machine"] == {"device": "cpu", "precision": precision, "compile": False}
+        assert record["training"]["precision"] == "auto"
+    left, right = (load_file(here / run / "checkpoints/latest/model.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+@pytest.mark.unchecked_shapes
+def test_a_resumed_run_says_what_this_machine_does_not_have(here, units, capsys):
+    units(True)
+    assert main([*ON_CPU, "--out", "run", "--steps", "3"]) == 0
+    units(False)
+    assert main(["--resume", "run", "--steps", "5"]) == 0
+    assert "changed    precision bf16 -> fp32 (this machine has no bf16 units)\n" in capsys.readouterr().out
+    assert Run.open(here / "run").machine.precision == "fp32"
+
+
+@pytest.mark.unchecked_shapes
+def test_a_resumed_run_may_be_asked_for_another_precision(here, units, capsys):
+    units(False)
+    assert main([*ON_CPU, "--out", "run", "--steps", "2"]) == 0
+    for steps, precision, change in (("3", "bf16", "fp32 -> bf16"), ("4", "fp16", "bf16 -> fp16")):
+        assert main(["--resume", "run", "--steps", steps, "--precision", precision]) == 0
+        assert f"changed    precision {change} (as asked)\n" in capsys.readouterr().out
+        run = Run.open(here / "run")
+        assert (run.machine.precision, run.config.training.precision) == (precision, precision)
+
+
+@pytest.mark.unchecked_shapes
+def test_a_run_of_an_older_version_is_resolved_when_it_goes_on(here, units):
+    units(False)
+    assert main([*ON_CPU, "--out", "run", "--steps", "2"]) == 0
+    record = json.loads((here / "run/config.json").read_text())
+    del record["machine"]
+    (here / "run/config.json").write_text(json.dumps(record))
+    assert Run.open(here / "run").machine is None
+    assert main(["--resume", "run", "--steps", "3"]) == 0
+    assert Run.open(here / "run").machine.precision == "fp32"
+
+
+def tuned(*arguments):
+    return main(["--init-from", "parent", "--data", "my.txt", "--device", "cpu", "--compile", "off", *arguments])
+
+
+@pytest.fixture
+def parent(here, capsys):
+    """A run of Muon whose rates, context and steps are those of training from scratch."""
+    assert main(["gpt-nano", "--out", "parent", "--data", "my.txt", "--steps", "3", *SMALL]) == 0
+    record = json.loads((here / "parent/config.json").read_text())
+    record["model"]["context_length"] = 4096
+    record["training"] |= {"steps": 100_000, "warmup_steps": 700}
+    (here / "parent/config.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    return here / "parent"
+
+
+@pytest.mark.unchecked_shapes
+def test_a_fine_tune_names_its_parent_and_not_a_preset(here, parent, capsys):
+    assert tuned("--steps", "2") == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "from       parent (decoder of 11.4k parameters, step-000003)"
+    record = json.loads((here / "runs/parent-my/config.json").read_text())
+    digest = hashlib.sha256((parent / "checkpoints/step-000003/model.safetensors").read_bytes()).hexdigest()
+    assert record["parent"] == {"path": "parent", "checkpoint": "step-000003", "sha256": digest}
+    assert main(["--resume", "runs/parent-my", "--steps", "3"]) == 0
+    assert json.loads((here / "runs/parent-my/config.json").read_text())["parent"] == record["parent"]
+
+
+@pytest.mark.unchecked_shapes
+def test_a_fine_tune_learns_gently_and_its_own_children_as_gently(here, parent):
+    assert tuned("--steps", "2") == 0
+    old, new = Run.open(parent).config, Run.open(here / "runs/parent-my").config
+    assert new.training.lr == pytest.approx(old.training.lr / 10)
+    assert new.training.embedding_lr == pytest.approx(old.training.embedding_lr / 10)
+    assert new.training.warmup_steps == 20
+    assert (new.training.optimizer, new.training.weight_decay) == (old.training.optimizer, old.training.weight_decay)
+    assert main(["--init-from", "runs/parent-my", "--steps", "1", "--out", "child"]) == 0
+    assert Run.open(here / "child").config.training.lr == new.training.lr
+
+
+@pytest.mark.unchecked_shapes
+def test_a_short_text_fine_tunes_a_model_of_a_long_context(here, parent, capsys):
+    (here / "short.txt").write_text(TEXT[:900])
+    assert tuned("--data", "short.txt", "--steps", "1", "--out", "tuned") == 0
+    config = Run.open(here / "tuned").config
+    assert "sequences  90 tokens, of the 4,096 that the model sees\n" in capsys.readouterr().out
+    assert (config.model.context_length, config.training.sequence_length) == (4096, 90)
+    (here / "my.txt").write_text(TEXT * 10)
+    assert tuned("--steps", "1", "--out", "long") == 0
+    assert Run.open(here / "long").config.training.sequence_length == 1024
+
+
+@pytest.mark.unchecked_shapes
+def test_what_is_not_changed_by_training_is_the_parents_bit_for_bit(here, parent):
+    assert tuned("--steps", "1", "--lr", "1e-30", "--embedding-lr", "1e-30", "--out", "tuned") == 0
+    left, right = (load_file(here / run / "checkpoints/latest/model.safetensors") for run in ("parent", "tuned"))
+    assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["gpt-mini", "--init-from", "parent"], ["gpt-mini", "model of its own"]),
+        (["--init-from", "parent", "--d-model", "32"], ["d_model 16", "32"]),
+        (["--init-from", "parent", "--residual", "post"], ["residual pre", "post"]),
+        (["--init-from", "parent", "--tokenizer", "chars"], ["tokenizer of its own"]),
+        (["--init-from", "parent", "--checkpoint", "step-000009"], ["step-000009", "step-000003"]),
+        (["--init-from", "parent", "--sequence-length", "5000"], ["5000", "4096"]),
+        (["--init-from", "parent", "--data", "tiny.txt"], ["tiny.txt", "too short"]),
+        (["--init-from", "parent", "--data", "tiny.txt", "--sequence-length", "60"], ["tiny.txt", "61"]),
+    ],
+)
+def test_a_fine_tune_that_cannot_be_gets_one_sentence_and_leaves_nothing(here, parent, capsys, arguments, words):
+    (here / "tiny.txt").write_text(TEXT[:40])
+    error = refused(capsys, *arguments)
+    for word in words:
+        assert word in error
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        *(("my.txt", "my"), ("a/s.txt.gz", "s"), ("notes/**/*.md", "notes"), ("a/s*.txt", "s"), ("pydocs", "pydocs")),
+        *(("*.txt", "data"), ("v1.2/", "v1.2"), ("my file.jsonl", "my-file"), ("s.txt*", "s"), ("-", "data")),
+    ],
+)
+def test_a_run_is_called_by_what_its_data_is_called(data, name):
+    assert data_name(data) == name
+
+
+def test_positions_that_are_learned_cannot_be_fewer(here):
+    model = ModelConfig(positions="learned", vocab_size=9)
+    with pytest.raises(UserError, match=r"context_length 256, not 128: give --sequence-length"):
+        check_fits(model, replace(model, context_length=128))
+    rotary = replace(model, positions="rotary")
+    check_fits(rotary, replace(rotary, context_length=128, dropout=0.1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        *((["--learning-rate", "1e-3"], "--lr"), (["--max-steps=10"], "--steps"), (["--n-layer", "3"], "--num-layers")),
+        *((["--n_head", "3"], "--num-heads"), (["--residul", "post"], "--residual"), (["--bf16"], "--precision")),
+        *((["--block-size", "8"], "--context-length"), (["--max-iters", "5"], "--steps")),
+        *((["--wd", "0"], "--weight-decay"), (["--epochs", "3"], "--steps"), (["--smear"], "--token-smear")),
+        (["--no-tied-embedings"], "--no-tied-embeddings"),
+    ],
+)
+def test_a_flag_that_does_not_exist_is_answered_with_the_one_that_was_meant(here, capsys, arguments, flag):
+    error = refused(capsys, "gpt-nano", "--data", "my.txt", *arguments)
+    assert f"there is no flag {arguments[0].partition('=')[0]}: did you mean {flag}?" in error
+
+
+def test_a_flag_like_no_other_and_a_word_too_many_get_one_sentence(here, capsys):
+    assert "there is no flag --xyzzy: look into --help" in refused(capsys, "--xyzzy", "1")
+    assert "nothing takes 'stray'" in refused(capsys, "--steps", "3", "stray")
+    assert list(here.iterdir()) == [here / "my.txt"]
+
+
+def test_what_flags_are_called_elsewhere_are_no_flags_here_and_lead_to_one():
+    known = {*flags.flag_names(Options), *flags.flag_names(SampleOptions), *flags.flag_names(ExportOptions)}
+    for name, meant in flags.ELSEWHERE.items():
+        assert name not in flags.flag_names(Options)
+        assert set(meant) <= known, name

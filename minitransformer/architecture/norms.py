@@ -29,6 +29,16 @@ def rms_norm(
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
 
+def fused_rms_norm(
+    x: Float[Tensor, "*batch features"], weight: Float[Tensor, "features"], eps: float
+) -> Float[Tensor, "*batch features"]:
+    """`rms_norm` by torch's fused kernel."""
+    if x.dtype == weight.dtype or x.device.type != "cpu":
+        return F.rms_norm(x, weight.shape, weight, eps)
+    # Elsewhere autocast widens x by itself; on a CPU, torch would warn, and compute by a slower kernel.
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
+
+
 class Norm(Registered, nn.Module, kind="norm"):
     """A norm over the last dimension with learnable gains (and, where it has them, biases), which start as identity."""
 
@@ -56,7 +66,7 @@ class RMSNorm(Norm, name="rms"):
     """`rms_norm` by torch's fused kernel; it has no bias. Zhang and Sennrich 2019 (arXiv 1910.07467)."""
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        return fused_rms_norm(x, self.weight, self.eps)
 
 
 class DyT(Norm, name="dyt"):
@@ -83,4 +93,4 @@ class ZeroCentredRMSNorm(Norm, name="rms-zero-centred"):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
-        return F.rms_norm(x, self.shape, 1 + self.weight, self.eps)
+        return fused_rms_norm(x, 1 + self.weight, self.eps)

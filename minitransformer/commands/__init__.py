@@ -49,17 +49,23 @@ def run_command(command: Callable[[], int | None]) -> int:
 def parse(options: type[Options], arguments: Sequence[str], *, default: Options | None = None, **about: str) -> Options:
     """`options` from the command line, with flat flags; `--help` shows the values of `default`.
 
-    A flag that does not exist or does not parse ends the program with exit code 2.
+    Raises `UserError` for a flag that does not exist; a value that does not parse ends the program with exit code 2.
     """
     import tyro
 
-    return tyro.cli(
+    parsed, unknown = tyro.cli(
         options,
         args=list(arguments),
         default=tyro.MISSING_NONPROP if default is None else default,
         config=(tyro.conf.OmitArgPrefixes,),
+        return_unknown_args=True,
         **about,  # type: ignore[call-overload]
     )
+    if unknown:
+        from minitransformer.commands.unknown_flags import check_known
+
+        check_known(options, unknown)
+    return parsed
 
 
 def piped_text() -> str:

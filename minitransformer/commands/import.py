@@ -10,6 +10,7 @@ from pathlib import Path
 import tyro
 
 from minitransformer import files, pretrained
+from minitransformer.amounts import amount
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
 from minitransformer.generation.published import published
@@ -49,14 +50,15 @@ def _import(arguments: Sequence[str]) -> int:
     if generation is not None:
         published(generation, GENERATION, two_sided=topology == "encoder-decoder")  # said now, not at the first sample
     objectives = [name for name, objective in Objective.registry.items() if topology in objective.topologies]
-    training = TrainingConfig(objective=objectives[0] if objectives else "causal")
+    # A rate that public models are often trained at from scratch: fine-tuning takes a tenth of it.
+    training = TrainingConfig(objective=objectives[0] if objectives else "causal", lr=3e-4)
     with files.writing(path, "choose an --out on another disk"):
         config = RunConfig(model.config, DataConfig(tokenizer=tokenizer.name), training)
         run = Run.create(path, config, tokenizer, tokenizer)
         if generation is not None:
             files.write_text(path / GENERATION, json.dumps(generation, indent=2) + "\n")
         write_checkpoint(run.checkpoints, 0, model, {})
-    print(f"model      {topology}, {model.num_parameters() / 1e6:.2f}M parameters")
+    print(f"model      {topology}, {amount(model.num_parameters())} parameters")
     print(f"tokenizer  {tokenizer.name}, {tokenizer.vocab_size:,} tokens")
     print(f"run        {path}")
     print(f"next       python sample.py {path}, or python train.py --init-from {path} --data ...")

@@ -7,20 +7,23 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from minitransformer import files
+from minitransformer.amounts import duration
 from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command
 from minitransformer.errors import UserError
 from minitransformer.lab import experiments  # noqa: F401  (which registers them)
 from minitransformer.lab.experiment import Criterion, Experiment, Settings
 from minitransformer.lab.report import coverage, reproduced, skipped, summary, verdict, write_report
 from minitransformer.lab.runner import RESULTS, Sweep, Terminal
+from minitransformer.toolchain import check_importable
 
 LIST, ALL = "list", "all"
 WIDTH = 80
@@ -97,6 +100,8 @@ def _run(kind: type[Experiment], options: Options) -> int:
     _check_installed()
     folder = options.folder(kind.name)
     sweep = Sweep.open(folder, kind(options.settings))
+    if not sweep.is_measured:
+        sweep.experiment.prepare()
     print(f"experiment {kind.name}, {kind.title}", flush=True)
     with files.locked(folder / RESULTS):
         # Opened again, as another process may have added results until the lock was free.
@@ -119,7 +124,8 @@ def _run(kind: type[Experiment], options: Options) -> int:
         report = write_report(sweep, findings, failures)
     _print_criteria(findings.criteria)
     covered = coverage(sweep, failures)
-    print(f"results    {covered.measured} of {covered.asked}, {covered.processor_minutes:.1f} processor minutes")
+    spent = duration(60 * covered.processor_minutes)
+    print(f"results    {covered.measured} of {covered.asked}, {spent} of processor time")
     if covered.skipped_lines:
         print(f"skipped    {skipped(covered.skipped_lines)}")
     if failures:
@@ -131,8 +137,15 @@ def _run(kind: type[Experiment], options: Options) -> int:
 
 def _run_all(options: Options) -> int:
     """One after the other, whatever becomes of each; the summary says which did not go well."""
+    _check_installed()
     outcomes = {}
+    left_out = _without_data(options)
+    if left_out:
+        names, (reason, *_) = ", ".join(left_out), left_out.values()
+        print(f"left out   {names}, for want of data: {reason}; --data FILE takes any text\n", flush=True)
     for kind in _in_order():
+        if kind.name in left_out:
+            continue
         outcomes[kind.name] = code = run_command(partial(_guarded, kind, options))
         if code == INTERRUPTED:
             return INTERRUPTED
@@ -140,7 +153,33 @@ def _run_all(options: Options) -> int:
     for name, code in outcomes.items():
         report = options.folder(name) / "report.html"
         print(f"{name:10} {'done' if code == DONE else 'FAILED':8} {report if report.exists() else ''}")
-    return DONE if set(outcomes.values()) <= {DONE} else FAILED
+    for name in left_out:
+        print(f"{name:10} left out")
+    return DONE if set(outcomes.values()) <= {DONE} and not left_out else FAILED
+
+
+def _without_data(options: Options) -> dict[str, str]:
+    """The experiments that cannot be measured as what they learn from is not to be had, and why."""
+    reasons: dict[Any, str | None] = {}
+    left_out = {}
+    for kind in _in_order():
+        with suppress(UserError):  # of a folder that holds other things, which is said when its turn comes
+            sweep = Sweep.open(options.folder(kind.name), kind(options.settings))
+            if sweep.is_measured:
+                continue
+            if kind.prepare not in reasons:
+                reasons[kind.prepare] = _why_not(sweep.experiment)
+            if (reason := reasons[kind.prepare]) is not None:
+                left_out[kind.name] = reason
+    return left_out
+
+
+def _why_not(experiment: Experiment) -> str | None:
+    try:
+        experiment.prepare()
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _guarded(kind: type[Experiment], options: Options) -> int:
@@ -156,9 +195,7 @@ def _guarded(kind: type[Experiment], options: Options) -> int:
 
 def _check_installed() -> None:
     """Raises `UserError` now for what would be missing only when all is measured."""
-    for package in ("matplotlib", "scipy"):
-        if find_spec(package) is None:
-            raise UserError(f'the laboratory needs {package}, which is not installed: pip install -e ".[lab]"')
+    check_importable("the laboratory needs", "lab", "matplotlib.figure", "scipy.stats")
 
 
 def _print_criteria(criteria: Sequence[Criterion]) -> None:

@@ -20,7 +20,7 @@ import tyro
 from typing_extensions import Doc
 
 from minitransformer.commands import DONE, parse, piped_text, run_command, utf8_text
-from minitransformer.commands.flags import check_flags, given_flags
+from minitransformer.commands.sampling_flags import check_flags, given_flags
 from minitransformer.errors import UserError
 from minitransformer.generation.fill import MASK, encode_with_masks
 from minitransformer.generation.processors import SamplingConfig

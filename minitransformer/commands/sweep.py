@@ -10,7 +10,6 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -46,6 +45,7 @@ from minitransformer.lab.sweep_report import (
 )
 from minitransformer.lab.trials import METRICS
 from minitransformer.registry import lookup
+from minitransformer.toolchain import check_importable
 from minitransformer.training.config import RunConfig
 from minitransformer.training.logging import TensorBoard
 from minitransformer.training.machine import choose_device
@@ -192,9 +192,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 def _check(options: Options, plan: Plan) -> int:
     """Raises `UserError` now for what would fail later; returns the number of processes."""
-    for package in ("matplotlib", "scipy"):
-        if find_spec(package) is None:
-            raise UserError(f'sweeps need {package}, which is not installed: pip install -e ".[lab]"')
+    check_importable("sweeps need", "lab", "matplotlib.figure", "scipy.stats")
     if options.processes is not None and options.processes < 1:
         raise UserError(f"--processes is {options.processes}: give 1 or more, or leave it out")
     if options.training.tensorboard:
@@ -213,7 +211,7 @@ def _print_plan(plan: Plan, folder: Path, processes: int) -> None:
     warmup = plan.shared.training.warmup_steps
     if (first := plan.rungs[0]) is not None and first <= warmup:
         print(_wrapped(f"note       the first rung ends at step {first}, within the {warmup} steps of warm-up", 11))
-    print(f"processes  {processes}, of one thread each")
+    print(f"processes  {processes}, of one thread{' each' * (processes > 1)}")
     print(f"folder     {folder}")
     print(f"data       {plan.shared.data.data}", flush=True)
 

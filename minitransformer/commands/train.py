@@ -8,24 +8,33 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+from minitransformer.amounts import amount, duration
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
-from minitransformer.files import writing
+from minitransformer.files import sha256, writing
 from minitransformer.generation.samples import sample_of
 from minitransformer.lab.instruments import check_probe, probe_for
-from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, count_parameters
 from minitransformer.registry import lookup
-from minitransformer.runs import Run, free_run_path
+from minitransformer.runs import Run, data_name, free_run_path
+from minitransformer.text.prepare import TooShort
 from minitransformer.text.tokenizers import Tokenizer
-from minitransformer.training.checkpoint import check_room, checkpoint_step, choose_checkpoint
-from minitransformer.training.config import RunConfig, with_vocabulary
+from minitransformer.training.checkpoint import (
+    MODEL,
+    check_room,
+    checkpoint_step,
+    choose_checkpoint,
+    load_model_weights,
+)
+from minitransformer.training.config import RunConfig, with_usual_vocabulary, with_vocabulary
+from minitransformer.training.finetuning import LEAST_TOKENS, Parent, check_fits, fine_tuning
 from minitransformer.training.logging import Logs, RunFiles, TensorBoard, Terminal
 from minitransformer.training.loop import NonFiniteTraining, Trainer
-from minitransformer.training.machine import choose_device, choose_machine
+from minitransformer.training.machine import Machine, choose_device, choose_precision
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.presets import DEFAULT, PRESETS
+from minitransformer.training.run_machine import SETTINGS, machine_again, machine_for
 from minitransformer.training.signals import StopRequest
 
 NON_FINITE = 3
@@ -48,9 +57,10 @@ class Options(RunConfig):
     resume: Path | None = None
     """continue the run in this folder; --steps extends it, other settings hold from here on"""
     checkpoint: str | None = None
-    """with --resume: the checkpoint to continue from; None is the latest"""
+    """with --resume: the checkpoint to continue from, None is the latest; with --init-from: None is the best"""
     init_from: Path | None = None
-    """a new run that begins with the weights, the model and the tokenizer of the run in this folder: fine-tuning"""
+    """fine-tune: a new run that begins with the weights, the model and the tokenizer of the run in this folder, by
+    default at a tenth of its learning rates, with at most 20 steps of warm-up, 1000 steps and 1024 tokens a sequence"""
 
     def run_config(self) -> RunConfig:
         return RunConfig(self.model, self.data, self.training)
@@ -64,29 +74,67 @@ def main(arguments: Sequence[str]) -> int:
 
 def _begin(arguments: Sequence[str]) -> int:
     named = bool(arguments) and not arguments[0].startswith("-")
+    if (initial := _option(arguments, "--init-from")) is not None:
+        if named:
+            raise UserError(f"--init-from {initial} brings a model of its own: leave the preset {arguments[0]!r} out")
+        return _fine_tune(initial, arguments)
     preset = arguments[0] if named else DEFAULT
-    initial = _option(arguments, "--init-from")
-    base = lookup("preset", preset, PRESETS)
-    if initial is not None:
-        base = replace(Run.open(initial).config, data=base.data) if named else Run.open(initial).config
-    options = _parse(arguments[named:], base)
+    options = _parse(arguments[named:], lookup("preset", preset, PRESETS))
     print(f"preset     {preset}", flush=True)  # what follows has to load more of torch first
     if options.checkpoint is not None:
-        raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume")
-    path = options.out or free_run_path(f"{preset}-{Path(options.data.data).stem.strip('*') or 'data'}")
+        raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume or --init-from")
+    path = _free_path(options, preset)
+    config, prepared = options.run_config(), _prepare(options.run_config())
+    return _train(*_created(path, config, prepared), checkpoint=None)
+
+
+def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
+    source = Run.open(initial)
+    new_data = any(word.partition("=")[0] == "--data" for word in arguments)
+    base = fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data)
+    options = _parse(arguments, base)
+    weights = source.checkpoint(options.checkpoint)
+    size = f"{source.config.model.topology} of {amount(count_parameters(source.config.model))} parameters"
+    print(f"from       {initial} ({size}, {weights.name})", flush=True)
+    check_fits(source.config.model, options.model)
+    if options.data.tokenizer != base.data.tokenizer:
+        raise UserError(f"--init-from {initial} has a tokenizer of its own: leave --tokenizer out")
+    path = _free_path(options, source.path.resolve().name)
+    config = options.run_config()
+    try:
+        prepared = _prepare(config, source.tokenizers)
+    except TooShort as error:
+        if options.training.sequence_length != base.training.sequence_length or error.longest < LEAST_TOKENS:
+            raise
+        config = replace(config, training=replace(config.training, sequence_length=error.longest))
+        prepared = _prepare(config, source.tokenizers)
+    if (length := config.training.sequence_length) is not None:
+        print(f"sequences  {length:,} tokens, of the {config.model.context_length:,} that the model sees")
+    parent = Parent(str(initial), weights.name, sha256(weights / MODEL))
+    return _train(*_created(path, config, prepared, parent), checkpoint=None, weights=weights)
+
+
+def _free_path(options: Options, name: str) -> Path:
+    """The folder of the new run. Raises `UserError` now for what cannot work: not after minutes of preparing text."""
+    path = options.out or free_run_path(f"{name}-{data_name(options.data.data)}")
     if path.exists():
         raise UserError(f"{path} exists already: choose another --out, or continue the run with --resume {path}")
-    # What cannot work is said now, and not after minutes of preparing text.
     if options.training.tensorboard:
         TensorBoard.check()
-    choose_device(options.training.device)
-    _count_parameters(options.model)
-    source = None if initial is None else Run.open(initial)
-    prepared = _prepare(options.run_config(), source.tokenizers if source else ())
-    config = replace(options.run_config(), model=with_vocabulary(options.model, prepared))
+    choose_precision(choose_device(options.training.device), options.training.precision)
+    count_parameters(with_usual_vocabulary(options))
+    return path
+
+
+def _created(
+    path: Path, config: RunConfig, prepared: Prepared, parent: Parent | None = None
+) -> tuple[Run, Prepared, Machine]:
+    config = replace(config, model=with_vocabulary(config.model, prepared))
     check_room(path, config)
-    run = Run.create(path, config, prepared.tokenizer, prepared.target_tokenizer, prepared.folder.name)
-    return _train(run, prepared, checkpoint=None, initial=source)
+    machine = machine_for(config)
+    tokenizers = prepared.tokenizer, prepared.target_tokenizer
+    run = Run.create(path, config, *tokenizers, prepared.folder.name, machine.resolved, parent)
+    return run, prepared, machine
 
 
 def _option(arguments: Sequence[str], flag: str) -> Path | None:
@@ -99,19 +147,25 @@ def _option(arguments: Sequence[str], flag: str) -> Path | None:
 def _resume(path: Path, arguments: Sequence[str]) -> int:
     run = Run.open(path)
     options = _parse(arguments, run.config)
-    _check_changes(run.config, options)
+    _check_changes(run.config, options, silent=() if run.machine is None else SETTINGS)
     checkpoint = choose_checkpoint(run.checkpoints, options.checkpoint)
     if checkpoint_step(checkpoint) >= options.training.steps:
         raise UserError(f"{path} has done its {options.training.steps} steps: give a larger --steps to extend it")
+    anew = [name for name in SETTINGS if getattr(run.config.training, name) != getattr(options.training, name)]
+    if options.training.tensorboard:
+        TensorBoard.check()
+    machine, changes = machine_again(run.machine, options, anew)
+    for change in changes:
+        print(f"changed    {change}")
     prepared = _prepare(options.run_config(), run.tokenizers)
     if prepared.folder.name != run.text:
         raise UserError(f"{options.data.data} is not the text that {path} began with: restore it, or train a new run")
     check_room(path, options)
-    return _train(run.reconfigured(options.run_config()), prepared, checkpoint)
+    return _train(run.reconfigured(options.run_config(), machine.resolved), prepared, machine, checkpoint)
 
 
-def _check_changes(old: RunConfig, new: RunConfig) -> None:
-    """Say which settings a resumed run changes; refuse those that would make it another run."""
+def _check_changes(old: RunConfig, new: RunConfig, silent: Sequence[str] = ()) -> None:
+    """Say which settings a resumed run changes, but the `silent` ones; refuse those that would make it another run."""
     for part in ("model", "data", "training"):
         before, after = getattr(old, part), getattr(new, part)
         for field in fields(before):
@@ -122,7 +176,8 @@ def _check_changes(old: RunConfig, new: RunConfig) -> None:
                 raise UserError(
                     f"this run has {field.name} {a}, and resuming cannot make it {b}: train a new run for that"
                 )
-            print(f"changed    {field.name} {a} -> {b}")
+            if field.name not in silent:
+                print(f"changed    {field.name} {a} -> {b}")
 
 
 def _parse(arguments: Sequence[str], config: RunConfig) -> Options:
@@ -138,13 +193,10 @@ def _parse(arguments: Sequence[str], config: RunConfig) -> Options:
 
 
 def _describe_presets() -> str:
-    sizes = "\n".join(f"  {name:12}{_count_parameters(run.model) / 1e6:8.2f}M" for name, run in PRESETS.items())
-    return f"Train a model, or resume a run.\n\nPresets (default: {DEFAULT}) and their parameters:\n{sizes}"
-
-
-def _count_parameters(model: ModelConfig) -> int:
-    """Parameters of a model whose vocabulary may not be known yet: BPE's default size stands for it."""
-    return count_parameters(replace(model, vocab_size=model.vocab_size or 4096))
+    sizes = {name: count_parameters(with_usual_vocabulary(run)) / 1e6 for name, run in PRESETS.items()}
+    lines = "\n".join(f"  {name:18}{size:7.2f}M" for name, size in sizes.items())
+    about = f"Presets (default: {DEFAULT}) and their parameters, with the usual vocabulary of their tokenizers:"
+    return f"Train a model, resume a run, or fine-tune one.\n\n{about}\n{lines}"
 
 
 def _prepare(config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepared:
@@ -153,19 +205,10 @@ def _prepare(config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepare
     return prepared
 
 
-def _train(run: Run, prepared: Prepared, checkpoint: Path | None, initial: Run | None = None) -> int:
+def _train(run: Run, prepared: Prepared, machine: Machine, checkpoint: Path | None, weights: Path | None = None) -> int:
     config = run.config.training
-    parameters = count_parameters(run.config.model)
-    objective = Objective.named(config.objective)
-    tokens = config.steps * objective.tokens_per_step(run.config)
-    machine = choose_machine(
-        config.device,
-        config.precision,
-        config.compile,
-        run_flops=6 * parameters * tokens,
-        fixed_shapes=objective.fixed_shapes,
-    )
-    print(f"model      {parameters / 1e6:.2f}M parameters, {tokens / 1e6:.1f}M tokens to read")
+    tokens = config.steps * Objective.named(config.objective).tokens_per_step(run.config)
+    print(f"model      {amount(count_parameters(run.config.model))} parameters, {amount(tokens)} tokens to read")
     print(f"machine    {machine.description}")
     print(f"run        {run.path}", flush=True)
     with StopRequest() as stop, writing(run.path, "choose an --out on another disk"):
@@ -177,8 +220,8 @@ def _train(run: Run, prepared: Prepared, checkpoint: Path | None, initial: Run |
         trainer = Trainer(run, prepared, machine, log, stop, partial(_sample, run), probe_for(config))
         if checkpoint is not None:
             trainer.restore(checkpoint)
-        if initial is not None:
-            trainer.model.load_state_dict(initial.load_model().state_dict())
+        if weights is not None:
+            load_model_weights(weights, trainer.model)
         try:
             trainer.train()
             if stop.signal is None and not config.sample_at_eval:  # else the last validation has printed one
@@ -203,6 +246,6 @@ def _report(trainer: Trainer, stop: StopRequest) -> int:
     if trainer.stopped_early:
         print(f"stopped early at step {progress.step}: no better validation in {progress.validations_since_best}")
     print(f"validation {trainer.validation} (best at step {progress.best_step})")
-    print(f"run        {path}, {progress.seconds / 60:.1f} minutes of training")
+    print(f"run        {path}, {duration(progress.seconds)} of training")
     print(f"next       {NEXT[trainer.model.config.topology].format(path=path)}")
     return DONE

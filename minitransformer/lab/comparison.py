@@ -89,8 +89,9 @@ class History:
     def settings(self) -> dict[str, Any]:
         """What it learned by, but the seed, and which text, by name."""
         values = {name: value for part in PARTS for name, value in self.config[part].items()}
-        values["text"] = self.config.get("text", "")
-        return {name: value for name, value in values.items() if name not in WITHOUT_EFFECT}
+        values["text"], values["parent"] = self.config.get("text", ""), _parent(self.config.get("parent"))
+        # None is what a version has that does not know the setting.
+        return {name: value for name, value in values.items() if name not in WITHOUT_EFFECT and value is not None}
 
     @cached_property
     def tokenizers(self) -> tuple[str, ...]:
@@ -366,6 +367,14 @@ def _config(path: Path) -> dict[str, Any]:
     if not whole or not isinstance(config["training"].get("seed"), int):
         raise UserError(f"{file} is no configuration with {', '.join(PARTS)} and a seed: leave the run out")
     return dict(config)
+
+
+def _parent(record: Any) -> str | None:
+    """Whose weights a run began with: a name, and of which content; None from scratch."""
+    if not isinstance(record, dict):
+        return None
+    folder, checkpoint, digest = (str(record.get(name, "")) for name in ("path", "checkpoint", "sha256"))
+    return f"{Path(folder).name} {checkpoint} ({digest[:8]})"
 
 
 def _record(line: str) -> dict[str, Any] | None:

@@ -141,6 +141,9 @@ class Experiment(Registered, kind="experiment"):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
+    def prepare(self) -> None:
+        """Make ready what all tasks share, before the first of them; raises `UserError` if that cannot be had."""
+
     def tasks(self) -> Sequence[Task]:
         """All that is to be measured, or what is to be measured first."""
         raise NotImplementedError

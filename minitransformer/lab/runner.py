@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minitransformer import files
+from minitransformer.amounts import duration
 from minitransformer.errors import UserError
 from minitransformer.lab import pool
 from minitransformer.lab.experiment import Experiment, Findings, Measurement, Settings, Task
@@ -80,8 +81,8 @@ class Terminal(Progress):
         self.tried, self.left, now = self.tried + 1, self.left - 1, time.monotonic()
         if self.bar is None and (not self.left or now - self.said > self.SECONDS):
             self.said = now
-            minutes = (now - self.started) / self.tried * self.left / 60
-            print(f"{self.name:10} {self.done}/{self.asked} tasks, {minutes:.1f} min left", flush=True)
+            seconds = (now - self.started) / self.tried * self.left
+            print(f"{self.name:10} {self.done}/{self.asked} tasks, {duration(seconds)} left", flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -169,13 +170,18 @@ class Sweep:
         return asked
 
     @property
+    def is_measured(self) -> bool:
+        """Whether nothing is asked for that was not measured before."""
+        return all(task in self.store for task in self.tasks.values())
+
+    @property
     def records(self) -> list[dict[str, str]]:
         """The provenance of each command that measured here, the latest at the end."""
         return _read(self.folder)["provenance"] if (self.folder / EXPERIMENT).exists() else []
 
     def run(self, processes: int | None = None, progress: Progress = SILENT) -> list[Failure]:
         """Measure what is missing, as `run_tasks` does, and what is asked for once that is known."""
-        if any(task not in self.store for task in self.tasks.values()):
+        if not self.is_measured:
             self._record()
         measure = partial(_measure, type(self.experiment), self.experiment.settings)
         asked: set[str] = set()

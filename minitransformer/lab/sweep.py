@@ -27,12 +27,19 @@ from minitransformer.lab.experiment import Measurement, Result, Task
 from minitransformer.lab.runner import LEFTOVERS, RESULTS, SILENT, Failure, Progress, run_tasks
 from minitransformer.lab.statistics import SMALLEST_DIFFERENCE, Interval, Ranking, mean_interval, ranking
 from minitransformer.lab.store import REMEDY, ResultStore, canonical, task_key
-from minitransformer.lab.trials import prepared_for, train_trial
+from minitransformer.lab.trials import prepared_for, shared_machine, train_trial, trial_machine
 from minitransformer.lab.verdicts import check_smallest_difference
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
 from minitransformer.runs import provenance
-from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig, with_vocabulary
+from minitransformer.training.config import (
+    DataConfig,
+    RunConfig,
+    TrainingConfig,
+    with_usual_vocabulary,
+    with_vocabulary,
+)
+from minitransformer.training.machine import Resolved
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
 
@@ -262,9 +269,9 @@ class Plan:
         assert self.rungs  # what cannot be shared out is no fault of a combination, and is said first
         for combination in self.combinations:
             with _naming(combination):
-                model = self.config(combination, self.seeds[0]).model
+                model = with_usual_vocabulary(self.config(combination, self.seeds[0]))
                 if model not in possible:
-                    count_parameters(replace(model, vocab_size=model.vocab_size or 4096))
+                    count_parameters(model)
                     possible.add(model)
 
     def prepare(self) -> list[Prepared]:
@@ -345,6 +352,16 @@ class Search:
         """The provenance of each command that measured here, the latest at the end."""
         return _read(self.folder)["provenance"] if (self.folder / SWEEP).exists() else []
 
+    @cached_property
+    def machine(self) -> Resolved:
+        """What "auto" means in every trial: resolved once, when the sweep begins. Raises `UserError` if it is gone."""
+        configs = [self.plan.config(combination, self.plan.seeds[0]) for combination in self.plan.combinations]
+        kept = _read(self.folder)["machine"] if (self.folder / SWEEP).exists() else None
+        shared = kept or shared_machine(configs)
+        for config in configs:
+            trial_machine(config, shared, self.plan.varied)
+        return shared
+
     def run(
         self, processes: int | None = None, progress: Callable[[str], Progress] = lambda name: SILENT
     ) -> list[Failure]:
@@ -356,7 +373,7 @@ class Search:
         if any(task not in self.store for task in self.tasks()):
             self._record()
         failures = []
-        measure = partial(_measure, self.folder, self.plan)
+        measure = partial(_measure, self.folder, self.plan, self.machine)
         for number, rung in enumerate(self.plan.rungs, start=1):
             tasks = [task for combination in self._entrants(number) for task in self._tasks(combination, rung)]
             name = "trials" if rung is None else f"rung {number}/{len(self.plan.rungs)}"
@@ -422,7 +439,11 @@ class Search:
                 raise UserError(f"{config.data.data} is not the text that {self.folder} began with: {REMEDY}")
 
     def _record(self) -> None:
-        record = {"identity": self.plan.identity, "provenance": [*self.records, provenance()]}
+        record = {
+            "identity": self.plan.identity,
+            "machine": self.machine.to_json(),
+            "provenance": [*self.records, provenance()],
+        }
         with files.writing(self.folder / SWEEP, REMEDY):
             files.write_text(self.folder / SWEEP, json.dumps(record, indent=2) + "\n")
 
@@ -436,7 +457,8 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / SWEEP
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {"identity": dict(record["identity"]), "provenance": list(record["provenance"])}
+        machine = Resolved.from_json(record.get("machine"), str(path))
+        return {"identity": dict(record["identity"]), "machine": machine, "provenance": list(record["provenance"])}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or {REMEDY}") from None
 
@@ -459,10 +481,11 @@ def trial_name(combination: Combination, seed: int) -> str:
     return name if len(name) <= LONGEST_NAME else f"{task_key(combination)}-seed-{seed}"
 
 
-def _measure(folder: Path, plan: Plan, task: Task) -> Measurement:
+def _measure(folder: Path, plan: Plan, shared: Resolved, task: Task) -> Measurement:
     combination, seed = _combination(task), task["seed"]
-    name = trial_name(combination, seed)
-    measured = train_trial(folder / TRIALS / name, plan.config(combination, seed), task["until"])
+    name, config = trial_name(combination, seed), plan.config(combination, seed)
+    machine = trial_machine(config, shared, plan.varied)
+    measured = train_trial(folder / TRIALS / name, config, task["until"], machine)
     return {**measured, "run": f"{TRIALS}/{name}"}
 
 

@@ -170,6 +170,9 @@ class TrainingExperiment(Experiment):
         """The text as token ids, prepared once for all experiments: processes wait for the one that does it."""
         return Causal.prepare(replace(BASE, data=self._data))
 
+    def prepare(self) -> None:
+        _ = self.text
+
     @property
     def _data(self) -> DataConfig:
         return replace(BASE.data, data=self.settings.data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,20 +18,40 @@ from minitransformer.lab.experiment import Measurement
 from minitransformer.lab.instruments import probe_for
 from minitransformer.lab.store import REMEDY
 from minitransformer.lab.verdicts import last_value
-from minitransformer.models.model import Model, count_parameters
+from minitransformer.models.model import Model
 from minitransformer.runs import Run
 from minitransformer.training.checkpoint import check_room, checkpoint_step, choose_checkpoint
 from minitransformer.training.config import RunConfig, TrainingConfig, with_vocabulary
 from minitransformer.training.logging import Log, Logs, RunFiles, TensorBoard, records_until
 from minitransformer.training.loop import NonFiniteTraining, Trainer
-from minitransformer.training.machine import choose_machine
+from minitransformer.training.machine import Machine, Resolved
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
+from minitransformer.training.run_machine import SETTINGS, machine_again, machine_for, run_flops
 from minitransformer.training.signals import StopRequest
 
 METRICS = {"validation_loss": "validation loss", "bits_per_byte": "bits per byte"}
 """what a trial may be judged by, and how it is called"""
 SAMPLE_TOKENS, EXAMPLES = 120, 4
+
+
+def shared_machine(configs: Iterable[RunConfig]) -> Resolved:
+    """What "auto" means in all of `configs`: they are compiled only if that pays for the shortest of them."""
+    known = [replace(config, model=with_vocabulary(config.model, prepared_for(config))) for config in configs]
+    return machine_for(min(known, key=run_flops)).resolved
+
+
+def trial_machine(config: RunConfig, shared: Resolved, swept: Collection[str]) -> Machine:
+    """The machine of one trial: the `shared` one but for the settings that are `swept`.
+
+    Raises `UserError` where it is not to be had here, as trials on different ones do not compare.
+    """
+    config = replace(config, model=with_vocabulary(config.model, prepared_for(config)))
+    anew = [name for name in SETTINGS if name in swept]
+    machine, changes = machine_again(shared, config, anew)
+    if missing := [change for change in changes if change.split()[0] not in anew]:
+        raise UserError(f"the trials that are done were trained otherwise, {', '.join(missing)}: {REMEDY}")
+    return machine
 
 
 @cache
@@ -43,28 +64,29 @@ def prepared_for(config: RunConfig) -> Prepared:
     return _prepared(replace(config, training=TrainingConfig(objective=config.training.objective)))
 
 
-def train_trial(path: Path, config: RunConfig, until: int) -> Measurement:
+def train_trial(path: Path, config: RunConfig, until: int, machine: Machine | None = None) -> Measurement:
     """Train the run at `path` from where it stands until step `until`, and return what came of it so far.
 
-    A folder that cannot be continued, as after a kill before its first checkpoint, is made anew: the state after a
-    step does not depend on how often a run was interrupted.
+    It trains on `machine`, by default on what is chosen for it alone. A folder that cannot be continued, as after a
+    kill before its first checkpoint, is made anew: the state after a step does not depend on how often a run was
+    interrupted.
     """
     prepared = prepared_for(config)
     config = replace(config, model=with_vocabulary(config.model, prepared))
     with files.writing(path, REMEDY):
-        finite = _advance(path, config, prepared, until)
+        finite = _advance(path, config, prepared, until, machine or machine_for(config))
     return {**_outcome(path, until, finite), "text": prepared.folder.name}
 
 
-def _advance(path: Path, config: RunConfig, prepared: Prepared, until: int) -> bool:
+def _advance(path: Path, config: RunConfig, prepared: Prepared, until: int, machine: Machine) -> bool:
     """Train the run at `path` until step `until`; False if that ended because nothing was finite any more."""
-    found = _found(path, config)
-    run, checkpoint = (_begun(path, config, prepared), None) if found is None else found
+    found = _found(path, config, machine.resolved)
+    run, checkpoint = (_begun(path, config, prepared, machine.resolved), None) if found is None else found
     done = 0 if checkpoint is None else checkpoint_step(checkpoint)
     if done >= until:
         return True
     log = _log(run, done)
-    trainer = _trainer(run, prepared, log)
+    trainer = Trainer(run, prepared, machine, log, StopRequest(), partial(_sample, run), probe_for(config.training))
     if checkpoint is not None:
         trainer.restore(checkpoint)
     try:
@@ -77,36 +99,29 @@ def _advance(path: Path, config: RunConfig, prepared: Prepared, until: int) -> b
     return True
 
 
-def _found(path: Path, config: RunConfig) -> tuple[Run, Path] | None:
-    """The run at `path` and its latest checkpoint, if there is a whole one of this configuration."""
+def _found(path: Path, config: RunConfig, machine: Resolved) -> tuple[Run, Path] | None:
+    """The run at `path` and its latest checkpoint, if there is a whole one of this configuration and machine."""
     try:
         run = Run.open(path)
-        return (run, choose_checkpoint(run.checkpoints)) if run.config == config else None
+        if run.config != config or run.machine not in (None, machine):
+            return None
+        checkpoint = choose_checkpoint(run.checkpoints)
     except UserError:
         return None
+    return (run if run.machine else run.reconfigured(config, machine)), checkpoint  # older versions kept no machine
 
 
-def _begun(path: Path, config: RunConfig, prepared: Prepared) -> Run:
+def _begun(path: Path, config: RunConfig, prepared: Prepared, machine: Resolved) -> Run:
     if path.exists():
         shutil.rmtree(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     check_room(path, config)
-    return Run.create(path, config, prepared.tokenizer, prepared.target_tokenizer, prepared.folder.name)
+    return Run.create(path, config, prepared.tokenizer, prepared.target_tokenizer, prepared.folder.name, machine)
 
 
 def _log(run: Run, done: int) -> Log:
     log = RunFiles(run.path, resume_at=done)
     return Logs(log, TensorBoard(run.path)) if run.config.training.tensorboard else log
-
-
-def _trainer(run: Run, prepared: Prepared, log: Log) -> Trainer:
-    config = run.config.training
-    objective = Objective.named(config.objective)
-    flops = 6 * count_parameters(run.config.model) * config.steps * objective.tokens_per_step(run.config)
-    machine = choose_machine(
-        config.device, config.precision, config.compile, run_flops=flops, fixed_shapes=objective.fixed_shapes
-    )
-    return Trainer(run, prepared, machine, log, StopRequest(), partial(_sample, run), probe_for(config))
 
 
 def _sample(run: Run, model: Model, objective: Objective) -> str:

@@ -111,3 +111,9 @@ def count_parameters(config: ModelConfig) -> int:
     """The number of weights of the model that `config` describes, without making them."""
     with _Unmade():
         return build_model(config).num_parameters()
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the weights of the model that `config` describes, without making them."""
+    with _Unmade():
+        return {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}

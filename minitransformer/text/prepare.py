@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minitransformer.amounts import size
 from minitransformer.errors import UserError
 from minitransformer.files import locked, sweep, whole_file, writing
 from minitransformer.text.corpora import Corpus, Piece, Signature
@@ -66,11 +67,11 @@ class PreparedText:
     def summary(self) -> str:
         """Three lines to print, of less than 80 columns."""
         how = {"documents": "split by document", "contiguous": "split in one place"}[self.split]
-        train, validation = self.train_bytes / 1e6, self.validation_bytes / 1e6
+        train, validation = size(self.train_bytes), size(self.validation_bytes)
         return (
             f"tokens     {self.tokenizer.name} tokenizer, {self.tokenizer.vocab_size:,} tokens, {how}\n"
-            f"train      {len(self.train):,} tokens from {train:.1f} MB, documents: {self.train_documents:,}\n"
-            f"validation {len(self.validation):,} tokens from {validation:.1f} MB, "
+            f"train      {len(self.train):,} tokens from {train}, documents: {self.train_documents:,}\n"
+            f"validation {len(self.validation):,} tokens from {validation}, "
             f"documents: {self.validation_documents:,}"
         )
 
@@ -98,6 +99,14 @@ class Part(NamedTuple):
     text: str
     opens: bool
     validation: bool
+
+
+class TooShort(UserError):
+    """Text without one window in each of its parts; the longest that would fit has `longest` tokens."""
+
+    def __init__(self, message: str, longest: int) -> None:
+        super().__init__(message)
+        self.longest = longest
 
 
 class Encoded(NamedTuple):
@@ -156,9 +165,10 @@ def prepare(
             prepared = made(cache / key, build, opened)
             if min(len(prepared.train), len(prepared.validation)) > context_length:
                 return prepared
-    raise UserError(
+    raise TooShort(
         f"{corpus.name} is too short: train has {len(prepared.train)} tokens and validation {len(prepared.validation)}"
-        f", but one window needs {context_length + 1} in each: choose a smaller --context-length, or give more text"
+        f", but one window needs {context_length + 1} in each: choose a smaller --context-length, or give more text",
+        longest=min(len(prepared.train), len(prepared.validation)) - 1,
     )
 
 

@@ -88,6 +88,8 @@ class Tokenizer(Registered, kind="tokenizer"):
 
     fit_limit: ClassVar[int | None] = None
     """How many bytes of text `fit` wants at most; None for all there is."""
+    usual_vocab_size: ClassVar[int] = 4096
+    """How many tokens `fit` finds, or about how many, before there is a text: the size of a model is said by it."""
     mask_pattern: re.Pattern[str] = re.compile("|".join(map(re.escape, MASKS)))
     """How a mask is written in a text, with the spaces that it stands for too."""
     framing = Framing()
@@ -268,6 +270,8 @@ def _not_text(error: UnicodeEncodeError) -> UserError:
 class Bytes(Tokenizer, name="bytes"):
     """The 256 values of a UTF-8 byte. Xue et al. 2022, ByT5 (arXiv 2105.13626)."""
 
+    usual_vocab_size = 257
+
     def __init__(self, special_tokens: dict[str, int] | None = None) -> None:
         super().__init__([bytes([value]) for value in range(256)], special_tokens)
 
@@ -291,6 +295,8 @@ class Bytes(Tokenizer, name="bytes"):
 
 class Characters(Tokenizer, name="chars"):
     """One id for each character of the training text, in code point order."""
+
+    usual_vocab_size = 66  # Tiny Shakespeare's
 
     def __init__(self, characters: str, special_tokens: dict[str, int] | None = None) -> None:
         if sorted(set(characters)) != list(characters):
@@ -467,18 +473,21 @@ class Published(BPE):
 class GPT2(Published, name="gpt2"):
     """GPT-2's 50,257 tokens; r50k_base is the same."""
 
+    usual_vocab_size = 50_257
     files = ("gpt-2/encodings/main/vocab.bpe", "gpt-2/encodings/main/encoder.json")
 
 
 class CL100K(Published, name="cl100k_base"):
     """GPT-4's 100,277 ids."""
 
+    usual_vocab_size = 100_277
     files = ("encodings/cl100k_base.tiktoken",)
 
 
 class O200K(Published, name="o200k_base"):
     """GPT-4o's 200,019 ids."""
 
+    usual_vocab_size = 200_019
     files = ("encodings/o200k_base.tiktoken",)
 
 

@@ -75,6 +75,8 @@ class TrainingConfig:
     """pairs: tokens in a micro-batch, padding included, on the side that has more"""
     grad_accumulation: int = 1
     """micro-batches in a step"""
+    sequence_length: int | None = None
+    """tokens of a training sequence, at most context_length; None is context_length, or the length of the pairs"""
     optimizer: Annotated[str, choice("optimizer", OPTIMIZERS)] = "adamw"
     lr: float = 1e-3
     """highest learning rate"""
@@ -149,6 +151,8 @@ class TrainingConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if self.patience is not None and self.patience < 1:
             raise UserError(f"patience is {self.patience}: it must be at least 1")
+        if self.sequence_length is not None and self.sequence_length < 1:
+            raise UserError(f"sequence_length is {self.sequence_length}: it must be at least 1")
         for name in ("lr", "embedding_lr", "head_lr", "eps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -204,6 +208,19 @@ class RunConfig:
             possible = [name for name, other in Objective.registry.items() if topology in other.topologies]
             remedy = f"choose --objective {' or '.join(possible)}" if possible else "train another topology"
             raise UserError(f"objective {objective.name!r} cannot train topology {topology!r}: {remedy}")
+        if (length := self.training.sequence_length) is None:
+            return
+        if not objective.cuts_text:
+            raise UserError(f"sequence_length is {length}, and pairs are as long as they are: leave it out")
+        if length > self.model.context_length:
+            raise UserError(
+                f"sequence_length {length} is more than context_length {self.model.context_length}: lower it"
+            )
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a training sequence, at most."""
+        return self.training.sequence_length or self.model.context_length
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -235,6 +252,13 @@ def _today(model: dict[str, Any]) -> dict[str, Any]:
     # Until values had a choice of their own, HybridNorm without qk_norm normalised all features together.
     older = "value_norm" not in model and model.get("residual") in ("hybrid", "hybrid-star")
     return model | {"qk_norm": "full"} if older and model.get("qk_norm", "none") == "none" else model
+
+
+def with_usual_vocabulary(config: RunConfig) -> ModelConfig:
+    """The model of `config` before its data is known: about as many tokens as its tokenizer usually finds."""
+    own = Objective.named(config.training.objective).special_tokens
+    usual = Tokenizer.named(config.data.tokenizer).usual_vocab_size + len(own)
+    return replace(config.model, vocab_size=config.model.vocab_size or usual)
 
 
 def with_vocabulary(model: ModelConfig, prepared: Prepared) -> ModelConfig:

@@ -6,14 +6,14 @@ import json
 import os
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from minitransformer import files
-from minitransformer.errors import UserError
+from minitransformer.amounts import duration
+from minitransformer.toolchain import check_importable
 
 
 class Log:
@@ -108,7 +108,7 @@ class Terminal(Log):
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss}, {speed}", refresh=False)
             return
-        left = f"{numbers['seconds_left'] / 60:.1f} min left"
+        left = f"{duration(numbers['seconds_left'])} left"
         print(f"step {numbers['step']} loss {loss} lr {numbers['lr']:.2e}, {speed}, {left}", flush=True)
 
     def line(self, text: str) -> None:
@@ -137,8 +137,9 @@ class TensorBoard(Log):
     @staticmethod
     def check() -> None:
         """Raise a `UserError` if TensorBoard is not installed."""
-        if find_spec("tensorboard") is None:
-            raise UserError('tensorboard is not installed: pip install -e ".[tensorboard]", or leave --tensorboard out')
+        check_importable(
+            "--tensorboard needs", "tensorboard", "torch.utils.tensorboard", remedy=", or give --no-tensorboard"
+        )
 
     def record(self, numbers: dict[str, Any]) -> None:
         for name, value in numbers.items():

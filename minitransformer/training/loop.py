@@ -94,7 +94,7 @@ class Trainer:
         self._saved: Progress | None = None
         self._steps_without_update = 0
         self._peak_flops = peak_flops(machine.device, self.precision.dtype)
-        self._flops_per_token = self.model.flops_per_token(run.config.model.context_length)
+        self._flops_per_token = self.model.flops_per_token(run.config.sequence_length)
 
     def _pass_a_batch(self) -> None:
         self.objective.loss_sum(self.model, self.objective.training_batches(0)[0].to(self.machine.device))

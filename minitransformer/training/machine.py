@@ -6,25 +6,48 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 
 from minitransformer.errors import UserError
 from minitransformer.toolchain import cache_folder, find_compiler
+from minitransformer.training.capabilities import fastest_precision, why_not_fast
 from minitransformer.training.precision import Precision
 
 # Compiling costs about half a minute on a CPU, so a run must be this many times longer before it pays.
 COMPILE_PAYS_AFTER_FLOPS = {"cpu": 6e13, "cuda": 1e16}
-# Matrix products are most of a step, and not all of it. Processors are far from this on either side: those with matrix
-# units for bf16 double the rate, others fall to a hundredth, so that noise never makes a resumed run choose otherwise.
-BF16_PAYS_FROM = 1.3
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What every "auto" came to. A run writes it into its `config.json` and keeps it when it is resumed."""
+
+    device: str
+    """its type, such as cuda"""
+    precision: str
+    compile: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Any, origin: str) -> Resolved | None:
+        """What the file `origin` holds in `record`: None in one of an older version. Raises `UserError` for others."""
+        if record is None:
+            return None
+        kinds = {"device": str, "precision": str, "compile": bool}
+        if not isinstance(record, dict) or {name: type(value) for name, value in record.items()} != kinds:
+            raise UserError(f"{origin} has a damaged record of its machine ({record}): restore the file")
+        Precision.named(record["precision"])
+        return cls(**record)
 
 
 @dataclass(frozen=True)
@@ -36,22 +59,78 @@ class Machine:
     compile: bool
     description: str
 
+    @property
+    def resolved(self) -> Resolved:
+        return Resolved(self.device.type, self.precision, self.compile)
+
 
 def choose_machine(
     device: str, precision: str, compile: str, *, run_flops: float, fixed_shapes: bool = True
 ) -> Machine:
-    """Resolve every "auto" for this machine and a run of `run_flops` floating-point operations.
+    """Resolve every "auto" by what this machine has, for a run of `run_flops` floating-point operations.
 
     Where batches have many shapes, compiling takes longer and gains less: then it is left to who asks for it.
     """
     chosen = choose_device(device)
-    name, why = _choose_precision(chosen, precision)
-    compiled, why_compiled = _choose_compile(chosen, name, compile, run_flops)
-    if compile == "auto" and compiled and not fixed_shapes:
-        compiled, why_compiled = False, "batches have many shapes"
-    threads = f", {torch.get_num_threads()} threads" if chosen.type == "cpu" else ""
-    description = f"{chosen}{threads}, {name} ({why}), compile {'on' if compiled else 'off'} ({why_compiled})"
-    return Machine(chosen, name, compiled, description)
+    name, why = choose_precision(chosen, precision)
+    return _described(chosen, (name, why), _choose_compile(chosen, name, compile, run_flops, fixed_shapes))
+
+
+def keep_machine(
+    kept: Resolved,
+    device: str,
+    precision: str,
+    compile: str,
+    *,
+    run_flops: float,
+    fixed_shapes: bool = True,
+    anew: Collection[str] = (),
+) -> tuple[Machine, list[str]]:
+    """The machine of a run that goes on as it was `kept`, and in words what differs from that here.
+
+    `device`, `precision` and `compile` are what the run asks for, and `anew` names those that were changed since.
+    Raises `UserError` for what is asked for and impossible.
+    """
+    chosen = _kept_device(kept, device, anew)
+    name, why = choose_precision(chosen, precision)
+    if "precision" not in anew and precision == "auto":
+        lost = why_not_fast(chosen, kept.precision)
+        name, why = (name, lost) if lost else (kept.precision, "as before")
+    wanted = compile if "compile" in anew else "on" if kept.compile else "off"
+    compiled, why_compiled = _choose_compile(chosen, name, wanted, run_flops, fixed_shapes)
+    if "compile" not in anew and compiled == kept.compile:
+        why_compiled = "as before"
+    machine = _described(chosen, (name, why), (compiled, why_compiled))
+    return machine, _changes(kept, machine, device, why, why_compiled)
+
+
+def _kept_device(kept: Resolved, device: str, anew: Collection[str]) -> torch.device:
+    if "device" in anew or device != "auto":
+        return choose_device(device)
+    try:
+        return choose_device(kept.device)
+    except UserError:
+        return choose_device("auto")
+
+
+def _changes(kept: Resolved, machine: Machine, device: str, why: str, why_compiled: str) -> list[str]:
+    why_device = f"there is no {kept.device} here" if device == "auto" else "as asked"
+    reasons = {"device": why_device, "precision": why, "compile": why_compiled}
+    before, after = kept.to_json(), machine.resolved.to_json()
+    words = {True: "on", False: "off"}
+    return [
+        f"{name} {words.get(before[name], before[name])} -> {words.get(after[name], after[name])} ({reason})"
+        for name, reason in reasons.items()
+        if before[name] != after[name]
+    ]
+
+
+def _described(device: torch.device, precision: tuple[str, str], compiled: tuple[bool, str]) -> Machine:
+    (name, why), (is_compiled, why_compiled) = precision, compiled
+    threads = torch.get_num_threads()
+    count = f", {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else ""
+    description = f"{device}{count}, {name} ({why}), compile {'on' if is_compiled else 'off'} ({why_compiled})"
+    return Machine(device, name, is_compiled, description)
 
 
 def choose_device(name: str) -> torch.device:
@@ -68,22 +147,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _choose_precision(device: torch.device, name: str) -> tuple[str, str]:
-    if name != "auto":
-        if why_not := Precision.named(name).why_not(device):
-            raise UserError(f"precision {name!r} is impossible on {device} ({why_not}): choose bf16, or leave it out")
-        return name, "as asked"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16", "this GPU multiplies it fastest"
-        return "fp16", "this GPU has no bf16"
-    if device.type == "cpu":
-        gain = peak_flops(device, torch.bfloat16) / peak_flops(device, torch.float32)
-        return ("bf16", f"{gain:.1f}x fp32 here") if gain > BF16_PAYS_FROM else ("fp32", f"bf16 is {gain:.2g}x here")
-    return "fp32", "bf16 gains nothing here"
+def choose_precision(device: torch.device, name: str) -> tuple[str, str]:
+    """The precision called `name`, or for "auto" the one that `device` has units for; and why, in words.
+
+    Raises `UserError` for one that is impossible on `device`.
+    """
+    if name == "auto":
+        return fastest_precision(device)
+    if why_not := Precision.named(name).why_not(device):
+        raise UserError(f"precision {name!r} is impossible on {device} ({why_not}): choose bf16, or leave it out")
+    return name, "as asked"
 
 
-def _choose_compile(device: torch.device, precision: str, choice: str, run_flops: float) -> tuple[bool, str]:
+def _choose_compile(
+    device: torch.device, precision: str, choice: str, run_flops: float, fixed_shapes: bool
+) -> tuple[bool, str]:
     if choice == "off":
         return False, "as asked"
     if device.type == "cpu" and find_compiler() is None:
@@ -95,21 +173,28 @@ def _choose_compile(device: torch.device, precision: str, choice: str, run_flops
     if device.type == "cpu" and precision == "fp32":
         return False, "on a CPU it gains little in fp32"  # measured: 1.0 to 1.17 times as fast, after a minute
     pays = run_flops > COMPILE_PAYS_AFTER_FLOPS[device.type]
+    if pays and not fixed_shapes:
+        return False, "batches have many shapes"
     return pays, "the run is long" if pays else "the run is short"
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second that `device` reaches in a matrix product which takes it some milliseconds."""
+    """Floating-point operations a second that `device` reaches in a matrix product which takes it some milliseconds.
+
+    It steers nothing: a run only says which share of it it reaches.
+    """
+    # How often numbers are drawn depends on the time that passes: none of them come from the generator of a run.
+    generator = torch.Generator(device).manual_seed(0)
     size, best = 128, 0.0
     while best < 0.005 and size < 8192:
         size *= 2
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
         best = min(_seconds(lambda: (a @ b)[0, 0].item()) for _ in range(4))  # noqa: B023
     return 2 * size**3 / best
 
 
 peak_flops = cache(measured_flops)
-"""the same, measured once: what is chosen by it, and compared with it, is one number"""
+"""the same, measured once in a process"""
 
 
 def compiled(model: nn.Module) -> nn.Module:

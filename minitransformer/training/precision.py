@@ -112,4 +112,5 @@ class FP16(Precision, name="fp16"):
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scaler.load_state_dict(state)
+        if state:  # a run that has computed in another precision until now has no scale
+            self.scaler.load_state_dict(state)

@@ -73,6 +73,8 @@ class Objective(Registered, kind="objective"):
     """tokens that the vocabulary has beside those of the text"""
     fixed_shapes: ClassVar[bool] = True
     """whether all training batches have the same shapes"""
+    cuts_text: ClassVar[bool] = True
+    """whether it learns from sequences of any length that text is cut into"""
 
     def __init__(self, prepared: Any, config: RunConfig) -> None:
         self.prepared, self.config = prepared, config
@@ -89,7 +91,7 @@ class Objective(Registered, kind="objective"):
     def tokens_per_step(cls, config: RunConfig) -> int:
         """How many tokens a step reads, about."""
         training = config.training
-        return training.batch_size * training.grad_accumulation * config.model.context_length
+        return training.batch_size * training.grad_accumulation * config.sequence_length
 
     def training_batches(self, step: int) -> Sequence[TrainingBatch]:
         """The micro-batches of a step: the same ones whenever they are asked for."""

@@ -29,7 +29,7 @@ def prepare_text(
         tokenizers[0] if tokenizers else config.data.tokenizer,
         vocab_size=config.model.vocab_size,
         validation_fraction=config.data.validation_fraction,
-        context_length=config.model.context_length,
+        context_length=config.sequence_length,
         special_tokens=special_tokens,
     )
 
@@ -47,13 +47,11 @@ class Causal(Objective, name="causal"):
     def training_batches(self, step: int) -> list[Batch]:
         training = self.config.training
         rows = training.batch_size * training.grad_accumulation
-        windows = ShuffledWindows(self.prepared.train, self.config.model.context_length, rows, training.seed)
+        windows = ShuffledWindows(self.prepared.train, self.config.sequence_length, rows, training.seed)
         return windows.batch(step).split(training.batch_size)
 
     def validation_batches(self) -> Iterable[Batch]:
-        return SequentialWindows(
-            self.prepared.validation, self.config.model.context_length, self.config.training.batch_size
-        )
+        return SequentialWindows(self.prepared.validation, self.config.sequence_length, self.config.training.batch_size)
 
     @property
     def validation_bytes(self) -> int:

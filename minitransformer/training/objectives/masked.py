@@ -104,7 +104,7 @@ class Masked(Objective, name="masked"):
     def __init__(self, prepared: PreparedText, config: RunConfig) -> None:
         super().__init__(prepared, config)
         self.mask, self.framing = prepared.tokenizer.mask, prepared.tokenizer.masked_framing
-        self.length = config.model.context_length - self.framing.length
+        self.length = config.sequence_length - self.framing.length
 
     @classmethod
     def prepare(cls, config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> PreparedText:

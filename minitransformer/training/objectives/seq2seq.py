@@ -31,6 +31,7 @@ class Seq2Seq(Objective, name="seq2seq"):
 
     topologies = frozenset({"encoder-decoder", "rnn"})
     fixed_shapes = False
+    cuts_text = False
 
     @classmethod
     def prepare(cls, config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepared:

@@ -59,11 +59,12 @@ class SpanCorruption(Objective, name="span-corruption"):
         super().__init__(prepared, config)
         self.framing, self.start = prepared.tokenizer.pair_framing, prepared.tokenizer.target_start
         # What is left is shorter than the window; what stands around it takes its places too.
-        self.length = config.model.context_length - self.framing.length
+        self.length = config.sequence_length - self.framing.length
         spans = self.length * config.training.span_density / config.training.mean_span
         if spans > len(SENTINELS):
+            name = "context_length" if config.training.sequence_length is None else "sequence_length"
             raise UserError(
-                f"context_length {config.model.context_length} has {spans:.0f} spans to cut out, and there are "
+                f"{name} {config.sequence_length} has {spans:.0f} spans to cut out, and there are "
                 f"{len(SENTINELS)} sentinels: lower it, or raise mean_span"
             )
         self.sentinels = np.array([prepared.tokenizer.special_tokens[name] for name in SENTINELS])

@@ -1,0 +1,85 @@
+"""Fine-tuning: a run that begins with the weights of another one, its parent."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from minitransformer.errors import UserError
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import weight_shapes
+from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.objectives import Objective
+
+# What suits weights that have learned already: a tenth of the rates they were learned at, from scratch, keeps most of
+# it. 3e-4 becomes nanoGPT's 3e-5, and rates of Muon stay rates of Muon (Liu et al. 2025, arXiv 2502.16982, section
+# 3.5: what Muon has trained, Muon fine-tunes best).
+SHARE_OF_RATES = 0.1
+MOST_WARMUP_STEPS, MOST_STEPS, MOST_TOKENS = 20, 1000, 1024
+LEAST_TOKENS = 8
+"""of a sequence: shorter texts are refused"""
+WEIGHTLESS = {"dropout", "attention_kernel", "init"}
+"""settings of a model that may be others in a fine-tune, as they change no answer of the weights"""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """Whose weights a run began with."""
+
+    path: str
+    checkpoint: str
+    sha256: str
+    """of the file of the weights"""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Any, origin: str) -> Parent | None:
+        """What the file `origin` holds in `record`: None for a run from scratch. Raises `UserError` for others."""
+        if record is None:
+            return None
+        names = {field.name for field in fields(cls)}
+        if not isinstance(record, dict) or record.keys() != names or not all(type(v) is str for v in record.values()):
+            raise UserError(f"{origin} has a damaged record of its parent ({record}): restore the file")
+        return cls(**record)
+
+
+def fine_tuning(parent: RunConfig, *, from_scratch: bool, new_data: bool) -> RunConfig:
+    """The defaults of a run that begins with the weights of `parent`.
+
+    Rates that are of a fine-tune already, where the parent was not trained `from_scratch`, stay as they are. With
+    `new_data`, what says how the parent's was to be read falls away, but for what its tokenizer depends on.
+    """
+    training = _gentle(parent.training) if from_scratch else parent.training
+    cuts_text = Objective.named(training.objective).cuts_text
+    length = min(parent.sequence_length, MOST_TOKENS) if cuts_text else parent.model.context_length
+    training = replace(training, sequence_length=None if length == parent.model.context_length else length)
+    if not new_data:
+        return replace(parent, training=training)
+    old = parent.data
+    kept = {name: getattr(old, name) for name in ("tokenizer", "lowercase", "separate_vocabularies", "too_long")}
+    return replace(parent, data=DataConfig(**kept), training=training)
+
+
+def _gentle(training: TrainingConfig) -> TrainingConfig:
+    rates = {name: getattr(training, name) for name in ("lr", "embedding_lr", "head_lr", "min_lr")}
+    gentle: dict[str, Any] = {name: rate and float(f"{SHARE_OF_RATES * rate:.6g}") for name, rate in rates.items()}
+    return replace(
+        training,
+        **gentle,
+        warmup_steps=min(training.warmup_steps, MOST_WARMUP_STEPS),
+        steps=min(training.steps, MOST_STEPS),
+    )
+
+
+def check_fits(parent: ModelConfig, model: ModelConfig) -> None:
+    """Raises `UserError` unless a `model` can begin with the weights of a `parent`, and says the same with them."""
+    for field in fields(ModelConfig):
+        old, new = getattr(parent, field.name), getattr(model, field.name)
+        if old == new or field.name in WEIGHTLESS:
+            continue
+        if field.name == "context_length" and weight_shapes(parent) == weight_shapes(model):
+            continue
+        remedy = "give --sequence-length" if field.name == "context_length" and new < old else "leave it out"
+        raise UserError(f"the run of --init-from has {field.name} {old}, not {new}: {remedy}, or train from scratch")
