@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from typing_extensions import Doc
 
 from minitransformer.errors import UserError
-from minitransformer.models.config import ModelConfig, choice
+from minitransformer.models.config import SMALLEST, ModelConfig, check_numbers, choice
 from minitransformer.registry import lookup
 from minitransformer.text.recipes import known
 from minitransformer.text.tokenizers import Tokenizer
@@ -53,6 +53,7 @@ class DataConfig:
     """share of the text that is kept for validation"""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         Tokenizer.named(self.tokenizer)
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction is {self.validation_fraction}: it must be between 0 and 1")
@@ -139,6 +140,7 @@ class TrainingConfig:
     """of the weights, the batches and dropout"""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         minimum = {
             **dict.fromkeys(("steps", "batch_size", "batch_tokens", "grad_accumulation", "keep_last", "mean_span"), 1),
             **dict.fromkeys(("eval_every", "save_every", "log_every", "probe_every", "newton_schulz_steps"), 1),
@@ -153,6 +155,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name} is {value}: it must be above 0")
+        if self.eps < SMALLEST:
+            raise UserError(f"eps is {self.eps}, which is 0 in float32: it must be at least {SMALLEST:.1e}")
         if self.min_lr > self.lr:
             raise UserError(f"min_lr {self.min_lr} is above lr {self.lr}: lower it")
         for name in ("mask_probability", "span_density"):
