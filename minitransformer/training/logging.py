@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -67,7 +68,9 @@ class RunFiles(Log):
         self.words = (folder / "train.log").open("a", encoding="utf-8")
 
     def record(self, numbers: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps(numbers) + "\n")
+        # JSON has no infinity and no NaN.
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+        self.metrics.write(json.dumps(known, allow_nan=False) + "\n")
         self.metrics.flush()
 
     def line(self, text: str) -> None:

@@ -19,8 +19,10 @@ from minitransformer.training.checkpoint import (
     load_model_weights,
     load_trainer_state,
     remove_old_checkpoints,
+    unique_tensors,
     write_checkpoint,
 )
+from minitransformer.training.divergence import NonFiniteTraining, are_finite, remedy, sound_checkpoint
 from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.logging import Log
 from minitransformer.training.machine import Machine, compiled, keep_freed_memory, peak_flops
@@ -37,10 +39,6 @@ from minitransformer.training.step import StepResult, Validation, training_step,
 MOST_STEPS_WITHOUT_UPDATE = 20
 
 
-class NonFiniteTraining(Exception):
-    """The loss or its gradient was infinite or NaN for many steps in a row; none of them changed the weights."""
-
-
 @dataclass
 class Progress:
     """How far a run has come: part of every checkpoint."""
@@ -52,6 +50,9 @@ class Progress:
     best_step: int = 0
     validated_step: int = 0
     validations_since_best: int = 0
+    first_loss: float = math.inf
+    skipped_step: int = 0
+    """the first step whose loss or gradient was not finite, since validation was last better than ever; 0 for none"""
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -116,6 +117,7 @@ class Trainer:
         """Step until the last one, an early stop, or a request to stop; the state at the end is always saved.
 
         With `until`, the pause after that step is such a stop, planned: the schedule is that of all steps.
+        Raises `NonFiniteTraining` where training diverges; nothing that is not finite is saved.
         """
         last = self.config.steps if until is None else min(until, self.config.steps)
         self.model.train()
@@ -126,24 +128,18 @@ class Trainer:
             start = time.perf_counter()
             interval.add(self._step())
             if self._reading_due():
-                for finite in interval.read():
-                    self._steps_without_update = 0 if finite else self._steps_without_update + 1
+                self._read(interval)
             self.progress.seconds += time.perf_counter() - start
             self.log.advance(self.progress.step)
             if self._due(self.config.log_every):
                 self._log(interval)
                 interval = _Interval(self.progress)
+            self._end_if_diverged()
             if self._validation_due():
                 self._validate()
             if self._due(self.config.save_every) or self.progress.best_step == self.progress.step:
                 self._save()
-            if self._steps_without_update >= MOST_STEPS_WITHOUT_UPDATE:
-                self._save()
-                raise NonFiniteTraining(
-                    f"{self._steps_without_update} steps in a row had an infinite or NaN loss or gradient, the last "
-                    f"one step {self.progress.step}; none changed the weights, which are saved: try a lower --lr, or "
-                    "--precision fp32"
-                )
+        self._read(interval)
         self._save()
 
     @property
@@ -161,6 +157,41 @@ class Trainer:
         """Whether to wait for the device, which may be some steps behind."""
         config = self.config
         return any(map(self._due, (config.log_every, config.eval_every, config.save_every, MOST_STEPS_WITHOUT_UPDATE)))
+
+    def _read(self, interval: _Interval) -> None:
+        """Wait for the device, and note which steps were skipped."""
+        losses = interval.read()
+        for step, loss in enumerate(losses, start=self.progress.step - len(losses) + 1):
+            if loss is None:
+                self._steps_without_update += 1
+                self.progress.skipped_step = self.progress.skipped_step or step
+            else:
+                self._steps_without_update = 0
+                self.progress.first_loss = loss if self.progress.first_loss == math.inf else self.progress.first_loss
+
+    def _end_if_diverged(self) -> None:
+        if self._steps_without_update:
+            self._check_weights()
+        if self._steps_without_update >= MOST_STEPS_WITHOUT_UPDATE:
+            raise self._diverged(
+                f"{self._steps_without_update} steps in a row had an infinite or NaN loss or gradient, the last one "
+                f"step {self.progress.step}; none changed the weights"
+            )
+
+    def _check_weights(self) -> None:
+        """Raises `NonFiniteTraining` if a weight is not finite, or a tensor that the optimizers keep of one."""
+        kept = list(unique_tensors(self.model).values())
+        for optimizer in self.optimizers:
+            kept += [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
+        if not are_finite([tensor for tensor in kept if tensor.is_floating_point()]):
+            raise self._diverged(
+                f"after step {self.progress.step} there are infinite or NaN numbers in the weights, or in what the "
+                "optimizer keeps of them; these are not saved"
+            )
+
+    def _diverged(self, what: str) -> NonFiniteTraining:
+        sound = sound_checkpoint(self.run, self.objective, self.precision, self.progress.first_loss)
+        return NonFiniteTraining(f"{what}; {remedy(self.run, sound, self.machine.precision)}")
 
     def _step(self) -> StepResult:
         step = self.progress.step
@@ -216,6 +247,8 @@ class Trainer:
         better = validation.loss < self.progress.best_loss
         if better:
             self.progress.best_loss, self.progress.best_step = validation.loss, self.progress.step
+            if validation.loss < self.progress.first_loss:
+                self.progress.skipped_step = 0
         self.progress.validations_since_best = 0 if better else self.progress.validations_since_best + 1
         self.log.record(
             {
@@ -242,6 +275,7 @@ class Trainer:
     def _save(self) -> None:
         if self._saved == self.progress:
             return
+        self._check_weights()
         state = {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "precision": self.precision.state_dict(),
@@ -251,7 +285,8 @@ class Trainer:
         path = write_checkpoint(folder, self.progress.step, self.model, state)
         if self.progress.best_step == self.progress.step:
             files.point_to(folder / "best", path.name)
-        remove_old_checkpoints(folder, self.config.keep_last)
+        # The weights of a checkpoint made the loss of the step after it.
+        remove_old_checkpoints(folder, self.config.keep_last, also_before=self.progress.skipped_step - 1)
         self._saved = replace(self.progress)
 
 
@@ -267,13 +302,13 @@ class _Interval:
     def add(self, result: StepResult) -> None:
         self._unread.append(torch.stack([result.loss, result.grad_norm, result.finite.to(result.loss.dtype)]))
 
-    def read(self) -> list[bool]:
-        """Wait for the device; whether each step since the last reading was finite."""
+    def read(self) -> list[float | None]:
+        """Wait for the device; the loss of each step since the last reading, None if that was skipped."""
         figures = torch.stack(self._unread).tolist() if self._unread else []
         self._unread = []
         self.losses += [loss for loss, _, finite in figures if finite]
         self.grad_norms += [norm for _, norm, finite in figures if finite]
-        return [bool(finite) for _, _, finite in figures]
+        return [loss if finite else None for loss, _, finite in figures]
 
     @staticmethod
     def mean(values: list[float]) -> float | None:
