@@ -381,7 +381,7 @@ def test_training_that_stays_non_finite_ends_with_the_weights_it_had(text, tmp_p
     trainer = trainer_for(tmp_path / "run", text, configured(steps=100, eval_every=1000, save_every=1000))
     before = weights_after(trainer)
     trainer.objective.loss_sum = lambda model, batch: model(batch.inputs).sum() * math.nan
-    with pytest.raises(NonFiniteTraining, match="begin anew with lower rates, such as --lr 0.001$"):
+    with pytest.raises(NonFiniteTraining, match=r"begin anew with lower rates, such as --lr 0\.001$"):
         trainer.train()
     assert_same(before, weights_after(trainer))
     assert trainer.progress.step == MOST_STEPS_WITHOUT_UPDATE
@@ -433,7 +433,7 @@ def test_no_checkpoint_is_offered_whose_weights_are_lost(text, tmp_path):
         return result
 
     trainer._step = lambda: lost(trainer)
-    with pytest.raises(NonFiniteTraining, match="--checkpoint step-000006 --lr 0.001$"):
+    with pytest.raises(NonFiniteTraining, match=r"--checkpoint step-000006 --lr 0\.001$"):
         trainer.train()
     assert checkpoint_steps(tmp_path / "run") == [6, 24, 27]
 
@@ -452,7 +452,7 @@ def test_weights_that_an_update_made_infinite_are_not_saved(text, tmp_path, opti
         return result
 
     trainer._step = lambda: unseen(trainer)
-    with pytest.raises(NonFiniteTraining, match="after step 8 .* not saved; .* --checkpoint step-000004 --lr 0.001$"):
+    with pytest.raises(NonFiniteTraining, match=r"after step 8 .* not saved; .* --checkpoint step-000004 --lr 0\.001$"):
         trainer.train()
     assert checkpoint_steps(tmp_path / "run") == [4]
     assert (tmp_path / "run/checkpoints/latest").resolve().name == "step-000004"
