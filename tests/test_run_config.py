@@ -62,3 +62,9 @@ def test_an_epsilon_that_is_zero_in_float32_is_refused(part: type, name: str) ->
         with pytest.raises(UserError, match=re.escape(f"{name} is {value}")):
             part(**{name: value})
     part(**{name: 1e-30})
+
+
+def test_a_run_from_before_a_part_of_validation_was_drawn_goes_on_reading_all() -> None:
+    record = stored(RunConfig())
+    del record["training"]["validation_tokens"]
+    assert RunConfig.from_json(record, "config.json").training.validation_tokens == 0

@@ -179,6 +179,8 @@ def _train(run: Run, prepared: Prepared, checkpoint: Path | None, initial: Run |
             trainer.restore(checkpoint)
         if initial is not None:
             trainer.model.load_state_dict(initial.load_model().state_dict())
+        if config.eval_every < config.steps and str(trainer.validator):
+            log.line(str(trainer.validator))
         try:
             trainer.train()
             if stop.signal is None and not config.sample_at_eval:  # else the last validation has printed one

@@ -38,6 +38,7 @@ WITHOUT_EFFECT = {
     "probe",
     "probe_every",
     "log_every",
+    "validation_tokens",
     "save_every",
     "keep_last",
     "sample_at_eval",

@@ -115,6 +115,9 @@ class TrainingConfig:
     """largest norm of the gradient; 0 switches clipping off"""
     eval_every: int = 250
     """steps between validations (the last step always has one)"""
+    validation_tokens: int | None = None
+    """of validation, read each time: the same ones, drawn by seed, but all in the last step; 0 is always all; None is a
+    tenth of the tokens trained on in between, and 8192 at least"""
     save_every: int = 250
     """steps between checkpoints (the last step always has one)"""
     log_every: int = 10
@@ -151,6 +154,8 @@ class TrainingConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if self.patience is not None and self.patience < 1:
             raise UserError(f"patience is {self.patience}: it must be at least 1")
+        if self.validation_tokens is not None and self.validation_tokens < 0:
+            raise UserError(f"validation_tokens is {self.validation_tokens}: it must be at least 0, which is all")
         for name in ("lr", "embedding_lr", "head_lr", "eps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -216,8 +221,8 @@ class RunConfig:
     def from_json(cls, record: dict[str, Any], origin: str) -> RunConfig:
         """The configuration in `record`, read from the file `origin`.
 
-        A field that it lacks is newer than the run, and has its default, which is how the run behaved. Raises
-        `UserError` for one that nothing here knows.
+        A field that it lacks is newer than the run, and has its default, which is how the run behaved; but before
+        `validation_tokens`, all were read. Raises `UserError` for one that nothing here knows.
         """
         parts: dict[str, Any] = {}
         for name, part in (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig)):
@@ -229,6 +234,8 @@ class RunConfig:
                 )
             # JSON has lists where frozen records have tuples.
             restored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            if name == "training":
+                restored.setdefault("validation_tokens", 0)
             parts[name] = part(**restored)
         return cls(**parts)
 

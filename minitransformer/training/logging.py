@@ -29,6 +29,9 @@ class Log:
     def advance(self, step: int) -> None:
         """`step` steps are done."""
 
+    def validating(self, done: int, total: int) -> None:
+        """`done` of `total` batches of a validation are done."""
+
     def close(self) -> None:
         """Nothing more will be said."""
 
@@ -50,6 +53,10 @@ class Logs(Log):
     def advance(self, step: int) -> None:
         for log in self.logs:
             log.advance(step)
+
+    def validating(self, done: int, total: int) -> None:
+        for log in self.logs:
+            log.validating(done, total)
 
     def close(self) -> None:
         for log in self.logs:
@@ -98,9 +105,11 @@ class Terminal(Log):
     """A live bar on a terminal; in a pipe, a line for each record."""
 
     def __init__(self, *, steps: int, done: int) -> None:
-        self.bar = None
+        self.bar: Any = None
+        self.validation_bar: Any = None
         if sys.stdout.isatty():
-            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            # tqdm's own estimate of the time left would not know of validations.
+            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
             self.bar = tqdm(total=steps, initial=done, bar_format=layout, dynamic_ncols=True, file=sys.stdout)
 
     def record(self, numbers: dict[str, Any]) -> None:
@@ -109,7 +118,8 @@ class Terminal(Log):
         speed = f"{numbers['tokens_per_second'] / 1000:.1f}k tokens/s, mfu {numbers['mfu']:.0%}"
         loss = "none finite" if numbers["loss"] is None else f"{numbers['loss']:.4f}"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss}, {speed}", refresh=False)
+            left = tqdm.format_interval(numbers["seconds_left"])
+            self.bar.set_postfix_str(f"{left} left, loss {loss}, {speed}", refresh=False)
             return
         left = f"{numbers['seconds_left'] / 60:.1f} min left"
         print(f"step {numbers['step']} loss {loss} lr {numbers['lr']:.2e}, {speed}, {left}", flush=True)
@@ -124,7 +134,25 @@ class Terminal(Log):
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
 
+    def validating(self, done: int, total: int) -> None:
+        if self.bar is None:
+            return
+        if self.validation_bar is None:
+            layout = "validation {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+            self.validation_bar = tqdm(
+                total=total, bar_format=layout, dynamic_ncols=True, file=sys.stdout, leave=False, position=1
+            )
+        self.validation_bar.update(done - self.validation_bar.n)
+        if done == total:
+            self._close_validation_bar()
+
+    def _close_validation_bar(self) -> None:
+        if self.validation_bar is not None:
+            self.validation_bar.close()
+        self.validation_bar = None
+
     def close(self) -> None:
+        self._close_validation_bar()
         if self.bar is not None:
             self.bar.close()
 

@@ -33,7 +33,8 @@ from minitransformer.training.precision import Precision
 from minitransformer.training.prefetch import prefetched
 from minitransformer.training.probe import NO_PROBE, Probe
 from minitransformer.training.signals import StopRequest
-from minitransformer.training.step import StepResult, Validation, training_step, validate
+from minitransformer.training.step import StepResult, Validation, training_step
+from minitransformer.training.validation import Validator
 
 # float16 needs some steps to find its loss scale; nothing that recovers needs more.
 MOST_STEPS_WITHOUT_UPDATE = 20
@@ -91,6 +92,7 @@ class Trainer:
         self.precision = Precision.named(machine.precision)(machine.device)
         self.probe = make_probe(self.model, self.objective, machine.device)
         self.progress = Progress()
+        self.validator = Validator(self.model, self.objective, self.precision, log)
         self.validation: Validation | None = None
         self._saved: Progress | None = None
         self._steps_without_update = 0
@@ -145,7 +147,10 @@ class Trainer:
     @property
     def stopped_early(self) -> bool:
         """Whether `patience` ran out."""
-        return self.config.patience is not None and self.progress.validations_since_best >= self.config.patience
+        return self._out_of_patience(self.progress.validations_since_best)
+
+    def _out_of_patience(self, validations: int) -> bool:
+        return self.config.patience is not None and validations >= self.config.patience
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.config.steps
@@ -230,24 +235,36 @@ class Trainer:
                 "tokens_per_second": tokens_per_second,
                 "mfu": tokens_per_second * self._flops_per_token / self._peak_flops,
                 "seconds": self.progress.seconds,
-                "seconds_left": (self.config.steps - self.progress.step) * seconds / steps,
+                "seconds_left": (self.config.steps - self.progress.step) * seconds / steps
+                + self.validator.seconds_left(self.progress.step, self.run.config, tokens_per_second),
             }
         )
 
     def _validate(self) -> None:
         validation = None
         with self.stop.interruptible():
-            validation = validate(self.model, self.objective, self.precision)
+            validation = self._validated()
         if validation is not None:
             self._note(validation)
+
+    def _validated(self) -> Validation:
+        """Over the whole split if no other validation comes after this one."""
+        if self.progress.step == self.config.steps:
+            return self.validator(whole=True)
+        validation = self.validator(whole=False)
+        worse = not validation.loss < self.progress.best_loss
+        if worse and self.validator.subset and self._out_of_patience(self.progress.validations_since_best + 1):
+            return self.validator(whole=True)
+        return validation
 
     def _note(self, validation: Validation) -> None:
         self.validation = validation
         self.progress.validated_step = self.progress.step
-        better = validation.loss < self.progress.best_loss
+        loss = validation.comparable_loss
+        better = loss < self.progress.best_loss
         if better:
-            self.progress.best_loss, self.progress.best_step = validation.loss, self.progress.step
-            if validation.loss < self.progress.first_loss:
+            self.progress.best_loss, self.progress.best_step = loss, self.progress.step
+            if loss < self.progress.first_loss:
                 self.progress.skipped_step = 0
         self.progress.validations_since_best = 0 if better else self.progress.validations_since_best + 1
         self.log.record(
@@ -258,6 +275,7 @@ class Trainer:
                 "bits_per_byte": validation.bits_per_byte,
                 "accuracy": validation.accuracy,
                 "exact": validation.exact,
+                "validation_tokens": validation.tokens,
             }
         )
         self.log.line(f"step {self.progress.step} validation: {validation}")
