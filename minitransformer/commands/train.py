@@ -25,6 +25,7 @@ from minitransformer.training.loop import NonFiniteTraining, Trainer
 from minitransformer.training.machine import choose_device, choose_machine
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
+from minitransformer.training.outcome import describe
 from minitransformer.training.presets import DEFAULT, PRESETS
 from minitransformer.training.signals import StopRequest
 
@@ -183,8 +184,10 @@ def _train(run: Run, prepared: Prepared, checkpoint: Path | None, initial: Run |
             log.line(str(trainer.validator))
         try:
             trainer.train()
-            if stop.signal is None and not config.sample_at_eval:  # else the last validation has printed one
-                trainer.write_sample()
+            ended_best = trainer.progress.best_step == trainer.progress.step
+            # With sample_at_eval, the last validation has printed one of the last weights.
+            if stop.signal is None and not (config.sample_at_eval and ended_best):
+                trainer.write_sample(best=True)
         except NonFiniteTraining as error:
             log.line(f"error: {error}")
             return NON_FINITE
@@ -204,7 +207,9 @@ def _report(trainer: Trainer, stop: StopRequest) -> int:
         return stop.exit_code
     if trainer.stopped_early:
         print(f"stopped early at step {progress.step}: no better validation in {progress.validations_since_best}")
-    print(f"validation {trainer.validation} (best at step {progress.best_step})")
+    if trainer.validation is not None:
+        print(*describe(trainer.validation, progress, path / "metrics.jsonl", trainer.config.eval_every), sep="\n")
+    print(f"curves     python -m minitransformer compare {path}")
     print(f"run        {path}, {progress.seconds / 60:.1f} minutes of training")
     print(f"next       {NEXT[trainer.model.config.topology].format(path=path)}")
     return DONE

@@ -16,6 +16,7 @@ from minitransformer import files
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
 from minitransformer.training.checkpoint import (
+    checkpoint_name,
     load_model_weights,
     load_trainer_state,
     remove_old_checkpoints,
@@ -282,9 +283,14 @@ class Trainer:
         if self.config.sample_at_eval:
             self.write_sample()
 
-    def write_sample(self) -> str:
-        """A sample of the model as it stands, also kept in `samples.txt`."""
-        sample = self.sample(self.model, self.objective)
+    def write_sample(self, *, best: bool = False) -> str:
+        """A sample of the model as it stands, or of its best weights, also kept in `samples.txt`."""
+        model, note = self.model, ""
+        if best and self.progress.best_step not in (0, self.progress.step):
+            name = checkpoint_name(self.progress.best_step)
+            model = self.run.load_model(name, str(self.machine.device))
+            note = f"of the best weights, those of step {self.progress.best_step}:\n"
+        sample = note + self.sample(model, self.objective)
         with (self.run.path / "samples.txt").open("a", encoding="utf-8") as file:
             file.write(f"--- step {self.progress.step}\n{sample}\n")
         self.log.line(sample)
