@@ -107,6 +107,7 @@ class Terminal(Log):
     def __init__(self, *, steps: int, done: int) -> None:
         self.bar: Any = None
         self.validation_bar: Any = None
+        self._end, self._news = 0.0, ""
         if sys.stdout.isatty():
             # tqdm's own estimate of the time left would not know of validations.
             layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
@@ -118,8 +119,7 @@ class Terminal(Log):
         speed = f"{numbers['tokens_per_second'] / 1000:.1f}k tokens/s, mfu {numbers['mfu']:.0%}"
         loss = "none finite" if numbers["loss"] is None else f"{numbers['loss']:.4f}"
         if self.bar is not None:
-            left = tqdm.format_interval(numbers["seconds_left"])
-            self.bar.set_postfix_str(f"{left} left, loss {loss}, {speed}", refresh=False)
+            self._end, self._news = time.monotonic() + numbers["seconds_left"], f"loss {loss}, {speed}"
             return
         left = f"{numbers['seconds_left'] / 60:.1f} min left"
         print(f"step {numbers['step']} loss {loss} lr {numbers['lr']:.2e}, {speed}, {left}", flush=True)
@@ -132,6 +132,9 @@ class Terminal(Log):
 
     def advance(self, step: int) -> None:
         if self.bar is not None:
+            if self._news:
+                left = tqdm.format_interval(max(0, self._end - time.monotonic()))
+                self.bar.set_postfix_str(f"{left} left, {self._news}", refresh=False)
             self.bar.update(step - self.bar.n)
 
     def validating(self, done: int, total: int) -> None:
@@ -154,6 +157,7 @@ class Terminal(Log):
     def close(self) -> None:
         self._close_validation_bar()
         if self.bar is not None:
+            self.bar.set_postfix_str(self._news, refresh=False)
             self.bar.close()
 
 
