@@ -301,6 +301,17 @@ def test_the_page_of_a_single_run_is_written(make):
     assert "nothing to compare it with" in page(compare([make("a")]), "command")
 
 
+def test_training_and_validation_of_a_single_run_are_in_one_figure(make, capsys):
+    path = make("a", (3.0, 1.0, 2.0))
+    [picture] = compare([path]).pictures()
+    assert picture.title == "Training and validation loss"
+    [axes] = picture.draw().axes
+    assert [list(line.get_ydata()) for line in axes.lines][:2] == [[3.5, 1.5, 2.5], [3.0, 1.0, 2.0]]
+    text = said(capsys, path)
+    assert "o training" in text
+    assert "x validation" in text
+
+
 def test_the_table_has_one_row_for_each_run(placements, tmp_path, capsys):
     said(capsys, *placements, "--csv", tmp_path / "runs.csv")
     rows = list(csv.DictReader((tmp_path / "runs.csv").open()))

@@ -23,7 +23,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_heads": 4, "num_kv_heads": 8}, "num_heads 4 is not divisible by num_kv_heads 8: choose a divisor"),
     ({"dropout": 1.0}, "dropout is 1.0: it must be at least 0 and below 1"),
     ({"dropout": -0.1}, "dropout is -0.1: it must be at least 0 and below 1"),
-    ({"dropout": float("nan")}, "dropout is nan: it must be at least 0 and below 1"),
+    ({"dropout": float("nan")}, "dropout is nan: it must be finite, in float32 too"),
     ({"norm_eps": 0.0}, "norm_eps is 0.0: it must be above 0"),
     ({"rotary_fraction": 1.5}, "rotary_fraction is 1.5: it must be above 0 and at most 1"),
     (

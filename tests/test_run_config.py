@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import math
+import re
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
-from minitransformer.training.config import RunConfig
+from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.presets import PRESETS
 
 
@@ -47,3 +49,32 @@ def test_a_setting_that_nothing_here_knows_is_refused(part: str) -> None:
     record[part]["telepathy"] = True
     with pytest.raises(UserError, match=r"^x/config\.json has settings that are unknown here \(telepathy\)"):
         RunConfig.from_json(record, "x/config.json")
+
+
+NUMBERS = [
+    (part, field.name)
+    for part in (ModelConfig, DataConfig, TrainingConfig)
+    for field in fields(part)
+    if "float" in str(field.type)
+]
+
+
+@pytest.mark.parametrize(("part", "name"), NUMBERS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39])
+def test_a_number_that_is_not_finite_in_float32_is_refused(part: type, name: str, value: float) -> None:
+    with pytest.raises(UserError, match=re.escape(f"{name} is {value}: ")):
+        part(**{name: value})
+
+
+@pytest.mark.parametrize(("part", "name"), [(TrainingConfig, "eps"), (ModelConfig, "norm_eps")])
+def test_an_epsilon_that_is_zero_in_float32_is_refused(part: type, name: str) -> None:
+    for value in (1e-300, 1e-46, 0.0):
+        with pytest.raises(UserError, match=re.escape(f"{name} is {value}")):
+            part(**{name: value})
+    part(**{name: 1e-30})
+
+
+def test_a_run_from_before_a_part_of_validation_was_drawn_goes_on_reading_all() -> None:
+    record = stored(RunConfig())
+    del record["training"]["validation_tokens"]
+    assert RunConfig.from_json(record, "config.json").training.validation_tokens == 0

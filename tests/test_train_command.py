@@ -144,6 +144,10 @@ def test_help_counts_the_parameters_of_presets_by_their_own_tokenizers(here, cap
         (["--data", "my.txt", "--d-model", "12", "--num-heads", "4"], ["head_dim", "3"]),
         (["--data", "my.txt", "--dropout", "1.5"], ["dropout", "1.5"]),
         (["--data", "my.txt", "--lr", "0"], ["lr is 0"]),
+        (["--data", "my.txt", "--lr", "inf"], ["lr is inf"]),
+        (["--data", "my.txt", "--weight-decay", "nan"], ["weight_decay is nan"]),
+        (["--data", "my.txt", "--grad-clip", "nan"], ["grad_clip is nan"]),
+        (["--data", "my.txt", "--eps", "1e-300"], ["eps is 1e-300", "float32"]),
         (["--data", "my.txt", "--min-lr", "2"], ["min_lr 2", "lr 0.0"]),
         (["--data", "my.txt", "--steps", "0"], ["steps is 0"]),
         (["--data", "my.txt", "--device", "cuda:9"], ["cuda:9", "cpu"]),
@@ -192,6 +196,45 @@ def test_resuming_extends_the_steps_and_clears_what_a_killed_run_left(run, capsy
     assert Run.open(run).config.training.steps == 9
     assert (run / "checkpoints/latest").resolve().name == "step-000009"
     assert not list(run.rglob("*.partial"))
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr"),
+    [
+        ("adamw", "1e6"),
+        *(pytest.param("adamw", lr, marks=SLOW) for lr in ("100", "1e12", "1e38")),
+        *(pytest.param("muon", lr, marks=SLOW) for lr in ("100", "1e6", "1e12")),
+    ],
+)
+def test_after_training_diverged_it_goes_on_as_the_message_says(here, capsys, optimizer, lr):
+    keeping = ["--save-every", "5", "--log-every", "1", "--eval-every", "50", "--optimizer", optimizer]
+    assert train("--out", "run", *keeping, steps=20) == 0
+    assert main(["--resume", "run", "--steps", "70", "--lr", lr]) == 3
+    [message] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
+    assert "python train.py --resume run --checkpoint step-0000" in message
+    command = message.partition("python train.py ")[2].split()
+    assert main(command) == 0
+    records = [json.loads(line) for line in (here / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == 70
+    assert None not in losses
+    assert losses[-1] < losses[0]
+
+
+def test_training_that_diverged_from_its_beginning_is_to_begin_anew(here, capsys):
+    assert train("--out", "run", "--lr", "1e6", "--save-every", "5", steps=100) == 3
+    out = capsys.readouterr().out
+    assert "begin anew with lower rates, such as --lr 0.001" in out
+    assert "--resume" not in out
+
+
+def test_a_decay_that_makes_weights_infinite_leaves_no_such_checkpoint(here, capsys):
+    assert train("--out", "run", "--lr", "1e3", "--weight-decay", "1e38", "--save-every", "1", steps=100) == 3
+    assert "error: after step 1 there are infinite or NaN numbers in the weights" in capsys.readouterr().out
+    assert not list((here / "run/checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.batches import IGNORE, Batch
-from minitransformer.training.checkpoint import choose_checkpoint
+from minitransformer.training.checkpoint import checkpoint_step, checkpoints_in, choose_checkpoint
+from minitransformer.training.divergence import are_finite
 from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.light import LightAdamW
+from minitransformer.training.logging import RunFiles
 from minitransformer.training.loop import MOST_STEPS_WITHOUT_UPDATE, NonFiniteTraining
 from minitransformer.training.muon import Muon, jordan, nearest_to_one, orthogonalise, polar_express
 from minitransformer.training.objectives import Causal
@@ -379,11 +381,101 @@ def test_training_that_stays_non_finite_ends_with_the_weights_it_had(text, tmp_p
     trainer = trainer_for(tmp_path / "run", text, configured(steps=100, eval_every=1000, save_every=1000))
     before = weights_after(trainer)
     trainer.objective.loss_sum = lambda model, batch: model(batch.inputs).sum() * math.nan
-    with pytest.raises(NonFiniteTraining, match="lower --lr"):
+    with pytest.raises(NonFiniteTraining, match=r"begin anew with lower rates, such as --lr 0\.001$"):
         trainer.train()
     assert_same(before, weights_after(trainer))
     assert trainer.progress.step == MOST_STEPS_WITHOUT_UPDATE
     assert all(record["loss"] is None for record in metrics(tmp_path / "run"))
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def broken_from(trainer, step):
+    """The loss is NaN in all steps after `step`."""
+    loss_sum = trainer.objective.loss_sum
+    trainer.objective.loss_sum = lambda model, batch: (
+        loss_sum(model, batch) * (math.nan if trainer.progress.step >= step else 1)
+    )
+
+
+def checkpoint_steps(path):
+    return [checkpoint_step(checkpoint) for checkpoint in checkpoints_in(path / "checkpoints")]
+
+
+def test_the_last_checkpoint_from_before_the_first_skipped_step_is_kept(text, tmp_path):
+    trainer = trainer_for(tmp_path / "run", text, configured(steps=100, save_every=1, eval_every=100))
+    broken_from(trainer, 7)
+    with pytest.raises(NonFiniteTraining):
+        trainer.train()
+    # Step 8 was the first to be skipped; what came of step 7 may be why, what came of step 6 is not.
+    assert checkpoint_steps(tmp_path / "run") == [6, 25, 26]
+
+
+def test_a_run_that_has_recovered_keeps_no_more_checkpoints_than_others(text, tmp_path):
+    trainer = trainer_for(tmp_path / "run", text, configured(steps=12, save_every=1, eval_every=6))
+    loss_sum = trainer.objective.loss_sum
+    trainer.objective.loss_sum = lambda model, batch: (
+        loss_sum(model, batch) * (math.inf if trainer.progress.step == 3 else 1)
+    )
+    trainer.train()
+    assert trainer.progress.best_step == 12
+    assert checkpoint_steps(tmp_path / "run") == [11, 12]
+
+
+def test_no_checkpoint_is_offered_whose_weights_are_lost(text, tmp_path):
+    trainer = trainer_for(tmp_path / "run", text, configured(steps=100, save_every=3, eval_every=100))
+    step = trainer._step
+
+    def lost(trainer):
+        result = step()
+        if trainer.progress.step == 9:
+            with torch.no_grad():
+                trainer.model.embedding.table.weight.mul_(1e38)
+        return result
+
+    trainer._step = lambda: lost(trainer)
+    with pytest.raises(NonFiniteTraining, match=r"--checkpoint step-000006 --lr 0\.001$"):
+        trainer.train()
+    assert checkpoint_steps(tmp_path / "run") == [6, 24, 27]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_weights_that_an_update_made_infinite_are_not_saved(text, tmp_path, optimizer):
+    config = configured(optimizer=optimizer, tied_embeddings=False, steps=50, save_every=4, eval_every=25)
+    trainer = trainer_for(tmp_path / "run", text, config)
+    step = trainer._step
+
+    def unseen(trainer):
+        result = step()
+        if trainer.progress.step == 6:
+            with torch.no_grad():
+                trainer.model.embedding.table.weight[-1] = math.nan  # of a token that the text has not
+        return result
+
+    trainer._step = lambda: unseen(trainer)
+    with pytest.raises(NonFiniteTraining, match=r"after step 8 .* not saved; .* --checkpoint step-000004 --lr 0\.001$"):
+        trainer.train()
+    assert checkpoint_steps(tmp_path / "run") == [4]
+    assert (tmp_path / "run/checkpoints/latest").resolve().name == "step-000004"
+
+
+def test_large_weights_are_finite_though_their_norm_is_not():
+    large = torch.full((4,), 3e38)
+    assert are_finite([large, torch.ones(2)])
+    for number in (math.nan, math.inf, -math.inf):
+        assert not are_finite([large, torch.tensor([1.0, number])])
+
+
+def test_what_is_not_finite_is_null_in_the_metrics(tmp_path):
+    log = RunFiles(tmp_path, resume_at=0)
+    log.record({"step": 1, "loss": math.nan, "probe/gradient-norm": -math.inf, "accuracy": None, "tokens": 5})
+    log.close()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse) == {
+        **{"step": 1, "loss": None, "probe/gradient-norm": None, "accuracy": None, "tokens": 5}
+    }
 
 
 def test_a_signal_during_validation_does_not_wait_for_it_and_loses_nothing(text, tmp_path):

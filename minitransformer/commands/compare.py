@@ -18,7 +18,6 @@ from minitransformer.commands import DONE, parse, run_command
 from minitransformer.lab import plain
 from minitransformer.lab.comparison import X_LABELS, Abscissa, RunComparison, compare, page
 from minitransformer.lab.experiment import Table
-from minitransformer.lab.verdicts import measure_of
 
 LEAST_WIDTH, MOST_WIDTH = 40, 120
 
@@ -65,8 +64,7 @@ def _compare(arguments: Sequence[str]) -> int:
 
 def _text(comparison: RunComparison, width: int) -> str:
     parts = [_table(comparison.results(), width), _table(comparison.differences(), width)]
-    drawn = comparison.curves(comparison.metric)
-    label = measure_of(comparison.metric).label
+    drawn, label = comparison.shown_curves()
     parts.append(plain.plot(drawn, x_label=X_LABELS[comparison.by], y_label=label, width=width))
     if (pairs := comparison.pairs()) is not None:
         parts.append(_table(pairs, width))

@@ -33,6 +33,7 @@ from minitransformer.training.loop import NonFiniteTraining, Trainer
 from minitransformer.training.machine import Machine, choose_device, choose_precision
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
+from minitransformer.training.outcome import describe
 from minitransformer.training.presets import DEFAULT, PRESETS
 from minitransformer.training.run_machine import SETTINGS, machine_again, machine_for
 from minitransformer.training.signals import StopRequest
@@ -222,10 +223,14 @@ def _train(run: Run, prepared: Prepared, machine: Machine, checkpoint: Path | No
             trainer.restore(checkpoint)
         if weights is not None:
             load_model_weights(weights, trainer.model)
+        if config.eval_every < config.steps and str(trainer.validator):
+            log.line(str(trainer.validator))
         try:
             trainer.train()
-            if stop.signal is None and not config.sample_at_eval:  # else the last validation has printed one
-                trainer.write_sample()
+            ended_best = trainer.progress.best_step == trainer.progress.step
+            # With sample_at_eval, the last validation has printed one of the last weights.
+            if stop.signal is None and not (config.sample_at_eval and ended_best):
+                trainer.write_sample(best=True)
         except NonFiniteTraining as error:
             log.line(f"error: {error}")
             return NON_FINITE
@@ -245,7 +250,9 @@ def _report(trainer: Trainer, stop: StopRequest) -> int:
         return stop.exit_code
     if trainer.stopped_early:
         print(f"stopped early at step {progress.step}: no better validation in {progress.validations_since_best}")
-    print(f"validation {trainer.validation} (best at step {progress.best_step})")
+    if trainer.validation is not None:
+        print(*describe(trainer.validation, progress, path / "metrics.jsonl", trainer.config.eval_every), sep="\n")
+    print(f"curves     python -m minitransformer compare {path}")
     print(f"run        {path}, {duration(progress.seconds)} of training")
     print(f"next       {NEXT[trainer.model.config.topology].format(path=path)}")
     return DONE

@@ -38,6 +38,7 @@ TOKENIZERS = "tokenizer.json", "target-tokenizer.json"
 Abscissa = Literal["step", "tokens", "seconds"]
 X_LABELS: dict[Abscissa, str] = {"step": "steps", "tokens": "tokens", "seconds": "seconds of training"}
 LONGEST_LABEL = 24
+LOSSES = "training and validation loss (nats per target)"
 # The text is known by its hash, and the size of the vocabulary follows from the tokenizer: neither makes a good name.
 UNTELLING = {"text", "vocab_size", "target_vocab_size"}
 # Neither the seed nor what only looks on makes a group of its own.
@@ -46,6 +47,7 @@ WITHOUT_EFFECT = {
     "probe",
     "probe_every",
     "log_every",
+    "validation_tokens",
     "save_every",
     "keep_last",
     "sample_at_eval",
@@ -253,14 +255,22 @@ class RunComparison:
         drawn = [group.curve(metric, self.by) for group in self.groups]
         return [curve for curve in drawn if curve is not None]
 
+    def shown_curves(self) -> tuple[list[Curve], str]:
+        """What to draw first, and what it measures: of a single group, training and validation loss together."""
+        if len(self.groups) == 1 and self.metric == "validation_loss" and self.curves("loss"):
+            names = {"loss": "training", "validation_loss": "validation"}
+            return [replace(c, label=label) for name, label in names.items() for c in self.curves(name)], LOSSES
+        return self.curves(self.metric), measure_of(self.metric).label
+
     def pictures(self) -> list[Picture]:
         """The curves, and the paired differences where there are some."""
         bands = " Bands: 95 % intervals of the mean over seeds." if any(len(g.seeds) > 1 for g in self.groups) else ""
-        metrics = [self.metric, *(["loss"] if self.losses_comparable and self.metric != "loss" else [])]
+        shown, wanted = [self.shown_curves()], self.losses_comparable and self.metric != "loss"
+        if wanted and shown[0][1] != LOSSES:
+            shown.append((self.curves("loss"), measure_of("loss").label))
         pictures = []
-        for metric in metrics:
-            if drawn := self.curves(metric):
-                label = measure_of(metric).label
+        for drawn, label in shown:
+            if drawn:
                 title = f"{label[0].upper()}{label[1:]}".partition(" (")[0]
                 caption = f"{title} by {X_LABELS[self.by]}.{bands}"
                 draw = partial(figures.curves, drawn, x_label=X_LABELS[self.by], y_label=label, title=title)

@@ -251,8 +251,13 @@ class Plan:
         return configured(self.base, {setting.name: setting.values[0] for setting in single})
 
     def config(self, combination: Combination, seed: int) -> RunConfig:
-        """The configuration of a trial; halving wants a validation at each rung. Raises `UserError` as that does."""
+        """The configuration of a trial; halving wants a validation at each rung. Raises `UserError` as that does.
+
+        What is drawn of the validation split would differ between trials, so all of it is read unless told otherwise.
+        """
         config = configured(self.base, {**combination, "seed": seed})
+        if config.training.validation_tokens is None:
+            config = replace(config, training=replace(config.training, validation_tokens=0))
         if self.rungs[0] is None:
             return config
         eval_every = min(config.training.eval_every, self.rungs[0])

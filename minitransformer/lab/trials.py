@@ -134,7 +134,9 @@ def _outcome(path: Path, until: int, finite: bool) -> Measurement:
     records = [json.loads(line) for line in records_until(path / "metrics.jsonl", until)]
     losses = [record["loss"] for record in records if "loss" in record]
     validations = [record for record in records if "validation_loss" in record]
-    usable = [record for record in validations if math.isfinite(record["validation_loss"])]
+    # What was not finite is None; earlier versions wrote NaN.
+    known = [record for record in validations if record["validation_loss"] is not None]
+    usable = [record for record in known if math.isfinite(record["validation_loss"])]
     best: dict[str, Any] = min(usable, key=lambda record: record["validation_loss"], default={})
     return {
         **{metric: last_value(records, metric) for metric in METRICS},

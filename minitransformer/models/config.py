@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from typing_extensions import Doc
 
@@ -27,12 +27,24 @@ TOPOLOGIES = {
     "encoder-decoder": "encoder_decoder",
     "rnn": "recurrent",
 }
+LARGEST, SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38
+"""of the positive numbers that float32 has in full precision"""
 HEADS = {"linear": "LMHead", "transformed": "TransformedHead"}
 
 
 def choice(what: str, names: Iterable[str]) -> Doc:
     """The description of a field that holds one of `names`."""
     return Doc(f"{what}: {', '.join(names)}")
+
+
+def check_numbers(config: Any) -> None:
+    """Raises `UserError` if a field of the dataclass `config` is a number that is not finite in float32.
+
+    NaN among them: comparisons let it pass, and from one setting it spreads to all weights.
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not abs(value) <= LARGEST:
+            raise UserError(f"{name} is {value}: it must be finite, in float32 too")
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,7 @@ class ModelConfig:
     init: Annotated[str, choice("how weights start", Initialisation.registry)] = "gpt2"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type in ("int", "int | None") and value is not None and value < 1:
@@ -159,6 +172,8 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name} is {value}: it must be above 0")
+        if self.norm_eps < SMALLEST:
+            raise UserError(f"norm_eps is {self.norm_eps}, which is 0 in float32: it must be at least {SMALLEST:.1e}")
         if not 0 < self.rotary_fraction <= 1:
             raise UserError(f"rotary_fraction is {self.rotary_fraction}: it must be above 0 and at most 1")
         if self.num_experts is not None and self.experts_per_token > self.num_experts:

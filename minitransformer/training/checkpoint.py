@@ -130,11 +130,15 @@ def choose_checkpoint(folder: Path, name: str | None = None) -> Path:
     raise UserError(f"checkpoint {chosen.name} of {folder.parent} is damaged ({fault}): {remedy}")
 
 
-def remove_old_checkpoints(folder: Path, keep_last: int) -> None:
-    """Remove all checkpoints but the newest `keep_last`, the best and the latest, and what a kill left partial."""
+def remove_old_checkpoints(folder: Path, keep_last: int, *, also_before: int = 0) -> None:
+    """Remove all checkpoints but the newest `keep_last`, the best and the latest, and what a kill left partial.
+
+    The newest from before step `also_before` stays, too.
+    """
     for partial in folder.glob("*.partial"):
         partial.unlink() if partial.is_symlink() else shutil.rmtree(partial)
     kept = {(folder / link).resolve().name for link in ("best", "latest") if (folder / link).exists()}
+    kept |= {path.name for path in [p for p in checkpoints_in(folder) if checkpoint_step(p) < also_before][-1:]}
     for path in checkpoints_in(folder)[:-keep_last]:
         if path.name not in kept:
             shutil.rmtree(path)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from typing_extensions import Doc
 
 from minitransformer.errors import UserError
-from minitransformer.models.config import ModelConfig, choice
+from minitransformer.models.config import SMALLEST, ModelConfig, check_numbers, choice
 from minitransformer.registry import lookup
 from minitransformer.text.recipes import known
 from minitransformer.text.tokenizers import Tokenizer
@@ -53,6 +53,7 @@ class DataConfig:
     """share of the text that is kept for validation"""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         Tokenizer.named(self.tokenizer)
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction is {self.validation_fraction}: it must be between 0 and 1")
@@ -116,6 +117,9 @@ class TrainingConfig:
     """largest norm of the gradient; 0 switches clipping off"""
     eval_every: int = 250
     """steps between validations (the last step always has one)"""
+    validation_tokens: int | None = None
+    """of validation, read each time: the same ones, drawn by seed, but all in the last step; 0 is always all; None is a
+    tenth of the tokens trained on in between, and 8192 at least"""
     save_every: int = 250
     """steps between checkpoints (the last step always has one)"""
     log_every: int = 10
@@ -141,6 +145,7 @@ class TrainingConfig:
     """of the weights, the batches and dropout"""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         minimum = {
             **dict.fromkeys(("steps", "batch_size", "batch_tokens", "grad_accumulation", "keep_last", "mean_span"), 1),
             **dict.fromkeys(("eval_every", "save_every", "log_every", "probe_every", "newton_schulz_steps"), 1),
@@ -153,10 +158,14 @@ class TrainingConfig:
             raise UserError(f"patience is {self.patience}: it must be at least 1")
         if self.sequence_length is not None and self.sequence_length < 1:
             raise UserError(f"sequence_length is {self.sequence_length}: it must be at least 1")
+        if self.validation_tokens is not None and self.validation_tokens < 0:
+            raise UserError(f"validation_tokens is {self.validation_tokens}: it must be at least 0, which is all")
         for name in ("lr", "embedding_lr", "head_lr", "eps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name} is {value}: it must be above 0")
+        if self.eps < SMALLEST:
+            raise UserError(f"eps is {self.eps}, which is 0 in float32: it must be at least {SMALLEST:.1e}")
         if self.min_lr > self.lr:
             raise UserError(f"min_lr {self.min_lr} is above lr {self.lr}: lower it")
         for name in ("mask_probability", "span_density"):
@@ -230,8 +239,8 @@ class RunConfig:
         """The configuration in `record`, read from the file `origin`.
 
         A field that it lacks is newer than the run, and has its default, which is how the run behaved or is made to by
-        another field. Raises
-        `UserError` for one that nothing here knows.
+        another field; but before `validation_tokens`, all were read. Raises `UserError` for one that nothing here
+        knows.
         """
         parts: dict[str, Any] = {}
         for name, part in (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig)):
@@ -243,6 +252,8 @@ class RunConfig:
                 )
             # JSON has lists where frozen records have tuples.
             restored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            if name == "training":
+                restored.setdefault("validation_tokens", 0)
             parts[name] = part(**restored)
         return cls(**parts)
 

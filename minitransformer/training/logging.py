@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -28,6 +29,9 @@ class Log:
     def advance(self, step: int) -> None:
         """`step` steps are done."""
 
+    def validating(self, done: int, total: int) -> None:
+        """`done` of `total` batches of a validation are done."""
+
     def close(self) -> None:
         """Nothing more will be said."""
 
@@ -50,6 +54,10 @@ class Logs(Log):
         for log in self.logs:
             log.advance(step)
 
+    def validating(self, done: int, total: int) -> None:
+        for log in self.logs:
+            log.validating(done, total)
+
     def close(self) -> None:
         for log in self.logs:
             log.close()
@@ -67,7 +75,9 @@ class RunFiles(Log):
         self.words = (folder / "train.log").open("a", encoding="utf-8")
 
     def record(self, numbers: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps(numbers) + "\n")
+        # JSON has no infinity and no NaN.
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+        self.metrics.write(json.dumps(known, allow_nan=False) + "\n")
         self.metrics.flush()
 
     def line(self, text: str) -> None:
@@ -95,9 +105,12 @@ class Terminal(Log):
     """A live bar on a terminal; in a pipe, a line for each record."""
 
     def __init__(self, *, steps: int, done: int) -> None:
-        self.bar = None
+        self.bar: Any = None
+        self.validation_bar: Any = None
+        self._end, self._news = 0.0, ""
         if sys.stdout.isatty():
-            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            # tqdm's own estimate of the time left would not know of validations.
+            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
             self.bar = tqdm(total=steps, initial=done, bar_format=layout, dynamic_ncols=True, file=sys.stdout)
 
     def record(self, numbers: dict[str, Any]) -> None:
@@ -106,7 +119,7 @@ class Terminal(Log):
         speed = f"{numbers['tokens_per_second'] / 1000:.1f}k tokens/s, mfu {numbers['mfu']:.0%}"
         loss = "none finite" if numbers["loss"] is None else f"{numbers['loss']:.4f}"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss}, {speed}", refresh=False)
+            self._end, self._news = time.monotonic() + numbers["seconds_left"], f"loss {loss}, {speed}"
             return
         left = f"{duration(numbers['seconds_left'])} left"
         print(f"step {numbers['step']} loss {loss} lr {numbers['lr']:.2e}, {speed}, {left}", flush=True)
@@ -119,10 +132,32 @@ class Terminal(Log):
 
     def advance(self, step: int) -> None:
         if self.bar is not None:
+            if self._news:
+                left = tqdm.format_interval(max(0, self._end - time.monotonic()))
+                self.bar.set_postfix_str(f"{left} left, {self._news}", refresh=False)
             self.bar.update(step - self.bar.n)
 
+    def validating(self, done: int, total: int) -> None:
+        if self.bar is None:
+            return
+        if self.validation_bar is None:
+            layout = "validation {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+            self.validation_bar = tqdm(
+                total=total, bar_format=layout, dynamic_ncols=True, file=sys.stdout, leave=False, position=1
+            )
+        self.validation_bar.update(done - self.validation_bar.n)
+        if done == total:
+            self._close_validation_bar()
+
+    def _close_validation_bar(self) -> None:
+        if self.validation_bar is not None:
+            self.validation_bar.close()
+        self.validation_bar = None
+
     def close(self) -> None:
+        self._close_validation_bar()
         if self.bar is not None:
+            self.bar.set_postfix_str(self._news, refresh=False)
             self.bar.close()
 
 

@@ -16,11 +16,14 @@ from minitransformer import files
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
 from minitransformer.training.checkpoint import (
+    checkpoint_name,
     load_model_weights,
     load_trainer_state,
     remove_old_checkpoints,
+    unique_tensors,
     write_checkpoint,
 )
+from minitransformer.training.divergence import NonFiniteTraining, are_finite, remedy, sound_checkpoint
 from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.logging import Log
 from minitransformer.training.machine import Machine, compiled, keep_freed_memory, peak_flops
@@ -31,14 +34,11 @@ from minitransformer.training.precision import Precision
 from minitransformer.training.prefetch import prefetched
 from minitransformer.training.probe import NO_PROBE, Probe
 from minitransformer.training.signals import StopRequest
-from minitransformer.training.step import StepResult, Validation, training_step, validate
+from minitransformer.training.step import StepResult, Validation, training_step
+from minitransformer.training.validation import Validator
 
 # float16 needs some steps to find its loss scale; nothing that recovers needs more.
 MOST_STEPS_WITHOUT_UPDATE = 20
-
-
-class NonFiniteTraining(Exception):
-    """The loss or its gradient was infinite or NaN for many steps in a row; none of them changed the weights."""
 
 
 @dataclass
@@ -52,6 +52,9 @@ class Progress:
     best_step: int = 0
     validated_step: int = 0
     validations_since_best: int = 0
+    first_loss: float = math.inf
+    skipped_step: int = 0
+    """the first step whose loss or gradient was not finite, since validation was last better than ever; 0 for none"""
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -90,6 +93,7 @@ class Trainer:
         self.precision = Precision.named(machine.precision)(machine.device)
         self.probe = make_probe(self.model, self.objective, machine.device)
         self.progress = Progress()
+        self.validator = Validator(self.model, self.objective, self.precision, log)
         self.validation: Validation | None = None
         self._saved: Progress | None = None
         self._steps_without_update = 0
@@ -116,6 +120,7 @@ class Trainer:
         """Step until the last one, an early stop, or a request to stop; the state at the end is always saved.
 
         With `until`, the pause after that step is such a stop, planned: the schedule is that of all steps.
+        Raises `NonFiniteTraining` where training diverges; nothing that is not finite is saved.
         """
         last = self.config.steps if until is None else min(until, self.config.steps)
         self.model.train()
@@ -126,30 +131,27 @@ class Trainer:
             start = time.perf_counter()
             interval.add(self._step())
             if self._reading_due():
-                for finite in interval.read():
-                    self._steps_without_update = 0 if finite else self._steps_without_update + 1
+                self._read(interval)
             self.progress.seconds += time.perf_counter() - start
             self.log.advance(self.progress.step)
             if self._due(self.config.log_every):
                 self._log(interval)
                 interval = _Interval(self.progress)
+            self._end_if_diverged()
             if self._validation_due():
                 self._validate()
             if self._due(self.config.save_every) or self.progress.best_step == self.progress.step:
                 self._save()
-            if self._steps_without_update >= MOST_STEPS_WITHOUT_UPDATE:
-                self._save()
-                raise NonFiniteTraining(
-                    f"{self._steps_without_update} steps in a row had an infinite or NaN loss or gradient, the last "
-                    f"one step {self.progress.step}; none changed the weights, which are saved: try a lower --lr, or "
-                    "--precision fp32"
-                )
+        self._read(interval)
         self._save()
 
     @property
     def stopped_early(self) -> bool:
         """Whether `patience` ran out."""
-        return self.config.patience is not None and self.progress.validations_since_best >= self.config.patience
+        return self._out_of_patience(self.progress.validations_since_best)
+
+    def _out_of_patience(self, validations: int) -> bool:
+        return self.config.patience is not None and validations >= self.config.patience
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.config.steps
@@ -161,6 +163,41 @@ class Trainer:
         """Whether to wait for the device, which may be some steps behind."""
         config = self.config
         return any(map(self._due, (config.log_every, config.eval_every, config.save_every, MOST_STEPS_WITHOUT_UPDATE)))
+
+    def _read(self, interval: _Interval) -> None:
+        """Wait for the device, and note which steps were skipped."""
+        losses = interval.read()
+        for step, loss in enumerate(losses, start=self.progress.step - len(losses) + 1):
+            if loss is None:
+                self._steps_without_update += 1
+                self.progress.skipped_step = self.progress.skipped_step or step
+            else:
+                self._steps_without_update = 0
+                self.progress.first_loss = loss if self.progress.first_loss == math.inf else self.progress.first_loss
+
+    def _end_if_diverged(self) -> None:
+        if self._steps_without_update:
+            self._check_weights()
+        if self._steps_without_update >= MOST_STEPS_WITHOUT_UPDATE:
+            raise self._diverged(
+                f"{self._steps_without_update} steps in a row had an infinite or NaN loss or gradient, the last one "
+                f"step {self.progress.step}; none changed the weights"
+            )
+
+    def _check_weights(self) -> None:
+        """Raises `NonFiniteTraining` if a weight is not finite, or a tensor that the optimizers keep of one."""
+        kept = list(unique_tensors(self.model).values())
+        for optimizer in self.optimizers:
+            kept += [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
+        if not are_finite([tensor for tensor in kept if tensor.is_floating_point()]):
+            raise self._diverged(
+                f"after step {self.progress.step} there are infinite or NaN numbers in the weights, or in what the "
+                "optimizer keeps of them; these are not saved"
+            )
+
+    def _diverged(self, what: str) -> NonFiniteTraining:
+        sound = sound_checkpoint(self.run, self.objective, self.precision, self.progress.first_loss)
+        return NonFiniteTraining(f"{what}; {remedy(self.run, sound, self.machine.precision)}")
 
     def _step(self) -> StepResult:
         step = self.progress.step
@@ -199,23 +236,37 @@ class Trainer:
                 "tokens_per_second": tokens_per_second,
                 "mfu": tokens_per_second * self._flops_per_token / self._peak_flops,
                 "seconds": self.progress.seconds,
-                "seconds_left": (self.config.steps - self.progress.step) * seconds / steps,
+                "seconds_left": (self.config.steps - self.progress.step) * seconds / steps
+                + self.validator.seconds_left(self.progress.step, self.run.config, tokens_per_second),
             }
         )
 
     def _validate(self) -> None:
         validation = None
         with self.stop.interruptible():
-            validation = validate(self.model, self.objective, self.precision)
+            validation = self._validated()
         if validation is not None:
             self._note(validation)
+
+    def _validated(self) -> Validation:
+        """Over the whole split if no other validation comes after this one."""
+        if self.progress.step == self.config.steps:
+            return self.validator(whole=True)
+        validation = self.validator(whole=False)
+        worse = not validation.loss < self.progress.best_loss
+        if worse and self.validator.subset and self._out_of_patience(self.progress.validations_since_best + 1):
+            return self.validator(whole=True)
+        return validation
 
     def _note(self, validation: Validation) -> None:
         self.validation = validation
         self.progress.validated_step = self.progress.step
-        better = validation.loss < self.progress.best_loss
+        loss = validation.comparable_loss
+        better = loss < self.progress.best_loss
         if better:
-            self.progress.best_loss, self.progress.best_step = validation.loss, self.progress.step
+            self.progress.best_loss, self.progress.best_step = loss, self.progress.step
+            if loss < self.progress.first_loss:
+                self.progress.skipped_step = 0
         self.progress.validations_since_best = 0 if better else self.progress.validations_since_best + 1
         self.log.record(
             {
@@ -225,15 +276,21 @@ class Trainer:
                 "bits_per_byte": validation.bits_per_byte,
                 "accuracy": validation.accuracy,
                 "exact": validation.exact,
+                "validation_tokens": validation.tokens,
             }
         )
         self.log.line(f"step {self.progress.step} validation: {validation}")
         if self.config.sample_at_eval:
             self.write_sample()
 
-    def write_sample(self) -> str:
-        """A sample of the model as it stands, also kept in `samples.txt`."""
-        sample = self.sample(self.model, self.objective)
+    def write_sample(self, *, best: bool = False) -> str:
+        """A sample of the model as it stands, or of its best weights, also kept in `samples.txt`."""
+        model, note = self.model, ""
+        if best and self.progress.best_step not in (0, self.progress.step):
+            name = checkpoint_name(self.progress.best_step)
+            model = self.run.load_model(name, str(self.machine.device))
+            note = f"of the best weights, those of step {self.progress.best_step}:\n"
+        sample = note + self.sample(model, self.objective)
         with (self.run.path / "samples.txt").open("a", encoding="utf-8") as file:
             file.write(f"--- step {self.progress.step}\n{sample}\n")
         self.log.line(sample)
@@ -242,6 +299,7 @@ class Trainer:
     def _save(self) -> None:
         if self._saved == self.progress:
             return
+        self._check_weights()
         state = {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "precision": self.precision.state_dict(),
@@ -251,7 +309,8 @@ class Trainer:
         path = write_checkpoint(folder, self.progress.step, self.model, state)
         if self.progress.best_step == self.progress.step:
             files.point_to(folder / "best", path.name)
-        remove_old_checkpoints(folder, self.config.keep_last)
+        # The weights of a checkpoint made the loss of the step after it.
+        remove_old_checkpoints(folder, self.config.keep_last, also_before=self.progress.skipped_step - 1)
         self._saved = replace(self.progress)
 
 
@@ -267,13 +326,13 @@ class _Interval:
     def add(self, result: StepResult) -> None:
         self._unread.append(torch.stack([result.loss, result.grad_norm, result.finite.to(result.loss.dtype)]))
 
-    def read(self) -> list[bool]:
-        """Wait for the device; whether each step since the last reading was finite."""
+    def read(self) -> list[float | None]:
+        """Wait for the device; the loss of each step since the last reading, None if that was skipped."""
         figures = torch.stack(self._unread).tolist() if self._unread else []
         self._unread = []
         self.losses += [loss for loss, _, finite in figures if finite]
         self.grad_norms += [norm for _, norm, finite in figures if finite]
-        return [bool(finite) for _, _, finite in figures]
+        return [loss if finite else None for loss, _, finite in figures]
 
     @staticmethod
     def mean(values: list[float]) -> float | None:

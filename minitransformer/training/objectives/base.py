@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minitransformer.errors import UserError
 from minitransformer.registry import Registered
+from minitransformer.text.preparing import Tokens
 from minitransformer.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -32,6 +33,30 @@ class TrainingBatch(Protocol):
         ...
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self: ...
+
+
+class Batches(Protocol):
+    """Batches by number, each the same whenever it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def batch(self, index: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class MadeBatches:
+    """`count` batches, of which `batch` makes any by its number."""
+
+    count: int
+    batch: Callable[[int], Any]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.batch, range(self.count))
 
 
 class Prepared(Protocol):
@@ -97,9 +122,19 @@ class Objective(Registered, kind="objective"):
         """The micro-batches of a step: the same ones whenever they are asked for."""
         raise NotImplementedError
 
-    def validation_batches(self) -> Iterable[TrainingBatch]:
+    def validation_batches(self) -> Batches:
         """The whole validation split, once."""
         raise NotImplementedError
+
+    @property
+    def validation_tokens(self) -> int:
+        """How many tokens the validation split has."""
+        return len(self.prepared.validation)
+
+    @property
+    def validation_targets(self) -> Tokens:
+        """The ids that `validation_bytes` are the bytes of."""
+        return self.prepared.validation
 
     @property
     def validation_bytes(self) -> int | None:

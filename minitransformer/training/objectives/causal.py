@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,7 @@ class Causal(Objective, name="causal"):
         windows = ShuffledWindows(self.prepared.train, self.config.sequence_length, rows, training.seed)
         return windows.batch(step).split(training.batch_size)
 
-    def validation_batches(self) -> Iterable[Batch]:
+    def validation_batches(self) -> SequentialWindows:
         return SequentialWindows(self.prepared.validation, self.config.sequence_length, self.config.training.batch_size)
 
     @property

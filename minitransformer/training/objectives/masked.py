@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from minitransformer.text.batches import IGNORE, SequentialWindows, ShuffledWindows
+from minitransformer.text.batches import IGNORE, Batch, SequentialWindows, ShuffledWindows
 from minitransformer.text.prepare import PreparedText
 from minitransformer.text.tokenizers import MASK, Tokenizer
-from minitransformer.training.objectives.base import Objective, Score
+from minitransformer.training.objectives.base import MadeBatches, Objective, Score
 from minitransformer.training.objectives.causal import prepare_text
 from minitransformer.training.objectives.cross_entropy import score_tokens, summed_loss
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 EXCERPT = 24
+TRAINING, VALIDATION = 1, 3
+"""for the seeds, which should not be those of one another's batches, nor of other objectives"""
 
 
 @dataclass(frozen=True)
@@ -114,18 +116,21 @@ class Masked(Objective, name="masked"):
         training = self.config.training
         rows = training.batch_size * training.grad_accumulation
         windows = ShuffledWindows(self.prepared.train, self.length, rows, training.seed).batch(step).inputs
-        generator = torch.Generator().manual_seed(_seed(training.seed, step))
+        generator = torch.Generator().manual_seed(_seed(training.seed, step, TRAINING))
         return self._hidden(windows, self.prepared.train, generator).split(training.batch_size)
 
-    def validation_batches(self) -> Iterator[MaskedBatch]:
+    def validation_batches(self) -> MadeBatches:
+        windows = SequentialWindows(self.prepared.validation, self.length, self.config.training.batch_size)
+        return MadeBatches(len(windows), lambda index: self._validation_batch(windows.batch(index), index))
+
+    def _validation_batch(self, batch: Batch, index: int) -> MaskedBatch:
         # The same tokens are hidden every time, so that validations can be compared.
-        generator = torch.Generator().manual_seed(_seed(self.config.training.seed, 0))
-        for batch in SequentialWindows(self.prepared.validation, self.length, self.config.training.batch_size):
-            hidden = self._hidden(batch.inputs, self.prepared.validation, generator)
-            padding = F.pad(batch.targets == IGNORE, (len(self.framing.before), len(self.framing.after)))
-            if padding.any():
-                hidden = replace(hidden, targets=hidden.targets.masked_fill(padding, IGNORE), is_token=~padding)
-            yield hidden
+        generator = torch.Generator().manual_seed(_seed(self.config.training.seed, index, VALIDATION))
+        hidden = self._hidden(batch.inputs, self.prepared.validation, generator)
+        padding = F.pad(batch.targets == IGNORE, (len(self.framing.before), len(self.framing.after)))
+        if padding.any():
+            hidden = replace(hidden, targets=hidden.targets.masked_fill(padding, IGNORE), is_token=~padding)
+        return hidden
 
     def _hidden(self, windows: Tensor, tokens: Any, generator: torch.Generator) -> MaskedBatch:
         follows = segments = None
@@ -193,5 +198,5 @@ class Masked(Objective, name="masked"):
         return [self.framing.around(excerpt) for excerpt in excerpts.tolist()]
 
 
-def _seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step, 1]).generate_state(1, np.uint64)[0] >> 1)
+def _seed(seed: int, index: int, what: int) -> int:
+    return int(np.random.SeedSequence([seed, index, what]).generate_state(1, np.uint64)[0] >> 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from minitransformer.errors import UserError
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.generated_pairs import generate_pairs, generates_pairs
-from minitransformer.text.pair_batches import PairBatch
+from minitransformer.text.pair_batches import PairBatch, SequentialPairs
 from minitransformer.text.pairs import PairCorpus, open_pairs
 from minitransformer.text.prepare_pairs import prepare_pairs
+from minitransformer.text.preparing import Tokens
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.objectives.base import Objective, Prepared, Score, refuse_other_files
 from minitransformer.training.objectives.cross_entropy import score_tokens, summed_loss
@@ -63,8 +64,17 @@ class Seq2Seq(Objective, name="seq2seq"):
         accumulation = training.grad_accumulation
         return [batches.batch(step * accumulation + i) for i in range(accumulation)]
 
-    def validation_batches(self) -> Iterable[PairBatch]:
+    def validation_batches(self) -> SequentialPairs:
         return self.prepared.validation_batches(self.config.training.batch_tokens)
+
+    @property
+    def validation_tokens(self) -> int:
+        sources, targets = self.prepared.validation.sources, self.prepared.validation.targets
+        return len(sources.tokens) + len(targets.tokens)
+
+    @property
+    def validation_targets(self) -> Tokens:
+        return self.prepared.validation.targets.tokens
 
     @property
     def validation_bytes(self) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from minitransformer.errors import UserError
-from minitransformer.text.batches import IGNORE, SequentialWindows, ShuffledWindows
+from minitransformer.text.batches import Batch, SequentialWindows, ShuffledWindows
 from minitransformer.text.pair_batches import PairBatch
 from minitransformer.text.prepare import PreparedText
 from minitransformer.text.tokenizers import Tokenizer
-from minitransformer.training.objectives.base import Objective, Score
+from minitransformer.training.objectives.base import MadeBatches, Objective, Score
 from minitransformer.training.objectives.causal import prepare_text
 from minitransformer.training.objectives.seq2seq import pair_loss, score_pairs
 
@@ -81,13 +81,15 @@ class SpanCorruption(Objective, name="span-corruption"):
         size = training.batch_size
         return [self._corrupted(windows[i : i + size], generator) for i in range(0, rows, size)]
 
-    def validation_batches(self) -> Iterator[PairBatch]:
+    def validation_batches(self) -> MadeBatches:
+        tokens = self.prepared.validation
+        whole = max(1, (len(tokens) - 1) // self.length) * self.length  # not the last window where that is shorter
+        windows = SequentialWindows(tokens[: whole + 1], self.length, self.config.training.batch_size)
+        return MadeBatches(len(windows), lambda index: self._validation_batch(windows.batch(index), index))
+
+    def _validation_batch(self, batch: Batch, index: int) -> PairBatch:
         # The same spans are cut every time, so that validations can be compared.
-        generator = np.random.default_rng([self.config.training.seed, 0, 2])
-        for batch in SequentialWindows(self.prepared.validation, self.length, self.config.training.batch_size):
-            whole = (batch.targets != IGNORE).all(-1)
-            if whole.any():
-                yield self._corrupted(batch.inputs[whole].numpy(), generator)
+        return self._corrupted(batch.inputs.numpy(), np.random.default_rng([self.config.training.seed, index, 4]))
 
     def _corrupted(self, windows: npt.NDArray[np.int64], generator: np.random.Generator) -> PairBatch:
         training = self.config.training
