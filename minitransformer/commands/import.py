@@ -8,12 +8,11 @@ from pathlib import Path
 
 import tyro
 
-from minitransformer import files, pretrained
+from minitransformer import pretrained
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
 from minitransformer.pretrained.vocabularies import how_to_make_one
-from minitransformer.runs import Run, free_run_path
-from minitransformer.training.checkpoint import write_checkpoint
+from minitransformer.runs import Run, check_free, free_run_path, only_writer
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.objectives import Objective
 
@@ -37,18 +36,16 @@ def _import(arguments: Sequence[str]) -> int:
     about = "Make a run of a public checkpoint, to sample from, or to train on."
     options = parse(Options, arguments, prog="minitransformer import", description=about)
     path = options.out or free_run_path(Path(options.checkpoint).name)
-    if path.exists():
-        raise UserError(f"{path} exists already: choose another --out")
+    check_free(path)
     model, tokenizer = pretrained.load(options.checkpoint)
     if tokenizer is None:
         raise UserError(how_to_make_one(options.checkpoint))
     topology = model.config.topology
     objectives = [name for name, objective in Objective.registry.items() if topology in objective.topologies]
     training = TrainingConfig(objective=objectives[0] if objectives else "causal")
-    with files.writing(path, "choose an --out on another disk"):
+    with only_writer(path):
         config = RunConfig(model.config, DataConfig(tokenizer=tokenizer.name), training)
-        run = Run.create(path, config, tokenizer, tokenizer)
-        write_checkpoint(run.checkpoints, 0, model, {})
+        Run.create(path, config, tokenizer, tokenizer, initial=model)
     print(f"model      {topology}, {model.num_parameters() / 1e6:.2f}M parameters")
     print(f"tokenizer  {tokenizer.name}, {tokenizer.vocab_size:,} tokens")
     print(f"run        {path}")

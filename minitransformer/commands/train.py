@@ -16,12 +16,12 @@ from minitransformer.lab.instruments import check_probe, probe_for
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, count_parameters
 from minitransformer.registry import lookup
-from minitransformer.runs import Run, free_run_path
+from minitransformer.runs import REMEDY, Run, check_free, claimed_run_path, only_writer
 from minitransformer.text.tokenizers import Tokenizer
-from minitransformer.training.checkpoint import check_room, checkpoint_step, choose_checkpoint
-from minitransformer.training.config import RunConfig, with_vocabulary
+from minitransformer.training.checkpoint import check_room, checkpoint_step, checkpoints_in, load_trainer_state
+from minitransformer.training.config import RunConfig, fixed_settings, with_vocabulary
 from minitransformer.training.logging import Logs, RunFiles, TensorBoard, Terminal
-from minitransformer.training.loop import NonFiniteTraining, Trainer
+from minitransformer.training.loop import SAMPLES, NonFiniteTraining, Trainer, sample_heading
 from minitransformer.training.machine import choose_device, choose_machine
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
@@ -73,9 +73,8 @@ def _begin(arguments: Sequence[str]) -> int:
     print(f"preset     {preset}", flush=True)  # what follows has to load more of torch first
     if options.checkpoint is not None:
         raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume")
-    path = options.out or free_run_path(f"{preset}-{Path(options.data.data).stem.strip('*') or 'data'}")
-    if path.exists():
-        raise UserError(f"{path} exists already: choose another --out, or continue the run with --resume {path}")
+    if options.out is not None:
+        check_free(options.out)
     # What cannot work is said now, and not after minutes of preparing text.
     if options.training.tensorboard:
         TensorBoard.check()
@@ -84,9 +83,12 @@ def _begin(arguments: Sequence[str]) -> int:
     source = None if initial is None else Run.open(initial)
     prepared = _prepare(options.run_config(), source.tokenizers if source else ())
     config = replace(options.run_config(), model=with_vocabulary(options.model, prepared))
-    check_room(path, config)
-    run = Run.create(path, config, prepared.tokenizer, prepared.target_tokenizer, prepared.folder.name)
-    return _train(run, prepared, checkpoint=None, initial=source)
+    check_room(options.out or Path("runs"), config)
+    path = options.out or claimed_run_path(f"{preset}-{Path(options.data.data).stem.strip('*') or 'data'}")
+    with only_writer(path):
+        model = None if source is None else source.load_model()
+        run = Run.create(path, config, prepared.tokenizer, prepared.target_tokenizer, prepared.folder.name, model)
+        return _train(run, prepared, checkpoint=None if model is None else run.checkpoint_to_continue())
 
 
 def _option(arguments: Sequence[str], flag: str) -> Path | None:
@@ -97,17 +99,37 @@ def _option(arguments: Sequence[str], flag: str) -> Path | None:
 
 
 def _resume(path: Path, arguments: Sequence[str]) -> int:
-    run = Run.open(path)
-    options = _parse(arguments, run.config)
-    _check_changes(run.config, options)
-    checkpoint = choose_checkpoint(run.checkpoints, options.checkpoint)
-    if checkpoint_step(checkpoint) >= options.training.steps:
-        raise UserError(f"{path} has done its {options.training.steps} steps: give a larger --steps to extend it")
-    prepared = _prepare(options.run_config(), run.tokenizers)
-    if prepared.folder.name != run.text:
-        raise UserError(f"{options.data.data} is not the text that {path} began with: restore it, or train a new run")
-    check_room(path, options)
-    return _train(run.reconfigured(options.run_config()), prepared, checkpoint)
+    options = _parse(arguments, Run.open(path).config)
+    with only_writer(path):
+        run = Run.open(path)  # as it stands now that nobody else writes to it
+        _check_changes(run.config, options)
+        checkpoint = _checkpoint_to_continue(run, options)
+        prepared = _prepare(options.run_config(), run.tokenizers)
+        if prepared.folder.name != run.text:
+            raise UserError(
+                f"{options.data.data} is not the text that {path} began with: restore it, or train a new run"
+            )
+        check_room(path, options)
+        return _train(run.reconfigured(options.run_config()), prepared, checkpoint)
+
+
+def _checkpoint_to_continue(run: Run, options: Options) -> Path | None:
+    """None for a run that was stopped before its first checkpoint; raises `UserError` for one that has done it all."""
+    if options.checkpoint is None and not checkpoints_in(run.checkpoints):
+        print(f"checkpoint none yet: {run.path} begins at step 0", flush=True)
+        return None
+    checkpoint = run.checkpoint_to_continue(options.checkpoint)
+    step, steps = checkpoint_step(checkpoint), options.training.steps
+    if step > steps or (step == steps and _has_ended(run, checkpoint)):
+        raise UserError(f"{run.path} has done its {steps} steps: give a larger --steps to extend it")
+    return checkpoint
+
+
+def _has_ended(run: Run, checkpoint: Path) -> bool:
+    """Whether the last validation and the sample are there as well; a signal may have come before them."""
+    step, samples = checkpoint_step(checkpoint), run.path / SAMPLES
+    validated = load_trainer_state(checkpoint)["progress"]["validated_step"]
+    return validated == step and samples.exists() and sample_heading(step) in samples.read_text("utf-8", "replace")
 
 
 def _check_changes(old: RunConfig, new: RunConfig) -> None:
@@ -118,7 +140,7 @@ def _check_changes(old: RunConfig, new: RunConfig) -> None:
             a, b = getattr(before, field.name), getattr(after, field.name)
             if a == b:
                 continue
-            if part != "training" or field.name in ("objective", "optimizer", "seed"):
+            if field.name in fixed_settings(old):
                 raise UserError(
                     f"this run has {field.name} {a}, and resuming cannot make it {b}: train a new run for that"
                 )
@@ -153,7 +175,7 @@ def _prepare(config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepare
     return prepared
 
 
-def _train(run: Run, prepared: Prepared, checkpoint: Path | None, initial: Run | None = None) -> int:
+def _train(run: Run, prepared: Prepared, checkpoint: Path | None) -> int:
     config = run.config.training
     parameters = count_parameters(run.config.model)
     objective = Objective.named(config.objective)
@@ -168,7 +190,7 @@ def _train(run: Run, prepared: Prepared, checkpoint: Path | None, initial: Run |
     print(f"model      {parameters / 1e6:.2f}M parameters, {tokens / 1e6:.1f}M tokens to read")
     print(f"machine    {machine.description}")
     print(f"run        {run.path}", flush=True)
-    with StopRequest() as stop, writing(run.path, "choose an --out on another disk"):
+    with StopRequest() as stop, writing(run.path, REMEDY):
         done = 0 if checkpoint is None else checkpoint_step(checkpoint)
         logs = [RunFiles(run.path, resume_at=done), Terminal(steps=config.steps, done=done)]
         if config.tensorboard:
@@ -177,29 +199,31 @@ def _train(run: Run, prepared: Prepared, checkpoint: Path | None, initial: Run |
         trainer = Trainer(run, prepared, machine, log, stop, partial(_sample, run), probe_for(config))
         if checkpoint is not None:
             trainer.restore(checkpoint)
-        if initial is not None:
-            trainer.model.load_state_dict(initial.load_model().state_dict())
         try:
             trainer.train()
-            if stop.signal is None and not config.sample_at_eval:  # else the last validation has printed one
+            stopped = stop.signal is not None
+            if not stopped and not config.sample_at_eval:  # else the last validation has printed one
                 trainer.write_sample()
         except NonFiniteTraining as error:
             log.line(f"error: {error}")
             return NON_FINITE
         finally:
             log.close()
-        return _report(trainer, stop)
+        return _stopped(trainer, stop) if stopped else _report(trainer)
 
 
 def _sample(run: Run, model: Model, objective: Objective) -> str:
     return sample_of(model, run.tokenizer, run.target_tokenizer, objective.examples(EXAMPLES), SAMPLE_TOKENS)
 
 
-def _report(trainer: Trainer, stop: StopRequest) -> int:
+def _stopped(trainer: Trainer, stop: StopRequest) -> int:
+    path, step = trainer.run.path, trainer.progress.step
+    print(f"stopped at step {step}, which is saved; to continue:\n\n    python train.py --resume {path}\n")
+    return stop.exit_code
+
+
+def _report(trainer: Trainer) -> int:
     path, progress = trainer.run.path, trainer.progress
-    if stop.signal is not None:
-        print(f"stopped at step {progress.step}, which is saved; to continue:\n\n    python train.py --resume {path}\n")
-        return stop.exit_code
     if trainer.stopped_early:
         print(f"stopped early at step {progress.step}: no better validation in {progress.validations_since_best}")
     print(f"validation {trainer.validation} (best at step {progress.best_step})")

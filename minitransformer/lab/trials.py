@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,8 +16,8 @@ from minitransformer.lab.experiment import Measurement
 from minitransformer.lab.instruments import probe_for
 from minitransformer.lab.store import REMEDY
 from minitransformer.models.model import Model, count_parameters
-from minitransformer.runs import Run
-from minitransformer.training.checkpoint import check_room, checkpoint_step, choose_checkpoint
+from minitransformer.runs import Run, clear, only_writer
+from minitransformer.training.checkpoint import check_room, checkpoint_step
 from minitransformer.training.config import RunConfig, TrainingConfig, with_vocabulary
 from minitransformer.training.logging import Log, Logs, RunFiles, TensorBoard, records_until
 from minitransformer.training.loop import NonFiniteTraining, Trainer
@@ -50,7 +49,7 @@ def train_trial(path: Path, config: RunConfig, until: int) -> Measurement:
     """
     prepared = prepared_for(config)
     config = replace(config, model=with_vocabulary(config.model, prepared))
-    with files.writing(path, REMEDY):
+    with files.writing(path, REMEDY), only_writer(path):
         finite = _advance(path, config, prepared, until)
     return {**_outcome(path, until, finite), "text": prepared.folder.name}
 
@@ -80,15 +79,13 @@ def _found(path: Path, config: RunConfig) -> tuple[Run, Path] | None:
     """The run at `path` and its latest checkpoint, if there is a whole one of this configuration."""
     try:
         run = Run.open(path)
-        return (run, choose_checkpoint(run.checkpoints)) if run.config == config else None
+        return (run, run.checkpoint_to_continue()) if run.config == config else None
     except UserError:
         return None
 
 
 def _begun(path: Path, config: RunConfig, prepared: Prepared) -> Run:
-    if path.exists():
-        shutil.rmtree(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    clear(path)
     check_room(path, config)
     return Run.create(path, config, prepared.tokenizer, prepared.target_tokenizer, prepared.folder.name)
 

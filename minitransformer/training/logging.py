@@ -28,6 +28,9 @@ class Log:
     def advance(self, step: int) -> None:
         """`step` steps are done."""
 
+    def sync(self) -> None:
+        """What was said so far is to survive a power cut."""
+
     def close(self) -> None:
         """Nothing more will be said."""
 
@@ -50,6 +53,10 @@ class Logs(Log):
         for log in self.logs:
             log.advance(step)
 
+    def sync(self) -> None:
+        for log in self.logs:
+            log.sync()
+
     def close(self) -> None:
         for log in self.logs:
             log.close()
@@ -65,6 +72,7 @@ class RunFiles(Log):
             files.write_text(metrics, "".join(f"{line}\n" for line in records_until(metrics, resume_at)))
         self.metrics = metrics.open("a", encoding="utf-8")
         self.words = (folder / "train.log").open("a", encoding="utf-8")
+        files.sync(folder)
 
     def record(self, numbers: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(numbers) + "\n")
@@ -74,6 +82,10 @@ class RunFiles(Log):
         self.words.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self.words.flush()
 
+    def sync(self) -> None:
+        for file in (self.metrics, self.words):
+            os.fsync(file.fileno())
+
     def close(self) -> None:
         self.metrics.close()
         self.words.close()
@@ -82,11 +94,11 @@ class RunFiles(Log):
 def records_until(metrics: Path, step: int) -> list[str]:
     """The lines of a `metrics.jsonl` up to `step`, without those that are no record."""
     kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             continue
     return kept
 

@@ -35,6 +35,7 @@ from minitransformer.training.step import StepResult, Validation, training_step,
 
 # float16 needs some steps to find its loss scale; nothing that recovers needs more.
 MOST_STEPS_WITHOUT_UPDATE = 20
+SAMPLES = "samples.txt"
 
 
 class NonFiniteTraining(Exception):
@@ -52,6 +53,11 @@ class Progress:
     best_step: int = 0
     validated_step: int = 0
     validations_since_best: int = 0
+
+
+def sample_heading(step: int) -> str:
+    """The line above the sample of `step` in `samples.txt`."""
+    return f"--- step {step}\n"
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -103,6 +109,8 @@ class Trainer:
         """Continue from `checkpoint`; settings that were changed since keep their new values."""
         load_model_weights(checkpoint, self.model)
         state = load_trainer_state(checkpoint)
+        if not state:
+            return  # the weights that a run begins with, of which nothing is trained yet
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
@@ -234,8 +242,8 @@ class Trainer:
     def write_sample(self) -> str:
         """A sample of the model as it stands, also kept in `samples.txt`."""
         sample = self.sample(self.model, self.objective)
-        with (self.run.path / "samples.txt").open("a", encoding="utf-8") as file:
-            file.write(f"--- step {self.progress.step}\n{sample}\n")
+        with (self.run.path / SAMPLES).open("a", encoding="utf-8") as file:
+            file.write(f"{sample_heading(self.progress.step)}{sample}\n")
         self.log.line(sample)
         return sample
 
@@ -248,7 +256,8 @@ class Trainer:
             "progress": asdict(self.progress),
         }
         folder = self.run.checkpoints
-        path = write_checkpoint(folder, self.progress.step, self.model, state)
+        self.log.sync()  # first, so that no checkpoint stands for more than the records show
+        path = write_checkpoint(folder, self.progress.step, self.model, state, self.run.config)
         if self.progress.best_step == self.progress.step:
             files.point_to(folder / "best", path.name)
         remove_old_checkpoints(folder, self.config.keep_last)
