@@ -28,6 +28,9 @@ class Log:
     def advance(self, step: int) -> None:
         """`step` steps are done."""
 
+    def forget_validation(self, step: int) -> None:
+        """The validation at `step`, which no checkpoint knows, happens again."""
+
     def sync(self) -> None:
         """What was said so far is to survive a power cut."""
 
@@ -53,6 +56,10 @@ class Logs(Log):
         for log in self.logs:
             log.advance(step)
 
+    def forget_validation(self, step: int) -> None:
+        for log in self.logs:
+            log.forget_validation(step)
+
     def sync(self) -> None:
         for log in self.logs:
             log.sync()
@@ -66,13 +73,24 @@ class RunFiles(Log):
     """`metrics.jsonl`, one record a line, and `train.log`, the lines with the time of day."""
 
     def __init__(self, folder: Path, *, resume_at: int) -> None:
-        metrics = folder / "metrics.jsonl"
-        if metrics.exists():
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
             # What came after the checkpoint, or was cut off in the middle of a line, happens again.
-            files.write_text(metrics, "".join(f"{line}\n" for line in records_until(metrics, resume_at)))
-        self.metrics = metrics.open("a", encoding="utf-8")
+            self._keep(records_until(self.path, resume_at))
+        self.metrics = self.path.open("a", encoding="utf-8")
         self.words = (folder / "train.log").open("a", encoding="utf-8")
         files.sync(folder)
+
+    def _keep(self, lines: list[str]) -> None:
+        files.write_text(self.path, "".join(f"{line}\n" for line in lines))
+
+    def forget_validation(self, step: int) -> None:
+        def again(record: dict[str, Any]) -> bool:
+            return record["step"] == step and "validation_loss" in record
+
+        self.metrics.close()
+        self._keep([line for line in records_until(self.path, step) if not again(json.loads(line))])
+        self.metrics = self.path.open("a", encoding="utf-8")
 
     def record(self, numbers: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(numbers) + "\n")

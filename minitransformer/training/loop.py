@@ -16,6 +16,7 @@ from minitransformer import files
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
 from minitransformer.training.checkpoint import (
+    checkpoint_name,
     load_model_weights,
     load_trainer_state,
     remove_old_checkpoints,
@@ -119,6 +120,10 @@ class Trainer:
         self.precision.load_state_dict(state["precision"])
         self.progress = Progress(**state["progress"])
         self._saved = replace(self.progress)
+        # A kill may have come between a checkpoint and the link to it.
+        best = self.run.checkpoints / checkpoint_name(self.progress.best_step)
+        if self.progress.best_step and best.exists():
+            files.point_to(self.run.checkpoints / "best", best.name)
 
     def train(self, until: int | None = None) -> None:
         """Step until the last one, an early stop, or a request to stop; the state at the end is always saved.
@@ -128,6 +133,7 @@ class Trainer:
         last = self.config.steps if until is None else min(until, self.config.steps)
         self.model.train()
         if self._validation_due() and self.progress.validated_step != self.progress.step:
+            self.log.forget_validation(self.progress.step)
             self._validate()  # the stop that this run continues from came in the middle of it
         interval = _Interval(self.progress)
         while self.progress.step < last and self.stop.signal is None and not self.stopped_early:
