@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -11,25 +12,41 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from minitransformer.errors import UserError
+from minitransformer.errors import StorageError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}
+PARTIAL, REPLACED, CHECKSUM = ".partial", ".replaced", "checksum"
 
 
 @contextmanager
 def writing(target: Path, remedy: str) -> Iterator[None]:
-    """Turns a full disk and a folder that may not be written into a `UserError` about `target`, with the remedy."""
+    """Turns what a disk may answer to writing `target` into a `StorageError` with the remedy.
+
+    A disk is full, may not be written, is broken, or is no longer there.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in NO_SPACE:
-            raise UserError(f"no space left while writing {target}: free some, or {remedy}") from None
-        if error.errno in NO_RIGHT:
-            raise UserError(f"{target} may not be written ({error.strerror}): {remedy}") from None
-        raise
+        # A pipe or a connection whose other end has left is no disk.
+        if error.errno is None or isinstance(error, ConnectionError):
+            raise
+        raise _explained(error, target, remedy) from None
+
+
+def _explained(error: OSError, target: Path, remedy: str) -> StorageError:
+    if error.errno in NO_SPACE:
+        return StorageError(f"no space left while writing {target}: free some, or {remedy}")
+    if error.errno in NO_RIGHT:
+        return StorageError(f"{target} may not be written ({error.strerror}): {remedy}")
+    where = "" if error.filename is None else f": {error.filename}"
+    return StorageError(f"{target} could not be written ({error.strerror}{where}): put it back, or {remedy}")
 
 
 def sync(path: Path) -> None:
@@ -41,11 +58,19 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Make `path` and the folders above it, where they are missing, to stay."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
 @contextmanager
 def whole_file(target: Path) -> Iterator[BinaryIO]:
     """A file to write that becomes `target` when the block ends well, and nothing when it does not."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-", suffix=".partial")
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-", suffix=PARTIAL)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -72,9 +97,11 @@ def write_text(target: Path, text: str) -> None:
 def whole_folder(target: Path) -> Iterator[Path]:
     """An empty folder to fill that becomes `target` when the block ends well, and nothing when it does not.
 
-    It replaces a folder that stands at `target`; where several processes may want to, call it under `locked(target)`.
+    It replaces a folder that stands at `target`, of which one version is on disk at every moment: `restore_replaced`
+    mends a kill between the two renames. Where several processes may want to, call it under a lock.
     """
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}-", suffix=".partial"))
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}-", suffix=PARTIAL))
+    replaced = target.with_name(target.name + REPLACED)
     try:
         yield partial
         partial.chmod(target.parent.stat().st_mode & 0o777)
@@ -82,65 +109,117 @@ def whole_folder(target: Path) -> Iterator[Path]:
             sync(file)
         sync(partial)
         if target.exists():
-            shutil.rmtree(target)
+            remove(replaced)
+            target.rename(replaced)
         partial.rename(target)
         sync(target.parent)
+        remove(replaced)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
         raise
 
 
-def _lock(descriptor: int, *, wait: bool) -> bool:
-    """True when this process now holds the lock; the kernel gives it back however the process ends."""
+def restore_replaced(folder: Path) -> None:
+    """Finish what a kill left of `whole_folder` in `folder`: what was set aside comes back unless its heir is there."""
+    for replaced in folder.glob(f"*{REPLACED}"):
+        target = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if target.exists():
+            remove(replaced)
+        else:
+            replaced.rename(target)
+            sync(folder)
+
+
+def remove(path: Path) -> None:
+    """Remove the file, link or folder at `path`, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def acquired(path: Path, *, wait: bool) -> BaseFileLock | None:
+    """The lock in the file `path`, which this process holds until it releases it or ends, however it ends.
+
+    None if another has it, or with `wait` never. Where a disk has no locks, everybody gets in.
+    """
+    from filelock import FileLock, Timeout  # late: commands that only read need no locks
+
+    lock = FileLock(path, mode=0o666)
     try:
-        import fcntl
-    except ImportError:  # a system without them
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return lock
+
+
+def lock_of(target: Path) -> Path:
+    """The file whose lock is taken by who makes `target`."""
+    return target.with_name(f"{target.name}.lock")
 
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """One process at a time per `target`; where there are no locks, everybody gets in (names stay unique)."""
+    """One process at a time per `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(target.with_name(f"{target.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    lock = acquired(lock_of(target), wait=False)
+    if lock is None:
+        print(f"waiting for another process to make {target}", file=sys.stderr)
+        lock = acquired(lock_of(target), wait=True)
+    assert lock is not None
     try:
-        if not _lock(descriptor, wait=False):
-            print(f"waiting for another process to make {target}", file=sys.stderr)
-            _lock(descriptor, wait=True)
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 def sweep(folder: Path) -> None:
-    """Deletes the partial folders of builders that were killed: those whose lock nobody holds."""
-    for partial in folder.glob("*.partial"):
-        lock = folder / f"{partial.name.rpartition('-')[0]}.lock"
-        try:
-            descriptor = os.open(lock, os.O_RDWR)
-        except OSError:
+    """Deletes or finishes what builders that were killed have left in `folder`: those whose lock nobody holds."""
+    for leftover in [*folder.glob(f"*{PARTIAL}"), *folder.glob(f"*{REPLACED}")]:
+        name = leftover.name.removesuffix(REPLACED)
+        path = lock_of(folder / (name.rpartition("-")[0] if name.endswith(PARTIAL) else name))
+        if not path.exists() or (lock := acquired(path, wait=False)) is None:
             continue
         try:
-            if _lock(descriptor, wait=False):
-                shutil.rmtree(partial, ignore_errors=True)
+            remove(leftover)
         finally:
-            os.close(descriptor)
+            lock.release()
 
 
 def point_to(link: Path, target: str) -> None:
     """Make the symbolic link `link` point to its sibling `target`, in one stroke."""
-    temporary = link.with_name(f".{link.name}-{os.getpid()}.partial")
+    temporary = link.with_name(f".{link.name}-{os.getpid()}{PARTIAL}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     os.replace(temporary, link)
+    sync(link.parent)
 
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """`record`, to be written as JSON, with the SHA-256 of its content as `checksum`."""
+    content = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    return {**record, CHECKSUM: hashlib.sha256(content.encode()).hexdigest()}
+
+
+def unsealed(record: Any) -> Any:
+    """`record`, read from JSON, without its checksum, which the oldest files do not have.
+
+    Raises `ValueError` where the content is not what was sealed.
+    """
+    if not isinstance(record, dict) or CHECKSUM not in record:
+        return record
+    content = {name: value for name, value in record.items() if name != CHECKSUM}
+    if sealed(content)[CHECKSUM] != record[CHECKSUM]:
+        raise ValueError("its checksum is that of another content")
+    return content

@@ -9,6 +9,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 
 from minitransformer import files
-from minitransformer.errors import UserError
+from minitransformer.errors import StorageError, UserError
 from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained.shards import read_json
 from minitransformer.pretrained.tokenizers import (
@@ -26,7 +28,15 @@ from minitransformer.pretrained.tokenizers import (
     PublicTokenizer,  # noqa: F401  (which a run may have: it registers)
 )
 from minitransformer.text.tokenizers import Tokenizer
-from minitransformer.training.checkpoint import choose_checkpoint, load_model_weights
+from minitransformer.training.checkpoint import (
+    LOCK,
+    check_settings,
+    checkpoint_step,
+    checkpoints_in,
+    choose_checkpoint,
+    load_model_weights,
+    write_checkpoint,
+)
 from minitransformer.training.config import RunConfig
 from minitransformer.training.finetuning import Parent
 from minitransformer.training.machine import Resolved
@@ -34,6 +44,7 @@ from minitransformer.training.machine import Resolved
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 GENERATION = CONFIGS[1]
 TOKENIZER, TARGET_TOKENIZER = "tokenizer.json", "target-tokenizer.json"
+REMEDY = "choose an --out on another disk"
 
 
 def provenance() -> dict[str, str]:
@@ -83,13 +94,25 @@ class Run:
         text: str = "",
         machine: Resolved | None = None,
         parent: Parent | None = None,
+        initial: Model | None = None,
     ) -> Run:
-        """A new run folder; `config.json` is written last, and makes it one."""
-        (path / CHECKPOINTS).mkdir(parents=True)
-        tokenizer.save(path / TOKENIZER)
-        if target_tokenizer is not tokenizer:
-            target_tokenizer.save(path / TARGET_TOKENIZER)
-        return cls(path, config, tokenizer, target_tokenizer, text, machine, parent).reconfigured(config)
+        """A new run folder; `config.json` is written last, and makes it one.
+
+        A run that does not begin with random weights has those of `initial` as its checkpoint of step 0. Raises
+        `UserError` where something is at `path` already, and `StorageError` where it cannot be written.
+        """
+        check_free(path)
+        run = cls(path, config, tokenizer, target_tokenizer, text, machine, parent)
+        with files.writing(path, REMEDY):
+            files.make_folder(path)
+            clear(path)
+            files.make_folder(run.checkpoints)
+            tokenizer.save(path / TOKENIZER)
+            if target_tokenizer is not tokenizer:
+                target_tokenizer.save(path / TARGET_TOKENIZER)
+            if initial is not None:
+                write_checkpoint(run.checkpoints, 0, initial, {}, config)
+        return run.reconfigured(config)
 
     def reconfigured(self, config: RunConfig, machine: Resolved | None = None) -> Run:
         """This run with another configuration, which is written down with the code and the command behind it.
@@ -100,19 +123,26 @@ class Run:
         origins = {"machine": run.machine, "parent": run.parent}
         about = {name: origin.to_json() for name, origin in origins.items() if origin is not None}
         record = {**config.to_json(), "text": self.text, **about, "provenance": provenance()}
-        files.write_text(self.path / CONFIG, json.dumps(record, indent=2) + "\n")
+        names = [TOKENIZER, TARGET_TOKENIZER][: len(self.tokenizers)]
+        with files.writing(self.path, REMEDY):
+            record["sha256"] = {name: files.sha256(self.path / name) for name in names}
+            files.write_text(self.path / CONFIG, json.dumps(files.sealed(record), indent=2) + "\n")
         return run
 
     @classmethod
     def open(cls, path: Path) -> Run:
-        """The run in the folder `path`; raises `UserError` if it is none."""
+        """The run in the folder `path`; raises `UserError` if it is none, and `StorageError` if it is damaged."""
         if not (path / CONFIG).is_file():
             raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give a folder that training has made")
         try:
-            record = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+            record = files.unsealed(json.loads((path / CONFIG).read_text(encoding="utf-8")))
         except ValueError as error:
-            raise UserError(f"{path / CONFIG} is damaged ({error}): restore it, or train anew") from None
+            raise StorageError(f"{path / CONFIG} is damaged ({error}): restore it, or train anew") from None
         config = RunConfig.from_json(record, str(path / CONFIG))
+        digests = record.get("sha256")
+        for name in (TOKENIZER, TARGET_TOKENIZER):
+            if isinstance(digests, dict) and name in digests and _digest(path / name) != digests[name]:
+                raise StorageError(f"{path / name} is not what training wrote: restore it, or train anew")
         tokenizer = Tokenizer.load(path / TOKENIZER)
         own = path / TARGET_TOKENIZER
         target_tokenizer = Tokenizer.load(own) if own.exists() else tokenizer
@@ -142,9 +172,14 @@ class Run:
 
     def checkpoint(self, name: str | None = None) -> Path:
         """The whole checkpoint called `name`, by default the best, or the latest if none is called that."""
-        if name is None and (self.checkpoints / "best").exists():
-            name = "best"
-        return choose_checkpoint(self.checkpoints, name)
+        best = self.checkpoints / "best"
+        return self.checkpoint_to_continue("best" if name is None and (best.exists() or best.is_symlink()) else name)
+
+    def checkpoint_to_continue(self, name: str | None = None) -> Path:
+        """The whole checkpoint called `name`, by default the latest; raises `StorageError` for one of another run."""
+        chosen = choose_checkpoint(self.checkpoints, name)
+        check_settings(chosen, self.config)
+        return chosen
 
     def load_model(self, checkpoint: str | None = None, device: str = "cpu") -> Model:
         """The model of this run, ready to be evaluated, from `checkpoint`: by default the best one."""
@@ -152,6 +187,10 @@ class Run:
         model = build_model(self.config.model)
         load_model_weights(chosen, model)
         return model.to(device).eval()
+
+
+def _digest(path: Path) -> str | None:
+    return files.sha256(path) if path.is_file() else None
 
 
 def latest_run(root: Path = Path("runs")) -> Path:
@@ -175,3 +214,65 @@ def free_run_path(name: str, root: Path = Path("runs")) -> Path:
     """A path below `root` that nothing has yet: `name`, or `name` with a number."""
     candidates = [root / name, *(root / f"{name}-{i}" for i in range(2, 10_000))]
     return next(path for path in candidates if not path.exists())
+
+
+def claimed_run_path(name: str, root: Path = Path("runs")) -> Path:
+    """A new empty folder that no other process gets: that of `free_run_path`."""
+    with files.writing(root, REMEDY):
+        files.make_folder(root)
+        while True:
+            path = free_run_path(name, root)
+            with suppress(FileExistsError):
+                path.mkdir()
+                return path
+
+
+def check_free(path: Path) -> None:
+    """Raise a `UserError` unless a run may begin at `path`.
+
+    It may where nothing is, and where another has ended before its folder was that of a run.
+    """
+    if (path / CONFIG).exists():
+        raise UserError(f"{path} exists already: choose another --out, or continue the run with --resume {path}")
+    if not path.exists():
+        return
+    own = {LOCK, TOKENIZER, TARGET_TOKENIZER, CHECKPOINTS}
+    with files.writing(path, REMEDY):
+        names = {child.name for child in path.iterdir() if child.suffix != files.PARTIAL} if path.is_dir() else {""}
+        begun = any(checkpoint_step(checkpoint) > 0 for checkpoint in checkpoints_in(path / CHECKPOINTS))
+    if begun or not names <= own:
+        raise UserError(f"{path} exists already, and is not a run: choose another --out")
+
+
+def clear(path: Path) -> None:
+    """Remove all that is in the folder of a run but its lock."""
+    for child in path.iterdir():
+        if child.name != LOCK:
+            files.remove(child)
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """No other process writes to the run at `path` meanwhile; what a killed one left there is cleared away before.
+
+    Raises `UserError` if another process trains the run now. Reading needs no lock.
+    """
+    with files.writing(path, REMEDY):
+        files.make_folder(path)
+        lock_file = path / LOCK
+        holder = lock_file.read_text(errors="replace").strip() if lock_file.exists() else ""
+        lock = files.acquired(lock_file, wait=False)
+        if lock is None:
+            who = f" (pid {holder})" if holder.isdecimal() else ""
+            raise UserError(f"another process trains {path}{who}: wait until it ends, or stop it")
+    try:
+        with suppress(OSError):  # a courtesy to those who are refused
+            lock_file.write_text(f"{os.getpid()}\n")
+        with files.writing(path, REMEDY):
+            for folder in (path, path / CHECKPOINTS):
+                files.restore_replaced(folder)
+                for leftover in folder.glob(f"*{files.PARTIAL}"):
+                    files.remove(leftover)
+        yield
+    finally:
+        lock.release()

@@ -14,7 +14,7 @@ from minitransformer.errors import UserError
 
 Options = TypeVar("Options")
 
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, UserError.exit_code, 130
 
 
 def start(name: str, arguments: Sequence[str]) -> int:
@@ -36,7 +36,7 @@ def run_command(command: Callable[[], int | None]) -> int:
         return command() or DONE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return USAGE
+        return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED

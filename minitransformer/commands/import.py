@@ -15,8 +15,7 @@ from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
 from minitransformer.generation.published import published
 from minitransformer.pretrained.vocabularies import how_to_make_one
-from minitransformer.runs import GENERATION, Run, free_run_path
-from minitransformer.training.checkpoint import write_checkpoint
+from minitransformer.runs import GENERATION, Run, check_free, free_run_path, only_writer
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.objectives import Objective
 
@@ -40,8 +39,7 @@ def _import(arguments: Sequence[str]) -> int:
     about = "Make a run of a public checkpoint, to sample from, or to train on."
     options = parse(Options, arguments, prog="minitransformer import", description=about)
     path = options.out or free_run_path(Path(options.checkpoint).name)
-    if path.exists():
-        raise UserError(f"{path} exists already: choose another --out")
+    check_free(path)
     model, tokenizer = pretrained.load(options.checkpoint)
     if tokenizer is None:
         raise UserError(how_to_make_one(options.checkpoint))
@@ -52,12 +50,11 @@ def _import(arguments: Sequence[str]) -> int:
     objectives = [name for name, objective in Objective.registry.items() if topology in objective.topologies]
     # A rate that public models are often trained at from scratch: fine-tuning takes a tenth of it.
     training = TrainingConfig(objective=objectives[0] if objectives else "causal", lr=3e-4)
-    with files.writing(path, "choose an --out on another disk"):
+    with only_writer(path):
         config = RunConfig(model.config, DataConfig(tokenizer=tokenizer.name), training)
-        run = Run.create(path, config, tokenizer, tokenizer)
+        Run.create(path, config, tokenizer, tokenizer, initial=model)
         if generation is not None:
             files.write_text(path / GENERATION, json.dumps(generation, indent=2) + "\n")
-        write_checkpoint(run.checkpoints, 0, model, {})
     print(f"model      {topology}, {amount(model.num_parameters())} parameters")
     print(f"tokenizer  {tokenizer.name}, {tokenizer.vocab_size:,} tokens")
     print(f"run        {path}")

@@ -16,20 +16,20 @@ from minitransformer.generation.samples import sample_of
 from minitransformer.lab.instruments import check_probe, probe_for
 from minitransformer.models.model import Model, count_parameters
 from minitransformer.registry import lookup
-from minitransformer.runs import Run, data_name, free_run_path
+from minitransformer.runs import REMEDY, Run, check_free, claimed_run_path, data_name, only_writer
 from minitransformer.text.prepare import TooShort
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import (
     MODEL,
     check_room,
     checkpoint_step,
-    choose_checkpoint,
-    load_model_weights,
+    checkpoints_in,
+    load_trainer_state,
 )
-from minitransformer.training.config import RunConfig, with_usual_vocabulary, with_vocabulary
+from minitransformer.training.config import RunConfig, fixed_settings, with_usual_vocabulary, with_vocabulary
 from minitransformer.training.finetuning import LEAST_TOKENS, Parent, check_fits, fine_tuning
 from minitransformer.training.logging import Logs, RunFiles, TensorBoard, Terminal
-from minitransformer.training.loop import NonFiniteTraining, Trainer
+from minitransformer.training.loop import SAMPLES, NonFiniteTraining, Trainer, sample_heading
 from minitransformer.training.machine import Machine, choose_device, choose_precision
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
@@ -84,9 +84,8 @@ def _begin(arguments: Sequence[str]) -> int:
     print(f"preset     {preset}", flush=True)  # what follows has to load more of torch first
     if options.checkpoint is not None:
         raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume or --init-from")
-    path = _free_path(options, preset)
-    config, prepared = options.run_config(), _prepare(options.run_config())
-    return _train(*_created(path, config, prepared), checkpoint=None)
+    _check_possible(options)
+    return _begun(options, preset, options.run_config(), _prepare(options.run_config()))
 
 
 def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
@@ -100,7 +99,7 @@ def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
     check_fits(source.config.model, options.model)
     if options.data.tokenizer != base.data.tokenizer:
         raise UserError(f"--init-from {initial} has a tokenizer of its own: leave --tokenizer out")
-    path = _free_path(options, source.path.resolve().name)
+    _check_possible(options)
     config = options.run_config()
     try:
         prepared = _prepare(config, source.tokenizers)
@@ -112,30 +111,36 @@ def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
     if (length := config.training.sequence_length) is not None:
         print(f"sequences  {length:,} tokens, of the {config.model.context_length:,} that the model sees")
     parent = Parent(str(initial), weights.name, sha256(weights / MODEL))
-    return _train(*_created(path, config, prepared, parent), checkpoint=None, weights=weights)
+    return _begun(options, source.path.resolve().name, config, prepared, parent, source.load_model(weights.name))
 
 
-def _free_path(options: Options, name: str) -> Path:
-    """The folder of the new run. Raises `UserError` now for what cannot work: not after minutes of preparing text."""
-    path = options.out or free_run_path(f"{name}-{data_name(options.data.data)}")
-    if path.exists():
-        raise UserError(f"{path} exists already: choose another --out, or continue the run with --resume {path}")
+def _check_possible(options: Options) -> None:
+    """Raises `UserError` now for what cannot work: not after minutes of preparing text."""
+    if options.out is not None:
+        check_free(options.out)
     if options.training.tensorboard:
         TensorBoard.check()
     choose_precision(choose_device(options.training.device), options.training.precision)
     count_parameters(with_usual_vocabulary(options))
-    return path
 
 
-def _created(
-    path: Path, config: RunConfig, prepared: Prepared, parent: Parent | None = None
-) -> tuple[Run, Prepared, Machine]:
+def _begun(
+    options: Options,
+    name: str,
+    config: RunConfig,
+    prepared: Prepared,
+    parent: Parent | None = None,
+    initial: Model | None = None,
+) -> int:
+    """Make the folder of a new run, which begins with the weights of `initial` if there is one, and train it."""
     config = replace(config, model=with_vocabulary(config.model, prepared))
-    check_room(path, config)
+    check_room(options.out or Path("runs"), config)
     machine = machine_for(config)
-    tokenizers = prepared.tokenizer, prepared.target_tokenizer
-    run = Run.create(path, config, *tokenizers, prepared.folder.name, machine.resolved, parent)
-    return run, prepared, machine
+    path = options.out or claimed_run_path(f"{name}-{data_name(options.data.data)}")
+    with only_writer(path):
+        tokenizers = prepared.tokenizer, prepared.target_tokenizer
+        run = Run.create(path, config, *tokenizers, prepared.folder.name, machine.resolved, parent, initial)
+        return _train(run, prepared, machine, checkpoint=None if initial is None else run.checkpoint_to_continue())
 
 
 def _option(arguments: Sequence[str], flag: str) -> Path | None:
@@ -146,23 +151,43 @@ def _option(arguments: Sequence[str], flag: str) -> Path | None:
 
 
 def _resume(path: Path, arguments: Sequence[str]) -> int:
-    run = Run.open(path)
-    options = _parse(arguments, run.config)
-    _check_changes(run.config, options, silent=() if run.machine is None else SETTINGS)
-    checkpoint = choose_checkpoint(run.checkpoints, options.checkpoint)
-    if checkpoint_step(checkpoint) >= options.training.steps:
-        raise UserError(f"{path} has done its {options.training.steps} steps: give a larger --steps to extend it")
-    anew = [name for name in SETTINGS if getattr(run.config.training, name) != getattr(options.training, name)]
-    if options.training.tensorboard:
-        TensorBoard.check()
-    machine, changes = machine_again(run.machine, options, anew)
-    for change in changes:
-        print(f"changed    {change}")
-    prepared = _prepare(options.run_config(), run.tokenizers)
-    if prepared.folder.name != run.text:
-        raise UserError(f"{options.data.data} is not the text that {path} began with: restore it, or train a new run")
-    check_room(path, options)
-    return _train(run.reconfigured(options.run_config(), machine.resolved), prepared, machine, checkpoint)
+    options = _parse(arguments, Run.open(path).config)
+    with only_writer(path):
+        run = Run.open(path)  # as it stands now that nobody else writes to it
+        _check_changes(run.config, options, silent=() if run.machine is None else SETTINGS)
+        checkpoint = _checkpoint_to_continue(run, options)
+        anew = [name for name in SETTINGS if getattr(run.config.training, name) != getattr(options.training, name)]
+        if options.training.tensorboard:
+            TensorBoard.check()
+        machine, changes = machine_again(run.machine, options, anew)
+        for change in changes:
+            print(f"changed    {change}")
+        prepared = _prepare(options.run_config(), run.tokenizers)
+        if prepared.folder.name != run.text:
+            raise UserError(
+                f"{options.data.data} is not the text that {path} began with: restore it, or train a new run"
+            )
+        check_room(path, options)
+        return _train(run.reconfigured(options.run_config(), machine.resolved), prepared, machine, checkpoint)
+
+
+def _checkpoint_to_continue(run: Run, options: Options) -> Path | None:
+    """None for a run that was stopped before its first checkpoint; raises `UserError` for one that has done it all."""
+    if options.checkpoint is None and not checkpoints_in(run.checkpoints):
+        print(f"checkpoint none yet: {run.path} begins at step 0", flush=True)
+        return None
+    checkpoint = run.checkpoint_to_continue(options.checkpoint)
+    step, steps = checkpoint_step(checkpoint), options.training.steps
+    if step > steps or (step == steps and _has_ended(run, checkpoint)):
+        raise UserError(f"{run.path} has done its {steps} steps: give a larger --steps to extend it")
+    return checkpoint
+
+
+def _has_ended(run: Run, checkpoint: Path) -> bool:
+    """Whether the last validation and the sample are there as well; a signal may have come before them."""
+    step, samples = checkpoint_step(checkpoint), run.path / SAMPLES
+    validated = load_trainer_state(checkpoint)["progress"]["validated_step"]
+    return validated == step and samples.exists() and sample_heading(step) in samples.read_text("utf-8", "replace")
 
 
 def _check_changes(old: RunConfig, new: RunConfig, silent: Sequence[str] = ()) -> None:
@@ -173,7 +198,7 @@ def _check_changes(old: RunConfig, new: RunConfig, silent: Sequence[str] = ()) -
             a, b = getattr(before, field.name), getattr(after, field.name)
             if a == b:
                 continue
-            if part != "training" or field.name in ("objective", "optimizer", "seed"):
+            if field.name in fixed_settings(old):
                 raise UserError(
                     f"this run has {field.name} {a}, and resuming cannot make it {b}: train a new run for that"
                 )
@@ -206,13 +231,13 @@ def _prepare(config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepare
     return prepared
 
 
-def _train(run: Run, prepared: Prepared, machine: Machine, checkpoint: Path | None, weights: Path | None = None) -> int:
+def _train(run: Run, prepared: Prepared, machine: Machine, checkpoint: Path | None) -> int:
     config = run.config.training
     tokens = config.steps * Objective.named(config.objective).tokens_per_step(run.config)
     print(f"model      {amount(count_parameters(run.config.model))} parameters, {amount(tokens)} tokens to read")
     print(f"machine    {machine.description}")
     print(f"run        {run.path}", flush=True)
-    with StopRequest() as stop, writing(run.path, "choose an --out on another disk"):
+    with StopRequest() as stop, writing(run.path, REMEDY):
         done = 0 if checkpoint is None else checkpoint_step(checkpoint)
         logs = [RunFiles(run.path, resume_at=done), Terminal(steps=config.steps, done=done)]
         if config.tensorboard:
@@ -221,33 +246,35 @@ def _train(run: Run, prepared: Prepared, machine: Machine, checkpoint: Path | No
         trainer = Trainer(run, prepared, machine, log, stop, partial(_sample, run), probe_for(config))
         if checkpoint is not None:
             trainer.restore(checkpoint)
-        if weights is not None:
-            load_model_weights(weights, trainer.model)
         if config.eval_every < config.steps and str(trainer.validator):
             log.line(str(trainer.validator))
         try:
             trainer.train()
+            stopped = stop.signal is not None
             ended_best = trainer.progress.best_step == trainer.progress.step
             # With sample_at_eval, the last validation has printed one of the last weights.
-            if stop.signal is None and not (config.sample_at_eval and ended_best):
+            if not stopped and not (config.sample_at_eval and ended_best):
                 trainer.write_sample(best=True)
         except NonFiniteTraining as error:
             log.line(f"error: {error}")
             return NON_FINITE
         finally:
             log.close()
-        return _report(trainer, stop)
+        return _stopped(trainer, stop) if stopped else _report(trainer)
 
 
 def _sample(run: Run, model: Model, objective: Objective) -> str:
     return sample_of(model, run.tokenizer, run.target_tokenizer, objective.examples(EXAMPLES), SAMPLE_TOKENS)
 
 
-def _report(trainer: Trainer, stop: StopRequest) -> int:
+def _stopped(trainer: Trainer, stop: StopRequest) -> int:
+    path, step = trainer.run.path, trainer.progress.step
+    print(f"stopped at step {step}, which is saved; to continue:\n\n    python train.py --resume {path}\n")
+    return stop.exit_code
+
+
+def _report(trainer: Trainer) -> int:
     path, progress = trainer.run.path, trainer.progress
-    if stop.signal is not None:
-        print(f"stopped at step {progress.step}, which is saved; to continue:\n\n    python train.py --resume {path}\n")
-        return stop.exit_code
     if trainer.stopped_early:
         print(f"stopped early at step {progress.step}: no better validation in {progress.validations_since_best}")
     if trainer.validation is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from functools import cache, partial
@@ -19,8 +18,8 @@ from minitransformer.lab.instruments import probe_for
 from minitransformer.lab.store import REMEDY
 from minitransformer.lab.verdicts import last_value
 from minitransformer.models.model import Model
-from minitransformer.runs import Run
-from minitransformer.training.checkpoint import check_room, checkpoint_step, choose_checkpoint
+from minitransformer.runs import Run, clear, only_writer
+from minitransformer.training.checkpoint import check_room, checkpoint_step
 from minitransformer.training.config import RunConfig, TrainingConfig, with_vocabulary
 from minitransformer.training.logging import Log, Logs, RunFiles, TensorBoard, records_until
 from minitransformer.training.loop import NonFiniteTraining, Trainer
@@ -73,7 +72,7 @@ def train_trial(path: Path, config: RunConfig, until: int, machine: Machine | No
     """
     prepared = prepared_for(config)
     config = replace(config, model=with_vocabulary(config.model, prepared))
-    with files.writing(path, REMEDY):
+    with files.writing(path, REMEDY), only_writer(path):
         finite = _advance(path, config, prepared, until, machine or machine_for(config))
     return {**_outcome(path, until, finite), "text": prepared.folder.name}
 
@@ -105,16 +104,14 @@ def _found(path: Path, config: RunConfig, machine: Resolved) -> tuple[Run, Path]
         run = Run.open(path)
         if run.config != config or run.machine not in (None, machine):
             return None
-        checkpoint = choose_checkpoint(run.checkpoints)
+        checkpoint = run.checkpoint_to_continue()
     except UserError:
         return None
     return (run if run.machine else run.reconfigured(config, machine)), checkpoint  # older versions kept no machine
 
 
 def _begun(path: Path, config: RunConfig, prepared: Prepared, machine: Resolved) -> Run:
-    if path.exists():
-        shutil.rmtree(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    clear(path)
     check_room(path, config)
     return Run.create(path, config, prepared.tokenizer, prepared.target_tokenizer, prepared.folder.name, machine)
 

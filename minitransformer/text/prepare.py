@@ -6,8 +6,8 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import numpy as np
 
 from minitransformer.amounts import size
 from minitransformer.errors import UserError
-from minitransformer.files import locked, sweep, whole_file, writing
+from minitransformer.files import sweep, writing
 from minitransformer.text.corpora import Corpus, Piece, Signature
 from minitransformer.text.folders import REMEDY, work_folder
 from minitransformer.text.preparing import (
@@ -27,8 +27,10 @@ from minitransformer.text.preparing import (
     dtype_of,
     hash_of,
     in_order,
+    kept_tokenizer,
     made,
     mapped,
+    noted,
     progress_bar,
     sample,
 )
@@ -184,13 +186,13 @@ def is_validation(beginning: str, fraction: float) -> bool:
 def _remembered_scan(corpus: Corpus, signature: Signature, fraction: float, cache: Path, progress: bool) -> Scan:
     """The scan of these files in this state, from disk if they were scanned before."""
     note = cache / f"scan-{hash_of([FORMAT, signature, corpus.field, fraction])[:16]}.json"
-    with suppress(OSError, ValueError, TypeError):
-        return Scan(**json.loads(note.read_bytes()))
-    scan = _scan(corpus, fraction, progress)
-    check_unchanged(corpus, signature)
-    with whole_file(note) as file:
-        file.write(json.dumps(asdict(scan)).encode())
-    return scan
+
+    def find() -> Scan:
+        scan = _scan(corpus, fraction, progress)
+        check_unchanged(corpus, signature)
+        return scan
+
+    return noted(note, Scan, find)
 
 
 def _scan(corpus: Corpus, fraction: float, progress: bool) -> Scan:
@@ -226,13 +228,13 @@ def _remembered_fit(
 ) -> Tokenizer:
     """The tokenizer called `name` for this text, from disk if it was fitted to the same before."""
     kept = cache / f"tokenizer-{hash_of([FORMAT, scan.digest, Tokenizer.named(name).name, vocab_size])[:16]}.json"
-    with locked(kept):
-        with suppress(UserError):
-            return Tokenizer.load(kept)
+
+    def fit() -> Tokenizer:
         tokenizer = _fit(corpus, scan, name, vocab_size, progress)
         check_unchanged(corpus, signature)
-        tokenizer.save(kept)
-    return tokenizer
+        return tokenizer
+
+    return kept_tokenizer(kept, fit)
 
 
 def _fit(corpus: Corpus, scan: Scan, name: str, vocab_size: int | None, progress: bool) -> Tokenizer:

@@ -6,8 +6,8 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minitransformer.errors import UserError
-from minitransformer.files import locked, sweep, whole_file, writing
+from minitransformer.files import sweep, writing
 from minitransformer.text.corpora import Corpus
 from minitransformer.text.folders import REMEDY, work_folder
 from minitransformer.text.pair_batches import SequentialPairs, ShuffledPairs
@@ -30,8 +30,10 @@ from minitransformer.text.preparing import (
     dtype_of,
     hash_of,
     in_order,
+    kept_tokenizer,
     made,
     mapped,
+    noted,
     progress_bar,
     sample,
 )
@@ -204,13 +206,13 @@ def _remembered_scan(corpus: PairCorpus, cache: Path) -> Scan:
     signature = corpus.signature()
     key = hash_of(["pairs", FORMAT, signature, corpus.fields, corpus.lowercase])[:16]
     note = cache / f"scan-{key}.json"
-    with suppress(OSError, ValueError, TypeError):
-        return Scan(**json.loads(note.read_bytes()))
-    scan = _scan(corpus)
-    check_unchanged(Corpus(corpus.name, corpus.files), signature)
-    with whole_file(note) as file:
-        file.write(json.dumps(asdict(scan)).encode())
-    return scan
+
+    def find() -> Scan:
+        scan = _scan(corpus)
+        check_unchanged(Corpus(corpus.name, corpus.files), signature)
+        return scan
+
+    return noted(note, Scan, find)
 
 
 def _scan(corpus: PairCorpus) -> Scan:
@@ -256,12 +258,7 @@ def _remembered_fit(
             yield from sample((pair[side] for pair in corpus.pairs()), share)
 
     kept = cache / f"tokenizer-{hash_of(['pairs', FORMAT, scan.digest, member.name, vocab_size, sides])[:16]}.json"
-    with locked(kept):
-        with suppress(UserError):
-            return Tokenizer.load(kept)
-        tokenizer = member.fit(texts, vocab_size)
-        tokenizer.save(kept)
-    return tokenizer
+    return kept_tokenizer(kept, lambda: member.fit(texts, vocab_size))
 
 
 # --- encoding and splitting

@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,13 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from minitransformer.errors import UserError
-from minitransformer.files import locked, whole_folder
+from minitransformer.files import locked, sealed, sha256, unsealed, whole_folder, write_text
 from minitransformer.text.corpora import Corpus, Signature
 from minitransformer.text.tokenizers import Tokenizer
 
 SPLITS = ("train", "validation")
 # A sample of the corpus is many stretches of this many characters, evenly spread.
 STRETCH = 1 << 14
+SUMS = "sha256.json"
+"""in a prepared folder: the digest of each of its files"""
+BLOCK = 1 << 26
+"""bytes that one core hashes at a time"""
 AHEAD = 1 << 20
 """characters for each thread, of what is begun before it is asked for"""
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
@@ -106,15 +111,74 @@ def mapped(path: Path, dtype: np.dtype[Any], count: int) -> Tokens:
     return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
 
 
+def digest_of(path: Path) -> str:
+    """The SHA-256 of the SHA-256 of each block of the file at `path`, so that every core can take one."""
+    size = path.stat().st_size
+
+    def block(start: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(BLOCK)).digest()
+
+    starts = range(0, size, BLOCK)
+    return hashlib.sha256(b"".join(in_order(block, starts, min(cores(), len(starts)) or 1))).hexdigest()
+
+
+def write_sums(folder: Path) -> None:
+    """Write down the digests of all files in `folder`."""
+    write_text(folder / SUMS, json.dumps(sealed({path.name: digest_of(path) for path in sorted(folder.iterdir())})))
+
+
+def is_damaged(folder: Path) -> bool:
+    """Whether a file of the prepared `folder` is not what was written; the oldest folders do not know, and are not."""
+    try:
+        sums = unsealed(json.loads((folder / SUMS).read_bytes()))
+        return any(digest_of(folder / name) != digest for name, digest in sums.items())
+    except FileNotFoundError:
+        return (folder / SUMS).exists()
+    except (OSError, ValueError, AttributeError):
+        return True
+
+
 def made(folder: Path, build: Callable[[Path], None], opened: Callable[[Path], T | None]) -> T:
-    """What `opened` finds in `folder`, built by one process while any other that wants the same waits."""
-    if (content := opened(folder)) is not None:
+    """What `opened` finds in `folder`, built by one process while any other that wants the same waits.
+
+    A folder with a file that is not what was written is built again.
+    """
+
+    def found() -> T | None:
+        return None if is_damaged(folder) else opened(folder)
+
+    if (content := found()) is not None:
         return content
     with locked(folder):
-        content = opened(folder)
+        content = found()
         if content is None:
             with whole_folder(folder) as partial:
                 build(partial)
+                write_sums(partial)
             content = opened(folder)
     assert content is not None, f"{folder} was built and cannot be opened"
+    return content
+
+
+def kept_tokenizer(path: Path, fit: Callable[[], Tokenizer]) -> Tokenizer:
+    """The tokenizer in the file at `path`, unless it is not what was written; fitted now if there is none."""
+    sums = path.with_suffix(".sha256")
+    with locked(path):
+        with suppress(UserError, OSError):
+            if not sums.exists() or sums.read_text() == sha256(path):
+                return Tokenizer.load(path)
+        tokenizer = fit()
+        tokenizer.save(path)
+        write_text(sums, sha256(path))
+    return tokenizer
+
+
+def noted(path: Path, kind: Callable[..., T], find: Callable[[], T]) -> T:
+    """The `kind` of dataclass in the file at `path`, unless it is not what was written; found now if there is none."""
+    with suppress(OSError, ValueError, TypeError):
+        return kind(**unsealed(json.loads(path.read_bytes())))
+    content = find()
+    write_text(path, json.dumps(sealed(vars(content))))
     return content

@@ -66,7 +66,7 @@ def make(name: str) -> Path:
     target = made_at(name, recipe)
     if target.exists():
         return target
-    with locked(target):
+    with writing(target, REMEDY), locked(target):
         # Under the lock whatever is partial was left by a process that is dead.
         for partial in target.parent.glob(f".{target.name}-*.partial"):
             partial.unlink()
@@ -79,7 +79,7 @@ def _write(name: str, recipe: Recipe, target: Path) -> None:
     from tqdm import tqdm
 
     print(f"making {name} ({recipe.DESCRIPTION}) in {target}", file=sys.stderr)
-    with writing(target, REMEDY), whole_file(target) as file:
+    with whole_file(target) as file:
         empty = True
         # disable=None: a bar on a terminal, nothing in a pipe.
         for text in tqdm(recipe.documents(), desc=name, unit=" documents", disable=None):

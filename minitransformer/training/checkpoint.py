@@ -3,35 +3,64 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minitransformer import files
-from minitransformer.errors import UserError
+from minitransformer.errors import StorageError, UserError
 from minitransformer.models.model import count_parameters
-from minitransformer.training.config import RunConfig
+from minitransformer.training.config import RunConfig, fixed_settings
 
 MODEL, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
+# In the folder of a run: who holds its lock is the only one that writes there.
+LOCK = "train.lock"
+# What a checkpoint takes beside its tensors.
+MARGIN = 1_000_000
 
 
 def check_room(path: Path, config: RunConfig) -> None:
-    """Raise a `UserError` if the disk of `path` cannot hold the checkpoints of a run."""
+    """Raise a `StorageError` if the disk of `path` cannot hold the checkpoints of a run."""
     # Weights and AdamW's two moments, in float32; the best one and one being written stand beside the last ones.
     size = 3 * 4 * count_parameters(config.model)
     needed = size * (config.training.keep_last + 2) + 10_000_000
     folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(
+        raise StorageError(
             f"the checkpoints of this run need {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: "
             "free some, lower --keep-last, or choose an --out on another disk"
         )
+
+
+def _check_room_for(folder: Path, name: str, tensors: Mapping[str, Tensor], trainer_state: dict[str, Any]) -> None:
+    """Raise a `StorageError` if the disk of `folder` cannot hold one more checkpoint."""
+    needed = sum(tensor.nbytes for tensor in (*tensors.values(), *_tensors_in(trainer_state))) + MARGIN
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        whole = [path.name for path in checkpoints_in(folder)]
+        left = f"{whole[-1]} is the last one" if whole else "there is none yet"
+        raise StorageError(
+            f"checkpoint {name} needs {needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB free: "
+            f"free some, and continue the run with --resume {folder.parent} ({left})"
+        )
+
+
+def _tensors_in(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict | list | tuple):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from _tensors_in(part)
 
 
 def checkpoint_name(step: int) -> str:
@@ -43,16 +72,47 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def write_checkpoint(folder: Path, step: int, model: nn.Module, trainer_state: dict[str, Any]) -> Path:
-    """Write `folder`/step-NNNNNN and point `latest` to it."""
-    path = folder / checkpoint_name(step)
+def write_checkpoint(
+    folder: Path, step: int, model: nn.Module, trainer_state: dict[str, Any], config: RunConfig | None = None
+) -> Path:
+    """Write `folder`/step-NNNNNN and point `latest` to it; `config` is what the model was trained with.
+
+    Raises `StorageError` where the disk has no room for it, and `OSError` where it cannot be written.
+    """
+    path, tensors = folder / checkpoint_name(step), unique_tensors(model)
+    _check_room_for(folder, path.name, tensors, trainer_state)
     with files.whole_folder(path) as temporary:
-        save_file(unique_tensors(model), temporary / MODEL)
-        torch.save(trainer_state, temporary / TRAINER)
-        manifest = {"step": step, "sha256": {name: files.sha256(temporary / name) for name in (MODEL, TRAINER)}}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        _write_tensors(tensors, temporary / MODEL)
+        _write_state(trainer_state, temporary / TRAINER)
+        manifest: dict[str, Any] = {"step": step}
+        if config is not None:
+            manifest["config"] = config.to_json()
+        manifest["sha256"] = {name: files.sha256(temporary / name) for name in (MODEL, TRAINER)}
+        (temporary / MANIFEST).write_text(json.dumps(files.sealed(manifest), indent=2) + "\n")
     files.point_to(folder / "latest", path.name)
     return path
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # The number of the system's answer stands in the words of an error that is no OSError.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from None
+
+
+def _write_state(state: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # It speaks of positions in the file; what the disk answered came before it.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -90,17 +150,40 @@ def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if every file has the checksum of the manifest."""
+    """What is wrong with a checkpoint, in words; None if it is what its manifest says, and so is every file."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        for name, digest in manifest["sha256"].items():
-            if not (checkpoint / name).is_file():
-                return f"{name} is missing"
-            if files.sha256(checkpoint / name) != digest:
-                return f"{name} does not have the checksum of its manifest"
-    except (OSError, ValueError, KeyError, AttributeError):
+        manifest = files.unsealed(json.loads((checkpoint / MANIFEST).read_bytes()))
+        digests, step = dict(manifest["sha256"]), manifest["step"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or damaged"
+    if step != checkpoint_step(checkpoint):
+        return f"{MANIFEST} is that of step {step}"
+    for name in (MODEL, TRAINER):
+        if name not in digests:
+            return f"{MANIFEST} has no checksum of {name}"
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if files.sha256(checkpoint / name) != digests[name]:
+            return f"{name} does not have the checksum of its manifest"
     return None
+
+
+def check_settings(checkpoint: Path, config: RunConfig) -> None:
+    """Raise a `StorageError` if the whole `checkpoint` belongs to a run of other settings than `config`.
+
+    Those that resuming may change are not compared; the oldest checkpoints do not know theirs.
+    """
+    manifest = checkpoint / MANIFEST
+    record = json.loads(manifest.read_bytes())
+    if "config" not in record:
+        return
+    now, then = fixed_settings(config), fixed_settings(RunConfig.from_json(record["config"], str(manifest)))
+    for name, value in then.items():
+        if value != now[name]:
+            raise StorageError(
+                f"{checkpoint.name} of {checkpoint.parent.parent} was trained with {name} {value}, and the run's "
+                f"config.json says {now[name]}: restore config.json"
+            )
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -110,7 +193,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def choose_checkpoint(folder: Path, name: str | None = None) -> Path:
-    """The whole checkpoint called `name`, by default the latest; if it is damaged, the `UserError` offers another."""
+    """The whole checkpoint called `name`, by default the latest; if that is damaged, the error offers another."""
+    _restore(folder)
     candidates = checkpoints_in(folder)
     if name is not None:
         chosen = (folder / name).resolve()
@@ -127,16 +211,27 @@ def choose_checkpoint(folder: Path, name: str | None = None) -> Path:
         return chosen
     others = [path.name for path in candidates if path.name != chosen.name and damage(path) is None]
     remedy = f"use --checkpoint {others[-1]} instead" if others else "there is no other one: train the run anew"
-    raise UserError(f"checkpoint {chosen.name} of {folder.parent} is damaged ({fault}): {remedy}")
+    raise StorageError(f"checkpoint {chosen.name} of {folder.parent} is damaged ({fault}): {remedy}")
+
+
+def _restore(folder: Path) -> None:
+    """Bring back a checkpoint that a kill left set aside; who trains the run now does that without us."""
+    if not any(folder.glob(f"*{files.REPLACED}")):
+        return
+    with suppress(OSError):  # a disk that may not be written, say
+        lock = files.acquired(folder.parent / LOCK, wait=False)
+        if lock is not None:
+            try:
+                files.restore_replaced(folder)
+            finally:
+                lock.release()
 
 
 def remove_old_checkpoints(folder: Path, keep_last: int, *, also_before: int = 0) -> None:
-    """Remove all checkpoints but the newest `keep_last`, the best and the latest, and what a kill left partial.
+    """Remove all checkpoints but the newest `keep_last`, the best and the latest.
 
     The newest from before step `also_before` stays, too.
     """
-    for partial in folder.glob("*.partial"):
-        partial.unlink() if partial.is_symlink() else shutil.rmtree(partial)
     kept = {(folder / link).resolve().name for link in ("best", "latest") if (folder / link).exists()}
     kept |= {path.name for path in [p for p in checkpoints_in(folder) if checkpoint_step(p) < also_before][-1:]}
     for path in checkpoints_in(folder)[:-keep_last]:

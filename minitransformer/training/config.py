@@ -272,6 +272,21 @@ def with_usual_vocabulary(config: RunConfig) -> ModelConfig:
     return replace(config.model, vocab_size=config.model.vocab_size or usual)
 
 
+# What resuming may not change of the training itself, and what it may of the data: where the same text lies.
+FIXED = ("objective", "optimizer", "seed")
+PLACES = ("data", "target_data", "validation_data", "validation_target_data")
+
+
+def fixed_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that resuming cannot change: with others it would be another run."""
+    training, data = asdict(config.training), asdict(config.data)
+    return {
+        **asdict(config.model),
+        **{name: value for name, value in data.items() if name not in PLACES},
+        **{name: training[name] for name in FIXED},
+    }
+
+
 def with_vocabulary(model: ModelConfig, prepared: Prepared) -> ModelConfig:
     """`model` for the tokens that the data has, where it leaves their number open."""
     source, target = prepared.tokenizer, prepared.target_tokenizer

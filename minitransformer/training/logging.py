@@ -32,6 +32,12 @@ class Log:
     def validating(self, done: int, total: int) -> None:
         """`done` of `total` batches of a validation are done."""
 
+    def forget_validation(self, step: int) -> None:
+        """The validation at `step`, which no checkpoint knows, happens again."""
+
+    def sync(self) -> None:
+        """What was said so far is to survive a power cut."""
+
     def close(self) -> None:
         """Nothing more will be said."""
 
@@ -58,6 +64,14 @@ class Logs(Log):
         for log in self.logs:
             log.validating(done, total)
 
+    def forget_validation(self, step: int) -> None:
+        for log in self.logs:
+            log.forget_validation(step)
+
+    def sync(self) -> None:
+        for log in self.logs:
+            log.sync()
+
     def close(self) -> None:
         for log in self.logs:
             log.close()
@@ -67,12 +81,24 @@ class RunFiles(Log):
     """`metrics.jsonl`, one record a line, and `train.log`, the lines with the time of day."""
 
     def __init__(self, folder: Path, *, resume_at: int) -> None:
-        metrics = folder / "metrics.jsonl"
-        if metrics.exists():
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
             # What came after the checkpoint, or was cut off in the middle of a line, happens again.
-            files.write_text(metrics, "".join(f"{line}\n" for line in records_until(metrics, resume_at)))
-        self.metrics = metrics.open("a", encoding="utf-8")
+            self._keep(records_until(self.path, resume_at))
+        self.metrics = self.path.open("a", encoding="utf-8")
         self.words = (folder / "train.log").open("a", encoding="utf-8")
+        files.sync(folder)
+
+    def _keep(self, lines: list[str]) -> None:
+        files.write_text(self.path, "".join(f"{line}\n" for line in lines))
+
+    def forget_validation(self, step: int) -> None:
+        def again(record: dict[str, Any]) -> bool:
+            return record["step"] == step and "validation_loss" in record
+
+        self.metrics.close()
+        self._keep([line for line in records_until(self.path, step) if not again(json.loads(line))])
+        self.metrics = self.path.open("a", encoding="utf-8")
 
     def record(self, numbers: dict[str, Any]) -> None:
         # JSON has no infinity and no NaN.
@@ -84,6 +110,10 @@ class RunFiles(Log):
         self.words.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self.words.flush()
 
+    def sync(self) -> None:
+        for file in (self.metrics, self.words):
+            os.fsync(file.fileno())
+
     def close(self) -> None:
         self.metrics.close()
         self.words.close()
@@ -92,11 +122,11 @@ class RunFiles(Log):
 def records_until(metrics: Path, step: int) -> list[str]:
     """The lines of a `metrics.jsonl` up to `step`, without those that are no record."""
     kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             continue
     return kept
 

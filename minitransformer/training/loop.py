@@ -39,6 +39,7 @@ from minitransformer.training.validation import Validator
 
 # float16 needs some steps to find its loss scale; nothing that recovers needs more.
 MOST_STEPS_WITHOUT_UPDATE = 20
+SAMPLES = "samples.txt"
 
 
 @dataclass
@@ -55,6 +56,11 @@ class Progress:
     first_loss: float = math.inf
     skipped_step: int = 0
     """the first step whose loss or gradient was not finite, since validation was last better than ever; 0 for none"""
+
+
+def sample_heading(step: int) -> str:
+    """The line above the sample of `step` in `samples.txt`."""
+    return f"--- step {step}\n"
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -107,6 +113,8 @@ class Trainer:
         """Continue from `checkpoint`; settings that were changed since keep their new values."""
         load_model_weights(checkpoint, self.model)
         state = load_trainer_state(checkpoint)
+        if not state:
+            return  # the weights that a run begins with, of which nothing is trained yet
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
@@ -115,6 +123,10 @@ class Trainer:
         self.precision.load_state_dict(state["precision"])
         self.progress = Progress(**state["progress"])
         self._saved = replace(self.progress)
+        # A kill may have come between a checkpoint and the link to it.
+        best = self.run.checkpoints / checkpoint_name(self.progress.best_step)
+        if self.progress.best_step and best.exists():
+            files.point_to(self.run.checkpoints / "best", best.name)
 
     def train(self, until: int | None = None) -> None:
         """Step until the last one, an early stop, or a request to stop; the state at the end is always saved.
@@ -125,6 +137,7 @@ class Trainer:
         last = self.config.steps if until is None else min(until, self.config.steps)
         self.model.train()
         if self._validation_due() and self.progress.validated_step != self.progress.step:
+            self.log.forget_validation(self.progress.step)
             self._validate()  # the stop that this run continues from came in the middle of it
         interval = _Interval(self.progress)
         while self.progress.step < last and self.stop.signal is None and not self.stopped_early:
@@ -291,8 +304,8 @@ class Trainer:
             model = self.run.load_model(name, str(self.machine.device))
             note = f"of the best weights, those of step {self.progress.best_step}:\n"
         sample = note + self.sample(model, self.objective)
-        with (self.run.path / "samples.txt").open("a", encoding="utf-8") as file:
-            file.write(f"--- step {self.progress.step}\n{sample}\n")
+        with (self.run.path / SAMPLES).open("a", encoding="utf-8") as file:
+            file.write(f"{sample_heading(self.progress.step)}{sample}\n")
         self.log.line(sample)
         return sample
 
@@ -306,7 +319,8 @@ class Trainer:
             "progress": asdict(self.progress),
         }
         folder = self.run.checkpoints
-        path = write_checkpoint(folder, self.progress.step, self.model, state)
+        self.log.sync()  # first, so that no checkpoint stands for more than the records show
+        path = write_checkpoint(folder, self.progress.step, self.model, state, self.run.config)
         if self.progress.best_step == self.progress.step:
             files.point_to(folder / "best", path.name)
         # The weights of a checkpoint made the loss of the step after it.
