@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minitransformer.commands import flags
+from minitransformer.commands import unknown_flags
 from minitransformer.commands.export import Options as ExportOptions
 from minitransformer.commands.sample import Options as SampleOptions
 from minitransformer.commands.train import Options, main
@@ -522,7 +522,7 @@ def test_a_flag_like_no_other_and_a_word_too_many_get_one_sentence(here, capsys)
 
 
 def test_what_flags_are_called_elsewhere_are_no_flags_here_and_lead_to_one():
-    known = {*flags.flag_names(Options), *flags.flag_names(SampleOptions), *flags.flag_names(ExportOptions)}
-    for name, meant in flags.ELSEWHERE.items():
-        assert name not in flags.flag_names(Options)
+    known = {*unknown_flags.flag_names(Options), *unknown_flags.flag_names(SampleOptions), *unknown_flags.flag_names(ExportOptions)}
+    for name, meant in unknown_flags.ELSEWHERE.items():
+        assert name not in unknown_flags.flag_names(Options)
         assert set(meant) <= known, name
