@@ -522,7 +522,11 @@ def test_a_flag_like_no_other_and_a_word_too_many_get_one_sentence(here, capsys)
 
 
 def test_what_flags_are_called_elsewhere_are_no_flags_here_and_lead_to_one():
-    known = {*unknown_flags.flag_names(Options), *unknown_flags.flag_names(SampleOptions), *unknown_flags.flag_names(ExportOptions)}
+    known = {
+        *unknown_flags.flag_names(Options),
+        *unknown_flags.flag_names(SampleOptions),
+        *unknown_flags.flag_names(ExportOptions),
+    }
     for name, meant in unknown_flags.ELSEWHERE.items():
         assert name not in unknown_flags.flag_names(Options)
         assert set(meant) <= known, name
