@@ -352,6 +352,7 @@ def compare(paths: Sequence[Path], *, by: Abscissa = "step", metric: str | None 
     judged = comparability(groups)
     chosen = judged.metric if metric is None else _known(metric, histories)
     remarks = [judged.remark, *repeated, *map(_damage, opened), *map(_unfinished, histories), _code(groups)]
+    remarks.append(_partly_validated(histories))
     ranked, verdict = _ranked(groups, chosen, judged.comparable(chosen))
     said = tuple(remark for remark in remarks if remark is not None)
     return RunComparison(tuple(groups), chosen, by, ranked, verdict, said, judged.comparable("validation_loss"))
@@ -497,6 +498,14 @@ def _damage(history: History) -> str | None:
 def _unfinished(history: History) -> str | None:
     steps = history.config["training"].get("steps", 0)
     return f"{history.path} has done {history.steps} of its {steps} steps." if history.steps < steps else None
+
+
+def _partly_validated(histories: Sequence[History]) -> str | None:
+    """What to say if validations of a run have read a part of their split, but not the last one."""
+    read = [set(history.series("validation_tokens").values()) for history in histories]
+    if all(len(tokens) < 2 for tokens in read):
+        return None
+    return "The last validation has read its whole split, those before it (and so perhaps the best) a part."
 
 
 def _code(groups: Sequence[Group]) -> str | None:
