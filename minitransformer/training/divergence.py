@@ -16,7 +16,6 @@ from minitransformer.training.config import TrainingConfig
 from minitransformer.training.objectives import Objective
 from minitransformer.training.precision import Precision
 
-
 NOISE = 1.02
 """by which the losses of two batches, or of two draws of dropout, may differ"""
 
