@@ -312,6 +312,15 @@ def test_training_and_validation_of_a_single_run_are_in_one_figure(make, capsys)
     assert "x validation" in text
 
 
+def test_it_is_said_where_validations_have_read_a_part(make):
+    path = make("a")
+    assert not any("a part" in remark for remark in compare([path]).remarks)
+    with (path / "metrics.jsonl").open("a") as file:
+        for step, tokens in ((13, 100), (14, 1000)):
+            file.write(json.dumps({"step": step, "validation_loss": 1.0, "validation_tokens": tokens}) + "\n")
+    assert any("those before it (and so perhaps the best) a part" in remark for remark in compare([path]).remarks)
+
+
 def test_the_table_has_one_row_for_each_run(placements, tmp_path, capsys):
     said(capsys, *placements, "--csv", tmp_path / "runs.csv")
     rows = list(csv.DictReader((tmp_path / "runs.csv").open()))

@@ -335,6 +335,7 @@ def compare(
     judged = comparability(groups)
     chosen = judged.metric if metric is None else _known(metric, histories)
     remarks = [judged.remark, *repeated, *map(_damage, opened), *map(_unfinished, histories), _code(groups)]
+    remarks.append(_partly_validated(histories))
     least = measure_of(chosen).smallest_difference if smallest_difference is None else smallest_difference
     ranked, verdict = _ranked(groups, chosen, judged.comparable(chosen), least)
     said = tuple(remark for remark in remarks if remark is not None)
@@ -481,6 +482,14 @@ def _damage(history: History) -> str | None:
 def _unfinished(history: History) -> str | None:
     steps = history.config["training"].get("steps", 0)
     return f"{history.path} has done {history.steps} of its {steps} steps." if history.steps < steps else None
+
+
+def _partly_validated(histories: Sequence[History]) -> str | None:
+    """What to say if validations of a run have read a part of their split, but not the last one."""
+    read = [set(history.series("validation_tokens").values()) for history in histories]
+    if all(len(tokens) < 2 for tokens in read):
+        return None
+    return "The last validation has read its whole split, those before it (and so perhaps the best) a part."
 
 
 def _code(groups: Sequence[Group]) -> str | None:

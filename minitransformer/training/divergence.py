@@ -16,6 +16,9 @@ from minitransformer.training.config import TrainingConfig
 from minitransformer.training.objectives import Objective
 from minitransformer.training.precision import Precision
 
+NOISE = 1.02
+"""by which the losses of two batches, or of two draws of dropout, may differ"""
+
 
 class NonFiniteTraining(Exception):
     """The loss or its gradient was infinite or NaN for many steps in a row, or an update made the weights so."""
@@ -28,17 +31,17 @@ def are_finite(tensors: Sequence[Tensor]) -> bool:
     return all(tensor.isfinite().all() for tensor in tensors)  # the norm of large numbers overflows
 
 
-def sound_checkpoint(run: Run, objective: Objective, precision: Precision, most: float) -> Path | None:
+def sound_checkpoint(run: Run, objective: Objective, precision: Precision, first_loss: float) -> Path | None:
     """The newest whole checkpoint of `run` that training can go on from; None if there is none.
 
-    Its next step has a finite gradient and a loss of at most `most` nats a target, what the run began with.
+    Its next step has a finite gradient and a loss no larger than `first_loss` nats a target, what the run began with.
     """
     model = build_model(run.config.model).to(precision.device)
     for path in reversed(checkpoints_in(run.checkpoints)):
         if damage(path) is not None:
             continue
         load_model_weights(path, model)
-        if _next_loss(model, objective, precision, checkpoint_step(path)) <= most:
+        if _next_loss(model, objective, precision, checkpoint_step(path)) <= NOISE * first_loss:
             return path
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -162,7 +162,7 @@ class Masked(Objective, name="masked"):
         segments[:, len(self.framing.before) + half :] = 1
         return torch.cat([windows[:, :half], second], dim=1), segments, follows
 
-    @property
+    @cached_property
     def blind_accuracy(self) -> float:
         """Of always guessing the token that is the most frequent one in training."""
         most_frequent = np.bincount(np.asarray(self.prepared.train)).argmax()
