@@ -18,6 +18,7 @@ from minitransformer.architecture.positions import PositionScheme, token_positio
 from minitransformer.architecture.residual import Place, PreLN, Residual
 from minitransformer.models.build import build_stack
 from minitransformer.models.config import ModelConfig
+from tests.placements_for_tests import choosing
 
 every_placement = pytest.mark.parametrize("residual", Residual.registry)
 every_scheme = pytest.mark.parametrize("positions", PositionScheme.registry)
@@ -58,7 +59,7 @@ def test_a_block_is_attention_and_then_feed_forward_each_in_its_residual_connect
 
 @every_placement
 def test_an_encoder_without_positions_is_permutation_equivariant(residual: str, tiny_stack: Any) -> None:
-    stack = tiny_stack(causal=False, positions="none", residual=residual)
+    stack = tiny_stack(causal=False, positions="none", **choosing(residual))
     x, order = torch.randn(2, 7, 16).double(), torch.randperm(7)
     y = stack(x, positions=token_positions(7))
     torch.testing.assert_close(stack(x[:, order], positions=token_positions(7)), y[:, order], rtol=1e-9, atol=1e-9)
@@ -82,7 +83,7 @@ def test_every_output_of_an_encoder_depends_on_every_input(positions: str, tiny_
 def test_an_output_of_a_decoder_depends_on_all_inputs_so_far_and_on_none_ahead(
     residual: str, positions: str, tiny_stack: Any
 ) -> None:
-    depends = sensitivity(tiny_stack(causal=True, positions=positions, residual=residual), 6)
+    depends = sensitivity(tiny_stack(causal=True, positions=positions, **choosing(residual)), 6)
     assert torch.equal(depends, torch.ones(6, 6).tril().bool())
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minitransformer.architecture.cache import KVCache, LayerCache
 from minitransformer.architecture.positions import PositionScheme
-from minitransformer.architecture.residual import Residual
+from tests.placements_for_tests import EVERY_PLACEMENT
 
 LENGTH = 9
 
@@ -77,7 +77,7 @@ def test_two_caches_of_one_model_do_not_meet(tiny_decoder: Any) -> None:
 
 VARIANTS: list[dict[str, Any]] = [
     *({"positions": name} for name in PositionScheme.registry),
-    *({"residual": name} for name in Residual.registry),
+    *EVERY_PLACEMENT,
     *({"num_kv_heads": heads} for heads in (1, 2)),
     *({"attention_window": window} for window in (1, 3, LENGTH)),
     *({"attention_kernel": kernel} for kernel in ("by-hand", "fused")),

@@ -19,12 +19,13 @@ from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.model import count_parameters
+from tests.placements_for_tests import EVERY_PLACEMENT
 from tests.texts_for_tests import with_another_end, with_padding, without_padding
 
 VARIANTS: list[dict[str, Any]] = [
     *(
-        {"residual": residual, "positions": positions}
-        for residual, positions in itertools.product(Residual.registry, PositionScheme.registry)
+        {**placement, "positions": positions}
+        for placement, positions in itertools.product(EVERY_PLACEMENT, PositionScheme.registry)
     ),
     {"num_kv_heads": 2},
     {"num_kv_heads": 1, "attention_kernel": "by-hand"},

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from minitransformer.architecture.positions import PositionScheme
-from minitransformer.architecture.residual import Residual
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
+from tests.placements_for_tests import EVERY_PLACEMENT
 from tests.texts_for_tests import with_padding, without_padding
 
 SIZES = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context_length": 32, "vocab_size": 11}
 LENGTH = 6
 VARIANTS: list[dict[str, Any]] = [
-    *({"residual": name} for name in Residual.registry),
+    *EVERY_PLACEMENT,
     *({"positions": name} for name in PositionScheme.registry),
     {"block": "parallel", "num_kv_heads": 2, "num_segments": 2},
     {"attention_window": 3, "window_pattern": (True, False), "attention_kernel": "by-hand"},

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from minitransformer.architecture.block import Memory
 from minitransformer.architecture.positions import PositionScheme
-from minitransformer.architecture.residual import Residual
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.encoder_decoder import EncoderDecoder
+from tests.placements_for_tests import EVERY_PLACEMENT
 from tests.texts_for_tests import with_another_end, with_padding, without_padding
 
 SIZES = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context_length": 32, "vocab_size": 11}
 LENGTH = 6
 VARIANTS: list[dict[str, Any]] = [
-    *({"residual": name} for name in Residual.registry),
+    *EVERY_PLACEMENT,
     *({"positions": name} for name in PositionScheme.registry),
     {"block": "parallel", "num_kv_heads": 2},
     {"block": "parallel-two-norms", "qk_norm": "full", "norm": "rms"},

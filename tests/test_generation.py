@@ -37,6 +37,7 @@ from minitransformer.generation.samples import sample_of
 from minitransformer.generation.streaming import TextStream, stream_text
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.tokenizers import Tokenizer
+from tests.placements_for_tests import EVERY_PLACEMENT, choosing
 
 MakeDecoder = Callable[..., DecoderLM]
 NO_TOKENS = torch.zeros(1, 0, dtype=torch.long)
@@ -285,7 +286,7 @@ def test_a_long_text_looks_at_few_numbers_of_slots() -> None:
 
 @pytest.mark.parametrize("residual", Residual.registry)
 def test_cached_decoding_is_uncached_decoding_for_every_placement(tiny_decoder: MakeDecoder, residual: str) -> None:
-    model = tiny_decoder(residual=residual, context_length=8)
+    model = tiny_decoder(context_length=8, **choosing(residual))
     settings = {"temperature": 0.7, "top_k": 8, "top_p": 0.95, "repetition_penalty": 1.3, "max_new_tokens": 20}
     assert run(model, [1, 2, 3], **settings) == run(model, [1, 2, 3], cached=False, **settings)
 
@@ -407,7 +408,7 @@ def test_an_empty_prompt_is_refused(tiny_decoder: MakeDecoder) -> None:
     "choices",
     [
         *({"positions": name} for name in PositionScheme.registry),
-        *({"residual": name} for name in Residual.registry),
+        *EVERY_PLACEMENT,
         *({"feedforward": name} for name in FEEDFORWARDS),
         *({"norm": name, "qk_norm": "head"} for name in Norm.registry),
         *({"block": name} for name in Block.registry),

@@ -25,6 +25,7 @@ from minitransformer.lab.instruments.gradients import spikes
 from minitransformer.lab.instruments.streams import angular_distance
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
+from tests.placements_for_tests import choosing
 
 TOPOLOGIES = ("decoder", "encoder", "encoder-decoder")
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 0]])
@@ -66,7 +67,7 @@ def norm_by_hand(parameters: Any) -> float:
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("residual", Residual.registry)
 def test_every_instrument_measures_every_placement_in_every_topology(residual: str, topology: str) -> None:
-    found = figures(make(topology, residual=residual), *Instrument.registry)
+    found = figures(make(topology, **choosing(residual)), *Instrument.registry)
     assert all(math.isfinite(value) for value in found.values())
     stacks = ["encoder", "decoder"] if topology == "encoder-decoder" else ["stack"]
     for name in ("skipped-layer", "stream-variance", "angular-distance", "representation-change", "fp16-margin"):

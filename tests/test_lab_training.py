@@ -155,7 +155,7 @@ def test_tasks_name_all_their_choices_and_differ(tiny, name):
 def test_placements_are_compared_with_the_same_draws_of_weights(tiny):
     """Up to a factor that the placement asks for."""
     experiment = tiny("E9")
-    run = {"num_layers": 2, "lr": 1e-3, "steps": 3}
+    run = {"num_layers": 4, "lr": 1e-3, "steps": 3}
     models = {}
     for name in PLACEMENTS:
         torch.manual_seed(0)

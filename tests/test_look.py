@@ -29,6 +29,7 @@ from minitransformer.runs import Run
 from minitransformer.text.tokenizers import MASK, Bytes
 from minitransformer.training.checkpoint import write_checkpoint
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from tests.placements_for_tests import choosing
 
 TOKENIZER = Bytes().with_special_tokens([MASK])
 END = TOKENIZER.end_of_text
@@ -167,9 +168,9 @@ def test_norms_are_those_of_the_stream_before_the_first_block_and_after_each(
 
 @pytest.mark.parametrize("residual", sorted(Residual.registry))
 def test_every_norm_placement_can_be_looked_at(residual: str, make_model: MakeModel) -> None:
-    model = make_model("decoder", residual=residual, d_model=16, num_layers=2)
+    model = make_model("decoder", d_model=16, **{"num_layers": 2} | choosing(residual))
     [group] = looked(model).norms
-    assert group.norms.shape == (3, len(TOKENIZER.encode(PROMPT)))
+    assert group.norms.shape == (model.config.num_layers + 1, len(TOKENIZER.encode(PROMPT)))
     assert (group.norms > 0).all()
 
 

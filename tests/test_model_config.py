@@ -35,6 +35,26 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "block 'parallel-two-norms' is Pre-LN, and residual is 'post': choose 'pre'",
     ),
     (
+        {"block": "parallel", "residual": "b2t"},
+        "residual 'b2t' adds the input of a block to what its feed-forward network gives, and in a parallel block that "
+        "is Post-LN: choose --block sequential, or --residual post",
+    ),
+    (
+        {"num_layers": 3, "residual": "mix"},
+        "residual 'mix' has Post-LN in the first quarter of the layers, and of 3 layers that is none: "
+        "choose at least 4, or --residual pre",
+    ),
+    (
+        {"topology": "encoder-decoder", "num_layers": 8, "num_decoder_layers": 2, "residual": "mix"},
+        "residual 'mix' has Post-LN in the first quarter of the layers, and of 2 layers that is none: "
+        "choose at least 4, or --residual pre",
+    ),
+    (
+        {"norm": "dyt", "residual": "residual-scaled"},
+        "residual 'residual-scaled' makes a stream smaller, which norm 'dyt' does not undo: "
+        "choose --residual residual, or another --norm",
+    ),
+    (
         {"topology": "encoder-classifier"},
         "topology is 'encoder-classifier' and num_classes None: an encoder-classifier, and no other, has classes",
     ),

@@ -19,6 +19,7 @@ from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
 from minitransformer.text.prepare import PreparedText
 from minitransformer.training.optimizers import OptimizerSettings, build_optimizers
+from tests.placements_for_tests import choosing
 from tests.runs_for_tests import configured, prepared_text, trainer_for
 
 SETTINGS = OptimizerSettings(
@@ -68,7 +69,7 @@ from minitransformer.models.model import build_model
 tokens = torch.arange(8)[None]
 for name in Residual.registry:
     torch._dynamo.reset()
-    sizes = {"d_model": 16, "num_layers": 2, "num_heads": 2, "context_length": 16, "vocab_size": 9}
+    sizes = {"d_model": 16, "num_layers": 4, "num_heads": 2, "context_length": 16, "vocab_size": 9}
     model = build_model(ModelConfig(topology=sys.argv[1], residual=name, init="xavier", **sizes))
     inputs = [tokens, tokens] if sys.argv[1] == "encoder-decoder" else [tokens]
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -92,7 +93,7 @@ def test_every_placement_compiles_as_one_graph_that_computes_the_same(topology: 
 def test_an_interrupted_run_of_a_placement_ends_as_an_uninterrupted_one(
     name: str, text: PreparedText, tmp_path: Path
 ) -> None:
-    config = configured(residual=name, init="xavier", dropout=0.1, steps=4, save_every=2, eval_every=4)
+    config = configured(init="xavier", dropout=0.1, steps=4, save_every=2, eval_every=4, **choosing(name))
     whole = trainer_for(tmp_path / "whole", text, config)
     whole.train()
     trainer_for(tmp_path / "parts", text, configured(config, steps=2)).train()

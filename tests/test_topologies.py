@@ -15,10 +15,10 @@ from minitransformer.architecture.init import Initialisation
 from minitransformer.architecture.linear import ScoreProjection
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import ROTARY_SCALINGS, PositionScheme
-from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
+from tests.placements_for_tests import EVERY_PLACEMENT
 
 SIZES = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context_length": 16, "vocab_size": 11}
 TOPOLOGIES: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ STACKS = {
 every_topology = pytest.mark.parametrize("topology", TOPOLOGIES)
 PARTS: list[dict[str, Any]] = [
     # Without any norm, the shaken weights would saturate a tanh.
-    *({"residual": name, "pooling": "relu"} for name in Residual.registry),
+    *({**choices, "pooling": "relu"} for choices in EVERY_PLACEMENT),
     *({"positions": name} for name in PositionScheme.registry),
     # Not every bias: softmax does not see that of the keys in cross-attention.
     *({"norm": name, "norm_bias": True, "attention_output_bias": True} for name in Norm.registry),

@@ -63,6 +63,9 @@ class Branch:
 class Block(Registered, nn.Module, kind="block"):
     """How attention and the feed-forward network are arranged, each inside a residual connection."""
 
+    is_parallel = False
+    """whether one connection has all sublayers"""
+
     def __init__(self, parts: BlockParts) -> None:
         super().__init__()
         self.attention = parts.attention
@@ -126,6 +129,8 @@ class ParallelBlock(Block, name="parallel"):
 
     Wang and Komatsuzaki 2021 (GPT-J); Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), section 2.
     """
+
+    is_parallel = True
 
     def __init__(self, parts: BlockParts) -> None:
         super().__init__(parts)

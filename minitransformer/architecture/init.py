@@ -82,11 +82,15 @@ class ZeroOutput(GPT2, name="zero-output"):
 def initialise(model: nn.Module, scheme: Initialisation) -> None:
     """Draw every weight of `model` by `scheme`, times what its residual placement asks.
 
-    A module with weights of a kind that no rule names is an error.
+    Depth makes outputs smaller once: where a placement has gains of its own, a scheme draws as for a single sublayer. A
+    module with weights of a kind that no rule names is an error.
     """
     branches = [branch for module in model.modules() if isinstance(module, Block) for branch in module.branches]
     num_sublayers = {
-        part: branch.residual.place.num_sublayers for branch in branches for part in branch.sublayer.modules()
+        part: branch.residual.place.num_sublayers
+        for branch in branches
+        if branch.residual.branch_gains() is None
+        for part in branch.sublayer.modules()
     }
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
@@ -110,7 +114,8 @@ def initialise(model: nn.Module, scheme: Initialisation) -> None:
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
     for branch in branches:
-        _scale(branch.sublayer, branch.residual.branch_gains())
+        if (gains := branch.residual.branch_gains()) is not None:
+            _scale(branch.sublayer, gains)
 
 
 @torch.no_grad()

@@ -42,6 +42,9 @@ def fused_rms_norm(
 class Norm(Registered, nn.Module, kind="norm"):
     """A norm over the last dimension with learnable gains (and, where it has them, biases), which start as identity."""
 
+    undoes_scale = True
+    """N(a x) = N(x) for a > 0, but for eps"""
+
     def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()
         self.eps, self.shape = eps, (features,)
@@ -74,6 +77,8 @@ class DyT(Norm, name="dyt"):
 
     Zhu et al. 2025 (Dynamic Tanh, arXiv 2503.10622), equation 1.
     """
+
+    undoes_scale = False
 
     def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__(features, eps=eps)

@@ -15,7 +15,7 @@ from minitransformer.architecture.feedforward import FEEDFORWARDS
 from minitransformer.architecture.init import Initialisation
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import ROTARY_SCALINGS, PositionScheme
-from minitransformer.architecture.residual import Residual
+from minitransformer.architecture.residual import Residual, Surroundings
 from minitransformer.errors import UserError
 from minitransformer.registry import lookup
 
@@ -214,6 +214,12 @@ class ModelConfig:
         lookup("attention kernel", self.attention_kernel, KERNELS)
         lookup("pooling", self.pooling, POOLING_ACTIVATIONS)
         lookup("norm of queries and keys", self.qk_norm, QK_NORMS)
+        Residual.named(self.residual).check(self._around_connections)
+
+    @property
+    def _around_connections(self) -> Surroundings:
+        layers = [self.num_layers, self.decoder_layers] if self.topology == "encoder-decoder" else [self.num_layers]
+        return Surroundings(min(layers), Block.named(self.block).is_parallel, Norm.named(self.norm))
 
     @property
     def features_per_head(self) -> int:

@@ -1,6 +1,6 @@
 """Where the norm stands around a sublayer: every residual placement is one class, found by its name."""
 
-from minitransformer.architecture.residual.base import BranchGains, Place, Residual
+from minitransformer.architecture.residual.base import BranchGains, Place, Residual, Surroundings
 from minitransformer.architecture.residual.depth_scaled import Admin, DeepNorm, Keel, LayerNormScaling
 from minitransformer.architecture.residual.mixed import B2TConnection, HybridNorm, HybridNormStar, MixLN
 from minitransformer.architecture.residual.single_stream import NoNorm, OLMo2, PeriLN, PostLN, PreLN, SandwichLN
@@ -27,4 +27,5 @@ __all__ = [
     "SandwichLN",
     "ScaledResiDual",
     "SiameseNorm",
+    "Surroundings",
 ]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from minitransformer.architecture.dropout import Dropout
+from minitransformer.architecture.norms import Norm
 from minitransformer.registry import Registered
 
 Sublayer = Callable[[Tensor], Tensor]
@@ -34,10 +35,27 @@ class Place:
         """Sublayers of the whole stack."""
         return (3 if self.has_memory else 2) * self.num_layers
 
+    @property
+    def num_connections(self) -> int:
+        """Residual connections of the whole stack: as many as sublayers, or one a layer where that is for all."""
+        return self.num_layers if self.sublayer == "parallel" else self.num_sublayers
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a model has around its connections, for placements that do not go with all of it."""
+
+    num_layers: int
+    """of its smallest stack"""
+    is_parallel: bool
+    """whether one connection has all sublayers of a block"""
+    norm: type[Norm]
+
 
 @dataclass(frozen=True)
 class BranchGains:
-    """What a placement multiplies the initial weights of its sublayer with.
+    """What a placement multiplies the initial weights of its sublayer with, in place of what an initialisation does by
+    the number of sublayers.
 
     `scores` is for the matrices that only say where to look (queries, keys, routers), `values` for all others, through
     which the output grows.
@@ -92,9 +110,13 @@ class Residual(Registered, nn.Module, kind="residual placement"):
         """What `close` is given."""
         return make_norm() if cls.has_final_norm else nn.Identity()
 
-    def branch_gains(self) -> BranchGains:
-        """What this placement asks of the initial weights of the sublayer here."""
-        return BranchGains()
+    @classmethod
+    def check(cls, around: Surroundings) -> None:
+        """Raises `UserError` for a model in which this would be another placement, or no equation at all."""
+
+    def branch_gains(self) -> BranchGains | None:
+        """What this placement asks of the initial weights of the sublayer here; None is nothing."""
+        return None
 
     @classmethod
     def calibrate(cls, connections: Sequence[Residual], run: Callable[[], object]) -> None:

@@ -18,8 +18,8 @@ class DeepNorm(Residual, name="deepnorm"):
     """x ← N(α x + f(x)); values, outputs and feed-forward matrices start β times as large, queries and keys do not.
 
     A stack of L layers alone: α = (2L)^¼, β = (8L)^-¼. An encoder of N beside a decoder of M: α = 0.81 (N⁴M)^¹⁄₁₆,
-    β = 0.87 (N⁴M)^-¹⁄₁₆; that decoder: α = (3M)^¼, β = (12M)^-¼.
-    Wang et al. 2022 (arXiv 2203.00555), figure 2.
+    β = 0.87 (N⁴M)^-¹⁄₁₆; that decoder: α = (3M)^¼, β = (12M)^-¼. Wang et al. 2022 (arXiv 2203.00555), figure 2; the
+    authors' code (torchscale) has 1.15 in place of 0.87, the exponent's sign lost on the way.
     """
 
     def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
@@ -100,15 +100,17 @@ class LayerNormScaling(Residual, name="lns"):
 
 
 class Keel(Residual, name="keel"):
-    """x ← N₂(α x + f(N₁(x))), where α is the number of sublayers of the stack. Chen and Wei 2026 (arXiv 2601.19895).
+    """x ← N₂(α x + f(N₁(x))), where α is the number of residual connections of the stack.
 
-    The first block is like all others here; whether the paper treats it apart was not verified.
+    That is two a layer, three with cross-attention, and one in parallel blocks, whose sublayers share it. The first
+    block is like all others here; whether the paper treats it apart was not verified. Chen and Wei 2026 (arXiv
+    2601.19895).
     """
 
     def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
         super().__init__(make_norm, dropout, place)
         self.output_norm = make_norm()
-        self.alpha = float(place.num_sublayers)
+        self.alpha = float(place.num_connections)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         return self.output_norm(self.alpha * x + self.dropout(sublayer(self.norm(x))))

@@ -9,18 +9,27 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from minitransformer.architecture.residual.base import BranchGains, MakeNorm, Place, Residual, Sublayer
+from minitransformer.architecture.residual.base import BranchGains, MakeNorm, Place, Residual, Sublayer, Surroundings
 from minitransformer.architecture.residual.single_stream import PostLN, PreLN
+from minitransformer.errors import UserError
 
 
 class MixLN(Residual, name="mix"):
     """Post-LN in the first quarter of the layers, Pre-LN in the others, and one norm after the last block.
 
-    Li et al. 2024 (arXiv 2412.13795), section 3.2.
+    Fewer than four layers have no such quarter, and are refused. Li et al. 2024 (arXiv 2412.13795), section 3.2.
     """
 
     has_final_norm = True
     post_share = 0.25
+
+    @classmethod
+    def check(cls, around: Surroundings) -> None:
+        if 0 < cls.post_share * around.num_layers < 1:
+            raise UserError(
+                f"residual {cls.name!r} has Post-LN in the first quarter of the layers, and of {around.num_layers} "
+                "layers that is none: choose at least 4, or --residual pre"
+            )
 
     def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
         super().__init__(nn.Identity, dropout, place)
@@ -80,6 +89,14 @@ class B2TConnection(Residual, name="b2t"):
             return bottom, self.norm(total)
         x = self.norm(bottom + total)
         return x, x
+
+    @classmethod
+    def check(cls, around: Surroundings) -> None:
+        if around.is_parallel:
+            raise UserError(
+                f"residual {cls.name!r} adds the input of a block to what its feed-forward network gives, and in a "
+                "parallel block that is Post-LN: choose --block sequential, or --residual post"
+            )
 
     @classmethod
     def open(cls, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from minitransformer.architecture.residual.base import MakeNorm, Place, Residual, Sublayer
+from minitransformer.architecture.residual.base import MakeNorm, Place, Residual, Sublayer, Surroundings
+from minitransformer.errors import UserError
 
 Streams = tuple[Tensor, Tensor]
 
@@ -17,7 +18,8 @@ class ResiDual(Residual, name="residual"):
     """o = f(x); x ← N(x + o) beside y ← y + η o, from y = η x; the output is x + N(y).
 
     η changes no result, as N(η y) = N(y), but in half precision a small one keeps y from overflowing. The eps of the
-    last norm is small enough for that. Xie et al. 2023 (arXiv 2304.14802), section 2.
+    last norm is a hundredth of that of all others, small enough for that: 1e-7 beside 1e-5 in the authors' code
+    (microsoft/ResiDual). Xie et al. 2023 (arXiv 2304.14802), section 2.
     """
 
     has_final_norm = True
@@ -44,8 +46,16 @@ class ResiDual(Residual, name="residual"):
     @classmethod
     def make_final_norm(cls, make_norm: MakeNorm) -> nn.Module:
         norm = make_norm()
-        norm.eps = 1e-7  # type: ignore[assignment]
+        norm.eps = norm.eps / 100  # type: ignore[assignment, operator]
         return norm
+
+    @classmethod
+    def check(cls, around: Surroundings) -> None:
+        if cls.eta != 1 and not around.norm.undoes_scale:
+            raise UserError(
+                f"residual {cls.name!r} makes a stream smaller, which norm {around.norm.name!r} does not undo: "
+                "choose --residual residual, or another --norm"
+            )
 
 
 class ScaledResiDual(ResiDual, name="residual-scaled"):
