@@ -370,3 +370,14 @@ def test_a_setting_that_an_older_run_does_not_have_is_the_same_as_none(make):
     del record["training"]["sequence_length"]
     (old / "config.json").write_text(json.dumps(record))
     assert len(compare([old, new]).groups) == 1
+
+
+def test_precisions_that_auto_came_to_are_said_where_they_differ(make):
+    paths = [make("a"), make("b", seed=1)]
+    for path, precision in zip(paths, ("bf16", "fp32"), strict=True):
+        record = json.loads((path / "config.json").read_text())
+        record["machine"] = {"device": "cpu", "precision": precision, "compile": False}
+        (path / "config.json").write_text(json.dumps(record))
+    said = "The runs were computed in different precisions on different machines: bf16, fp32."
+    assert said in compare(paths).remarks
+    assert said not in compare(paths[:1]).remarks

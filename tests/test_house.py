@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,12 @@ def test_imports_point_one_way(room: str) -> None:
 def test_preparing_text_needs_no_torch() -> None:
     code = "import sys, minitransformer.text.prepare, minitransformer.text.corpora; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_licence_and_citation_say_what_the_metadata_says() -> None:
+    root = PACKAGE.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = (root / "CITATION.cff").read_text(encoding="utf-8").splitlines()
+    assert f"{project['license']} License" in (root / "LICENSE").read_text(encoding="utf-8")
+    for name, key in (("title", "name"), ("version", "version"), ("license", "license")):
+        assert f"{name}: {project[key]}" in citation

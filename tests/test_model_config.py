@@ -56,7 +56,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"topology": "encoder-classifier"},
-        "topology is 'encoder-classifier' and num_classes None: an encoder-classifier, and no other, has classes",
+        "topology is 'encoder-classifier' and num_classes None: an encoder-classifier, and no other, has classes, "
+        "and it is imported, as nothing here trains one",
     ),
     (
         {"next_sentence": True},

@@ -13,6 +13,7 @@ import pytest
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.finetuning import fine_tuning
 from minitransformer.training.presets import PRESETS
 
 
@@ -78,3 +79,35 @@ def test_a_run_from_before_a_part_of_validation_was_drawn_goes_on_reading_all() 
     record = stored(RunConfig())
     del record["training"]["validation_tokens"]
     assert RunConfig.from_json(record, "config.json").training.validation_tokens == 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("new_data", [True, False])
+def test_every_preset_can_be_fine_tuned_at_a_tenth_of_its_rates(preset: str, new_data: bool) -> None:
+    parent = PRESETS[preset]
+    tuned = fine_tuning(parent, from_scratch=True, new_data=new_data)
+    assert tuned.model == parent.model
+    assert tuned.training.lr == pytest.approx(parent.training.lr / 10)
+    assert tuned.training.warmup_steps <= 20
+    assert tuned.sequence_length <= min(1024, parent.model.context_length)
+    again = fine_tuning(tuned, from_scratch=False, new_data=new_data)
+    assert again.training == tuned.training
+    assert tuned.data.lowercase == parent.data.lowercase
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"sequence_length": 0}, "sequence_length is 0: it must be at least 1"),
+        ({"sequence_length": 257}, "sequence_length 257 is more than context_length 256"),
+    ],
+)
+def test_a_sequence_length_that_no_run_can_have_is_refused(choices: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        RunConfig(training=TrainingConfig(**choices))
+
+
+def test_pairs_have_no_sequence_length() -> None:
+    preset = PRESETS["transformer-mini"]
+    with pytest.raises(UserError, match="pairs are as long as they are"):
+        replace(preset, training=replace(preset.training, sequence_length=16))

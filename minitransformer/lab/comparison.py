@@ -334,8 +334,8 @@ def compare(
     groups = _groups(histories)
     judged = comparability(groups)
     chosen = judged.metric if metric is None else _known(metric, histories)
-    remarks = [judged.remark, *repeated, *map(_damage, opened), *map(_unfinished, histories), _code(groups)]
-    remarks.append(_partly_validated(histories))
+    remarks = [judged.remark, *repeated, *map(_damage, opened), *map(_unfinished, histories)]
+    remarks += [_code(groups), _arithmetic(groups), _partly_validated(histories)]
     least = measure_of(chosen).smallest_difference if smallest_difference is None else smallest_difference
     ranked, verdict = _ranked(groups, chosen, judged.comparable(chosen), least)
     said = tuple(remark for remark in remarks if remark is not None)
@@ -497,6 +497,15 @@ def _code(groups: Sequence[Group]) -> str | None:
     origins = [history.config.get("provenance", {}) for group in groups for history in group.histories]
     commits = _distinct(str(origin["commit"]) for origin in origins if "commit" in origin)
     return f"The runs were made by different versions of the code: {', '.join(commits)}." if len(commits) > 1 else None
+
+
+def _arithmetic(groups: Sequence[Group]) -> str | None:
+    """What to say if "auto" came to different precisions, which no setting shows."""
+    machines = [history.config.get("machine") for group in groups for history in group.histories]
+    found = sorted({str(machine.get("precision")) for machine in machines if isinstance(machine, dict)})
+    if len(found) < 2 or "precision" in _varied(groups):
+        return None
+    return f"The runs were computed in different precisions on different machines: {', '.join(found)}."
 
 
 def _ranked(groups: Sequence[Group], metric: str, comparable: bool, smallest: float) -> tuple[Ranking | None, str]:

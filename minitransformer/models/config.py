@@ -29,6 +29,9 @@ TOPOLOGIES = {
 }
 LARGEST, SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38
 """of the positive numbers that float32 has in full precision"""
+IMPORTED_ONLY = {"encoder-classifier"}
+"""topologies of public checkpoints that no objective trains"""
+TRAINED = [name for name in TOPOLOGIES if name not in IMPORTED_ONLY]
 HEADS = {"linear": "LMHead", "transformed": "TransformedHead"}
 
 
@@ -51,7 +54,7 @@ def check_numbers(config: Any) -> None:
 class ModelConfig:
     """The shape of a model and the choice of its parts. Raises `UserError` for a value that no model can have."""
 
-    topology: Annotated[str, choice("what the model is", TOPOLOGIES)] = "decoder"
+    topology: Annotated[str, choice("what the model is", TRAINED)] = "decoder"
     d_model: int = 256
     """features of the residual stream"""
     num_layers: int = 4
@@ -77,7 +80,7 @@ class ModelConfig:
     next_sentence: bool = False
     """an encoder also says whether its second segment follows the first"""
     num_classes: int | None = None
-    """classes of an encoder-classifier"""
+    """classes of an encoder-classifier, which is imported: nothing here trains one"""
     pooling: Annotated[str, choice("activation before the classes", POOLING_ACTIVATIONS)] = "tanh"
     block: Annotated[str, choice("arrangement of the sublayers", Block.registry)] = "sequential"
     residual: Annotated[str, choice("where the norm stands", Residual.registry)] = "pre"
@@ -187,7 +190,7 @@ class ModelConfig:
         if (self.topology == "encoder-classifier") != (self.num_classes is not None):
             raise UserError(
                 f"topology is {self.topology!r} and num_classes {self.num_classes}: "
-                "an encoder-classifier, and no other, has classes"
+                "an encoder-classifier, and no other, has classes, and it is imported, as nothing here trains one"
             )
         if self.next_sentence and (self.num_segments or 0) < 2:
             raise UserError(

@@ -215,7 +215,7 @@ class RunConfig:
         objective, topology = Objective.named(self.training.objective), self.model.topology
         if topology not in objective.topologies:
             possible = [name for name, other in Objective.registry.items() if topology in other.topologies]
-            remedy = f"choose --objective {' or '.join(possible)}" if possible else "train another topology"
+            remedy = f"choose --objective {' or '.join(possible)}" if possible else "nothing here trains one"
             raise UserError(f"objective {objective.name!r} cannot train topology {topology!r}: {remedy}")
         if (length := self.training.sequence_length) is None:
             return
