@@ -135,9 +135,16 @@ class Run:
         if not (path / CONFIG).is_file():
             raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give a folder that training has made")
         try:
-            record = files.unsealed(json.loads((path / CONFIG).read_text(encoding="utf-8")))
+            sealed = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         except ValueError as error:
             raise StorageError(f"{path / CONFIG} is damaged ({error}): restore it, or train anew") from None
+        try:
+            record = files.unsealed(sealed)
+        except ValueError as error:
+            raise StorageError(
+                f"{path / CONFIG} is not what training wrote ({error}): restore it, or, if you changed it and mean it, "
+                f'take out its "{files.CHECKSUM}"'
+            ) from None
         config = RunConfig.from_json(record, str(path / CONFIG))
         digests = record.get("sha256")
         for name in (TOKENIZER, TARGET_TOKENIZER):

@@ -304,13 +304,19 @@ def test_a_fine_tuned_run_begins_again_with_the_weights_of_its_parent(here, run,
     assert_same_weights(weights(here / "tuned"), weights(here / "whole"))
 
 
+def test_a_text_that_has_moved_is_named_anew(here, run, capsys):
+    (here / "my.txt").rename(here / "moved.txt")
+    assert main(["--resume", "run", "--steps", "9", "--data", "moved.txt"]) == 0
+    assert "changed    data my.txt -> moved.txt" in capsys.readouterr().out
+
+
+def test_a_kill_between_the_best_checkpoint_and_its_link_does_not_lose_it(run):
+    (run / "checkpoints/best").unlink()
+    assert main(["--resume", "run", "--steps", "7", "--lr", "1e-9"]) == 0
+    assert (run / "checkpoints/best").exists()
+
+
 # --- what is not what was written
-
-
-def edit(path, old, new):
-    content = path.read_text()
-    assert content.count(old) == 1, content
-    path.write_text(content.replace(old, new))
 
 
 @pytest.mark.parametrize(
@@ -331,7 +337,7 @@ def test_a_changed_digit_in_the_configuration_is_noticed(run, capsys, old, new, 
     code = main(["--resume", "run", "--steps", "9"]) if command == "resume" else sample(["run", "--prompt", "Line"])
     error = capsys.readouterr().err
     assert code == 1
-    assert error.startswith("error: run/config.json is damaged")
+    assert error.startswith("error: run/config.json is not what training wrote")
     assert error.count("\n") == 1
 
 

@@ -318,10 +318,11 @@ def test_a_signal_saves_and_says_how_to_continue(here, number, code):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_as_if_nothing_had_happened(here):
+def test_a_killed_run_resumes_as_if_nothing_had_happened(here, capsys):
     steps = ["--steps", "600", "--save-every", "50", "--eval-every", "100", "--dropout", "0.1"]
     child = process("--out", "killed", *steps)
     wait_for(here / "killed/checkpoints/step-000200", child)
+    assert f"pid {child.pid}" in refused(capsys, "--resume", "killed")
     child.kill()
     child.wait()
     for arguments in (["--resume", "killed"], ["--out", "whole", *steps]):
