@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -364,3 +365,10 @@ def test_a_wrong_shape_is_named_by_the_signature() -> None:
     q = torch.randn(1, 2, 3, 4)
     with pytest.raises(TypeError, match="head_dim"):
         scaled_dot_product_attention(q, torch.randn(1, 2, 3, 5), q)
+
+
+def test_the_student_s_tour_knows_every_kernel():
+    page = (Path(attention.__file__).parent / "README.md").read_text(encoding="utf-8")
+    section = page.partition("## 1. ")[2].partition("## 2. ")[0]
+    assert [kernel.__name__ for kernel in KERNELS.values() if f"`{kernel.__name__}`" not in section] == []
+    assert f"lists all {['no', 'one', 'two', 'three', 'four', 'five', 'six'][len(KERNELS)]}" in section

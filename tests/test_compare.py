@@ -3,9 +3,11 @@
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -66,9 +68,14 @@ def said(capsys, *arguments: object) -> str:
 def test_runs_that_differ_in_seed_only_are_one_group(placements):
     groups = compare(placements).groups
     assert [(group.label, group.seeds) for group in groups] == [
-        ("residual post", [0, 1, 2, 3, 4]),
-        ("residual pre", [0, 1, 2, 3, 4]),
+        ("placement post", [0, 1, 2, 3, 4]),
+        ("placement pre", [0, 1, 2, 3, 4]),
     ]
+
+
+def test_no_group_is_called_residual_residual(make):
+    groups = compare([make("a", residual="pre"), make("b", residual="residual")]).groups
+    assert [group.label for group in groups] == ["placement pre", "placement residual"]
 
 
 def test_what_differs_is_told_and_nothing_else(placements):
@@ -92,10 +99,10 @@ def test_the_best_loss_is_the_lowest_and_the_last_one_the_last(make):
 def test_a_winner_is_named_where_seeds_bear_it_out(placements):
     comparison = compare(placements)
     assert comparison.ranking is not None
-    assert comparison.ranking.winner == "residual pre"
+    assert comparison.ranking.winner == "placement pre"
     (pair,) = comparison.ranking.comparisons
     assert pair.difference.mean == pytest.approx(-0.498, abs=1e-4)
-    assert "residual pre is best" in comparison.verdict
+    assert "placement pre is best" in comparison.verdict
 
 
 def test_no_winner_is_named_where_the_interval_covers_zero(make):
@@ -120,10 +127,10 @@ def test_four_seeds_name_no_winner_however_far_apart(make):
 def test_a_difference_below_the_smallest_worth_naming_names_no_winner(make, capsys):
     lasts = [1.0, 1.1, 1.2, 1.3, 1.4]
     paths = of_seeds(make, "a", lasts, "post") + of_seeds(make, "b", [x + 1e-3 for x in lasts], "pre")
-    assert "residual post differs from residual pre by less than 0.002" in compare(paths).verdict
-    assert "residual post is best" in compare(paths, smallest_difference=5e-4).verdict
+    assert "placement post differs from placement pre by less than 0.002" in compare(paths).verdict
+    assert "placement post is best" in compare(paths, smallest_difference=5e-4).verdict
     shown = " ".join(said(capsys, *paths, "--smallest-difference", "0.0005").split())
-    assert "residual post is best" in shown
+    assert "placement post is best" in shown
     with pytest.raises(UserError, match="smallest-difference is -1"):
         compare(paths, smallest_difference=-1)
 
@@ -283,7 +290,7 @@ def test_many_settings_are_named_by_their_folders_or_by_number(make):
 def test_the_command_shows_a_table_a_plot_and_a_verdict_in_eighty_columns(placements, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = said(capsys, *placements)
-    for wanted in ("last validation loss", "o residual post", "x residual pre", "Paired differences", "is best"):
+    for wanted in ("last validation loss", "o placement post", "x placement pre", "Paired differences", "is best"):
         assert wanted in text
     assert max(map(len, text.splitlines())) <= 80
 
@@ -293,12 +300,19 @@ def test_the_page_is_one_file_with_pictures_and_escaped_names(placements, tmp_pa
     assert f"written    {target}" in said(capsys, *placements, "--html", target)
     html = target.read_text()
     assert html.count("data:image/png;base64,") == 3
-    assert "residual pre is best" in html
+    assert "placement pre is best" in html
     assert "minitransformer compare" in html
 
 
 def test_the_page_of_a_single_run_is_written(make):
-    assert "nothing to compare it with" in page(compare([make("a")]), "command")
+    assert "nothing to compare it with" in page(compare([make("a")]), "command", Path())
+
+
+def test_the_page_leads_to_its_runs_and_its_table(placements, tmp_path, capsys):
+    target, table = tmp_path / "pages" / "page.html", tmp_path / "runs of mine.csv"
+    said(capsys, *placements, "--html", target, "--csv", table)
+    paths = {unquote(path) for path in re.findall(r'href="([^"]*)"', target.read_text())}
+    assert {(target.parent / path).resolve() for path in paths} == {*(run.resolve() for run in placements), table}
 
 
 def test_training_and_validation_of_a_single_run_are_in_one_figure(make, capsys):
@@ -341,7 +355,7 @@ def test_real_runs_compare_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["minitransformer", "compare", *map(str, sorted(tmp_path.glob("p*")))])
     assert minitransformer_main() == 0
     shown = capsys.readouterr().out
-    assert "o residual post" in shown
+    assert "o placement post" in shown
     assert "bits per byte" in shown
     assert "only seed 0" in shown
 

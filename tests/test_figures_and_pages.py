@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minitransformer.errors import UserError
 from minitransformer.lab import figures, plain
 from minitransformer.lab.figures import Curve, png
-from minitransformer.lab.page import Page, cell_text, number_columns, number_text
+from minitransformer.lab.page import HINT, Link, Page, cell_text, number_columns, number_text
 
 VOID = {"meta", "img", "br"}
 
@@ -159,7 +159,7 @@ def whole_page() -> Page:
     return page
 
 
-def test_a_page_is_one_file_without_a_script_or_a_reference():
+def test_a_page_is_one_file_without_a_script_that_loads_no_other():
     html = whole_page().html()
     reader = Reader(html)
     assert all(reference.startswith("data:image/png;base64,") for reference in reader.references)
@@ -167,10 +167,43 @@ def test_a_page_is_one_file_without_a_script_or_a_reference():
     assert not re.search(r"https?://|@import|url\(", html)
 
 
+def test_papers_that_are_named_become_links_and_numbers_do_not():
+    page = Page("t")
+    page.paragraph("After arXiv 2304.14802, 2412.13795 and 2503.04598: 1234.56789 <nats>; Vaswani (arXiv 1706.03762).")
+    page.table(["claim"], [["LNS (arXiv 2502.05795)"]])
+    html = page.html()
+    numbers = "2304.14802", "2412.13795", "2503.04598", "1706.03762", "2502.05795"
+    assert Reader(html).references == [f"https://arxiv.org/abs/{number}" for number in numbers]
+    assert "1234.56789 &lt;nats&gt;" in html
+
+
+def test_a_link_leads_to_a_file_beside_the_page_whatever_it_is_called():
+    page = Page("t")
+    page.links("With all digits:", [Link("a <b>.csv", 'a "b" c#.csv')])
+    page.table(["run"], [[Link("run", "trials/run/")]])
+    assert Reader(page.html()).references == ["a%20%22b%22%20c%23.csv", "trials/run/"]
+
+
 def test_a_page_reads_on_phones_in_the_dark_and_on_paper():
     html = whole_page().html()
     for wish in ('name="viewport"', "prefers-color-scheme: dark", "@media print", '<html lang="en">'):
         assert wish in html
+
+
+def test_a_table_with_long_texts_is_a_card_for_each_row_on_a_phone_and_names_its_columns():
+    page = Page("t")
+    page.table(["outcome", "claim"], [["passed", "a claim " * 9]])
+    html = page.html()
+    assert "class=cards" in html
+    assert 'data-column="outcome">passed' in html
+    assert HINT not in html
+
+
+@pytest.mark.parametrize(("columns", "hint"), [(2, None), (9, "hint"), (30, "hint always")])
+def test_a_table_that_is_wider_than_the_window_says_that_it_scrolls(columns, hint):
+    page = Page("t")
+    page.table([f"column {i}" for i in range(columns)], [range(columns)])
+    assert re.findall(r'<p class="([^"]*)">', page.html()) == [hint] * bool(hint)
 
 
 @given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=4))

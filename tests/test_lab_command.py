@@ -83,7 +83,7 @@ FINDINGS = Findings(
         Table("Loss by depth", ["n"], [[n] for n in range(300)]),
     ],
     pictures=[Picture("A line", drawn, "It rises.")],
-    remarks=["All is <well>."],
+    remarks=["All is <well> (arXiv 2002.04745)."],
 )
 
 
@@ -108,20 +108,29 @@ def test_the_report_states_how_it_was_decided(report):
     assert TRIAL_RULE in page.text
 
 
-def test_a_report_is_one_file_that_refers_to_no_other(report):
+def test_a_report_is_one_file_that_loads_no_other(report):
     path, page = report
     assert page.open == []
-    assert len(page.found) == 1
-    kind, _, data = page.found[0].partition(",")
+    (picture,) = [reference for reference in page.found if reference.startswith("data:")]
+    kind, _, data = picture.partition(",")
     assert kind == "data:image/png;base64"
     assert base64.b64decode(data) == (path.parent / "a-line.png").read_bytes()
     assert base64.b64decode(data).startswith(PNG)
-    assert not re.search(r"https?:|url\(|@import", path.read_text())
+    assert not re.search(r"src=\"(?!data:)|url\(|@import", path.read_text())
+
+
+def test_a_report_leads_to_its_tables_its_figures_its_results_and_the_papers(report):
+    path, page = report
+    links = {reference for reference in page.found if not reference.startswith("data:")}
+    papers = {link for link in links if link.startswith("https:")}
+    assert papers == {"https://arxiv.org/abs/2002.04745"}
+    assert links - papers == {"loss-by-depth.csv", "loss-by-depth-2.csv", "a-line.png", "results.jsonl"}
+    assert all((path.parent / link).exists() for link in links - papers)
 
 
 def test_a_report_says_what_was_asked_and_how_every_claim_came_out(report):
     _, page = report
-    for words in (Toy.title, Toy.question, Toy.source, "A line. It rises.", "All is <well>."):
+    for words in (Toy.title, Toy.question, Toy.source, "A line. It rises.", "All is <well>"):
         assert words in page.text
     for outcome, claim in [
         *(("passed", "a < b & c"), ("FAILED", "known and wrong"), ("open", "known and open")),
@@ -150,7 +159,7 @@ def test_every_table_is_a_csv_file_with_all_its_rows_and_digits(report):
     ]
     with (path.parent / "loss-by-depth-2.csv").open(newline="") as file:
         assert len(list(csv.reader(file))) == 301
-    assert "200 rows of 300; all are in loss-by-depth-2.csv" in page.text
+    assert "200 rows of 300; all of them: loss-by-depth-2.csv" in page.text
 
 
 def test_the_command_in_the_report_is_the_one_that_repeats_it():

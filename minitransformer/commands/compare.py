@@ -56,7 +56,7 @@ def _compare(arguments: Sequence[str]) -> int:
     print(_text(comparison, min(max(columns, LEAST_WIDTH), MOST_WIDTH)))
     if options.html is not None:
         command = shlex.join(["python", "-m", "minitransformer", "compare", *arguments])
-        _write(options.html, page(comparison, command), "choose another --html")
+        _write(options.html, page(comparison, command, options.html.parent, options.csv), "choose another --html")
     if options.csv is not None:
         _write(options.csv, _csv(comparison.runs()), "choose another --csv")
     return DONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -18,10 +19,11 @@ from minitransformer.files import sha256
 from minitransformer.lab import figures
 from minitransformer.lab.experiment import Picture, Table
 from minitransformer.lab.figures import Curve
-from minitransformer.lab.page import Page
+from minitransformer.lab.page import Link, Page
 from minitransformer.lab.statistics import FEWEST_SEEDS, Interval, Ranking, decimals_of, mean_interval, ranking
 from minitransformer.lab.verdicts import (
     check_smallest_difference,
+    choice_text,
     is_number,
     last_value,
     measure_of,
@@ -342,8 +344,9 @@ def compare(
     return RunComparison(tuple(groups), chosen, by, ranked, verdict, said, judged.comparable("validation_loss"))
 
 
-def page(comparison: RunComparison, command: str) -> str:
-    """The comparison as one self-contained HTML file; raises `UserError` without matplotlib."""
+def page(comparison: RunComparison, command: str, folder: Path, csv: Path | None = None) -> str:
+    """The comparison as one self-contained HTML file in `folder`, with links to the runs and to `csv`; raises
+    `UserError` without matplotlib."""
     names = [group.label for group in comparison.groups]
     result = Page("Comparison of " + (" and ".join(names) if len(names) < 3 else f"{len(names)} groups of runs"))
     result.paragraph(comparison.verdict)
@@ -360,10 +363,18 @@ def page(comparison: RunComparison, command: str) -> str:
     for picture, png in pictures[1:]:
         result.figure(png, picture.caption, picture.title)
     result.heading("Runs")
-    result.table(comparison.runs().columns, comparison.runs().rows)
+    runs = comparison.runs()
+    result.table(runs.columns, [[_link(Path(path), folder), *row] for path, *row in runs.rows])
+    if csv is not None:
+        result.links("With all digits:", [_link(csv, folder)])
     result.heading("How to repeat it")
     result.code(command)
     return result.html()
+
+
+def _link(path: Path, folder: Path) -> Link:
+    """To `path`, from a page in `folder`."""
+    return Link(str(path), Path(os.path.relpath(path, folder)).as_posix())
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -432,7 +443,7 @@ def _groups(histories: Sequence[History]) -> list[Group]:
 def _labels(groups: Sequence[Group]) -> list[str]:
     """By what differs, if that is short; or else by what the names of the folders share; or else by letters."""
     varied = [name for name in _varied(groups) if name not in UNTELLING]
-    by_setting = [", ".join(f"{name} {_shown(_setting(group, name))}" for name in varied) for group in groups]
+    by_setting = [", ".join(choice_text(name, _shown(_setting(group, name))) for name in varied) for group in groups]
     by_folder = [_shared_name([history.path.name for history in group.histories]) for group in groups]
     for labels in (by_setting, by_folder):
         if len(set(labels)) == len(groups) and all(0 < len(label) <= LONGEST_LABEL for label in labels):

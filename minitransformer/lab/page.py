@@ -6,17 +6,22 @@ import base64
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
-# Phones, dark rooms and printers each get their own; figures keep their white paper everywhere.
+# Phones, dark rooms and printers each get their own. In the dark, white paper becomes the page's dark one, and colours
+# keep their hue. Shadows lie where a table goes on beyond its edge: the covers of paper move with it, the shadows stay.
 STYLE = """
 :root { color-scheme: light dark;
-  --ink: #1b1b1f; --paper: #ffffff; --faint: #5c5f66; --rule: #d5d7dc; --band: #f4f5f7; }
+  --ink: #1b1b1f; --paper: #ffffff; --faint: #5c5f66; --rule: #d5d7dc; --band: #8a8d941a;
+  --link: #0b57a4; --shadow: #00000059; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e9; --paper: #17181b; --faint: #a3a6ad; --rule: #3a3c42; --band: #212329; }
+  :root { --ink: #e6e6e9; --paper: #17181b; --faint: #a3a6ad; --rule: #3a3c42; --band: #a3a6ad14;
+    --link: #8ab8f0; --shadow: #d5d7dc73; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; background: var(--paper); color: var(--ink);
@@ -24,7 +29,15 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; background: 
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0.5rem 0 1rem; }
 h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.2rem 0 0.6rem; }
 p { max-width: 46rem; overflow-wrap: break-word; }
-.wide { overflow-x: auto; margin: 1rem 0; }
+a { color: var(--link); }
+.wide { overflow-x: auto; margin: 1rem 0; background:
+  linear-gradient(to right, var(--paper) 40%, transparent) 0 0 / 2.5rem 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 40%, transparent) 100% 0 / 2.5rem 100% no-repeat local,
+  linear-gradient(to right, var(--shadow), transparent) 0 0 / 0.9rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--shadow), transparent) 100% 0 / 0.9rem 100% no-repeat scroll; }
+.wide:focus-visible { outline: 2px solid var(--link); }
+.hint { display: none; margin: 1rem 0 -0.6rem; color: var(--faint); font-size: 0.88rem; }
+.hint.always { display: block; }
 table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.35rem 0.75rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule);
   white-space: nowrap; }
@@ -35,9 +48,19 @@ tbody tr:nth-child(even) { background: var(--band); }
 pre { overflow-x: auto; padding: 0.75rem 1rem; background: var(--band); border-radius: 4px; font-size: 0.88rem; }
 figure { margin: 1.5rem 0; }
 figure img { display: block; max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
+@media screen and (prefers-color-scheme: dark) { figure img { filter: invert(0.91) hue-rotate(180deg); } }
 figcaption { margin-top: 0.5rem; max-width: 46rem; color: var(--faint); font-size: 0.92rem; }
+@media screen and (max-width: 40rem) {
+  .hint { display: block; }
+  .cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .cards, .cards tbody, .cards tr, .cards td { display: block; width: auto; min-width: 0; text-align: left; }
+  .cards tr { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); }
+  .cards td { padding: 0.15rem 0.75rem; border: 0; white-space: normal; overflow-wrap: anywhere; }
+  .cards td::before { content: attr(data-column) ": "; color: var(--faint); }
+}
 @media print {
-  :root { --ink: #000000; --paper: #ffffff; --faint: #444444; --rule: #999999; --band: #f4f5f7; }
+  :root { --ink: #000000; --paper: #ffffff; --faint: #444444; --rule: #999999; --band: #f4f5f7; --link: #000000; }
+  .hint, .hint.always { display: none; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   h2 { break-after: avoid; }
   figure, tr { break-inside: avoid; }
@@ -48,7 +71,36 @@ figcaption { margin-top: 0.5rem; max-width: 46rem; color: var(--faint); font-siz
 
 LONG = 40
 """letters of a cell from which on it may break into lines"""
+LETTERS_OF_PHONE, LETTERS_OF_PAGE, LETTERS_BETWEEN = 46, 118, 3
+"""that a table has room for at a width of 390 pixels and at the widest, and that the space between columns takes"""
+HINT = "This table goes on to the right: scroll it sideways."
+ARXIV = re.compile(r"(?<=arXiv[ :])\d{4}\.\d{4,5}(?:(?:, | and )\d{4}\.\d{4,5})*")
+ARXIV_ID = re.compile(r"\d{4}\.\d{4,5}")
 NUMERIC = re.compile(r"[-−+<]?\d[-–−+\d.,eE±%\[\] ]*")
+
+
+@dataclass(frozen=True)
+class Link:
+    """Text that leads to another file, by its path as seen from the page."""
+
+    text: str
+    path: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def html(self) -> str:
+        """The element."""
+        return f'<a href="{escape(quote(self.path))}">{escape(self.text)}</a>'
+
+
+def marked_up(text: str) -> str:
+    """`text` escaped, with a link for each paper that it names by its arXiv number."""
+    return ARXIV.sub(lambda ids: ARXIV_ID.sub(_paper, ids[0]), escape(text))
+
+
+def _paper(number: re.Match[str]) -> str:
+    return f'<a href="https://arxiv.org/abs/{number[0]}">{number[0]}</a>'
 
 
 def cell_text(value: Any) -> str:
@@ -88,7 +140,8 @@ def number_columns(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> lis
 class Page:
     """One self-contained HTML file, built from top to bottom; every text is escaped.
 
-    It has no script and no reference to another file, reads on a phone, in a dark room and on paper.
+    It has no script and loads no other file; its links lead to papers and to files beside it. It reads on a phone, in
+    a dark room and on paper.
     """
 
     def __init__(self, title: str) -> None:
@@ -100,25 +153,43 @@ class Page:
         self.parts.append(f"<h2>{escape(text)}</h2>")
 
     def paragraph(self, text: str) -> None:
-        """A paragraph of plain text."""
-        self.parts.append(f"<p>{escape(text)}</p>")
+        """A paragraph of plain text; papers that it names by their arXiv numbers become links."""
+        self.parts.append(f"<p>{marked_up(text)}</p>")
+
+    def links(self, text: str, links: Sequence[Link]) -> None:
+        """A line of links after `text`."""
+        self.parts.append(f"<p>{escape(text)} {', '.join(link.html() for link in links)}</p>")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table of text, numbers (to the right), truth values (yes, no) and None (–)."""
+        """A table of text, links, numbers (to the right), truth values (yes, no) and None (–).
+
+        On a phone, one with long texts becomes a card for each row; another one that is too wide scrolls, and says so.
+        """
         assert all(len(row) == len(columns) for row in rows), "a row has a cell for each column"
         right = number_columns(columns, rows)
-        head = _cells("th", columns, right)
-        body = "\n".join(f"<tr>{_cells('td', [cell_text(value) for value in row], right)}</tr>" for row in rows)
+        head = "".join(f"<th{_kind(name, r)}>{escape(name)}</th>" for name, r in zip(columns, right, strict=True))
+        body = "\n".join(f"<tr>{_cells(columns, row, right)}</tr>" for row in rows)
+        cards = any(len(cell_text(value)) > LONG for row in rows for value in row)
+        if not cards:
+            self._hint(columns, rows)
         self.parts.append(
-            f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+            f'<div class="wide" tabindex="0"><table{" class=cards" * cards}>\n<thead><tr>{head}</tr></thead>\n'
+            f"<tbody>\n{body}\n</tbody>\n</table></div>"
         )
+
+    def _hint(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """That a table scrolls, where it is too wide for a phone, or for any window."""
+        widths = [max(map(len, map(cell_text, column))) for column in zip(columns, *rows, strict=True)]
+        letters = sum(widths) + LETTERS_BETWEEN * len(columns)
+        if letters > LETTERS_OF_PHONE:
+            self.parts.append(f'<p class="hint{" always" * (letters > LETTERS_OF_PAGE)}">{HINT}</p>')
 
     def figure(self, png: bytes, caption: str, alt: str) -> None:
         """A picture within the page, with a caption and the words that stand for it where it cannot be seen."""
         data = base64.b64encode(png).decode("ascii")
         self.parts.append(
             f'<figure><img src="data:image/png;base64,{data}" alt="{escape(alt)}">\n'
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
+            f"<figcaption>{marked_up(caption)}</figcaption></figure>"
         )
 
     def code(self, text: str) -> None:
@@ -136,8 +207,13 @@ class Page:
         )
 
 
-def _cells(tag: str, texts: Sequence[str], right: Sequence[bool]) -> str:
-    return "".join(f"<{tag}{_kind(text, r)}>{escape(text)}</{tag}>" for text, r in zip(texts, right, strict=True))
+def _cells(columns: Sequence[str], row: Sequence[Any], right: Sequence[bool]) -> str:
+    cells = []
+    for name, value, to_the_right in zip(columns, row, right, strict=True):
+        text = cell_text(value)
+        shown = value.html() if isinstance(value, Link) else marked_up(text)
+        cells.append(f'<td{_kind(text, to_the_right)} data-column="{escape(name)}">{shown}</td>')
+    return "".join(cells)
 
 
 def _kind(text: str, right: bool) -> str:

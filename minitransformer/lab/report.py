@@ -15,8 +15,8 @@ from typing import TypeVar
 from minitransformer import files
 from minitransformer.lab import figures
 from minitransformer.lab.experiment import Criterion, Experiment, Findings, Picture, Settings, Table
-from minitransformer.lab.page import Page
-from minitransformer.lab.runner import Failure, Sweep
+from minitransformer.lab.page import Link, Page
+from minitransformer.lab.runner import RESULTS, Failure, Sweep
 from minitransformer.lab.statistics import FEWEST_SEEDS
 from minitransformer.lab.store import REMEDY
 
@@ -145,7 +145,7 @@ def write_report(sweep: Sweep, findings: Findings, failures: Sequence[Failure] =
             page.heading("Remarks")
             for remark in findings.remarks:
                 page.paragraph(remark)
-        _repeat(page, sweep, covered)
+        _repeat(page, sweep, covered, [name for _, name in _named(findings.pictures)])
         files.write_text(folder / REPORT, page.html())
     return folder / REPORT
 
@@ -205,14 +205,21 @@ def _claims(criteria: Sequence[Criterion]) -> tuple[list[str], list[tuple[str, s
 def _table(page: Page, table: Table, name: str) -> None:
     page.heading(table.title)
     page.table(table.columns, table.rows[:MOST_ROWS])
-    if len(table.rows) > MOST_ROWS:
-        page.paragraph(f"The first {MOST_ROWS} rows of {len(table.rows)}; all are in {name}.csv.")
+    page.links(rows_text(table), [Link(f"{name}.csv", f"{name}.csv")])
 
 
-def _repeat(page: Page, sweep: Sweep, covered: Coverage) -> None:
+def rows_text(table: Table) -> str:
+    """What stands before the link to all of a table."""
+    some = len(table.rows) > MOST_ROWS
+    return f"The first {MOST_ROWS} rows of {len(table.rows)}; all of them:" if some else "With all digits:"
+
+
+def _repeat(page: Page, sweep: Sweep, covered: Coverage, pictures: Sequence[str]) -> None:
     page.heading("How to repeat it")
     page.code(command(sweep.experiment.name, sweep.experiment.settings))
-    page.paragraph("All tables lie beside this page as CSV files, all figures as PNG files, all results as JSON lines.")
+    page.links("All results, as JSON lines:", [Link(RESULTS, RESULTS)])
+    if pictures:
+        page.links("All figures:", [Link(f"{name}.png", f"{name}.png") for name in pictures])
     for sentence in covered.sentences():
         page.paragraph(sentence)
     commits = list(dict.fromkeys(record["commit"] for record in sweep.records))

@@ -28,7 +28,7 @@ from minitransformer.lab.runner import LEFTOVERS, RESULTS, SILENT, Failure, Prog
 from minitransformer.lab.statistics import SMALLEST_DIFFERENCE, Interval, Ranking, mean_interval, ranking
 from minitransformer.lab.store import REMEDY, ResultStore, canonical, task_key
 from minitransformer.lab.trials import prepared_for, shared_machine, train_trial, trial_machine
-from minitransformer.lab.verdicts import check_smallest_difference
+from minitransformer.lab.verdicts import check_smallest_difference, choice_text
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
 from minitransformer.runs import provenance
@@ -179,7 +179,7 @@ def value_text(value: Value) -> str:
 
 def label(combination: Combination) -> str:
     """The combination in words."""
-    return ", ".join(f"{name} {value_text(value)}" for name, value in combination.items())
+    return ", ".join(choice_text(name, value_text(value)) for name, value in combination.items())
 
 
 @contextmanager

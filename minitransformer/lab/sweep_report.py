@@ -14,8 +14,8 @@ from typing import Any
 from minitransformer import files
 from minitransformer.lab import figures
 from minitransformer.lab.experiment import Picture, Table
-from minitransformer.lab.page import Page
-from minitransformer.lab.report import MOST_FAILURES, MOST_ROWS, REPORT, skipped
+from minitransformer.lab.page import Link, Page
+from minitransformer.lab.report import MOST_FAILURES, MOST_ROWS, REPORT, rows_text, skipped
 from minitransformer.lab.runner import Failure
 from minitransformer.lab.store import REMEDY, task_key
 from minitransformer.lab.sweep import Plan, Search, Standing, best_seed, flags, label, standings_ranking, value_text
@@ -180,13 +180,19 @@ def write_report(search: Search, said: Conclusion, failures: Sequence[Failure], 
             with files.whole_file(folder / f"by-{picture.title.rpartition(' ')[2]}.png") as file:
                 file.write(png)
             page.figure(png, f"{picture.title}. {picture.caption}", picture.title)
-        page.heading(trials.title)
-        page.table(trials.columns, trials.rows[:MOST_ROWS])
-        if len(trials.rows) > MOST_ROWS:
-            page.paragraph(f"The first {MOST_ROWS} rows of {len(trials.rows)}; all are in {TRIALS_CSV}.")
+        _trials(page, trials)
         _repeat(page, search, failures, command)
         files.write_text(folder / REPORT, page.html())
     return folder / REPORT
+
+
+def _trials(page: Page, table: Table) -> None:
+    """The trials with a link to the folder of each."""
+    run = table.columns.index("run")
+    rows = [[*row[:run], Link(row[run], f"{row[run]}/"), *row[run + 1 :]] for row in table.rows[:MOST_ROWS]]
+    page.heading(table.title)
+    page.table(table.columns, rows)
+    page.links(rows_text(table), [Link(TRIALS_CSV, TRIALS_CSV)])
 
 
 def _write_csv(path: Path, table: Table) -> None:

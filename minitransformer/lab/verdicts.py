@@ -45,6 +45,11 @@ def measure_of(metric: str) -> Measure:
     return MEASURES.get(metric, Measure(metric.replace("_", " ")))
 
 
+def choice_text(name: str, value: object) -> str:
+    """A setting and its value in words; what `--residual` chooses is a placement, as one of them is `residual`."""
+    return f"{'placement' if name == 'residual' else name} {value}"
+
+
 def check_smallest_difference(value: float | None) -> None:
     """Raises `UserError` for one that is negative or no number."""
     if value is not None and not 0 <= value < math.inf:
