@@ -11,6 +11,7 @@ import tyro
 from minitransformer import files, pretrained
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
+from minitransformer.pretrained.originals import keep_originals
 from minitransformer.pretrained.vocabularies import how_to_make_one
 from minitransformer.runs import Run, free_run_path
 from minitransformer.training.checkpoint import write_checkpoint
@@ -39,7 +40,8 @@ def _import(arguments: Sequence[str]) -> int:
     path = options.out or free_run_path(Path(options.checkpoint).name)
     if path.exists():
         raise UserError(f"{path} exists already: choose another --out")
-    model, tokenizer = pretrained.load(options.checkpoint)
+    folder = pretrained.checkpoint_folder(options.checkpoint)
+    model, tokenizer = pretrained.load(folder)
     if tokenizer is None:
         raise UserError(how_to_make_one(options.checkpoint))
     topology = model.config.topology
@@ -48,9 +50,11 @@ def _import(arguments: Sequence[str]) -> int:
     with files.writing(path, "choose an --out on another disk"):
         config = RunConfig(model.config, DataConfig(tokenizer=tokenizer.name), training)
         run = Run.create(path, config, tokenizer, tokenizer)
+        keep_originals(folder, path)
         write_checkpoint(run.checkpoints, 0, model, {})
     print(f"model      {topology}, {model.num_parameters() / 1e6:.2f}M parameters")
     print(f"tokenizer  {tokenizer.name}, {tokenizer.vocab_size:,} tokens")
     print(f"run        {path}")
-    print(f"next       python sample.py {path}, or python train.py --init-from {path} --data ...")
+    more = f", or python train.py --init-from {path} --data ..." if objectives else ""
+    print(f"next       python sample.py {path}{more}")
     return DONE

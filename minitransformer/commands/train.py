@@ -15,6 +15,7 @@ from minitransformer.generation.samples import sample_of
 from minitransformer.lab.instruments import check_probe, probe_for
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, count_parameters
+from minitransformer.pretrained.originals import inherit_originals
 from minitransformer.registry import lookup
 from minitransformer.runs import Run, free_run_path
 from minitransformer.text.tokenizers import Tokenizer
@@ -86,6 +87,8 @@ def _begin(arguments: Sequence[str]) -> int:
     config = replace(options.run_config(), model=with_vocabulary(options.model, prepared))
     check_room(path, config)
     run = Run.create(path, config, prepared.tokenizer, prepared.target_tokenizer, prepared.folder.name)
+    if source is not None:
+        inherit_originals(source.path, path)
     return _train(run, prepared, checkpoint=None, initial=source)
 
 
@@ -134,6 +137,7 @@ def _parse(arguments: Sequence[str], config: RunConfig) -> Options:
         description=_describe_presets() if {"-h", "--help"} & set(arguments) else "",
     )
     check_probe(options)
+    options.check_trainable()
     return options
 
 

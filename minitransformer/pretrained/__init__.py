@@ -1,5 +1,5 @@
 """Public checkpoints: read into our models, and written so that others can open them."""
 
-from minitransformer.pretrained.checkpoint import load, save
+from minitransformer.pretrained.checkpoint import checkpoint_folder, load, save
 
-__all__ = ["load", "save"]
+__all__ = ["checkpoint_folder", "load", "save"]
