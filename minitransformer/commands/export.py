@@ -17,6 +17,7 @@ from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig, choice
 from minitransformer.pretrained.families import Family, Obstacle
 from minitransformer.pretrained.formats import families_of, nearest_family
+from minitransformer.pretrained.originals import original_fields, originals_of
 from minitransformer.pretrained.reopened import reference_of, reopened_difference
 from minitransformer.pretrained.tokenizers import special_ids, target_ids
 from minitransformer.runs import Run
@@ -51,11 +52,10 @@ def _export(arguments: Sequence[str]) -> int:
     run = Run.open(options.run)
     family = _format(run.config.model, options.format)
     model = run.load_model(options.checkpoint)
-    extra = special_ids(run.target_tokenizer)
-    if model.config.topology == "encoder-decoder":
-        extra |= target_ids(run.target_tokenizer)
-    generation = run.generation_config
-    pretrained.save(model, options.to, family, extra, tokenizer=run.target_tokenizer, generation=generation)
+    originals = originals_of(run.path, run.target_tokenizer)
+    extra = _extra(run) if originals is None else original_fields(originals)
+    tokenizer, generation = run.target_tokenizer, run.generation_config
+    pretrained.save(model, options.to, family, extra, tokenizer=tokenizer, originals=originals, generation=generation)
     reference, reader = reference_of(options.to)
     try:
         difference = reopened_difference(model, options.to)
@@ -66,8 +66,16 @@ def _export(arguments: Sequence[str]) -> int:
     by = reader if reference is not None else f"minitransformer alone, as {reader}"
     print(f"format     {family}")
     print(f"folder     {options.to}")
+    if originals is not None:
+        print("tokenizer  the files that were imported, unchanged")
     print(f"checked    logits of the copy, opened by {by}, differ by {difference:.1e} of their size at most")
     return DONE
+
+
+def _extra(run: Run) -> dict[str, Any]:
+    """What config.json says of special tokens."""
+    targets = target_ids(run.target_tokenizer) if run.config.model.topology == "encoder-decoder" else {}
+    return {**special_ids(run.target_tokenizer), **targets}
 
 
 def _removed(folder: Path, reason: str) -> int:

@@ -14,8 +14,9 @@ from minitransformer.amounts import amount
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.errors import UserError
 from minitransformer.generation.published import published
+from minitransformer.pretrained.originals import keep_originals
 from minitransformer.pretrained.vocabularies import how_to_make_one
-from minitransformer.runs import GENERATION, Run, check_free, free_run_path, only_writer
+from minitransformer.runs import GENERATION, REMEDY, Run, check_free, free_run_path, only_writer
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.objectives import Objective
 
@@ -40,11 +41,12 @@ def _import(arguments: Sequence[str]) -> int:
     options = parse(Options, arguments, prog="minitransformer import", description=about)
     path = options.out or free_run_path(Path(options.checkpoint).name)
     check_free(path)
-    model, tokenizer = pretrained.load(options.checkpoint)
+    folder = pretrained.checkpoint_folder(options.checkpoint)
+    model, tokenizer = pretrained.load(folder)
     if tokenizer is None:
         raise UserError(how_to_make_one(options.checkpoint))
     topology = model.config.topology
-    generation = pretrained.generation_config(options.checkpoint)
+    generation = pretrained.generation_config(folder)
     if generation is not None:
         published(generation, GENERATION, two_sided=topology == "encoder-decoder")  # said now, not at the first sample
     objectives = [name for name, objective in Objective.registry.items() if topology in objective.topologies]
@@ -53,10 +55,13 @@ def _import(arguments: Sequence[str]) -> int:
     with only_writer(path):
         config = RunConfig(model.config, DataConfig(tokenizer=tokenizer.name), training)
         Run.create(path, config, tokenizer, tokenizer, initial=model)
-        if generation is not None:
-            files.write_text(path / GENERATION, json.dumps(generation, indent=2) + "\n")
+        with files.writing(path, REMEDY):
+            keep_originals(folder, path)
+            if generation is not None:
+                files.write_text(path / GENERATION, json.dumps(generation, indent=2) + "\n")
     print(f"model      {topology}, {amount(model.num_parameters())} parameters")
     print(f"tokenizer  {tokenizer.name}, {tokenizer.vocab_size:,} tokens")
     print(f"run        {path}")
-    print(f"next       python sample.py {path}, or python train.py --init-from {path} --data ...")
+    more = f", or python train.py --init-from {path} --data ..." if objectives else ""
+    print(f"next       python sample.py {path}{more}")
     return DONE

@@ -1,4 +1,4 @@
-"""`sample`: continue a prompt, fill in masks or translate lines, whatever the model of a run does.
+"""`sample`: continue a prompt, fill in masks, translate or classify lines, whatever the model of a run does.
 
 Standard output carries the text, standard error the notes.
 """
@@ -22,6 +22,7 @@ from typing_extensions import Doc
 from minitransformer.commands import DONE, parse, piped_text, run_command, utf8_text
 from minitransformer.commands.sampling_flags import check_flags, given_flags
 from minitransformer.errors import UserError
+from minitransformer.generation.classes import classify
 from minitransformer.generation.fill import MASK, encode_with_masks
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.published import published
@@ -31,10 +32,11 @@ from minitransformer.generation.speculation import Draft
 from minitransformer.generation.streaming import best_texts, stream_text, texts_in_batches
 from minitransformer.generation.weights import Weights
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.models.encoder import EncoderLM
+from minitransformer.models.encoder import EncoderClassifier, EncoderLM
 from minitransformer.models.encoder_decoder import EncoderDecoder
 from minitransformer.models.model import Model
 from minitransformer.models.recurrent import RecurrentEncoderDecoder
+from minitransformer.pretrained.originals import class_names
 from minitransformer.runs import GENERATION, Run, latest_run
 from minitransformer.training.machine import choose_device
 
@@ -93,8 +95,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _sample(arguments: Sequence[str]) -> int:
     about = (
-        "Continue a prompt, fill in masks, or translate lines, with the model of a run. The defaults of an imported "
-        f"checkpoint are those of its {GENERATION}, where it has one."
+        "Continue a prompt, fill in masks, translate or classify lines, with the model of a run. The defaults of an "
+        f"imported checkpoint are those of its {GENERATION}, where it has one."
     )
     options = parse(Options, arguments, prog="sample.py", description=about)
     path = options.run or latest_run()
@@ -260,6 +262,17 @@ def _fill(model: EncoderLM, prompt: str, session: Session) -> None:
                 f"a line has {len(tokens)} tokens, and the model sees {model.config.context_length}: cut it"
             )
         _print(filled_text(model, tokenizer, tokens) + "\n")
+
+
+@answer.register
+def _classify(model: EncoderClassifier, prompt: str, session: Session) -> None:
+    """Print the classes of each line with their probabilities, the likeliest first."""
+    names = class_names(session.run.path, model.config.num_classes or 0)
+    for line in prompt.splitlines():
+        of_each = classify(model, _source(model, session.run, line))
+        ranked = sorted(zip(names, of_each, strict=True), key=lambda entry: -entry[1])
+        number = "{:.4g}" if len(ranked) == 1 else "{:.1%}"
+        _print(", ".join(f"{name} {number.format(value)}" for name, value in ranked) + "\n")
 
 
 @answer.register(EncoderDecoder)

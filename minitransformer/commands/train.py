@@ -15,6 +15,7 @@ from minitransformer.files import sha256, writing
 from minitransformer.generation.samples import sample_of
 from minitransformer.lab.instruments import check_probe, probe_for
 from minitransformer.models.model import Model, count_parameters
+from minitransformer.pretrained.originals import inherit_originals
 from minitransformer.registry import lookup
 from minitransformer.runs import REMEDY, Run, check_free, claimed_run_path, data_name, only_writer
 from minitransformer.text.prepare import TooShort
@@ -140,6 +141,8 @@ def _begun(
     with only_writer(path):
         tokenizers = prepared.tokenizer, prepared.target_tokenizer
         run = Run.create(path, config, *tokenizers, prepared.folder.name, machine.resolved, parent, initial)
+        if parent is not None:
+            inherit_originals(Path(parent.path), path)
         return _train(run, prepared, machine, checkpoint=None if initial is None else run.checkpoint_to_continue())
 
 
@@ -215,6 +218,7 @@ def _parse(arguments: Sequence[str], config: RunConfig) -> Options:
         description=_describe_presets() if {"-h", "--help"} & set(arguments) else "",
     )
     check_probe(options)
+    options.check_trainable()
     return options
 
 

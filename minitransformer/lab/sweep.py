@@ -154,7 +154,9 @@ def rungs(steps: int, count: int, factor: int, eval_every: int) -> list[int]:
 def configured(base: RunConfig, combination: Mapping[str, Any]) -> RunConfig:
     """`base` with the values of `combination`; raises `UserError` as the configuration does."""
     model, data, training = ({k: v for k, v in combination.items() if FIELDS[k] is part} for part in PARTS)
-    return RunConfig(replace(base.model, **model), replace(base.data, **data), replace(base.training, **training))
+    config = RunConfig(replace(base.model, **model), replace(base.data, **data), replace(base.training, **training))
+    config.check_trainable()
+    return config
 
 
 def flags(default: RunConfig, config: RunConfig) -> list[str]:

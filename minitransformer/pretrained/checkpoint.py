@@ -14,20 +14,17 @@ from minitransformer.errors import UserError
 from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained import bert, gpt, llama, seq2seq  # noqa: F401  (each registers its families)
 from minitransformer.pretrained.families import Family
+from minitransformer.pretrained.originals import TOKENIZER_FILES, write_originals
 from minitransformer.pretrained.rules import load_weights, save_weights
 from minitransformer.pretrained.shards import INDEX, SHARDS, WEIGHTS, Renamed, Shards, read_json, write_shards
-from minitransformer.pretrained.tokenizers import CONFIGS, FILE, NAMES, SETTINGS, load_tokenizer, save_tokenizer
-from minitransformer.pretrained.vocabularies import FILES
+from minitransformer.pretrained.tokenizers import CONFIGS, load_tokenizer, save_tokenizer
 from minitransformer.text.tokenizers import Tokenizer
 
 CONFIG, GENERATION = CONFIGS
 # What is fetched from the hub: some repositories hold the same weights in several formats.
 WANTED = [
     *CONFIGS,
-    FILE,
-    NAMES,
-    SETTINGS,
-    *FILES,
+    *TOKENIZER_FILES,
     WEIGHTS,
     INDEX,
     SHARDS.format(number=0, count=0).replace("00000", "*"),
@@ -50,12 +47,14 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
 
     Weights become float32. Raises `UserError` for what is not such a checkpoint, or none that our architecture covers.
     """
-    folder = _folder(name)
+    folder = checkpoint_folder(name)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}: give the folder of a checkpoint")
     hf = read_json(folder / CONFIG)
     if not isinstance(hf.get("model_type"), str):
         raise UserError(f"{folder / CONFIG} has no model_type: give the folder of a checkpoint")
+    if hf["model_type"] not in Family.registry:  # a name that is nearly this one would be another model
+        raise UserError(f"unknown model_type {hf['model_type']!r}: known are {', '.join(Family.registry)}")
     family = Family.named(hf["model_type"])
     tensors = Renamed(Shards(folder), family.prefix)
     # Whether the head has weights of its own is not always in the configuration.
@@ -68,7 +67,7 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
 
 def generation_config(name: str | Path) -> dict[str, Any] | None:
     """How the publisher would have the checkpoint called `name` generate, if there is a file that says so."""
-    path = _folder(name) / GENERATION
+    path = checkpoint_folder(name) / GENERATION
     return read_json(path) if path.is_file() else None
 
 
@@ -79,12 +78,14 @@ def save(
     extra: Mapping[str, Any] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
+    originals: Path | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `model` into the new folder `folder`, as the `transformers` library opens checkpoints of `family`.
 
-    `extra` are fields of config.json that are no property of the model, such as the ids of special tokens; `generation`
-    is what `generation_config` read. Raises `UserError` naming the field that the family cannot hold.
+    `extra` are fields of config.json that are no property of the model, such as the ids of special tokens. The files of
+    the tokenizer are made from `tokenizer`, or copied from the folder `originals`; `generation` is what
+    `generation_config` read. Raises `UserError` naming the settings that the family cannot hold.
     """
     folder = Path(folder)
     if folder.exists():
@@ -99,13 +100,16 @@ def save(
         with files.whole_folder(folder) as partial:
             (partial / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
             write_shards(tensors, partial)
-            if tokenizer is not None:
+            if originals is not None:
+                write_originals(originals, partial)
+            elif tokenizer is not None:
                 save_tokenizer(tokenizer, partial)
             if generation is not None:
                 (partial / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
-def _folder(name: str | Path) -> Path:
+def checkpoint_folder(name: str | Path) -> Path:
+    """The folder `name`, or that of a snapshot of the checkpoint of that name on the hub, which is fetched first."""
     if Path(name).is_dir():
         return Path(name)
     if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:

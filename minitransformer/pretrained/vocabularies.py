@@ -91,13 +91,7 @@ def _wordpiece(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{folder / WORDS} lacks {', '.join(missing)}: use the vocab.txt of a BERT model")
     return {
         "added_tokens": _special(folder, vocabulary, settings, BETWEEN_BRACKETS),
-        "normalizer": {
-            "type": "BertNormalizer",
-            "clean_text": True,
-            "handle_chinese_chars": settings.get("tokenize_chinese_chars", True),
-            "strip_accents": settings.get("strip_accents"),
-            "lowercase": settings.get("do_lower_case", True),
-        },
+        "normalizer": bert_normalizer(settings),
         "pre_tokenizer": {"type": "BertPreTokenizer"},
         "post_processor": {
             "type": "BertProcessing",
@@ -106,6 +100,17 @@ def _wordpiece(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         },
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {**WORDPIECE, "max_input_chars_per_word": 100, "vocab": vocabulary},
+    }
+
+
+def bert_normalizer(settings: dict[str, Any]) -> dict[str, Any]:
+    """What becomes of a text before BERT's tokenizer splits it. Devlin et al. 2018, its public code."""
+    return {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": settings.get("tokenize_chinese_chars", True),
+        "strip_accents": settings.get("strip_accents"),
+        "lowercase": settings.get("do_lower_case", True),
     }
 
 

@@ -213,10 +213,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         objective, topology = Objective.named(self.training.objective), self.model.topology
-        if topology not in objective.topologies:
-            possible = [name for name, other in Objective.registry.items() if topology in other.topologies]
-            remedy = f"choose --objective {' or '.join(possible)}" if possible else "nothing here trains one"
-            raise UserError(f"objective {objective.name!r} cannot train topology {topology!r}: {remedy}")
+        possible = [name for name, other in Objective.registry.items() if topology in other.topologies]
+        if possible and topology not in objective.topologies:
+            raise UserError(
+                f"objective {objective.name!r} cannot train topology {topology!r}: "
+                f"choose --objective {' or '.join(possible)}"
+            )
         if (length := self.training.sequence_length) is None:
             return
         if not objective.cuts_text:
@@ -230,6 +232,12 @@ class RunConfig:
     def sequence_length(self) -> int:
         """Tokens of a training sequence, at most."""
         return self.training.sequence_length or self.model.context_length
+
+    def check_trainable(self) -> None:
+        """Raises `UserError` for a model that can only be imported: nothing trains its topology."""
+        topology = self.model.topology
+        if not any(topology in objective.topologies for objective in Objective.registry.values()):
+            raise UserError(f"nothing here trains topology {topology!r}: train another topology")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,0 +1,66 @@
+"""The files that an import came with beside its weights: a run keeps them, and an export writes them out unchanged."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from minitransformer.errors import UserError
+from minitransformer.pretrained.shards import read_json
+from minitransformer.pretrained.tokenizers import CONFIGS, FILE, NAMES, SETTINGS, load_tokenizer
+from minitransformer.pretrained.vocabularies import FILES, SENTENCEPIECE
+from minitransformer.text.tokenizers import Tokenizer
+
+FOLDER = "original"
+CHAT = "chat_template.jinja"
+TOKENIZER_FILES = (FILE, SETTINGS, NAMES, CHAT, *FILES, *SENTENCEPIECE)
+# Fields of config.json about tokens and classes, which are no property of the model.
+NAMED = ("id2label", "label2id", "bad_words_ids")
+
+
+def keep_originals(checkpoint: Path, run: Path) -> None:
+    """Copy what stands beside the weights of the folder `checkpoint` into the run folder `run`."""
+    _copy(checkpoint, run / FOLDER, (*CONFIGS, *TOKENIZER_FILES))
+
+
+def inherit_originals(parent: Path, run: Path) -> None:
+    """Copy what the run folder `parent` has kept, if anything, into the run folder `run` that begins with its model."""
+    if (parent / FOLDER).is_dir():
+        keep_originals(parent / FOLDER, run)
+
+
+def originals_of(run: Path, tokenizer: Tokenizer) -> Path | None:
+    """The folder of what a run has kept, if `tokenizer` is still the one that its files describe."""
+    folder = run / FOLDER
+    try:
+        original = load_tokenizer(folder) if folder.is_dir() else None
+    except UserError as error:
+        raise UserError(f"{error}, or remove {folder}: the tokenizer is written anew then") from None
+    return folder if original is not None and original.fingerprint == tokenizer.fingerprint else None
+
+
+def write_originals(originals: Path, folder: Path) -> None:
+    """Copy the tokenizer's files into the checkpoint folder `folder`."""
+    _copy(originals, folder, TOKENIZER_FILES)
+
+
+def original_fields(originals: Path) -> dict[str, Any]:
+    """What config.json says of special tokens and of the names of classes."""
+    hf = read_json(originals / CONFIGS[0])
+    return {name: value for name, value in hf.items() if name.endswith("_token_id") or name in NAMED}
+
+
+def class_names(run: Path, count: int) -> list[str]:
+    """The names of a classifier's classes, which are numbers where an import did not come with `count` names."""
+    config = run / FOLDER / CONFIGS[0]
+    labels = (read_json(config).get("id2label") if config.is_file() else None) or {}
+    names = [labels.get(str(number), str(number)) for number in range(count)]
+    return [str(name) for name in names]
+
+
+def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    target.mkdir(exist_ok=True)
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
