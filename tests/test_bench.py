@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitransformer.benchmark import subjects  # noqa: F401  (which registers them)
+from minitransformer.benchmark import budget, rounds, subjects  # noqa: F401  (which registers them)
 from minitransformer.benchmark.case import Absent, Case, Contestant, Cost, Setting, Shape, Subject, Work, missing
 from minitransformer.benchmark.limits import Limits
 from minitransformer.benchmark.peers import NanoGPT
-from minitransformer.benchmark.rounds import AGAIN, Plan, measure
+from minitransformer.benchmark.report import picture, table
+from minitransformer.benchmark.rounds import AGAIN, Plan, Result, measure
 from minitransformer.benchmark.scaling import Axis, Quantity, grow
 from minitransformer.benchmark.scaling_report import growth_as_json, growth_table
 from minitransformer.benchmark.statistics import (
@@ -33,7 +34,7 @@ from minitransformer.benchmark.statistics import (
     verdict,
 )
 from minitransformer.benchmark.subjects.tokenizers import texts_of
-from minitransformer.benchmark.workers import ContestantFailed, Worker
+from minitransformer.benchmark.workers import ContestantFailed, TimeUp, Worker
 from minitransformer.commands import bench
 from minitransformer.errors import UserError
 
@@ -149,12 +150,12 @@ class Fake:
         self.closed = False
         Fake.all.append(self)
 
-    def cost(self):
+    def cost(self, deadline=math.inf):
         if not self.values:
             raise ContestantFailed("it has no wheels")
         return Cost(1.0, 2.0)
 
-    def sample(self):
+    def sample(self, deadline=math.inf):
         value = self.values[len(self.asked) % len(self.values)]
         self.asked.append(value)
         if value < 0:
@@ -179,10 +180,24 @@ def case_of(lower_is_better=False, fresh=False, warmup=True, **values):
 
 
 def test_every_contestant_has_a_sample_in_every_round_and_warm_up_is_dropped(fakes):
-    result = measure(case_of(a=[9.0] + [1.0] * 11, b=[2.0]), PLAN, start=Fake)
-    assert result.samples["a"] == [1.0] * 11
-    assert all(len(values) == 11 for values in result.samples.values())
+    result = measure(case_of(a=[9.0] + [1.0] * 99, b=[7.0] + [2.0] * 11), PLAN, start=Fake)
+    assert result.samples["a"] == [1.0] * 22  # beside itself, and beside b
+    assert result.samples["b"] == [2.0] * 11
+    assert result.beside["b"] == [1.0] * 11
     assert all(fake.closed for fake in fakes)
+
+
+def test_no_more_than_the_base_and_one_contestant_are_alive_at_a_time(fakes):
+    alive = []
+
+    class Counted(Fake):
+        def sample(self, deadline=math.inf):
+            alive.append(sum(not fake.closed for fake in fakes))
+            return super().sample(deadline)
+
+    result = measure(case_of(a=[1.0], b=[2.0], c=[3.0], d=[4.0], e=[5.0]), PLAN, start=Counted)
+    assert max(alive) == 2
+    assert str(result.verdict()).startswith("e wins: ")
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -196,8 +211,9 @@ def test_the_order_within_rounds_is_shuffled():
     plan = replace(PLAN, rounds=60, twin=False)
     measure(case_of(a=[1.0], b=[1.0], c=[1.0]), plan, start=Fake, report=lines.append)
     order = "".join(line[-1] for line in lines if "round" in line)
-    rounds = {order[i : i + 3] for i in range(0, len(order), 3)}
-    assert rounds == {"abc", "acb", "bac", "bca", "cab", "cba"}
+    rounds = [order[i : i + 2] for i in range(0, len(order), 2)]
+    assert set(rounds[:60]) == {"ab", "ba"}
+    assert set(rounds[60:]) == {"ac", "ca"}
 
 
 def test_the_base_is_the_first_one_and_is_measured_twice():
@@ -247,18 +263,83 @@ def test_a_fresh_case_starts_a_process_for_each_sample(fakes):
     assert len(fakes) == 22
 
 
+class Clocked(Fake):
+    """One whose clock is a fake: getting ready takes three times as long as a sample, whose value is its seconds."""
+
+    now = 0.0
+
+    def take(self, seconds, deadline):
+        Clocked.now = min(Clocked.now + seconds, max(deadline, Clocked.now))
+        if Clocked.now >= deadline:
+            raise TimeUp
+
+    def cost(self, deadline=math.inf):
+        self.take(3 * self.values[0], deadline)
+        return super().cost(deadline)
+
+    def sample(self, deadline=math.inf):
+        self.take(self.values[0], deadline)
+        return super().sample(deadline)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    for module in (rounds, budget):
+        monkeypatch.setattr(module, "monotonic", lambda: Clocked.now)
+
+
+durations = st.lists(st.sampled_from([0.1, 1.0, 3.0, 20.0, 500.0]), min_size=1, max_size=6)
+
+
 @pytest.mark.parametrize("fresh", [False, True])
-def test_when_its_time_is_up_a_case_has_the_rounds_that_a_median_needs(fresh, fakes):
-    plan = replace(PLAN, warmup=2, seconds=0.0)
-    result = measure(case_of(a=[1.0], b=[1.0], fresh=fresh), plan, start=Fake)
+@given(durations, st.sampled_from([0.5, 10.0, 100.0, 1000.0]))
+def test_a_case_keeps_its_time_and_says_who_did_not_fit(fresh, seconds_of, seconds):
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (rounds, budget):
+            patch.setattr(module, "monotonic", lambda: Clocked.now)
+        Clocked.now = 0.0
+        values = {f"contestant {i}": [value] for i, value in enumerate(seconds_of)}
+        result = measure(case_of(fresh=fresh, **values), replace(PLAN, seconds=seconds), start=Clocked)
+    assert Clocked.now <= seconds + 1e-9
+    absent = {entry.name: entry.why for entry in result.absent}
+    assert {name for name in result.samples if not name.endswith(AGAIN)} | set(absent) == set(values)
+    assert all("would not fit into --minutes" in why for why in absent.values())
+    assert all(result.samples.values())
+
+
+def test_one_slow_contestant_leaves_the_others_their_time(clock):
+    Clocked.now = 0.0
+    case = case_of(base=[0.1], slow=[500.0], fast=[0.1], other=[0.2])
+    result = measure(case, replace(PLAN, seconds=60.0), start=Clocked)
+    assert [entry.name for entry in result.absent] == ["slow"]
+    assert {len(result.ratios(name)) for name in ("fast", "other")} == {11}
+
+
+def test_where_the_shares_are_too_short_for_anything_the_first_ones_are_measured(clock):
+    Clocked.now = 0.0
+    case = case_of(**{name: [3.0] for name in "abcdefgh"})
+    result = measure(case, replace(PLAN, seconds=60.0, twin=False), start=Clocked)
+    assert set(result.samples) >= {"a", "b"}
+    assert {entry.name for entry in result.absent} >= {"g", "h"}
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_when_its_time_is_up_a_case_has_fewer_rounds_and_is_late(fresh, clock):
+    Clocked.now = 0.0
+    case = case_of(a=[1.0], b=[1.0], fresh=fresh)
+    result = measure(case, replace(PLAN, seconds=50.0 if fresh else 20.0, twin=False), start=Clocked)
     assert result.late
-    assert {len(values) for values in result.samples.values()} == {3}
-    assert fresh or {len(fake.asked) for fake in fakes} == {1 + 3}
+    assert 1 <= len(result.samples["b"]) < 11
 
 
-@pytest.mark.parametrize("plan", [replace(PLAN, seconds=1000.0), replace(PLAN, rounds=3, warmup=2, seconds=0.0)])
-def test_a_case_that_has_all_its_rounds_is_not_late(plan):
-    assert not measure(case_of(a=[1.0]), plan, start=Fake).late
+def test_a_base_without_a_rival_is_measured_alone():
+    result = measure(case_of(a=[1.0], b=[]), replace(PLAN, twin=False), start=Fake)
+    assert result.samples == {"a": [1.0] * 11}
+    assert result.absent == (Absent("b", "it has no wheels"),)
+
+
+def test_a_case_that_has_all_its_rounds_is_not_late():
+    assert not measure(case_of(a=[1.0]), replace(PLAN, seconds=1000.0), start=Fake).late
 
 
 # --- workers
@@ -270,6 +351,12 @@ def steady():
 
 def killed():
     return Work(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def sleepy(when):
+    if when == "preparing":
+        time.sleep(600)
+    return Work(lambda: time.sleep(600))
 
 
 def noisy():
@@ -301,6 +388,18 @@ def test_a_killed_worker_says_what_happened():
     with pytest.raises(ContestantFailed, match=r"^its process was killed, as happens when memory runs out$"):
         worker.sample()
     worker.close()
+
+
+@pytest.mark.parametrize("asleep", ["preparing", "sampling"])
+def test_a_worker_that_is_not_done_by_the_deadline_is_told_of_and_can_be_closed(asleep):
+    worker = Worker(partial(sleepy, asleep))
+    begun = time.monotonic()
+    if asleep == "sampling":
+        worker.cost()
+    with pytest.raises(TimeUp, match="would not fit into --minutes"):
+        (worker.cost if asleep == "preparing" else worker.sample)(time.monotonic() + 0.2)
+    worker.close()
+    assert time.monotonic() - begun < 30
 
 
 def test_a_failing_worker_gives_one_line_with_the_place_and_prints_nothing(capfd):
@@ -586,11 +685,35 @@ def test_the_command_prints_one_table_of_80_columns_and_writes_every_sample(race
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_case_whose_time_was_up_says_so_in_the_table_and_in_json(race, tmp_path, capsys):
-    assert run("--only", "race", "--rounds", 6, "--minutes", 1e-9, "--json", tmp_path / "a.json") == 0
-    assert "3 rounds: the time of this case was up (--minutes)" in capsys.readouterr().out
+def test_contestants_for_which_there_is_no_time_are_left_out_in_the_table_and_in_json(race, tmp_path, capsys):
+    assert run("--only", "race", "--rounds", 6, "--minutes", 1e-9, "--json", tmp_path / "a.json") == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "not measured: tortoise, hare (it would not fit into --minutes: give more" in out
     (case,) = json.loads((tmp_path / "a.json").read_text())["cases"]
-    assert case["late"]
+    assert set(case["not_measured"]) == {"tortoise", "hare", "rabbit"}
+
+
+def test_fewer_rounds_for_want_of_time_are_said():
+    result = Result(case_of(a=[1.0], b=[1.0]), "a", {"a": [1.0] * 5, "b": [1.0] * 5}, {"b": [1.0] * 5}, late=True)
+    assert "5 rounds: the time of this case was up (--minutes)" in list(table(result, None))
+
+
+def lines_of(figure):
+    """Each horizontal line that the picture has."""
+    lines = [(line.get_linestyle(), *line.get_data()) for line in figure.axes[0].lines]
+    return [(style, list(x)) for style, x, y in lines if style != "None" and len(set(x)) == 2 and len(set(y)) == 1]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "style", "words"), [(6, "-", "95 % interval"), (4, ":", "dotted: from the lowest to the highest")]
+)
+def test_the_picture_draws_what_its_legend_speaks_of(rounds, style, words):
+    samples = {"a": [1.0] * rounds, "b": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0][:rounds]}
+    figure = picture([Result(case_of(a=[1.0], b=[2.0]), "a", samples, {"b": samples["a"]})])
+    assert lines_of(figure) == [(style, [2.0, samples["b"][-1]])]
+    label = figure.axes[0].get_xlabel()
+    assert words in label
+    assert ("95 %" in label) == (style == "-")
 
 
 def test_few_rounds_name_no_winner_and_their_json_is_valid(race, tmp_path, capsys):
@@ -614,11 +737,6 @@ def test_results_come_as_they_are_measured_and_in_a_pipe_the_subjects_are_said(r
     assert ["limits " in part.out for part in said] == [True, False, False]
     assert ["hare" in part.out for part in said] == [False, True, True]
     assert [part.err for part in said] == ["measuring: limits of the machine\n", "measuring: a race\n", ""]
-
-
-def test_a_case_that_was_cut_short_says_so(race, capsys):
-    assert run("--only", "race", "--minutes", 1e-6) == 0
-    assert "3 rounds: the time of this case was up (--minutes)" in capsys.readouterr().out
 
 
 def test_contestants_are_chosen_by_patterns(race, capsys):

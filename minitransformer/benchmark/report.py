@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 NAME, SPREAD, RATIO = 26, 23, 22
-FORMAT = 1
+FORMAT = 2
 
 
 def table(result: Result, limits: Limits | None) -> Iterator[str]:
@@ -58,8 +58,12 @@ def _remarks(result: Result, limits: Limits | None) -> Iterator[str]:
     if verdict is not None:
         yield f"{verdict}"
     if result.late:
-        rounds = len(next(iter(result.samples.values()), ()))
-        yield f"{rounds} rounds: the time of this case was up (--minutes)"
+        counts = sorted(len(result.ratios(name)) if name != result.base else 0 for name in result.samples)
+        counts = [count for count in counts if count] or [len(values) for values in result.samples.values()]
+        if counts:
+            rounds = "1 round" if counts[-1] == 1 else f"{counts[-1]} rounds"
+            few = f"{counts[0]} to {rounds}" if counts[0] < counts[-1] else rounds
+            yield f"{few}: the time of this case was up (--minutes)"
     if any((_share(result, name, limits) or 0) > 1 for name in result.samples):
         yield "above 100 % of the limit: the machine was slower while that was measured, so no share of it can be told"
     reasons: dict[str, list[str]] = {}
@@ -80,7 +84,7 @@ def heading(setting: Setting, plan: Plan, limits: Limits | None, why_no_limits: 
         products = ", ".join(f"{name} {number(flops)}FLOP/s" for name, flops in limits.flops.items())
         yield f"limits     matrix products {products}; memory {number(limits.bytes)}B/s"
     yield f"shape      {setting.shape}"
-    yield f"rounds     up to {plan.rounds}, interleaved, in shuffled order, after {plan.warmup} for warm-up"
+    yield f"rounds     up to {plan.rounds}, of the base and each other in turn, after {plan.warmup} for warm-up"
     yield "           ratios are paired by rounds, [95 % interval of their median];"
     yield "           (again): the base measured twice, what differs by chance"
     if plan.rounds < least_rounds():
@@ -108,6 +112,7 @@ def _case_as_json(result: Result, limits: Limits | None) -> dict[str, Any]:
         cost = result.costs.get(name)
         contestants[name] = {
             "samples": samples,
+            "base_in_the_same_rounds": result.beside.get(name, samples),
             "spread": asdict(result.spread(name)),
             "ratio": _finite(asdict(result.ratio(name))),
             "cost": None if cost is None else asdict(cost),
@@ -136,18 +141,23 @@ def picture(results: Sequence[Result]) -> Figure:
     """The ratios of all cases with their intervals, one below the other; raises `UserError` without matplotlib."""
     from minitransformer.lab.figures import intervals
 
-    rows: list[tuple[str, Ratio]] = []
+    rows: list[tuple[str, Ratio, list[float]]] = []
     for result in results:
         for name in result.samples:
             if name != result.base:
                 short = name.replace(AGAIN, ", again")
-                rows.append((f"{result.case.title}: {short} / {result.base}", result.ratio(name)))
+                label = f"{result.case.title}: {short} / {result.base}"
+                rows.append((label, result.ratio(name), result.ratios(name)))
+    known = [math.isfinite(ratio.high) for _, ratio, _ in rows]
+    ends = [(r.low, r.high) if sure else (min(row), max(row)) for (_, r, row), sure in zip(rows, known, strict=True)]
+    few = f"\ndotted: from the lowest to the highest of fewer than {least_rounds()} rounds" * (not all(known))
     return intervals(
-        [label for label, _ in rows],
-        [ratio.median for _, ratio in rows],
-        [ratio.low if math.isfinite(ratio.high) else math.nan for _, ratio in rows],
-        [ratio.high if math.isfinite(ratio.high) else math.nan for _, ratio in rows],
-        x_label="times as good as the base (median, 95 %)",
+        [label for label, _, _ in rows],
+        [ratio.median for _, ratio, _ in rows],
+        [low for low, _ in ends],
+        [high for _, high in ends],
+        dotted=[not sure for sure in known],
+        x_label=f"times as good as the base (median{', 95 % interval' * any(known)}){few}",
         title="Benchmark",
         reference=1.0,
         log_x=True,

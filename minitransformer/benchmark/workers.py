@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -14,9 +15,18 @@ from minitransformer.benchmark.case import Cost, Work
 from minitransformer.errors import UserError
 from minitransformer.processes import Process, one_line
 
+NO_TIME = "it would not fit into --minutes: give more, or choose by --only and --contestants"
+
 
 class ContestantFailed(Exception):
     """A contestant that cannot be measured, and why, in one line."""
+
+
+class TimeUp(ContestantFailed):
+    """One that took longer than the time that there was for it."""
+
+    def __init__(self, why: str = NO_TIME) -> None:
+        super().__init__(why)
 
 
 class Worker:
@@ -25,22 +35,26 @@ class Worker:
     def __init__(self, prepare: Callable[[], Work]) -> None:
         self._process = Process(_serve, prepare)
 
-    def cost(self) -> Cost | None:
-        """What a unit of its work asks of the machine, once it is ready; raises `ContestantFailed`."""
-        return self._receive()
+    def cost(self, deadline: float = math.inf) -> Cost | None:
+        """What a unit of its work asks of the machine, once it is ready; raises `ContestantFailed`, and `TimeUp` where
+        that is not before `deadline`, a time of `time.monotonic`."""
+        return self._receive(deadline)
 
-    def sample(self) -> float:
-        """One measurement; raises `ContestantFailed`."""
+    def sample(self, deadline: float = math.inf) -> float:
+        """One measurement; raises `ContestantFailed`, and `TimeUp`, after which it can be closed only."""
         with suppress(OSError):  # that it was killed is seen when its answer is awaited
             self._process.connection.send("sample")
-        return self._receive()
+        return self._receive(deadline)
 
     def close(self) -> None:
         """End the process and those that it started."""
         self._process.end()
 
-    def _receive(self) -> Any:
+    def _receive(self, deadline: float) -> Any:
+        left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
         try:
+            if not self._process.connection.poll(left):
+                raise TimeUp
             kind, answer = self._process.connection.recv()
         except (EOFError, OSError):
             raise ContestantFailed(f"its process {self._process.ending()}") from None

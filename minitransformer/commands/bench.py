@@ -15,6 +15,7 @@ from typing import Annotated
 from typing_extensions import Doc
 
 from minitransformer.benchmark import subjects  # noqa: F401  (which registers them)
+from minitransformer.benchmark.budget import Budget
 from minitransformer.benchmark.case import SHAPES, Case, Setting, Subject
 from minitransformer.benchmark.limits import Limits, chosen_device, measure_limits
 from minitransformer.benchmark.peers import NanoGPT
@@ -45,9 +46,9 @@ class Options:
     base: str | None = None
     """contestant that others are compared with; None is a peer, where one can be measured"""
     rounds: int = 11
-    """measurements of each contestant, interleaved"""
+    """measurements of each contestant, interleaved with those of the base"""
     warmup: int = 2
-    """rounds before these, which are dropped"""
+    """samples of each before these, which are dropped"""
     seconds: float = Setting.seconds
     """that a sample takes at least; what is shorter is repeated"""
     device: str = "auto"
@@ -63,7 +64,7 @@ class Options:
     scaling: bool = False
     """instead: how memory and time grow with context, vocabulary, batch and text"""
     minutes: float = 20.0
-    """that all of it takes, about: as many rounds, and with --scaling as large sizes, as fit"""
+    """that all of it may take: as many rounds, contestants, and with --scaling sizes, as fit"""
     json: Path | None = None
     """file for everything that was measured, each sample included"""
     plot: Path | None = None
@@ -129,18 +130,19 @@ def _setting(options: Options) -> Setting:
 
 
 def _compare(options: Options) -> int:
+    began = time.monotonic()
     setting, plan = _setting(options), options.plan()
     cases = _cases(options, setting)
     progress = Progress()
-    end = time.monotonic() + 60 * options.minutes
     results: list[Result] = []
     interrupted = False
     try:
         progress("limits of the machine")
         limits, why_no_limits = _limits(setting)
         progress.show(heading(setting, plan, limits, why_no_limits))
-        for number, case in enumerate(cases):
-            seconds = (end - time.monotonic()) / (len(cases) - number)
+        budget = Budget(began + 60 * options.minutes - time.monotonic(), len(cases))
+        for case in cases:
+            seconds = budget.next_part()[0] - time.monotonic()
             results.append(measure(case, replace(plan, seconds=seconds), report=progress))
             progress.show(table(results[-1], limits))
             if options.json is not None:

@@ -124,11 +124,13 @@ def intervals(
     title: str,
     reference: float | None = None,
     log_x: bool = False,
+    dotted: Sequence[bool] = (),
 ) -> Figure:
     """Means with their intervals, one below the other (a forest plot); raises `UserError` without matplotlib.
 
     With `reference`, a line stands there, and markers are hollow where the interval covers it. An interval whose ends
-    are not finite is a marker without bars.
+    are not finite is a marker without bars. Those that are `dotted` are ranges that say less than an interval: their
+    lines are dotted, and their markers hollow.
     """
     longest = max(map(len, labels), default=0)
     figure = _figure(max(6.4, 3.6 + 0.08 * longest), 1.4 + 0.32 * len(labels))
@@ -136,12 +138,14 @@ def intervals(
     axes.grid(axis="x", color="#e3e5e9", linewidth=0.6)
     if reference is not None:
         axes.axvline(reference, color=INK, linewidth=1.0, linestyle=(0, (4, 2)))
-        axes.set_xlabel(f"{x_label}\n(hollow: the interval covers {reference:g})")
-    for y, (mean, low, high) in enumerate(zip(means, lows, highs, strict=True)):
+        axes.set_xlabel(f"{x_label}\n(hollow: the interval covers {reference:g}{', or there is none' * any(dotted)})")
+    ranges = dotted or [False] * len(means)
+    for y, (mean, low, high, is_range) in enumerate(zip(means, lows, highs, ranges, strict=True)):
         known = bool(np.isfinite([low, high]).all())
-        hollow = reference is not None and not (known and (reference < low or reference > high))
+        hollow = reference is not None and not (known and not is_range and (reference < low or reference > high))
         if known:
-            axes.plot([low, high], [y, y], color=PALETTE[0], linewidth=1.8, solid_capstyle="butt")
+            style = ":" if is_range else "-"
+            axes.plot([low, high], [y, y], color=PALETTE[0], linestyle=style, linewidth=1.8, solid_capstyle="butt")
             axes.plot([low, high], [y, y], color=PALETTE[0], linestyle="none", marker="|", markersize=8)
         face = "white" if hollow else PALETTE[0]
         axes.plot([mean], [y], marker="o", markersize=6, color=PALETTE[0], markerfacecolor=face, markeredgewidth=1.4)
