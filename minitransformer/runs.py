@@ -18,8 +18,9 @@ from minitransformer import files
 from minitransformer.errors import UserError
 from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained.tokenizers import PublicTokenizer  # noqa: F401  (which a run may have: it registers)
+from minitransformer.records import read_json
 from minitransformer.text.tokenizers import Tokenizer
-from minitransformer.training.checkpoint import choose_checkpoint, load_model_weights
+from minitransformer.training.checkpoint import check_weights, choose_checkpoint, load_model_weights
 from minitransformer.training.config import RunConfig
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
@@ -81,15 +82,12 @@ class Run:
         """The run in the folder `path`; raises `UserError` if it is none."""
         if not (path / CONFIG).is_file():
             raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give a folder that training has made")
-        try:
-            record = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path / CONFIG} is damaged ({error}): restore it, or train anew") from None
+        record = read_json(path / CONFIG, "restore it, or train anew")
         config = RunConfig.from_json(record, str(path / CONFIG))
         tokenizer = Tokenizer.load(path / TOKENIZER)
         own = path / TARGET_TOKENIZER
         target_tokenizer = Tokenizer.load(own) if own.exists() else tokenizer
-        return cls(path, config, tokenizer, target_tokenizer, record.get("text", ""))
+        return cls(path, config, tokenizer, target_tokenizer, str(record.get("text", "")))
 
     @property
     def tokenizers(self) -> list[Tokenizer]:
@@ -114,6 +112,7 @@ class Run:
     def load_model(self, checkpoint: str | None = None, device: str = "cpu") -> Model:
         """The model of this run, ready to be evaluated, from `checkpoint`: by default the best one."""
         chosen = self.checkpoint(checkpoint)
+        check_weights(chosen, self.config.model)
         model = build_model(self.config.model)
         load_model_weights(chosen, model)
         return model.to(device).eval()

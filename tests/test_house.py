@@ -22,7 +22,7 @@ ROOMS = {
     "benchmark": {"architecture", "models", "text", "training", "generation", "lab"},
     "commands": {"architecture", "models", "text", "training", "generation", "pretrained", "lab", "benchmark", "runs"},
 }
-SHARED = {"errors", "processes", "registry", "files", "toolchain"}
+SHARED = {"errors", "processes", "records", "registry", "files", "toolchain"}
 
 
 def imported_rooms(path: Path) -> set[str]:

@@ -30,6 +30,7 @@ from minitransformer.lab.store import REMEDY, ResultStore, canonical, task_key
 from minitransformer.lab.trials import prepared_for, train_trial
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
+from minitransformer.records import read_json
 from minitransformer.runs import provenance
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig, with_vocabulary
 from minitransformer.training.objectives import Objective
@@ -441,10 +442,10 @@ def _ranking(standings: Sequence[Standing]) -> Ranking:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / SWEEP
+    record = read_json(path, f"restore it, or {REMEDY}")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         return {"identity": dict(record["identity"]), "provenance": list(record["provenance"])}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or {REMEDY}") from None
 
 

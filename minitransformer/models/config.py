@@ -27,6 +27,8 @@ TOPOLOGIES = {
     "encoder-decoder": "encoder_decoder",
     "rnn": "recurrent",
 }
+# More than any model has: what is larger is a mistake, and would fill the memory before anything else could say so.
+MOST_MODULES, MOST_FEATURES = 10_000, 1 << 27
 HEADS = {"linear": "LMHead", "transformed": "TransformedHead"}
 
 
@@ -137,10 +139,7 @@ class ModelConfig:
     init: Annotated[str, choice("how weights start", Initialisation.registry)] = "gpt2"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("int", "int | None") and value is not None and value < 1:
-                raise UserError(f"{field.name} is {value}: it must be at least 1")
+        self._check_sizes()
         if self.head_dim is None and self.d_model % self.num_heads:
             nearest = self.num_heads * max(1, round(self.d_model / self.num_heads))
             raise UserError(
@@ -195,6 +194,22 @@ class ModelConfig:
         lookup("attention kernel", self.attention_kernel, KERNELS)
         lookup("pooling", self.pooling, POOLING_ACTIVATIONS)
         lookup("norm of queries and keys", self.qk_norm, QK_NORMS)
+
+    def _check_sizes(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type not in ("int", "int | None") or value is None:
+                continue
+            if value < 1:
+                raise UserError(f"{field.name} is {value}: it must be at least 1")
+            most = MOST_MODULES if field.name in ("num_layers", "num_decoder_layers", "num_experts") else MOST_FEATURES
+            if value > most:
+                raise UserError(f"{field.name} is {value}: it must be at most {most:,}")
+        if "sinusoidal" in self.positions and self.context_length * self.d_model > MOST_FEATURES:
+            raise UserError(
+                f"positions {self.positions!r} need a table of context_length {self.context_length} times d_model "
+                f"{self.d_model}, which would not fit into memory: lower one, or choose positions without a table"
+            )
 
     @property
     def features_per_head(self) -> int:

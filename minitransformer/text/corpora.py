@@ -227,7 +227,9 @@ def _walk(folder: Path) -> Iterator[Path]:
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+        paths = (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+        # A pipe would be waited for without end, and a link may lead nowhere.
+        yield from (path for path in paths if path.is_file())
 
 
 def _missing(data: str) -> str:

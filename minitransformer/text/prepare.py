@@ -16,6 +16,7 @@ import numpy as np
 
 from minitransformer.errors import UserError
 from minitransformer.files import locked, sweep, whole_file, writing
+from minitransformer.records import read_json, remembered
 from minitransformer.text.corpora import Corpus, Piece, Signature
 from minitransformer.text.folders import REMEDY, work_folder
 from minitransformer.text.preparing import (
@@ -30,6 +31,7 @@ from minitransformer.text.preparing import (
     mapped,
     progress_bar,
     sample,
+    stored_dtype,
 )
 from minitransformer.text.tokenizers import Tokenizer
 
@@ -174,8 +176,8 @@ def is_validation(beginning: str, fraction: float) -> bool:
 def _remembered_scan(corpus: Corpus, signature: Signature, fraction: float, cache: Path, progress: bool) -> Scan:
     """The scan of these files in this state, from disk if they were scanned before."""
     note = cache / f"scan-{hash_of([FORMAT, signature, corpus.field, fraction])[:16]}.json"
-    with suppress(OSError, ValueError, TypeError):
-        return Scan(**json.loads(note.read_bytes()))
+    if (known := remembered(Scan, note)) is not None:
+        return known
     scan = _scan(corpus, fraction, progress)
     check_unchanged(corpus, signature)
     with whole_file(note) as file:
@@ -328,11 +330,11 @@ def _write(
 def opened(folder: Path) -> PreparedText | None:
     """What `prepare` made in `folder`; None if there is nothing, or something that is not whole."""
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        dtype = np.dtype(meta["dtype"])
-        train, validation = (mapped(folder / f"{split}.bin", dtype, meta[split]["tokens"]) for split in SPLITS)
-        counts = {f"{split}_{what}": meta[split][what] for split in SPLITS for what in ("bytes", "documents")}
+        meta = read_json(folder / "meta.json", REMEDY)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        dtype = stored_dtype(meta["dtype"], tokenizer)
+        train, validation = (mapped(folder / f"{split}.bin", dtype, meta[split]["tokens"]) for split in SPLITS)
+        counts = {f"{split}_{what}": int(meta[split][what]) for split in SPLITS for what in ("bytes", "documents")}
         return PreparedText(folder, tokenizer, train, validation, **counts, split=meta["split"])
-    except (OSError, ValueError, KeyError, UserError):
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return None

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from minitransformer.errors import UserError
 from minitransformer.files import locked, sweep, whole_file, writing
+from minitransformer.records import read_json, remembered
 from minitransformer.text.corpora import Corpus
 from minitransformer.text.folders import REMEDY, work_folder
 from minitransformer.text.pair_batches import SequentialPairs, ShuffledPairs
@@ -34,6 +35,7 @@ from minitransformer.text.preparing import (
     mapped,
     progress_bar,
     sample,
+    stored_dtype,
 )
 from minitransformer.text.token_pairs import Ragged, TokenPairs
 from minitransformer.text.tokenizers import Tokenizer
@@ -204,8 +206,8 @@ def _remembered_scan(corpus: PairCorpus, cache: Path) -> Scan:
     signature = corpus.signature()
     key = hash_of(["pairs", FORMAT, signature, corpus.fields, corpus.lowercase])[:16]
     note = cache / f"scan-{key}.json"
-    with suppress(OSError, ValueError, TypeError):
-        return Scan(**json.loads(note.read_bytes()))
+    if (known := remembered(Scan, note)) is not None:
+        return known
     scan = _scan(corpus)
     check_unchanged(Corpus(corpus.name, corpus.files), signature)
     with whole_file(note) as file:
@@ -385,20 +387,22 @@ def _build(
 def opened(folder: Path) -> PreparedPairs | None:
     """What `prepare_pairs` made in `folder`; None if there is nothing, or something that is not whole."""
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        train, validation = (
-            TokenPairs(*(_ragged(folder, f"{split}-{side}", meta) for side in SIDES)) for split in SPLITS
-        )
+        meta = read_json(folder / "meta.json", REMEDY)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         other = folder / "target_tokenizer.json"
         target_tokenizer = Tokenizer.load(other) if other.exists() else tokenizer
-        return PreparedPairs(folder, tokenizer, target_tokenizer, validation, train, meta["skip"], meta["cut"])
-    except (OSError, ValueError, KeyError, UserError):
+        sides = dict(zip(SIDES, (tokenizer, target_tokenizer), strict=True))
+        train, validation = (
+            TokenPairs(*(_ragged(folder, f"{split}-{side}", meta, sides[side]) for side in SIDES)) for split in SPLITS
+        )
+        skipped, cut = (int(meta[policy]) for policy in POLICIES)
+        return PreparedPairs(folder, tokenizer, target_tokenizer, validation, train, skipped, cut)
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
 
 
-def _ragged(folder: Path, name: str, meta: dict[str, Any]) -> Ragged:
+def _ragged(folder: Path, name: str, meta: dict[str, Any], tokenizer: Tokenizer) -> Ragged:
     content = meta[name]
-    tokens = mapped(folder / f"{name}.bin", np.dtype(content["dtype"]), content["tokens"])
+    tokens = mapped(folder / f"{name}.bin", stored_dtype(content["dtype"], tokenizer), content["tokens"])
     offsets: npt.NDArray[Any] = mapped(folder / f"{name}-offsets.bin", OFFSET, content["texts"] + 1)
     return Ragged(tokens, offsets)

@@ -98,6 +98,14 @@ def dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
+def stored_dtype(name: Any, tokenizer: Tokenizer) -> np.dtype[Any]:
+    """That of `tokenizer`; raises `ValueError` if the note of a folder has the name of another one."""
+    dtype = dtype_of(tokenizer)
+    if name != dtype.name:
+        raise ValueError(f"tokens are {name!r}, not {dtype.name}")
+    return dtype
+
+
 def mapped(path: Path, dtype: np.dtype[Any], count: int) -> Tokens:
     """The `count` tokens in the file at `path`, read when they are asked for; raises `ValueError` for another count."""
     if path.stat().st_size != count * dtype.itemsize:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minitransformer import files
 from minitransformer.errors import UserError
-from minitransformer.models.model import count_parameters
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import check_size, count_parameters
+from minitransformer.records import read_json
 from minitransformer.training.config import RunConfig
 
 MODEL, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
@@ -66,9 +72,26 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def check_weights(checkpoint: Path, config: ModelConfig) -> None:
+    """Raise a `UserError` if the weights of `checkpoint` are far fewer than a model of `config` has."""
+    path = checkpoint / MODEL
+    with _safetensors(path), safe_open(path, "pt") as stored:
+        count = len(stored.keys())
+    check_size(config, count, path.stat().st_size, str(path))
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no whole safetensors file ({error}): choose another --checkpoint") from None
+
+
 def load_model_weights(checkpoint: Path, model: nn.Module) -> None:
     """Fill `model` with the weights of a checkpoint, which must hold exactly what the model has."""
-    stored = load_file(checkpoint / MODEL)
+    with _safetensors(checkpoint / MODEL):
+        stored = load_file(checkpoint / MODEL)
     wanted = unique_tensors(model)
     faults = [f"missing {name}" for name in wanted.keys() - stored.keys()]
     faults += [f"unknown {name}" for name in stored.keys() - wanted.keys()]
@@ -86,26 +109,40 @@ def load_model_weights(checkpoint: Path, model: nn.Module) -> None:
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's part of a checkpoint; no code in it is run."""
-    return torch.load(checkpoint / TRAINER, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(checkpoint / TRAINER, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{checkpoint / TRAINER} cannot be read ({reason}): choose another --checkpoint") from None
+    if not isinstance(state, dict) or not state.keys() >= {"optimizers", "precision", "progress"}:
+        run = checkpoint.parent.parent
+        raise UserError(
+            f"{checkpoint / TRAINER} holds no state of a trainer, as that of an imported model: "
+            f"begin a new run with --init-from {run}, or choose another --checkpoint"
+        )
+    return state
 
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if every file has the checksum of the manifest."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = read_json(checkpoint / MANIFEST, "choose another --checkpoint")
         for name, digest in manifest["sha256"].items():
+            if Path(name).name != name:
+                return f"{MANIFEST} names {name!r}, which is no file of a checkpoint"
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
             if files.sha256(checkpoint / name) != digest:
                 return f"{name} does not have the checksum of its manifest"
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, UserError):
         return f"{MANIFEST} is missing or damaged"
     return None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest step first, whole or not."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    """The checkpoints in `folder`, oldest step first, whole or not; a link to a folder elsewhere is none."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,18}", path.name, re.ASCII)]
+    found = [path for path in found if path.is_dir() and not path.is_symlink()]
     return sorted(found, key=checkpoint_step)
 
 
@@ -118,8 +155,8 @@ def choose_checkpoint(folder: Path, name: str | None = None) -> Path:
             known = ", ".join(path.name for path in candidates) or "none"
             raise UserError(f"{folder.parent} has no checkpoint {name!r}: there is {known}")
     elif candidates:
-        latest = folder / "latest"
-        chosen = latest.resolve() if latest.exists() else candidates[-1].resolve()
+        latest = (folder / "latest").resolve()
+        chosen = latest if latest in [path.resolve() for path in candidates] else candidates[-1].resolve()
     else:
         raise UserError(f"{folder.parent} has no whole checkpoint: train it first, or choose another run")
     fault = damage(chosen)

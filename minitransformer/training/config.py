@@ -9,6 +9,7 @@ from typing_extensions import Doc
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig, choice
+from minitransformer.records import checked_fields
 from minitransformer.registry import lookup
 from minitransformer.text.recipes import known
 from minitransformer.text.tokenizers import Tokenizer
@@ -213,19 +214,23 @@ class RunConfig:
         """The configuration in `record`, read from the file `origin`.
 
         A field that it lacks is newer than the run, and has its default, which is how the run behaved. Raises
-        `UserError` for one that nothing here knows.
+        `UserError` for one that nothing here knows, for a value of another type, and for what is no configuration.
         """
         parts: dict[str, Any] = {}
+        if missing := [field.name for field in fields(cls) if not isinstance(record.get(field.name), dict)]:
+            raise UserError(f"{origin} is no configuration of a run (it has no {', '.join(missing)}): restore it")
         for name, part in (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig)):
-            values = record.get(name, {})
+            values = record[name]
             if unknown := values.keys() - {field.name for field in fields(part)}:
                 what = ", ".join(sorted(unknown))
                 raise UserError(
                     f"{origin} has settings that are unknown here ({what}): update, as a newer version wrote it"
                 )
-            # JSON has lists where frozen records have tuples.
-            restored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            parts[name] = part(**restored)
+            values = checked_fields(part, values, origin)
+            try:
+                parts[name] = part(**values)
+            except UserError as error:
+                raise UserError(f"{origin}: {error}") from None
         return cls(**parts)
 
 
