@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-from minitransformer.commands import DONE, parse, run_command
+from minitransformer.commands import DONE, parse, run_command, with_files
 from minitransformer.errors import UserError
 from minitransformer.files import writing
 from minitransformer.generation.samples import sample_of
@@ -17,6 +17,7 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, count_parameters
 from minitransformer.registry import lookup
 from minitransformer.runs import Run, free_run_path
+from minitransformer.text.corpora import named, short_name
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import check_room, checkpoint_step, choose_checkpoint
 from minitransformer.training.config import RunConfig, with_vocabulary
@@ -73,7 +74,8 @@ def _begin(arguments: Sequence[str]) -> int:
     print(f"preset     {preset}", flush=True)  # what follows has to load more of torch first
     if options.checkpoint is not None:
         raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume")
-    path = options.out or free_run_path(f"{preset}-{Path(options.data.data).stem.strip('*') or 'data'}")
+    options = replace(options, data=with_files(options.data))
+    path = options.out or free_run_path(f"{preset}-{short_name(options.data.data)}")
     if path.exists():
         raise UserError(f"{path} exists already: choose another --out, or continue the run with --resume {path}")
     # What cannot work is said now, and not after minutes of preparing text.
@@ -105,7 +107,9 @@ def _resume(path: Path, arguments: Sequence[str]) -> int:
         raise UserError(f"{path} has done its {options.training.steps} steps: give a larger --steps to extend it")
     prepared = _prepare(options.run_config(), run.tokenizers)
     if prepared.folder.name != run.text:
-        raise UserError(f"{options.data.data} is not the text that {path} began with: restore it, or train a new run")
+        raise UserError(
+            f"{named(options.data.data)} is not the text that {path} began with: restore it, or train a new run"
+        )
     check_room(path, options)
     return _train(run.reconfigured(options.run_config()), prepared, checkpoint)
 
@@ -149,7 +153,7 @@ def _count_parameters(model: ModelConfig) -> int:
 
 def _prepare(config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepared:
     prepared = Objective.named(config.training.objective).prepare(config, tokenizers)
-    print(f"data       {config.data.data}\n{prepared.summary()}", flush=True)
+    print(f"data       {named(config.data.data)}\n{prepared.summary()}", flush=True)
     return prepared
 
 
@@ -202,7 +206,8 @@ def _report(trainer: Trainer, stop: StopRequest) -> int:
         return stop.exit_code
     if trainer.stopped_early:
         print(f"stopped early at step {progress.step}: no better validation in {progress.validations_since_best}")
-    print(f"validation {trainer.validation} (best at step {progress.best_step})")
+    if trainer.objective.validates:
+        print(f"validation {trainer.validation} (best at step {progress.best_step})")
     print(f"run        {path}, {progress.seconds / 60:.1f} minutes of training")
     print(f"next       {NEXT[trainer.model.config.topology].format(path=path)}")
     return DONE

@@ -32,6 +32,7 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
 from minitransformer.records import read_json
 from minitransformer.runs import provenance
+from minitransformer.text.corpora import named
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig, with_vocabulary
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
@@ -260,7 +261,10 @@ class Plan:
         assert self.rungs  # what cannot be shared out is no fault of a combination, and is said first
         for combination in self.combinations:
             with _naming(combination):
-                model = self.config(combination, self.seeds[0]).model
+                config = self.config(combination, self.seeds[0])
+                if not config.data.validation_fraction and config.data.validation_data is None:
+                    raise UserError("validation_fraction 0 leaves nothing to choose a winner by: keep some of the text")
+                model = config.model
                 if model not in possible:
                     count_parameters(replace(model, vocab_size=model.vocab_size or 4096))
                     possible.add(model)
@@ -417,7 +421,7 @@ class Search:
         for result in self.results():
             config = self.plan.config(_combination(result.task), result.task["seed"])
             if result.measured["text"] != prepared_for(config).folder.name:
-                raise UserError(f"{config.data.data} is not the text that {self.folder} began with: {REMEDY}")
+                raise UserError(f"{named(config.data.data)} is not the text that {self.folder} began with: {REMEDY}")
 
     def _record(self) -> None:
         record = {"identity": self.plan.identity, "provenance": [*self.records, provenance()]}

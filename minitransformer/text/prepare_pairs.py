@@ -110,6 +110,8 @@ def vocabularies(tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> str:
 
 def described(split: str, pairs: TokenPairs) -> str:
     """The line of a summary that says how much a split holds."""
+    if not len(pairs):
+        return f"{split:10} none: nothing tells when training goes too far"
     source, target = len(pairs.sources.tokens), len(pairs.targets.tokens)
     return f"{split:10} {len(pairs):,} pairs of {source:,} and {target:,} tokens"
 
@@ -159,14 +161,14 @@ def prepare_pairs(
     `tokenizer` is a registered name, fitted to both sides of `corpus` together, or with `separate` one to each; or a
     ready one, for both sides unless there is a `target_tokenizer`. `vocab_size` is what a fitted one has, and what a
     ready `tokenizer` must fit into. Without a corpus for `validation`, those pairs go there whose hash says so, and at
-    least one. Each side must leave room for its end token in `context_length`; pairs with a longer one are left out
-    (`too_long` "skip"), or lose what is too much ("cut").
+    least one; none if `validation_fraction` is 0. Each side must leave room for its end token in `context_length`;
+    pairs with a longer one are left out (`too_long` "skip"), or lose what is too much ("cut").
     Raises `UserError` for too few pairs, text that cannot be read or encoded, and when the disk is full.
     """
     if too_long not in POLICIES:
         raise UserError(f"too_long is {too_long!r}: choose {' or '.join(map(repr, POLICIES))}")
-    if validation is None and not 0 < validation_fraction < 1:
-        raise UserError(f"validation_fraction is {validation_fraction}: choose one between 0 and 1, such as 0.1")
+    if validation is None and not 0 <= validation_fraction < 1:
+        raise UserError(f"validation_fraction is {validation_fraction}: choose one from 0 to below 1, such as 0.1")
     cache = work_folder() / "prepared" if cache is None else cache
     with writing(cache, REMEDY):
         cache.mkdir(parents=True, exist_ok=True)
@@ -189,7 +191,7 @@ def prepare_pairs(
                 check_unchanged(Corpus(each.name, each.files), signature)
 
         prepared = made(cache / key, build, opened)
-    for split in SPLITS:
+    for split in SPLITS if validation is not None or validation_fraction else SPLITS[:1]:
         if not len(getattr(prepared, split)):
             raise UserError(
                 f"{corpus.name} leaves no pairs for {split} ({scans[0].pairs} pairs, {prepared.skipped} of them too "
@@ -304,7 +306,13 @@ def _encoded(
 
 
 def divided(pairs: Iterable[Encoded], fraction: float) -> Iterator[tuple[str, Encoded]]:
-    """Each pair with its split: validation has the places below `fraction`, or the lowest one if there are none."""
+    """Each pair with its split: validation has the places below `fraction`, or the lowest one if there are none.
+
+    Of a fraction of 0 there are none, and all are for training.
+    """
+    if not fraction:
+        yield from (("train", pair) for pair in pairs)
+        return
     lowest: list[Encoded] = []
     found = False
     for pair in pairs:

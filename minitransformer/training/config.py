@@ -21,8 +21,9 @@ from minitransformer.training.precision import Precision
 from minitransformer.training.schedules import SCHEDULES, learning_rate_share
 
 DATA = Doc(
-    "what to learn from: a recipe, a file, a folder or a glob of .txt, .md, .jsonl or source code; for pairs a .tsv, a "
-    f".jsonl or one of two parallel files. Recipes: {', '.join(known())}"
+    "what to learn from, one or several: a recipe, a file, a folder or a glob of .txt, .md, .jsonl or source code; "
+    "a .csv, .tsv, .parquet or a .json array; - is standard input; for pairs a .tsv, a .jsonl or one of two parallel "
+    f"files. Recipes: {', '.join(known())}"
 )
 
 
@@ -30,13 +31,13 @@ DATA = Doc(
 class DataConfig:
     """Which text, and how it becomes tokens."""
 
-    data: Annotated[str, DATA] = "pydocs"
+    data: Annotated[str | tuple[str, ...], DATA] = "pydocs"
     field: str = "text"
-    """the field of each .jsonl line that holds the text"""
+    """the field of each .jsonl line, table row or array element that holds the text"""
     target_data: str | None = None
     """pairs: the file whose lines belong to those of data"""
-    validation_data: str | None = None
-    """pairs: a file for validation; None takes some of data"""
+    validation_data: str | tuple[str, ...] | None = None
+    """what to validate on, named as data is; None takes some of data"""
     validation_target_data: str | None = None
     """pairs: the file whose lines belong to those of validation_data"""
     source_field: str = "source"
@@ -51,12 +52,18 @@ class DataConfig:
     """pairs: what to do with a side that is longer than the context"""
     tokenizer: Annotated[str, choice("tokenizer", Tokenizer.registry)] = "bpe"
     validation_fraction: float = 0.1
-    """share of the text that is kept for validation"""
+    """share of the text that is kept for validation; 0 trains on all of it, and validates nothing"""
 
     def __post_init__(self) -> None:
         Tokenizer.named(self.tokenizer)
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(f"validation_fraction is {self.validation_fraction}: it must be between 0 and 1")
+        for name in ("data", "validation_data"):
+            # One source has one spelling, on the command line and in the files of older runs.
+            if isinstance(value := getattr(self, name), tuple):
+                if not value:
+                    raise UserError(f"{name} names nothing: give a file, a folder or a recipe")
+                object.__setattr__(self, name, value[0] if len(value) == 1 else value)
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(f"validation_fraction is {self.validation_fraction}: it must be at least 0 and below 1")
         if self.validation_target_data is not None and self.validation_data is None:
             raise UserError(
                 f"validation_target_data is {self.validation_target_data!r} without validation_data: name both files"
@@ -205,6 +212,10 @@ class RunConfig:
             possible = [name for name, other in Objective.registry.items() if topology in other.topologies]
             remedy = f"choose --objective {' or '.join(possible)}" if possible else "train another topology"
             raise UserError(f"objective {objective.name!r} cannot train topology {topology!r}: {remedy}")
+        if not self.data.validation_fraction and self.data.validation_data is None:
+            for name in ("patience", "sample_at_eval"):
+                if getattr(self.training, name):
+                    raise UserError(f"{name} waits for validations, and validation_fraction 0 has none: give some text")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

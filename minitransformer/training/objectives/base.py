@@ -100,6 +100,11 @@ class Objective(Registered, kind="objective"):
         raise NotImplementedError
 
     @property
+    def validates(self) -> bool:
+        """Whether there is a validation split."""
+        return len(self.prepared.validation) > 0
+
+    @property
     def validation_bytes(self) -> int | None:
         """Bytes of text that the targets of validation stand for; None if they stand for no whole text."""
         return None
@@ -118,13 +123,13 @@ class Objective(Registered, kind="objective"):
         raise NotImplementedError
 
     def examples(self, count: int) -> list[list[int]]:
-        """Some inputs from validation, for who wants to see what the model makes of them."""
+        """Some inputs of validation (else of training), for who wants to see what the model makes of them."""
         return []
 
 
-def refuse_other_files(data: DataConfig) -> None:
-    """Raises `UserError` if `data` names files beside its first, for who would leave them unread in silence."""
-    for name in ("target_data", "validation_data", "validation_target_data"):
+def refuse_other_files(data: DataConfig, names: Sequence[str]) -> None:
+    """Raises `UserError` if `data` has a file in one of its fields `names`, which would be left unread in silence."""
+    for name in names:
         if (value := getattr(data, name)) is not None:
             raise UserError(
                 f"{name} is {value!r}, and nothing would read it: it is for files of pairs and --objective seq2seq, "
