@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -22,15 +21,16 @@ import torch
 from minitransformer import files
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.model import Model, build_model
-from minitransformer.pretrained.shards import read_json
 from minitransformer.pretrained.tokenizers import (
     CONFIGS,
     PublicTokenizer,  # noqa: F401  (which a run may have: it registers)
 )
+from minitransformer.records import read_json
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import (
     LOCK,
     check_settings,
+    check_weights,
     checkpoint_step,
     checkpoints_in,
     choose_checkpoint,
@@ -134,10 +134,7 @@ class Run:
         """The run in the folder `path`; raises `UserError` if it is none, and `StorageError` if it is damaged."""
         if not (path / CONFIG).is_file():
             raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give a folder that training has made")
-        try:
-            sealed = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise StorageError(f"{path / CONFIG} is damaged ({error}): restore it, or train anew") from None
+        sealed = read_json(path / CONFIG, "restore it, or train anew")
         try:
             record = files.unsealed(sealed)
         except ValueError as error:
@@ -155,7 +152,7 @@ class Run:
         target_tokenizer = Tokenizer.load(own) if own.exists() else tokenizer
         machine = Resolved.from_json(record.get("machine"), str(path / CONFIG))
         parent = Parent.from_json(record.get("parent"), str(path / CONFIG))
-        return cls(path, config, tokenizer, target_tokenizer, record.get("text", ""), machine, parent)
+        return cls(path, config, tokenizer, target_tokenizer, str(record.get("text", "")), machine, parent)
 
     @property
     def tokenizers(self) -> list[Tokenizer]:
@@ -167,7 +164,7 @@ class Run:
     def generation_config(self) -> dict[str, Any] | None:
         """How the publisher of an import would have it generate, if that is known; raises `UserError` if damaged."""
         path = self.path / GENERATION
-        return read_json(path) if path.is_file() else None
+        return read_json(path, "restore it, or import the checkpoint again") if path.is_file() else None
 
     @property
     def checkpoints(self) -> Path:
@@ -191,6 +188,7 @@ class Run:
     def load_model(self, checkpoint: str | None = None, device: str = "cpu") -> Model:
         """The model of this run, ready to be evaluated, from `checkpoint`: by default the best one."""
         chosen = self.checkpoint(checkpoint)
+        check_weights(chosen, self.config.model)
         model = build_model(self.config.model)
         load_model_weights(chosen, model)
         return model.to(device).eval()
@@ -206,15 +204,6 @@ def latest_run(root: Path = Path("runs")) -> Path:
     if not found:
         raise UserError(f"there is no run in {root}/: train one with `python train.py`, or name its folder")
     return max(found, key=lambda path: (path / CHECKPOINTS).stat().st_mtime if (path / CHECKPOINTS).exists() else 0)
-
-
-def data_name(data: str) -> str:
-    """A short name for the recipe, file, folder or glob `data`: its last part that says something, without endings."""
-    for part in reversed(Path(data if data.strip("./") else os.path.abspath(data)).parts):
-        name = re.sub(r"(\.[A-Za-z]\w*)+$", "", re.sub(r"[*?\[\]]+", "", part))
-        if name := re.sub(r"[^\w.+-]+", "-", name).strip(".-"):
-            return name
-    return "data"
 
 
 def free_run_path(name: str, root: Path = Path("runs")) -> Path:

@@ -23,7 +23,7 @@ ROOMS = {
     "benchmark": {"architecture", "models", "text", "training", "generation", "lab"},
     "commands": {"architecture", "models", "text", "training", "generation", "pretrained", "lab", "benchmark", "runs"},
 }
-SHARED = {"amounts", "errors", "processes", "registry", "files", "toolchain"}
+SHARED = {"amounts", "errors", "processes", "records", "registry", "files", "toolchain"}
 
 
 def imported_rooms(path: Path) -> set[str]:

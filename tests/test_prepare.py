@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
 from minitransformer.files import locked
-from minitransformer.text import corpora
+from minitransformer.text import corpora, scanning
 from minitransformer.text import preparing as room
 from minitransformer.text.corpora import Corpus, Piece, open_corpus
 from minitransformer.text.prepare import PreparedText, by_document, contiguous, is_validation, prepare
@@ -150,7 +150,7 @@ def test_a_text_without_one_window_is_refused_with_both_numbers(tmp_path: Path) 
         made(written(tmp_path / "b.jsonl", ["a"]))
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -1, 3, float("nan")])
+@pytest.mark.parametrize("fraction", [1, -1, 3, float("nan")])
 def test_a_fraction_outside_zero_and_one_is_refused(tmp_path: Path, fraction: float) -> None:
     with pytest.raises(UserError, match="validation_fraction"):
         made(written(tmp_path / "a.jsonl", stories(3)), validation_fraction=fraction)
@@ -379,3 +379,73 @@ def test_working_ahead_keeps_the_order_and_stays_near(size: int, most: int) -> N
     for count, result in enumerate(in_order(lambda i: i * i, items(), workers=3, size=lambda item: size)):
         assert result == count**2
         assert min(100, count + most) <= len(begun) <= count + most + 3
+
+
+def test_validation_of_its_own_is_all_of_its_files_and_training_all_of_the_others(tmp_path: Path) -> None:
+    texts, held_out = stories(60), [f"Another tale, of {i} cats.\n" for i in range(9)]
+    validation = written(tmp_path / "b.jsonl", held_out)
+    prepared = made(written(tmp_path / "a.jsonl", texts), validation=validation)
+    assert prepared.split == "given"
+    assert documents(prepared, prepared.train) == texts
+    assert documents(prepared, prepared.validation) == held_out
+    assert (prepared.train_documents, prepared.validation_documents) == (60, 9)
+    assert prepared.validation_bytes == sum(map(len, held_out))
+    assert "files of its own" in prepared.summary()
+
+
+@pytest.mark.parametrize("tokenizer", ["chars", "bpe"])
+def test_a_tokenizer_is_fitted_to_validation_of_its_own_too(tmp_path: Path, tokenizer: str) -> None:
+    validation = written(tmp_path / "b.jsonl", ["жук и паук " * 20])
+    prepared = made(written(tmp_path / "a.jsonl", stories(50)), tokenizer, vocab_size=400, validation=validation)
+    assert documents(prepared, prepared.validation) == ["жук и паук " * 20]
+
+
+def test_a_file_on_both_sides_is_refused(tmp_path: Path) -> None:
+    corpus = written(tmp_path / "a.jsonl", stories(50))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="is in --data and in --validation-data"):
+        made(corpus, validation=open_corpus(str(tmp_path / "link.jsonl")))
+
+
+def test_without_validation_everything_trains(tmp_path: Path) -> None:
+    texts = stories(40)
+    prepared = made(written(tmp_path / "a.jsonl", texts), validation_fraction=0.0)
+    assert prepared.split == "none"
+    assert documents(prepared, prepared.train) == texts
+    assert (len(prepared.validation), prepared.validation_documents, prepared.validation_bytes) == (0, 0, 0)
+    assert "validation none" in prepared.summary()
+    with pytest.raises(UserError, match=r"too short: train has \d+ tokens, but one window needs 100001:"):
+        made(written(tmp_path / "a.jsonl", texts), validation_fraction=0.0, context_length=100_000)
+
+
+def test_fields_sources_and_validation_make_folders_of_their_own(tmp_path: Path) -> None:
+    for name, word in (("a", "owl"), ("b", "cat"), ("c", "dog")):
+        lines = [{"text": f"{word} {i} " * 9, "body": f"{i} {word}s " * 9} for i in range(50)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    a, b, c = (str(tmp_path / f"{name}.jsonl") for name in "abc")
+    folders = [
+        made(open_corpus(a)).folder,
+        made(open_corpus(a, "body")).folder,
+        made(open_corpus([a, b])).folder,
+        made(open_corpus([b, a])).folder,
+        made(open_corpus(a), validation=open_corpus(b)).folder,
+        made(open_corpus(a), validation=open_corpus(c)).folder,
+        made(open_corpus(a), validation=open_corpus(b, "body")).folder,
+        made(open_corpus(a), validation_fraction=0.0).folder,
+    ]
+    assert len(set(folders)) == len(folders)
+    # With files of its own, the fraction has no say.
+    assert made(open_corpus(a), validation=open_corpus(b), validation_fraction=0.3).folder == folders[4]
+
+
+def test_a_table_that_was_once_scanned_as_text_is_scanned_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("id,text\n" + "".join(f"{i},a story of {i} owls\n" for i in range(200)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scanning, "TABLES", set())
+        patch.setattr(corpora, "DELIMITERS", {})
+        before = made(open_corpus(str(path)))
+    after = made(open_corpus(str(path)))
+    assert before.split == "contiguous"
+    assert after.folder != before.folder
+    assert after.train_documents + after.validation_documents == 200

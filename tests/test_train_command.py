@@ -22,7 +22,8 @@ from minitransformer.commands.train import Options, main
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
-from minitransformer.runs import Run, data_name
+from minitransformer.runs import Run
+from minitransformer.text.corpora import short_name
 from minitransformer.text.tokenizers import Published, Tokenizer
 from minitransformer.training.config import with_vocabulary
 from minitransformer.training.finetuning import check_fits
@@ -490,7 +491,7 @@ def test_a_fine_tune_that_cannot_be_gets_one_sentence_and_leaves_nothing(here, p
     ],
 )
 def test_a_run_is_called_by_what_its_data_is_called(data, name):
-    assert data_name(data) == name
+    assert short_name(data) == name
 
 
 def test_positions_that_are_learned_cannot_be_fewer(here):

@@ -7,13 +7,20 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from minitransformer.errors import UserError
+from minitransformer.text.standard_input import without_standard_input
+
+if TYPE_CHECKING:
+    from minitransformer.training.config import DataConfig
 
 Options = TypeVar("Options")
 
+SEVERAL = ("--data", "--validation-data")
+"""flags that take one value or several"""
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, UserError.exit_code, 130
 
 
@@ -55,7 +62,7 @@ def parse(options: type[Options], arguments: Sequence[str], *, default: Options 
 
     parsed, unknown = tyro.cli(
         options,
-        args=list(arguments),
+        args=joined(arguments),
         default=tyro.MISSING_NONPROP if default is None else default,
         config=(tyro.conf.OmitArgPrefixes,),
         return_unknown_args=True,
@@ -66,6 +73,38 @@ def parse(options: type[Options], arguments: Sequence[str], *, default: Options 
 
         check_known(options, unknown)
     return parsed
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with all values of each flag among `SEVERAL` behind its first: it may also be repeated for each."""
+    result: list[list[str]] = []
+    values: dict[str, list[str]] = {}
+    taking: list[str] | None = None
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        if flag in SEVERAL:
+            if flag not in values:
+                values[flag] = [flag]
+                result.append(values[flag])
+            taking = values[flag]
+            if equals:
+                taking.append(value)
+        elif taking is not None and (word == "-" or not word.startswith("-")):
+            taking.append(word)
+        else:
+            taking = None
+            result.append([word])
+    return [word for words in result for word in words]
+
+
+def with_files(data: DataConfig) -> DataConfig:
+    """The data of a run, with a file that holds standard input where it was told to read that."""
+    sources: dict[str, Any] = {
+        "data": without_standard_input(data.data, data.validation_data),
+        "validation_data": without_standard_input(data.validation_data, data.data),
+    }
+    return replace(data, **sources)
 
 
 def piped_text() -> str:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -16,7 +16,7 @@ from typing import Any, Literal, get_type_hints
 import tyro
 
 from minitransformer import files
-from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command
+from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command, with_files
 from minitransformer.errors import UserError
 from minitransformer.lab import plain, pool
 from minitransformer.lab.instruments import check_probe
@@ -45,6 +45,7 @@ from minitransformer.lab.sweep_report import (
 )
 from minitransformer.lab.trials import METRICS
 from minitransformer.registry import lookup
+from minitransformer.text.corpora import named
 from minitransformer.toolchain import check_importable
 from minitransformer.training.config import RunConfig
 from minitransformer.training.logging import TensorBoard
@@ -96,11 +97,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _sweep(arguments: Sequence[str]) -> int:
-    named = bool(arguments) and not arguments[0].startswith("-")
-    preset = arguments[0] if named else DEFAULT
+    has_preset = bool(arguments) and not arguments[0].startswith("-")
+    preset = arguments[0] if has_preset else DEFAULT
     base = lookup("preset", preset, PRESETS)
     default = Options(base.model, base.data, base.training)
-    options = parse(Options, arguments[named:], default=default, prog=PROGRAM, description=ABOUT)
+    options = parse(Options, arguments[has_preset:], default=default, prog=PROGRAM, description=ABOUT)
+    options = replace(options, data=with_files(options.data))
     plan = _plan(preset, options)
     processes = _check(options, plan)
     folder = options.out or Path("sweeps") / "-".join([preset, *(setting.name for setting in plan.settings)])
@@ -213,7 +215,7 @@ def _print_plan(plan: Plan, folder: Path, processes: int) -> None:
         print(_wrapped(f"note       the first rung ends at step {first}, within the {warmup} steps of warm-up", 11))
     print(f"processes  {processes}, of one thread{' each' * (processes > 1)}")
     print(f"folder     {folder}")
-    print(f"data       {plan.shared.data.data}", flush=True)
+    print(f"data       {named(plan.shared.data.data)}", flush=True)
 
 
 def _wrapped(text: str, margin: int) -> str:

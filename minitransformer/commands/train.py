@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from minitransformer.amounts import amount, duration
-from minitransformer.commands import DONE, parse, run_command
+from minitransformer.commands import DONE, parse, run_command, with_files
 from minitransformer.errors import UserError
 from minitransformer.files import sha256, writing
 from minitransformer.generation.samples import sample_of
@@ -17,7 +17,8 @@ from minitransformer.lab.instruments import check_probe, probe_for
 from minitransformer.models.model import Model, count_parameters
 from minitransformer.pretrained.originals import inherit_originals
 from minitransformer.registry import lookup
-from minitransformer.runs import REMEDY, Run, check_free, claimed_run_path, data_name, only_writer
+from minitransformer.runs import REMEDY, Run, check_free, claimed_run_path, only_writer
+from minitransformer.text.corpora import named, short_name
 from minitransformer.text.prepare import TooShort
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import (
@@ -85,6 +86,7 @@ def _begin(arguments: Sequence[str]) -> int:
     print(f"preset     {preset}", flush=True)  # what follows has to load more of torch first
     if options.checkpoint is not None:
         raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume or --init-from")
+    options = replace(options, data=with_files(options.data))
     _check_possible(options)
     return _begun(options, preset, options.run_config(), _prepare(options.run_config()))
 
@@ -100,6 +102,7 @@ def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
     check_fits(source.config.model, options.model)
     if options.data.tokenizer != base.data.tokenizer:
         raise UserError(f"--init-from {initial} has a tokenizer of its own: leave --tokenizer out")
+    options = replace(options, data=with_files(options.data))
     _check_possible(options)
     config = options.run_config()
     try:
@@ -137,7 +140,7 @@ def _begun(
     config = replace(config, model=with_vocabulary(config.model, prepared))
     check_room(options.out or Path("runs"), config)
     machine = machine_for(config)
-    path = options.out or claimed_run_path(f"{name}-{data_name(options.data.data)}")
+    path = options.out or claimed_run_path(f"{name}-{short_name(options.data.data)}")
     with only_writer(path):
         tokenizers = prepared.tokenizer, prepared.target_tokenizer
         run = Run.create(path, config, *tokenizers, prepared.folder.name, machine.resolved, parent, initial)
@@ -168,7 +171,7 @@ def _resume(path: Path, arguments: Sequence[str]) -> int:
         prepared = _prepare(options.run_config(), run.tokenizers)
         if prepared.folder.name != run.text:
             raise UserError(
-                f"{options.data.data} is not the text that {path} began with: restore it, or train a new run"
+                f"{named(options.data.data)} is not the text that {path} began with: restore it, or train a new run"
             )
         check_room(path, options)
         return _train(run.reconfigured(options.run_config(), machine.resolved), prepared, machine, checkpoint)
@@ -231,7 +234,7 @@ def _describe_presets() -> str:
 
 def _prepare(config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepared:
     prepared = Objective.named(config.training.objective).prepare(config, tokenizers)
-    print(f"data       {config.data.data}\n{prepared.summary()}", flush=True)
+    print(f"data       {named(config.data.data)}\n{prepared.summary()}", flush=True)
     return prepared
 
 

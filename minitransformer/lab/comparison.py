@@ -30,7 +30,9 @@ from minitransformer.lab.verdicts import (
     pairs_table,
     series,
 )
+from minitransformer.records import read_bytes, read_json
 from minitransformer.registry import lookup
+from minitransformer.training.logging import parse_record
 
 T = TypeVar("T")
 
@@ -78,8 +80,8 @@ class History:
         """The run in the folder `path`; raises `UserError` if it is none, or has no metrics."""
         config = _config(path)
         file = path / METRICS
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
-        parsed = [_record(line) for line in lines if line.strip()]
+        text = read_bytes(file, "leave the run out").decode(errors="replace") if file.is_file() else ""
+        parsed = [parse_record(line) for line in text.split("\n") if line.strip()]
         records = tuple(record for record in parsed if record is not None)
         if not records:
             raise UserError(f"{path} has no numbers in {METRICS}: train it for some steps, or leave it out")
@@ -381,10 +383,7 @@ def _config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
         raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give a folder that training has made")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}): restore it, or leave the run out") from None
+    config = read_json(file, "restore it, or leave the run out")
     whole = isinstance(config, dict) and all(isinstance(config.get(part), dict) for part in PARTS)
     if not whole or not isinstance(config["training"].get("seed"), int):
         raise UserError(f"{file} is no configuration with {', '.join(PARTS)} and a seed: leave the run out")
@@ -399,21 +398,16 @@ def _parent(record: Any) -> str | None:
     return f"{Path(folder).name} {checkpoint} ({digest[:8]})"
 
 
-def _record(line: str) -> dict[str, Any] | None:
-    """The record in `line`; None if there is none."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
-
-
 def _no(metric: str) -> bool:
     return False
 
 
 def _distinct(values: Iterable[T]) -> list[T]:
-    return list(dict.fromkeys(values))
+    distinct: list[T] = []
+    for value in values:
+        if value not in distinct:
+            distinct.append(value)
+    return distinct
 
 
 def _key(settings: Mapping[str, Any]) -> str:
@@ -491,8 +485,9 @@ def _damage(history: History) -> str | None:
 
 
 def _unfinished(history: History) -> str | None:
-    steps = history.config["training"].get("steps", 0)
-    return f"{history.path} has done {history.steps} of its {steps} steps." if history.steps < steps else None
+    steps = history.config["training"].get("steps")
+    unfinished = isinstance(steps, int) and history.steps < steps
+    return f"{history.path} has done {history.steps} of its {steps} steps." if unfinished else None
 
 
 def _partly_validated(histories: Sequence[History]) -> str | None:
@@ -505,8 +500,8 @@ def _partly_validated(histories: Sequence[History]) -> str | None:
 
 def _code(groups: Sequence[Group]) -> str | None:
     """What to say if the runs were made by different code, which no setting shows."""
-    origins = [history.config.get("provenance", {}) for group in groups for history in group.histories]
-    commits = _distinct(str(origin["commit"]) for origin in origins if "commit" in origin)
+    origins = [history.config.get("provenance") for group in groups for history in group.histories]
+    commits = _distinct(str(origin["commit"]) for origin in origins if isinstance(origin, dict) and "commit" in origin)
     return f"The runs were made by different versions of the code: {', '.join(commits)}." if len(commits) > 1 else None
 
 

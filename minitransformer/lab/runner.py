@@ -20,6 +20,7 @@ from minitransformer.errors import UserError
 from minitransformer.lab import pool
 from minitransformer.lab.experiment import Experiment, Findings, Measurement, Settings, Task
 from minitransformer.lab.store import REMEDY, ResultStore, task_key
+from minitransformer.records import checked_fields, read_json
 
 EXPERIMENT, RESULTS = "experiment.json", "results.jsonl"
 LEFTOVERS = {".lock", ".partial"}
@@ -212,11 +213,11 @@ class Sweep:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / EXPERIMENT
+    record = read_json(path, f"restore it, or {REMEDY}")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        Settings(**record["settings"])
+        Settings(**checked_fields(Settings, record["settings"], str(path)))
         return {"experiment": str(record["experiment"]), **record, "provenance": list(record["provenance"])}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or {REMEDY}") from None
 
 

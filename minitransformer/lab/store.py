@@ -11,6 +11,7 @@ from typing import Any
 
 from minitransformer.files import writing
 from minitransformer.lab.experiment import Measurement, Result, Task
+from minitransformer.records import parse_json, read_bytes
 
 REMEDY = "choose another --out"
 
@@ -39,7 +40,7 @@ class ResultStore:
         self.seconds: dict[str, float] = {}
         """by key: how long measuring took"""
         self._measured: dict[str, Measurement] = {}
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        lines = read_bytes(path, REMEDY).split(b"\n") if path.exists() else []
         self._ends_in_the_middle = bool(lines) and lines[-1] != b""
         for line in lines:
             if line.strip():
@@ -47,11 +48,11 @@ class ResultStore:
 
     def _read(self, line: bytes) -> None:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             key, seconds = task_key(record["task"]), float(record["seconds"])
             if record["key"] != key or not isinstance(record["measured"], dict):
                 raise ValueError("not what was written")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             self.skipped += 1
             return
         self._measured[key], self.seconds[key] = record["measured"], seconds

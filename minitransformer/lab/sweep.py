@@ -31,7 +31,9 @@ from minitransformer.lab.trials import prepared_for, shared_machine, train_trial
 from minitransformer.lab.verdicts import check_smallest_difference, choice_text
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
+from minitransformer.records import read_json
 from minitransformer.runs import provenance
+from minitransformer.text.corpora import named
 from minitransformer.training.config import (
     DataConfig,
     RunConfig,
@@ -276,7 +278,10 @@ class Plan:
         assert self.rungs  # what cannot be shared out is no fault of a combination, and is said first
         for combination in self.combinations:
             with _naming(combination):
-                model = with_usual_vocabulary(self.config(combination, self.seeds[0]))
+                config = self.config(combination, self.seeds[0])
+                if not config.data.validation_fraction and config.data.validation_data is None:
+                    raise UserError("validation_fraction 0 leaves nothing to choose a winner by: keep some of the text")
+                model = with_usual_vocabulary(config)
                 if model not in possible:
                     count_parameters(model)
                     possible.add(model)
@@ -443,7 +448,7 @@ class Search:
         for result in self.results():
             config = self.plan.config(_combination(result.task), result.task["seed"])
             if result.measured["text"] != prepared_for(config).folder.name:
-                raise UserError(f"{config.data.data} is not the text that {self.folder} began with: {REMEDY}")
+                raise UserError(f"{named(config.data.data)} is not the text that {self.folder} began with: {REMEDY}")
 
     def _record(self) -> None:
         record = {
@@ -462,11 +467,11 @@ def standings_ranking(standings: Sequence[Standing], smallest: float = SMALLEST_
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / SWEEP
+    record = read_json(path, f"restore it, or {REMEDY}")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         machine = Resolved.from_json(record.get("machine"), str(path))
         return {"identity": dict(record["identity"]), "machine": machine, "provenance": list(record["provenance"])}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or {REMEDY}") from None
 
 

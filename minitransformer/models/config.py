@@ -32,6 +32,8 @@ LARGEST, SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38
 IMPORTED_ONLY = {"encoder-classifier"}
 """topologies of public checkpoints that no objective trains"""
 TRAINED = [name for name in TOPOLOGIES if name not in IMPORTED_ONLY]
+# More than any model has: what is larger is a mistake, and would fill the memory before anything else could say so.
+MOST_MODULES, MOST_FEATURES = 10_000, 1 << 27
 HEADS = {"linear": "LMHead", "transformed": "TransformedHead"}
 
 
@@ -155,10 +157,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("int", "int | None") and value is not None and value < 1:
-                raise UserError(f"{field.name} is {value}: it must be at least 1")
+        self._check_sizes()
         if self.head_dim is None and self.d_model % self.num_heads:
             nearest = self.num_heads * max(1, round(self.d_model / self.num_heads))
             raise UserError(
@@ -223,6 +222,22 @@ class ModelConfig:
     def _around_connections(self) -> Surroundings:
         layers = [self.num_layers, self.decoder_layers] if self.topology == "encoder-decoder" else [self.num_layers]
         return Surroundings(min(layers), Block.named(self.block).is_parallel, Norm.named(self.norm))
+
+    def _check_sizes(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type not in ("int", "int | None") or value is None:
+                continue
+            if value < 1:
+                raise UserError(f"{field.name} is {value}: it must be at least 1")
+            most = MOST_MODULES if field.name in ("num_layers", "num_decoder_layers", "num_experts") else MOST_FEATURES
+            if value > most:
+                raise UserError(f"{field.name} is {value}: it must be at most {most:,}")
+        if "sinusoidal" in self.positions and self.context_length * self.d_model > MOST_FEATURES:
+            raise UserError(
+                f"positions {self.positions!r} need a table of context_length {self.context_length} times d_model "
+                f"{self.d_model}, which would not fit into memory: lower one, or choose positions without a table"
+            )
 
     @property
     def features_per_head(self) -> int:

@@ -17,6 +17,7 @@ from minitransformer.architecture.cache import KVCache
 from minitransformer.architecture.feedforward import MixtureOfExperts
 from minitransformer.architecture.init import Initialisation, initialise
 from minitransformer.architecture.positions import token_positions
+from minitransformer.errors import UserError
 from minitransformer.models.config import TOPOLOGIES, ModelConfig
 from minitransformer.registry import Registered
 
@@ -96,6 +97,7 @@ class _Unmade(TorchFunctionMode):
     `torch.device("meta")` would do, but for the draws and sums there torch loads its compiler, which takes seconds.
     """
 
+    makers = frozenset({torch.empty, torch.ones, torch.zeros})
     draws = frozenset(
         {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.orthogonal_, Tensor.normal_}
     )
@@ -104,7 +106,24 @@ class _Unmade(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in self.draws:
             return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs | ({"device": "meta"} if function is torch.empty else {})))
+        return function(*args, **(kwargs | ({"device": "meta"} if function in self.makers else {})))
+
+
+def check_size(config: ModelConfig, tensors: int, size: int, origin: str) -> None:
+    """Raises `UserError` if weights of `size` bytes in `tensors` tensors, in `origin`, cannot be those of `config`.
+
+    A model that is much larger than its weights would fill the memory before it turned out not to fit them.
+    """
+    layers = config.num_layers + (config.decoder_layers if config.topology == "encoder-decoder" else 0)
+    if layers * (config.num_experts or 1) > tensors:
+        raise UserError(
+            f"{origin} has {tensors} tensors, too few for {layers} layers: its config.json is of another one"
+        )
+    # Eight bits are the least that a weight has on disk.
+    if (parameters := count_parameters(config)) > size:
+        raise UserError(
+            f"{origin} has {size:,} bytes, too few for {parameters:,} weights: config.json is of another model"
+        )
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from minitransformer import files
 from minitransformer.errors import UserError
-from minitransformer.models.model import Model, build_model
+from minitransformer.models.model import Model, build_model, check_size
 from minitransformer.pretrained import bert, gpt, llama, seq2seq  # noqa: F401  (each registers its families)
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.originals import TOKENIZER_FILES, write_originals
@@ -56,9 +56,11 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     if hf["model_type"] not in Family.registry:  # a name that is nearly this one would be another model
         raise UserError(f"unknown model_type {hf['model_type']!r}: known are {', '.join(Family.registry)}")
     family = Family.named(hf["model_type"])
-    tensors = Renamed(Shards(folder), family.prefix)
+    shards = Shards(folder)
+    tensors = Renamed(shards, family.prefix)
     # Whether the head has weights of its own is not always in the configuration.
     config = family.model_config({**hf, "has_head": "lm_head.weight" in tensors})
+    check_size(config, len(shards), shards.size, str(folder))
     with Undrawn():
         model = build_model(config).eval()
     load_weights(model, config, tensors, family.rules_for(config), family.ignored)

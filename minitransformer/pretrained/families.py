@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from types import UnionType
-from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.pretrained.rules import Rule
+from minitransformer.records import fits, fitted, in_words, shown, type_hints
 from minitransformer.registry import Registered
 
 HF = dict[str, Any]
@@ -118,7 +118,7 @@ class Family(Registered, kind="model_type"):
         """The fields of our configuration that are not the defaults."""
         ours: dict[str, Any] = {"topology": cls._topology(hf), **cls.fixed}
         hf = {**{name: field.default for name, field in cls._fields().items()}, **cls._without_older_names(hf)}
-        kinds = get_type_hints(ModelConfig)
+        kinds = type_hints(ModelConfig)
         for theirs, field in cls._fields().items():
             value = hf[theirs]
             if field.values is not None:
@@ -128,21 +128,19 @@ class Family(Registered, kind="model_type"):
                 value = field.values[value]
             elif value is None and field.ours in SIZES:
                 raise cls._does_not_say(theirs)
-            elif (value is None and not field.holds(None)) or not _is_of(value, kinds[field.ours]):
-                raise UserError(f"{theirs} is {value!r} in config.json: it must be {_in_words(kinds[field.ours])}")
+            elif (value is None and not field.holds(None)) or not fits(value, kinds[field.ours]):
+                must = in_words(kinds[field.ours])
+                raise UserError(f"{theirs} is {shown(value)} in config.json: it must be {must}")
             ours[field.ours] = value
         ours |= cls.read(hf)
         if ours["topology"] == "encoder-classifier":
             classes = len(hf.get("id2label") or range(hf.get("num_labels", 2)))
             ours |= {"num_classes": classes, "head": "linear", "head_bias": False}
         for name, value in ours.items():
-            if not _is_of(value, kinds[name]):
-                raise TypeError(f"{name} becomes {value!r}")
+            if not fits(value, kinds[name]):
+                raise TypeError(f"{name} becomes {shown(value)}")
         # 0 and 1 are numbers in JSON, of which we want some to be floats.
-        return {
-            name: float(value) if type(value) is int and _wants_float(kinds[name]) else value
-            for name, value in ours.items()
-        }
+        return {name: fitted(value, kinds[name]) for name, value in ours.items()}
 
     @classmethod
     def _fields(cls) -> dict[str, Field]:
@@ -228,31 +226,6 @@ class Family(Registered, kind="model_type"):
     @classmethod
     def _does_not_say(cls, name: str) -> UserError:
         return UserError(f"config.json does not say {name}, which a checkpoint of {cls.name} needs: add it")
-
-
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-
-
-def _kinds(annotation: Any) -> tuple[Any, ...]:
-    """The types that an annotation allows, as `isinstance` takes them."""
-    options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    return tuple(get_origin(option) or option for option in options)
-
-
-def _is_of(value: Any, annotation: Any) -> bool:
-    """Whether a value, as JSON has it, is of the type: whole numbers are numbers, and truths are not."""
-    kinds = _kinds(annotation)
-    if isinstance(value, bool):
-        return bool in kinds
-    return isinstance(value, (*kinds, int) if float in kinds else kinds)
-
-
-def _wants_float(annotation: Any) -> bool:
-    return float in _kinds(annotation)
-
-
-def _in_words(annotation: Any) -> str:
-    return " or ".join(WORDS.get(kind, "null") for kind in _kinds(annotation))
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minitransformer import records
 from minitransformer.errors import UserError
+from minitransformer.records import shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-{number:05}-of-{count:05}.safetensors"
@@ -23,16 +26,22 @@ class Shards(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         if (folder / INDEX).is_file():
-            self._places = read_json(folder / INDEX).get("weight_map", {})
+            self._places = _places(folder / INDEX)
         elif (folder / WEIGHTS).is_file():
             self._places = dict.fromkeys(_opened(folder / WEIGHTS).keys(), WEIGHTS)
         else:
             raise _no_weights(folder)
+        self.folder = folder
         shards = sorted(set(self._places.values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        missing = [shard for shard in shards if not isfile(folder / shard)]
         if missing:
             raise UserError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: download it again")
         self._files = {shard: _opened(folder / shard) for shard in shards}
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum((self.folder / shard).stat().st_size for shard in self._files)
 
     def __getitem__(self, name: str) -> Tensor:
         shard = self._places[name]
@@ -93,14 +102,20 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int =
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def _places(index: Path) -> dict[str, str]:
+    """Which shard holds each tensor; raises `UserError` for what is no name of a file in the folder of `index`."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise UserError(f"{index} is damaged (it has no object weight_map): download it again")
+    for shard in places.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UserError(f"{index} names {shown(shard)}, which is no file in its folder: download it again")
+    return places
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in the file at `path`; raises `UserError` if it holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (it holds no JSON object): download it again")
+    content: dict[str, Any] = records.read_json(path, "download it again")
     return content
 
 

@@ -25,6 +25,7 @@ from minitransformer.text.tokenizers import (
     Framing,
     Texts,
     Tokenizer,
+    check_ids,
 )
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -254,7 +255,7 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
         self.special_tokens = self._special_tokens()
         self.mask_pattern = self._mask_pattern()
         ids = self._implementation.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(ids.values()) + 1
+        self.vocab_size = check_ids(max(ids.values())) + 1
         self.pieces = [b""] * self.vocab_size
         decoders = _steps(content.get("decoder"), "decoders")
         for token, number in ids.items():

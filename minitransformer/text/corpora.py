@@ -7,8 +7,9 @@ import glob
 import gzip
 import json
 import os
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
+from minitransformer.text.tables import ARRAYS, DELIMITERS, PARQUET, array, parquet, separated, text_of
 
 # Threads hold a few pieces each: this bounds memory, and at this size the price of a task vanishes.
 PIECE = 1 << 18
@@ -40,7 +42,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files in a fixed order; a text file is one document, a line of JSONL is one document.
+    """Files in a fixed order; a text file is one document, as is a line of JSONL or a row of a table.
 
     `skipped` counts the files of a folder whose suffix is not text.
     """
@@ -67,8 +69,7 @@ class Corpus:
         Raises `UserError` naming the file, and the byte or line, that is not text.
         """
         for path in self.files:
-            documents = jsonl_documents(path, self.field, on_read) if kind(path) in LINES else [read(path, on_read)]
-            for document in documents:
+            for document in documents(path, self.field, on_read):
                 opens = True
                 for text in cut(document, PIECE):
                     yield Piece(text, opens)
@@ -157,21 +158,25 @@ def jsonl_documents(path: Path, field: str, on_read: Callable[[int], object]) ->
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not JSON ({error}): each line must be one object") from None
-        text = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            found = f"has no field {field!r}" if text is None else f"has a field {field!r} that is not a string"
-            fields = (
-                [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
-            )
-            remedy = f"its strings are {', '.join(map(repr, fields))}" if fields else "name the field that holds text"
-            raise UserError(f"{path} line {number} {found}: {remedy}")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{path} line {number} holds half a surrogate pair in {field!r}: write it whole") from None
-        yield [text]
+        yield [text_of(record, field, f"{path} line {number}")]
+
+
+def documents(path: Path, field: str, on_read: Callable[[int], object]) -> Iterator[Iterator[str] | list[str]]:
+    """The documents in a file, each in stretches: its whole text, or the field of each of its rows."""
+    suffix = kind(path)
+    if suffix in LINES:
+        yield from jsonl_documents(path, field, on_read)
+    elif suffix in DELIMITERS:
+        lines = (line + "\n" for line in _lines(read(path, on_read)))
+        yield from ([text] for text in separated(lines, path, field))
+    elif suffix in ARRAYS:
+        yield from ([text] for text in array(read(path, on_read), path, field))
+    elif suffix in PARQUET:
+        yield from ([text] for text in parquet(path, field, on_read))
+    else:
+        yield read(path, on_read)
 
 
 def _lines(texts: Iterator[str]) -> Iterator[str]:
@@ -186,13 +191,47 @@ def _lines(texts: Iterator[str]) -> Iterator[str]:
     yield "".join(parts)
 
 
-def open_corpus(data: str, field: str = "text") -> Corpus:
-    """The corpus that `data` names: a recipe (made now if it must be), else a file, a folder, or a glob.
+def open_corpus(data: str | Sequence[str], field: str = "text") -> Corpus:
+    """The corpus that `data` names: a recipe (made now if it must be), else a file, a folder, or a glob, or several.
 
     A folder is searched whole, without hidden files, for the suffixes above (each also with .gz); files named one by
-    one or by a glob are taken as they are. A path that is spelled like a recipe is reached with `./`.
+    one or by a glob are taken as they are, and tables are read by `field` as lines of JSONL are. A file that is named
+    twice is read once. A path that is spelled like a recipe is reached with `./`.
     Raises `UserError` when nothing is there to read.
     """
+    names = [data] if isinstance(data, str) else list(data)
+    parts = [_opened(name, field) for name in names]
+    if len(parts) == 1:
+        return parts[0]
+    if made := [name for name in names if name in recipes.known() and field != "text"]:
+        raise UserError(f"recipe {made[0]} has the field 'text', and --field is {field!r}: learn from one of them only")
+    files = {file.resolve(): file for part in parts for file in part.files}
+    return Corpus(named(names), tuple(files.values()), field, sum(part.skipped for part in parts))
+
+
+def named(data: str | Sequence[str]) -> str:
+    """How messages call what `--data` names."""
+    names = [data] if isinstance(data, str) else list(data)
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more"
+
+
+def short_name(data: str | Sequence[str]) -> str:
+    """A name for runs on the recipes, files, folders or globs `data`: the last part of the first that says something."""
+    names = [data] if isinstance(data, str) else list(data)
+    name = _bare(names[0])
+    return name if len(names) == 1 else f"{name}-and-{len(names) - 1}-more"
+
+
+def _bare(data: str) -> str:
+    """The last part of `data` that says something, without endings and wildcards."""
+    for part in reversed(Path(data if data.strip("./") else os.path.abspath(data)).parts):
+        name = re.sub(r"(\.[A-Za-z]\w*)+$", "", re.sub(r"[*?\[\]]+", "", part))
+        if name := re.sub(r"[^\w.+-]+", "-", name).strip(".-"):
+            return name
+    return "data"
+
+
+def _opened(data: str, field: str) -> Corpus:
     path, skipped = Path(data).expanduser(), 0
     if data in recipes.known():
         return Corpus(data, (recipes.make(data),), "text")
@@ -204,12 +243,15 @@ def open_corpus(data: str, field: str = "text") -> Corpus:
         skipped = len(found) - len(files)
         if not files:
             raise UserError(
-                f"folder {data} has no text among its {len(found)} files: put .txt, .md, .jsonl or source code there"
+                f"folder {data} has no text among its {len(found)} files: put .txt, .md, .jsonl or source code there, "
+                "or name tables one by one, as by a glob"
             )
     elif glob.has_magic(data):
         files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
         if not files:
             raise UserError(f"no file matches {data!r}: check the pattern, and quote it against the shell")
+    elif path.exists():
+        raise UserError(f"{data} is neither a file nor a folder: pipe what it gives into --data -")
     else:
         raise UserError(_missing(data))
     try:
@@ -227,7 +269,9 @@ def _walk(folder: Path) -> Iterator[Path]:
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+        paths = (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+        # A pipe would be waited for without end, and a link may lead nowhere.
+        yield from (path for path in paths if path.is_file())
 
 
 def _missing(data: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,12 +16,12 @@ import numpy as np
 from minitransformer.amounts import size
 from minitransformer.errors import UserError
 from minitransformer.files import sweep, writing
-from minitransformer.text.corpora import Corpus, Piece, Signature
+from minitransformer.records import read_json
+from minitransformer.text.corpora import Corpus, Piece
 from minitransformer.text.folders import REMEDY, work_folder
 from minitransformer.text.preparing import (
     SPLITS,
     Tokens,
-    check_unchanged,
     cores,
     dtype_of,
     hash_of,
@@ -30,15 +29,20 @@ from minitransformer.text.preparing import (
     kept_tokenizer,
     made,
     mapped,
-    noted,
     progress_bar,
     sample,
+    stored_dtype,
 )
+from minitransformer.text.scanning import FORMAT, Source, check_apart, is_validation, source_of
 from minitransformer.text.tokenizers import Tokenizer
 
-FORMAT = 1
-# The division by document stands if validation is at least this part, and at most this multiple, of what was asked.
-TOLERANCE = 2.0
+HOW = {
+    "documents": "split by document",
+    "contiguous": "split in one place",
+    "given": "validation from files of its own",
+    "none": "all to train on",
+}
+"""each way to divide a text, in words"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class PreparedText:
     Every document starts with the tokenizer's separator: the end-of-text token, and whatever a model wants before a
     text. `…_bytes` are UTF-8 bytes of text, special tokens
     counting none, so that bits per byte = nats summed over a split / ln 2 / its bytes. `split` says how the
-    text was divided: by "documents", or "contiguous" in one place.
+    text was divided: by "documents", "contiguous" in one place, "given" by files of its own, or "none".
     """
 
     folder: Path
@@ -68,31 +72,19 @@ class PreparedText:
 
     def summary(self) -> str:
         """Three lines to print, of less than 80 columns."""
-        how = {"documents": "split by document", "contiguous": "split in one place"}[self.split]
-        train, validation = size(self.train_bytes), size(self.validation_bytes)
+        how, train, validation = HOW[self.split], size(self.train_bytes), size(self.validation_bytes)
+        if self.split == "none":
+            return (
+                f"tokens     {self.tokenizer.name} tokenizer, {self.tokenizer.vocab_size:,} tokens, {how}\n"
+                f"train      {len(self.train):,} tokens from {train}, documents: {self.train_documents:,}\n"
+                "validation none: nothing tells when training goes too far"
+            )
         return (
             f"tokens     {self.tokenizer.name} tokenizer, {self.tokenizer.vocab_size:,} tokens, {how}\n"
             f"train      {len(self.train):,} tokens from {train}, documents: {self.train_documents:,}\n"
             f"validation {len(self.validation):,} tokens from {validation}, "
             f"documents: {self.validation_documents:,}"
         )
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What must be known of a corpus before it is encoded."""
-
-    digest: str
-    documents: int
-    characters: int
-    bytes: int
-    validation_bytes: int
-    """of the documents that `is_validation` picks"""
-
-    def balanced(self, fraction: float) -> bool:
-        """Whether dividing by document gives validation about its share; with few documents it may not."""
-        share = self.validation_bytes / self.bytes
-        return self.documents > 1 and fraction / TOLERANCE <= share <= min(fraction * TOLERANCE, (1 + fraction) / 2)
 
 
 class Part(NamedTuple):
@@ -122,6 +114,7 @@ def prepare(
     tokenizer: str | Tokenizer,
     *,
     vocab_size: int | None = None,
+    validation: Corpus | None = None,
     validation_fraction: float = 0.1,
     context_length: int,
     special_tokens: Sequence[str] = (),
@@ -132,123 +125,77 @@ def prepare(
     """The corpus as token ids, from `cache` (default: the work folder's `prepared/`) if it was prepared before.
 
     `tokenizer` is a registered name, fitted to the whole corpus with `vocab_size`, or a ready one; it is given
-    `special_tokens` where it lacks them, which `vocab_size` counts. A document goes to
+    `special_tokens` where it lacks them, which `vocab_size` counts. With a corpus for `validation`, that is the
+    validation split, and all of `corpus` is trained on (a tokenizer is fitted to both); so it is without a validation
+    split if `validation_fraction` is 0. Otherwise a document goes to
     validation if a hash of its beginning says so, wherever it stands and however often. Where that is no
     good (a single document; a share far from `validation_fraction`; a side without one window of
     `context_length` + 1 tokens), the first 1 - `validation_fraction` of the characters train and the rest validate,
     as in nanoGPT. `workers` threads encode (default: one per core); tiktoken leaves Python while it works.
     Raises `UserError` for text that is too short, unreadable, or not encodable, and when the disk is full.
     """
-    if not 0 < validation_fraction < 1:
-        raise UserError(f"validation_fraction is {validation_fraction}: choose one between 0 and 1, such as 0.1")
+    if not 0 <= validation_fraction < 1:
+        raise UserError(f"validation_fraction is {validation_fraction}: choose one from 0 to below 1, such as 0.1")
+    if validation is not None:
+        validation_fraction = 0.0
+        check_apart(corpus, validation)
     cache = work_folder() / "prepared" if cache is None else cache
     with writing(cache, REMEDY):
         cache.mkdir(parents=True, exist_ok=True)
         sweep(cache)
-        signature = corpus.signature()
-        scan = _remembered_scan(corpus, signature, validation_fraction, cache, progress)
+        source = source_of(corpus, validation, validation_fraction, cache, progress)
         if isinstance(tokenizer, str):
             ordinary = None if vocab_size is None else vocab_size - len(special_tokens)
-            tokenizer = _remembered_fit(corpus, signature, scan, tokenizer, ordinary, cache, progress)
+            tokenizer = _remembered_fit(source, tokenizer, ordinary, cache, progress)
         tokenizer = tokenizer.with_special_tokens(special_tokens).check_vocab_size(vocab_size)
-        for split in ("documents", "contiguous") if scan.balanced(validation_fraction) else ("contiguous",):
-            key = hash_of([FORMAT, scan.digest, tokenizer.fingerprint, split, validation_fraction])[:16]
-            build = partial(
-                _build,
-                corpus,
-                signature,
-                scan,
-                tokenizer,
-                split,
-                validation_fraction,
-                workers=workers,
-                progress=progress,
-            )
+        for split in source.splits:
+            key = hash_of([FORMAT, source.scan.digest, tokenizer.fingerprint, split, source.division])[:16]
+            build = partial(_build, source, tokenizer, split, workers=workers, progress=progress)
             prepared = made(cache / key, build, opened)
-            if min(len(prepared.train), len(prepared.validation)) > context_length:
+            shortest = min(len(prepared.train), len(prepared.validation) if split != "none" else len(prepared.train))
+            if shortest > context_length:
                 return prepared
-    raise TooShort(
-        f"{corpus.name} is too short: train has {len(prepared.train)} tokens and validation {len(prepared.validation)}"
-        f", but one window needs {context_length + 1} in each: choose a smaller --context-length, or give more text",
-        longest=min(len(prepared.train), len(prepared.validation)) - 1,
+    raise _too_short(corpus.name, prepared, context_length)
+
+
+def _too_short(name: str, prepared: PreparedText, context_length: int) -> TooShort:
+    train, validation = f"train has {len(prepared.train)} tokens", f"validation {len(prepared.validation)}"
+    both = prepared.split != "none"
+    return TooShort(
+        f"{name} is too short: {train}{f' and {validation}' if both else ''}, but one window needs "
+        f"{context_length + 1}{' in each' if both else ''}: choose a smaller --context-length, or give more text",
+        longest=min(len(prepared.train), len(prepared.validation) if both else len(prepared.train)) - 1,
     )
-
-
-def is_validation(beginning: str, fraction: float) -> bool:
-    """The side of the document that begins so: a hash, so duplicates stay together and order does not matter."""
-    digest = hashlib.blake2b(beginning.encode(), digest_size=8).digest()
-    return int.from_bytes(digest) < fraction * 2**64
-
-
-# --- scanning
-
-
-def _remembered_scan(corpus: Corpus, signature: Signature, fraction: float, cache: Path, progress: bool) -> Scan:
-    """The scan of these files in this state, from disk if they were scanned before."""
-    note = cache / f"scan-{hash_of([FORMAT, signature, corpus.field, fraction])[:16]}.json"
-
-    def find() -> Scan:
-        scan = _scan(corpus, fraction, progress)
-        check_unchanged(corpus, signature)
-        return scan
-
-    return noted(note, Scan, find)
-
-
-def _scan(corpus: Corpus, fraction: float, progress: bool) -> Scan:
-    digest, documents, characters, size, validation = hashlib.sha256(), 0, 0, 0, 0
-    aside = False
-    with progress_bar("reading", corpus.size, progress) as bar:
-        for piece in corpus.pieces(bar.update):
-            encoded = piece.text.encode()
-            if piece.opens:
-                documents += 1
-                aside = is_validation(piece.text, fraction)
-                digest.update(b"\xff")  # in no UTF-8, so documents cannot run together
-            digest.update(encoded)
-            characters += len(piece.text)
-            size += len(encoded)
-            validation += len(encoded) * aside
-    if not documents:
-        raise UserError(f"{corpus.name} is empty: put text there")
-    return Scan(digest.hexdigest(), documents, characters, size, validation)
 
 
 # --- fitting
 
 
-def _remembered_fit(
-    corpus: Corpus,
-    signature: Signature,
-    scan: Scan,
-    name: str,
-    vocab_size: int | None,
-    cache: Path,
-    progress: bool,
-) -> Tokenizer:
+def _remembered_fit(source: Source, name: str, vocab_size: int | None, cache: Path, progress: bool) -> Tokenizer:
     """The tokenizer called `name` for this text, from disk if it was fitted to the same before."""
-    kept = cache / f"tokenizer-{hash_of([FORMAT, scan.digest, Tokenizer.named(name).name, vocab_size])[:16]}.json"
+    digests = [scan.digest for scan in source.scans]
+    key = hash_of([FORMAT, *digests, Tokenizer.named(name).name, vocab_size])[:16]
 
     def fit() -> Tokenizer:
-        tokenizer = _fit(corpus, scan, name, vocab_size, progress)
-        check_unchanged(corpus, signature)
+        tokenizer = _fit(source, name, vocab_size, progress)
+        source.check_unchanged()
         return tokenizer
 
-    return kept_tokenizer(kept, fit)
+    return kept_tokenizer(cache / f"tokenizer-{key}.json", fit)
 
 
-def _fit(corpus: Corpus, scan: Scan, name: str, vocab_size: int | None, progress: bool) -> Tokenizer:
+def _fit(source: Source, name: str, vocab_size: int | None, progress: bool) -> Tokenizer:
     member = Tokenizer.named(name)
     limit = member.fit_limit
 
     def texts() -> Iterator[str]:
-        with progress_bar(f"fitting {name}", corpus.size, progress) as bar:
-            texts = (piece.text for piece in corpus.pieces(bar.update))
-            yield from texts if limit is None else sample(texts, limit / scan.bytes)
+        with progress_bar(f"fitting {name}", sum(corpus.size for corpus in source.corpora), progress) as bar:
+            texts = (piece.text for corpus in source.corpora for piece in corpus.pieces(bar.update))
+            yield from texts if limit is None else sample(texts, limit / source.bytes)
 
-    if limit and scan.bytes > limit and progress:
+    if limit and source.bytes > limit and progress:
         print(
-            f"fitting {name} to an even sample of {limit / 1e6:.0f} MB of the {scan.bytes / 1e6:.0f} MB",
+            f"fitting {name} to an even sample of {limit / 1e6:.0f} MB of the {source.bytes / 1e6:.0f} MB",
             file=sys.stderr,
         )
     return member.fit(texts, vocab_size)
@@ -284,29 +231,28 @@ def contiguous(pieces: Iterable[Piece], train_characters: int) -> Iterator[Part]
 
 
 def _build(
-    corpus: Corpus,
-    signature: Signature,
-    scan: Scan,
-    tokenizer: Tokenizer,
-    split: str,
-    fraction: float,
-    folder: Path,
-    *,
-    workers: int | None,
-    progress: bool,
+    source: Source, tokenizer: Tokenizer, split: str, folder: Path, *, workers: int | None, progress: bool
 ) -> None:
     """Fills `folder` with train.bin, validation.bin, tokenizer.json and meta.json."""
     tokenizer.save(folder / "tokenizer.json")
-    pieces = corpus.pieces()
-    if split == "documents":
-        parts = by_document(pieces, fraction)
-    else:
-        parts = contiguous(pieces, int(scan.characters * (1 - fraction)))
-    counts = _write(parts, tokenizer, folder, scan.bytes, workers, progress)
-    check_unchanged(corpus, signature)
-    assert sum(counts[split]["bytes"] for split in SPLITS) == scan.bytes, "the corpus is not what was scanned"
+    counts = _write(_parts(source, split), tokenizer, folder, source.bytes, workers, progress)
+    source.check_unchanged()
+    assert sum(counts[split]["bytes"] for split in SPLITS) == source.bytes, "the corpus is not what was scanned"
     meta = {"format": FORMAT, "dtype": dtype_of(tokenizer).name, "split": split, **counts}
     (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _parts(source: Source, split: str) -> Iterator[Part]:
+    """The pieces of the text, divided as `split` says."""
+    pieces = source.corpus.pieces()
+    match split:
+        case "documents":
+            yield from by_document(pieces, source.fraction)
+        case "contiguous":
+            yield from contiguous(pieces, int(source.scan.characters * (1 - source.fraction)))
+        case _:
+            for corpus in source.corpora:
+                yield from (Part(text, opens, corpus is source.validation) for text, opens in corpus.pieces())
 
 
 def _write(
@@ -340,11 +286,11 @@ def _write(
 def opened(folder: Path) -> PreparedText | None:
     """What `prepare` made in `folder`; None if there is nothing, or something that is not whole."""
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        dtype = np.dtype(meta["dtype"])
-        train, validation = (mapped(folder / f"{split}.bin", dtype, meta[split]["tokens"]) for split in SPLITS)
-        counts = {f"{split}_{what}": meta[split][what] for split in SPLITS for what in ("bytes", "documents")}
+        meta = read_json(folder / "meta.json", REMEDY)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        dtype = stored_dtype(meta["dtype"], tokenizer)
+        train, validation = (mapped(folder / f"{split}.bin", dtype, meta[split]["tokens"]) for split in SPLITS)
+        counts = {f"{split}_{what}": int(meta[split][what]) for split in SPLITS for what in ("bytes", "documents")}
         return PreparedText(folder, tokenizer, train, validation, **counts, split=meta["split"])
-    except (OSError, ValueError, KeyError, UserError):
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return None

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from minitransformer.errors import UserError
 from minitransformer.files import sweep, writing
+from minitransformer.records import read_json
 from minitransformer.text.corpora import Corpus
 from minitransformer.text.folders import REMEDY, work_folder
 from minitransformer.text.pair_batches import SequentialPairs, ShuffledPairs
@@ -36,6 +37,7 @@ from minitransformer.text.preparing import (
     noted,
     progress_bar,
     sample,
+    stored_dtype,
 )
 from minitransformer.text.token_pairs import Ragged, TokenPairs
 from minitransformer.text.tokenizers import Tokenizer
@@ -110,6 +112,8 @@ def vocabularies(tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> str:
 
 def described(split: str, pairs: TokenPairs) -> str:
     """The line of a summary that says how much a split holds."""
+    if not len(pairs):
+        return f"{split:10} none: nothing tells when training goes too far"
     source, target = len(pairs.sources.tokens), len(pairs.targets.tokens)
     return f"{split:10} {len(pairs):,} pairs of {source:,} and {target:,} tokens"
 
@@ -159,14 +163,14 @@ def prepare_pairs(
     `tokenizer` is a registered name, fitted to both sides of `corpus` together, or with `separate` one to each; or a
     ready one, for both sides unless there is a `target_tokenizer`. `vocab_size` is what a fitted one has, and what a
     ready `tokenizer` must fit into. Without a corpus for `validation`, those pairs go there whose hash says so, and at
-    least one. Each side must leave room for its end token in `context_length`; pairs with a longer one are left out
-    (`too_long` "skip"), or lose what is too much ("cut").
+    least one; none if `validation_fraction` is 0. Each side must leave room for its end token in `context_length`;
+    pairs with a longer one are left out (`too_long` "skip"), or lose what is too much ("cut").
     Raises `UserError` for too few pairs, text that cannot be read or encoded, and when the disk is full.
     """
     if too_long not in POLICIES:
         raise UserError(f"too_long is {too_long!r}: choose {' or '.join(map(repr, POLICIES))}")
-    if validation is None and not 0 < validation_fraction < 1:
-        raise UserError(f"validation_fraction is {validation_fraction}: choose one between 0 and 1, such as 0.1")
+    if validation is None and not 0 <= validation_fraction < 1:
+        raise UserError(f"validation_fraction is {validation_fraction}: choose one from 0 to below 1, such as 0.1")
     cache = work_folder() / "prepared" if cache is None else cache
     with writing(cache, REMEDY):
         cache.mkdir(parents=True, exist_ok=True)
@@ -189,7 +193,7 @@ def prepare_pairs(
                 check_unchanged(Corpus(each.name, each.files), signature)
 
         prepared = made(cache / key, build, opened)
-    for split in SPLITS:
+    for split in SPLITS if validation is not None or validation_fraction else SPLITS[:1]:
         if not len(getattr(prepared, split)):
             raise UserError(
                 f"{corpus.name} leaves no pairs for {split} ({scans[0].pairs} pairs, {prepared.skipped} of them too "
@@ -299,7 +303,13 @@ def _encoded(
 
 
 def divided(pairs: Iterable[Encoded], fraction: float) -> Iterator[tuple[str, Encoded]]:
-    """Each pair with its split: validation has the places below `fraction`, or the lowest one if there are none."""
+    """Each pair with its split: validation has the places below `fraction`, or the lowest one if there are none.
+
+    Of a fraction of 0 there are none, and all are for training.
+    """
+    if not fraction:
+        yield from (("train", pair) for pair in pairs)
+        return
     lowest: list[Encoded] = []
     found = False
     for pair in pairs:
@@ -382,20 +392,22 @@ def _build(
 def opened(folder: Path) -> PreparedPairs | None:
     """What `prepare_pairs` made in `folder`; None if there is nothing, or something that is not whole."""
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        train, validation = (
-            TokenPairs(*(_ragged(folder, f"{split}-{side}", meta) for side in SIDES)) for split in SPLITS
-        )
+        meta = read_json(folder / "meta.json", REMEDY)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         other = folder / "target_tokenizer.json"
         target_tokenizer = Tokenizer.load(other) if other.exists() else tokenizer
-        return PreparedPairs(folder, tokenizer, target_tokenizer, validation, train, meta["skip"], meta["cut"])
-    except (OSError, ValueError, KeyError, UserError):
+        sides = dict(zip(SIDES, (tokenizer, target_tokenizer), strict=True))
+        train, validation = (
+            TokenPairs(*(_ragged(folder, f"{split}-{side}", meta, sides[side]) for side in SIDES)) for split in SPLITS
+        )
+        skipped, cut = (int(meta[policy]) for policy in POLICIES)
+        return PreparedPairs(folder, tokenizer, target_tokenizer, validation, train, skipped, cut)
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
 
 
-def _ragged(folder: Path, name: str, meta: dict[str, Any]) -> Ragged:
+def _ragged(folder: Path, name: str, meta: dict[str, Any], tokenizer: Tokenizer) -> Ragged:
     content = meta[name]
-    tokens = mapped(folder / f"{name}.bin", np.dtype(content["dtype"]), content["tokens"])
+    tokens = mapped(folder / f"{name}.bin", stored_dtype(content["dtype"], tokenizer), content["tokens"])
     offsets: npt.NDArray[Any] = mapped(folder / f"{name}-offsets.bin", OFFSET, content["texts"] + 1)
     return Ragged(tokens, offsets)

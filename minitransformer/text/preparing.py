@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from minitransformer.errors import UserError
 from minitransformer.files import locked, sealed, sha256, unsealed, whole_folder, write_text
+from minitransformer.records import checked_fields, read_json
 from minitransformer.text.corpora import Corpus, Signature
 from minitransformer.text.tokenizers import Tokenizer
 
@@ -103,6 +104,14 @@ def dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
+def stored_dtype(name: Any, tokenizer: Tokenizer) -> np.dtype[Any]:
+    """That of `tokenizer`; raises `ValueError` if the note of a folder has the name of another one."""
+    dtype = dtype_of(tokenizer)
+    if name != dtype.name:
+        raise ValueError(f"tokens are {name!r}, not {dtype.name}")
+    return dtype
+
+
 def mapped(path: Path, dtype: np.dtype[Any], count: int) -> Tokens:
     """The `count` tokens in the file at `path`, read when they are asked for; raises `ValueError` for another count."""
     if path.stat().st_size != count * dtype.itemsize:
@@ -132,11 +141,11 @@ def write_sums(folder: Path) -> None:
 def is_damaged(folder: Path) -> bool:
     """Whether a file of the prepared `folder` is not what was written; the oldest folders do not know, and are not."""
     try:
-        sums = unsealed(json.loads((folder / SUMS).read_bytes()))
+        if not (folder / SUMS).exists():
+            return False
+        sums = unsealed(read_json(folder / SUMS, "make it anew"))
         return any(digest_of(folder / name) != digest for name, digest in sums.items())
-    except FileNotFoundError:
-        return (folder / SUMS).exists()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, UserError):
         return True
 
 
@@ -175,10 +184,10 @@ def kept_tokenizer(path: Path, fit: Callable[[], Tokenizer]) -> Tokenizer:
     return tokenizer
 
 
-def noted(path: Path, kind: Callable[..., T], find: Callable[[], T]) -> T:
+def noted(path: Path, kind: type[T], find: Callable[[], T]) -> T:
     """The `kind` of dataclass in the file at `path`, unless it is not what was written; found now if there is none."""
-    with suppress(OSError, ValueError, TypeError):
-        return kind(**unsealed(json.loads(path.read_bytes())))
+    with suppress(UserError, ValueError, KeyError, TypeError):
+        return kind(**checked_fields(kind, unsealed(read_json(path, "make it anew")), str(path)))
     content = find()
     write_text(path, json.dumps(sealed(vars(content))))
     return content

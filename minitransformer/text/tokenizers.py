@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from minitransformer.errors import UserError
 from minitransformer.files import whole_file
+from minitransformer.records import read_json, shown
 from minitransformer.registry import Registered
 
 END_OF_TEXT = "<|endoftext|>"
@@ -28,6 +29,10 @@ MASK = "<|mask|>"
 MASKS = (MASK, "[MASK]", "<mask>")
 FORMAT = 1
 CODE_POINTS = 0x110000
+# A bit of everything that a pattern has to keep when it splits a text.
+ALL_KINDS = "It's  two WORDS,\tnaïve 東京 12345 x1\r\n\n 🦊 _-=+ \x07 \u00a0\u2028e\u0301 '"
+# Several times what the largest published vocabulary has; each takes memory, used or not.
+MOST_TOKENS = 1 << 22
 # How GPT-4 (cl100k) splits text before merging, in tiktoken's spelling, which cannot backtrack into a stack overflow.
 GPT4_SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
@@ -78,6 +83,13 @@ class Framing:
         return [*self.before, *tokens, *self.after]
 
 
+def check_ids(largest: int) -> int:
+    """`largest`, the largest id of a vocabulary; raises `UserError` where it would only cost memory."""
+    if largest >= MOST_TOKENS:
+        raise UserError(f"token id {largest} is larger than any vocabulary: ids are below {MOST_TOKENS:,}")
+    return largest
+
+
 class Tokenizer(Registered, kind="tokenizer"):
     """Text to ids in [0, vocab_size) and back; a member says what its ordinary ids stand for.
 
@@ -102,7 +114,7 @@ class Tokenizer(Registered, kind="tokenizer"):
                 f"special tokens {self.special_tokens} do not fit {len(pieces)} ordinary ones: "
                 f"give {END_OF_TEXT} and every other its own id from {len(pieces)} on"
             )
-        self.vocab_size: int = ids[-1] + 1
+        self.vocab_size: int = check_ids(ids[-1]) + 1
         self.end_of_text: int = self.special_tokens[END_OF_TEXT]
         self.pieces = [*pieces, *[b""] * (self.vocab_size - len(pieces))]
 
@@ -200,7 +212,7 @@ class Tokenizer(Registered, kind="tokenizer"):
                 raise ValueError(f"format {content['format']!r} is not {FORMAT}")
             tokenizer = Tokenizer.named(content["type"])._from_json(content)
             return tokenizer.framed(Framing(**content["framing"])) if "framing" in content else tokenizer
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
             raise UserError(f"not a tokenizer: {what}; use a tokenizer.json as training wrote it") from None
 
@@ -229,12 +241,7 @@ class Tokenizer(Registered, kind="tokenizer"):
     @staticmethod
     def load(path: Path | str) -> Tokenizer:
         """The tokenizer saved at `path`; raises `UserError` when there is none."""
-        try:
-            content = json.loads(Path(path).read_bytes())
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): name a tokenizer.json") from None
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON ({error}): use a tokenizer.json as training wrote it") from None
+        content = read_json(Path(path), "use a tokenizer.json as training wrote it")
         try:
             return Tokenizer.from_json(content)
         except UserError as error:
@@ -369,6 +376,17 @@ class BPE(Tokenizer, name="bpe"):
             mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
             special_tokens=self.special_tokens,
         )
+        if self.decode_bytes(self._encoded(ALL_KINDS).tolist()) != ALL_KINDS.encode():
+            raise ValueError(f"pattern {shown(pattern)} leaves out parts of a text")
+
+    def _encoded(self, text: str) -> npt.NDArray[np.uint32]:
+        """The ids of `text`; raises `ValueError` where the pattern fails, and for text that UTF-8 has not."""
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except BaseException as error:  # a panic in Rust is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"pattern {shown(self.pattern)} fails ({error})") from None
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int) -> Self:
@@ -401,9 +419,11 @@ class BPE(Tokenizer, name="bpe"):
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         try:
-            return self._encoding.encode_to_numpy(text, disallowed_special=())
+            return self._encoded(text)
         except UnicodeEncodeError as error:
             raise _not_text(error) from None
+        except ValueError as error:
+            raise UserError(f"the tokenizer cannot split this text ({error}): use another one") from None
 
     def to_json(self) -> dict[str, Any]:
         # Latin-1 maps byte b to code point b: lossless, and a reader recognises the words.

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minitransformer import files
 from minitransformer.errors import StorageError, UserError
-from minitransformer.models.model import count_parameters
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import check_size, count_parameters
+from minitransformer.records import read_json
 from minitransformer.training.config import RunConfig, fixed_settings
 
 MODEL, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
@@ -126,9 +129,26 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def check_weights(checkpoint: Path, config: ModelConfig) -> None:
+    """Raise a `UserError` if the weights of `checkpoint` are far fewer than a model of `config` has."""
+    path = checkpoint / MODEL
+    with _safetensors(path), safe_open(path, "pt") as stored:
+        count = len(stored.keys())
+    check_size(config, count, path.stat().st_size, str(path))
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path} is no whole safetensors file ({error}): choose another --checkpoint") from None
+
+
 def load_model_weights(checkpoint: Path, model: nn.Module) -> None:
     """Fill `model` with the weights of a checkpoint, which must hold exactly what the model has."""
-    stored = load_file(checkpoint / MODEL)
+    with _safetensors(checkpoint / MODEL):
+        stored = load_file(checkpoint / MODEL)
     wanted = unique_tensors(model)
     faults = [f"missing {name}" for name in wanted.keys() - stored.keys()]
     faults += [f"unknown {name}" for name in stored.keys() - wanted.keys()]
@@ -146,15 +166,23 @@ def load_model_weights(checkpoint: Path, model: nn.Module) -> None:
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's part of a checkpoint; no code in it is run."""
-    return torch.load(checkpoint / TRAINER, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(checkpoint / TRAINER, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise StorageError(f"{checkpoint / TRAINER} cannot be read ({reason}): choose another --checkpoint") from None
+    # Of weights that training is to begin with, there is none yet.
+    if not isinstance(state, dict) or (state and not state.keys() >= {"optimizers", "precision", "progress"}):
+        raise StorageError(f"{checkpoint / TRAINER} holds no state of a trainer: choose another --checkpoint")
+    return state
 
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if it is what its manifest says, and so is every file."""
     try:
-        manifest = files.unsealed(json.loads((checkpoint / MANIFEST).read_bytes()))
+        manifest = files.unsealed(read_json(checkpoint / MANIFEST, "choose another --checkpoint"))
         digests, step = dict(manifest["sha256"]), manifest["step"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, UserError):
         return f"{MANIFEST} is missing or damaged"
     if step != checkpoint_step(checkpoint):
         return f"{MANIFEST} is that of step {step}"
@@ -174,7 +202,7 @@ def check_settings(checkpoint: Path, config: RunConfig) -> None:
     Those that resuming may change are not compared; the oldest checkpoints do not know theirs.
     """
     manifest = checkpoint / MANIFEST
-    record = json.loads(manifest.read_bytes())
+    record = read_json(manifest, "choose another --checkpoint")
     if "config" not in record:
         return
     now, then = fixed_settings(config), fixed_settings(RunConfig.from_json(record["config"], str(manifest)))
@@ -187,8 +215,9 @@ def check_settings(checkpoint: Path, config: RunConfig) -> None:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest step first, whole or not."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    """The checkpoints in `folder`, oldest step first, whole or not; a link to a folder elsewhere is none."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,18}", path.name, re.ASCII)]
+    found = [path for path in found if path.is_dir() and not path.is_symlink()]
     return sorted(found, key=checkpoint_step)
 
 
@@ -202,8 +231,8 @@ def choose_checkpoint(folder: Path, name: str | None = None) -> Path:
             known = ", ".join(path.name for path in candidates) or "none"
             raise UserError(f"{folder.parent} has no checkpoint {name!r}: there is {known}")
     elif candidates:
-        latest = folder / "latest"
-        chosen = latest.resolve() if latest.exists() else candidates[-1].resolve()
+        latest = (folder / "latest").resolve()
+        chosen = latest if latest in [path.resolve() for path in candidates] else candidates[-1].resolve()
     else:
         raise UserError(f"{folder.parent} has no whole checkpoint: train it first, or choose another run")
     fault = damage(chosen)

@@ -9,6 +9,7 @@ from typing_extensions import Doc
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import SMALLEST, ModelConfig, check_numbers, choice
+from minitransformer.records import checked_fields
 from minitransformer.registry import lookup
 from minitransformer.text.recipes import known
 from minitransformer.text.tokenizers import Tokenizer
@@ -20,8 +21,9 @@ from minitransformer.training.precision import Precision
 from minitransformer.training.schedules import SCHEDULES, learning_rate_share
 
 DATA = Doc(
-    "what to learn from: a recipe, a file, a folder or a glob of .txt, .md, .jsonl or source code; for pairs a .tsv, a "
-    f".jsonl or one of two parallel files. Recipes: {', '.join(known())}"
+    "what to learn from, one or several: a recipe, a file, a folder or a glob of .txt, .md, .jsonl or source code; "
+    "a .csv, .tsv, .parquet or a .json array; - is standard input; for pairs a .tsv, a .jsonl or one of two parallel "
+    f"files. Recipes: {', '.join(known())}"
 )
 
 
@@ -29,13 +31,13 @@ DATA = Doc(
 class DataConfig:
     """Which text, and how it becomes tokens."""
 
-    data: Annotated[str, DATA] = "pydocs"
+    data: Annotated[str | tuple[str, ...], DATA] = "pydocs"
     field: str = "text"
-    """the field of each .jsonl line that holds the text"""
+    """the field of each .jsonl line, table row or array element that holds the text"""
     target_data: str | None = None
     """pairs: the file whose lines belong to those of data"""
-    validation_data: str | None = None
-    """pairs: a file for validation; None takes some of data"""
+    validation_data: str | tuple[str, ...] | None = None
+    """what to validate on, named as data is; None takes some of data"""
     validation_target_data: str | None = None
     """pairs: the file whose lines belong to those of validation_data"""
     source_field: str = "source"
@@ -50,13 +52,19 @@ class DataConfig:
     """pairs: what to do with a side that is longer than the context"""
     tokenizer: Annotated[str, choice("tokenizer", Tokenizer.registry)] = "bpe"
     validation_fraction: float = 0.1
-    """share of the text that is kept for validation"""
+    """share of the text that is kept for validation; 0 trains on all of it, and validates nothing"""
 
     def __post_init__(self) -> None:
         check_numbers(self)
         Tokenizer.named(self.tokenizer)
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(f"validation_fraction is {self.validation_fraction}: it must be between 0 and 1")
+        for name in ("data", "validation_data"):
+            # One source has one spelling, on the command line and in the files of older runs.
+            if isinstance(value := getattr(self, name), tuple):
+                if not value:
+                    raise UserError(f"{name} names nothing: give a file, a folder or a recipe")
+                object.__setattr__(self, name, value[0] if len(value) == 1 else value)
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(f"validation_fraction is {self.validation_fraction}: it must be at least 0 and below 1")
         if self.validation_target_data is not None and self.validation_data is None:
             raise UserError(
                 f"validation_target_data is {self.validation_target_data!r} without validation_data: name both files"
@@ -219,6 +227,13 @@ class RunConfig:
                 f"objective {objective.name!r} cannot train topology {topology!r}: "
                 f"choose --objective {' or '.join(possible)}"
             )
+        if not self.data.validation_fraction and self.data.validation_data is None:
+            for name in ("patience", "sample_at_eval"):
+                if getattr(self.training, name):
+                    raise UserError(f"{name} waits for validations, and validation_fraction 0 has none: give some text")
+        self._check_sequence_length(objective)
+
+    def _check_sequence_length(self, objective: type[Objective]) -> None:
         if (length := self.training.sequence_length) is None:
             return
         if not objective.cuts_text:
@@ -248,21 +263,25 @@ class RunConfig:
 
         A field that it lacks is newer than the run, and has its default, which is how the run behaved or is made to by
         another field; but before `validation_tokens`, all were read. Raises `UserError` for one that nothing here
-        knows.
+        knows, for a value of another type, and for what is no configuration.
         """
         parts: dict[str, Any] = {}
+        if missing := [field.name for field in fields(cls) if not isinstance(record.get(field.name), dict)]:
+            raise UserError(f"{origin} is no configuration of a run (it has no {', '.join(missing)}): restore it")
         for name, part in (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig)):
-            values = _today(record.get(name, {})) if name == "model" else record.get(name, {})
+            values = _today(record[name]) if name == "model" else record[name]
             if unknown := values.keys() - {field.name for field in fields(part)}:
                 what = ", ".join(sorted(unknown))
                 raise UserError(
                     f"{origin} has settings that are unknown here ({what}): update, as a newer version wrote it"
                 )
-            # JSON has lists where frozen records have tuples.
-            restored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            values = checked_fields(part, values, origin)
             if name == "training":
-                restored.setdefault("validation_tokens", 0)
-            parts[name] = part(**restored)
+                values.setdefault("validation_tokens", 0)
+            try:
+                parts[name] = part(**values)
+            except UserError as error:
+                raise UserError(f"{origin}: {error}") from None
         return cls(**parts)
 
 

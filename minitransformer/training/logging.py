@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from minitransformer import files
 from minitransformer.amounts import duration
+from minitransformer.records import parse_json, read_bytes
 from minitransformer.toolchain import check_importable
 
 
@@ -122,13 +123,21 @@ class RunFiles(Log):
 def records_until(metrics: Path, step: int) -> list[str]:
     """The lines of a `metrics.jsonl` up to `step`, without those that are no record."""
     kept = []
-    for line in metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
+    text = read_bytes(metrics, "move it away, and the run goes on without its past").decode(errors="replace")
+    for line in text.split("\n"):
+        record = parse_record(line)
+        if record is not None and record["step"] <= step:
+            kept.append(line)
     return kept
+
+
+def parse_record(line: str) -> dict[str, Any] | None:
+    """The record in a line of `metrics.jsonl`; None if there is none, as after a crash or a change by hand."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 class Terminal(Log):

@@ -170,7 +170,7 @@ class Trainer:
         return self.progress.step % every == 0 or self.progress.step == self.config.steps
 
     def _validation_due(self) -> bool:
-        return self.progress.step > 0 and self._due(self.config.eval_every)
+        return self.objective.validates and self.progress.step > 0 and self._due(self.config.eval_every)
 
     def _reading_due(self) -> bool:
         """Whether to wait for the device, which may be some steps behind."""
@@ -321,7 +321,8 @@ class Trainer:
         folder = self.run.checkpoints
         self.log.sync()  # first, so that no checkpoint stands for more than the records show
         path = write_checkpoint(folder, self.progress.step, self.model, state, self.run.config)
-        if self.progress.best_step == self.progress.step:
+        # Without validation nobody knows a better one than the last.
+        if self.progress.best_step == self.progress.step or not self.objective.validates:
             files.point_to(folder / "best", path.name)
         # The weights of a checkpoint made the loss of the step after it.
         remove_old_checkpoints(folder, self.config.keep_last, also_before=self.progress.skipped_step - 1)

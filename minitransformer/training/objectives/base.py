@@ -127,6 +127,11 @@ class Objective(Registered, kind="objective"):
         raise NotImplementedError
 
     @property
+    def validates(self) -> bool:
+        """Whether there is a validation split."""
+        return self.validation_tokens > 0
+
+    @property
     def validation_tokens(self) -> int:
         """How many tokens the validation split has."""
         return len(self.prepared.validation)
@@ -155,13 +160,13 @@ class Objective(Registered, kind="objective"):
         raise NotImplementedError
 
     def examples(self, count: int) -> list[list[int]]:
-        """Some inputs from validation, for who wants to see what the model makes of them."""
+        """Some inputs of validation (else of training), for who wants to see what the model makes of them."""
         return []
 
 
-def refuse_other_files(data: DataConfig) -> None:
-    """Raises `UserError` if `data` names files beside its first, for who would leave them unread in silence."""
-    for name in ("target_data", "validation_data", "validation_target_data"):
+def refuse_other_files(data: DataConfig, names: Sequence[str]) -> None:
+    """Raises `UserError` if `data` has a file in one of its fields `names`, which would be left unread in silence."""
+    for name in names:
         if (value := getattr(data, name)) is not None:
             raise UserError(
                 f"{name} is {value!r}, and nothing would read it: it is for files of pairs and --objective seq2seq, "

@@ -23,12 +23,14 @@ def prepare_text(
     config: RunConfig, tokenizers: Sequence[Tokenizer], special_tokens: Sequence[str] = ()
 ) -> PreparedText:
     """The text that `config` names, as token ids."""
-    refuse_other_files(config.data)
+    data = config.data
+    refuse_other_files(data, ("target_data", "validation_target_data"))
     return prepare(
-        open_corpus(config.data.data, config.data.field),
-        tokenizers[0] if tokenizers else config.data.tokenizer,
+        open_corpus(data.data, data.field),
+        tokenizers[0] if tokenizers else data.tokenizer,
         vocab_size=config.model.vocab_size,
-        validation_fraction=config.data.validation_fraction,
+        validation=None if data.validation_data is None else open_corpus(data.validation_data, data.field),
+        validation_fraction=data.validation_fraction,
         context_length=config.sequence_length,
         special_tokens=special_tokens,
     )

@@ -189,8 +189,8 @@ class Masked(Objective, name="masked"):
         return model(batch.inputs, is_token=batch.is_token, segments=batch.segments, places=places, readout=readout)
 
     def examples(self, count: int) -> list[list[int]]:
-        """Excerpts from all over the validation text, each with two masks."""
-        tokens = np.asarray(self.prepared.validation)
+        """Excerpts from all over the validation text (else of training), each with two masks."""
+        tokens = np.asarray(self.prepared.validation if self.validates else self.prepared.train)
         length = min(EXCERPT, self.length, len(tokens))
         starts = np.linspace(0, len(tokens) - length, count, dtype=np.int64)
         excerpts = tokens[starts[:, None] + np.arange(length)].astype(np.int64)

@@ -37,13 +37,16 @@ class Seq2Seq(Objective, name="seq2seq"):
     @classmethod
     def prepare(cls, config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepared:
         data = config.data
-        if generates_pairs(data.data):
+        names = [data.data, *([] if data.validation_data is None else [data.validation_data])]
+        if several := [name for name in names if isinstance(name, tuple)]:
+            raise UserError(f"pairs come from one file, and there are {', '.join(several[0])}: join them into one")
+        if generates_pairs(str(data.data)):
             return _generated(config, tokenizers)
         validation = None
         if data.validation_data is not None:
-            validation = _opened(data, data.validation_data, data.validation_target_data)
+            validation = _opened(data, str(data.validation_data), data.validation_target_data)
         return prepare_pairs(
-            _opened(data, data.data, data.target_data),
+            _opened(data, str(data.data), data.target_data),
             tokenizers[0] if tokenizers else data.tokenizer,
             target_tokenizer=tokenizers[1] if len(tokenizers) > 1 else None,
             separate=data.separate_vocabularies,
@@ -87,23 +90,20 @@ class Seq2Seq(Objective, name="seq2seq"):
         return pair_loss(model, batch, self.config.training.label_smoothing)
 
     def examples(self, count: int) -> list[list[int]]:
-        batch = next(iter(self.validation_batches()))
+        batch = next(iter(self.validation_batches() if self.validates else self.training_batches(0)))
         rows = list(zip(batch.source, batch.source_is_token, strict=True))[:count]
         return [source[is_token].tolist() for source, is_token in rows]
 
 
 def _generated(config: RunConfig, tokenizers: Sequence[Tokenizer]) -> Prepared:
     """Pairs that a recipe makes up without end; there is no text to fit a tokenizer to, but bytes need none."""
-    refuse_other_files(config.data)
+    name = str(config.data.data)
+    refuse_other_files(config.data, ("target_data", "validation_data", "validation_target_data"))
     if not tokenizers and config.data.tokenizer != "bytes":
-        raise UserError(f"{config.data.data} makes pairs up as bytes, not {config.data.tokenizer}: --tokenizer bytes")
+        raise UserError(f"{name} makes pairs up as bytes, not {config.data.tokenizer}: --tokenizer bytes")
     if config.data.separate_vocabularies:
-        raise UserError(
-            f"{config.data.data} has one vocabulary, bytes, for both sides: leave --separate-vocabularies out"
-        )
-    return generate_pairs(
-        config.data.data, tokenizers[0] if tokenizers else None, context_length=config.model.context_length
-    )
+        raise UserError(f"{name} has one vocabulary, bytes, for both sides: leave --separate-vocabularies out")
+    return generate_pairs(name, tokenizers[0] if tokenizers else None, context_length=config.model.context_length)
 
 
 def _opened(data: DataConfig, name: str, target_name: str | None) -> PairCorpus:

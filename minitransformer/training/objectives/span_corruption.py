@@ -116,5 +116,6 @@ class SpanCorruption(Objective, name="span-corruption"):
         return pair_loss(model, batch, self.config.training.label_smoothing)
 
     def examples(self, count: int) -> list[list[int]]:
-        sources = next(iter(self.validation_batches())).source[:count]
+        batches = self.validation_batches() if self.validates else self.training_batches(0)
+        sources = next(iter(batches)).source[:count]
         return sources.tolist()
