@@ -230,8 +230,8 @@ def test_a_base_can_be_named():
 
 
 def test_a_base_that_differs_from_itself_raises_the_floor():
-    # The fakes of the base share one list, so the second one is given its later values.
-    calls = iter([[1.0], [1.5], [1.3]])
+    # The fakes of the base share one list, so the second one, which comes last, is given its later values.
+    calls = iter([[1.0], [1.3], [1.5]])
     case = Case.of("race", "laps/s", [Contestant(name, lambda: (next(calls), [])) for name in "ab"])
     result = measure(case, PLAN, start=Fake)
     assert result.floor == 1.5
@@ -313,6 +313,13 @@ def test_one_slow_contestant_leaves_the_others_their_time(clock):
     result = measure(case, replace(PLAN, seconds=60.0), start=Clocked)
     assert [entry.name for entry in result.absent] == ["slow"]
     assert {len(result.ratios(name)) for name in ("fast", "other")} == {11}
+
+
+def test_rivals_come_before_the_base_beside_itself():
+    said = []
+    measure(case_of(a=[1.0], b=[1.0]), PLAN, start=Fake, report=said.append)
+    prepared = [line.removeprefix("race: preparing ") for line in said if "preparing" in line]
+    assert prepared == ["a", "b", f"a{AGAIN}"]
 
 
 def test_where_the_shares_are_too_short_for_anything_the_first_ones_are_measured(clock):

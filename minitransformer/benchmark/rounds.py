@@ -163,13 +163,17 @@ class _Bouts(_Measuring):
 
     def measure(self) -> None:
         by_name = {contestant.name: contestant for contestant in self.case.contestants}
+        names = [name for name in by_name if name != self.base]
         soft, hard = self.budget.next_part()
         with closing(self.start(by_name[self.base].prepare)) as measurer:
             try:
                 self.warm_up(self.base, measurer, soft, hard)
             except ContestantFailed as failure:
                 self.leave_out(self.base, str(failure))
-            for name in (name for name in by_name if name != self.base):
+            # The base beside itself comes last: where time is short, its rivals are worth more.
+            for name in sorted(
+                by_name.keys() - {self.base}, key=lambda name: (name.endswith(AGAIN), names.index(name))
+            ):
                 soft, hard = self.budget.next_part()
                 if monotonic() >= hard:
                     self.leave_out(name, NO_TIME)
