@@ -147,6 +147,10 @@ def _option(arguments: Sequence[str], flag: str) -> Path | None:
 def _resume(path: Path, arguments: Sequence[str]) -> int:
     run = Run.open(path)
     options = _parse(arguments, run.config)
+    if options.init_from is not None:
+        raise UserError("--resume goes on with a run, and --init-from begins one: give one of them")
+    if not run.text:
+        raise UserError(f"{path} was imported, and no training of it can go on: begin one with --init-from {path}")
     _check_changes(run.config, options, silent=() if run.machine is None else SETTINGS)
     checkpoint = choose_checkpoint(run.checkpoints, options.checkpoint)
     if checkpoint_step(checkpoint) >= options.training.steps:
