@@ -403,6 +403,12 @@ def test_a_run_of_an_older_version_is_resolved_when_it_goes_on(here, units):
     assert Run.open(here / "run").machine.precision == "fp32"
 
 
+def test_an_import_is_fine_tuned_and_not_resumed(run, capsys):
+    record = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**record, "text": ""}))
+    assert "--init-from run" in refused(capsys, "--resume", "run", "--steps", "9")
+
+
 def tuned(*arguments):
     return main(["--init-from", "parent", "--data", "my.txt", "--device", "cpu", "--compile", "off", *arguments])
 
@@ -466,6 +472,7 @@ def test_what_is_not_changed_by_training_is_the_parents_bit_for_bit(here, parent
     ("arguments", "words"),
     [
         (["gpt-mini", "--init-from", "parent"], ["gpt-mini", "model of its own"]),
+        (["--init-from", "parent", "--resume", "parent"], ["--resume", "--init-from", "one of them"]),
         (["--init-from", "parent", "--d-model", "32"], ["d_model 16", "32"]),
         (["--init-from", "parent", "--residual", "post"], ["residual pre", "post"]),
         (["--init-from", "parent", "--tokenizer", "chars"], ["tokenizer of its own"]),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minitransformer.amounts import amount, duration
 from minitransformer.commands import DONE, parse, run_command, with_files
-from minitransformer.errors import UserError
+from minitransformer.errors import StorageError, UserError
 from minitransformer.files import sha256, writing
 from minitransformer.generation.samples import sample_of
 from minitransformer.lab.instruments import check_probe, probe_for
@@ -157,29 +157,39 @@ def _option(arguments: Sequence[str], flag: str) -> Path | None:
 
 
 def _resume(path: Path, arguments: Sequence[str]) -> int:
-    options = _parse(arguments, Run.open(path).config)
+    run = Run.open(path)
+    options = _parse(arguments, run.config)
+    if options.init_from is not None:
+        raise UserError("--resume goes on with a run, and --init-from begins one: give one of them")
+    if not run.text:
+        raise UserError(f"{path} was imported, and no training of it can go on: begin one with --init-from {path}")
+    if options.training.tensorboard:
+        TensorBoard.check()
     with only_writer(path):
-        run = Run.open(path)  # as it stands now that nobody else writes to it
-        _check_changes(run.config, options, silent=() if run.machine is None else SETTINGS)
-        checkpoint = _checkpoint_to_continue(run, options)
-        anew = [name for name in SETTINGS if getattr(run.config.training, name) != getattr(options.training, name)]
-        if options.training.tensorboard:
-            TensorBoard.check()
-        machine, changes = machine_again(run.machine, options, anew)
-        for change in changes:
-            print(f"changed    {change}")
-        prepared = _prepare(options.run_config(), run.tokenizers)
-        if prepared.folder.name != run.text:
-            raise UserError(
-                f"{named(options.data.data)} is not the text that {path} began with: restore it, or train a new run"
-            )
-        check_room(path, options)
-        return _train(run.reconfigured(options.run_config(), machine.resolved), prepared, machine, checkpoint)
+        return _continue(Run.open(path), options)  # as it stands now that nobody else writes to it
+
+
+def _continue(run: Run, options: Options) -> int:
+    _check_changes(run.config, options, silent=() if run.machine is None else SETTINGS)
+    checkpoint = _checkpoint_to_continue(run, options)
+    anew = [name for name in SETTINGS if getattr(run.config.training, name) != getattr(options.training, name)]
+    machine, changes = machine_again(run.machine, options, anew)
+    for change in changes:
+        print(f"changed    {change}")
+    prepared = _prepare(options.run_config(), run.tokenizers)
+    if prepared.folder.name != run.text:
+        raise UserError(
+            f"{named(options.data.data)} is not the text that {run.path} began with: restore it, or train a new run"
+        )
+    check_room(run.path, options)
+    return _train(run.reconfigured(options.run_config(), machine.resolved), prepared, machine, checkpoint)
 
 
 def _checkpoint_to_continue(run: Run, options: Options) -> Path | None:
     """None for a run that was stopped before its first checkpoint; raises `UserError` for one that has done it all."""
     if options.checkpoint is None and not checkpoints_in(run.checkpoints):
+        if run.parent is not None:
+            raise StorageError(f"{run.path} has lost the weights that it began with: begin anew with --init-from")
         print(f"checkpoint none yet: {run.path} begins at step 0", flush=True)
         return None
     checkpoint = run.checkpoint_to_continue(options.checkpoint)

@@ -369,10 +369,7 @@ class Search:
         """What "auto" means in every trial: resolved once, when the sweep begins. Raises `UserError` if it is gone."""
         configs = [self.plan.config(combination, self.plan.seeds[0]) for combination in self.plan.combinations]
         kept = _read(self.folder)["machine"] if (self.folder / SWEEP).exists() else None
-        shared = kept or shared_machine(configs)
-        for config in configs:
-            trial_machine(config, shared, self.plan.varied)
-        return shared
+        return shared_machine(configs, kept, self.plan.varied)
 
     def run(
         self, processes: int | None = None, progress: Callable[[str], Progress] = lambda name: SILENT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -34,10 +34,16 @@ METRICS = {"validation_loss": "validation loss", "bits_per_byte": "bits per byte
 SAMPLE_TOKENS, EXAMPLES = 120, 4
 
 
-def shared_machine(configs: Iterable[RunConfig]) -> Resolved:
-    """What "auto" means in all of `configs`: they are compiled only if that pays for the shortest of them."""
+def shared_machine(configs: Sequence[RunConfig], kept: Resolved | None, swept: Collection[str]) -> Resolved:
+    """What "auto" means in all of `configs`: they are compiled only if that pays for the shortest of them.
+
+    What an interrupted sweep has `kept` holds. Raises `UserError` as `trial_machine` does.
+    """
     known = [replace(config, model=with_vocabulary(config.model, prepared_for(config))) for config in configs]
-    return machine_for(min(known, key=run_flops)).resolved
+    shared = kept or machine_for(min(known, key=run_flops)).resolved
+    for config in configs:
+        trial_machine(config, shared, swept)
+    return shared
 
 
 def trial_machine(config: RunConfig, shared: Resolved, swept: Collection[str]) -> Machine:

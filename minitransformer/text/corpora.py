@@ -216,7 +216,7 @@ def named(data: str | Sequence[str]) -> str:
 
 
 def short_name(data: str | Sequence[str]) -> str:
-    """A name for runs on the recipes, files, folders or globs `data`: the last part of the first that says something."""
+    """A name for runs on the recipes, files, folders or globs `data`: the last telling part of the first."""
     names = [data] if isinstance(data, str) else list(data)
     name = _bare(names[0])
     return name if len(names) == 1 else f"{name}-and-{len(names) - 1}-more"
