@@ -122,18 +122,8 @@ def test_without_validation_a_run_trains_on_everything_and_its_last_checkpoint_i
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in (0, 1):
-        more = [
-            "--validation-fraction",
-            "0",
-            "--save-every",
-            "2",
-            "--eval-every",
-            "1",
-            "--log-every",
-            "1",
-            "--seed",
-            str(number),
-        ]
+        more = ["--validation-fraction", "0", "--save-every", "2", "--eval-every", "1", "--seed", str(number)]
+        more += ["--log-every", "1"]
         assert train("gpt-nano", "--data", "my.txt", "--out", f"run-{number}", *more) == 0
     out = capsys.readouterr().out
     assert "validation none" in out

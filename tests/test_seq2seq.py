@@ -235,10 +235,10 @@ def test_a_mistake_gets_one_sentence_and_leaves_no_run(
     assert not Path("run").exists()
 
 
-@pytest.mark.parametrize("flag", ["--target-data", "--validation-data"])
+@pytest.mark.parametrize("flags", [["--target-data"], ["--validation-data", "b.en", "--validation-target-data"]])
 def test_files_of_pairs_are_not_left_unread_by_who_learns_from_text(
-    parallel: list[str], capsys: pytest.CaptureFixture[str], flag: str
+    parallel: list[str], capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
-    assert main(["--data", "a.en", flag, "a.de", "--tokenizer", "bytes", "--compile", "off"]) == 2
+    assert main(["--data", "a.en", *flags, "a.de", "--tokenizer", "bytes", "--compile", "off"]) == 2
     assert "is 'a.de', and nothing would read it" in capsys.readouterr().err
     assert not Path("runs").exists()

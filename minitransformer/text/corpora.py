@@ -160,7 +160,7 @@ def jsonl_documents(path: Path, field: str, on_read: Callable[[int], object]) ->
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not JSON ({error}): each line must be one object") from None
-        yield [text_of(record, field, f"{path} line {number}")]
+        yield [text_of(record, field, path, "line", number)]
 
 
 def documents(path: Path, field: str, on_read: Callable[[int], object]) -> Iterator[Iterator[str] | list[str]]:

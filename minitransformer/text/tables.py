@@ -21,18 +21,18 @@ ROWS = 1024
 SPACES = " \t\n\r"
 
 
-def text_of(record: Any, field: str, where: str) -> str:
-    """The text in `field` of a record; raises `UserError` saying `where` it stands if there is none."""
+def text_of(record: Any, field: str, path: Path, unit: str, number: int) -> str:
+    """The text in `field` of a record; raises `UserError` saying where it stands (`unit` `number`) if there is none."""
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         found = f"has no field {field!r}" if text is None else f"has a field {field!r} that is not a string"
         fields = [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
         remedy = f"its strings are {', '.join(map(repr, fields))}" if fields else "name the field that holds text"
-        raise UserError(f"{where} {found}: {remedy}")
+        raise UserError(f"{path} {unit} {number} {found}: {remedy}")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where} holds half a surrogate pair in {field!r}: write it whole") from None
+        raise UserError(f"{path} {unit} {number} holds half a surrogate pair in {field!r}: write it whole") from None
     return text
 
 
@@ -54,7 +54,7 @@ def separated(lines: Iterator[str], path: Path, field: str) -> Iterator[str]:
                     f"{path} line {rows.line_num} has {len(row)} values, and its first line names {len(header)} "
                     "columns: give each row all of them, and quote those that hold separators"
                 )
-            yield text_of({field: row[place]}, field, f"{path} line {rows.line_num}")
+            yield text_of({field: row[place]}, field, path, "line", rows.line_num)
     except csv.Error as error:
         raise UserError(
             f"{path} line {rows.line_num} cannot be read ({error}): quote its values as CSV wants, or use .jsonl"
@@ -74,7 +74,7 @@ def array(texts: Iterator[str], path: Path, field: str) -> Iterator[str]:
     """The field's text of every object of a JSON array, of which one is held at a time."""
     reader = _Elements(texts, path)
     for number, record in enumerate(reader.elements(), start=1):
-        yield text_of(record, field, f"{path} element {number}")
+        yield text_of(record, field, path, "element", number)
 
 
 class _Elements:
@@ -162,7 +162,7 @@ def parquet(path: Path, field: str, on_read: Callable[[int], object]) -> Iterato
             for batch in file.iter_batches(ROWS, columns=[field]):
                 for text in batch.column(0).to_pylist():
                     number += 1
-                    yield text_of({field: text}, field, f"{path} row {number}")
+                    yield text_of({field: text}, field, path, "row", number)
                 on_read(size * number // total - told)
                 told = size * number // total
     except (ArrowException, OSError) as error:
