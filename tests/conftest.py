@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,7 +10,6 @@ from typing import Any
 
 import hypothesis
 import jaxtyping
-import numpy as np
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -71,19 +69,13 @@ def shapes_are_not_checked_in_long_runs(request: pytest.FixtureRequest) -> Itera
 @pytest.hookimpl(tryfirst=True)
 def pytest_fixture_setup(fixturedef: Any) -> None:
     """What a fixture draws depends on its name alone, and not on which tests were there before it."""
-    seed(zlib.crc32(str(fixturedef.argname).encode()))
+    torch.manual_seed(zlib.crc32(str(fixturedef.argname).encode()))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call() -> None:
     """What a test draws does not depend on which of its fixtures were there already."""
-    seed(0)
-
-
-def seed(number: int) -> None:
-    torch.manual_seed(number)
-    random.seed(number)
-    np.random.seed(number)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

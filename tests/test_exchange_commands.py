@@ -337,6 +337,27 @@ def test_how_a_publisher_would_generate_goes_in_with_an_import_and_out_as_it_cam
     assert (theirs.do_sample, theirs.top_p, theirs.eos_token_id) == (True, 0.5, [256, 10])
 
 
+@pytest.mark.parametrize(
+    "advice",
+    [
+        {"num_beams": 3, "early_stopping": True, "max_new_tokens": 6},
+        {"num_beams": 2, "length_penalty": 0.5, "no_repeat_ngram_size": 2, "max_new_tokens": 5, "top_k": 0},
+        {"do_sample": False, "temperature": 0.3, "repetition_penalty": 1.5, "max_new_tokens": 6, "typical_p": 1.0},
+    ],
+)
+def test_an_import_writes_by_its_publishers_advice_what_the_reference_writes(
+    advice: dict[str, Any], tmp_path: Path, call: Call
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="the reference implementation is not installed")
+    write_public(tmp_path / "public", {**advice, "eos_token_id": 256, "pad_token_id": 256})
+    assert call(importing, str(tmp_path / "public"), "--out", str(tmp_path / "run"))[0] == 0
+    _, out, err = call(sample, str(tmp_path / "run"), "--prompt", "ab", "--device", "cpu")
+    assert err.count("\n") == 1
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "public")
+    [expected] = model.generate(torch.tensor([[*b"ab"]]), attention_mask=torch.ones(1, 2)).tolist()
+    assert out.removesuffix("\n") == Bytes().decode(expected).removesuffix("\n")
+
+
 def test_advice_of_a_publisher_that_makes_no_sense_makes_no_run(tmp_path: Path, call: Call) -> None:
     write_public(tmp_path / "public", {"temperature": "hot"})
     code, _, err = call(importing, str(tmp_path / "public"), "--out", str(tmp_path / "run"))

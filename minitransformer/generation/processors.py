@@ -208,8 +208,7 @@ class SamplingConfig:
     length_penalty: float = 1.0
     """beams are compared by log-probability / length to this power: above 0 favours longer texts"""
     early_stopping: Literal["false", "true", "never"] = "false"
-    """when to end a beam search that has num_beams texts: if no beam is better than the worst of them now, at once, or
-    only if none can become better"""
+    """a search that has num_beams texts ends if no beam is better (false), at once (true), or if none can be (never)"""
     seed: int | None = None
     """the same seed gives the same text (default: another one each time)"""
     stop: tuple[str, ...] = ()
