@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from minitransformer.architecture.positions import ROTARY_SCALINGS, PositionSche
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
 from minitransformer.models.config import HEADS, ModelConfig
-from minitransformer.models.model import build_model
+from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.reopened import reopened_difference
 from tests.test_pretrained_parity import FLOAT32, MEMBERS, VOCABULARY
@@ -105,11 +106,20 @@ def variants(name: str, changes: list[Changes]) -> Iterator[ModelConfig]:
             build_model(changed)
         except UserError:
             continue
-        if not Family.named(model_type).obstacles(changed):
-            yield changed
+        with suppress(UserError):  # of a shape that the family cannot have
+            if not Family.named(model_type).obstacles(changed):
+                yield changed
 
 
-def check(name: str, changes: list[Changes], tmp_path: Path, shake: Any) -> int:
+@torch.no_grad()
+def drawn(model: Model) -> Model:
+    """`model` with other weights, of a size at which T5's scores, which nothing scales, are no matter of rounding."""
+    for weight in model.parameters():
+        weight.normal_(std=0.2).add_(1.0 if weight.dim() == 1 else 0.0)
+    return model
+
+
+def check(name: str, changes: list[Changes], tmp_path: Path) -> int:
     """Export all variants, and have them opened; returns their number."""
     family, _ = member(name)
     done = set()
@@ -118,7 +128,7 @@ def check(name: str, changes: list[Changes], tmp_path: Path, shake: Any) -> int:
             continue
         done.add(config)
         torch.manual_seed(0)
-        model = shake(build_model(config)).eval()
+        model = drawn(build_model(config)).eval()
         pretrained.save(model, tmp_path / "copy", family)
         assert reopened_difference(model, tmp_path / "copy") <= 2 * FLOAT32, config
         again, _ = pretrained.load(tmp_path / "copy")
@@ -139,21 +149,19 @@ TREACHEROUS: list[Changes] = [
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_a_setting_that_an_export_accepts_is_opened_with_the_same_logits(name: str, tmp_path: Path, shake: Any) -> None:
-    check(name, TREACHEROUS, tmp_path, shake)
+def test_a_setting_that_an_export_accepts_is_opened_with_the_same_logits(name: str, tmp_path: Path) -> None:
+    check(name, TREACHEROUS, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS)
-def test_every_setting_that_an_export_accepts_is_opened_with_the_same_logits(
-    name: str, tmp_path: Path, shake: Any
-) -> None:
-    drawn = random.Random(name)
+def test_every_setting_that_an_export_accepts_is_opened_with_the_same_logits(name: str, tmp_path: Path) -> None:
+    chance = random.Random(name)
     several = [
-        {setting: drawn.choice(SETTINGS[setting]) for setting in drawn.sample(list(SETTINGS), drawn.choice([2, 3]))}
-        for _ in range(100)
+        {setting: chance.choice(SETTINGS[setting]) for setting in chance.sample(list(SETTINGS), chance.choice([2, 3]))}
+        for _ in range(30)
     ]
-    assert check(name, [*SINGLE, *several], tmp_path, shake) > 20
+    assert check(name, [*SINGLE, *several], tmp_path) > 20
 
 
 @pytest.mark.parametrize("name", MEMBERS)

@@ -194,6 +194,12 @@ def test_llama3_counts_from_the_context_where_its_original_length_is_not_said() 
     assert read("llama", **LLAMA, rope_parameters=scaling).rotary_original_length == 64
 
 
+def test_gptj_has_no_size_of_heads_of_its_own() -> None:
+    config = replace(read("gptj", **GPT2, rotary_dim=8), head_dim=10)
+    with pytest.raises(UserError, match="head_dim is 10, and gptj can only hold 8"):
+        Family.named("gptj").hf_config(config)
+
+
 @pytest.mark.parametrize("head_dim", [2, 44, 47, 49, 64, 98])
 def test_gptj_turns_as_many_features_as_its_configuration_says(head_dim: int) -> None:
     for turned in range(2, head_dim + 1, 2):
@@ -219,6 +225,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"norm": "rms"}, "norm is 'rms', and gpt2 can only hold 'layer'"),
     ("gpt2", {"num_kv_heads": 2}, "num_kv_heads is 2, and gpt2 can only hold 4"),
     ("gpt2", {"head_dim": 10}, "head_dim is 10, and gpt2 can only hold 8"),
+    ("gpt2", {"head_dim": 8, "num_heads": 3}, "d_model 32 is not divisible by num_heads 3"),
     ("gpt2", {"attention_softcap": 3.0}, "attention_softcap is 3.0, and gpt2 can only hold None"),
     ("gpt2", {"feedforward": "swiglu"}, "feedforward is 'swiglu', and gpt2 can only hold 'relu' or 'gelu'"),
     ("gpt2", {"qkv_bias": False}, "qkv_bias is False, and gpt2 can only hold True"),

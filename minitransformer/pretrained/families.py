@@ -165,16 +165,21 @@ class Family(Registered, kind="model_type"):
 
     @classmethod
     def obstacles(cls, config: ModelConfig) -> list[Obstacle]:
-        """Every setting that the family cannot hold; with the choices of all of them in their place, it can."""
+        """Every setting that the family cannot hold; with the choices of all of them in their place, it can.
+
+        Raises `UserError` for shapes that it cannot have, with the settings that contradict each other there.
+        """
         if config.topology not in cls.architectures:
             return [cls._obstacle("topology", config.topology, tuple(cls.architectures))]
         found: dict[str, Obstacle] = {}
         while True:
             try:  # in the place of what was found, as one setting may hide another
                 changed = replace(config, **{name: obstacle.choice for name, obstacle in found.items()})
+                more = cls._unspeakable(changed) or cls._lost(changed)
             except UserError:
+                if not found:
+                    raise
                 return list(found.values())
-            more = cls._unspeakable(changed) or cls._lost(changed)
             if not more.keys() - found.keys():
                 return list(found.values())
             found |= {name: obstacle for name, obstacle in more.items() if name not in found}

@@ -8,9 +8,20 @@ from minitransformer.pretrained.families import Family, Obstacle
 
 
 def obstacles_by_family(config: ModelConfig) -> dict[str, list[Obstacle]]:
-    """For each family with models of this topology, all that stands in its way; those with least come first."""
-    candidates = {name: family for name, family in Family.registry.items() if config.topology in family.architectures}
-    obstacles: dict[str, list[Obstacle]] = {name: family.obstacles(config) for name, family in candidates.items()}
+    """For each family with models of this topology, all that stands in its way; those with least come first.
+
+    Families that cannot have such a shape are left out; raises `UserError` if no other is there.
+    """
+    obstacles: dict[str, list[Obstacle]] = {}
+    refusals = []
+    for name, family in Family.registry.items():
+        if config.topology in family.architectures:
+            try:
+                obstacles[name] = family.obstacles(config)
+            except UserError as error:
+                refusals.append(error)
+    if refusals and not obstacles:
+        raise refusals[0]
     return dict(sorted(obstacles.items(), key=lambda entry: len(entry[1])))
 
 

@@ -107,7 +107,8 @@ class GPTJ(Family, name="gptj"):
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
-        return {"rotary_dim": int(config.features_per_head * config.rotary_fraction)}
+        head_dim = config.d_model // config.num_heads  # the family has no other
+        return {"rotary_dim": int(head_dim * config.rotary_fraction)}
 
 
 class GPTNeoX(Family, name="gpt_neox"):
