@@ -10,21 +10,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from minitransformer.lab import judging
+from minitransformer.lab.checks import small_model
+from minitransformer.lab.defects import DEFECTS
 from minitransformer.lab.experiment import Experiment, Findings, Result, Settings
 from minitransformer.lab.experiments import forward
-from minitransformer.lab.experiments.audit import DEFECTS, Audit
+from minitransformer.lab.experiments.audit import Audit
 from minitransformer.lab.experiments.forward import Amplification, ForwardStatistics, forward_statistics
 from minitransformer.lab.experiments.gradients import GradientAgainstDepth, GradientProfile, last_gradient
-from minitransformer.lab.experiments.identities import CHECKS, FINAL_NORMS, Identities, final_norms, small_model
+from minitransformer.lab.experiments.identities import CHECKS, Identities
 from minitransformer.lab.judging import between, exponent, geometric_mean
 from minitransformer.lab.subjects import MODES, Placement, loss, make_model, random_tokens
 
 DEEP, POST, PRE = Placement("deepnorm"), Placement("post"), Placement("pre")
 REDUCED: dict[type[Experiment], dict[str, Any]] = {
-    Identities: {},
+    Identities: {"placements": ("pre", "mix")},
     GradientAgainstDepth: {"seeds": 2, "depths": (2, 4, 8, 16), "modes": ("real",), "first_layers": ()},
     GradientProfile: {"seeds": 2, "depths": (6,)},
     ForwardStatistics: {"seeds": 10, "placements": ("post", "pre", "deepnorm")},
@@ -117,25 +119,6 @@ def test_identities_hold_for_every_seed(seed, name):
     assert check.measure(make_model, seed).distance <= check.tolerance
 
 
-@pytest.mark.parametrize("residual", FINAL_NORMS)
-def test_a_final_norm_is_counted_once(residual):
-    model = small_model(make_model, residual, 0)
-    assert final_norms(model, 0) == FINAL_NORMS[residual]
-    model.stack.final_norm = TwoMore(model.stack.final_norm)
-    assert final_norms(model.double(), 0) == FINAL_NORMS[residual] + 1
-
-
-class TwoMore(nn.Module):
-    """What `last` gives, normalised twice more, by a norm of torch's, which nobody counts, and by one of ours."""
-
-    def __init__(self, last: nn.Module) -> None:
-        super().__init__()
-        self.last, self.more = last, nn.Sequential(nn.LayerNorm(16), type(small_norm())(16))
-
-    def forward(self, *streams: Tensor) -> Tensor:
-        return self.more(self.last(*streams))
-
-
 def small_norm() -> nn.Module:
     return small_model(make_model, "pre", 0).stack.final_norm
 
@@ -217,7 +200,7 @@ def test_the_audit_flags_every_defect_and_no_healthy_model(audit):
 def test_the_audit_says_by_which_criterion(audit):
     rows = [row[:2] for table in audit.tables for row in table.rows]
     assert {defect for defect, _ in rows} == {DEFECTS[name].title for name in DEFECTS if name != "none"}
-    assert ("layers that do nothing under Pre-LN", "E3") in rows
+    assert (DEFECTS["idle-layers"].title, "E3") in rows
 
 
 def test_a_defect_leaves_the_placements_of_others_alone():

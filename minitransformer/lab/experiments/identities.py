@@ -1,8 +1,8 @@
-"""E0: identities between placements, and the equations themselves, stated a second time."""
+"""E0: identities between placements, and every placement beside a second statement of its equation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -11,45 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minitransformer.architecture.norms import Norm
-from minitransformer.architecture.residual import DeepNorm, ResiDual
+from minitransformer.architecture.residual import DeepNorm, ResiDual, Residual
+from minitransformer.lab.checks import (
+    EXACT,
+    SMALL,
+    Check,
+    Outcome,
+    plain_name,
+    redrawn,
+    relative,
+    small_config,
+    small_model,
+    tokens_and_probe,
+)
 from minitransformer.lab.experiment import Criterion, Experiment, Findings, Measurement, Result, Settings, Task, select
-from minitransformer.lab.subjects import MakeModel, Placement, make_model, real_config
-from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model
-
-SMALL: dict[str, Any] = {"d_model": 16, "vocab_size": 11, "context_length": 8}
-LAYERS = 4
-"""as many as Mix-LN needs for a layer that is Post-LN"""
-EXACT = 1e-12
-"""apart in float64, relative to the largest value"""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How far from exact something is; None where the models cannot be compared, for the reason in `note`."""
-
-    distance: float | None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Check:
-    """A claim that holds if the distance is at most `tolerance`, for models from any maker and seed."""
-
-    claim: str
-    tolerance: float
-    measure: Callable[[MakeModel, int], Outcome]
+from minitransformer.lab.stated import stated_checks
+from minitransformer.lab.subjects import MakeModel, make_model
 
 
 class Identities(Experiment, name="E0"):
-    """Special cases that must be equal, numbers that papers print, and an independent statement of three equations."""
+    """Special cases that must be equal, numbers that papers print, and an independent statement of every equation."""
 
     title = "Identities of the placements"
     question = "Is every placement what its equation says, where that can be checked exactly?"
     source = (
-        "the equations of 1706.03762, 2002.04745, 2203.00555 (DeepNorm, figure 2), 2304.14802 (ResiDual), 2412.13795 "
-        "(Mix-LN), 2502.05795 (LayerNorm scaling) and 2502.02732 (Peri-LN) on arXiv"
+        "the equations of the papers that the placements name, and 2203.00555 on arXiv (DeepNorm), figure 2; each is "
+        "stated a second time in minitransformer/lab/equations.py"
     )
     minutes = 0.1
     make: MakeModel = staticmethod(make_model)
@@ -57,20 +44,27 @@ class Identities(Experiment, name="E0"):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.seeds = 1 if settings.quick else 5
+        self.placements: Sequence[str] = tuple(Residual.registry)
 
     def tasks(self) -> Sequence[Task]:
-        return [{"check": name, "seed": seed} for name in CHECKS for seed in range(self.seeds)]
+        return [{"check": name, "seed": seed} for name in checks_of(self.placements) for seed in range(self.seeds)]
 
     def measure(self, task: Task) -> Measurement:
-        outcome = CHECKS[task["check"]].measure(self.make, task["seed"])
+        outcome = all_checks()[task["check"]].measure(self.make, task["seed"])
         return {"distance": outcome.distance, "note": outcome.note}
 
     def conclude(self, results: Sequence[Result]) -> Findings:
-        chosen = {name: select(results, {"check": name}) for name in CHECKS}
-        return Findings([_judge(CHECKS[name], found) for name, found in chosen.items() if found], remarks=REMARKS)
+        checks = all_checks()
+        chosen = {name: select(results, {"check": name}) for name in checks}
+        return Findings([_judge(checks[name], found) for name, found in chosen.items() if found], remarks=REMARKS)
 
 
 REMARKS = (
+    "A second statement of an equation takes from a model its weights alone, by their names, and computes attention, "
+    "feed-forward networks and norms itself: for a decoder of 8 layers, and for an encoder of 8 beside a decoder of 5. "
+    "Compared are logits, the gradients of all weights, and the initial weights by three initialisations; attention has "
+    "the norms that belong to the equation, and then those that its authors gave it too. A placement without a second "
+    "statement fails.",
     "Distances of logits and gradients are the largest difference over the largest value, in float64, with weights and "
     "gains drawn anew, so that no gain is 1 and attention is not uniform. The worst of all seeds is shown.",
     "DeepNorm's α is what connections were seen to multiply x with, and β the ratio of its initial weights to those "
@@ -86,45 +80,14 @@ def _judge(check: Check, results: Sequence[Result]) -> Criterion:
     return Criterion(check.claim, "; ".join(notes) or f"{max(distances):.2g} apart", max(distances) <= check.tolerance)
 
 
-def small_config(residual: str, **choices: Any) -> ModelConfig:
-    return real_config(Placement(residual), **{"num_layers": LAYERS} | SMALL | choices)
-
-
-def small_model(make: MakeModel, residual: str, seed: int, **choices: Any) -> Any:
-    """A decoder for identities, in float64, with weights that are drawn anew: see `shaken`."""
-    return shaken(make(small_config(residual, **choices), seed).double(), seed)
-
-
-@torch.no_grad()
-def shaken(model: nn.Module, seed: int) -> nn.Module:
-    """The model with matrices N(0, 0.3²) and gains N(1, 0.3²)."""
-    generator = torch.Generator().manual_seed(seed)
-    for weight in model.parameters():
-        draw = 0.3 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        weight.copy_(draw + 1 if weight.dim() == 1 else draw)
-    return model
-
-
-def tokens_and_probe(seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens, and a random direction for the logits: gradients are those of their product."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(SMALL["vocab_size"], (2, SMALL["context_length"]), generator=generator)
-    return tokens, torch.randn(*tokens.shape, SMALL["vocab_size"], generator=generator, dtype=torch.float64)
-
-
 def with_weights_of(source: nn.Module, target: nn.Module) -> nn.Module | None:
     """`target` with the weights of `source` by name; None if it has one that `source` lacks."""
-    weights = {_plain(name): weight for name, weight in source.state_dict().items()}
-    names = {name: _plain(name) for name in target.state_dict()}
+    weights = {plain_name(name): weight for name, weight in source.state_dict().items()}
+    names = {name: plain_name(name) for name in target.state_dict()}
     if not set(names.values()) <= set(weights):
         return None
     target.load_state_dict({name: weights[plain] for name, plain in names.items()})
     return target
-
-
-def _plain(name: str) -> str:
-    # Mixed placements hold the placement of their layer as `connection`.
-    return name.replace(".connection.", ".")
 
 
 def distance(first: nn.Module, second: nn.Module | None, seed: int) -> Outcome:
@@ -135,7 +98,7 @@ def distance(first: nn.Module, second: nn.Module | None, seed: int) -> Outcome:
     outputs, gradients = [], []
     for model in (first, second):
         logits = model(tokens)
-        named = {_plain(name): weight for name, weight in model.named_parameters()}
+        named = {plain_name(name): weight for name, weight in model.named_parameters()}
         found = torch.autograd.grad((logits * probe).sum(), list(named.values()), allow_unused=True)
         outputs.append(logits.detach())
         gradients.append({name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None})
@@ -145,25 +108,12 @@ def distance(first: nn.Module, second: nn.Module | None, seed: int) -> Outcome:
     )
 
 
-def relative(first: Tensor, second: Tensor) -> float:
-    """The largest difference over the largest value."""
-    return float((first - second).abs().max() / second.abs().max())
-
-
 def _deepnorm_is_post(make: MakeModel, seed: int) -> Outcome:
     deep, post = (make(small_config(name), seed) for name in ("deepnorm", "post"))
     for connection in deep.modules():
         if isinstance(connection, DeepNorm):
             connection.alpha = connection.beta = 1.0
     return distance(redrawn(deep, seed).double(), redrawn(post, seed).double(), seed)
-
-
-def redrawn(model: Model, seed: int) -> Model:
-    """The model with the initial weights that its placement asks for now."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model.initialise()
-    return model
 
 
 def _mix_is_pre(make: MakeModel, seed: int) -> Outcome:
@@ -255,7 +205,7 @@ def _deepnorm_constants(make: MakeModel, seed: int) -> Outcome:
     furthest, notes = 0.0, []
     for spot in SPOTS:
         deep, post = (make(small_config(name, **spot.choices), seed) for name in ("deepnorm", "post"))
-        alphas, betas = seen_alphas(getattr(deep, spot.stack)), seen_gains(deep, post, spot.stack)
+        alphas, betas = seen_alphas(getattr(deep, spot.stack)), list(seen_gains(deep, post, spot.stack))
         furthest = max(furthest, *(abs(alpha - spot.alpha) for alpha in alphas), *(abs(b - spot.beta) for b in betas))
         notes.append(f"{spot.choices['topology']}'s {spot.stack} {alphas[0]:.4f}/{betas[0]:.4f}")
     return Outcome(furthest, f"α/β {', '.join(notes)}; at most {furthest:.1g} apart")
@@ -274,163 +224,12 @@ def seen_alphas(stack: Any) -> list[float]:
     return found
 
 
-SCORES = ("query", "key")
-
-
-def seen_gains(model: nn.Module, plain: nn.Module, stack: str) -> list[float]:
+def seen_gains(model: nn.Module, plain: nn.Module, stack: str) -> Iterator[float]:
     """The ratio of initial weights to those of a model with the same draws and no gains, but for queries and keys."""
-    return list(_ratios(model, plain, stack, lambda name: not name.endswith(SCORES)))
-
-
-def _ratios(model: nn.Module, plain: nn.Module, stack: str, wanted: Callable[[str], bool]) -> Iterator[float]:
     others = dict(plain.named_modules())
     for name, module in model.named_modules():
-        if name.startswith(stack) and isinstance(module, nn.Linear) and wanted(name):
+        if name.startswith(stack) and isinstance(module, nn.Linear) and not name.endswith(("query", "key")):
             yield float((module.weight / others[name].weight).detach().median())
-
-
-def _scores_keep_gain_one(make: MakeModel, seed: int) -> Outcome:
-    deep, post = (make(small_config(name, **BOTH), seed) for name in ("deepnorm", "post"))
-    ratios = [
-        ratio
-        for stack in ("encoder", "decoder")
-        for ratio in _ratios(deep, post, stack, lambda name: name.endswith(SCORES))
-    ]
-    furthest = max(abs(ratio - 1) for ratio in ratios)
-    return Outcome(furthest, f"gains of {len(ratios)} matrices, at most {furthest:.1g} from 1")
-
-
-FINAL_NORMS = {
-    "post": 0,
-    "pre": 1,
-    "sandwich": 1,
-    "peri": 1,
-    "olmo2": 1,
-    "deepnorm": 0,
-    "admin": 0,
-    "b2t": 0,
-    "residual": 1,
-    "mix": 1,
-    "lns": 1,
-    "hybrid": 1,
-    "hybrid-star": 1,
-    "siamese": 3,
-    "keel": 0,
-    "none": 0,
-}
-"""how many norms the equation of each placement has after the last sublayer's own connection"""
-
-
-def _final_norms(make: MakeModel, seed: int) -> Outcome:
-    wrong = {
-        residual: found
-        for residual, expected in FINAL_NORMS.items()
-        if (found := final_norms(small_model(make, residual, seed), seed)) != expected
-    }
-    said = [f"{name} has {found} in place of {FINAL_NORMS[name]}" for name, found in wrong.items()]
-    return Outcome(float(len(wrong)), ", ".join(said) or f"right in all {len(FINAL_NORMS)} placements")
-
-
-def final_norms(model: Any, seed: int) -> int:
-    """How many norms are called after the last connection, before the head."""
-    calls: list[nn.Module] = []
-
-    def listen(module: nn.Module, *_: Any) -> None:
-        calls.append(module)
-
-    last = model.stack.connections[-1]
-    for module in model.modules():
-        if isinstance(module, Norm) or module is last:
-            module.register_forward_hook(listen)
-    with torch.no_grad():
-        model(tokens_and_probe(seed)[0])
-    return len(calls) - 1 - calls.index(last)
-
-
-# The second statement: three equations in plain torch, with nothing from the classes that it is compared with.
-
-Weights = Mapping[str, Tensor]
-
-
-def draw_weights(residual: str, seed: int) -> dict[str, Tensor]:
-    """The weights of a small decoder by the names of its checkpoint, in float64, for its gradients too."""
-    d, vocab = SMALL["d_model"], SMALL["vocab_size"]
-    shapes: dict[str, tuple[int, ...]] = {"embedding.table.weight": (vocab, d), "head.weight": (vocab, d)}
-    for layer in range(LAYERS):
-        block = f"stack.blocks.{layer}"
-        shapes |= {f"{block}.attention.{name}.weight": (d, d) for name in ("query", "key", "value", "output")}
-        shapes |= {f"{block}.feedforward.up.weight": (4 * d, d), f"{block}.feedforward.down.weight": (d, 4 * d)}
-        shapes |= {f"{block}.{sublayer}_residual.norm.weight": (d,) for sublayer in ("attention", "feedforward")}
-    if residual != "post":
-        shapes["stack.final_norm.weight"] = (d,)
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, shape in shapes.items():
-        draw = 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
-        weights[name] = (draw + 1 if len(shape) == 1 else draw).requires_grad_()
-    return weights
-
-
-def stated_logits(residual: str, weights: Weights, tokens: Tensor) -> Tensor:
-    """The logits of a small decoder, as the papers write them."""
-    x = weights["embedding.table.weight"][tokens] * SMALL["d_model"] ** 0.5
-    y = x
-    for layer in range(LAYERS):
-        block = f"stack.blocks.{layer}"
-        for sublayer, f in (("attention", attention), ("feedforward", feedforward)):
-            gain = weights[f"{block}.{sublayer}_residual.norm.weight"]
-            if residual == "post":
-                x = layer_norm(x + f(x, weights, block), gain)
-            elif residual == "pre":
-                x = x + f(layer_norm(x, gain), weights, block)
-            else:
-                o = f(x, weights, block)
-                x, y = layer_norm(x + o, gain), y + o
-    if residual == "pre":
-        x = layer_norm(x, weights["stack.final_norm.weight"])
-    elif residual == "residual":
-        x = x + layer_norm(y, weights["stack.final_norm.weight"], eps=1e-7)
-    return x @ weights["head.weight"].T
-
-
-def layer_norm(x: Tensor, gain: Tensor, eps: float = 1e-5) -> Tensor:
-    mean = x.mean(-1, keepdim=True)
-    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
-    return (x - mean) / (variance + eps).sqrt() * gain
-
-
-def attention(x: Tensor, weights: Weights, block: str) -> Tensor:
-    heads, (_, length, d) = 4, x.shape
-    q, k, v = (x @ weights[f"{block}.attention.{name}.weight"].T for name in ("query", "key", "value"))
-    outputs = []
-    for head in range(heads):
-        part = slice(head * d // heads, (head + 1) * d // heads)
-        scores = q[..., part] @ k[..., part].transpose(1, 2) / (d / heads) ** 0.5
-        past = torch.ones(length, length).tril().bool()
-        outputs.append(scores.masked_fill(~past, float("-inf")).softmax(-1) @ v[..., part])
-    return torch.cat(outputs, -1) @ weights[f"{block}.attention.output.weight"].T
-
-
-def feedforward(x: Tensor, weights: Weights, block: str) -> Tensor:
-    hidden = (x @ weights[f"{block}.feedforward.up.weight"].T).clamp(min=0)
-    return hidden @ weights[f"{block}.feedforward.down.weight"].T
-
-
-def _is_its_equation(make: MakeModel, seed: int, *, residual: str) -> Outcome:
-    weights = draw_weights(residual, seed)
-    model = small_model(make, residual, seed)
-    loaded = model.load_state_dict(weights, strict=False)
-    if loaded.missing_keys or loaded.unexpected_keys:
-        extra, lacking = (", ".join(names) or "none" for names in (loaded.missing_keys, loaded.unexpected_keys))
-        return Outcome(None, f"weights that the equation has not: {extra}; that the model has not: {lacking}")
-    tokens, probe = tokens_and_probe(seed)
-    logits, stated = model(tokens), stated_logits(residual, weights, tokens)
-    parameters = dict(model.named_parameters())
-    ours = [parameters[name] for name in weights]
-    gradients = torch.autograd.grad((logits * probe).sum(), ours, materialize_grads=True)
-    expected = torch.autograd.grad((stated * probe).sum(), list(weights.values()))
-    pairs = zip((logits.detach(), *gradients), (stated.detach(), *expected), strict=True)
-    return Outcome(max(relative(first, second) for first, second in pairs))
 
 
 CHECKS = {
@@ -456,13 +255,14 @@ CHECKS = {
         ROUNDED,
         _deepnorm_constants,
     ),
-    "deepnorm-scores": Check("DeepNorm leaves queries and keys as they are", 1e-6, _scores_keep_gain_one),
-    "final-norms": Check("exactly one final norm where there should be one, and no other", 0.0, _final_norms),
-} | {
-    f"{residual}-equation": Check(
-        f"{title} equals an independent statement of its equation, values and gradients, to 1e-12",
-        EXACT,
-        partial(_is_its_equation, residual=residual),
-    )
-    for residual, title in (("post", "Post-LN"), ("pre", "Pre-LN"), ("residual", "ResiDual"))
 }
+
+
+def all_checks() -> dict[str, Check]:
+    """`CHECKS`, and what stands beside a second statement of every placement that is registered."""
+    return checks_of(Residual.registry)
+
+
+def checks_of(placements: Iterable[str]) -> dict[str, Check]:
+    """Those of `placements`, and `CHECKS`, which look at several."""
+    return CHECKS | {name: check for residual in placements for name, check in stated_checks(residual).items()}

@@ -1,0 +1,85 @@
+"""What a check of the laboratory is, and the small models in float64 that checks compare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minitransformer.lab.subjects import MakeModel, Placement, real_config
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import Model
+
+SMALL: dict[str, Any] = {"d_model": 16, "vocab_size": 11, "context_length": 8}
+LAYERS = 4
+"""as many as Mix-LN needs for a layer that is Post-LN"""
+EXACT, SINGLE = 1e-12, 1e-6
+"""apart in float64, relative to the largest value, and in float32"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far from exact something is; None where the models cannot be compared, for the reason in `note`."""
+
+    distance: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A claim that holds if the distance is at most `tolerance`, for models from any maker and seed."""
+
+    claim: str
+    tolerance: float
+    measure: Callable[[MakeModel, int], Outcome]
+
+
+def small_config(residual: str, **choices: Any) -> ModelConfig:
+    return real_config(Placement(residual), **{"num_layers": LAYERS} | SMALL | choices)
+
+
+def small_model(make: MakeModel, residual: str, seed: int, **choices: Any) -> Any:
+    """A decoder for identities, in float64, with weights that are drawn anew: see `shaken`."""
+    return shaken(make(small_config(residual, **choices), seed).double(), seed)
+
+
+@torch.no_grad()
+def shaken(model: nn.Module, seed: int, std: float = 0.3) -> nn.Module:
+    """The model with matrices N(0, std²) and gains N(1, 0.3²)."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        draw = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        weight.copy_(1 + 0.3 * draw if weight.dim() < 2 else std * draw)
+    return model
+
+
+def tokens_and_probe(seed: int) -> tuple[Tensor, Tensor]:
+    """Tokens, and a random direction for the logits: gradients are those of their product."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(SMALL["vocab_size"], (2, SMALL["context_length"]), generator=generator)
+    return tokens, torch.randn(*tokens.shape, SMALL["vocab_size"], generator=generator, dtype=torch.float64)
+
+
+def redrawn(model: Model, seed: int) -> Model:
+    """The model with the initial weights that its placement asks for now."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.initialise()
+    return model
+
+
+def plain_name(name: str) -> str:
+    # Mixed placements hold the placement of their layer as `connection`.
+    return name.replace(".connection.", ".")
+
+
+def relative(first: Tensor, second: Tensor) -> float:
+    """The largest difference over the largest value; infinity where that is no number."""
+    apart, largest = float((first - second).abs().max()), float(second.abs().max())
+    if apart == 0:
+        return 0.0
+    return apart / largest if largest > 0 and math.isfinite(apart) else math.inf

@@ -1,0 +1,162 @@
+"""Models of every registered placement beside the second statement of their equations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitransformer.architecture.residual import Residual
+from minitransformer.lab.checks import (
+    EXACT,
+    SINGLE,
+    SMALL,
+    Check,
+    Outcome,
+    plain_name,
+    redrawn,
+    relative,
+    shaken,
+    small_config,
+    tokens_and_probe,
+)
+from minitransformer.lab.equations import (
+    STATEMENTS,
+    Depth,
+    admin_profile,
+    embed,
+    initial_weights,
+    stated_logits,
+    stated_stack,
+)
+from minitransformer.lab.subjects import MakeModel
+from minitransformer.models.config import ModelConfig
+
+FORMS: Mapping[str, Mapping[str, Depth]] = {
+    "decoder": {"stack": Depth(8)},
+    "encoder-decoder": {"encoder": Depth(8, other_layers=5), "decoder": Depth(5, other_layers=8, has_memory=True)},
+}
+"""the stacks of the models that are compared with a second statement: no two constants of theirs are the same"""
+
+
+def form_config(residual: str, form: str, *, published: bool = False, **choices: Any) -> ModelConfig:
+    """A model of `FORMS`; where it is `published`, with what its authors made beside the placement."""
+    first, *more = (depth.layers for depth in FORMS[form].values())
+    own = {"topology": form, "num_layers": first, **({"num_decoder_layers": more[0]} if more else {})}
+    asked = Residual.named(residual).asks_for if published else {}
+    return replace(small_config(residual, **own), **{**asked, **choices})
+
+
+def texts_and_probe(form: str, seed: int) -> tuple[list[Tensor], Tensor]:
+    """A text for each stack, of a length of its own, and a direction for the logits of the last."""
+    tokens, probe = tokens_and_probe(seed)
+    lengths = range(tokens.size(1) - len(FORMS[form]) + 1, tokens.size(1) + 1)
+    return [(tokens + length)[:, :length] % SMALL["vocab_size"] for length in lengths], probe
+
+
+class MissingWeight(KeyError):
+    """A name that no weight of a model has."""
+
+
+class NamedWeights(dict[str, Tensor]):
+    """Weights by their plain names."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise MissingWeight(name)
+
+
+def is_stated(make: MakeModel, seed: int, *, residual: str, form: str) -> Outcome:
+    """How far the models of a placement are from its `Statement`, and in what."""
+    if residual not in STATEMENTS:
+        return Outcome(
+            None, f"{residual!r} has no second statement: minitransformer.lab.equations says how to give one"
+        )
+    try:
+        apart = {"initial weights": _from_initial_weights(make, seed, residual, form)}
+        for published in (False, True) if Residual.named(residual).asks_for else (False,):
+            apart |= _from_equation(make, seed, residual, form, published=published)
+    except MissingWeight as error:
+        return Outcome(None, f"the equation has a weight {error}, and the model has not")
+    said = [f"{what} {by:.2g} apart" for what, by in apart.items() if by > EXACT]
+    return Outcome(max(apart.values()), ", ".join(said))
+
+
+def _from_initial_weights(make: MakeModel, seed: int, residual: str, form: str) -> float:
+    """How far a model's initial weights are from those stated: as published, and by two initialisations."""
+    statement, furthest = STATEMENTS[residual], 0.0
+    configs = [form_config(residual, form, init=init) for init in ("xavier", "xavier-scaled")]
+    inits = [statement.init, *(config.init for config in configs)]
+    for config, init in zip([form_config(residual, form, published=True), *configs], inits, strict=True):
+        model = redrawn(make(config, seed).double(), seed)
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            stated = initial_weights(statement, {name: weights[name].shape for name in weights}, FORMS[form], init)
+        furthest = max(furthest, *(relative(weights[name], stated[name]) for name in weights))
+    return furthest
+
+
+def _from_equation(make: MakeModel, seed: int, residual: str, form: str, *, published: bool) -> dict[str, float]:
+    """How far logits and the gradients of all weights are from those stated, with weights that are drawn anew."""
+    statement = STATEMENTS[residual]
+    if published:
+        norms = {**statement.attention_norms, **statement.published_norms}
+        statement = replace(statement, attention_norms=norms)
+    model = shaken(make(form_config(residual, form, published=published), seed).double(), seed, std=0.15)
+    texts, probe = texts_and_probe(form, seed)
+    parameters = {plain_name(name): weight for name, weight in model.named_parameters()}
+    weights = NamedWeights({name: weight.detach().clone().requires_grad_() for name, weight in parameters.items()})
+    logits, stated = model(*texts), stated_logits(statement, weights, FORMS[form], texts)
+    gradients, expected = (
+        torch.autograd.grad((output * probe).sum(), list(named.values()), allow_unused=True)
+        for output, named in ((logits, parameters), (stated, weights))
+    )
+    # A weight that one of both has nothing to do with makes another equation, whatever its value.
+    apart = [
+        math.inf if ours is None or theirs is None else relative(ours, theirs)
+        for ours, theirs in zip(gradients, expected, strict=True)
+    ]
+    kind = "published " if published else ""
+    return {f"{kind}logits": relative(logits.detach(), stated.detach()), f"{kind}gradients": max(apart)}
+
+
+def is_profiled(make: MakeModel, seed: int, *, form: str) -> Outcome:
+    """How far Admin's ω are from `admin_profile` after a look at a batch."""
+    model = make(form_config("admin", form), seed).double()
+    shaken(model, seed, std=0.15)
+    texts, _ = texts_and_probe(form, seed)
+    model.calibrate(lambda: model(*texts))
+    weights = NamedWeights({name: weight.detach() for name, weight in model.named_parameters()})
+    furthest, memory = 0.0, None
+    for (name, depth), tokens in zip(FORMS[form].items(), texts, strict=True):
+        stack = stated_stack(STATEMENTS["admin"], weights, name, depth, memory)
+        omegas, memory = admin_profile(embed(tokens, weights), stack)
+        found = [branch.weight("omega") for branch in stack.branches]
+        furthest = max(furthest, *(relative(ours, omega) for ours, omega in zip(found, omegas, strict=True)))
+    return Outcome(furthest)
+
+
+def stated_checks(residual: str) -> dict[str, Check]:
+    """Of one placement, by name, in every one of `FORMS`."""
+    checks = {
+        f"{residual}-{form}": Check(
+            f"{residual}, {form}, equals the second statement of its equation to 1e-12",
+            EXACT,
+            partial(is_stated, residual=residual, form=form),
+        )
+        for form in FORMS
+    }
+    return checks | {
+        f"{residual}-profile-{form}": Check(
+            f"{residual}, {form}, calibrates ω as stated a second time, to 1e-6",
+            SINGLE,
+            partial(is_profiled, form=form),
+        )
+        for form in FORMS
+        if residual == "admin"
+    }
