@@ -127,7 +127,7 @@ class SandwichSwapped(SandwichLN):
 
 
 class PeriWithoutEmbeddingNorm(PeriLN):
-    """Sandwich-LN."""
+    """Embeddings are not normalised."""
 
     has_embedding_norm = False
 
@@ -140,7 +140,7 @@ class OLMo2NormOfTheSum(OLMo2):
 
 
 class FinalNormAfterNone(NoNorm):
-    """One norm, at the end."""
+    """The output is normalised."""
 
     has_final_norm = True
 
@@ -213,7 +213,7 @@ class MixByTheOtherStack(MixLN):
 
 
 class HybridWithoutQKVNorm(HybridNorm):
-    """Attention does not normalise its values."""
+    """Attention does not normalise its queries, keys and values."""
 
     has_qkv_norm = False
 
@@ -326,7 +326,10 @@ class Defect:
 
     @property
     def title(self) -> str:
-        return "no defect" if self.placement is None else f"{self.placement.name}: {getdoc(self.placement)}"
+        if self.placement is None:
+            return "no defect"
+        mistake = getdoc(self.placement) or self.placement.__name__
+        return f"{self.placement.name}: {mistake.removesuffix('.')}"
 
     def make(self, config: ModelConfig, seed: int) -> Model:
         """`make_model`, in a library with this mistake."""

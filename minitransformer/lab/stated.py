@@ -42,12 +42,19 @@ FORMS: Mapping[str, Mapping[str, Depth]] = {
     "encoder-decoder": {"encoder": Depth(8, other_layers=5), "decoder": Depth(5, other_layers=8, has_memory=True)},
 }
 """the stacks of the models that are compared with a second statement: no two constants of theirs are the same"""
+WIDTH, STD = 32, 0.1
+"""of these models, and of their matrices: where heads have fewer features, norms of a head enlarge what is rounded"""
 
 
 def form_config(residual: str, form: str, *, published: bool = False, **choices: Any) -> ModelConfig:
     """A model of `FORMS`; where it is `published`, with what its authors made beside the placement."""
     first, *more = (depth.layers for depth in FORMS[form].values())
-    own = {"topology": form, "num_layers": first, **({"num_decoder_layers": more[0]} if more else {})}
+    own: dict[str, Any] = {
+        "d_model": WIDTH,
+        "topology": form,
+        "num_layers": first,
+        **({"num_decoder_layers": more[0]} if more else {}),
+    }
     asked = Residual.named(residual).asks_for if published else {}
     return replace(small_config(residual, **own), **{**asked, **choices})
 
@@ -107,7 +114,7 @@ def _from_equation(make: MakeModel, seed: int, residual: str, form: str, *, publ
     if published:
         norms = {**statement.attention_norms, **statement.published_norms}
         statement = replace(statement, attention_norms=norms)
-    model = shaken(make(form_config(residual, form, published=published), seed).double(), seed, std=0.15)
+    model = shaken(make(form_config(residual, form, published=published), seed).double(), seed, std=STD)
     texts, probe = texts_and_probe(form, seed)
     parameters = {plain_name(name): weight for name, weight in model.named_parameters()}
     weights = NamedWeights({name: weight.detach().clone().requires_grad_() for name, weight in parameters.items()})
@@ -128,7 +135,7 @@ def _from_equation(make: MakeModel, seed: int, residual: str, form: str, *, publ
 def is_profiled(make: MakeModel, seed: int, *, form: str) -> Outcome:
     """How far Admin's ω are from `admin_profile` after a look at a batch."""
     model = make(form_config("admin", form), seed).double()
-    shaken(model, seed, std=0.15)
+    shaken(model, seed, std=STD)
     texts, _ = texts_and_probe(form, seed)
     model.calibrate(lambda: model(*texts))
     weights = NamedWeights({name: weight.detach() for name, weight in model.named_parameters()})

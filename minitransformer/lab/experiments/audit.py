@@ -20,7 +20,7 @@ class Audit(Experiment, name="E10"):
     title = "Audit: which criterion notices which mistake"
     question = "Would the criteria of E0, E1 and E3 notice a mistake in a placement?"
     source = "mistakes of released baselines, and for every placement one more, injected into copies of the placements"
-    minutes = 0.5
+    minutes = 1.2
 
     def tasks(self) -> Sequence[Task]:
         return [
@@ -68,7 +68,7 @@ def _judge(defect: str, results: Sequence[Result]) -> Criterion:
     measured = f"by {len(flags)} of {total} criteria" + "".join(f"; {flag}" for flag in flags)
     if DEFECTS[defect].placement is None:
         return Criterion("a healthy library is flagged by no criterion", measured, not flags)
-    return Criterion(f"{DEFECTS[defect].title}: flagged", measured, bool(flags))
+    return Criterion(f"flagged in {DEFECTS[defect].title}", measured, bool(flags))
 
 
 def _looks_at(experiment: str, defect: Defect) -> bool:

@@ -38,7 +38,7 @@ class Identities(Experiment, name="E0"):
         "the equations of the papers that the placements name, and 2203.00555 on arXiv (DeepNorm), figure 2; each is "
         "stated a second time in minitransformer/lab/equations.py"
     )
-    minutes = 0.1
+    minutes = 0.4
     make: MakeModel = staticmethod(make_model)
 
     def __init__(self, settings: Settings) -> None:
@@ -62,8 +62,8 @@ class Identities(Experiment, name="E0"):
 REMARKS = (
     "A second statement of an equation takes from a model its weights alone, by their names, and computes attention, "
     "feed-forward networks and norms itself: for a decoder of 8 layers, and for an encoder of 8 beside a decoder of 5. "
-    "Compared are logits, the gradients of all weights, and the initial weights by three initialisations; attention has "
-    "the norms that belong to the equation, and then those that its authors gave it too. A placement without a second "
+    "Compared are logits, gradients of all weights, and initial weights by three initialisations; attention has the "
+    "norms that belong to the equation, and then those that its authors gave it too. A placement without a second "
     "statement fails.",
     "Distances of logits and gradients are the largest difference over the largest value, in float64, with weights and "
     "gains drawn anew, so that no gain is 1 and attention is not uniform. The worst of all seeds is shown.",
