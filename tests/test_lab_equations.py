@@ -94,28 +94,27 @@ def test_an_initialisation_that_the_paper_has_not_is_noticed(monkeypatch):
     assert failures("hybrid")
 
 
-class Gated(Residual):
-    """x ← x + a f(x), from a = 0: a placement that somebody brings."""
-
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(nn.Identity, dropout, place)
-        self.gate = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
-        return x + self.gate * self.dropout(sublayer(x))
-
-
 @pytest.fixture
 def brought() -> Iterator[str]:
-    """The name of a placement from outside of the package."""
-    Gated.name, Residual.registry["gated"] = "gated", Gated
-    yield "gated"
-    del Residual.registry["gated"]
-    STATEMENTS.pop("gated", None)
+    """The name of a placement that somebody brings."""
+
+    class Gated(Residual, name="toy-gated"):
+        """x ← x + a f(x), from a = 0."""
+
+        def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+            super().__init__(nn.Identity, dropout, place)
+            self.gate = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+            return x + self.gate * self.dropout(sublayer(x))
+
+    yield Gated.name
+    del Residual.registry[Gated.name]
+    STATEMENTS.pop(Gated.name, None)
 
 
 def state_gated(factor: float) -> None:
-    @states("gated", starts={"gate": 0.0})
+    @states("toy-gated", starts={"gate": 0.0})
     def gated(x: Tensor, stack: StatedStack) -> Tensor:
         for branch in stack.branches:
             x = x + factor * branch.weight("gate") * branch.f(x)
@@ -132,7 +131,7 @@ def criteria_of(residual: str) -> list[Any]:
 def test_a_placement_without_a_second_statement_fails_by_its_name(brought):
     criteria = criteria_of(brought)
     assert [criterion.holds for criterion in criteria] == [False] * len(FORMS)
-    assert all("'gated' has no second statement" in criterion.measured for criterion in criteria)
+    assert all("'toy-gated' has no second statement" in criterion.measured for criterion in criteria)
 
 
 def test_a_placement_from_outside_can_be_stated_beside_its_class(brought):
