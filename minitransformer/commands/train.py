@@ -19,7 +19,7 @@ from minitransformer.registry import lookup
 from minitransformer.runs import Run, free_run_path
 from minitransformer.text.corpora import named, short_name
 from minitransformer.text.tokenizers import Tokenizer
-from minitransformer.training.checkpoint import check_room, checkpoint_step, choose_checkpoint
+from minitransformer.training.checkpoint import check_room, check_weights, checkpoint_step, choose_checkpoint
 from minitransformer.training.config import RunConfig, with_vocabulary
 from minitransformer.training.logging import Logs, RunFiles, TensorBoard, Terminal
 from minitransformer.training.loop import NonFiniteTraining, Trainer
@@ -103,6 +103,7 @@ def _resume(path: Path, arguments: Sequence[str]) -> int:
     options = _parse(arguments, run.config)
     _check_changes(run.config, options)
     checkpoint = choose_checkpoint(run.checkpoints, options.checkpoint)
+    check_weights(checkpoint, run.config.model)
     if checkpoint_step(checkpoint) >= options.training.steps:
         raise UserError(f"{path} has done its {options.training.steps} steps: give a larger --steps to extend it")
     prepared = _prepare(options.run_config(), run.tokenizers)
