@@ -76,7 +76,15 @@ def run_folder(path: Path) -> Path:
     lines = [{"step": step, "loss": 2.0 / step, "tokens": step, "seconds": 0.1} for step in range(1, 6)]
     lines.append({"step": 5, "validation_loss": 1.0, "bits_per_byte": 2.0, "accuracy": None})
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # Without what else they hold, such as checksums: who wants to deceive writes the right ones.
+    keep_only(path / "config.json", "model", "data", "training", "text", "provenance")
+    keep_only(path / "checkpoints/step-000005/manifest.json", "step", "sha256")
     return path
+
+
+def keep_only(path: Path, *names: str) -> None:
+    """Removes all other fields of the JSON object at `path`."""
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name in names}))
 
 
 def open_run(path: Path) -> None:
