@@ -478,14 +478,14 @@ class Runs:
         return Path.touch, (self.mark,)
 
 
-@pytest.mark.parametrize("content", ["code", "a list", "nothing", "empty", "cut"])
+@pytest.mark.parametrize("content", ["code", "a list", "another state", "empty", "cut"])
 def test_the_state_of_a_trainer_runs_no_code_and_is_refused_when_damaged(tmp_path: Path, content: str) -> None:
     checkpoint = run_folder(tmp_path / "run") / "checkpoints/step-000005"
     state = checkpoint / "trainer.pt"
     if content == "code":
         torch.save(Runs(tmp_path / "mark"), state)
-    elif content in ("a list", "nothing"):
-        torch.save([1] if content == "a list" else {}, state)
+    elif content in ("a list", "another state"):
+        torch.save([1] if content == "a list" else {"a": 1}, state)
     else:
         state.write_bytes(state.read_bytes()[: 100 if content == "cut" else 0])
     assert "trainer.pt" in refused(lambda: load_trainer_state(checkpoint))

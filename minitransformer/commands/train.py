@@ -204,8 +204,8 @@ def _checkpoint_to_continue(run: Run, options: Options) -> Path | None:
 def _has_ended(run: Run, checkpoint: Path) -> bool:
     """Whether the last validation and the sample are there as well; a signal may have come before them."""
     step, samples = checkpoint_step(checkpoint), run.path / SAMPLES
-    validated = load_trainer_state(checkpoint)["progress"]["validated_step"]
-    return validated == step and samples.exists() and sample_heading(step) in samples.read_text("utf-8", "replace")
+    validated = not run.config.data.validates or load_trainer_state(checkpoint)["progress"]["validated_step"] == step
+    return validated and samples.exists() and sample_heading(step) in samples.read_text("utf-8", "replace")
 
 
 def _check_changes(old: RunConfig, new: RunConfig, silent: Sequence[str] = ()) -> None:
