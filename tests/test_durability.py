@@ -252,10 +252,10 @@ def test_a_trained_run_that_lost_its_configuration_is_not_begun_again(run, capsy
 
 
 def stop_in_the_last_validation(monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("minitransformer.training.loop.validate", interrupted)
+    monkeypatch.setattr("minitransformer.training.validation.validate", interrupted)
 
 
 def test_a_run_that_was_stopped_in_its_last_validation_does_what_is_missing(here, run, capsys, monkeypatch):
@@ -281,9 +281,9 @@ def test_a_run_that_ended_before_its_sample_writes_it(run):
 def test_a_signal_in_the_last_sample_finds_a_run_that_is_complete(here, capsys, monkeypatch):
     write = Trainer.write_sample
 
-    def interrupted(self):
+    def interrupted(self, **choices):
         signal.raise_signal(signal.SIGTERM)
-        return write(self)
+        return write(self, **choices)
 
     monkeypatch.setattr(Trainer, "write_sample", interrupted)
     assert train("--out", "run") == 0

@@ -289,7 +289,9 @@ def test_a_checkpoint_becomes_a_run_that_samples_trains_and_goes_back(
     )
     implementation.train_from_iterator(["the cat and the dog " * 20], trainer)
     size = implementation.get_vocab_size()
-    config = transformers.GPT2Config(vocab_size=size, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    # With ids that the vocabulary has: of others the library complains, to the stream that was there when it came.
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.GPT2Config(vocab_size=size, n_positions=16, n_embd=16, n_layer=1, n_head=2, **ends)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "public")
     implementation.save(str(tmp_path / "public" / "tokenizer.json"))
 

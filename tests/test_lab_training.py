@@ -14,6 +14,7 @@ from minitransformer.lab.experiment import Experiment, Result, Settings
 from minitransformer.lab.experiments.trainability import PLACEMENTS
 from minitransformer.lab.training import BASE, Course, train
 from minitransformer.models.model import build_model
+from minitransformer.training.logging import Log
 from tests.runs_for_tests import TEXT, TINY, configured, prepared_text, trainer_for
 
 pytestmark = pytest.mark.unchecked_shapes
@@ -26,7 +27,7 @@ def text(tmp_path_factory):
     return prepared_text(tmp_path_factory.mktemp("text"))
 
 
-class Steps:
+class Steps(Log):
     """A log that keeps what the trainer records of each step."""
 
     def __init__(self):
@@ -36,11 +37,6 @@ class Steps:
         if "loss" in numbers:
             self.losses.append(numbers["loss"])
             self.grad_norms.append(numbers["grad_norm"])
-
-    def line(self, text):
-        pass
-
-    advance = close = line
 
 
 @pytest.mark.parametrize(

@@ -355,7 +355,7 @@ def test_a_flag_against_what_the_publisher_advises_says_where_that_stands(comman
 def test_advice_that_makes_no_sense_is_refused(command: Any, advised: Any, content: Any, message: str) -> None:
     advised(content)
     code, out, err = command("runs/chars", "--prompt", "ab")
-    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert (code, out, err.count("\n")) == (1 if content == [] else 2, "", 1)
     assert "generation_config.json" in err
     assert message in err
 

@@ -254,6 +254,7 @@ def test_a_ranking_needs_the_same_seeds():
 def test_an_interval_reads_to_two_digits_of_its_half():
     assert str(Interval(1.23456, 1.2222, 1.24692, 3)) == "1.235 [1.222, 1.247]"
     assert str(mean_interval([1.23456])) == "1.235"
+    assert str(mean_interval([0.3, 0.1 + 0.2, 0.3])) == "0.3"  # all of its spread is rounding
 
 
 def test_without_scipy_the_remedy_is_one_sentence(monkeypatch):

@@ -24,6 +24,7 @@ from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import (
     MODEL,
     check_room,
+    check_weights,
     checkpoint_step,
     checkpoints_in,
     load_trainer_state,
@@ -193,6 +194,7 @@ def _checkpoint_to_continue(run: Run, options: Options) -> Path | None:
         print(f"checkpoint none yet: {run.path} begins at step 0", flush=True)
         return None
     checkpoint = run.checkpoint_to_continue(options.checkpoint)
+    check_weights(checkpoint, options.model)
     step, steps = checkpoint_step(checkpoint), options.training.steps
     if step > steps or (step == steps and _has_ended(run, checkpoint)):
         raise UserError(f"{run.path} has done its {steps} steps: give a larger --steps to extend it")
@@ -202,8 +204,8 @@ def _checkpoint_to_continue(run: Run, options: Options) -> Path | None:
 def _has_ended(run: Run, checkpoint: Path) -> bool:
     """Whether the last validation and the sample are there as well; a signal may have come before them."""
     step, samples = checkpoint_step(checkpoint), run.path / SAMPLES
-    validated = load_trainer_state(checkpoint)["progress"]["validated_step"]
-    return validated == step and samples.exists() and sample_heading(step) in samples.read_text("utf-8", "replace")
+    validated = not run.config.data.validates or load_trainer_state(checkpoint)["progress"]["validated_step"] == step
+    return validated and samples.exists() and sample_heading(step) in samples.read_text("utf-8", "replace")
 
 
 def _check_changes(old: RunConfig, new: RunConfig, silent: Sequence[str] = ()) -> None:

@@ -45,7 +45,7 @@ class Interval:
     def __str__(self) -> str:
         """Mean and ends, to two digits of half the interval; the mean alone where the ends are unknown."""
         reach = self.high - self.mean
-        if not math.isfinite(reach) or reach <= 0:
+        if not math.isfinite(reach) or reach <= 1e-12 * abs(self.mean):  # less is rounding
             return f"{self.mean:.4g}"
         decimals = decimals_of(reach)
         return f"{self.mean:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"

@@ -279,7 +279,7 @@ class Plan:
         for combination in self.combinations:
             with _naming(combination):
                 config = self.config(combination, self.seeds[0])
-                if not config.data.validation_fraction and config.data.validation_data is None:
+                if not config.data.validates:
                     raise UserError("validation_fraction 0 leaves nothing to choose a winner by: keep some of the text")
                 model = with_usual_vocabulary(config)
                 if model not in possible:

@@ -28,6 +28,7 @@ def inherit_originals(parent: Path, run: Path) -> None:
     """Copy what the run folder `parent` has kept, if anything, into the run folder `run` that begins with its model."""
     if (parent / FOLDER).is_dir():
         keep_originals(parent / FOLDER, run)
+        _copy(parent, run, CONFIGS[1:])
 
 
 def originals_of(run: Path, tokenizer: Tokenizer) -> Path | None:

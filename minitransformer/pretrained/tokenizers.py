@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from minitransformer.errors import UserError
 from minitransformer.pretrained.shards import read_json
-from minitransformer.pretrained.vocabularies import bert_normalizer, content_of_vocabulary
+from minitransformer.pretrained.vocabularies import as_its_class_reads_it, content_of_vocabulary
 from minitransformer.text.tokenizers import (
     BPE,
     END_OF_TEXT,
@@ -40,8 +40,6 @@ SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+": GPT4_SPLIT
 }
-BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast")
-BERT_CLASS_OF = {"bert": "BertTokenizer", "distilbert": "DistilBertTokenizer"}
 # What a text ends with, and what fills rows up, in one family or another.
 ENDS = ("</s>", END_OF_TEXT, "<|end_of_text|>", "[SEP]")
 PADDINGS = ("<pad>", "[PAD]")
@@ -71,10 +69,7 @@ def _merged(folder: Path, names: Iterable[str]) -> dict[str, Any]:
 def _content(folder: Path, settings: dict[str, Any], model_type: str) -> dict[str, Any] | None:
     if not (folder / FILE).is_file():
         return content_of_vocabulary(folder, settings, model_type)
-    content = read_json(folder / FILE)
-    # The library's class for BERT normalises as its settings say, whatever the file says.
-    by_class = settings.get("tokenizer_class") or BERT_CLASS_OF.get(model_type)
-    return {**content, "normalizer": bert_normalizer(settings)} if by_class in BERT_CLASSES else content
+    return as_its_class_reads_it(read_json(folder / FILE), settings, model_type)
 
 
 def framing_of(content: dict[str, Any], expected: dict[str, Any], tokenizer: Tokenizer) -> Framing:

@@ -15,6 +15,8 @@ FILES = (VOCABULARY, MERGES, WORDS, ADDED)
 # Families whose vocab.json and merges.txt are split as GPT-2 splits text; others use the same files in other ways.
 LIKE_GPT2 = ("gpt2", "gptj", "opt", "roberta", "bart")
 BETWEEN_BRACKETS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast")
+BERT_CLASS_OF = {"bert": "BertTokenizer", "distilbert": "DistilBertTokenizer"}
 BETWEEN_ANGLES = (END_OF_TEXT, "<s>", "<pad>", "</s>", "<unk>", "<mask>")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 WORDPIECE = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
@@ -101,6 +103,15 @@ def _wordpiece(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {**WORDPIECE, "max_input_chars_per_word": 100, "vocab": vocabulary},
     }
+
+
+def as_its_class_reads_it(content: dict[str, Any], settings: dict[str, Any], model_type: str) -> dict[str, Any]:
+    """The content of a tokenizer.json, changed as the class that transformers chooses for it changes it.
+
+    The class for BERT normalises as its settings say, whatever the file says.
+    """
+    chosen = settings.get("tokenizer_class") or BERT_CLASS_OF.get(model_type)
+    return {**content, "normalizer": bert_normalizer(settings)} if chosen in BERT_CLASSES else content
 
 
 def bert_normalizer(settings: dict[str, Any]) -> dict[str, Any]:

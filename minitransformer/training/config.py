@@ -70,6 +70,11 @@ class DataConfig:
                 f"validation_target_data is {self.validation_target_data!r} without validation_data: name both files"
             )
 
+    @property
+    def validates(self) -> bool:
+        """Whether there is text to validate on."""
+        return self.validation_fraction > 0 or self.validation_data is not None
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -227,7 +232,7 @@ class RunConfig:
                 f"objective {objective.name!r} cannot train topology {topology!r}: "
                 f"choose --objective {' or '.join(possible)}"
             )
-        if not self.data.validation_fraction and self.data.validation_data is None:
+        if not self.data.validates:
             for name in ("patience", "sample_at_eval"):
                 if getattr(self.training, name):
                     raise UserError(f"{name} waits for validations, and validation_fraction 0 has none: give some text")

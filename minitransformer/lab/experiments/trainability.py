@@ -109,7 +109,7 @@ class Trainability(TrainingExperiment, name="E7"):
                 "Below the highest rate at which all seeds learn, none is tried.",
                 f"After {PATIENCE} steps, a run whose last 25 are worse than a guess among all characters is stopped.",
                 f"For the claims, a placement that learns at none of the rates counts as one of {BELOW:g}.",
-                "Two seeds draw the map and decide nothing: the claims stay open, and say how far apart the rates are.",
+                "So few seeds draw the map and decide nothing: the claims stay open, and say how far apart rates are.",
             ],
         )
 
