@@ -1,5 +1,6 @@
 """Runs that nobody else disturbs, that can always go on, and that notice when a file is not what was written."""
 
+import errno
 import json
 import os
 import shutil
@@ -207,8 +208,6 @@ def test_a_write_that_fails_half_way_is_an_answer_of_the_disk(tmp_path, kind):
 
 @pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO", "ENOENT", "ENOTDIR"])
 def test_every_answer_of_a_disk_is_a_sentence(tmp_path, number):
-    import errno
-
     number = getattr(errno, number)
     with pytest.raises(StorageError, match="choose another"), files.writing(tmp_path, "choose another"):
         raise OSError(number, os.strerror(number))
@@ -302,6 +301,30 @@ def test_a_fine_tuned_run_begins_again_with_the_weights_of_its_parent(here, run,
     assert [path.name for path in (here / "tuned/checkpoints").glob("step-*")] == ["step-000000"]
     assert main(["--resume", "tuned"]) == 0
     assert_same_weights(weights(here / "tuned"), weights(here / "whole"))
+
+
+def test_a_fine_tune_that_could_not_copy_what_its_parent_kept_is_no_run_and_can_be_begun_again(
+    here, run, monkeypatch, capsys
+):
+    (run / "original").mkdir()
+    (run / "original/config.json").write_text("{}")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        error = refused(capsys, "--init-from", "run", "--data", "my.txt", "--out", "tuned", "--steps", "2", code=1)
+    assert "no space left" in error
+    assert not (here / "tuned/config.json").exists()
+    assert train("--out", "tuned", "--init-from", "run") == 0
+    assert (here / "tuned/original/config.json").exists()
+
+
+def test_a_folder_of_another_kind_with_original_files_is_not_cleared(here, capsys):
+    (here / "llama/original").mkdir(parents=True)
+    assert "exists already" in refused(capsys, "--data", "my.txt", "--out", "llama", *SMALL)
+    assert (here / "llama/original").exists()
 
 
 def test_a_text_that_has_moved_is_named_anew(here, run, capsys):

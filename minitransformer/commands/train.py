@@ -144,9 +144,8 @@ def _begun(
     path = options.out or claimed_run_path(f"{name}-{short_name(options.data.data)}")
     with only_writer(path):
         tokenizers = prepared.tokenizer, prepared.target_tokenizer
-        run = Run.create(path, config, *tokenizers, prepared.folder.name, machine.resolved, parent, initial)
-        if parent is not None:
-            inherit_originals(Path(parent.path), path)
+        inherit = partial(inherit_originals, None if parent is None else Path(parent.path))
+        run = Run.create(path, config, *tokenizers, prepared.folder.name, machine.resolved, parent, initial, inherit)
         return _train(run, prepared, machine, checkpoint=None if initial is None else run.checkpoint_to_continue())
 
 

@@ -24,9 +24,9 @@ def keep_originals(checkpoint: Path, run: Path) -> None:
     _copy(checkpoint, run / FOLDER, (*CONFIGS, *TOKENIZER_FILES))
 
 
-def inherit_originals(parent: Path, run: Path) -> None:
+def inherit_originals(parent: Path | None, run: Path) -> None:
     """Copy what the run folder `parent` has kept, if anything, into the run folder `run` that begins with its model."""
-    if (parent / FOLDER).is_dir():
+    if parent is not None and (parent / FOLDER).is_dir():
         keep_originals(parent / FOLDER, run)
         _copy(parent, run, CONFIGS[1:])
 
