@@ -18,6 +18,7 @@ from minitransformer.commands.train import main
 from minitransformer.errors import StorageError, UserError
 from minitransformer.lab.trials import train_trial
 from minitransformer.models.model import build_model
+from minitransformer.pretrained.shards import write_shards
 from minitransformer.runs import Run, only_writer
 from minitransformer.training.checkpoint import choose_checkpoint, damage, write_checkpoint
 from minitransformer.training.loop import Trainer
@@ -186,7 +187,7 @@ def test_a_disk_that_fills_up_is_noticed_before_a_checkpoint_is_begun(here, caps
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a limit on the size of files")
-@pytest.mark.parametrize("kind", ["model", "trainer"])
+@pytest.mark.parametrize("kind", ["model", "trainer", "export"])
 def test_a_write_that_fails_half_way_is_an_answer_of_the_disk(tmp_path, kind):
     """Neither safetensors nor torch raises an OSError by itself."""
     import resource
@@ -194,12 +195,19 @@ def test_a_write_that_fails_half_way_is_an_answer_of_the_disk(tmp_path, kind):
     (tmp_path / "checkpoints").mkdir()
     model = build_model(configured().model)
     state = {"large": torch.zeros(100_000)} if kind == "trainer" else {}
+
+    def write():
+        if kind != "export":
+            write_checkpoint(tmp_path / "checkpoints", 1, model, state)
+        with files.whole_folder(tmp_path / "checkpoints/copy") as folder:
+            write_shards({"large": torch.zeros(100_000)}, folder)
+
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if kind == "trainer" else 5_000, limit[1]))
         with pytest.raises(StorageError, match="no space left"), files.writing(tmp_path, "choose another"):
-            write_checkpoint(tmp_path / "checkpoints", 1, model, state)
+            write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from minitransformer import records
+from minitransformer import files, records
 from minitransformer.errors import UserError
 from minitransformer.records import shown
 
@@ -94,7 +93,7 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int =
     count = len(shards)
     names = [WEIGHTS] if count == 1 else [SHARDS.format(number=i, count=count) for i in range(1, count + 1)]
     for file, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / file, {"format": "pt"})
+        files.write_tensors(folder / file, shard, {"format": "pt"})
     if count > 1:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
