@@ -383,11 +383,11 @@ def _config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
         raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give a folder that training has made")
-    config = read_json(file, "restore it, or leave the run out")
-    whole = isinstance(config, dict) and all(isinstance(config.get(part), dict) for part in PARTS)
+    config: dict[str, Any] = read_json(file, "restore it, or leave the run out")
+    whole = all(isinstance(config.get(part), dict) for part in PARTS)
     if not whole or not isinstance(config["training"].get("seed"), int):
         raise UserError(f"{file} is no configuration with {', '.join(PARTS)} and a seed: leave the run out")
-    return dict(config)
+    return config
 
 
 def _parent(record: Any) -> str | None:

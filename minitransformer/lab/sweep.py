@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from minitransformer import files
-from minitransformer.errors import UserError
+from minitransformer.errors import StorageError, UserError
 from minitransformer.lab.experiment import Measurement, Result, Task
 from minitransformer.lab.runner import LEFTOVERS, RESULTS, SILENT, Failure, Progress, run_tasks
 from minitransformer.lab.statistics import SMALLEST_DIFFERENCE, Interval, Ranking, mean_interval, ranking
@@ -469,7 +469,7 @@ def _read(folder: Path) -> dict[str, Any]:
         machine = Resolved.from_json(record.get("machine"), str(path))
         return {"identity": dict(record["identity"]), "machine": machine, "provenance": list(record["provenance"])}
     except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): restore it, or {REMEDY}") from None
+        raise StorageError(f"{path} is damaged ({error}): restore it, or {REMEDY}") from None
 
 
 def _check_same(folder: Path, plan: Plan) -> None:

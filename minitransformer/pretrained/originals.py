@@ -55,9 +55,9 @@ def original_fields(originals: Path) -> dict[str, Any]:
 def class_names(run: Path, count: int) -> list[str]:
     """The names of a classifier's classes, which are numbers where an import did not come with `count` names."""
     config = run / FOLDER / CONFIGS[0]
-    labels = (read_json(config).get("id2label") if config.is_file() else None) or {}
-    names = [labels.get(str(number), str(number)) for number in range(count)]
-    return [str(name) for name in names]
+    labels = read_json(config).get("id2label") if config.is_file() else None
+    known = labels if isinstance(labels, dict) else {}
+    return [str(known.get(str(number), number)) for number in range(count)]
 
 
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:

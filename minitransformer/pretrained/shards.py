@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minitransformer import files, records
-from minitransformer.errors import UserError
+from minitransformer.errors import StorageError, UserError
 from minitransformer.records import shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,7 +34,7 @@ class Shards(Mapping[str, Tensor]):
         shards = sorted(set(self._places.values()))
         missing = [shard for shard in shards if not isfile(folder / shard)]
         if missing:
-            raise UserError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: download it again")
+            raise StorageError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: download it again")
         self._files = {shard: _opened(folder / shard) for shard in shards}
 
     @property
@@ -47,7 +47,7 @@ class Shards(Mapping[str, Tensor]):
         try:
             tensor: Tensor = self._files[shard].get_tensor(name)
         except SafetensorError:
-            raise UserError(f"{shard} lacks {name}, which {INDEX} places there: download both again") from None
+            raise StorageError(f"{shard} lacks {name}, which {INDEX} places there: download both again") from None
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -102,18 +102,18 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int =
 
 
 def _places(index: Path) -> dict[str, str]:
-    """Which shard holds each tensor; raises `UserError` for what is no name of a file in the folder of `index`."""
+    """Which shard holds each tensor; raises `StorageError` for what is no name of a file in the folder of `index`."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict):
-        raise UserError(f"{index} is damaged (it has no object weight_map): download it again")
+        raise StorageError(f"{index} is damaged (it has no object weight_map): download it again")
     for shard in places.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise UserError(f"{index} names {shown(shard)}, which is no file in its folder: download it again")
+            raise StorageError(f"{index} names {shown(shard)}, which is no file in its folder: download it again")
     return places
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file at `path`; raises `UserError` if it holds none."""
+    """The object in the file at `path`; raises `StorageError` if it holds none."""
     content: dict[str, Any] = records.read_json(path, "download it again")
     return content
 
@@ -132,4 +132,4 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is no whole safetensors file ({error}): download it again") from None
+        raise StorageError(f"{path} is no whole safetensors file ({error}): download it again") from None
