@@ -196,7 +196,10 @@ def locked(target: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Deletes or finishes what builders that were killed have left in `folder`: those whose lock nobody holds."""
+    """Deletes what builders that were killed have left in `folder`, where nobody holds the lock of what they made.
+
+    Also what they set aside: whatever is made under such a lock can be made again.
+    """
     for leftover in [*folder.glob(f"*{PARTIAL}"), *folder.glob(f"*{REPLACED}")]:
         name = leftover.name.removesuffix(REPLACED)
         path = lock_of(folder / (name.rpartition("-")[0] if name.endswith(PARTIAL) else name))
