@@ -186,6 +186,12 @@ def test_a_disk_that_fills_up_is_noticed_before_a_checkpoint_is_begun(here, caps
     assert main(["--resume", "run"]) == 0
 
 
+def test_where_not_even_the_first_checkpoint_fits_nothing_is_said_of_going_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(StorageError, match=r"free some, or choose an --out on another disk$"):
+        write_checkpoint(tmp_path, 0, build_model(configured().model), {})
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a limit on the size of files")
 @pytest.mark.parametrize("kind", ["model", "trainer", "export"])
 def test_a_write_that_fails_half_way_is_an_answer_of_the_disk(tmp_path, kind):

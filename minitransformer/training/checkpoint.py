@@ -50,10 +50,11 @@ def _check_room_for(folder: Path, name: str, tensors: Mapping[str, Tensor], trai
     free = shutil.disk_usage(folder).free
     if free < needed:
         whole = [path.name for path in checkpoints_in(folder)]
-        left = f"{whole[-1]} is the last one" if whole else "there is none yet"
+        # Without one, as in an import, the folder may be no run yet.
+        go_on = f"and continue the run with --resume {folder.parent} ({whole[-1]} is the last one)" if whole else ""
         raise StorageError(
             f"checkpoint {name} needs {needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB free: "
-            f"free some, and continue the run with --resume {folder.parent} ({left})"
+            f"free some, {go_on or 'or choose an --out on another disk'}"
         )
 
 
