@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from minitransformer.errors import StorageError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
+    from torch import Tensor
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -91,6 +93,21 @@ def write_text(target: Path, text: str) -> None:
     """Make `text` the content of `target`."""
     with whole_file(target) as file:
         file.write(text.encode())
+
+
+def write_tensors(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write `tensors` into the safetensors file `target`; raises `OSError` where it cannot be written."""
+    from safetensors import SafetensorError  # late: most of what writes files has no tensors
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, target, metadata)
+    except SafetensorError as error:
+        # The number of the system's answer stands in the words of an error that is no OSError.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(target)) from None
 
 
 @contextmanager
@@ -179,7 +196,10 @@ def locked(target: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Deletes or finishes what builders that were killed have left in `folder`: those whose lock nobody holds."""
+    """Deletes what builders that were killed have left in `folder`, where nobody holds the lock of what they made.
+
+    Also what they set aside: whatever is made under such a lock can be made again.
+    """
     for leftover in [*folder.glob(f"*{PARTIAL}"), *folder.glob(f"*{REPLACED}")]:
         name = leftover.name.removesuffix(REPLACED)
         path = lock_of(folder / (name.rpartition("-")[0] if name.endswith(PARTIAL) else name))

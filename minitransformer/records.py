@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from minitransformer.errors import StorageError
+
+T = TypeVar("T")
 
 # The largest files that we read whole are vocabularies and indices of shards, of some tens of megabytes.
 MOST_BYTES = 256 << 20
@@ -163,3 +165,14 @@ def checked_fields(kind: type, values: Mapping[str, Any], origin: str) -> dict[s
             what = in_words(hints[name])
             raise StorageError(f"{origin} has {name} {shown(value)}, which must be {what}: restore the file") from None
     return result
+
+
+def whole_record(kind: type[T], value: Any, what: str, origin: str) -> T:
+    """The record of the class `kind` that has the members of the object `value`, from the file `origin`, as its fields.
+
+    Raises `StorageError`, in which the record is that of `what`, for other members, and for values of another type.
+    """
+    record: type = kind
+    if not isinstance(value, dict) or value.keys() != type_hints(record).keys():
+        raise StorageError(f"{origin} has a damaged record of {what} ({shown(value)}): restore the file")
+    return kind(**checked_fields(record, value, origin))

@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -21,6 +21,7 @@ import torch
 from minitransformer import files
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.model import Model, build_model
+from minitransformer.pretrained.originals import FOLDER as ORIGINALS
 from minitransformer.pretrained.tokenizers import (
     CONFIGS,
     PublicTokenizer,  # noqa: F401  (which a run may have: it registers)
@@ -95,11 +96,13 @@ class Run:
         machine: Resolved | None = None,
         parent: Parent | None = None,
         initial: Model | None = None,
+        add_files: Callable[[Path], object] = lambda path: None,
     ) -> Run:
         """A new run folder; `config.json` is written last, and makes it one.
 
-        A run that does not begin with random weights has those of `initial` as its checkpoint of step 0. Raises
-        `UserError` where something is at `path` already, and `StorageError` where it cannot be written.
+        A run that does not begin with random weights has those of `initial` as its checkpoint of step 0; `add_files`
+        writes into the folder what an import came with. Raises `UserError` where something is at `path` already, and
+        `StorageError` where it cannot be written.
         """
         check_free(path)
         run = cls(path, config, tokenizer, target_tokenizer, text, machine, parent)
@@ -112,6 +115,7 @@ class Run:
                 target_tokenizer.save(path / TARGET_TOKENIZER)
             if initial is not None:
                 write_checkpoint(run.checkpoints, 0, initial, {}, config)
+            add_files(path)
         return run.reconfigured(config)
 
     def reconfigured(self, config: RunConfig, machine: Resolved | None = None) -> Run:
@@ -235,6 +239,8 @@ def check_free(path: Path) -> None:
     own = {LOCK, TOKENIZER, TARGET_TOKENIZER, CHECKPOINTS}
     with files.writing(path, REMEDY):
         names = {child.name for child in path.iterdir() if child.suffix != files.PARTIAL} if path.is_dir() else {""}
+        if LOCK in names:  # public checkpoints have files of these names, too
+            own |= {ORIGINALS, GENERATION}
         begun = any(checkpoint_step(checkpoint) > 0 for checkpoint in checkpoints_in(path / CHECKPOINTS))
     if begun or not names <= own:
         raise UserError(f"{path} exists already, and is not a run: choose another --out")

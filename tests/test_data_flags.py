@@ -97,6 +97,8 @@ def test_standard_input_is_learned_from_and_a_run_on_it_goes_on(here: Path, monk
     assert Path(stored).read_text() == TEXT
     pipe(monkeypatch, "")
     assert main(["--resume", "piped", "--steps", "6"]) == 0
+    pipe(monkeypatch, TEXT)
+    assert main(["--resume", "piped", "--steps", "7", "--data", "-"]) == 0
 
 
 def test_a_table_is_read_by_its_field_and_never_as_raw_text(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

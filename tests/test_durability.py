@@ -1,5 +1,6 @@
 """Runs that nobody else disturbs, that can always go on, and that notice when a file is not what was written."""
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from minitransformer.commands.train import main
 from minitransformer.errors import StorageError, UserError
 from minitransformer.lab.trials import train_trial
 from minitransformer.models.model import build_model
+from minitransformer.pretrained.shards import write_shards
 from minitransformer.runs import Run, only_writer
 from minitransformer.training.checkpoint import choose_checkpoint, damage, write_checkpoint
 from minitransformer.training.loop import Trainer
@@ -184,8 +186,14 @@ def test_a_disk_that_fills_up_is_noticed_before_a_checkpoint_is_begun(here, caps
     assert main(["--resume", "run"]) == 0
 
 
+def test_where_not_even_the_first_checkpoint_fits_nothing_is_said_of_going_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(StorageError, match=r"free some, or choose an --out on another disk$"):
+        write_checkpoint(tmp_path, 0, build_model(configured().model), {})
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a limit on the size of files")
-@pytest.mark.parametrize("kind", ["model", "trainer"])
+@pytest.mark.parametrize("kind", ["model", "trainer", "export"])
 def test_a_write_that_fails_half_way_is_an_answer_of_the_disk(tmp_path, kind):
     """Neither safetensors nor torch raises an OSError by itself."""
     import resource
@@ -193,12 +201,19 @@ def test_a_write_that_fails_half_way_is_an_answer_of_the_disk(tmp_path, kind):
     (tmp_path / "checkpoints").mkdir()
     model = build_model(configured().model)
     state = {"large": torch.zeros(100_000)} if kind == "trainer" else {}
+
+    def write():
+        if kind != "export":
+            write_checkpoint(tmp_path / "checkpoints", 1, model, state)
+        with files.whole_folder(tmp_path / "checkpoints/copy") as folder:
+            write_shards({"large": torch.zeros(100_000)}, folder)
+
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if kind == "trainer" else 5_000, limit[1]))
         with pytest.raises(StorageError, match="no space left"), files.writing(tmp_path, "choose another"):
-            write_checkpoint(tmp_path / "checkpoints", 1, model, state)
+            write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)
@@ -207,8 +222,6 @@ def test_a_write_that_fails_half_way_is_an_answer_of_the_disk(tmp_path, kind):
 
 @pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO", "ENOENT", "ENOTDIR"])
 def test_every_answer_of_a_disk_is_a_sentence(tmp_path, number):
-    import errno
-
     number = getattr(errno, number)
     with pytest.raises(StorageError, match="choose another"), files.writing(tmp_path, "choose another"):
         raise OSError(number, os.strerror(number))
@@ -302,6 +315,30 @@ def test_a_fine_tuned_run_begins_again_with_the_weights_of_its_parent(here, run,
     assert [path.name for path in (here / "tuned/checkpoints").glob("step-*")] == ["step-000000"]
     assert main(["--resume", "tuned"]) == 0
     assert_same_weights(weights(here / "tuned"), weights(here / "whole"))
+
+
+def test_a_fine_tune_that_could_not_copy_what_its_parent_kept_is_no_run_and_can_be_begun_again(
+    here, run, monkeypatch, capsys
+):
+    (run / "original").mkdir()
+    (run / "original/config.json").write_text("{}")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        error = refused(capsys, "--init-from", "run", "--data", "my.txt", "--out", "tuned", "--steps", "2", code=1)
+    assert "no space left" in error
+    assert not (here / "tuned/config.json").exists()
+    assert train("--out", "tuned", "--init-from", "run") == 0
+    assert (here / "tuned/original/config.json").exists()
+
+
+def test_a_folder_of_another_kind_with_original_files_is_not_cleared(here, capsys):
+    (here / "llama/original").mkdir(parents=True)
+    assert "exists already" in refused(capsys, "--data", "my.txt", "--out", "llama", *SMALL)
+    assert (here / "llama/original").exists()
 
 
 def test_a_text_that_has_moved_is_named_anew(here, run, capsys):
@@ -403,12 +440,12 @@ def test_prepared_text_of_which_a_byte_has_changed_is_made_again(tmp_path, name)
 
 @pytest.mark.parametrize("name", ["scan", "tokenizer"])
 def test_notes_about_a_text_of_which_a_digit_has_changed_are_taken_again(here, run, name):
-    for note in (here / "work/prepared").glob(f"{name}-*.json"):
-        content = note.read_bytes()
-        digit = next(i for i, byte in enumerate(content) if chr(byte).isdigit())
-        note.write_bytes(content[:digit] + b"7" + content[digit + 1 :])
-        assert train("--out", "again") == 0
-        assert note.read_bytes() == content
+    [note] = (here / "work/prepared").glob(f"{name}-*.json")
+    content = note.read_bytes()
+    digit = next(i for i, byte in enumerate(content) if chr(byte).isdigit())
+    note.write_bytes(content[:digit] + bytes([content[digit] ^ 1]) + content[digit + 1 :])
+    assert train("--out", "again") == 0
+    assert note.read_bytes() == content
     assert_same_weights(weights(here / "again"), weights(run))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitransformer.errors import UserError
+from minitransformer.errors import StorageError, UserError
 from minitransformer.training import machine
 from minitransformer.training.capabilities import cpu_bfloat16_units, fastest_precision
 from minitransformer.training.machine import COMPILE_PAYS_AFTER_FLOPS, Resolved, choose_machine, keep_machine
@@ -174,10 +174,14 @@ def test_a_device_that_was_asked_for_and_is_gone_is_no_guess_of_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    "record", [[], "cpu", {}, {"device": "cpu"}, {"device": "cpu", "precision": "bf16", "compile": "no"}]
+    ("record", "message"),
+    [
+        *((record, "a damaged record of its machine") for record in ([], "cpu", {}, {"device": "cpu"})),
+        ({"device": "cpu", "precision": "bf16", "compile": "no"}, "compile 'no', which must be true or false"),
+    ],
 )
-def test_a_damaged_record_of_a_machine_gets_one_sentence(record: object) -> None:
-    with pytest.raises(UserError, match=r"config\.json has a damaged record of its machine"):
+def test_a_damaged_record_of_a_machine_gets_one_sentence(record: object, message: str) -> None:
+    with pytest.raises(StorageError, match=rf"config\.json has {message}"):
         Resolved.from_json(record, "config.json")
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minitransformer.commands import sample, train
-from minitransformer.pretrained.originals import FOLDER
+from minitransformer.pretrained.originals import FOLDER, class_names
 from minitransformer.pretrained.tokenizers import load_tokenizer
 from tests.test_pretrained_tokenizers import like_bert, like_gpt2, like_llama3
 
@@ -176,6 +176,12 @@ def test_a_classifier_is_imported_names_its_classes_and_goes_back(
     probabilities = reference(**inputs).logits[0].softmax(-1).tolist()
     ranked = sorted(zip(("bad", "good", "so-so"), probabilities, strict=True), key=lambda entry: -entry[1])
     assert capsys.readouterr().out == ", ".join(f"{name} {p:.1%}" for name, p in ranked) + "\n"
+
+
+def test_classes_whose_names_are_damaged_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "config.json").write_text('{"id2label": ["bad", "good"]}')
+    assert class_names(tmp_path, 2) == ["0", "1"]
 
 
 def test_a_classifier_is_not_trained(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -348,6 +348,7 @@ def test_a_flag_against_what_the_publisher_advises_says_where_that_stands(comman
         ({"num_beams": True}, "num_beams is True"),
         ({"do_sample": 1}, "do_sample is 1: it must be true or false"),
         ({"early_stopping": "soon"}, "early_stopping is 'soon'"),
+        ({"temperature": 10**400}, "int too large"),
         ({"stop_strings": [1]}, "stop_strings is [1]"),
         ([], "it holds no JSON object"),
     ],

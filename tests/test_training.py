@@ -478,24 +478,47 @@ def test_what_is_not_finite_is_null_in_the_metrics(tmp_path):
     }
 
 
-def test_a_signal_during_validation_does_not_wait_for_it_and_loses_nothing(text, tmp_path):
-    config = configured(eval_every=4, save_every=100)
-    whole = trainer_for(tmp_path / "whole", text, config)
-    whole.train()
+def stopped_in_its_first_validation(path, text, config):
     with StopRequest() as stop:
-        first = trainer_for(tmp_path / "parts", text, config, stop)
-        batches = first.objective.validation_batches
+        trainer = trainer_for(path, text, config, stop)
+        batches = trainer.objective.validation_batches
 
         def interrupted():
             signal.raise_signal(signal.SIGTERM)
             return batches()
 
-        first.objective.validation_batches = interrupted
-        first.train()
+        trainer.objective.validation_batches = interrupted
+        trainer.train()
         assert stop.exit_code == 143
-    assert first.validation is None
+    assert trainer.validation is None
+
+
+def test_a_signal_during_validation_does_not_wait_for_it_and_loses_nothing(text, tmp_path):
+    config = configured(eval_every=4, save_every=100)
+    whole = trainer_for(tmp_path / "whole", text, config)
+    whole.train()
+    stopped_in_its_first_validation(tmp_path / "parts", text, config)
     second = trainer_for(tmp_path / "parts", text, config, resume_at=4)
     second.restore(choose_checkpoint(tmp_path / "parts/checkpoints"))
     second.train()
     assert_same(weights_after(whole), weights_after(second))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+def test_the_best_checkpoint_is_kept_though_a_signal_came_in_its_validation(text, tmp_path):
+    config = configured(eval_every=4, save_every=100, keep_last=1)
+    stopped_in_its_first_validation(tmp_path / "run", text, config)
+    second = trainer_for(tmp_path / "run", text, config, resume_at=4)
+    second.restore(choose_checkpoint(tmp_path / "run/checkpoints"))
+    second.train(until=5)
+    assert second.progress.best_step == 4
+    assert choose_checkpoint(tmp_path / "run/checkpoints", "best").name == "step-000004"
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_was_chosen_for_it(text, tmp_path):
+    config = configured(save_every=2, steps=6, keep_last=3)
+    trainer_for(tmp_path / "run", text, config).train()
+    second = trainer_for(tmp_path / "run", text, config, resume_at=4)
+    second.restore(choose_checkpoint(tmp_path / "run/checkpoints", "step-000004"))
+    second.train(until=4)  # stopped at once
+    assert choose_checkpoint(tmp_path / "run/checkpoints").name == "step-000004"

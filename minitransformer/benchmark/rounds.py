@@ -171,9 +171,7 @@ class _Bouts(_Measuring):
             except ContestantFailed as failure:
                 self.leave_out(self.base, str(failure))
             # The base beside itself comes last: where time is short, its rivals are worth more.
-            for name in sorted(
-                by_name.keys() - {self.base}, key=lambda name: (name.endswith(AGAIN), names.index(name))
-            ):
+            for name in sorted(names, key=lambda name: name.endswith(AGAIN)):
                 soft, hard = self.budget.next_part()
                 if monotonic() >= hard:
                     self.leave_out(name, NO_TIME)

@@ -75,6 +75,12 @@ def parse(options: type[Options], arguments: Sequence[str], *, default: Options 
     return parsed
 
 
+def given_flags(arguments: Sequence[str]) -> set[str]:
+    """The fields that the flags among `arguments` set."""
+    flags = (argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--"))
+    return {flag.replace("-", "_") for flag in flags}
+
+
 def joined(arguments: Sequence[str]) -> list[str]:
     """`arguments` with all values of each flag among `SEVERAL` behind its first: it may also be repeated for each."""
     result: list[list[str]] = []

@@ -16,7 +16,7 @@ from minitransformer.errors import UserError
 from minitransformer.generation.published import published
 from minitransformer.pretrained.originals import keep_originals
 from minitransformer.pretrained.vocabularies import how_to_make_one
-from minitransformer.runs import GENERATION, REMEDY, Run, check_free, free_run_path, only_writer
+from minitransformer.runs import GENERATION, Run, check_free, free_run_path, only_writer
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.objectives import Objective
 
@@ -52,13 +52,15 @@ def _import(arguments: Sequence[str]) -> int:
     objectives = [name for name, objective in Objective.registry.items() if topology in objective.topologies]
     # A rate that public models are often trained at from scratch: fine-tuning takes a tenth of it.
     training = TrainingConfig(objective=objectives[0] if objectives else "causal", lr=3e-4)
+
+    def add_files(run: Path) -> None:
+        keep_originals(folder, run)
+        if generation is not None:
+            files.write_text(run / GENERATION, json.dumps(generation, indent=2) + "\n")
+
     with only_writer(path):
         config = RunConfig(model.config, DataConfig(tokenizer=tokenizer.name), training)
-        Run.create(path, config, tokenizer, tokenizer, initial=model)
-        with files.writing(path, REMEDY):
-            keep_originals(folder, path)
-            if generation is not None:
-                files.write_text(path / GENERATION, json.dumps(generation, indent=2) + "\n")
+        Run.create(path, config, tokenizer, tokenizer, initial=model, add_files=add_files)
     print(f"model      {topology}, {amount(model.num_parameters())} parameters")
     print(f"tokenizer  {tokenizer.name}, {tokenizer.vocab_size:,} tokens")
     print(f"run        {path}")

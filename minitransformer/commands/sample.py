@@ -19,8 +19,8 @@ import torch
 import tyro
 from typing_extensions import Doc
 
-from minitransformer.commands import DONE, parse, piped_text, run_command, utf8_text
-from minitransformer.commands.sampling_flags import check_flags, given_flags
+from minitransformer.commands import DONE, given_flags, parse, piped_text, run_command, utf8_text
+from minitransformer.commands.sampling_flags import check_flags
 from minitransformer.errors import UserError
 from minitransformer.generation.classes import classify
 from minitransformer.generation.fill import MASK, encode_with_masks

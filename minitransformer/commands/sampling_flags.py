@@ -1,11 +1,11 @@
-"""Which flags of `sample` were given, and which of them can change nothing beside the others.
+"""Which flags of `sample` can change nothing beside the others.
 
 A flag that would be ignored is a mistake, and said: what it was meant to do would silently not happen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,12 +24,6 @@ class Idle:
     flags: Collection[str]
     why: str
     cause: str = ""
-
-
-def given_flags(arguments: Sequence[str]) -> set[str]:
-    """The fields that the flags among `arguments` set."""
-    flags = (argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--"))
-    return {flag.replace("-", "_") for flag in flags}
 
 
 def check_flags(given: set[str], values: Mapping[str, Any], topology: str, where: Mapping[str, str]) -> None:

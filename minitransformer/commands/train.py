@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from minitransformer.amounts import amount, duration
-from minitransformer.commands import DONE, parse, run_command, with_files
+from minitransformer.commands import DONE, given_flags, parse, run_command, with_files
 from minitransformer.errors import StorageError, UserError
 from minitransformer.files import sha256, writing
 from minitransformer.generation.samples import sample_of
@@ -77,13 +77,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _begin(arguments: Sequence[str]) -> int:
-    named = bool(arguments) and not arguments[0].startswith("-")
+    has_preset = bool(arguments) and not arguments[0].startswith("-")
     if (initial := _option(arguments, "--init-from")) is not None:
-        if named:
+        if has_preset:
             raise UserError(f"--init-from {initial} brings a model of its own: leave the preset {arguments[0]!r} out")
         return _fine_tune(initial, arguments)
-    preset = arguments[0] if named else DEFAULT
-    options = _parse(arguments[named:], lookup("preset", preset, PRESETS))
+    preset = arguments[0] if has_preset else DEFAULT
+    options = _parse(arguments[has_preset:], lookup("preset", preset, PRESETS))
     print(f"preset     {preset}", flush=True)  # what follows has to load more of torch first
     if options.checkpoint is not None:
         raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume or --init-from")
@@ -94,7 +94,7 @@ def _begin(arguments: Sequence[str]) -> int:
 
 def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
     source = Run.open(initial)
-    new_data = any(word.partition("=")[0] == "--data" for word in arguments)
+    new_data = "data" in given_flags(arguments)
     base = fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data)
     options = _parse(arguments, base)
     weights = source.checkpoint(options.checkpoint)
@@ -144,9 +144,8 @@ def _begun(
     path = options.out or claimed_run_path(f"{name}-{short_name(options.data.data)}")
     with only_writer(path):
         tokenizers = prepared.tokenizer, prepared.target_tokenizer
-        run = Run.create(path, config, *tokenizers, prepared.folder.name, machine.resolved, parent, initial)
-        if parent is not None:
-            inherit_originals(Path(parent.path), path)
+        inherit = partial(inherit_originals, None if parent is None else Path(parent.path))
+        run = Run.create(path, config, *tokenizers, prepared.folder.name, machine.resolved, parent, initial, inherit)
         return _train(run, prepared, machine, checkpoint=None if initial is None else run.checkpoint_to_continue())
 
 
@@ -166,6 +165,7 @@ def _resume(path: Path, arguments: Sequence[str]) -> int:
         raise UserError(f"{path} was imported, and no training of it can go on: begin one with --init-from {path}")
     if options.training.tensorboard:
         TensorBoard.check()
+    options = replace(options, data=with_files(options.data))
     with only_writer(path):
         return _continue(Run.open(path), options)  # as it stands now that nobody else writes to it
 

@@ -93,7 +93,7 @@ def generate(
     (on the CPU), by default one with the seed of `sampling`; torch's global one is not touched. The model is in eval
     mode meanwhile. `cached=False` gives the same tokens, slowly. `sampling.stop` is for who turns tokens into text.
     """
-    _check_prompt(prompt)
+    check_prompt(prompt)
     device = next(model.parameters()).device
     prompts = torch.tensor(prompt, device=device).expand(sampling.num_samples, -1)
     with evaluating(model):
@@ -119,7 +119,7 @@ def search(
     end a text as well. The window moves as in `generate`, whose other arguments these are. There are fewer texts than
     asked for only where nothing else is possible.
     """
-    _check_prompt(prompt)
+    check_prompt(prompt)
     prompts = torch.tensor([prompt], device=next(model.parameters()).device)
     processors = sampling.processors(len(prompt), ends)
     with evaluating(model):
@@ -131,7 +131,8 @@ def search(
     return [hypothesis.tokens for hypothesis in found[: sampling.num_samples]]
 
 
-def _check_prompt(prompt: Sequence[int]) -> None:
+def check_prompt(prompt: Sequence[int]) -> None:
+    """Raises `UserError` for a prompt without a token, after which nothing can be predicted."""
     if not prompt:
         raise UserError("the prompt has no token: begin with the end-of-text token")
 

@@ -76,7 +76,7 @@ def published(content: Mapping[str, Any], name: str, *, two_sided: bool) -> Publ
         elif draws is False:
             settings = {"temperature": 0.0, **{key: value for key, value in settings.items() if key not in DRAWING}}
         SamplingConfig(**settings)
-    except (UserError, TypeError, ValueError) as error:
+    except (UserError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{name}: {error}") from None
     return Published(settings, missing)
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitransformer.errors import UserError
-from minitransformer.generation.decode import draw_by_weight, evaluating, own_generators, seeded
+from minitransformer.generation.decode import check_prompt, draw_by_weight, evaluating, own_generators, seeded
 from minitransformer.generation.processors import SamplingConfig, at_least_float32, check_finite, check_no_beams
 from minitransformer.generation.readers import CachedReader, window_length
 from minitransformer.models.decoder import DecoderLM
@@ -78,8 +78,7 @@ def speculate(
     Raises `UserError` where `generate` does, and where the draft has too few tokens.
     """
     check_no_beams(sampling)
-    if not prompt:
-        raise UserError("the prompt has no token: begin with the end-of-text token")
+    check_prompt(prompt)
     tokens, drafts = vocab_size or model.embedding.table.num_embeddings, draft.model.embedding.table.num_embeddings
     if drafts < tokens:
         raise UserError(f"the draft has {drafts} tokens, and the model {tokens}: take a draft with the same tokenizer")

@@ -22,6 +22,7 @@ from minitransformer.lab.figures import Curve
 from minitransformer.lab.page import Link, Page
 from minitransformer.lab.statistics import FEWEST_SEEDS, Interval, Ranking, decimals_of, mean_interval, ranking
 from minitransformer.lab.verdicts import (
+    OF_TASK,
     check_smallest_difference,
     choice_text,
     is_number,
@@ -57,8 +58,6 @@ WITHOUT_EFFECT = {
     "sample_at_eval",
     "tensorboard",
 }
-# A loss is one of a task, and these settings make it another one.
-TASK = ("objective", "mask_probability", "span_density", "mean_span")
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ def comparability(groups: Sequence[Group]) -> Comparability:
     """Losses are comparable for the same task on the same tokens; otherwise, bits per byte of the same text are."""
     known = set().union(*(history.metrics for group in groups for history in group.histories))
     best = "bits_per_byte" if "bits_per_byte" in known else "validation_loss" if "validation_loss" in known else "loss"
-    if len(_distinct(tuple(_setting(group, name) for name in TASK) for group in groups)) > 1:
+    if len(_distinct(tuple(_setting(group, name) for name in OF_TASK) for group in groups)) > 1:
         tasks = ", ".join(_distinct(str(_setting(group, "objective")) for group in groups))
         return Comparability(
             best, f"The runs learn different tasks ({tasks}): none of their losses are comparable.", _no
@@ -383,11 +382,11 @@ def _config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
         raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give a folder that training has made")
-    config = read_json(file, "restore it, or leave the run out")
-    whole = isinstance(config, dict) and all(isinstance(config.get(part), dict) for part in PARTS)
+    config: dict[str, Any] = read_json(file, "restore it, or leave the run out")
+    whole = all(isinstance(config.get(part), dict) for part in PARTS)
     if not whole or not isinstance(config["training"].get("seed"), int):
         raise UserError(f"{file} is no configuration with {', '.join(PARTS)} and a seed: leave the run out")
-    return dict(config)
+    return config
 
 
 def _parent(record: Any) -> str | None:

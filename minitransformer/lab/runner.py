@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from minitransformer import files
 from minitransformer.amounts import duration
-from minitransformer.errors import UserError
+from minitransformer.errors import StorageError, UserError
 from minitransformer.lab import pool
 from minitransformer.lab.experiment import Experiment, Findings, Measurement, Settings, Task
 from minitransformer.lab.store import REMEDY, ResultStore, task_key
@@ -218,7 +218,7 @@ def _read(folder: Path) -> dict[str, Any]:
         Settings(**checked_fields(Settings, record["settings"], str(path)))
         return {"experiment": str(record["experiment"]), **record, "provenance": list(record["provenance"])}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}): restore it, or {REMEDY}") from None
+        raise StorageError(f"{path} is damaged ({error}): restore it, or {REMEDY}") from None
 
 
 def _check_same(folder: Path, experiment: Experiment) -> None:

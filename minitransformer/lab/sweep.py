@@ -22,13 +22,13 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from minitransformer import files
-from minitransformer.errors import UserError
+from minitransformer.errors import StorageError, UserError
 from minitransformer.lab.experiment import Measurement, Result, Task
 from minitransformer.lab.runner import LEFTOVERS, RESULTS, SILENT, Failure, Progress, run_tasks
 from minitransformer.lab.statistics import SMALLEST_DIFFERENCE, Interval, Ranking, mean_interval, ranking
 from minitransformer.lab.store import REMEDY, ResultStore, canonical, task_key
 from minitransformer.lab.trials import prepared_for, shared_machine, train_trial, trial_machine
-from minitransformer.lab.verdicts import check_smallest_difference, choice_text
+from minitransformer.lab.verdicts import OF_TASK, check_smallest_difference, choice_text
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
 from minitransformer.records import read_json
@@ -52,9 +52,7 @@ LONGEST_NAME = 100
 JUDGED_BY = "the last validation"
 # Losses of other tokens do not compare, and those of another task or another text not by any metric.
 TOKENS = {"tokenizer", "vocab_size", "target_vocab_size", "separate_vocabularies"}
-TASK = {field.name for field in fields(DataConfig)} - TOKENS | {
-    *("objective", "mask_probability", "span_density", "mean_span")
-}
+TASK = {field.name for field in fields(DataConfig)} - TOKENS | {*OF_TASK}
 PARTS = ModelConfig, DataConfig, TrainingConfig
 FIELDS = {field.name: part for part in PARTS for field in fields(part)}
 """every setting, and the part of the configuration that has it"""
@@ -469,7 +467,7 @@ def _read(folder: Path) -> dict[str, Any]:
         machine = Resolved.from_json(record.get("machine"), str(path))
         return {"identity": dict(record["identity"]), "machine": machine, "provenance": list(record["provenance"])}
     except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): restore it, or {REMEDY}") from None
+        raise StorageError(f"{path} is damaged ({error}): restore it, or {REMEDY}") from None
 
 
 def _check_same(folder: Path, plan: Plan) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -134,7 +133,7 @@ def _sample(run: Run, model: Model, objective: Objective) -> str:
 def _outcome(path: Path, until: int, finite: bool) -> Measurement:
     """What the run at `path` wrote down until step `until`: its last validation, by which it is judged, its best, and
     whether all went well."""
-    records = [json.loads(line) for line in records_until(path / "metrics.jsonl", until)]
+    records = records_until(path / "metrics.jsonl", until)
     losses = [record["loss"] for record in records if "loss" in record]
     validations = [record for record in records if "validation_loss" in record]
     # What was not finite is None; earlier versions wrote NaN.

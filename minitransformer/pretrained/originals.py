@@ -24,9 +24,9 @@ def keep_originals(checkpoint: Path, run: Path) -> None:
     _copy(checkpoint, run / FOLDER, (*CONFIGS, *TOKENIZER_FILES))
 
 
-def inherit_originals(parent: Path, run: Path) -> None:
+def inherit_originals(parent: Path | None, run: Path) -> None:
     """Copy what the run folder `parent` has kept, if anything, into the run folder `run` that begins with its model."""
-    if (parent / FOLDER).is_dir():
+    if parent is not None and (parent / FOLDER).is_dir():
         keep_originals(parent / FOLDER, run)
         _copy(parent, run, CONFIGS[1:])
 
@@ -55,9 +55,9 @@ def original_fields(originals: Path) -> dict[str, Any]:
 def class_names(run: Path, count: int) -> list[str]:
     """The names of a classifier's classes, which are numbers where an import did not come with `count` names."""
     config = run / FOLDER / CONFIGS[0]
-    labels = (read_json(config).get("id2label") if config.is_file() else None) or {}
-    names = [labels.get(str(number), str(number)) for number in range(count)]
-    return [str(name) for name in names]
+    labels = read_json(config).get("id2label") if config.is_file() else None
+    known = labels if isinstance(labels, dict) else {}
+    return [str(known.get(str(number), number)) for number in range(count)]
 
 
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:

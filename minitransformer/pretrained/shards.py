@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from minitransformer import records
-from minitransformer.errors import UserError
+from minitransformer import files, records
+from minitransformer.errors import StorageError, UserError
 from minitransformer.records import shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -35,7 +34,7 @@ class Shards(Mapping[str, Tensor]):
         shards = sorted(set(self._places.values()))
         missing = [shard for shard in shards if not isfile(folder / shard)]
         if missing:
-            raise UserError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: download it again")
+            raise StorageError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: download it again")
         self._files = {shard: _opened(folder / shard) for shard in shards}
 
     @property
@@ -48,7 +47,7 @@ class Shards(Mapping[str, Tensor]):
         try:
             tensor: Tensor = self._files[shard].get_tensor(name)
         except SafetensorError:
-            raise UserError(f"{shard} lacks {name}, which {INDEX} places there: download both again") from None
+            raise StorageError(f"{shard} lacks {name}, which {INDEX} places there: download both again") from None
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -94,7 +93,7 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int =
     count = len(shards)
     names = [WEIGHTS] if count == 1 else [SHARDS.format(number=i, count=count) for i in range(1, count + 1)]
     for file, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / file, {"format": "pt"})
+        files.write_tensors(folder / file, shard, {"format": "pt"})
     if count > 1:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -103,18 +102,18 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int =
 
 
 def _places(index: Path) -> dict[str, str]:
-    """Which shard holds each tensor; raises `UserError` for what is no name of a file in the folder of `index`."""
+    """Which shard holds each tensor; raises `StorageError` for what is no name of a file in the folder of `index`."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict):
-        raise UserError(f"{index} is damaged (it has no object weight_map): download it again")
+        raise StorageError(f"{index} is damaged (it has no object weight_map): download it again")
     for shard in places.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise UserError(f"{index} names {shown(shard)}, which is no file in its folder: download it again")
+            raise StorageError(f"{index} names {shown(shard)}, which is no file in its folder: download it again")
     return places
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file at `path`; raises `UserError` if it holds none."""
+    """The object in the file at `path`; raises `StorageError` if it holds none."""
     content: dict[str, Any] = records.read_json(path, "download it again")
     return content
 
@@ -133,4 +132,4 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is no whole safetensors file ({error}): download it again") from None
+        raise StorageError(f"{path} is no whole safetensors file ({error}): download it again") from None

@@ -50,9 +50,9 @@ class PreparedText:
     """The token ids of both splits, each [tokens], mapped from disk, and what they were made from.
 
     Every document starts with the tokenizer's separator: the end-of-text token, and whatever a model wants before a
-    text. `…_bytes` are UTF-8 bytes of text, special tokens
-    counting none, so that bits per byte = nats summed over a split / ln 2 / its bytes. `split` says how the
-    text was divided: by "documents", "contiguous" in one place, "given" by files of its own, or "none".
+    text. `…_bytes` are UTF-8 bytes of text, special tokens counting none, so that bits per byte = nats summed over a
+    split / ln 2 / its bytes. `split` says how the text was divided: by "documents", "contiguous" in one place, "given"
+    by files of its own, or "none".
     """
 
     folder: Path
@@ -69,6 +69,11 @@ class PreparedText:
     def target_tokenizer(self) -> Tokenizer:
         """The tokenizer of what a model writes."""
         return self.tokenizer
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shorter split, of those that there are."""
+        return len(self.train) if self.split == "none" else min(len(self.train), len(self.validation))
 
     def summary(self) -> str:
         """Three lines to print, of less than 80 columns."""
@@ -127,11 +132,11 @@ def prepare(
     `tokenizer` is a registered name, fitted to the whole corpus with `vocab_size`, or a ready one; it is given
     `special_tokens` where it lacks them, which `vocab_size` counts. With a corpus for `validation`, that is the
     validation split, and all of `corpus` is trained on (a tokenizer is fitted to both); so it is without a validation
-    split if `validation_fraction` is 0. Otherwise a document goes to
-    validation if a hash of its beginning says so, wherever it stands and however often. Where that is no
-    good (a single document; a share far from `validation_fraction`; a side without one window of
-    `context_length` + 1 tokens), the first 1 - `validation_fraction` of the characters train and the rest validate,
-    as in nanoGPT. `workers` threads encode (default: one per core); tiktoken leaves Python while it works.
+    split if `validation_fraction` is 0. Otherwise a document goes to validation if a hash of its beginning says so,
+    wherever it stands and however often. Where that is no good (a single document; a share far from
+    `validation_fraction`; a side without one window of `context_length` + 1 tokens), the first 1 -
+    `validation_fraction` of the characters train and the rest validate, as in nanoGPT. `workers` threads encode
+    (default: one per core); tiktoken leaves Python while it works.
     Raises `UserError` for text that is too short, unreadable, or not encodable, and when the disk is full.
     """
     if not 0 <= validation_fraction < 1:
@@ -152,8 +157,7 @@ def prepare(
             key = hash_of([FORMAT, source.scan.digest, tokenizer.fingerprint, split, source.division])[:16]
             build = partial(_build, source, tokenizer, split, workers=workers, progress=progress)
             prepared = made(cache / key, build, opened)
-            shortest = min(len(prepared.train), len(prepared.validation) if split != "none" else len(prepared.train))
-            if shortest > context_length:
+            if prepared.shortest > context_length:
                 return prepared
     raise _too_short(corpus.name, prepared, context_length)
 
@@ -164,7 +168,7 @@ def _too_short(name: str, prepared: PreparedText, context_length: int) -> TooSho
     return TooShort(
         f"{name} is too short: {train}{f' and {validation}' if both else ''}, but one window needs "
         f"{context_length + 1}{' in each' if both else ''}: choose a smaller --context-length, or give more text",
-        longest=min(len(prepared.train), len(prepared.validation) if both else len(prepared.train)) - 1,
+        longest=prepared.shortest - 1,
     )
 
 

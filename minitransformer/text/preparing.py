@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from minitransformer.errors import UserError
 from minitransformer.files import locked, sealed, sha256, unsealed, whole_folder, write_text
-from minitransformer.records import checked_fields, read_json
+from minitransformer.records import read_json, whole_record
 from minitransformer.text.corpora import Corpus, Signature
 from minitransformer.text.tokenizers import Tokenizer
 
@@ -186,8 +186,8 @@ def kept_tokenizer(path: Path, fit: Callable[[], Tokenizer]) -> Tokenizer:
 
 def noted(path: Path, kind: type[T], find: Callable[[], T]) -> T:
     """The `kind` of dataclass in the file at `path`, unless it is not what was written; found now if there is none."""
-    with suppress(UserError, ValueError, KeyError, TypeError):
-        return kind(**checked_fields(kind, unsealed(read_json(path, "make it anew")), str(path)))
+    with suppress(UserError, ValueError):
+        return whole_record(kind, unsealed(read_json(path, "make it anew")), "a text", str(path))
     content = find()
     write_text(path, json.dumps(sealed(vars(content))))
     return content

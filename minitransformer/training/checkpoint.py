@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitransformer import files
@@ -51,10 +50,11 @@ def _check_room_for(folder: Path, name: str, tensors: Mapping[str, Tensor], trai
     free = shutil.disk_usage(folder).free
     if free < needed:
         whole = [path.name for path in checkpoints_in(folder)]
-        left = f"{whole[-1]} is the last one" if whole else "there is none yet"
+        # Without one, as in an import, the folder may be no run yet.
+        go_on = f"and continue the run with --resume {folder.parent} ({whole[-1]} is the last one)" if whole else ""
         raise StorageError(
             f"checkpoint {name} needs {needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB free: "
-            f"free some, and continue the run with --resume {folder.parent} ({left})"
+            f"free some, {go_on or 'or choose an --out on another disk'}"
         )
 
 
@@ -85,7 +85,7 @@ def write_checkpoint(
     path, tensors = folder / checkpoint_name(step), unique_tensors(model)
     _check_room_for(folder, path.name, tensors, trainer_state)
     with files.whole_folder(path) as temporary:
-        _write_tensors(tensors, temporary / MODEL)
+        files.write_tensors(temporary / MODEL, tensors)
         _write_state(trainer_state, temporary / TRAINER)
         manifest: dict[str, Any] = {"step": step}
         if config is not None:
@@ -94,17 +94,6 @@ def write_checkpoint(
         (temporary / MANIFEST).write_text(json.dumps(files.sealed(manifest), indent=2) + "\n")
     files.point_to(folder / "latest", path.name)
     return path
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        # The number of the system's answer stands in the words of an error that is no OSError.
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from None
 
 
 def _write_state(state: dict[str, Any], path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import weight_shapes
+from minitransformer.records import whole_record
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.objectives import Objective
 
@@ -36,13 +37,8 @@ class Parent:
 
     @classmethod
     def from_json(cls, record: Any, origin: str) -> Parent | None:
-        """What the file `origin` holds in `record`: None for a run from scratch. Raises `UserError` for others."""
-        if record is None:
-            return None
-        names = {field.name for field in fields(cls)}
-        if not isinstance(record, dict) or record.keys() != names or not all(type(v) is str for v in record.values()):
-            raise UserError(f"{origin} has a damaged record of its parent ({record}): restore the file")
-        return cls(**record)
+        """What the file `origin` holds in `record`: None for a run from scratch. Raises `StorageError` for others."""
+        return None if record is None else whole_record(cls, record, "its parent", origin)
 
 
 def fine_tuning(parent: RunConfig, *, from_scratch: bool, new_data: bool) -> RunConfig:

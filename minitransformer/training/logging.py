@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,15 @@ class RunFiles(Log):
         self.words = (folder / "train.log").open("a", encoding="utf-8")
         files.sync(folder)
 
-    def _keep(self, lines: list[str]) -> None:
-        files.write_text(self.path, "".join(f"{line}\n" for line in lines))
+    def _keep(self, records: Iterable[dict[str, Any]]) -> None:
+        files.write_text(self.path, "".join(f"{json.dumps(record)}\n" for record in records))
 
     def forget_validation(self, step: int) -> None:
         def again(record: dict[str, Any]) -> bool:
             return record["step"] == step and "validation_loss" in record
 
         self.metrics.close()
-        self._keep([line for line in records_until(self.path, step) if not again(json.loads(line))])
+        self._keep(record for record in records_until(self.path, step) if not again(record))
         self.metrics = self.path.open("a", encoding="utf-8")
 
     def record(self, numbers: dict[str, Any]) -> None:
@@ -120,15 +121,11 @@ class RunFiles(Log):
         self.words.close()
 
 
-def records_until(metrics: Path, step: int) -> list[str]:
-    """The lines of a `metrics.jsonl` up to `step`, without those that are no record."""
-    kept = []
+def records_until(metrics: Path, step: int) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl` up to `step`; lines that are none are left out."""
     text = read_bytes(metrics, "move it away, and the run goes on without its past").decode(errors="replace")
-    for line in text.split("\n"):
-        record = parse_record(line)
-        if record is not None and record["step"] <= step:
-            kept.append(line)
-    return kept
+    records = map(parse_record, text.split("\n"))
+    return [record for record in records if record is not None and record["step"] <= step]
 
 
 def parse_record(line: str) -> dict[str, Any] | None:

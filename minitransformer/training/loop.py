@@ -113,6 +113,8 @@ class Trainer:
         """Continue from `checkpoint`; settings that were changed since keep their new values."""
         load_model_weights(checkpoint, self.model)
         state = load_trainer_state(checkpoint)
+        # It may be an older one; a stop before the next one is saved must not let the run go on from another.
+        files.point_to(self.run.checkpoints / "latest", checkpoint.name)
         if not state:
             return  # the weights that a run begins with, of which nothing is trained yet
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -139,6 +141,7 @@ class Trainer:
         if self._validation_due() and self.progress.validated_step != self.progress.step:
             self.log.forget_validation(self.progress.step)
             self._validate()  # the stop that this run continues from came in the middle of it
+            self._save_if_due()
         interval = _Interval(self.progress)
         while self.progress.step < last and self.stop.signal is None and not self.stopped_early:
             start = time.perf_counter()
@@ -153,8 +156,7 @@ class Trainer:
             self._end_if_diverged()
             if self._validation_due():
                 self._validate()
-            if self._due(self.config.save_every) or self.progress.best_step == self.progress.step:
-                self._save()
+            self._save_if_due()
         self._read(interval)
         self._save()
 
@@ -308,6 +310,10 @@ class Trainer:
             file.write(f"{sample_heading(self.progress.step)}{sample}\n")
         self.log.line(sample)
         return sample
+
+    def _save_if_due(self) -> None:
+        if self._due(self.config.save_every) or self.progress.best_step == self.progress.step:
+            self._save()
 
     def _save(self) -> None:
         if self._saved == self.progress:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from minitransformer.errors import UserError
+from minitransformer.records import whole_record
 from minitransformer.toolchain import cache_folder, find_compiler
 from minitransformer.training.capabilities import fastest_precision, why_not_fast
 from minitransformer.training.precision import Precision
@@ -40,14 +41,12 @@ class Resolved:
 
     @classmethod
     def from_json(cls, record: Any, origin: str) -> Resolved | None:
-        """What the file `origin` holds in `record`: None in one of an older version. Raises `UserError` for others."""
+        """What the file `origin` holds in `record`: None in one of an older version; `StorageError` for others."""
         if record is None:
             return None
-        kinds = {"device": str, "precision": str, "compile": bool}
-        if not isinstance(record, dict) or {name: type(value) for name, value in record.items()} != kinds:
-            raise UserError(f"{origin} has a damaged record of its machine ({record}): restore the file")
-        Precision.named(record["precision"])
-        return cls(**record)
+        resolved = whole_record(cls, record, "its machine", origin)
+        Precision.named(resolved.precision)
+        return resolved
 
 
 @dataclass(frozen=True)

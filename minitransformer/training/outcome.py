@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ def describe(validation: Validation, progress: Progress, metrics: Path, window: 
     lines.append(
         f"best       loss {progress.best_loss:.4f} (at step {progress.best_step}); the sample is of its weights{same}"
     )
-    records = [json.loads(line) for line in records_until(metrics, progress.step)]
+    records = records_until(metrics, progress.step)
     before, after = (_training_loss(records, step, window) for step in (progress.best_step, progress.step))
     rise = validation.comparable_loss - progress.best_loss
     if rise > NOTABLE and before - after > NOTABLE:
