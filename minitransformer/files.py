@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -181,13 +181,14 @@ def lock_of(target: Path) -> Path:
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """One process at a time per `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = acquired(lock_of(target), wait=False)
-    if lock is None:
-        print(f"waiting for another process to make {target}", file=sys.stderr)
-        lock = acquired(lock_of(target), wait=True)
+def locked(target: Path, remedy: str | None = None) -> Iterator[None]:
+    """One process at a time per `target`; with a `remedy`, a folder that cannot be made is a `StorageError`."""
+    with nullcontext() if remedy is None else writing(target.parent, remedy):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = acquired(lock_of(target), wait=False)
+        if lock is None:
+            print(f"waiting for another process to make {target}", file=sys.stderr)
+            lock = acquired(lock_of(target), wait=True)
     assert lock is not None
     try:
         yield

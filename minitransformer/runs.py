@@ -139,6 +139,10 @@ class Run:
         if not (path / CONFIG).is_file():
             raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give a folder that training has made")
         sealed = read_json(path / CONFIG, "restore it, or train anew")
+        if "model_type" in sealed and "model" not in sealed:
+            raise UserError(
+                f"{path} is a public checkpoint and no run: make one of it by `minitransformer import {path}`"
+            )
         try:
             record = files.unsealed(sealed)
         except ValueError as error:

@@ -14,11 +14,11 @@ import pytest
 from minitransformer.__main__ import main as minitransformer_main
 from minitransformer.commands import USAGE
 from minitransformer.commands.compare import main
-from minitransformer.errors import UserError
+from minitransformer.errors import StorageError, UserError
 from minitransformer.lab.comparison import compare, page
 from minitransformer.runs import Run
 from minitransformer.text.tokenizers import Bytes, Characters, Tokenizer
-from tests.runs_for_tests import configured, prepared_text, trainer_for
+from tests.runs_for_tests import configured, prepared_text, trainer_for, unsealed
 
 STEPS = (4, 8, 12)
 
@@ -244,7 +244,7 @@ def test_runs_that_diverged_are_drawn_and_win_nothing(make):
 
 def test_runs_of_versions_with_other_settings_are_compared(make):
     new, old = make("new"), make("old", residual="post")
-    config = json.loads((old / "config.json").read_text())
+    config = unsealed(old / "config.json")
     del config["model"]["dropout"]
     config["training"]["forgotten"] = 3
     (old / "config.json").write_text(json.dumps(config))
@@ -261,9 +261,17 @@ def test_a_damaged_configuration_is_refused(make, content):
         compare([path])
 
 
+def test_a_run_whose_settings_were_changed_is_not_compared(make):
+    copy = make("one")
+    content = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(content.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(StorageError, match="not what training wrote"):
+        compare([copy])
+
+
 def test_runs_of_different_code_are_told(make):
     paths = [make("a"), make("b", residual="post")]
-    config = json.loads((paths[0] / "config.json").read_text())
+    config = unsealed(paths[0] / "config.json")
     config["provenance"]["commit"] = "older"
     (paths[0] / "config.json").write_text(json.dumps(config))
     assert any("different versions of the code: older" in remark for remark in compare(paths).remarks)
@@ -370,7 +378,7 @@ def test_what_only_looks_on_makes_no_group_of_its_own(make):
 def test_whose_weights_a_run_began_with_is_a_difference_and_tells_groups_apart(make):
     scratch, tuned, again = make("scratch"), make("tuned"), make("again", seed=1)
     for path in (tuned, again):
-        record = json.loads((path / "config.json").read_text())
+        record = unsealed(path / "config.json")
         record["parent"] = {"path": "runs/gpt", "checkpoint": "step-000750", "sha256": "0123456789abcdef"}
         (path / "config.json").write_text(json.dumps(record))
     comparison = compare([scratch, tuned, again])
@@ -380,7 +388,7 @@ def test_whose_weights_a_run_began_with_is_a_difference_and_tells_groups_apart(m
 
 def test_a_setting_that_an_older_run_does_not_have_is_the_same_as_none(make):
     old, new = make("old"), make("new", seed=1)
-    record = json.loads((old / "config.json").read_text())
+    record = unsealed(old / "config.json")
     del record["training"]["sequence_length"]
     (old / "config.json").write_text(json.dumps(record))
     assert len(compare([old, new]).groups) == 1
@@ -389,7 +397,7 @@ def test_a_setting_that_an_older_run_does_not_have_is_the_same_as_none(make):
 def test_precisions_that_auto_came_to_are_said_where_they_differ(make):
     paths = [make("a"), make("b", seed=1)]
     for path, precision in zip(paths, ("bf16", "fp32"), strict=True):
-        record = json.loads((path / "config.json").read_text())
+        record = unsealed(path / "config.json")
         record["machine"] = {"device": "cpu", "precision": precision, "compile": False}
         (path / "config.json").write_text(json.dumps(record))
     said = "The runs were computed in different precisions on different machines: bf16, fp32."

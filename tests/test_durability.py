@@ -178,7 +178,7 @@ def test_a_disk_that_fills_up_is_noticed_before_a_checkpoint_is_begun(here, caps
 
     monkeypatch.setattr(shutil, "disk_usage", filling)
     error = refused(capsys, "--data", "my.txt", "--out", "run", *END, *SMALL, code=1)
-    for word in ("step-000004", "MB free", "--resume run", "step-000002 is the last one"):
+    for word in ("step-000004", "kB free", "--resume run", "step-000002 is the last one"):
         assert word in error
     assert damage(choose_checkpoint(here / "run/checkpoints")) is None
     monkeypatch.undo()

@@ -295,6 +295,12 @@ def test_one_missing_or_empty_source_among_several_is_named(tmp_path: Path) -> N
         open_corpus([whole, str(tmp_path / "c.txt")])
 
 
+def test_a_field_of_what_has_no_fields_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match=r"--field is 'nope', and .* has no fields"):
+        open_corpus(str(tmp_path / "a.txt"), "nope")
+
+
 @pytest.mark.parametrize(
     ("data", "name"),
     [

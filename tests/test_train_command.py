@@ -29,7 +29,7 @@ from minitransformer.training.config import with_vocabulary
 from minitransformer.training.finetuning import check_fits
 from minitransformer.training.objectives import Objective
 from minitransformer.training.presets import PRESETS
-from tests.runs_for_tests import TEXT, configured
+from tests.runs_for_tests import TEXT, configured, unsealed
 
 ROOT = Path(__file__).parent.parent
 SHAPE = ["--d-model", "16", "--num-layers", "1", "--num-heads", "2", "--context-length", "16", "--tokenizer", "bytes"]
@@ -178,7 +178,7 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing(here, capsys, arguments,
 def test_a_disk_without_room_is_noticed_before_training(here, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     error = refused(capsys, "--data", "my.txt", *SMALL, code=1)
-    assert "GB free" in error
+    assert "kB free" in error
     assert "--keep-last" in error
     assert not (here / "runs").exists()
 
@@ -391,13 +391,6 @@ def test_a_resumed_run_may_be_asked_for_another_precision(here, units, capsys):
         assert (run.machine.precision, run.config.training.precision) == (precision, precision)
 
 
-def unsealed(path):
-    """The record in the file at `path`, without the checksum that would notice a change."""
-    record = json.loads(path.read_text())
-    del record["checksum"]
-    return record
-
-
 @pytest.mark.unchecked_shapes
 def test_a_run_of_an_older_version_is_resolved_when_it_goes_on(here, units):
     units(False)
@@ -413,6 +406,28 @@ def test_a_run_of_an_older_version_is_resolved_when_it_goes_on(here, units):
 def test_an_import_is_fine_tuned_and_not_resumed(run, capsys):
     (run / "config.json").write_text(json.dumps({**unsealed(run / "config.json"), "text": ""}))
     assert "--init-from run" in refused(capsys, "--resume", "run", "--steps", "9")
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64])
+def test_a_seed_that_torch_cannot_hold_is_refused_before_anything_is_made(here, capsys, seed):
+    assert "below 2 to the 63rd" in refused(capsys, "--out", "run", "--seed", str(seed), *SMALL)
+    assert not (here / "run").exists()
+
+
+@pytest.mark.unchecked_shapes
+def test_a_run_that_was_stopped_early_says_what_lets_it_go_on(here, capsys):
+    never_better = ("--patience", "1", "--eval-every", "1", "--lr", "1e-30", "--embedding-lr", "1e-30")
+    assert train("--out", "early", *never_better, steps=9) == 0
+    before = (here / "early/config.json").read_text()
+    assert "raise --patience" in refused(capsys, "--resume", "early", "--steps", "12")
+    assert (here / "early/config.json").read_text() == before
+    assert main(["--resume", "early", "--steps", "12", "--patience", "3"]) == 0
+
+
+def test_a_public_checkpoint_is_imported_first(here, capsys):
+    (here / "llama").mkdir()
+    (here / "llama/config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert "minitransformer import llama" in refused(capsys, "--init-from", "llama")
 
 
 def tuned(*arguments):

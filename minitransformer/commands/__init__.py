@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,11 +32,28 @@ def start(name: str, arguments: Sequence[str]) -> int:
     # time, some of it before the first answer.
     gc.disable()
     try:
-        command = import_module(f"minitransformer.commands.{name}")
+        with _deaf_to_ctrl_c():
+            command = import_module(f"minitransformer.commands.{name}")
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
     finally:
         gc.freeze()
         gc.enable()
     return command.main(arguments)
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Ctrl-C is heard at the end: libraries in C++ that it finds while they are imported abort."""
+    if not hasattr(signal, "pthread_sigmask"):  # a system without them
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_command(command: Callable[[], int | None]) -> int:

@@ -23,6 +23,7 @@ from minitransformer.lab import experiments  # noqa: F401  (which registers them
 from minitransformer.lab.experiment import Criterion, Experiment, Settings
 from minitransformer.lab.report import coverage, reproduced, skipped, summary, verdict, write_report
 from minitransformer.lab.runner import RESULTS, Sweep, Terminal
+from minitransformer.lab.store import REMEDY
 from minitransformer.toolchain import check_importable
 
 LIST, ALL = "list", "all"
@@ -103,7 +104,7 @@ def _run(kind: type[Experiment], options: Options) -> int:
     if not sweep.is_measured:
         sweep.experiment.prepare()
     print(f"experiment {kind.name}, {kind.title}", flush=True)
-    with files.locked(folder / RESULTS):
+    with files.locked(folder / RESULTS, REMEDY):
         # Opened again, as another process may have added results until the lock was free.
         sweep = Sweep.open(folder, kind(options.settings))
         try:

@@ -53,9 +53,8 @@ def _idle(values: Mapping[str, Any], topology: str) -> Iterator[Idle]:
         yield Idle(OF_BEAMS, "is for a beam search: give --num-beams 2 or more")
         if values["temperature"] == 0:
             out = "leave it out, or give a --temperature above 0"
-            yield Idle(
-                DRAWING, f"changes nothing at temperature 0, which takes the likeliest token: {out}", "temperature"
-            )
+            why = f"changes nothing at temperature 0, which takes the likeliest token: {out}"
+            yield Idle(DRAWING, why, "temperature")
     if values["draft"] is None:
         yield Idle(("draft_tokens",), "is for a draft: name its run with --draft")
     yield from _idle_of_decoders(values, beams) if topology == "decoder" else _idle_of_translators(values)

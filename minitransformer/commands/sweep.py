@@ -23,6 +23,7 @@ from minitransformer.lab.instruments import check_probe
 from minitransformer.lab.report import skipped
 from minitransformer.lab.runner import RESULTS, Failure, Terminal
 from minitransformer.lab.statistics import SMALLEST_DIFFERENCE
+from minitransformer.lab.store import REMEDY
 from minitransformer.lab.sweep import (
     FIELDS,
     TOKENS,
@@ -111,7 +112,7 @@ def _sweep(arguments: Sequence[str]) -> int:
     for prepared in plan.prepare():
         print(f"{prepared.summary()}", flush=True)
     command = shlex.join(["python", "-m", "minitransformer", "sweep", *arguments])
-    with files.locked(folder / RESULTS):
+    with files.locked(folder / RESULTS, REMEDY):
         # Opened again, as another process may have added results until the lock was free.
         search = Search.open(folder, plan)
         try:

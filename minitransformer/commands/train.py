@@ -27,7 +27,7 @@ from minitransformer.training.checkpoint import (
     check_weights,
     checkpoint_step,
     checkpoints_in,
-    load_trainer_state,
+    load_progress,
 )
 from minitransformer.training.config import RunConfig, fixed_settings, with_usual_vocabulary, with_vocabulary
 from minitransformer.training.finetuning import LEAST_TOKENS, Parent, check_fits, fine_tuning
@@ -196,15 +196,19 @@ def _checkpoint_to_continue(run: Run, options: Options) -> Path | None:
     checkpoint = run.checkpoint_to_continue(options.checkpoint)
     check_weights(checkpoint, options.model)
     step, steps = checkpoint_step(checkpoint), options.training.steps
-    if step > steps or (step == steps and _has_ended(run, checkpoint)):
+    ended = _has_ended(run, checkpoint)
+    if step > steps or (step == steps and ended):
         raise UserError(f"{run.path} has done its {steps} steps: give a larger --steps to extend it")
+    patience, worse = options.training.patience, load_progress(checkpoint).get("validations_since_best", 0)
+    if patience is not None and worse >= patience and ended:
+        raise UserError(f"{run.path} stopped early, after {worse} validations that were no better: raise --patience")
     return checkpoint
 
 
 def _has_ended(run: Run, checkpoint: Path) -> bool:
     """Whether the last validation and the sample are there as well; a signal may have come before them."""
     step, samples = checkpoint_step(checkpoint), run.path / SAMPLES
-    validated = not run.config.data.validates or load_trainer_state(checkpoint)["progress"]["validated_step"] == step
+    validated = not run.config.data.validates or load_progress(checkpoint).get("validated_step") == step
     return validated and samples.exists() and sample_heading(step) in samples.read_text("utf-8", "replace")
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from minitransformer.errors import UserError
 
 NEVER = float("-inf")
+MOST_NEW_TOKENS = 1_000_000
+"""random numbers for all of them are drawn at once"""
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
@@ -227,6 +229,8 @@ class SamplingConfig:
             raise UserError(f"min_new_tokens is {self.min_new_tokens}: it must be at least 0")
         if self.num_beams > 1 and self.num_samples > self.num_beams:
             raise UserError(f"num_samples {self.num_samples} is more than num_beams {self.num_beams}: lower it")
+        if self.max_new_tokens > MOST_NEW_TOKENS:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at most {MOST_NEW_TOKENS:,}")
         for name in ("top_k", "max_new_tokens", "num_samples", "num_beams", "no_repeat_ngram"):
             value = getattr(self, name)
             if value is not None and value < 1:

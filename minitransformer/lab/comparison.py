@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from minitransformer.errors import UserError
+from minitransformer import files
+from minitransformer.errors import StorageError, UserError
 from minitransformer.files import sha256
 from minitransformer.lab import figures
 from minitransformer.lab.experiment import Picture, Table
@@ -382,7 +383,10 @@ def _config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
         raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give a folder that training has made")
-    config: dict[str, Any] = read_json(file, "restore it, or leave the run out")
+    try:
+        config: dict[str, Any] = files.unsealed(read_json(file, "restore it, or leave the run out"))
+    except ValueError as error:
+        raise StorageError(f"{file} is not what training wrote ({error}): restore it, or leave the run out") from None
     whole = all(isinstance(config.get(part), dict) for part in PARTS)
     if not whole or not isinstance(config["training"].get("seed"), int):
         raise UserError(f"{file} is no configuration with {', '.join(PARTS)} and a seed: leave the run out")

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
-from minitransformer.text.tables import ARRAYS, DELIMITERS, PARQUET, array, parquet, separated, text_of
+from minitransformer.text.tables import ARRAYS, DELIMITERS, PARQUET, TABLES, array, parquet, separated, text_of
 
 # Threads hold a few pieces each: this bounds memory, and at this size the price of a task vanishes.
 PIECE = 1 << 18
@@ -201,6 +201,8 @@ def open_corpus(data: str | Sequence[str], field: str = "text") -> Corpus:
     """
     names = [data] if isinstance(data, str) else list(data)
     parts = [_opened(name, field) for name in names]
+    if field != "text" and not any(kind(file) in LINES | TABLES for part in parts for file in part.files):
+        raise UserError(f"--field is {field!r}, and {named(names)} has no fields: leave it out")
     if len(parts) == 1:
         return parts[0]
     if made := [name for name in names if name in recipes.known() and field != "text"]:

@@ -159,7 +159,8 @@ def prepare(
             prepared = made(cache / key, build, opened)
             if prepared.shortest > context_length:
                 return prepared
-    raise _too_short(corpus.name, prepared, context_length)
+    short = corpus if validation is None or len(prepared.train) <= context_length else validation
+    raise _too_short(short.name, prepared, context_length)
 
 
 def _too_short(name: str, prepared: PreparedText, context_length: int) -> TooShort:

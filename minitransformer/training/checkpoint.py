@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitransformer import files
+from minitransformer.amounts import size
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import check_size, count_parameters
@@ -33,13 +35,12 @@ MARGIN = 1_000_000
 def check_room(path: Path, config: RunConfig) -> None:
     """Raise a `StorageError` if the disk of `path` cannot hold the checkpoints of a run."""
     # Weights and AdamW's two moments, in float32; the best one and one being written stand beside the last ones.
-    size = 3 * 4 * count_parameters(config.model)
-    needed = size * (config.training.keep_last + 2) + 10_000_000
+    needed = 3 * 4 * count_parameters(config.model) * (config.training.keep_last + 2) + 10_000_000
     folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(
-            f"the checkpoints of this run need {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: "
+            f"the checkpoints of this run need {size(needed)} and {folder} has {size(free)} free: "
             "free some, lower --keep-last, or choose an --out on another disk"
         )
 
@@ -53,7 +54,7 @@ def _check_room_for(folder: Path, name: str, tensors: Mapping[str, Tensor], trai
         # Without one, as in an import, the folder may be no run yet.
         go_on = f"and continue the run with --resume {folder.parent} ({whole[-1]} is the last one)" if whole else ""
         raise StorageError(
-            f"checkpoint {name} needs {needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB free: "
+            f"checkpoint {name} needs {size(needed)} and {folder} has {size(free)} free: "
             f"free some, {go_on or 'or choose an --out on another disk'}"
         )
 
@@ -166,8 +167,19 @@ def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def load_progress(checkpoint: Path) -> dict[str, Any]:
+    """How far training had come in a checkpoint; empty for weights that a run begins with."""
+    return load_trainer_state(checkpoint).get("progress", {})
+
+
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is what its manifest says, and so is every file."""
+    """What is wrong with a checkpoint, in words; None if it is what its manifest says, and so is every file.
+
+    Raises `StorageError` for a file that is there and may not be read.
+    """
+    for path in (checkpoint / name for name in (MANIFEST, MODEL, TRAINER)):
+        if path.exists() and not os.access(path, os.R_OK):
+            raise StorageError(f"{path} may not be read: ask its owner for the right to")
     try:
         manifest = files.unsealed(read_json(checkpoint / MANIFEST, "choose another --checkpoint"))
         digests, step = dict(manifest["sha256"]), manifest["step"]

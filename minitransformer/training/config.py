@@ -167,6 +167,8 @@ class TrainingConfig:
         for name, least in minimum.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.seed >= 1 << 63:
+            raise UserError(f"seed is {self.seed}: it must be below 2 to the 63rd")
         if self.patience is not None and self.patience < 1:
             raise UserError(f"patience is {self.patience}: it must be at least 1")
         if self.sequence_length is not None and self.sequence_length < 1:
