@@ -449,3 +449,12 @@ def test_a_table_that_was_once_scanned_as_text_is_scanned_anew(tmp_path: Path, m
     assert before.split == "contiguous"
     assert after.folder != before.folder
     assert after.train_documents + after.validation_documents == 200
+
+
+def test_files_of_a_folder_that_are_left_out_are_counted(tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("some text " * 100)
+    (folder / "b.csv").write_text("text\nmore text\n")
+    prepare(open_corpus(str(folder)), "bytes", context_length=8, cache=tmp_path / "cache")
+    assert "1 of its files, without the ending of a text, are left out" in capsys.readouterr().err

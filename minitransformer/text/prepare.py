@@ -144,6 +144,9 @@ def prepare(
     if validation is not None:
         validation_fraction = 0.0
         check_apart(corpus, validation)
+    if corpus.skipped and progress:
+        left_out = f"{corpus.skipped:,} of its files, without the ending of a text, are left out"
+        print(f"{corpus.name}: {left_out}; tables are named one by one, as by a glob", file=sys.stderr)
     cache = work_folder() / "prepared" if cache is None else cache
     with writing(cache, REMEDY):
         cache.mkdir(parents=True, exist_ok=True)
