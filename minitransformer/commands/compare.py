@@ -10,8 +10,10 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from typing_extensions import Doc
 
 from minitransformer import files
 from minitransformer.commands import DONE, parse, run_command
@@ -20,6 +22,10 @@ from minitransformer.lab.comparison import X_LABELS, Abscissa, RunComparison, co
 from minitransformer.lab.experiment import Table
 
 LEAST_WIDTH, MOST_WIDTH = 40, 120
+SMALLEST = Doc(
+    "between groups, in the unit of the metric, below which no winner is named; None is 0.002 for losses and bits "
+    "per byte, and 0 for other numbers"
+)
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,7 @@ class Options:
     """what the curves run over"""
     metric: str | None = None
     """a number of metrics.jsonl to compare by; None is validation_loss, or bits_per_byte where losses do not compare"""
-    smallest_difference: float | None = None
-    """between groups, in the unit of the metric, below which no winner is named; None is 0.002 for losses and bits per
-    byte, and 0 for other numbers"""
+    smallest_difference: Annotated[float | None, SMALLEST] = None
     html: Path | None = None
     """also write a page, which is one self-contained file"""
     csv: Path | None = None

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
+
+from typing_extensions import Doc
 
 from minitransformer.amounts import amount, duration
 from minitransformer.commands import DONE, given_flags, parse, run_command, with_files
@@ -51,6 +54,12 @@ NEXT = {
     "rnn": TRANSLATE,
 }
 
+EXPORTED = "`minitransformer export --help` says which of them the transformers library opens."
+FINE_TUNING = Doc(
+    "fine-tune: a new run that begins with the weights, the model and the tokenizer of the run in this folder, by "
+    "default at a tenth of its learning rates, with at most 20 steps of warm-up, 1000 steps and 1024 tokens a sequence"
+)
+
 
 @dataclass(frozen=True)
 class Options(RunConfig):
@@ -62,9 +71,7 @@ class Options(RunConfig):
     """continue the run in this folder; --steps extends it, other settings hold from here on"""
     checkpoint: str | None = None
     """with --resume: the checkpoint to continue from, None is the latest; with --init-from: None is the best"""
-    init_from: Path | None = None
-    """fine-tune: a new run that begins with the weights, the model and the tokenizer of the run in this folder, by
-    default at a tenth of its learning rates, with at most 20 steps of warm-up, 1000 steps and 1024 tokens a sequence"""
+    init_from: Annotated[Path | None, FINE_TUNING] = None
 
     def run_config(self) -> RunConfig:
         return RunConfig(self.model, self.data, self.training)
@@ -195,20 +202,23 @@ def _checkpoint_to_continue(run: Run, options: Options) -> Path | None:
         return None
     checkpoint = run.checkpoint_to_continue(options.checkpoint)
     check_weights(checkpoint, options.model)
-    step, steps = checkpoint_step(checkpoint), options.training.steps
-    ended = _has_ended(run, checkpoint)
+    step, steps, patience = checkpoint_step(checkpoint), options.training.steps, options.training.patience
+    if step < steps and patience is None:
+        return checkpoint
+    progress = load_progress(checkpoint)
+    ended = _has_ended(run, step, progress)
     if step > steps or (step == steps and ended):
         raise UserError(f"{run.path} has done its {steps} steps: give a larger --steps to extend it")
-    patience, worse = options.training.patience, load_progress(checkpoint).get("validations_since_best", 0)
+    worse = progress.get("validations_since_best", 0)
     if patience is not None and worse >= patience and ended:
         raise UserError(f"{run.path} stopped early, after {worse} validations that were no better: raise --patience")
     return checkpoint
 
 
-def _has_ended(run: Run, checkpoint: Path) -> bool:
+def _has_ended(run: Run, step: int, progress: dict[str, Any]) -> bool:
     """Whether the last validation and the sample are there as well; a signal may have come before them."""
-    step, samples = checkpoint_step(checkpoint), run.path / SAMPLES
-    validated = not run.config.data.validates or load_progress(checkpoint).get("validated_step") == step
+    samples = run.path / SAMPLES
+    validated = not run.config.data.validates or progress.get("validated_step") == step
     return validated and samples.exists() and sample_heading(step) in samples.read_text("utf-8", "replace")
 
 
@@ -245,7 +255,7 @@ def _describe_presets() -> str:
     sizes = {name: count_parameters(with_usual_vocabulary(run)) / 1e6 for name, run in PRESETS.items()}
     lines = "\n".join(f"  {name:18}{size:7.2f}M" for name, size in sizes.items())
     about = f"Presets (default: {DEFAULT}) and their parameters, with the usual vocabulary of their tokenizers:"
-    return f"Train a model, resume a run, or fine-tune one.\n\n{about}\n{lines}"
+    return f"Train a model, resume a run, or fine-tune one.\n\n{about}\n{lines}\n\n{EXPORTED}"
 
 
 def _prepare(config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepared:

@@ -26,6 +26,11 @@ DATA = Doc(
     f"files. Recipes: {', '.join(known())}"
 )
 
+VALIDATION_TOKENS = Doc(
+    "of validation, read each time: the same ones, drawn by seed, but all in the last step; 0 is always all; None "
+    "is a tenth of the tokens trained on in between, and 8192 at least"
+)
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -130,9 +135,7 @@ class TrainingConfig:
     """largest norm of the gradient; 0 switches clipping off"""
     eval_every: int = 250
     """steps between validations (the last step always has one)"""
-    validation_tokens: int | None = None
-    """of validation, read each time: the same ones, drawn by seed, but all in the last step; 0 is always all; None is a
-    tenth of the tokens trained on in between, and 8192 at least"""
+    validation_tokens: Annotated[int | None, VALIDATION_TOKENS] = None
     save_every: int = 250
     """steps between checkpoints (the last step always has one)"""
     log_every: int = 10
