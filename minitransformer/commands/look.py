@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from minitransformer.amounts import size
 from minitransformer.commands import DONE, parse, piped_text, run_command
 from minitransformer.errors import UserError
 from minitransformer.files import write_text
@@ -63,7 +64,7 @@ def _look(arguments: Sequence[str]) -> int:
         write_text(out, page)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): name another file with --out") from None
-    for name, value in {"run": str(run.path), **_measured(look), "page": f"{out} ({len(page) / 1e6:.1f} MB)"}.items():
+    for name, value in {"run": str(run.path), **_measured(look), "page": f"{out} ({size(len(page))})"}.items():
         print(f"{name:12} {value}")
     return DONE
 
