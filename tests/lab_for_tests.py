@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from minitransformer.errors import UserError
-from minitransformer.lab.experiment import Criterion, Experiment, Findings, Table
+from minitransformer.lab.experiment import Criterion, Experiment, Findings
+from minitransformer.reporting.tables import Table
 
 
 class Toy(Experiment, name="toy"):

@@ -12,10 +12,10 @@ from urllib.parse import unquote
 import pytest
 
 from minitransformer.__main__ import main as minitransformer_main
+from minitransformer.analysis.compare import compare, page
 from minitransformer.commands import USAGE
 from minitransformer.commands.compare import main
 from minitransformer.errors import StorageError, UserError
-from minitransformer.lab.comparison import compare, page
 from minitransformer.runs import Run
 from minitransformer.text.tokenizers import Bytes, Characters, Tokenizer
 from tests.runs_for_tests import configured, prepared_text, trainer_for, unsealed

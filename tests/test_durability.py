@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from minitransformer import files
+from minitransformer.analysis.trials import train_trial
 from minitransformer.commands.compare import main as compare
 from minitransformer.commands.sample import main as sample
 from minitransformer.commands.train import main
 from minitransformer.errors import StorageError, UserError
-from minitransformer.lab.trials import train_trial
 from minitransformer.models.model import build_model
 from minitransformer.pretrained.shards import write_shards
 from minitransformer.runs import Run, only_writer

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
-from minitransformer.lab import figures, plain
-from minitransformer.lab.figures import Curve, png
-from minitransformer.lab.page import HINT, Link, Page, cell_text, number_columns, number_text
+from minitransformer.reporting import figures, plain
+from minitransformer.reporting.figures import Curve, png
+from minitransformer.reporting.pages import HINT, Link, Page, cell_text, number_columns, number_text
 
 VOID = {"meta", "img", "br"}
 

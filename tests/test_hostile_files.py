@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from minitransformer import pretrained
+from minitransformer.analysis import sweep
+from minitransformer.analysis.compare import compare
 from minitransformer.errors import UserError
-from minitransformer.lab import runner, sweep
-from minitransformer.lab.comparison import compare
+from minitransformer.lab import runner
 from minitransformer.lab.store import ResultStore
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import build_model

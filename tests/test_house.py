@@ -19,9 +19,17 @@ ROOMS = {
     "training": {"architecture", "models", "text", "runs"},
     "generation": {"architecture", "models", "text"},
     "pretrained": {"architecture", "models", "text"},
-    "lab": {"architecture", "models", "text", "training", "generation", "runs"},
-    "benchmark": {"architecture", "models", "text", "training", "generation", "lab"},
-    "commands": {"architecture", "models", "text", "training", "generation", "pretrained", "lab", "benchmark", "runs"},
+    "reporting": set(),
+    "diagnostics": {"architecture", "models", "text", "training"},
+    "lab": {"architecture", "models", "text", "training", "runs", "diagnostics", "reporting"},
+    "analysis": {
+        *{"architecture", "models", "text", "training", "generation", "runs", "diagnostics", "reporting", "lab"},
+    },
+    "benchmark": {"architecture", "models", "text", "training", "generation", "reporting"},
+    "commands": {
+        *{"architecture", "models", "text", "training", "generation", "pretrained", "runs"},
+        *{"diagnostics", "reporting", "lab", "analysis", "benchmark"},
+    },
 }
 SHARED = {"amounts", "errors", "processes", "records", "registry", "files", "toolchain"}
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from minitransformer.architecture.attention import AttentionView, MultiHeadAttention
 from minitransformer.architecture.block import Block
 from minitransformer.architecture.residual import Residual
+from minitransformer.diagnostics import Instrument, probe
+from minitransformer.diagnostics.attention_maps import captured_attention
+from minitransformer.diagnostics.gradients import spikes
+from minitransformer.diagnostics.streams import angular_distance
 from minitransformer.errors import UserError
-from minitransformer.lab.attention_maps import captured_attention
-from minitransformer.lab.instruments import Instrument, probe
-from minitransformer.lab.instruments.gradients import spikes
-from minitransformer.lab.instruments.streams import angular_distance
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from tests.placements_for_tests import choosing

@@ -10,9 +10,10 @@ from html.parser import HTMLParser
 import pytest
 
 from minitransformer.commands import lab
-from minitransformer.lab.experiment import Criterion, Experiment, Findings, Picture, Settings, Table
+from minitransformer.lab.experiment import Criterion, Experiment, Findings, Settings
 from minitransformer.lab.report import KNOWN_RULE, TRIAL_RULE, command, write_report
 from minitransformer.lab.runner import Failure, Sweep
+from minitransformer.reporting.tables import Picture, Table
 from tests.lab_for_tests import Toy
 
 PNG = b"\x89PNG\r\n\x1a\n"

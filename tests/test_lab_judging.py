@@ -13,7 +13,7 @@ from scipy import stats
 from minitransformer.lab.experiment import Claim, Findings, Result, Settings
 from minitransformer.lab.experiments.gradients import GradientAgainstDepth
 from minitransformer.lab.judging import between, expected, on_trial
-from minitransformer.lab.statistics import FEWEST_SEEDS, Interval, holm
+from minitransformer.reporting.statistics import FEWEST_SEEDS, Interval, holm
 
 SPREAD = np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
 gains = st.lists(st.floats(-1, 1).map(lambda x: round(x, 3)), min_size=1, max_size=8)

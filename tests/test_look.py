@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minitransformer.analysis import look as looking
+from minitransformer.analysis.look import AttentionMaps, Look, Request, Text, look_at, watched
+from minitransformer.analysis.viewer import page_of, quantised, restored, spelled, visible
 from minitransformer.architecture.residual import Residual
 from minitransformer.commands import look as command
 from minitransformer.errors import UserError
-from minitransformer.lab import look as looking
-from minitransformer.lab.look import AttentionMaps, Look, Request, Text, look_at, watched
-from minitransformer.lab.viewer import page_of, quantised, restored, spelled, visible
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from minitransformer.architecture.block import Block
 from minitransformer.commands.train import main
-from minitransformer.lab.instruments import Instrument, check_probe, probe_for
-from minitransformer.lab.instruments import probe as probe_now
+from minitransformer.diagnostics import Instrument, check_probe, probe_for
+from minitransformer.diagnostics import probe as probe_now
 from minitransformer.models.model import build_model
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.pair_batches import PairBatch

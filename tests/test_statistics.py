@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats
 
 from minitransformer.errors import UserError
-from minitransformer.lab.statistics import (
+from minitransformer.reporting.statistics import (
     FEWEST_SEEDS,
     Interval,
     holm,

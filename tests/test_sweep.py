@@ -19,12 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from minitransformer.commands import sweep as command
-from minitransformer.commands import train as train_command_module
-from minitransformer.errors import UserError
-from minitransformer.lab import pool, trials
-from minitransformer.lab.comparison import History, compare
-from minitransformer.lab.sweep import (
+from minitransformer.analysis import trials
+from minitransformer.analysis.compare import History, compare
+from minitransformer.analysis.sweep import (
     Plan,
     Range,
     Search,
@@ -37,7 +34,11 @@ from minitransformer.lab.sweep import (
     rungs,
     standings_ranking,
 )
-from minitransformer.lab.trials import train_trial
+from minitransformer.analysis.trials import train_trial
+from minitransformer.commands import sweep as command
+from minitransformer.commands import train as train_command_module
+from minitransformer.errors import UserError
+from minitransformer.lab import pool
 from minitransformer.runs import Run
 from minitransformer.training.config import RunConfig
 from minitransformer.training.machine import COMPILE_PAYS_AFTER_FLOPS, Resolved
@@ -340,7 +341,7 @@ def test_a_trial_that_fails_is_said_ranks_last_and_is_tried_again(here, in_proce
             raise ZeroDivisionError("no inverse")
         return real(path, config, until, machine)
 
-    monkeypatch.setattr("minitransformer.lab.sweep.train_trial", failing)
+    monkeypatch.setattr("minitransformer.analysis.sweep.train_trial", failing)
     arguments = ["--set", "lr=1e-3,1e-1", "--out", "s"]
     assert sweep(*arguments, steps=2) == 1
     out = capsys.readouterr().out

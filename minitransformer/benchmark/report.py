@@ -139,7 +139,7 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 def picture(results: Sequence[Result]) -> Figure:
     """The ratios of all cases with their intervals, one below the other; raises `UserError` without matplotlib."""
-    from minitransformer.lab.figures import intervals
+    from minitransformer.reporting.figures import intervals
 
     rows: list[tuple[str, Ratio, list[float]]] = []
     for result in results:

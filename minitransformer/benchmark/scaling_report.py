@@ -65,7 +65,7 @@ def _as_json(growth: Growth) -> dict[str, Any]:
 
 def growth_picture(growths: Sequence[Growth]) -> Figure:
     """Every quantity relative to its first value, over sizes relative to the first; `UserError` without matplotlib."""
-    from minitransformer.lab.figures import Curve, curves
+    from minitransformer.reporting.figures import Curve, curves
 
     drawn = []
     for growth in growths:

@@ -222,7 +222,7 @@ def _scaling(options: Options) -> int:
 
 
 def _save_picture(path: Path, figure: object) -> None:
-    from minitransformer.lab.figures import png
+    from minitransformer.reporting.figures import png
 
     with writing(path, REMEDY), whole_file(path) as file:
         file.write(png(figure))  # type: ignore[arg-type]

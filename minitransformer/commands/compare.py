@@ -16,10 +16,10 @@ import tyro
 from typing_extensions import Doc
 
 from minitransformer import files
+from minitransformer.analysis.compare import X_LABELS, Abscissa, RunComparison, compare, page
 from minitransformer.commands import DONE, parse, run_command
-from minitransformer.lab import plain
-from minitransformer.lab.comparison import X_LABELS, Abscissa, RunComparison, compare, page
-from minitransformer.lab.experiment import Table
+from minitransformer.reporting import plain
+from minitransformer.reporting.tables import Table
 
 LEAST_WIDTH, MOST_WIDTH = 40, 120
 SMALLEST = Doc(

@@ -10,11 +10,11 @@ from pathlib import Path
 import tyro
 
 from minitransformer.amounts import size
+from minitransformer.analysis.look import Look, Request, look_at
+from minitransformer.analysis.viewer import page_of
 from minitransformer.commands import DONE, parse, piped_text, run_command
 from minitransformer.errors import UserError
 from minitransformer.files import write_text
-from minitransformer.lab.look import Look, Request, look_at
-from minitransformer.lab.viewer import page_of
 from minitransformer.models.model import Model
 from minitransformer.models.recurrent import RecurrentEncoderDecoder
 from minitransformer.runs import Run, latest_run

@@ -16,15 +16,7 @@ from typing import Any, Literal, get_type_hints
 import tyro
 
 from minitransformer import files
-from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command, with_files
-from minitransformer.errors import UserError
-from minitransformer.lab import plain, pool
-from minitransformer.lab.instruments import check_probe
-from minitransformer.lab.report import skipped
-from minitransformer.lab.runner import RESULTS, Failure, Terminal
-from minitransformer.lab.statistics import SMALLEST_DIFFERENCE
-from minitransformer.lab.store import REMEDY
-from minitransformer.lab.sweep import (
+from minitransformer.analysis.sweep import (
     FIELDS,
     TOKENS,
     Plan,
@@ -35,7 +27,7 @@ from minitransformer.lab.sweep import (
     best_seed,
     label,
 )
-from minitransformer.lab.sweep_report import (
+from minitransformer.analysis.sweep_report import (
     conclusion,
     diverged,
     method,
@@ -44,8 +36,17 @@ from minitransformer.lab.sweep_report import (
     train_command,
     write_report,
 )
-from minitransformer.lab.trials import METRICS
+from minitransformer.analysis.trials import METRICS
+from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command, with_files
+from minitransformer.diagnostics import check_probe
+from minitransformer.errors import UserError
+from minitransformer.lab import pool
+from minitransformer.lab.report import skipped
+from minitransformer.lab.runner import RESULTS, Failure, Terminal
+from minitransformer.lab.store import REMEDY
 from minitransformer.registry import lookup
+from minitransformer.reporting import plain
+from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE
 from minitransformer.text.corpora import named
 from minitransformer.toolchain import check_importable
 from minitransformer.training.config import RunConfig

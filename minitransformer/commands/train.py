@@ -13,10 +13,10 @@ from typing_extensions import Doc
 
 from minitransformer.amounts import amount, duration
 from minitransformer.commands import DONE, given_flags, parse, run_command, with_files
+from minitransformer.diagnostics import check_probe, probe_for
 from minitransformer.errors import StorageError, UserError
 from minitransformer.files import sha256, writing
 from minitransformer.generation.samples import sample_of
-from minitransformer.lab.instruments import check_probe, probe_for
 from minitransformer.models.model import Model, count_parameters
 from minitransformer.pretrained.originals import inherit_originals
 from minitransformer.registry import lookup

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from minitransformer.lab.statistics import FEWEST_SEEDS, LEVEL, holm, mean_interval, p_text, p_value
 from minitransformer.registry import Registered
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from minitransformer.reporting.statistics import FEWEST_SEEDS, LEVEL, holm, mean_interval, p_text, p_value
+from minitransformer.reporting.tables import Picture, Table
 
 Task = dict[str, Any]
 """What is measured once, in values that JSON has: it names every choice, the seed among them, and so is its own key."""
@@ -88,24 +86,6 @@ def judged(claims: Sequence[Claim]) -> list[Criterion]:
 def seeds(n: int) -> str:
     """How many, in words."""
     return "1 seed" if n == 1 else f"{n} seeds"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the report, and a CSV file of its own; cells are text, numbers or None."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the report, and a PNG file of its own; `draw` imports matplotlib."""
-
-    title: str
-    draw: Callable[[], Figure]
-    caption: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from minitransformer.lab.experiment import Claim, Criterion, seeds
-from minitransformer.lab.figures import Curve
-from minitransformer.lab.statistics import Interval, loglog_slope, mean_interval
+from minitransformer.reporting.figures import Curve
+from minitransformer.reporting.statistics import Interval, loglog_slope, mean_interval
 
 
 def within(value: Interval, low: float, high: float) -> bool | None:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from minitransformer import files
-from minitransformer.lab import figures
-from minitransformer.lab.experiment import Criterion, Experiment, Findings, Picture, Settings, Table
-from minitransformer.lab.page import Link, Page
+from minitransformer.lab.experiment import Criterion, Experiment, Findings, Settings
 from minitransformer.lab.runner import RESULTS, Failure, Sweep
-from minitransformer.lab.statistics import FEWEST_SEEDS
 from minitransformer.lab.store import REMEDY
+from minitransformer.reporting import figures
+from minitransformer.reporting.pages import Link, Page
+from minitransformer.reporting.statistics import FEWEST_SEEDS
+from minitransformer.reporting.tables import Picture, Table
 
 Titled = TypeVar("Titled", Table, Picture)
 

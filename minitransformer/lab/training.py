@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from minitransformer.architecture.residual import Residual
+from minitransformer.diagnostics import probe_for
 from minitransformer.lab.experiment import Experiment, Measurement, Result, Task
-from minitransformer.lab.figures import Curve
-from minitransformer.lab.instruments import probe_for
 from minitransformer.lab.judging import curve
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
+from minitransformer.reporting.figures import Curve
 from minitransformer.text.batches import SequentialWindows
 from minitransformer.text.prepare import PreparedText
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig

@@ -7,11 +7,12 @@ from typing import Any
 
 from minitransformer.architecture.residual import Residual
 from minitransformer.lab.defects import DEFECTS, Defect
-from minitransformer.lab.experiment import Criterion, Experiment, Findings, Measurement, Result, Settings, Table, Task
+from minitransformer.lab.experiment import Criterion, Experiment, Findings, Measurement, Result, Settings, Task
 from minitransformer.lab.experiments.forward import ForwardStatistics
 from minitransformer.lab.experiments.gradients import GradientAgainstDepth
 from minitransformer.lab.experiments.identities import Identities
 from minitransformer.lab.subjects import Placement
+from minitransformer.reporting.tables import Table
 
 
 class Audit(Experiment, name="E10"):

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from minitransformer.lab.experiment import Claim, Criterion, Findings, Measurement, Picture, Result, Table, Task, select
-from minitransformer.lab.figures import curves
-from minitransformer.lab.instruments import probe
+from minitransformer.diagnostics import probe
+from minitransformer.lab.experiment import Claim, Criterion, Findings, Measurement, Result, Task, select
 from minitransformer.lab.judging import curve, expected, on_trial
-from minitransformer.lab.statistics import mean_interval
 from minitransformer.lab.training import TrainingExperiment, per_seed
+from minitransformer.reporting.figures import curves
+from minitransformer.reporting.statistics import mean_interval
+from minitransformer.reporting.tables import Picture, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

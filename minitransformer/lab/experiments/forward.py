@@ -12,23 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitransformer.lab import figures
 from minitransformer.lab.experiment import (
     Criterion,
     Experiment,
     Findings,
     Measurement,
-    Picture,
     Result,
     Settings,
-    Table,
     Task,
     seeds,
     select,
 )
 from minitransformer.lab.judging import between, curve, exponent, within
-from minitransformer.lab.statistics import mean_interval
 from minitransformer.lab.subjects import MODES, MakeModel, Placement, make_model, random_tokens
+from minitransformer.reporting import figures
+from minitransformer.reporting.statistics import mean_interval
+from minitransformer.reporting.tables import Picture, Table
 
 INDEPENDENT_BRANCH = 2 * (1 - (2 / 3) ** 0.5)
 """ω² of a feed-forward network whose output is independent of x and has half its square: cos² = 1 / (1 + ½)"""

@@ -10,21 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitransformer.lab import figures
-from minitransformer.lab.experiment import (
-    Criterion,
-    Experiment,
-    Findings,
-    Measurement,
-    Picture,
-    Result,
-    Settings,
-    Table,
-    Task,
-    select,
-)
+from minitransformer.lab.experiment import Criterion, Experiment, Findings, Measurement, Result, Settings, Task, select
 from minitransformer.lab.judging import between, curve, exponent, geometric_mean
-from minitransformer.lab.statistics import Interval
 from minitransformer.lab.subjects import (
     MODES,
     MakeModel,
@@ -35,6 +22,9 @@ from minitransformer.lab.subjects import (
     random_tokens,
     real_config,
 )
+from minitransformer.reporting import figures
+from minitransformer.reporting.statistics import Interval
+from minitransformer.reporting.tables import Picture, Table
 
 ACCEPTED: dict[Placement, tuple[float, float]] = {
     Placement("post"): (-0.2, 0.2),

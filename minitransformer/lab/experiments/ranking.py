@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from minitransformer.architecture.residual import HybridNorm
 from minitransformer.errors import UserError
-from minitransformer.lab.experiment import Criterion, Findings, Measurement, Picture, Result, Table, Task, select
+from minitransformer.lab.experiment import Criterion, Findings, Measurement, Result, Task, select
 from minitransformer.lab.experiments.trainability import PLACEMENTS
-from minitransformer.lab.figures import intervals
 from minitransformer.lab.judging import on_trial
-from minitransformer.lab.statistics import SMALLEST_DIFFERENCE, Ranking, mean_interval, paired_difference, ranking
 from minitransformer.lab.training import TrainingExperiment
+from minitransformer.reporting.figures import intervals
+from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE, Ranking, mean_interval, paired_difference, ranking
+from minitransformer.reporting.tables import Picture, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from minitransformer.lab.experiment import Findings, Measurement, Picture, Result, Table, Task, select
-from minitransformer.lab.figures import intervals
-from minitransformer.lab.instruments import probe
-from minitransformer.lab.instruments.gradients import spikes
+from minitransformer.diagnostics import probe
+from minitransformer.diagnostics.gradients import spikes
+from minitransformer.lab.experiment import Findings, Measurement, Result, Task, select
 from minitransformer.lab.judging import on_trial
-from minitransformer.lab.statistics import mean_interval
 from minitransformer.lab.training import STUCK, TrainingExperiment, per_seed
+from minitransformer.reporting.figures import intervals
+from minitransformer.reporting.statistics import mean_interval
+from minitransformer.reporting.tables import Picture, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

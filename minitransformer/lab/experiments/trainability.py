@@ -7,10 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from minitransformer.lab.experiment import Claim, Findings, Measurement, Picture, Result, Table, Task, select
-from minitransformer.lab.figures import heatmap
+from minitransformer.lab.experiment import Claim, Findings, Measurement, Result, Task, select
 from minitransformer.lab.judging import on_trial
 from minitransformer.lab.training import STUCK, Course, TrainingExperiment, final_loss
+from minitransformer.reporting.figures import heatmap
+from minitransformer.reporting.tables import Picture, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minitransformer.diagnostics.base import Figures, Instrument, Scene, StepInstrument, at_rest
+from minitransformer.diagnostics.passage import Loss
 from minitransformer.errors import UserError
-from minitransformer.lab.instruments.base import Figures, Instrument, Scene, StepInstrument, at_rest
-from minitransformer.lab.instruments.passage import Loss
 from minitransformer.models.model import Model
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.pair_batches import PairBatch

@@ -12,15 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from minitransformer import files
-from minitransformer.lab import figures
-from minitransformer.lab.experiment import Picture, Table
-from minitransformer.lab.page import Link, Page
+from minitransformer.analysis.sweep import (
+    Plan,
+    Search,
+    Standing,
+    best_seed,
+    flags,
+    label,
+    standings_ranking,
+    value_text,
+)
+from minitransformer.analysis.trials import METRICS
+from minitransformer.analysis.verdicts import pairs_table
 from minitransformer.lab.report import MOST_FAILURES, MOST_ROWS, REPORT, rows_text, skipped
 from minitransformer.lab.runner import Failure
 from minitransformer.lab.store import REMEDY, task_key
-from minitransformer.lab.sweep import Plan, Search, Standing, best_seed, flags, label, standings_ranking, value_text
-from minitransformer.lab.trials import METRICS
-from minitransformer.lab.verdicts import pairs_table
+from minitransformer.reporting import figures
+from minitransformer.reporting.pages import Link, Page
+from minitransformer.reporting.tables import Picture, Table
 from minitransformer.training.presets import PRESETS
 
 TRIALS_CSV = "trials.csv"

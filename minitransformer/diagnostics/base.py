@@ -9,7 +9,7 @@ from functools import cached_property
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from minitransformer.lab.instruments.passage import Loss, Passage, watch_a_pass
+from minitransformer.diagnostics.passage import Loss, Passage, watch_a_pass
 from minitransformer.registry import Registered
 
 Figures = dict[str, Tensor]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from minitransformer.architecture.block import Stack
-from minitransformer.lab.instruments.places import layers_of, stacks_of, sublayers_of
+from minitransformer.diagnostics.places import layers_of, stacks_of, sublayers_of
 
 Loss = Callable[[], Tensor]
 """A forward pass of the model on a batch of its own: the mean loss, a scalar."""

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from minitransformer.lab.instruments.base import Figures, Instrument, Scene, StepInstrument
-from minitransformer.lab.instruments.passage import Loss
-from minitransformer.lab.instruments.places import sublayers_of
+from minitransformer.diagnostics.base import Figures, Instrument, Scene, StepInstrument
+from minitransformer.diagnostics.passage import Loss
+from minitransformer.diagnostics.places import sublayers_of
 
 SPIKE, WINDOW, LEAST = 5.0, 50, 10
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitransformer.errors import UserError
-from minitransformer.lab.experiment import Table
-from minitransformer.lab.statistics import SMALLEST_DIFFERENCE, Ranking, p_text
+from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE, Ranking, p_text
+from minitransformer.reporting.tables import Table
 
 Record = Mapping[str, Any]
 """A line of metrics.jsonl: a step, and what was measured after it."""

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from minitransformer.lab.look import AttentionMaps, Look, Prediction, Text
-from minitransformer.lab.page import STYLE
+from minitransformer.analysis.look import AttentionMaps, Look, Prediction, Text
+from minitransformer.reporting.pages import STYLE
 from minitransformer.text.tokenizers import Tokenizer
 
 LEVELS = 255

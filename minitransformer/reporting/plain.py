@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from minitransformer.lab.figures import Curve
-from minitransformer.lab.page import cell_text, number_columns
+from minitransformer.reporting.figures import Curve
+from minitransformer.reporting.pages import cell_text, number_columns
 
 MARKS = "ox+*#@%&$~"
 GAP = 2

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitransformer.lab.attention_maps import watched_attention
-from minitransformer.lab.instruments.base import Figures, Instrument, Scene
-from minitransformer.lab.instruments.places import sublayers_of
+from minitransformer.diagnostics.attention_maps import watched_attention
+from minitransformer.diagnostics.base import Figures, Instrument, Scene
+from minitransformer.diagnostics.places import sublayers_of
 
 
 class AttentionEntropy(Instrument, name="attention-entropy"):

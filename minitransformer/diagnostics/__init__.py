@@ -3,10 +3,10 @@
 `probe` measures a model as it stands; `TrainingProbe` is what `train.py --probe` switches on.
 """
 
-from minitransformer.lab.instruments import attention, gradients, layers, streams
-from minitransformer.lab.instruments.base import Instrument
-from minitransformer.lab.instruments.passage import Loss
-from minitransformer.lab.instruments.probe import TrainingProbe, check_probe, probe, probe_for
+from minitransformer.diagnostics import attention, gradients, layers, streams
+from minitransformer.diagnostics.base import Instrument
+from minitransformer.diagnostics.passage import Loss
+from minitransformer.diagnostics.probe import TrainingProbe, check_probe, probe, probe_for
 
 __all__ = [
     "Instrument",

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from minitransformer import files
+from minitransformer.analysis.verdicts import last_value
+from minitransformer.diagnostics import probe_for
 from minitransformer.errors import UserError
 from minitransformer.generation.samples import sample_of
 from minitransformer.lab.experiment import Measurement
-from minitransformer.lab.instruments import probe_for
 from minitransformer.lab.store import REMEDY
-from minitransformer.lab.verdicts import last_value
 from minitransformer.models.model import Model
 from minitransformer.runs import Run, clear, only_writer
 from minitransformer.training.checkpoint import check_room, checkpoint_step

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from minitransformer.lab.instruments.base import Figures, Instrument, Scene
-from minitransformer.lab.instruments.places import layers_of
+from minitransformer.diagnostics.base import Figures, Instrument, Scene
+from minitransformer.diagnostics.places import layers_of
 
 
 class SkippedLayer(Instrument, name="skipped-layer"):

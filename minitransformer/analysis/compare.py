@@ -15,14 +15,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from minitransformer import files
-from minitransformer.errors import StorageError, UserError
-from minitransformer.files import sha256
-from minitransformer.lab import figures
-from minitransformer.lab.experiment import Picture, Table
-from minitransformer.lab.figures import Curve
-from minitransformer.lab.page import Link, Page
-from minitransformer.lab.statistics import FEWEST_SEEDS, Interval, Ranking, decimals_of, mean_interval, ranking
-from minitransformer.lab.verdicts import (
+from minitransformer.analysis.verdicts import (
     OF_TASK,
     check_smallest_difference,
     choice_text,
@@ -32,8 +25,15 @@ from minitransformer.lab.verdicts import (
     pairs_table,
     series,
 )
+from minitransformer.errors import StorageError, UserError
+from minitransformer.files import sha256
 from minitransformer.records import read_bytes, read_json
 from minitransformer.registry import lookup
+from minitransformer.reporting import figures
+from minitransformer.reporting.figures import Curve
+from minitransformer.reporting.pages import Link, Page
+from minitransformer.reporting.statistics import FEWEST_SEEDS, Interval, Ranking, decimals_of, mean_interval, ranking
+from minitransformer.reporting.tables import Picture, Table
 from minitransformer.training.logging import parse_record
 
 T = TypeVar("T")

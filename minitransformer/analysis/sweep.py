@@ -22,16 +22,16 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from minitransformer import files
+from minitransformer.analysis.trials import prepared_for, shared_machine, train_trial, trial_machine
+from minitransformer.analysis.verdicts import OF_TASK, check_smallest_difference, choice_text
 from minitransformer.errors import StorageError, UserError
 from minitransformer.lab.experiment import Measurement, Result, Task
 from minitransformer.lab.runner import LEFTOVERS, RESULTS, SILENT, Failure, Progress, run_tasks
-from minitransformer.lab.statistics import SMALLEST_DIFFERENCE, Interval, Ranking, mean_interval, ranking
 from minitransformer.lab.store import REMEDY, ResultStore, canonical, task_key
-from minitransformer.lab.trials import prepared_for, shared_machine, train_trial, trial_machine
-from minitransformer.lab.verdicts import OF_TASK, check_smallest_difference, choice_text
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
 from minitransformer.records import read_json
+from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE, Interval, Ranking, mean_interval, ranking
 from minitransformer.runs import provenance
 from minitransformer.text.corpora import named
 from minitransformer.training.config import (

@@ -15,12 +15,12 @@ from torch.utils.hooks import RemovableHandle
 
 from minitransformer.architecture.additive_attention import AdditiveAttention, additive_attention_weights
 from minitransformer.architecture.block import Stack
+from minitransformer.diagnostics.attention_maps import captured_attention
 from minitransformer.errors import UserError
 from minitransformer.generation.decode import evaluating
 from minitransformer.generation.fill import encode_with_masks
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.samples import translations
-from minitransformer.lab.attention_maps import captured_attention
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM
 from minitransformer.models.encoder_decoder import EncoderDecoder

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from minitransformer.lab.instruments.base import Figures, Instrument, Scene
+from minitransformer.diagnostics.base import Figures, Instrument, Scene
 
 LARGEST_FP16 = torch.finfo(torch.float16).max
 
