@@ -24,9 +24,10 @@ from minitransformer.lab.checks import (
     small_model,
     tokens_and_probe,
 )
-from minitransformer.lab.experiment import Criterion, Experiment, Findings, Measurement, Result, Settings, Task, select
+from minitransformer.lab.experiment import Criterion, Experiment, ExperimentSettings, Findings, select
 from minitransformer.lab.stated import stated_checks
 from minitransformer.lab.subjects import MakeModel, make_model
+from minitransformer.tasks.task import Measurement, Result, Task
 
 
 class Identities(Experiment, name="E0"):
@@ -41,7 +42,7 @@ class Identities(Experiment, name="E0"):
     minutes = 0.4
     make: MakeModel = staticmethod(make_model)
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ExperimentSettings) -> None:
         super().__init__(settings)
         self.seeds = 1 if settings.quick else 5
         self.placements: Sequence[str] = tuple(Residual.registry)
