@@ -19,8 +19,8 @@ from minitransformer import files
 from minitransformer.amounts import duration
 from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command
 from minitransformer.errors import UserError
-from minitransformer.lab import experiments  # noqa: F401  (which registers them)
-from minitransformer.lab.experiment import Criterion, Experiment, ExperimentSettings
+from minitransformer.lab.experiment import Criterion, ExperimentSettings
+from minitransformer.lab.experiments import Experiment
 from minitransformer.lab.report import coverage, reproduced, summary, write_lab_report
 from minitransformer.lab.runner import ExperimentFolder
 from minitransformer.reporting.report import REPORT, skipped

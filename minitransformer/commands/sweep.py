@@ -32,11 +32,11 @@ from minitransformer.analysis.trials import METRICS
 from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command, with_files
 from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError
+from minitransformer.processes import processors
 from minitransformer.registry import lookup
 from minitransformer.reporting import plain
 from minitransformer.reporting.report import skipped
 from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE
-from minitransformer.tasks import pool
 from minitransformer.tasks.progress import TerminalProgress
 from minitransformer.tasks.runner import RESULTS
 from minitransformer.tasks.store import REMEDY
@@ -198,7 +198,7 @@ def _check(options: Options, plan: SweepPlan) -> int:
     check_probe(options)
     plan.check()
     device = choose_device(options.training.device)
-    return options.processes or (pool.processors() if device.type == "cpu" else 1)
+    return options.processes or (processors() if device.type == "cpu" else 1)
 
 
 def _print_plan(plan: SweepPlan, folder: Path, processes: int) -> None:

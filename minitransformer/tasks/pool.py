@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -30,11 +29,6 @@ class TaskOutcome:
     mendable: bool = False
     """whether the user can mend the failure: it was a `UserError`"""
     seconds: float = 0.0
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def outcomes(tasks: Iterable[Task], measure: MeasureTask, processes: int) -> Generator[TaskOutcome]:

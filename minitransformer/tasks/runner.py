@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from minitransformer import files
 from minitransformer.errors import StorageError, UserError
+from minitransformer.processes import processors
 from minitransformer.records import read_json
 from minitransformer.tasks import pool
 from minitransformer.tasks.progress import SILENT, TaskProgress
@@ -40,7 +41,7 @@ def run_tasks(
     failures = []
     progress.begin(len(unique), len(unique) - len(missing))
     try:
-        with closing(pool.outcomes(missing, measure, processes or pool.processors())) as outcomes:
+        with closing(pool.outcomes(missing, measure, processes or processors())) as outcomes:
             for outcome in outcomes:
                 if outcome.mendable:
                     raise UserError(outcome.failure)
