@@ -596,9 +596,9 @@ def test_growth_is_fitted_over_all_sizes_that_fit_the_budget():
 
 
 def test_tokens_of_a_vocabulary_beyond_16_bits_can_be_drawn():
-    from minitransformer.benchmark.ours import random_tokens
+    from minitransformer.benchmark.ours import training_tokens
 
-    tokens = random_tokens(replace(TINY, shape=replace(TINY.shape, vocab_size=1 << 18)))
+    tokens = training_tokens(replace(TINY, shape=replace(TINY.shape, vocab_size=1 << 18)))
     assert 1 << 16 < tokens.max() < 1 << 18
 
 

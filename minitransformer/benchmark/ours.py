@@ -36,7 +36,7 @@ def model_of(setting: BenchSetting) -> Model:
     return build_model(config_of(setting.shape)).to(setting.device)
 
 
-def random_tokens(setting: BenchSetting, windows: int = 2000) -> np.ndarray:
+def training_tokens(setting: BenchSetting, windows: int = 2000) -> np.ndarray:
     """Token ids to train on [tokens]: what a step costs does not depend on what they are."""
     generator = np.random.default_rng(setting.seed)
     return generator.integers(setting.shape.vocab_size, size=windows * setting.shape.context_length, dtype=np.uint32)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from minitransformer.benchmark.case import BenchSetting
-from minitransformer.benchmark.ours import config_of, random_tokens
+from minitransformer.benchmark.ours import config_of, training_tokens
 from minitransformer.benchmark.peers import transformers_model
 from minitransformer.models.model import build_model
 from minitransformer.text.prepare import PreparedText
@@ -36,7 +36,7 @@ def our_step(setting: BenchSetting, precision: str, compiled: bool) -> Step:
     machine.keep_freed_memory()  # as a run does
     recipe = replace(PRESETS["nanogpt-cpu"].training, batch_size=setting.shape.batch_size, seed=setting.seed)
     config = RunConfig(config_of(setting.shape), DataConfig(tokenizer="bytes"), recipe)
-    tokens = random_tokens(setting)
+    tokens = training_tokens(setting)
     return steps_of(
         config,
         PreparedText(Path(), Bytes(), tokens, tokens, 1, 1, 1, 1, "documents"),
@@ -83,7 +83,7 @@ def nanogpt_step(setting: BenchSetting, compiled: bool) -> Step:
     """A step as nanoGPT's `train.py` makes it: its optimizer, its batches; bf16 on a GPU, float32 on a CPU."""
     assert setting.against is not None
     torch.manual_seed(setting.seed)
-    return nanogpt_steps(setting, random_tokens(setting), compiled)[1]
+    return nanogpt_steps(setting, training_tokens(setting), compiled)[1]
 
 
 def nanogpt_steps(setting: BenchSetting, tokens: np.ndarray, compiled: bool) -> tuple[torch.nn.Module, Step]:
@@ -137,7 +137,7 @@ def transformers_step(setting: BenchSetting, precision: str) -> Step:
     torch.manual_seed(setting.seed)
     model = transformers_model(setting.shape, setting.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
-    tokens = random_tokens(setting)
+    tokens = training_tokens(setting)
     device = setting.device.partition(":")[0]
     autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
 

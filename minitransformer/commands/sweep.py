@@ -230,7 +230,7 @@ def _report(sweep: SweepFolder, failures: Sequence[Failure], command: str) -> in
     said = conclusion(sweep)
     report = write_sweep_report(sweep, said, failures, command)
     for table in filter(None, (standings_table(sweep), said.pairs)):
-        print(f"\n{plain.table(table.columns, table.rows[:MOST_ROWS], _width())}\n")
+        print(f"\n{plain.plain_table(table.columns, table.rows[:MOST_ROWS], _width())}\n")
         if len(table.rows) > MOST_ROWS:
             print(f"and {len(table.rows) - MOST_ROWS} more, in {report}\n")
     plan, best = sweep.plan, sweep.standings(len(sweep.plan.rungs))[0]

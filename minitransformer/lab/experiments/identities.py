@@ -144,12 +144,12 @@ def _residual_runs_post(make: MakeModel, seed: int) -> Outcome:
     if post is None:
         return Outcome(None, "Post-LN has weights that ResiDual lacks")
     tokens, _ = tokens_and_probe(seed)
-    streams = [states(model.float(), tokens) for model in (dual, post)]
+    streams = [stream_states(model.float(), tokens) for model in (dual, post)]
     different = sum(not torch.equal(x, y) for x, y in zip(*streams, strict=True))
     return Outcome(float(different), f"{different} of {len(streams[0])} states differ in a bit of float32")
 
 
-def states(model: Any, tokens: Tensor) -> list[Tensor]:
+def stream_states(model: Any, tokens: Tensor) -> list[Tensor]:
     """x after every connection."""
     found: list[Tensor] = []
 
