@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minitransformer.analysis.groups import Group, distinct, seeds_text
-from minitransformer.analysis.verdicts import OF_TASK, measure_of
+from minitransformer.analysis.groups import RunGroup, distinct, seeds_text
+from minitransformer.analysis.verdicts import measure_of
 from minitransformer.reporting.statistics import FEWEST_SEEDS, Ranking, ranking
+from minitransformer.settings import names_with
+from minitransformer.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,12 @@ class Comparability:
     comparable: Callable[[str], bool] = lambda metric: True
 
 
-def comparability(groups: Sequence[Group]) -> Comparability:
+def comparability(groups: Sequence[RunGroup]) -> Comparability:
     """Losses are comparable for the same task on the same tokens; otherwise, bits per byte of the same text are."""
     known = set().union(*(history.metrics for group in groups for history in group.histories))
     best = "bits_per_byte" if "bits_per_byte" in known else "validation_loss" if "validation_loss" in known else "loss"
-    if len(distinct(tuple(group.setting(name) for name in OF_TASK) for group in groups)) > 1:
+    of_task = sorted(names_with(TrainingConfig, "changes_task"))
+    if len(distinct(tuple(group.setting(name) for name in of_task) for group in groups)) > 1:
         tasks = ", ".join(distinct(str(group.setting("objective")) for group in groups))
         return Comparability(
             best, f"The runs learn different tasks ({tasks}): none of their losses are comparable.", _no
@@ -53,7 +56,9 @@ def _no(metric: str) -> bool:
     return False
 
 
-def rank_groups(groups: Sequence[Group], metric: str, comparable: bool, smallest: float) -> tuple[Ranking | None, str]:
+def rank_groups(
+    groups: Sequence[RunGroup], metric: str, comparable: bool, smallest: float
+) -> tuple[Ranking | None, str]:
     """The groups by last values of `metric`, over the seeds that all of them have, and what that says in words."""
     measure = measure_of(metric)
     having = [group for group in groups if all(metric in history.metrics for history in group.histories)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minitransformer.analysis.comparability import comparability, rank_groups
 from minitransformer.analysis.groups import (
-    Group,
+    RunGroup,
     group_runs,
     seeds_text,
     setting_cell,
@@ -35,7 +35,7 @@ LOSSES = "training and validation loss (nats per target)"
 class RunComparison:
     """Groups of runs, the metric that they are compared by, and what is to be said of it."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[RunGroup, ...]
     metric: str
     by: Abscissa
     ranking: Ranking | None

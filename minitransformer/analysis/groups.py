@@ -14,15 +14,15 @@ from minitransformer.analysis.history import Abscissa, History
 from minitransformer.analysis.verdicts import choice_text, is_number
 from minitransformer.reporting.figures import Curve
 from minitransformer.reporting.statistics import Interval, mean_interval
+from minitransformer.settings import names_with
+from minitransformer.training.config import RunConfig
 
 T = TypeVar("T")
 LONGEST_LABEL = 24
-# The text is known by its hash, and the size of the vocabulary follows from the tokenizer: neither makes a good name.
-UNTELLING = {"text", "vocab_size", "target_vocab_size"}
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs that differ in their seeds only, in the order of the seeds."""
 
     label: str
@@ -89,18 +89,19 @@ def without_repetitions(histories: Sequence[History]) -> tuple[list[History], li
     return list(first.values()), remarks
 
 
-def group_runs(histories: Sequence[History]) -> list[Group]:
+def group_runs(histories: Sequence[History]) -> list[RunGroup]:
     """Those that differ in seed only together, in the order of the first of each."""
     members: dict[str, list[History]] = {}
     for history in histories:
         members.setdefault(settings_key(history.settings), []).append(history)
-    unnamed = [Group("", tuple(sorted(group, key=lambda history: history.seed))) for group in members.values()]
+    unnamed = [RunGroup("", tuple(sorted(group, key=lambda history: history.seed))) for group in members.values()]
     return [replace(group, label=label) for group, label in zip(unnamed, _labels(unnamed), strict=True)]
 
 
-def _labels(groups: Sequence[Group]) -> list[str]:
+def _labels(groups: Sequence[RunGroup]) -> list[str]:
     """By what differs, if that is short; or else by what the names of the folders share; or else by letters."""
-    varied = [name for name in varied_settings(groups) if name not in UNTELLING]
+    derived = {"text", *names_with(RunConfig, "follows_data")}
+    varied = [name for name in varied_settings(groups) if name not in derived]
     by_setting = [
         ", ".join(choice_text(name, setting_cell(group.setting(name))) for name in varied) for group in groups
     ]
@@ -118,7 +119,7 @@ def _shared_name(names: Sequence[str]) -> str:
     return "".join(letters[0] for letters in same).rstrip("-_. ")
 
 
-def varied_settings(groups: Sequence[Group]) -> list[str]:
+def varied_settings(groups: Sequence[RunGroup]) -> list[str]:
     """The settings that are not the same in all groups."""
     names = distinct(name for group in groups for name in group.settings)
     return [name for name in names if len({settings_key({"": group.setting(name)}) for group in groups}) > 1]

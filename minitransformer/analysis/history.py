@@ -16,24 +16,14 @@ from minitransformer.analysis.verdicts import is_number, last_value, series
 from minitransformer.errors import StorageError, UserError
 from minitransformer.files import sha256
 from minitransformer.records import read_bytes, read_json
+from minitransformer.settings import flattened, names_with
+from minitransformer.training.config import RunConfig, as_of_today
 from minitransformer.training.logging import parse_record
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 PARTS = "model", "data", "training"
 TOKENIZERS = "tokenizer.json", "target-tokenizer.json"
 Abscissa = Literal["step", "tokens", "seconds"]
-# Neither the seed nor what only looks on makes a group of its own.
-WITHOUT_EFFECT = {
-    "seed",
-    "probe",
-    "probe_every",
-    "log_every",
-    "validation_tokens",
-    "save_every",
-    "keep_last",
-    "sample_at_eval",
-    "tensorboard",
-}
 
 
 @dataclass(frozen=True)
@@ -69,10 +59,12 @@ class History:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What it learned by, but the seed, and which text, by name."""
-        values = {name: value for part in PARTS for name, value in self.config[part].items()}
+        parts = as_of_today(self.config, str(self.path / CONFIG))
+        values = {name: value for part in PARTS for name, value in flattened(RunConfig, parts[part]).items()}
         values["text"], values["parent"] = self.config.get("text", ""), _parent(self.config.get("parent"))
+        silent = names_with(RunConfig, "observes_only")
         # None is what a version has that does not know the setting.
-        return {name: value for name, value in values.items() if name not in WITHOUT_EFFECT and value is not None}
+        return {name: value for name, value in values.items() if name not in silent and value is not None}
 
     @cached_property
     def tokenizers(self) -> tuple[str, ...]:

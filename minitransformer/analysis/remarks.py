@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from minitransformer.analysis.groups import Group, distinct, varied_settings
+from minitransformer.analysis.groups import RunGroup, distinct, varied_settings
 from minitransformer.analysis.history import METRICS, History
 
 
-def remarks_on(groups: Sequence[Group], opened: Sequence[History]) -> list[str]:
+def remarks_on(groups: Sequence[RunGroup], opened: Sequence[History]) -> list[str]:
     """What is to be said of the `groups`, and of all runs that were `opened` for them."""
     histories = [history for group in groups for history in group.histories]
     found = [*map(_damage, opened), *map(_unfinished, histories)]
@@ -42,7 +42,7 @@ def _code(histories: Sequence[History]) -> str | None:
     return f"The runs were made by different versions of the code: {', '.join(commits)}." if len(commits) > 1 else None
 
 
-def _arithmetic(groups: Sequence[Group]) -> str | None:
+def _arithmetic(groups: Sequence[RunGroup]) -> str | None:
     """What to say if "auto" came to different precisions, which no setting shows."""
     machines = [history.config.get("machine") for group in groups for history in group.histories]
     found = sorted({str(machine.get("precision")) for machine in machines if isinstance(machine, dict)})

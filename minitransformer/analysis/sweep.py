@@ -80,11 +80,9 @@ class SweepFolder(TaskFolder):
 
     def check_same(self, record: Mapping[str, Any]) -> None:
         old, new = record["identity"], self.plan.identity
-        for name in {**new, **old}:
-            if old.get(name) != new.get(name):
-                raise UserError(
-                    f"{self.folder} holds a sweep with {name} {old.get(name)}, not {new.get(name)}: {REMEDY}"
-                )
+        for name, value in new.items():
+            if old.get(name) != value:
+                raise UserError(f"{self.folder} holds a sweep with {name} {old.get(name)}, not {value}: {REMEDY}")
 
     @cached_property
     def machine(self) -> Resolved:

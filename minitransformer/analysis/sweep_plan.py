@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from minitransformer.analysis.search_space import Combination, Range, SweptSetting, Values, draws, grid, label, rungs
 from minitransformer.analysis.trials import prepared_for
-from minitransformer.analysis.verdicts import OF_TASK, check_smallest_difference
+from minitransformer.analysis.verdicts import check_smallest_difference
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
 from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE
+from minitransformer.settings import flat, kinds, names_with, with_settings
 from minitransformer.tasks.task import Task
 from minitransformer.training.config import (
-    DataConfig,
     RunConfig,
-    TrainingConfig,
     with_usual_vocabulary,
     with_vocabulary,
 )
@@ -29,34 +28,26 @@ from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
 
 JUDGED_BY = "the last validation"
-# Losses of other tokens do not compare, and those of another task or another text not by any metric.
-TOKENS = {"tokenizer", "vocab_size", "target_vocab_size", "separate_vocabularies"}
-TASK = {field.name for field in fields(DataConfig)} - TOKENS | {*OF_TASK}
-PARTS = ModelConfig, DataConfig, TrainingConfig
-FIELDS = {field.name: part for part in PARTS for field in fields(part)}
-"""every setting, and the part of the configuration that has it"""
 
 
 def configured(base: RunConfig, combination: Mapping[str, Any]) -> RunConfig:
     """`base` with the values of `combination`; raises `UserError` as the configuration does."""
-    model, data, training = ({k: v for k, v in combination.items() if FIELDS[k] is part} for part in PARTS)
-    config = RunConfig(replace(base.model, **model), replace(base.data, **data), replace(base.training, **training))
+    config = with_settings(base, combination)
     config.check_trainable()
     return config
 
 
 def flags(default: RunConfig, config: RunConfig) -> list[str]:
     """What `train.py` is told to make `config` of its `default`."""
-    words = []
-    for part in ("model", "data", "training"):
-        for field in fields(getattr(config, part)):
-            value, name = getattr(getattr(config, part), field.name), field.name.replace("_", "-")
-            if value == getattr(getattr(default, part), field.name):
-                continue
-            if field.type == "bool":  # one that may be None takes its value as a word
-                words.append(f"--{name}" if value else f"--no-{name}")
-            else:
-                words += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    words, before, kind_of = [], flat(default), kinds(RunConfig)
+    for name, value in flat(config).items():
+        flag = name.replace("_", "-")
+        if value == before.get(name, MISSING):
+            continue
+        if kind_of[name] is bool:  # one that may be None takes its value as a word
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
     return words
 
 
@@ -96,10 +87,12 @@ class SweepPlan:
         check_smallest_difference(self.smallest_difference)
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise UserError(f"--seeds are {', '.join(map(str, self.seeds)) or 'none'}: give different ones")
+        # Losses of another task or another text do not compare, and those of other tokens only in bits per byte.
+        of_task, of_tokens = (names_with(RunConfig, about) for about in ("changes_task", "changes_tokens"))
         for name in self.varied:
-            if name in TASK:
+            if name in of_task:
                 raise UserError(f"{name} changes what is learned, and such losses do not compare: sweep something else")
-            if name in TOKENS and self.metric == "validation_loss":
+            if name in of_tokens and self.metric == "validation_loss":
                 raise UserError(f"losses do not compare where {name} differs: use --metric bits_per_byte")
             if name in ("steps", "eval_every") and self.halving is not None:
                 raise UserError(f"--halving gives all combinations the same {name}: give one, with --{name}")
@@ -177,10 +170,14 @@ class SweepPlan:
     @property
     def identity(self) -> dict[str, Any]:
         """What a folder of results is for. Without halving, trials, seeds and metrics may be added to it."""
-        parts = self.base.to_json()
-        named = {name: value for part in ("model", "data", "training") for name, value in parts[part].items()}
         names = ", ".join(setting.name for setting in self.settings)
-        identity = {"preset": self.preset, "settings": names, "halving": self.halving, "judged by": JUDGED_BY, **named}
+        identity: dict[str, Any] = {
+            "preset": self.preset,
+            "settings": names,
+            "halving": self.halving,
+            "judged by": JUDGED_BY,
+        }
+        identity |= flat(self.base)
         if self.halving is not None:
             identity |= {"random": self.random, "draw_seed": self.draw_seed, "metric": self.metric}
             identity |= {f"values of {setting.name}": str(setting) for setting in self.settings}
