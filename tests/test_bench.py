@@ -17,28 +17,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitransformer.benchmark import budget, rounds, subjects  # noqa: F401  (which registers them)
-from minitransformer.benchmark.case import Absent, Case, Contestant, Cost, Setting, Shape, Subject, Work, missing
+from minitransformer.benchmark import budget, rounds
+from minitransformer.benchmark.case import Absent, BenchSetting, Case, Contestant, Cost, Work, missing
 from minitransformer.benchmark.limits import Limits
 from minitransformer.benchmark.peers import NanoGPT
-from minitransformer.benchmark.report import picture, table
-from minitransformer.benchmark.rounds import AGAIN, Plan, Result, measure
+from minitransformer.benchmark.report import case_table, picture
+from minitransformer.benchmark.rounds import AGAIN, CaseResult, RoundsPlan, measure
 from minitransformer.benchmark.scaling import Axis, Quantity, grow
 from minitransformer.benchmark.scaling_report import growth_as_json, growth_table
+from minitransformer.benchmark.shape import Shape
 from minitransformer.benchmark.statistics import (
     Exponent,
     Spread,
+    compare_rounds,
     least_rounds,
     median_interval,
     paired_ratio,
-    verdict,
 )
+from minitransformer.benchmark.subjects import Subject
 from minitransformer.benchmark.subjects.tokenizers import texts_of
 from minitransformer.benchmark.workers import ContestantFailed, TimeUp, Worker
 from minitransformer.commands import bench
 from minitransformer.errors import UserError
 
-PLAN = Plan(rounds=11, warmup=1)
+PLAN = RoundsPlan(rounds=11, warmup=1)
 
 
 # --- statistics
@@ -94,13 +96,13 @@ def test_the_least_rounds_are_the_first_with_an_interval(level):
 
 def test_two_equal_contestants_are_never_told_apart():
     same = [3.0, 1.0, 2.0] * 5
-    assert not verdict({"a": same, "b": same}, lower_is_better=True).winner
+    assert not compare_rounds({"a": same, "b": same}, lower_is_better=True).winner
 
 
 def test_the_best_of_many_alike_is_called_in_no_more_than_one_of_twenty():
     draws = np.random.default_rng(2)
     called = sum(
-        verdict({name: draws.lognormal(0, 0.2, 13) for name in "abcd"}, lower_is_better=False).winner
+        compare_rounds({name: draws.lognormal(0, 0.2, 13) for name in "abcd"}, lower_is_better=False).winner
         for _ in range(500)
     )
     assert called <= 25
@@ -109,21 +111,21 @@ def test_the_best_of_many_alike_is_called_in_no_more_than_one_of_twenty():
 def test_a_contestant_twice_as_good_in_noise_is_called():
     draws = np.random.default_rng(3)
     samples = {"slow": draws.lognormal(0, 0.1, 11), "fast": 2 * draws.lognormal(0, 0.1, 11)}
-    found = verdict(samples, lower_is_better=False)
+    found = compare_rounds(samples, lower_is_better=False)
     assert found.winner
     assert str(found).startswith("fast wins: ")
 
 
 def test_a_lead_within_what_the_same_differs_by_from_itself_is_noise():
     samples = {"a": [1.0] * 11, "b": [1.1] * 11}
-    assert verdict(samples, lower_is_better=False, floor=1.05).winner
-    found = verdict(samples, lower_is_better=False, floor=1.2)
+    assert compare_rounds(samples, lower_is_better=False, floor=1.05).winner
+    found = compare_rounds(samples, lower_is_better=False, floor=1.2)
     assert not found.winner
     assert str(found) == "no winner: b and a are inside the noise"
 
 
 def test_three_rounds_say_too_little():
-    found = verdict({"a": [1.0] * 3, "b": [2.0] * 3}, lower_is_better=False)
+    found = compare_rounds({"a": [1.0] * 3, "b": [2.0] * 3}, lower_is_better=False)
     assert str(found) == "no winner: 3 rounds say too little, and 6 are needed at least"
 
 
@@ -453,7 +455,7 @@ def test_our_costs_are_those_of_the_model():
 # --- subjects, in tiny shapes
 
 
-TINY = Setting(Shape(1, 2, 16, 16, 31, 2), tokens=4, seconds=1e-6, megabytes=0.05, target_loss=3.4)
+TINY = BenchSetting(Shape(1, 2, 16, 16, 31, 2), tokens=4, seconds=1e-6, megabytes=0.05, target_loss=3.4)
 MODEL = """
 class GPTConfig:
     def __init__(self, **settings):
@@ -594,9 +596,9 @@ def test_growth_is_fitted_over_all_sizes_that_fit_the_budget():
 
 
 def test_tokens_of_a_vocabulary_beyond_16_bits_can_be_drawn():
-    from minitransformer.benchmark.ours import random_tokens
+    from minitransformer.benchmark.ours import training_tokens
 
-    tokens = random_tokens(replace(TINY, shape=replace(TINY.shape, vocab_size=1 << 18)))
+    tokens = training_tokens(replace(TINY, shape=replace(TINY.shape, vocab_size=1 << 18)))
     assert 1 << 16 < tokens.max() < 1 << 18
 
 
@@ -701,8 +703,8 @@ def test_contestants_for_which_there_is_no_time_are_left_out_in_the_table_and_in
 
 
 def test_fewer_rounds_for_want_of_time_are_said():
-    result = Result(case_of(a=[1.0], b=[1.0]), "a", {"a": [1.0] * 5, "b": [1.0] * 5}, {"b": [1.0] * 5}, late=True)
-    assert "5 rounds: the time of this case was up (--minutes)" in list(table(result, None))
+    result = CaseResult(case_of(a=[1.0], b=[1.0]), "a", {"a": [1.0] * 5, "b": [1.0] * 5}, {"b": [1.0] * 5}, late=True)
+    assert "5 rounds: the time of this case was up (--minutes)" in list(case_table(result, None))
 
 
 def lines_of(figure):
@@ -716,7 +718,7 @@ def lines_of(figure):
 )
 def test_the_picture_draws_what_its_legend_speaks_of(rounds, style, words):
     samples = {"a": [1.0] * rounds, "b": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0][:rounds]}
-    figure = picture([Result(case_of(a=[1.0], b=[2.0]), "a", samples, {"b": samples["a"]})])
+    figure = picture([CaseResult(case_of(a=[1.0], b=[2.0]), "a", samples, {"b": samples["a"]})])
     assert lines_of(figure) == [(style, [2.0, samples["b"][-1]])]
     label = figure.axes[0].get_xlabel()
     assert words in label

@@ -12,7 +12,8 @@ from urllib.parse import unquote
 import pytest
 
 from minitransformer.__main__ import main as minitransformer_main
-from minitransformer.analysis.compare import compare, page
+from minitransformer.analysis.compare import compare
+from minitransformer.analysis.comparison_page import comparison_page
 from minitransformer.commands import USAGE
 from minitransformer.commands.compare import main
 from minitransformer.errors import StorageError, UserError
@@ -313,7 +314,7 @@ def test_the_page_is_one_file_with_pictures_and_escaped_names(placements, tmp_pa
 
 
 def test_the_page_of_a_single_run_is_written(make):
-    assert "nothing to compare it with" in page(compare([make("a")]), "command", Path())
+    assert "nothing to compare it with" in comparison_page(compare([make("a")]), "command", Path())
 
 
 def test_the_page_leads_to_its_runs_and_its_table(placements, tmp_path, capsys):

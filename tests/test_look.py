@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from minitransformer.analysis import look as looking
 from minitransformer.analysis.look import AttentionMaps, Look, Request, Text, look_at, watched
-from minitransformer.analysis.viewer import page_of, quantised, restored, spelled, visible
+from minitransformer.analysis.viewer import page_of, quantise_weights, restored, spelled, visible
 from minitransformer.architecture.residual import Residual
 from minitransformer.commands import look as command
 from minitransformer.errors import UserError
@@ -233,7 +233,7 @@ def test_more_weights_than_a_page_holds_are_refused_before_they_are_computed(
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=50))
 def test_a_quantised_weight_is_off_by_little(weights: list[float]) -> None:
     exact = torch.tensor(weights)
-    assert ((restored(quantised(exact)) - exact).abs() <= exact.sqrt() / 255 + 1 / 510**2 + 1e-6).all()
+    assert ((restored(quantise_weights(exact)) - exact).abs() <= exact.sqrt() / 255 + 1 / 510**2 + 1e-6).all()
 
 
 @given(st.binary(max_size=8))

@@ -21,25 +21,15 @@ from safetensors.torch import load_file
 
 from minitransformer.analysis import trials
 from minitransformer.analysis.compare import History, compare
-from minitransformer.analysis.sweep import (
-    Plan,
-    Range,
-    Search,
-    Standing,
-    Values,
-    configured,
-    draws,
-    flags,
-    grid,
-    rungs,
-    standings_ranking,
-)
+from minitransformer.analysis.search_space import Range, Values, draws, grid, rungs
+from minitransformer.analysis.sweep import Standing, SweepFolder, standings_ranking
+from minitransformer.analysis.sweep_plan import SweepPlan, configured, flags
 from minitransformer.analysis.trials import train_trial
 from minitransformer.commands import sweep as command
 from minitransformer.commands import train as train_command_module
 from minitransformer.errors import UserError
-from minitransformer.lab import pool
 from minitransformer.runs import Run
+from minitransformer.tasks import pool
 from minitransformer.training.config import RunConfig
 from minitransformer.training.machine import COMPILE_PAYS_AFTER_FLOPS, Resolved
 from minitransformer.training.presets import PRESETS
@@ -311,7 +301,7 @@ def test_the_folder_of_another_sweep_is_refused(here, in_process, capsys, change
 
 def test_a_halving_with_other_values_is_another_sweep():
     identities = [
-        Plan("gpt-nano", TINY, (Values("lr", rates),), halving=2).identity for rates in ((0.1, 0.2), (0.1, 0.3))
+        SweepPlan("gpt-nano", TINY, (Values("lr", rates),), halving=2).identity for rates in ((0.1, 0.2), (0.1, 0.3))
     ]
     assert identities[0] != identities[1]
 
@@ -520,16 +510,16 @@ def has_units(monkeypatch, there):
 
 def auto_plan(*settings, **training):
     base = tiny(TINY, data="my.txt", precision="auto", device="cpu", steps=2, **training)
-    return Plan("tiny", base, settings or (LR,), seeds=(0, 1))
+    return SweepPlan("tiny", base, settings or (LR,), seeds=(0, 1))
 
 
 def test_all_trials_of_a_sweep_have_the_machine_that_it_began_with(here, in_process, monkeypatch):
     has_units(monkeypatch, False)
-    began = Search.open(here / "sweep", auto_plan())
+    began = SweepFolder(here / "sweep", auto_plan())
     began.plan.prepare()
     assert began.run() == []
     has_units(monkeypatch, True)
-    more = Search.open(here / "sweep", replace(auto_plan(), seeds=(0, 1, 2)))
+    more = SweepFolder(here / "sweep", replace(auto_plan(), seeds=(0, 1, 2)))
     assert more.run() == []
     machines = {Run.open(path).machine for path in (here / "sweep/trials").iterdir()}
     assert machines == {Resolved("cpu", "fp32", False)}
@@ -538,18 +528,18 @@ def test_all_trials_of_a_sweep_have_the_machine_that_it_began_with(here, in_proc
 
 def test_a_sweep_does_not_go_on_where_its_trials_would_be_computed_otherwise(here, in_process, monkeypatch):
     has_units(monkeypatch, True)
-    began = Search.open(here / "sweep", auto_plan())
+    began = SweepFolder(here / "sweep", auto_plan())
     began.plan.prepare()
     assert began.run() == []
     has_units(monkeypatch, False)
-    more = Search.open(here / "sweep", replace(auto_plan(), seeds=(0, 1, 2)))
+    more = SweepFolder(here / "sweep", replace(auto_plan(), seeds=(0, 1, 2)))
     with pytest.raises(UserError, match=r"precision bf16 -> fp32 \(this machine has no bf16 units\)"):
         more.run()
 
 
 def test_a_precision_that_is_swept_is_that_of_the_trial(here, in_process, monkeypatch):
     has_units(monkeypatch, False)
-    search = Search.open(here / "sweep", auto_plan(Values("precision", ("auto", "bf16"))))
+    search = SweepFolder(here / "sweep", auto_plan(Values("precision", ("auto", "bf16"))))
     search.plan.prepare()
     assert search.run() == []
     machines = {path.name: Run.open(path).machine.precision for path in (here / "sweep/trials").iterdir()}
@@ -563,8 +553,8 @@ def test_trials_are_compiled_only_where_that_pays_for_the_shortest(here, monkeyp
     long, short = auto_plan(Values("steps", (200, 400))), auto_plan(Values("steps", (1, 400)))
     of_a_step = trials.run_flops(short.config({"steps": 1}, seed=0))
     monkeypatch.setitem(COMPILE_PAYS_AFTER_FLOPS, "cpu", 1.5 * of_a_step)
-    assert Search.open(here / "long", long).machine.compile
-    assert not Search.open(here / "short", short).machine.compile
+    assert SweepFolder(here / "long", long).machine.compile
+    assert not SweepFolder(here / "short", short).machine.compile
 
 
 @pytest.mark.slow
@@ -595,9 +585,9 @@ def test_a_killed_sweep_goes_on_where_it_was_and_does_nothing_twice(here, capsys
 
 def test_a_search_measures_what_a_plan_asks_for(here, in_process):
     base = tiny(data=str(here / "my.txt"), steps=4, device="cpu")
-    plan = Plan("gpt-nano", base, (LR, RESIDUAL), seeds=(3,))
+    plan = SweepPlan("gpt-nano", base, (LR, RESIDUAL), seeds=(3,))
     plan.prepare()
-    search = Search.open(here / "s", plan)
+    search = SweepFolder(here / "s", plan)
     assert search.run() == []
     assert [(s.until, len(s.values)) for s in search.standings(1)] == [(4, 1)] * 4
     assert search.results()[0].task == {"lr": 1e-3, "residual": "pre", "seed": 3, "until": 4}

@@ -14,10 +14,10 @@ from minitransformer.analysis.verdicts import last_value
 from minitransformer.diagnostics import probe_for
 from minitransformer.errors import UserError
 from minitransformer.generation.samples import sample_of
-from minitransformer.lab.experiment import Measurement
-from minitransformer.lab.store import REMEDY
 from minitransformer.models.model import Model
 from minitransformer.runs import Run, clear, only_writer
+from minitransformer.tasks.store import REMEDY
+from minitransformer.tasks.task import Measurement
 from minitransformer.training.checkpoint import check_room, checkpoint_step
 from minitransformer.training.config import RunConfig, TrainingConfig, with_vocabulary
 from minitransformer.training.logging import Log, Logs, RunFiles, TensorBoard, records_until

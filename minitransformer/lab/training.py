@@ -18,12 +18,13 @@ from torch import Tensor
 
 from minitransformer.architecture.residual import Residual
 from minitransformer.diagnostics import probe_for
-from minitransformer.lab.experiment import Experiment, Measurement, Result, Task
+from minitransformer.lab.experiment import Experiment
 from minitransformer.lab.judging import curve
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.reporting.figures import Curve
 from minitransformer.settings import kinds, with_settings
+from minitransformer.tasks.task import Measurement, Result, Task
 from minitransformer.text.batches import SequentialWindows
 from minitransformer.text.prepare import PreparedText
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig

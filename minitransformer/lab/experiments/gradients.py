@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitransformer.lab.experiment import Criterion, Experiment, Findings, Measurement, Result, Settings, Task, select
+from minitransformer.lab.experiment import Criterion, Experiment, ExperimentSettings, Findings, select
 from minitransformer.lab.judging import between, curve, exponent, geometric_mean
 from minitransformer.lab.subjects import (
     MODES,
@@ -25,6 +25,7 @@ from minitransformer.lab.subjects import (
 from minitransformer.reporting import figures
 from minitransformer.reporting.statistics import Interval
 from minitransformer.reporting.tables import Picture, Table
+from minitransformer.tasks.task import Measurement, Result, Task
 
 ACCEPTED: dict[Placement, tuple[float, float]] = {
     Placement("post"): (-0.2, 0.2),
@@ -57,7 +58,7 @@ class GradientAgainstDepth(Experiment, name="E1"):
     depths: Sequence[int] = (2, 4, 8, 16, 32)
     make: MakeModel = staticmethod(make_model)
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ExperimentSettings) -> None:
         super().__init__(settings)
         self.seeds = 3 if settings.quick else 10
 
@@ -252,7 +253,7 @@ class GradientProfile(Experiment, name="E2"):
     placements: Sequence[str] = ("post", "pre", "residual")
     make: MakeModel = staticmethod(make_model)
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ExperimentSettings) -> None:
         super().__init__(settings)
         self.seeds = 10 if settings.quick else 40  # at 18 layers, ten leave an interval wider than what is accepted
         self.depths: Sequence[int] = (6, 12, 18)
