@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minitransformer.architecture.init import GPT2, Initialisation, initialise
 from minitransformer.architecture.linear import OutputProjection
 from minitransformer.architecture.norms import Norm
+from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.model import build_model
@@ -140,7 +141,7 @@ def test_a_weight_that_no_rule_names_is_an_error() -> None:
             super().__init__()
             self.gain = nn.Parameter(torch.ones(3))
 
-    with pytest.raises(AssertionError, match="no rule starts the weights of Gain"):
+    with pytest.raises(UserError, match="no rule starts the weights of Gain"):
         initialise(nn.Sequential(nn.Linear(3, 3), Gain()), GPT2())
 
 

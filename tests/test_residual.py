@@ -15,7 +15,7 @@ from minitransformer.architecture.block import Block
 from minitransformer.architecture.feedforward import FEEDFORWARDS
 from minitransformer.architecture.norms import LayerNorm, Norm, RMSNorm
 from minitransformer.architecture.positions import PositionScheme
-from minitransformer.architecture.residual import Admin, DeepNorm, Place, PostLN, PreLN, ResiDual, Residual
+from minitransformer.architecture.residual import DeepNorm, Place, PostLN, PreLN, ResiDual, Residual
 from minitransformer.errors import UserError
 from minitransformer.models.build import build_stack
 from minitransformer.models.config import ModelConfig
@@ -177,16 +177,21 @@ class Connections(nn.Module):
     def __init__(self, name: str, features: int = 6, num_layers: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
         self.placement = Residual.named(name)
-        places = [Place(layer, num_layers, sublayer) for layer in range(num_layers) for sublayer in SUBLAYERS]
+        places = [
+            Place(layer, num_layers, sublayer, d_model=features)
+            for layer in range(num_layers)
+            for sublayer in SUBLAYERS
+        ]
         self.sublayers = nn.ModuleList(nn.Linear(features, features) for _ in places)
         self.residuals = nn.ModuleList(self.placement(lambda: LayerNorm(features), dropout, place) for place in places)
+        self.shared = self.placement.Shared(places)
         self.final_norm = self.placement.make_final_norm(lambda: LayerNorm(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        stream = self.placement.open(x)
+        stream = self.shared.open(x)
         for connection, f in zip(self.residuals, self.sublayers, strict=True):
-            stream = connection(stream, lambda y, f=f: f(y).tanh())
-        return self.placement.close(stream, self.final_norm)
+            stream = connection(stream, lambda y, f=f, mix_values=None: f(y).tanh())
+        return self.shared.close(stream, self.final_norm)
 
 
 def test_every_registered_placement_has_its_recurrence_here() -> None:
@@ -221,14 +226,14 @@ def test_one_step_of_some_placements_by_numbers() -> None:
             return 10 * x
 
     def one(placement: type[Residual], stream: Any) -> Any:
-        return placement(Tenfold, 0.0, Place(0, 1, "attention"))(stream, lambda x: x + 1)
+        return placement(Tenfold, 0.0, Place(0, 1, "attention", d_model=1))(stream, lambda x: x + 1)
 
     x, y = torch.tensor(2.0), torch.tensor(3.0)
     assert one(PostLN, x) == 50
     assert one(PreLN, x) == 23
     assert one(ResiDual, (x, y)) == (50, 6)
-    assert ResiDual.close((x, y), Tenfold()) == 32
-    assert PreLN.close(x, Tenfold()) == 20
+    assert ResiDual.Shared([]).close((x, y), Tenfold()) == 32
+    assert PreLN.Shared([]).close(x, Tenfold()) == 20
 
 
 def test_the_normalised_stream_of_residual_is_post_ln_bit_for_bit(shake: Any) -> None:
@@ -287,11 +292,12 @@ class Weighed(nn.Module):
 @every_placement
 @pytest.mark.parametrize("sublayer", SUBLAYERS)
 def test_dropout_stands_on_the_branch_and_never_on_the_stream(name: str, sublayer: str) -> None:
-    connection = Residual.named(name)(Weighed, 0.5, Place(0, 4, sublayer)).eval()
-    stream = connection.open(torch.ones(1, 1, 4000))
+    place = Place(0, 4, sublayer, d_model=4000)
+    connection, shared = Residual.named(name)(Weighed, 0.5, place).eval(), Residual.named(name).Shared([place])
+    stream = shared.open(torch.ones(1, 1, 4000))
 
     def after(f: Function) -> Tensor:
-        return connection.state(connection(stream, f))
+        return shared.state(connection(stream, f))
 
     whole, without = after(torch.ones_like).unique().item(), after(torch.zeros_like).unique().item()
     connection.train()
@@ -377,9 +383,9 @@ def test_a_new_placement_is_one_class_that_a_config_names(sandwich: type[Residua
 @pytest.mark.parametrize(
     ("place", "alpha", "beta"),
     [
-        (Place(0, 100, "attention"), 3.7606, 0.1880),
-        (Place(0, 12, "attention", partner_layers=6), 1.6862, 0.4179),
-        (Place(0, 6, "attention", partner_layers=12, has_memory=True), 2.0598, 0.3433),
+        (Place(0, 100, "attention", d_model=1), 3.7606, 0.1880),
+        (Place(0, 12, "attention", partner_layers=6, d_model=1), 1.6862, 0.4179),
+        (Place(0, 6, "attention", partner_layers=12, has_memory=True, d_model=1), 2.0598, 0.3433),
     ],
 )
 def test_deepnorm_has_the_constants_of_its_paper(place: Place, alpha: float, beta: float) -> None:
@@ -423,7 +429,7 @@ def test_admin_starts_with_the_deviations_of_pre_ln_s_stream_in_one_pass(dropout
             connection.omega.fill_(1.0)
     x = 0.02 * torch.randn(4, 8, 6).double()
     torch.manual_seed(5)
-    Admin.calibrate(list(connections.residuals), lambda: connections(x))
+    connections.shared.calibrate(list(connections.residuals), lambda: connections(x))
     torch.manual_seed(5)
     variance = 1.0
     for connection, f in zip(connections.residuals, connections.sublayers, strict=True):

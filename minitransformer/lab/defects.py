@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import getdoc
 
 import torch
@@ -79,7 +79,7 @@ class AlphaOfTheOtherStack(DeepNorm):
     @staticmethod
     def constants(place: Place) -> tuple[float, float]:
         if place.has_memory:
-            place = Place(place.layer, place.partner_layers, place.sublayer, place.num_layers)
+            place = replace(place, num_layers=place.partner_layers, partner_layers=place.num_layers, has_memory=False)
         return DeepNorm.constants(place)
 
 
@@ -155,12 +155,12 @@ class AdminScalesBranch(Admin):
 class AdminFromVariance(Admin):
     """Calibration sets ω to the variance, without its root."""
 
-    @classmethod
-    @torch.no_grad()
-    def calibrate(cls, connections: Sequence[Residual], run: Callable[[], object]) -> None:
-        super().calibrate(connections, run)
-        for connection in connections:
-            connection.omega.square_()  # type: ignore[operator]
+    class Shared(Admin.Shared):
+        @torch.no_grad()
+        def calibrate(self, connections: Sequence[Residual], run: Callable[[], object]) -> None:
+            super().calibrate(connections, run)
+            for connection in connections:
+                connection.omega.square_()  # type: ignore[operator]
 
 
 class LayerNormScalingWithoutRoot(LayerNormScaling):
@@ -270,9 +270,9 @@ class B2TAtCrossAttention(B2TConnection):
 class ResiDualWithoutEmbedding(ResiDual):
     """y starts from 0."""
 
-    @classmethod
-    def open(cls, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, torch.zeros_like(x)
+    class Shared(ResiDual.Shared):
+        def open(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, torch.zeros_like(x)
 
 
 class ResiDualEpsOfOthers(ResiDual):
@@ -286,17 +286,17 @@ class ResiDualEpsOfOthers(ResiDual):
 class ResiDualNormOfBoth(ResiDual):
     """The output is N(x + y)."""
 
-    @classmethod
-    def close(cls, stream: tuple[Tensor, Tensor], final_norm: nn.Module) -> Tensor:
-        return final_norm(stream[0] + stream[1])
+    class Shared(ResiDual.Shared):
+        def close(self, stream: tuple[Tensor, Tensor], final_norm: nn.Module) -> Tensor:
+            return final_norm(stream[0] + stream[1])
 
 
 class ScaledResiDualFullEmbedding(ScaledResiDual):
     """y starts from x in place of η x."""
 
-    @classmethod
-    def open(cls, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
+    class Shared(ScaledResiDual.Shared):
+        def open(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
 
 
 class SiameseWithoutTwo(SiameseNorm):

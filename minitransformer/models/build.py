@@ -33,7 +33,7 @@ def build_stack(
     placement = Residual.named(config.residual)
 
     def make_residual(layer: int, sublayer: str) -> Residual:
-        place = Place(layer, num_layers, sublayer, partner_layers, has_memory)
+        place = Place(layer, num_layers, sublayer, partner_layers, has_memory, d_model=config.d_model)
         return placement(partial(_norm, config), config.dropout, place)
 
     blocks = [

@@ -40,6 +40,21 @@ class Model(Registered, nn.Module, kind="topology"):
     def initialise(self) -> None:
         """Draw every weight as the configuration says."""
         initialise(self, Initialisation.named(self.config.init)())
+        self.end_step()  # what holds after every update holds before the first
+
+    def begin_step(self, step: int) -> None:
+        """Tell every part that has a method `begin_step(step)` how many updates have been made, before the next one."""
+        for part in self._parts_with("begin_step"):
+            part.begin_step(step)
+
+    def end_step(self) -> None:
+        """Let every part that has a method `end_step(model)` change weights of the model, after an update."""
+        for part in self._parts_with("end_step"):
+            part.end_step(self)
+
+    def _parts_with(self, method: str) -> list[Any]:
+        """The modules inside this one that have such a method, in their order."""
+        return [module for module in self.modules() if module is not self and hasattr(module, method)]
 
     def calibrate(self, run: Callable[[], object]) -> None:
         """What the placement sets by a look at real data, before the first step: `run` passes a batch through.
@@ -49,7 +64,7 @@ class Model(Registered, nn.Module, kind="topology"):
         was_training = self.training
         self.train()
         for stack in [module for module in self.modules() if isinstance(module, Stack)]:
-            stack.residual.calibrate(stack.connections, run)
+            stack.shared.calibrate(stack.connections, run)
         self.train(was_training)
 
     def num_parameters(self) -> int:

@@ -52,35 +52,35 @@ class Admin(Residual, name="admin"):
     2004.08249), section 4.2, with the variances of the authors' code (LiyuanLucasLiu/Transformer-Clinic).
     """
 
+    class Shared(Residual.Shared):
+        @torch.no_grad()
+        def calibrate(self, connections: Sequence[Residual], run: Callable[[], object]) -> None:
+            variance = torch.ones(())
+
+            def scale_stream(connection: nn.Module, inputs: tuple[Tensor, Sublayer]) -> None:
+                nonlocal variance
+                omega = connection.omega
+                omega.copy_(variance.sqrt().expand_as(omega))  # type: ignore[operator, arg-type]
+                variance = (omega * inputs[0]).float().var(correction=0)  # type: ignore[operator]
+
+            def add_branch(_: nn.Module, __: Any, branch: Tensor) -> None:
+                nonlocal variance
+                variance = variance + branch.float().var(correction=0)
+
+            hooks = [connection.register_forward_pre_hook(scale_stream) for connection in connections]
+            hooks += [connection.dropout.register_forward_hook(add_branch) for connection in connections]
+            try:
+                run()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
     def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
         super().__init__(make_norm, dropout, place)
         self.omega = nn.Parameter(torch.ones_like(self.norm.weight))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         return self.norm(self.omega * x + self.dropout(sublayer(x)))
-
-    @classmethod
-    @torch.no_grad()
-    def calibrate(cls, connections: Sequence[Residual], run: Callable[[], object]) -> None:
-        variance = torch.ones(())
-
-        def scale_stream(connection: nn.Module, inputs: tuple[Tensor, Sublayer]) -> None:
-            nonlocal variance
-            omega = connection.omega
-            omega.copy_(variance.sqrt().expand_as(omega))  # type: ignore[operator, arg-type]
-            variance = (omega * inputs[0]).float().var(correction=0)  # type: ignore[operator]
-
-        def add_branch(_: nn.Module, __: Any, branch: Tensor) -> None:
-            nonlocal variance
-            variance = variance + branch.float().var(correction=0)
-
-        hooks = [connection.register_forward_pre_hook(scale_stream) for connection in connections]
-        hooks += [connection.dropout.register_forward_hook(add_branch) for connection in connections]
-        try:
-            run()
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 class LayerNormScaling(Residual, name="lns"):

@@ -82,6 +82,16 @@ class B2TConnection(Residual, name="b2t"):
     Takase et al. 2022 (arXiv 2206.00330), section 4.
     """
 
+    class Shared(Residual.Shared):
+        def open(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+        def state(self, stream: tuple[Tensor, Tensor]) -> Tensor:
+            return stream[1]
+
+        def close(self, stream: tuple[Tensor, Tensor], final_norm: nn.Module) -> Tensor:
+            return final_norm(stream[1])
+
     def forward(self, stream: tuple[Tensor, Tensor], sublayer: Sublayer) -> tuple[Tensor, Tensor]:
         bottom, x = stream
         total = x + self.dropout(sublayer(x))
@@ -97,18 +107,6 @@ class B2TConnection(Residual, name="b2t"):
                 f"residual {cls.name!r} adds the input of a block to what its feed-forward network gives, and in a "
                 "parallel block that is Post-LN: choose --block sequential, or --residual post"
             )
-
-    @classmethod
-    def open(cls, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
-
-    @classmethod
-    def state(cls, stream: tuple[Tensor, Tensor]) -> Tensor:
-        return stream[1]
-
-    @classmethod
-    def close(cls, stream: tuple[Tensor, Tensor], final_norm: nn.Module) -> Tensor:
-        return final_norm(stream[1])
 
     def branch_gains(self) -> BranchGains:
         gain = self.place.num_layers**-0.5

@@ -14,6 +14,16 @@ from minitransformer.errors import UserError
 Streams = tuple[Tensor, Tensor]
 
 
+class TwoStreams(Residual.Shared):
+    """Both streams begin as x."""
+
+    def open(self, x: Tensor) -> Streams:
+        return x, x
+
+    def state(self, stream: Streams) -> Tensor:
+        return stream[0]
+
+
 class ResiDual(Residual, name="residual"):
     """o = f(x); x ← N(x + o) beside y ← y + η o, from y = η x; the output is x + N(y).
 
@@ -25,23 +35,20 @@ class ResiDual(Residual, name="residual"):
     has_final_norm = True
     eta = 1.0
 
+    class Shared(TwoStreams):
+        eta = 1.0
+
+        def open(self, x: Tensor) -> Streams:
+            return x, self.eta * x
+
+        def close(self, stream: Streams, final_norm: nn.Module) -> Tensor:
+            x, y = stream
+            return x + final_norm(y)
+
     def forward(self, stream: Streams, sublayer: Sublayer) -> Streams:
         x, y = stream
         branch = self.dropout(sublayer(x))
         return self.norm(x + branch), torch.add(y, branch, alpha=self.eta)
-
-    @classmethod
-    def open(cls, x: Tensor) -> Streams:
-        return x, cls.eta * x
-
-    @classmethod
-    def state(cls, stream: Streams) -> Tensor:
-        return stream[0]
-
-    @classmethod
-    def close(cls, stream: Streams, final_norm: nn.Module) -> Tensor:
-        x, y = stream
-        return x + final_norm(y)
 
     @classmethod
     def make_final_norm(cls, make_norm: MakeNorm) -> nn.Module:
@@ -63,6 +70,9 @@ class ScaledResiDual(ResiDual, name="residual-scaled"):
 
     eta = 0.05
 
+    class Shared(ResiDual.Shared):
+        eta = 0.05
+
 
 class SiameseNorm(Residual, name="siamese"):
     """x ← N₁(x), o = f(N₃(x + N₂(y))); x ← x + o / √(2l) beside y ← y + o in layer l, counted from 1, from y = x.
@@ -73,6 +83,10 @@ class SiameseNorm(Residual, name="siamese"):
 
     has_final_norm = True
 
+    class Shared(TwoStreams):
+        def close(self, stream: Streams, final_norm: nn.Module) -> Tensor:
+            return final_norm(*stream)
+
     def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
         super().__init__(make_norm, dropout, place)
         self.other_norm, self.input_norm = make_norm(), make_norm()
@@ -82,18 +96,6 @@ class SiameseNorm(Residual, name="siamese"):
         x, y = self.norm(stream[0]), stream[1]
         branch = self.dropout(sublayer(self.input_norm(x + self.other_norm(y))))
         return x + self.scale * branch, y + branch
-
-    @classmethod
-    def open(cls, x: Tensor) -> Streams:
-        return x, x
-
-    @classmethod
-    def state(cls, stream: Streams) -> Tensor:
-        return stream[0]
-
-    @classmethod
-    def close(cls, stream: Streams, final_norm: nn.Module) -> Tensor:
-        return final_norm(*stream)
 
     @classmethod
     def make_final_norm(cls, make_norm: MakeNorm) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minitransformer.architecture.residual import DeepNorm, ResiDual, Residual
+from minitransformer.architecture.residual import DeepNorm, Residual
 from minitransformer.lab.checks import (
     EXACT,
     SMALL,
@@ -153,7 +153,7 @@ def states(model: Any, tokens: Tensor) -> list[Tensor]:
     found: list[Tensor] = []
 
     def listen(connection: Any, _: Any, stream: Any) -> None:
-        found.append(connection.state(stream))
+        found.append(model.stack.shared.state(stream))
 
     for connection in model.stack.connections:
         connection.register_forward_hook(listen)
@@ -171,9 +171,8 @@ def _eta_changes_nothing(make: MakeModel, seed: int, *, eps: float | None = None
     logits = []
     for eta in ETAS:
         model = small_model(make, "residual", seed)
-        model.stack.residual = type("ResiDualWithEta", (ResiDual,), {"eta": eta})
-        for connection in model.stack.connections:
-            connection.eta = eta
+        for part in (model.stack.shared, *model.stack.connections):
+            part.eta = eta
         if eps is not None:
             model.stack.final_norm.eps = eps
         logits.append(model(tokens).detach())
