@@ -20,6 +20,7 @@ from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.architecture.residual.base import Sublayer
 from minitransformer.registry import Registered
+from minitransformer.settings import Chosen
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Stack(nn.Module):
         blocks: Sequence[Block],
         *,
         positions: PositionScheme,
-        residual: type[Residual],
+        residual: Chosen[Residual],
         make_norm: Callable[[], nn.Module],
         causal: bool,
         windows: Sequence[int | None] | None = None,
@@ -181,9 +182,10 @@ class Stack(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.positions, self.smear = positions, smear
-        self.embedding_norm = make_norm() if embedding_norm or residual.has_embedding_norm else nn.Identity()
-        self.shared = residual.Shared([connection.place for connection in self.connections])
-        self.final_norm = residual.make_final_norm(make_norm)
+        self.embedding_norm = make_norm() if embedding_norm or residual.variant.has_embedding_norm else nn.Identity()
+        places = [connection.place for connection in self.connections]
+        self.shared = residual.variant.Shared(residual.settings, places)
+        self.final_norm = residual.variant.make_final_norm(residual.settings, make_norm)
         self.dropout = Dropout(dropout)
         self.causal = causal
         self.windows = list(windows or [None] * len(blocks))

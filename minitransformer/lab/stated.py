@@ -25,15 +25,8 @@ from minitransformer.lab.checks import (
     small_config,
     tokens_and_probe,
 )
-from minitransformer.lab.equations import (
-    STATEMENTS,
-    Depth,
-    admin_profile,
-    embed,
-    initial_weights,
-    stated_logits,
-    stated_stack,
-)
+from minitransformer.lab.equations import STATEMENTS, Depth, embed, initial_weights, stated_logits, stated_stack
+from minitransformer.lab.statements import admin_profile
 from minitransformer.lab.subjects import MakeModel
 from minitransformer.models.config import ModelConfig
 

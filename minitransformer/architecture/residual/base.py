@@ -98,7 +98,7 @@ class Residual(Registered, nn.Module, kind="residual placement"):
         `places` are those of all connections of the stack, in their order.
         """
 
-        def __init__(self, places: Sequence[Place]) -> None:
+        def __init__(self, settings: Any, places: Sequence[Place]) -> None:
             super().__init__()
 
         def open(self, x: Tensor) -> Any:
@@ -122,7 +122,7 @@ class Residual(Registered, nn.Module, kind="residual placement"):
     asks_for: ClassVar[Mapping[str, Any]] = {}
     """choices of a model's other parts that its authors made with it, for who compares it as they published it"""
 
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+    def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
         super().__init__()
         self.place = place
         self.norm = make_norm()
@@ -133,12 +133,12 @@ class Residual(Registered, nn.Module, kind="residual placement"):
         raise NotImplementedError
 
     @classmethod
-    def make_final_norm(cls, make_norm: MakeNorm) -> nn.Module:
+    def make_final_norm(cls, settings: Any, make_norm: MakeNorm) -> nn.Module:
         """What `Shared.close` is given."""
         return make_norm() if cls.has_final_norm else nn.Identity()
 
     @classmethod
-    def check(cls, around: Surroundings) -> None:
+    def check(cls, settings: Any, around: Surroundings) -> None:
         """Raises `UserError` for a model in which this would be another placement, or no equation at all."""
 
     def branch_gains(self) -> BranchGains | None:

@@ -5,7 +5,7 @@ Notation: x is the residual stream, f the sublayer (attention or feed-forward), 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -24,17 +24,17 @@ class MixLN(Residual, name="mix"):
     post_share = 0.25
 
     @classmethod
-    def check(cls, around: Surroundings) -> None:
+    def check(cls, settings: Any, around: Surroundings) -> None:
         if 0 < cls.post_share * around.num_layers < 1:
             raise UserError(
                 f"residual {cls.name!r} has Post-LN in the first quarter of the layers, and of {around.num_layers} "
                 "layers that is none: choose at least 4, or --residual pre"
             )
 
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(nn.Identity, dropout, place)
+    def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(settings, nn.Identity, dropout, place)
         is_post = place.layer < int(self.post_share * place.num_layers)
-        self.connection = (PostLN if is_post else PreLN)(make_norm, dropout, place)
+        self.connection = (PostLN if is_post else PreLN)(settings, make_norm, dropout, place)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         return self.connection(x, sublayer)
@@ -51,9 +51,9 @@ class HybridNorm(Residual, name="hybrid"):
     has_qkv_norm = True
     asks_for: ClassVar = {"qk_norm": "head", "value_norm": True, "init": "xavier-scaled"}
 
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+    def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
         is_attention = place.sublayer in ("attention", "cross_attention")
-        super().__init__(nn.Identity if is_attention else make_norm, dropout, place)
+        super().__init__(settings, nn.Identity if is_attention else make_norm, dropout, place)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         x = self.norm(x)
@@ -67,9 +67,9 @@ class HybridNormStar(Residual, name="hybrid-star"):
     has_qkv_norm = True
     asks_for = HybridNorm.asks_for
 
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(nn.Identity, dropout, place)
-        self.connection = (HybridNorm if place.layer else PreLN)(make_norm, dropout, place)
+    def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(settings, nn.Identity, dropout, place)
+        self.connection = (HybridNorm if place.layer else PreLN)(settings, make_norm, dropout, place)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         return self.connection(x, sublayer)
@@ -101,7 +101,7 @@ class B2TConnection(Residual, name="b2t"):
         return x, x
 
     @classmethod
-    def check(cls, around: Surroundings) -> None:
+    def check(cls, settings: Any, around: Surroundings) -> None:
         if around.is_parallel:
             raise UserError(
                 f"residual {cls.name!r} adds the input of a block to what its feed-forward network gives, and in a "
