@@ -368,6 +368,10 @@ class ValueResidualFromBefore(ValueResidual):
         own: list[Tensor] = []
 
         def attend(x: Tensor, mix_values: Callable[[Tensor], Tensor]) -> Tensor:
-            return sublayer(x, mix_values=lambda values: mix_values(own.append(values) or values))
+            def keep(values: Tensor) -> Tensor:
+                own.append(values)
+                return mix_values(values)
+
+            return sublayer(x, mix_values=keep)
 
         return super().forward(stream, attend)[0], own[0]

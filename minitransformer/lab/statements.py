@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -197,22 +198,24 @@ def mhc_lite_biases(name: str, depth: Depth) -> Tensor:
 def mhc_lite(x: Tensor, stack: StatedStack) -> Tensor:
     streams = [x] * STREAMS
     for branch in stack.branches:
-        every = torch.cat(streams, -1)
-        every = every / ((every**2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        every = root_mean_square_normed(torch.cat(streams, -1))
         scales = branch.weight("scales").repeat_interleave(torch.tensor([STREAMS, STREAMS, len(ORDERS)]))
-        logits = (every @ branch.weight("maps") * scales + branch.weight("biases")).unbind(-1)
-        read, write = (
-            [1 / (1 + (-logit).exp())[..., None] for logit in part]
-            for part in (logits[:STREAMS], logits[STREAMS : 2 * STREAMS])
-        )
-        shares = [logit.exp()[..., None] for logit in logits[2 * STREAMS :]]
-        o = branch.f(branch.norm(sum(share * stream for share, stream in zip(read, streams, strict=True))))
-        streams = [
-            sum(share * streams[order[i]] for share, order in zip(shares, ORDERS, strict=True)) / sum(shares)
-            + 2 * write[i] * o
-            for i in range(STREAMS)
-        ]
-    return stack.norm(sum(streams))
+        logits = (every @ branch.weight("maps") * scales + branch.weight("biases"))[..., None].unbind(-2)
+        gates = [1 / (1 + (-logit).exp()) for logit in logits[: 2 * STREAMS]]
+        o = branch.f(branch.norm(weighted(gates[:STREAMS], streams)))
+        shares = [logit.exp() for logit in logits[2 * STREAMS :]]
+        total = torch.stack(shares).sum(0)
+        mixed = [weighted(shares, [streams[order[i]] for order in ORDERS]) / total for i in range(STREAMS)]
+        streams = [mixed[i] + 2 * gates[STREAMS + i] * o for i in range(STREAMS)]
+    return stack.norm(torch.stack(streams).sum(0))
+
+
+def root_mean_square_normed(x: Tensor) -> Tensor:
+    return x / ((x**2).mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def weighted(weights: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
+    return torch.stack([weight * term for weight, term in zip(weights, terms, strict=True)]).sum(0)
 
 
 @states("attention-residuals", starts={"query": 0.0})
@@ -220,8 +223,8 @@ def attention_residuals(x: Tensor, stack: StatedStack) -> Tensor:
     outputs = [x]
 
     def attended(query: Tensor) -> Tensor:
-        scores = [(v / ((v**2).mean(-1, keepdim=True) + 1e-6).sqrt() @ query).exp()[..., None] for v in outputs]
-        return sum(score * v for score, v in zip(scores, outputs, strict=True)) / sum(scores)
+        weights = [(root_mean_square_normed(v) @ query).exp()[..., None] for v in outputs]
+        return weighted(weights, outputs) / torch.stack(weights).sum(0)
 
     for branch in stack.branches:
         h = attended(branch.weight("query")) if len(outputs) > 1 else x

@@ -24,11 +24,11 @@ RMS_EPS = 1e-6
 class MHCLite(Residual, name="mhc-lite"):
     """X ← H X + 2 σ(w)ᵀ f(N(σ(r) X)), where H = Σ_k softmax(h)_k P_k over all permutations P_k of the n streams.
 
-    So H is doubly stochastic. r and w [n] and h [n!] differ from token to token: each is s · (vec X / RMS(vec X)) W + b,
-    with W from 0, s from 0.01 and b such that H starts near the identity while the k-th sublayer of the stack reads and
-    writes stream k mod n the most. All streams start as x; the output is N of their sum. Yang and Gao 2026 (mHC-lite,
-    arXiv 2601.05732), as the authors' code has it (FFTYYY/mhc-lite), but for three things: that draws the stream which
-    is read the most, sums N of each stream, and has another gain before W, which W can absorb.
+    So H is doubly stochastic. r and w [n] and h [n!] are of a token: s · (vec X / RMS(vec X)) W + b, with W from 0, s
+    from 0.01, and b such that H starts near the identity while the k-th sublayer of the stack reads and writes stream
+    k mod n the most. All streams start as x; the output is N of their sum. Yang and Gao 2026 (mHC-lite, arXiv
+    2601.05732), as the authors' code has it (FFTYYY/mhc-lite), but for three things: that code draws which stream is
+    read the most, sums N of each stream, and has a gain before W, which W can absorb.
     """
 
     has_final_norm = True
