@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import getdoc
 
 from minitransformer.architecture.residual import Residual
@@ -31,21 +29,9 @@ class Defect:
 
     def make(self, config: ModelConfig, seed: int) -> Model:
         """`make_model`, in a library with this mistake."""
-        with _in_place_of_parent(self.placement):
-            return make_model(config, seed)
-
-
-@contextmanager
-def _in_place_of_parent(placement: type[Residual] | None) -> Iterator[None]:
-    if placement is None:
-        yield
-        return
-    right = Residual.registry[placement.name]
-    Residual.registry[placement.name] = placement
-    try:
-        yield
-    finally:
-        Residual.registry[placement.name] = right
+        if self.placement is not None and self.placement.name == config.residual.name:
+            config = replace(config, residual=replace(config.residual, variant=self.placement))
+        return make_model(config, seed)
 
 
 DEFECTS = {

@@ -217,7 +217,7 @@ def initial_weights(
         if callable(start):
             weight = start(name, depths[stack]).double()
         elif start is not None:
-            weight = weight.fill_(start)
+            weight = torch.full(tuple(shape), start).double()  # as models have them, in float32
         elif stack not in depths:
             weight = weight.normal_() / math.sqrt(shape[1])
         else:

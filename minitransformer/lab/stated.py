@@ -73,9 +73,8 @@ class NamedWeights(dict[str, Tensor]):
 def is_stated(make: MakeModel, seed: int, *, residual: str, form: str) -> Outcome:
     """How far the models of a placement are from its `Statement`, and in what."""
     if residual not in STATEMENTS:
-        return Outcome(
-            None, f"{residual!r} has no second statement: minitransformer.lab.equations says how to give one"
-        )
+        note = f"{residual!r} has no second statement: minitransformer.lab.equations says how to give one"
+        return Outcome(None, note, is_open=True)
     try:
         apart = {"initial weights": _from_initial_weights(make, seed, residual, form)}
         for published in (False, True) if Residual.named(residual).asks_for else (False,):
