@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -42,20 +43,6 @@ class Model(Registered, nn.Module, kind="topology"):
         initialise(self, self.config.init.make())
         self.end_step()  # what holds after every update holds before the first
 
-    def begin_step(self, step: int) -> None:
-        """Tell every part that has a method `begin_step(step)` how many updates have been made, before the next one."""
-        for part in self._parts_with("begin_step"):
-            part.begin_step(step)
-
-    def end_step(self) -> None:
-        """Let every part that has a method `end_step(model)` change weights of the model, after an update."""
-        for part in self._parts_with("end_step"):
-            part.end_step(self)
-
-    def _parts_with(self, method: str) -> list[Any]:
-        """The modules inside this one that have such a method, in their order."""
-        return [module for module in self.modules() if module is not self and hasattr(module, method)]
-
     def calibrate(self, run: Callable[[], object]) -> None:
         """What the placement sets by a look at real data, before the first step: `run` passes a batch through.
 
@@ -66,6 +53,24 @@ class Model(Registered, nn.Module, kind="topology"):
         for stack in [module for module in self.modules() if isinstance(module, Stack)]:
             stack.shared.calibrate(stack.connections, run)
         self.train(was_training)
+
+    def begin_step(self, step: int) -> None:
+        """Tell every module that has a `begin_step` that update `step`, counted from 0, comes next."""
+        for begin in self._begin_step:
+            begin(step)
+
+    def end_step(self) -> None:
+        """Tell every module that has an `end_step(model)`, which may change weights, that an update is done."""
+        for end in self._end_step:
+            end(self)
+
+    @cached_property
+    def _begin_step(self) -> list[Callable[..., object]]:
+        return _methods_inside(self, "begin_step")
+
+    @cached_property
+    def _end_step(self) -> list[Callable[..., object]]:
+        return _methods_inside(self, "end_step")
 
     def num_parameters(self) -> int:
         """How many weights there are; tied ones count once."""
@@ -84,6 +89,12 @@ class Model(Registered, nn.Module, kind="topology"):
                 matrices -= idle * _matrix_weights(mixture.experts[0])
         attentions = sum(isinstance(module, MultiHeadAttention) for module in self.modules())
         return 6 * matrices + 12 * attentions * self.config.num_heads * self.config.features_per_head * length
+
+
+def _methods_inside(model: nn.Module, name: str) -> list[Callable[..., object]]:
+    """The method called `name` of every module inside `model` that has one."""
+    inside = (module for module in model.modules() if not isinstance(module, Model))
+    return [getattr(module, name) for module in inside if hasattr(module, name)]
 
 
 def _matrix_weights(module: nn.Module) -> int:

@@ -16,9 +16,9 @@ from minitransformer.settings import setting
 class HyperConnections(Residual, name="hyper-connections"):
     """H ← Aᵣᵀ H + bᵀ f(N(aᵀ H)) for n streams H [n, d_model]; the output is N of their sum.
 
-    (a, Aᵣ) [n, 1 + n] and b [n] are of each token: s tanh(norm(H) W) plus constants, from W = 0 and s = 0.01, a = e_k for
-    the k-th sublayer (modulo n), Aᵣ = I and b = 1. Zhu et al. 2024 (arXiv 2409.19606), section 2, dynamic form; that
-    the norm has no gain was chosen here, as W can absorb it.
+    (a, Aᵣ) [n, 1 + n] and b [n] are of each token: s tanh(norm(H) W) plus constants, from W = 0 and s = 0.01, a = e_k
+    for the k-th sublayer (modulo n), Aᵣ = I and b = 1. Zhu et al. 2024 (arXiv 2409.19606), section 2, dynamic form;
+    that the norm has no gain was chosen here, as W can absorb it.
     """
 
     has_final_norm = True
