@@ -13,8 +13,15 @@ from minitransformer.commands import start
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = [sys.executable, "-m", "minitransformer"]
-TINY = "--d-model 16 --num-layers 2 --num-heads 2 --context-length 16 --vocab-size 260 --tokenizer bytes".split()
-SHORT = "--steps 4 --eval-every 2 --batch-size 2 --precision fp32 --device cpu".split()
+TINY = [
+    "--d-model=16",
+    "--num-layers=2",
+    "--num-heads=2",
+    "--context-length=16",
+    "--vocab-size=260",
+    "--tokenizer=bytes",
+]
+SHORT = ["--steps=4", "--eval-every=2", "--batch-size=2", "--precision=fp32", "--device=cpu"]
 
 
 def readme_example() -> str:

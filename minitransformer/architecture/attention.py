@@ -253,6 +253,8 @@ class AttentionView:
     mask: Bool[Tensor, "#batch #heads #query key"] | None = None
     bias: Float[Tensor, "#batch heads query key"] | None = None
     rotate: Callable[[Tensor], Tensor] = identity
+    mix_values: Callable[[Tensor], Tensor] = identity
+    """makes the values that are attended to from those of new tokens, [batch, kv_heads, new, head_dim]"""
 
 
 class PerHead(nn.Module):
@@ -355,7 +357,8 @@ class MultiHeadAttention(nn.Module):
         return view.rotate(self._split_heads(self.query_norm(query)))
 
     def _keys_and_values(self, key: Tensor, value: Tensor, view: AttentionView) -> KeysAndValues:
-        return view.rotate(self._split_heads(self.key_norm(key))), self._split_heads(self.value_norm(value))
+        k, v = self._split_heads(self.key_norm(key)), self._split_heads(self.value_norm(value))
+        return view.rotate(k), view.mix_values(v)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         # The method of a tensor is one of Python's, which torch.compile does not enter while functions are replaced.

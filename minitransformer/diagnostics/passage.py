@@ -106,7 +106,7 @@ def _note_tokens(stack: str, passage: Passage) -> Callable[..., None]:
 def _note_crossing(name: str, stack: Stack, passage: Passage) -> Callable[[dict[str, Crossing], str], Any]:
     def note_in(table: dict[str, Crossing], place: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: tuple[Any, ...], stream: Any) -> None:
-            table[place] = Crossing(inputs[0], stream, stack.residual.state, passage.is_token[name])
+            table[place] = Crossing(inputs[0], stream, stack.shared.state, passage.is_token[name])
 
         return note
 

@@ -23,10 +23,14 @@ EXACT, SINGLE = 1e-12, 1e-6
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far from exact something is; None where the models cannot be compared, for the reason in `note`."""
+    """How far from exact something is; None where the models cannot be compared, for the reason in `note`.
+
+    It is open where there is nothing to compare with.
+    """
 
     distance: float | None
     note: str = ""
+    is_open: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,11 @@ def small_model(make: MakeModel, residual: str, seed: int, **choices: Any) -> An
 
 @torch.no_grad()
 def shaken(model: nn.Module, seed: int, std: float = 0.3) -> nn.Module:
-    """The model with matrices N(0, std²) and gains N(1, 0.3²)."""
+    """The model with matrices N(0, std²), and N(0, 0.3²) added to where vectors and scalars started."""
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         draw = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        weight.copy_(1 + 0.3 * draw if weight.dim() < 2 else std * draw)
+        weight.copy_(weight + 0.3 * draw if weight.dim() < 2 else std * draw)
     return model
 
 

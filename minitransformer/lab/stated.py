@@ -25,15 +25,8 @@ from minitransformer.lab.checks import (
     small_config,
     tokens_and_probe,
 )
-from minitransformer.lab.equations import (
-    STATEMENTS,
-    Depth,
-    admin_profile,
-    embed,
-    initial_weights,
-    stated_logits,
-    stated_stack,
-)
+from minitransformer.lab.equations import STATEMENTS, Depth, embed, initial_weights, stated_logits, stated_stack
+from minitransformer.lab.statements import admin_profile
 from minitransformer.lab.subjects import MakeModel
 from minitransformer.models.config import ModelConfig
 
@@ -80,9 +73,8 @@ class NamedWeights(dict[str, Tensor]):
 def is_stated(make: MakeModel, seed: int, *, residual: str, form: str) -> Outcome:
     """How far the models of a placement are from its `Statement`, and in what."""
     if residual not in STATEMENTS:
-        return Outcome(
-            None, f"{residual!r} has no second statement: minitransformer.lab.equations says how to give one"
-        )
+        note = f"{residual!r} has no second statement: minitransformer.lab.equations says how to give one"
+        return Outcome(None, note, is_open=True)
     try:
         apart = {"initial weights": _from_initial_weights(make, seed, residual, form)}
         for published in (False, True) if Residual.named(residual).asks_for else (False,):

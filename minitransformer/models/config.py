@@ -132,7 +132,7 @@ class ModelConfig:
         self._check_parts()
         layers = [self.num_layers, self.decoder_layers] if self.topology == "encoder-decoder" else [self.num_layers]
         around = Surroundings(min(layers), self.block.variant.is_parallel, self.norm.variant)
-        self.residual.variant.check(around)
+        self.residual.variant.check(self.residual.settings, around)
 
     def _check_heads(self) -> None:
         if self.head_dim is None and self.d_model % self.num_heads:
