@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from minitransformer.runs import Run
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.prepare import PreparedText, prepare
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.learner import Learner, build_learner
 from minitransformer.training.logging import Logs, RunFiles
 from minitransformer.training.loop import Trainer
 from minitransformer.training.machine import Machine
 from minitransformer.training.signals import StopRequest
+from minitransformer.training.step import StepResult
 
 TEXT = "".join(f"Line {i}: the {'quick brown' if i % 3 else 'slow red'} fox counts {i * i}.\n" for i in range(200))
 
@@ -48,8 +51,23 @@ def prepared_text(folder: Path, text: str = TEXT) -> PreparedText:
     )
 
 
+CPU = torch.device("cpu")
+
+
+def learner_for(text: PreparedText, config: RunConfig = TINY, **choices: Any) -> Learner:
+    """A learner on a CPU, without torch.compile."""
+    return build_learner(
+        config, text, Machine(CPU, config.training.precision, compile=False, description=""), **choices
+    )
+
+
 def trainer_for(
-    path: Path, text: PreparedText, config: RunConfig, stop: StopRequest | None = None, resume_at: int = 0
+    path: Path,
+    text: PreparedText,
+    config: RunConfig,
+    stop: StopRequest | None = None,
+    resume_at: int = 0,
+    **choices: Any,
 ) -> Trainer:
     """A trainer in the run folder `path`, which is made unless it is there."""
     run = (
@@ -57,9 +75,21 @@ def trainer_for(
         if path.exists()
         else Run.create(path, config, text.tokenizer, text.target_tokenizer, text.folder.name)
     )
-    machine = Machine(torch.device("cpu"), config.training.precision, compile=False, description="")
-    log = Logs(RunFiles(path, resume_at=resume_at))
-    return Trainer(run, text, machine, log, stop or StopRequest(), sample=lambda model, objective: "a sample")
+    learner, log = learner_for(text, run.config, **choices), Logs(RunFiles(path, resume_at=resume_at))
+    return Trainer(path, learner, log, stop or StopRequest(), sample=lambda model, objective: "a sample")
+
+
+def call_after_step(trainer: Trainer, step: int, do: Callable[[], object]) -> None:
+    """Have the learner of `trainer` call `do` once `step` steps are done."""
+    learner, update = trainer.learner, trainer.learner.step
+
+    def stepped(batches: Any) -> StepResult:
+        result = update(batches)
+        if learner.steps_done == step:
+            do()
+        return result
+
+    learner.step = stepped  # type: ignore[method-assign]
 
 
 def unsealed(path: Path) -> dict[str, Any]:

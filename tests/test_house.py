@@ -16,11 +16,12 @@ ROOMS = {
     "architecture": set(),
     "models": {"architecture"},
     "text": set(),
-    "training": {"architecture", "models", "text", "runs"},
+    "training": {"architecture", "models", "text"},
     "generation": {"architecture", "models", "text"},
     "pretrained": {"architecture", "models", "text"},
     "reporting": set(),
     "diagnostics": {"architecture", "models", "text", "training"},
+    "runs": {"models", "text", "training", "generation", "pretrained", "diagnostics"},
     "lab": {"architecture", "models", "text", "training", "runs", "diagnostics", "reporting"},
     "analysis": {
         *{"architecture", "models", "text", "training", "generation", "runs", "diagnostics", "reporting", "lab"},
