@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 from typing_extensions import Doc
 
 from minitransformer.amounts import amount, duration
-from minitransformer.commands import DONE, given_flags, parse, run_command, with_files
+from minitransformer.commands import DONE, given_flags, run_command, with_files
+from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError
 from minitransformer.files import writing
@@ -53,8 +54,8 @@ FINE_TUNING = Doc(
 
 
 @dataclass(frozen=True)
-class Options(RunConfig):
-    """A whole configuration, and the folder it is for."""
+class Flags:
+    """Which run to make, and where."""
 
     out: Path | None = None
     """folder of the new run; None is runs/PRESET-DATA"""
@@ -64,8 +65,12 @@ class Options(RunConfig):
     """with --resume: the checkpoint to continue from, None is the latest; with --init-from: None is the best"""
     init_from: Annotated[Path | None, FINE_TUNING] = None
 
-    def run_config(self) -> RunConfig:
-        return RunConfig(self.model, self.data, self.training)
+
+@dataclass(frozen=True)
+class Options(Flags):
+    """The flags, and the configuration that they make."""
+
+    config: RunConfig = field(default_factory=RunConfig)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -85,8 +90,7 @@ def _begin(arguments: Sequence[str]) -> int:
     print(f"preset     {preset}", flush=True)  # what follows has to load more of torch first
     if options.checkpoint is not None:
         raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume or --init-from")
-    options = replace(options, data=with_files(options.data))
-    config = options.run_config()
+    config = options.config
     check_possible(config, options.out)
     prepared = Objective.named(config.training.objective).prepare(config)
     return _train_new(options, preset, config, prepared)
@@ -100,10 +104,9 @@ def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
     weights = source.checkpoint(options.checkpoint)
     size = f"{source.config.model.topology} of {amount(count_parameters(source.config.model))} parameters"
     print(f"from       {initial} ({size}, {weights.name})", flush=True)
-    check_fits_run(source, options)
-    options = replace(options, data=with_files(options.data))
-    check_possible(options, options.out)
-    config, prepared = prepare_fine_tuning(options.run_config(), usual, source.tokenizers)
+    check_fits_run(source, options.config)
+    check_possible(options.config, options.out)
+    config, prepared = prepare_fine_tuning(options.config, usual, source.tokenizers)
     parent = Parent.of(initial, weights)
     return _train_new(options, source.path.resolve().name, config, prepared, parent, source.load_model(weights.name))
 
@@ -123,7 +126,7 @@ def _train_new(
     config = replace(config, model=with_vocabulary(config.model, prepared))
     check_room(options.out or Path("runs"), config)
     machine = machine_for(config)
-    path = options.out or claimed_run_path(f"{name}-{short_name(options.data.data)}")
+    path = options.out or claimed_run_path(f"{name}-{short_name(options.config.data.data)}")
     with only_writer(path):
         run = begin_run(path, config, prepared, machine.resolved, parent, initial)
         return _train(run, prepared, machine, initial=None if initial is None else run.checkpoint_to_continue())
@@ -142,15 +145,14 @@ def _resume(path: Path, arguments: Sequence[str]) -> int:
     if options.init_from is not None:
         raise UserError("--resume goes on with a run, and --init-from begins one: give one of them")
     check_can_resume(run)
-    if options.training.tensorboard:
+    if options.config.training.tensorboard:
         TensorBoard.check()
-    options = replace(options, data=with_files(options.data))
     with only_writer(path):
         return _continue(Run.open(path), options)  # as it stands now that nobody else writes to it
 
 
 def _continue(run: Run, options: Options) -> int:
-    config = options.run_config()
+    config = options.config
     changes = changed_settings(run.config, config, silent=() if run.machine is None else SETTINGS)
     checkpoint = checkpoint_to_resume(run, config, options.checkpoint)
     anew = [name for name in SETTINGS if getattr(run.config.training, name) != getattr(config.training, name)]
@@ -167,16 +169,11 @@ def _continue(run: Run, options: Options) -> int:
 
 
 def _parse(arguments: Sequence[str], config: RunConfig) -> Options:
-    options = parse(
-        Options,
-        arguments,
-        default=Options(config.model, config.data, config.training),
-        prog="train.py [PRESET]",
-        description=_describe_presets() if {"-h", "--help"} & set(arguments) else "",
-    )
-    check_probe(options)
-    options.check_trainable()
-    return options
+    about = _describe_presets() if {"-h", "--help"} & set(arguments) else ""
+    flags, config = parse_with_settings(Flags, arguments, config, prog="train.py [PRESET]", description=about)
+    check_probe(config)
+    config.check_trainable()
+    return Options(**vars(flags), config=replace(config, data=with_files(config.data)))
 
 
 def _describe_presets() -> str:

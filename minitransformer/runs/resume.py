@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from minitransformer.errors import StorageError, UserError
 from minitransformer.runs.open import Run
+from minitransformer.settings import flat
 from minitransformer.text.corpora import named
 from minitransformer.training.checkpoint import check_weights, checkpoint_step, checkpoints_in, load_progress
 from minitransformer.training.config import RunConfig, fixed_settings
@@ -36,15 +36,14 @@ def changed_settings(old: RunConfig, new: RunConfig, silent: Sequence[str] = ())
 
     Raises `UserError` for those that would make it another run.
     """
-    fixed, changes = fixed_settings(old), []
-    for part in ("model", "data", "training"):
-        before, after = getattr(old, part), getattr(new, part)
-        for name in (field.name for field in fields(before)):
-            a, b = getattr(before, name), getattr(after, name)
-            if a != b and name in fixed:
-                raise UserError(f"this run has {name} {a}, and resuming cannot make it {b}: train a new run for that")
-            if a != b and name not in silent:
-                changes.append(f"{name} {a} -> {b}")
+    before, after, fixed = flat(old), flat(new), {**fixed_settings(old), **fixed_settings(new)}
+    changes = []
+    for name in before | after:
+        a, b = before.get(name), after.get(name)
+        if a != b and name in fixed:
+            raise UserError(f"this run has {name} {a}, and resuming cannot make it {b}: train a new run for that")
+        if a != b and name not in silent:
+            changes.append(f"{name} {a} -> {b}")
     return changes
 
 

@@ -61,7 +61,7 @@ class Learner:
         training = config.training
         self.config, self.model, self.objective, self.machine, self.probe = config, model, objective, machine, probe
         self.fast_model = compiled(model) if machine.compile else model
-        self.optimizers = build_optimizers(training.optimizer, model, training.optimizer_settings)
+        self.optimizers = build_optimizers(training.optimizer, model, training.rates)
         self.balance = ExpertBalance(model, training.expert_balance)
         self.precision = Precision.named(machine.precision)(machine.device)
         self.steps_done = 0
@@ -76,7 +76,7 @@ class Learner:
         step, training = self.steps_done, self.config.training
         self.probe.before_step(step + 1)
         torch.manual_seed(step_seed(training.seed, step))
-        set_learning_rate(self.optimizers, training.learning_rate_share(step))
+        set_learning_rate(self.optimizers, training.learning_rate_multiplier(step))
         self.model.begin_step(step)
         result = training_step(
             self.fast_model,
