@@ -16,7 +16,7 @@ from minitransformer.lab.experiment import Measurement
 from minitransformer.lab.store import REMEDY
 from minitransformer.runs import Run, clear, only_writer
 from minitransformer.runs.begin import begin_run
-from minitransformer.runs.trainer import log_of, trainer_of
+from minitransformer.runs.trainer import build_trainer, open_log
 from minitransformer.training.checkpoint import check_room, checkpoint_step
 from minitransformer.training.config import RunConfig, TrainingConfig, with_vocabulary
 from minitransformer.training.divergence import NonFiniteTraining
@@ -90,8 +90,8 @@ def _advance(path: Path, config: RunConfig, prepared: Prepared, until: int, mach
     done = 0 if checkpoint is None else checkpoint_step(checkpoint)
     if done >= until:
         return True
-    log = log_of(run, done)
-    trainer = trainer_of(run, prepared, machine, log, StopRequest(), checkpoint=checkpoint)
+    log = open_log(run, done)
+    trainer = build_trainer(run, prepared, machine, log, StopRequest(), checkpoint=checkpoint)
     try:
         trainer.train(until)
     except NonFiniteTraining as error:

@@ -21,7 +21,7 @@ from minitransformer.registry import lookup
 from minitransformer.runs import REMEDY, Run, claimed_run_path, only_writer
 from minitransformer.runs.begin import begin_run, check_fits_run, check_possible
 from minitransformer.runs.resume import changed_settings, check_can_resume, check_same_text, checkpoint_to_resume
-from minitransformer.runs.trainer import log_of, trainer_of
+from minitransformer.runs.trainer import build_trainer, open_log
 from minitransformer.text.corpora import named, short_name
 from minitransformer.training.checkpoint import check_room, checkpoint_step
 from minitransformer.training.config import RunConfig, with_usual_vocabulary, with_vocabulary
@@ -197,8 +197,8 @@ def _train(
     print(f"run        {run.path}", flush=True)
     with StopRequest() as stop, writing(run.path, REMEDY):
         done = 0 if checkpoint is None else checkpoint_step(checkpoint)
-        log = log_of(run, done, Terminal(steps=config.steps, done=done))
-        trainer = trainer_of(run, prepared, machine, log, stop, initial=initial, checkpoint=checkpoint)
+        log = open_log(run, done, Terminal(steps=config.steps, done=done))
+        trainer = build_trainer(run, prepared, machine, log, stop, initial=initial, checkpoint=checkpoint)
         if config.eval_every < config.steps and str(trainer.validator):
             log.line(str(trainer.validator))
         try:

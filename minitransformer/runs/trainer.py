@@ -20,7 +20,7 @@ from minitransformer.training.signals import StopRequest
 SAMPLE_TOKENS, EXAMPLES = 120, 4
 
 
-def trainer_of(
+def build_trainer(
     run: Run,
     prepared: Prepared,
     machine: Machine,
@@ -38,7 +38,7 @@ def trainer_of(
     return trainer
 
 
-def log_of(run: Run, done: int, *others: Log) -> Log:
+def open_log(run: Run, done: int, *others: Log) -> Log:
     """The files of `run`, which continues after `done` steps, the `others`, and TensorBoard if it was asked for."""
     tensorboard = [TensorBoard(run.path)] if run.config.training.tensorboard else []
     return Logs(RunFiles(run.path, resume_at=done), *others, *tensorboard)
