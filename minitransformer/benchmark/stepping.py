@@ -31,15 +31,9 @@ def our_step(setting: Setting, precision: str, compiled: bool) -> Step:
     config = RunConfig(config_of(setting.shape), DataConfig(tokenizer="bytes"), recipe)
     tokens = random_tokens(setting)
     text = PreparedText(Path(), Bytes(), tokens, tokens, 1, 1, 1, 1, "documents")
-    return steps_of(config, text, setting.device, precision, compiled)[1]
-
-
-def steps_of(
-    config: RunConfig, prepared: PreparedText, device: str, precision: str, compiled: bool
-) -> tuple[torch.nn.Module, Step]:
-    """The model that `config` describes, and a step of its training."""
-    learner = build_learner(config, prepared, Machine(torch.device(device), precision, compiled, description=""))
-    return learner.model, lambda: learner.step(learner.next_batches())
+    machine = Machine(torch.device(setting.device), precision, compiled, description="")
+    learner = build_learner(config, text, machine)
+    return lambda: learner.step(learner.next_batches())
 
 
 def nanogpt_step(setting: Setting, compiled: bool) -> Step:
