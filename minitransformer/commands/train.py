@@ -126,7 +126,7 @@ def _train_new(
     config = replace(config, model=with_vocabulary(config.model, prepared))
     check_room(options.out or Path("runs"), config)
     machine = machine_for(config)
-    path = options.out or claimed_run_path(f"{name}-{short_name(options.config.data.data)}")
+    path = options.out or claimed_run_path(f"{name}-{short_name(config.data.data)}")
     with only_writer(path):
         run = begin_run(path, config, prepared, machine.resolved, parent, initial)
         return _train(run, prepared, machine, initial=None if initial is None else run.checkpoint_to_continue())
