@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import Model
 from minitransformer.runs import Run
+from minitransformer.settings import all_declared, with_settings
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.prepare import PreparedText, prepare
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
@@ -19,6 +21,7 @@ from minitransformer.training.learner import Learner, build_learner
 from minitransformer.training.logging import Logs, RunFiles
 from minitransformer.training.loop import Trainer
 from minitransformer.training.machine import Machine
+from minitransformer.training.objectives import Objective
 from minitransformer.training.signals import StopRequest
 from minitransformer.training.step import StepResult
 
@@ -34,12 +37,21 @@ TINY = RunConfig(
 
 
 def configured(config: RunConfig = TINY, **changes: object) -> RunConfig:
-    """`config` with changed fields, wherever they belong."""
-    parts = {}
-    for name in ("model", "data", "training"):
-        part = getattr(config, name)
-        parts[name] = replace(part, **{k: v for k, v in changes.items() if hasattr(part, k)})
-    return RunConfig(**parts)
+    """`config` with changed settings, wherever they belong."""
+    return with_settings(config, changes)
+
+
+def chosen_for(record: type, name: str) -> dict[str, str]:
+    """The choices without which a configuration has no setting of this name."""
+    owners = [each.variant for each in all_declared(record) if each.name == name]
+    choices: dict[str, str] = {}
+    while owners and owners[0] is not None:
+        choice = next(
+            each for each in all_declared(record) if each.family and owners[0] in each.family.registry.values()
+        )
+        choices[choice.name] = owners[0].name
+        owners = [choice.variant]
+    return choices
 
 
 def prepared_text(folder: Path, text: str = TEXT) -> PreparedText:
@@ -54,11 +66,33 @@ def prepared_text(folder: Path, text: str = TEXT) -> PreparedText:
 CPU = torch.device("cpu")
 
 
+def cpu(precision: str) -> Machine:
+    """This CPU, without torch.compile."""
+    return Machine(CPU, precision, compile=False, description="")
+
+
 def learner_for(text: PreparedText, config: RunConfig = TINY, **choices: Any) -> Learner:
-    """A learner on a CPU, without torch.compile."""
-    return build_learner(
-        config, text, Machine(CPU, config.training.precision, compile=False, description=""), **choices
-    )
+    return build_learner(config, text, cpu(config.training.precision), **choices)
+
+
+class Reader(torch.optim.SGD):
+    """An optimizer that keeps the gradients of each step, and changes nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__([{"params": list(model.parameters()), "peak_lr": 0.0}], lr=0.0)
+        self.model = model
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def step(self, closure: Any = None) -> None:
+        named = self.model.named_parameters()
+        self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+
+def reading_learner(model: Model, objective: Objective, config: RunConfig) -> tuple[Learner, Reader]:
+    """A learner of `model` that only reads the gradients of its steps."""
+    learner, reader = Learner(config, model, objective, cpu("fp32")), Reader(model)
+    learner.optimizers = [reader]  # type: ignore[list-item]
+    return learner, reader
 
 
 def trainer_for(

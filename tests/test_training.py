@@ -16,22 +16,19 @@ from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.batches import IGNORE, Batch
 from minitransformer.training.checkpoint import checkpoint_step, checkpoints_in, choose_checkpoint
 from minitransformer.training.divergence import MOST_STEPS_WITHOUT_UPDATE, NonFiniteTraining, are_finite
-from minitransformer.training.experts import ExpertBalance
+from minitransformer.training.learner import Learner
 from minitransformer.training.light import LightAdamW
 from minitransformer.training.logging import RunFiles
 from minitransformer.training.muon import Muon, jordan, nearest_to_one, orthogonalise, polar_express
 from minitransformer.training.objectives import Causal
-from minitransformer.training.optimizers import OPTIMIZERS, OptimizerSettings, build_optimizers
-from minitransformer.training.precision import Precision
+from minitransformer.training.optimizers import AdamW, Optimizer, Rates, build_optimizers
 from minitransformer.training.signals import StopRequest
-from minitransformer.training.step import Validation, training_step, validate
-from tests.runs_for_tests import CPU, TINY, call_after_step, configured, prepared_text, trainer_for
+from minitransformer.training.step import Validation, validate
+from tests.runs_for_tests import TINY, call_after_step, configured, cpu, prepared_text, reading_learner, trainer_for
 
 pytestmark = pytest.mark.unchecked_shapes
 
-SETTINGS = OptimizerSettings(
-    lr=0.1, embedding_lr=0.1, head_lr=0.1, weight_decay=0.1, beta1=0.9, beta2=0.95, momentum=0.9
-)
+SETTINGS = Rates(lr=0.1, embedding_lr=0.1, head_lr=0.1, weight_decay=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +53,11 @@ def metrics(path):
 
 
 def gradients(model, batches, grad_clip=0.0):
-    """The gradient that one step descends along, read by an optimizer that changes nothing."""
-    seen = {}
-
-    class Reader(torch.optim.SGD):
-        def step(self, closure=None):
-            seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
-
-    objective = Causal(None, TINY)
-    optimizer = Reader(model.parameters(), lr=0.0)
-    precision, balance = Precision.named("fp32")(CPU), ExpertBalance(model, 0.0)
-    result = training_step(model, objective, batches, [optimizer], precision, grad_clip=grad_clip, balance=balance)
-    return seen, result
+    """The gradient that one step descends along."""
+    config = configured(grad_clip=grad_clip)
+    learner, reader = reading_learner(model, Causal(None, config), config)
+    result = learner.step(batches)
+    return reader.gradients[0], result
 
 
 def random_batch(size, generator, ignored=0.0):
@@ -113,16 +103,21 @@ def test_clipping_scales_the_gradient_down_to_the_given_norm():
 
 def test_only_matrices_decay():
     model = DecoderLM(TINY.model)
-    [optimizer] = build_optimizers("adamw", model, SETTINGS)
+    [optimizer] = build_optimizers(AdamW.choose(), model, SETTINGS)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert all(decays[id(p)] == (0.1 if p.dim() > 1 else 0.0) for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", Optimizer.registry)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_optimizer_updates_every_weight_once(name, tied):
     model = DecoderLM(replace(TINY.model, tied_embeddings=tied, bias=True, positions="learned", qk_norm="head"))
-    updated = [id(p) for o in build_optimizers(name, model, SETTINGS) for g in o.param_groups for p in g["params"]]
+    updated = [
+        id(p)
+        for o in build_optimizers(Optimizer.choose(name), model, SETTINGS)
+        for g in o.param_groups
+        for p in g["params"]
+    ]
     assert sorted(updated) == sorted(id(p) for p in model.parameters())
 
 
@@ -214,17 +209,17 @@ class TimesNaN(Causal):
 @pytest.mark.parametrize("broken", [TimesInfinity, TimesNaN])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_loss_or_gradient_that_is_not_finite_changes_neither_weights_nor_averages(precision, broken, first):
-    model = DecoderLM(TINY.model)
-    optimizers = build_optimizers("muon", model, SETTINGS)
-    arithmetic = Precision.named(precision)(CPU)
+    config = configured(optimizer="muon", momentum=0.9, lr=0.1, schedule="constant", warmup_steps=0)
+    model = DecoderLM(config.model)
+    learner = Learner(config, model, Causal(None, config), cpu(precision))
     batch = random_batch(2, torch.Generator().manual_seed(0))
 
     def step(objective):
-        rules = {"grad_clip": 1.0, "balance": ExpertBalance(model, 0.0)}
-        return training_step(model, objective(None, TINY), [batch], optimizers, arithmetic, **rules)
+        learner.objective = objective(None, config)
+        return learner.step([batch])
 
     def averages():
-        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        states = [state for optimizer in learner.optimizers for state in optimizer.state.values()]
         return [tensor.clone() for state in states for tensor in state.values()]
 
     if not first:
@@ -238,7 +233,7 @@ def test_a_loss_or_gradient_that_is_not_finite_changes_neither_weights_nor_avera
     assert all(tensor.isfinite().all() for tensor in [*averages(), *model.state_dict().values()])
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", Optimizer.registry)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
 def test_a_step_asks_the_device_for_no_number(precision, optimizer):
     class NoNumber(TorchDispatchMode):
@@ -252,13 +247,12 @@ def test_a_step_asks_the_device_for_no_number(precision, optimizer):
         def to(self, device, non_blocking=False):
             return Batch(self.inputs, self.targets)
 
-    model = DecoderLM(replace(TINY.model, dropout=0.1))
-    optimizers = build_optimizers(optimizer, model, SETTINGS)
+    config = configured(optimizer=optimizer, dropout=0.1)
+    learner = Learner(config, DecoderLM(config.model), Causal(None, config), cpu(precision))
     random = random_batch(2, torch.Generator().manual_seed(0))
     batch = OnHost(**{field.name: getattr(random, field.name) for field in fields(random)})
-    rules = {"grad_clip": 1.0, "balance": ExpertBalance(model, 0.1)}
     with NoNumber():
-        result = training_step(model, Causal(None, TINY), [batch], optimizers, Precision.named(precision)(CPU), **rules)
+        result = learner.step([batch])
         with pytest.raises(AssertionError):
             bool(result.finite)
 
@@ -278,7 +272,7 @@ def test_every_precision_learns_the_text(text, tmp_path, precision):
     dropout=st.sampled_from([0.0, 0.3]),
     grad_accumulation=st.integers(1, 3),
     precision=st.sampled_from(["fp32", "bf16", "fp8"]),
-    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+    optimizer=st.sampled_from(sorted(Optimizer.registry)),
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     text, tmp_path_factory, stop_at, dropout, grad_accumulation, precision, optimizer
@@ -425,7 +419,7 @@ def test_no_checkpoint_is_offered_whose_weights_are_lost(text, tmp_path):
     assert checkpoint_steps(tmp_path / "run") == [6, 24, 27]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", Optimizer.registry)
 def test_weights_that_an_update_made_infinite_are_not_saved(text, tmp_path, optimizer):
     config = configured(optimizer=optimizer, tied_embeddings=False, steps=50, save_every=4, eval_every=25)
     trainer = trainer_for(tmp_path / "run", text, config)
