@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 from typing_extensions import Doc
 
-from minitransformer.architecture.attention import KERNELS, QK_NORMS
+from minitransformer.architecture.attention import QK_NORMS
 from minitransformer.architecture.block import Block
 from minitransformer.architecture.embeddings import POOLING_ACTIVATIONS
 from minitransformer.architecture.feedforward import FEEDFORWARDS
 from minitransformer.architecture.init import Initialisation
+from minitransformer.architecture.kernels import KERNELS
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import ROTARY_SCALINGS, PositionScheme
 from minitransformer.architecture.residual import Residual, Surroundings
