@@ -32,7 +32,7 @@ from minitransformer.generation.processors import (
     TopP,
 )
 from minitransformer.generation.readers import CachedReader, window_length
-from minitransformer.generation.recording import FEW_PRODUCTS, SOON, Recorded, RowLinear, for_single_rows, growing_size
+from minitransformer.generation.recording import FEW_PRODUCTS, SOON, Recorded, RowLinear, for_single_rows
 from minitransformer.generation.samples import sample_of
 from minitransformer.generation.streaming import TextStream, stream_text
 from minitransformer.models.decoder import DecoderLM
@@ -474,12 +474,12 @@ def test_one_recording_serves_all_lengths_but_where_shapes_are_fixed(
     calls = []
 
     def step(a: Tensor, b: Tensor) -> Tensor:
-        calls.append(int(growing_size(b)))
-        return a + b.size(0) + torch.arange(10).narrow(0, 0, growing_size(b)).sum() + b.sum()
+        calls.append(int(b.size(1)))
+        return a + torch.arange(10).narrow(0, 0, b.size(1)).sum() + b.sum()
 
     recorded = Recorded(step, fixed=fixed)
     for length in (2, 2, 3, 3, 5, 1):
-        expected = 2.0 + sum(range(length)) + length
+        expected = 1.0 + sum(range(length)) + length
         assert recorded(torch.ones(1), torch.ones(1, length)).tolist() == [expected]
     assert calls == ([2, 2, 3, 3, 5, 1] if fixed else [2, 2])
 

@@ -24,7 +24,7 @@ from minitransformer.generation.processors import (
     check_no_beams,
 )
 from minitransformer.generation.readers import slots_visible, window_length
-from minitransformer.generation.recording import for_single_rows, growing_size, has_fixed_shapes, recorded
+from minitransformer.generation.recording import for_single_rows, has_fixed_shapes, recorded
 from minitransformer.models.decoder import DecoderLM
 
 
@@ -81,7 +81,7 @@ class RowsReader:
 
 def _read(model: DecoderLM, cache: KVCache, tokens: Tensor, slot: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
     # In every row, nothing is later than the one new token.
-    chosen = cache.at(slot, growing_size(visible), full=False, in_order=True)
+    chosen = cache.at(slot, visible.size(0), full=False, in_order=True)
     return model.head(model.hidden_states(tokens, positions=positions, cache=chosen)[:, -1])
 
 
