@@ -13,8 +13,8 @@ from torch import Tensor
 from minitransformer.architecture.attention import (
     AttentionKernel,
     allowed_keys,
+    check_heads,
     every_query_has_a_key,
-    queries_per_key,
     scaled_dot_product_attention,
 )
 
@@ -94,7 +94,10 @@ def fused_attention(
     if bias is not None:
         bias = bias.to(q.dtype)
         allowed = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
-    grouped = {"enable_gqa": True} if queries_per_key(q.size(1), k.size(1)) > 1 else {}
+    grouped = {}
+    if q.size(1) != k.size(1):
+        check_heads(q.size(1), k.size(1))
+        grouped = {"enable_gqa": True}
     attended = F.scaled_dot_product_attention(
         q,
         k,
