@@ -107,7 +107,7 @@ class Trained:
         return validate(self.model, self.objective, FP32(torch.device("cpu"))).loss
 
     def held_out(self, rows: int) -> Callable[[], Tensor]:
-        """The mean loss of one batch, the first `rows` windows of the validation split, for instruments to look at."""
+        """The mean loss of one batch, the first `rows` windows of the validation split, for diagnostics."""
         prepared = self.objective.prepared
         batch = SequentialWindows(prepared.validation, self.model.config.context_length, rows).batch(0)
         return lambda: self.objective.loss_sum(self.model, batch) / batch.num_targets
