@@ -18,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitransformer.analysis import look as looking
-from minitransformer.analysis.look import AttentionMaps, Look, Request, Text, look_at, watched
+from minitransformer.analysis.look import look_at
+from minitransformer.analysis.look_record import AttentionMaps, Look, LookRequest, Text
 from minitransformer.analysis.viewer import page_of, quantise_weights, restored, spelled, visible
+from minitransformer.analysis.watched import watched
 from minitransformer.architecture.residual import Residual
 from minitransformer.commands import look as command
 from minitransformer.errors import UserError
@@ -52,7 +54,7 @@ def make_model(shake: Callable[[Model], Model]) -> MakeModel:
 
 
 def looked(model: Model, prompt: str = PROMPT, **choices: Any) -> Look:
-    return look_at(model, Request(prompt, **choices), TOKENIZER, TOKENIZER)
+    return look_at(model, LookRequest(prompt, **choices), TOKENIZER, TOKENIZER)
 
 
 def losses_by_place(look: Look) -> dict[int, float]:
