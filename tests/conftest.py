@@ -21,8 +21,19 @@ install_import_hook(["minitransformer.architecture", "minitransformer.models"], 
 from minitransformer.generation import recording  # noqa: E402
 from minitransformer.models.config import ModelConfig  # noqa: E402
 from minitransformer.models.decoder import DecoderLM  # noqa: E402
+from minitransformer.plugins import load_plugin  # noqa: E402
 from minitransformer.settings import with_settings  # noqa: E402
-from tests.plugins_for_tests import late, load_plugin  # noqa: E402
+from tests.late_for_tests import late  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--plugin", action="append", default=[], help="a file whose variants the laws run over, too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for path in config.getoption("--plugin"):
+        load_plugin(Path(path))
+
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -42,16 +53,6 @@ class TorchRandom:
 
 torch_random = TorchRandom()  # Hypothesis keeps a weak reference
 hypothesis.register_random(torch_random)
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--plugin", action="append", default=[], metavar="FILE", help="run the laws over its variants too")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Before tests are collected: laws run over what is registered then."""
-    for path in config.getoption("--plugin"):
-        load_plugin(Path(path))
 
 
 @contextmanager

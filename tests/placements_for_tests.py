@@ -14,7 +14,7 @@ from minitransformer.architecture.norms import LayerNorm
 from minitransformer.architecture.residual import Place, Residual
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
-from tests.plugins_for_tests import late
+from tests.late_for_tests import late
 
 OURS = [name for name, placement in Residual.registry.items() if placement.__module__.startswith("minitransformer.")]
 """placements of the package, without those of plugins"""

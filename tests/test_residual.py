@@ -22,8 +22,8 @@ from minitransformer.models.build import build_stack
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.model import build_model
+from tests.late_for_tests import late
 from tests.placements_for_tests import OURS, SUBLAYERS, Connections, Function, by_hand, choosing, nudged
-from tests.plugins_for_tests import late
 
 
 class Recurrence(Protocol):
