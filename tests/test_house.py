@@ -85,7 +85,6 @@ LONG_FILES: dict[str, int] = {
     "tests/test_prepare.py": 460,
     "tests/test_pretrained_parity.py": 426,
     "tests/test_pretrained_tokenizers.py": 411,
-    "tests/test_residual.py": 597,
     "tests/test_sampling_command.py": 412,
     "tests/test_train_command.py": 565,
     "tests/test_training.py": 497,
@@ -104,8 +103,7 @@ NAMED_TWICE = {
     "Published",  # generation.published, text.tokenizers
     "Scan",  # text.prepare_pairs, text.scanning
     "Step",  # benchmark.stepping, generation.recording
-    "Streams",  # architecture.residual.many_streams, architecture.residual.two_streams
-    "Tokens",  # architecture.embeddings, text.batches, text.preparing
+    "Tokens",  # text.batches, text.preparing
     "Weights",  # generation.weights, training.optimizers
     "check_settings",  # settings, training.checkpoint
     "described",  # pretrained.tokenizers, text.prepare_pairs
