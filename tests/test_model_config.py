@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
-from runs_for_tests import chosen_for
+from tests.runs_for_tests import chosen_for
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig

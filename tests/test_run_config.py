@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from runs_for_tests import chosen_for
+from tests.runs_for_tests import chosen_for
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
