@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
+
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
@@ -21,6 +24,14 @@ def choosing(residual: str) -> dict[str, Any]:
     except UserError:  # Mix-LN has no Post-LN layer below four
         return {"residual": residual, "num_layers": 4, "num_decoder_layers": 4}
     return {"residual": residual}
+
+
+@torch.no_grad()
+def nudged(model: nn.Module) -> Any:
+    """`model` with some noise on every weight, so that none is 0 where its gradient, or that of another, would be."""
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    return model
 
 
 EVERY_PLACEMENT = [choosing(name) for name in Residual.registry]

@@ -28,7 +28,7 @@ ROOMS = {
     "training": {*MODEL},
     "generation": {*MODEL},
     "pretrained": {*MODEL},
-    "runs": {*MODEL, "training", "pretrained"},
+    "runs": {*MODEL, "training", "generation", "pretrained", "diagnostics"},
     "reporting": set(),
     "diagnostics": {*MODEL, "training"},
     "tasks": {"runs"},

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minitransformer.architecture.init import GPT2, Initialisation, initialise
 from minitransformer.architecture.linear import OutputProjection
 from minitransformer.architecture.norms import Norm
+from minitransformer.architecture.positions import PositionScheme, PositionSpace
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
@@ -144,6 +145,33 @@ def test_a_weight_that_no_rule_names_is_an_error() -> None:
 
     with pytest.raises(UserError, match="no rule starts the weights of Gain"):
         initialise(nn.Sequential(nn.Linear(3, 3), Gain()), GPT2.choose().make())
+
+
+def test_a_variant_s_own_weights_start_as_its_constructor_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PositionScheme, "registry", dict(PositionScheme.registry))
+
+    class Offset(PositionScheme, name="toy-offset"):
+        def __init__(self, settings: Any, space: PositionSpace) -> None:
+            super().__init__(settings, space)
+            self.offset = nn.Parameter(torch.full((space.d_model,), 3.0))
+
+    assert model_of("zero-output", positions="toy-offset").stack.positions.offset.eq(3).all()
+
+
+def test_a_module_that_resets_its_parameters_has_the_last_word_over_what_is_drawn_inside_it() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.gain = nn.Linear(3, 3), nn.Parameter(torch.empty(3))
+
+        def reset_parameters(self) -> None:
+            nn.init.eye_(self.linear.weight)
+            nn.init.ones_(self.gain)
+
+    gate = Gate()
+    initialise(nn.Sequential(gate), GPT2.choose().make())
+    assert torch.equal(gate.linear.weight, torch.eye(3))
+    assert gate.gain.eq(1).all()
 
 
 def test_the_same_seed_draws_the_same_model() -> None:

@@ -23,7 +23,7 @@ from minitransformer.models.build import build_stack
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.model import Model, build_model
-from tests.placements_for_tests import LATE, OURS, choosing
+from tests.placements_for_tests import LATE, OURS, choosing, nudged
 
 Function = Callable[[Tensor], Tensor]
 SUBLAYERS = ("attention", "feedforward")
@@ -343,7 +343,7 @@ PARTS = [
 @every_placement
 @pytest.mark.parametrize("choice", PARTS, ids=lambda choice: "-".join(choice.values()))
 def test_every_parameter_of_every_combination_is_used_and_every_logit_is_finite(
-    name: str, choice: dict[str, str], shake: Any
+    name: str, choice: dict[str, str]
 ) -> None:
     sizes: dict[str, Any] = {"d_model": 8, "num_layers": 1, "num_heads": 2, "d_ff": 8, "context_length": 8}
     others: dict[str, Any] = {"vocab_size": 5, "bias": True, "tied_embeddings": False}
@@ -354,7 +354,7 @@ def test_every_parameter_of_every_combination_is_used_and_every_logit_is_finite(
     model, tokens = DecoderLM(config), torch.randint(0, 5, (2, 6))
     assert model(tokens).isfinite().all()
     model.begin_step(LATE)
-    shake(model)(tokens).logsumexp(-1).sum().backward()
+    nudged(model)(tokens).logsumexp(-1).sum().backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name

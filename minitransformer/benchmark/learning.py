@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from minitransformer.benchmark.case import BenchSetting
 from minitransformer.benchmark.ours import config_of, synchronise
-from minitransformer.benchmark.stepping import NANOGPT_STEPS, Step, nanogpt_steps, steps_of
+from minitransformer.benchmark.stepping import NANOGPT_STEPS, Step, nanogpt_steps
 from minitransformer.errors import UserError
 from minitransformer.models.config import MODERN, ModelConfig
 from minitransformer.text.batches import SequentialWindows
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.prepare import PreparedText, prepare
 from minitransformer.training.config import DataConfig, RunConfig
+from minitransformer.training.learner import build_learner
 from minitransformer.training.machine import choose_machine
 from minitransformer.training.presets import PRESETS
 
@@ -72,8 +73,9 @@ def _ours(setting: BenchSetting, recipe: str, prepared: PreparedText) -> float:
     training = replace(config.training, batch_size=setting.shape.batch_size, seed=setting.seed)
     machine = choose_machine(setting.device, "auto", "off", run_flops=0)
     config = replace(config, training=training)
-    model, step = steps_of(config, prepared, setting.device, machine.precision, compiled=False)
-    return _until_reached(setting, training.steps, prepared, model, step, model)
+    learner = build_learner(config, prepared, machine)
+    model = learner.model
+    return _until_reached(setting, training.steps, prepared, model, lambda: learner.step(learner.next_batches()), model)
 
 
 def _modern(config: ModelConfig) -> ModelConfig:
