@@ -17,7 +17,18 @@ MODULES = read_package(PACKAGE)
 TESTS = {name: source for name, source in read_package(PACKAGE.parent / "tests").items() if source.path.suffix == ".py"}
 IMPORTS = {name: imports_of(source, MODULES) for name, source in MODULES.items()}
 
-BASE = {"__init__", "amounts", "errors", "files", "processes", "records", "registry", "settings", "toolchain"}
+BASE = {
+    "__init__",
+    "amounts",
+    "errors",
+    "files",
+    "plugins",
+    "processes",
+    "records",
+    "registry",
+    "settings",
+    "toolchain",
+}
 """modules beside the rooms that serve all of them"""
 MODEL = {"architecture", "models", "text"}
 # Each room, and the rooms that it may import from besides BASE.
@@ -43,10 +54,12 @@ ROOMS = {
 }
 # The modules beside the rooms, and those among them that each may import.
 BESIDE = {
-    **{name: set() for name in ("__init__", "amounts", "errors", "processes")},
+    **{name: set() for name in ("__init__", "amounts", "errors")},
     **{name: {"errors"} for name in ("files", "records", "toolchain")},
     "settings": {"errors", "records"},
     "registry": {"errors", "settings"},
+    "plugins": {"errors", "settings"},
+    "processes": {"plugins"},
 }
 COMMAND = {"main", "Options", "Flags"}
 """what files of commands/ define: the command, and what may be given to it"""

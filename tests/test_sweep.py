@@ -229,7 +229,7 @@ def test_the_command_that_repeats_a_trial_says_all_that_differs_from_the_preset(
     )
     for changed in (config, replace(config, model=replace(config.model, d_ff=None, tied_embeddings=False))):
         options = train_command_module._parse(flags(PRESETS["gpt-nano"], changed), PRESETS["gpt-nano"])
-        assert options.run_config() == changed
+        assert options.config == changed
 
 
 def test_a_sweep_leaves_runs_a_table_and_a_page_and_does_nothing_twice(here, in_process, capsys):

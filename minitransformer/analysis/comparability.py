@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from minitransformer.analysis.groups import RunGroup, distinct, seeds_text
+from minitransformer.analysis.known_settings import settings_of_task
 from minitransformer.analysis.verdicts import measure_of
 from minitransformer.reporting.statistics import FEWEST_SEEDS, Ranking, ranking
-from minitransformer.settings import names_with
-from minitransformer.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ def comparability(groups: Sequence[RunGroup]) -> Comparability:
     """Losses are comparable for the same task on the same tokens; otherwise, bits per byte of the same text are."""
     known = set().union(*(history.metrics for group in groups for history in group.histories))
     best = "bits_per_byte" if "bits_per_byte" in known else "validation_loss" if "validation_loss" in known else "loss"
-    of_task = sorted(names_with(TrainingConfig, "changes_task"))
+    of_task = sorted(settings_of_task())
     if len(distinct(tuple(group.setting(name) for name in of_task) for group in groups)) > 1:
         tasks = ", ".join(distinct(str(group.setting("objective")) for group in groups))
         return Comparability(

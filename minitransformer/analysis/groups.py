@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minitransformer.analysis.history import Abscissa, History
+from minitransformer.analysis.known_settings import defaults_of_others, settings_that
 from minitransformer.analysis.verdicts import choice_text, is_number
 from minitransformer.reporting.figures import Curve
 from minitransformer.reporting.statistics import Interval, mean_interval
-from minitransformer.settings import names_with
-from minitransformer.training.config import RunConfig
 
 T = TypeVar("T")
 LONGEST_LABEL = 24
@@ -100,7 +99,7 @@ def group_runs(histories: Sequence[History]) -> list[RunGroup]:
 
 def _labels(groups: Sequence[RunGroup]) -> list[str]:
     """By what differs, if that is short; or else by what the names of the folders share; or else by letters."""
-    derived = {"text", *names_with(RunConfig, "follows_data")}
+    derived = {"text", *settings_that("follows_data")}
     varied = [name for name in varied_settings(groups) if name not in derived]
     by_setting = [
         ", ".join(choice_text(name, setting_cell(group.setting(name))) for name in varied) for group in groups
@@ -120,9 +119,13 @@ def _shared_name(names: Sequence[str]) -> str:
 
 
 def varied_settings(groups: Sequence[RunGroup]) -> list[str]:
-    """The settings that are not the same in all groups."""
+    """The settings that are not the same in all groups.
+
+    One of a variant that only some of them chose is none of these, if it has its default there: the choice says it.
+    """
     names = distinct(name for group in groups for name in group.settings)
-    return [name for name in names if len({settings_key({"": group.setting(name)}) for group in groups}) > 1]
+    whole = [defaults_of_others(group.settings) | group.settings for group in groups]
+    return [name for name in names if len({settings_key({"": values.get(name)}) for values in whole}) > 1]
 
 
 def setting_cell(value: Any) -> Any:

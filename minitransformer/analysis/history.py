@@ -12,16 +12,14 @@ from typing import Any, Literal
 import numpy as np
 
 from minitransformer import files
+from minitransformer.analysis.known_settings import PARTS, flat_settings, settings_that
 from minitransformer.analysis.verdicts import is_number, last_value, series
 from minitransformer.errors import StorageError, UserError
 from minitransformer.files import sha256
 from minitransformer.records import read_bytes, read_json
-from minitransformer.settings import flattened, names_with
-from minitransformer.training.config import RunConfig, as_of_today
 from minitransformer.training.logging import parse_record
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
-PARTS = "model", "data", "training"
 TOKENIZERS = "tokenizer.json", "target-tokenizer.json"
 Abscissa = Literal["step", "tokens", "seconds"]
 
@@ -59,10 +57,9 @@ class History:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What it learned by, but the seed, and which text, by name."""
-        parts = as_of_today(self.config, str(self.path / CONFIG))
-        values = {name: value for part in PARTS for name, value in flattened(RunConfig, parts[part]).items()}
+        values = flat_settings(self.config, str(self.path / CONFIG))
         values["text"], values["parent"] = self.config.get("text", ""), _parent(self.config.get("parent"))
-        silent = names_with(RunConfig, "observes_only")
+        silent = settings_that("observes_only")
         # None is what a version has that does not know the setting.
         return {name: value for name, value in values.items() if name not in silent and value is not None}
 
