@@ -10,9 +10,8 @@ from torch import nn
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
+from tests.plugins_for_tests import late
 
-LATE = 10**6
-"""updates after which nothing depends on the training step any more"""
 OURS = [name for name, placement in Residual.registry.items() if placement.__module__.startswith("minitransformer.")]
 """placements of the package, without those of plugins"""
 
@@ -28,10 +27,10 @@ def choosing(residual: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def nudged(model: nn.Module) -> Any:
-    """`model` with some noise on every weight, so that none is 0 where its gradient, or that of another, would be."""
+    """`model`, late in its training, with noise on every weight: none is 0 where its gradient or another would be."""
     for parameter in model.parameters():
         parameter += 0.1 * torch.randn_like(parameter)
-    return model
+    return late(model)
 
 
 EVERY_PLACEMENT = [choosing(name) for name in Residual.registry]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from minitransformer.lab.subjects import make_model
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
-from tests.placements_for_tests import LATE, nudged
+from tests.placements_for_tests import nudged
+from tests.plugins_for_tests import PLUGINS, load_plugin
 from tests.runs_for_tests import configured, prepared_text, trainer_for
 
-PLUGINS = Path(__file__).parent / "plugins"
 Bring = Callable[[str], Any]
 
 
@@ -34,19 +34,10 @@ Bring = Callable[[str], Any]
 def bring(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bring]:
     """Loads a file of `tests/plugins`, whose names are known until the end of a test."""
     for family in (Residual, Norm):
-        monkeypatch.setattr(family, "registry", dict(family.registry))
+        ours = {name: kind for name, kind in family.registry.items() if kind.__module__.startswith("minitransformer.")}
+        monkeypatch.setattr(family, "registry", ours)
     stated = dict(STATEMENTS)
-
-    def load(name: str) -> Any:
-        spec = spec_from_file_location(name, PLUGINS / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look for the types of their fields
-        spec.loader.exec_module(module)
-        return module
-
-    yield load
+    yield lambda name: load_plugin(PLUGINS / f"{name}.py")
     STATEMENTS.clear()
     STATEMENTS.update(stated)
 
@@ -176,7 +167,6 @@ def test_every_parameter_of_an_idea_gets_a_gradient_and_its_weights_make_the_sam
 ) -> None:
     bring(file)
     model, again = (model_of(**{"residual": "pre", **BROUGHT[file], "init": init}) for init in ("gpt2", "xavier"))
-    model.begin_step(LATE)
     tokens = torch.randint(0, 9, (2, 8))
     nudged(model)(tokens).logsumexp(-1).sum().backward()
     for name, parameter in model.named_parameters():
@@ -190,7 +180,6 @@ def test_every_parameter_of_an_idea_gets_a_gradient_and_its_weights_make_the_sam
 def test_an_idea_decodes_from_a_cache_as_without_one(file: str, bring: Bring, shake: Any) -> None:
     bring(file)
     model, tokens = shake(model_of(**{"residual": "pre", **BROUGHT[file]})).double(), torch.randint(0, 9, (2, 9))
-    model.begin_step(LATE)
     cache = model.new_cache()
     parts = [model(part, cache=cache) for part in tokens.split([4, 1, 3, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens))
@@ -211,3 +200,26 @@ def test_an_interrupted_run_of_an_idea_ends_as_an_uninterrupted_one(file: str, b
     found, expected = (Run.open(tmp_path / name).load_model("latest").state_dict() for name in ("parts", "whole"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+LAWS = ("test_norms", "test_block", "test_residual", "test_placements", "test_lab_equations")
+
+
+def laws_over(file: str, *modules: str) -> subprocess.CompletedProcess[str]:
+    """`python -m pytest --plugin FILE` for the laws in some modules over what the file brings."""
+    tests, (name,) = [f"tests/{module}.py" for module in modules], BROUGHT[file].values()
+    command = [sys.executable, "-m", "pytest", "-n", "0", *tests, "-k", name, "--plugin", f"tests/plugins/{file}.py"]
+    return subprocess.run(command, cwd=PLUGINS.parent.parent, capture_output=True, text=True)
+
+
+def test_laws_run_over_what_a_plugin_brings() -> None:
+    done = laws_over("derf", "test_norms")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert done.stdout.split("[100%]")[0].count(".") >= 3
+
+
+@pytest.mark.slow
+@every_idea
+def test_every_law_holds_for_an_idea(file: str) -> None:
+    done = laws_over(file, *LAWS)
+    assert done.returncode == 0, done.stdout[-2000:]

@@ -22,8 +22,9 @@ from minitransformer.lab.stated import STATEMENTS
 from minitransformer.models.build import build_stack
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.models.model import Model, build_model
-from tests.placements_for_tests import LATE, OURS, choosing, nudged
+from minitransformer.models.model import build_model
+from tests.placements_for_tests import OURS, choosing, nudged
+from tests.plugins_for_tests import late
 
 Function = Callable[[Tensor], Tensor]
 SUBLAYERS = ("attention", "feedforward")
@@ -298,12 +299,9 @@ class Weighed(nn.Module):
 @every_placement
 @pytest.mark.parametrize("sublayer", SUBLAYERS)
 def test_dropout_changes_what_a_sublayer_adds_and_nothing_where_that_is_0(name: str, sublayer: str) -> None:
-    connections = Connections(name, features=64, dropout=0.5)
+    connections = late(Connections(name, features=64, dropout=0.5))
     connection = connections.residuals[SUBLAYERS.index(sublayer)]
-    stream, parts = connections.shared.open(torch.randn(2, 3, 64)), Model(ModelConfig())
-    branch = torch.randn(2, 3, 64)
-    parts.add_module("connection", connection)
-    parts.begin_step(LATE)
+    stream, branch = connections.shared.open(torch.randn(2, 3, 64)), torch.randn(2, 3, 64)
 
     def after(f: Function, training: bool) -> Tensor:
         stream_after = connection.train(training)(stream, lambda x, mix_values=identity: mix_values(f(x)))
@@ -353,7 +351,6 @@ def test_every_parameter_of_every_combination_is_used_and_every_logit_is_finite(
         pytest.skip(f"refused, see the tests of configurations: {refusal}")
     model, tokens = DecoderLM(config), torch.randint(0, 5, (2, 6))
     assert model(tokens).isfinite().all()
-    model.begin_step(LATE)
     nudged(model)(tokens).logsumexp(-1).sum().backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
@@ -512,7 +509,6 @@ def test_calibration_changes_only_admin_among_ours(name: str, topology: str) -> 
 @every_placement
 def test_a_placement_reads_a_text_from_the_cache_as_it_does_at_once(name: str, tiny_decoder: Any) -> None:
     model, tokens = tiny_decoder(residual=name, num_layers=5), torch.randint(0, 11, (2, 9))
-    model.begin_step(LATE)
     cache = model.new_cache()
     parts = [model(part, cache=cache) for part in tokens.split([4, 1, 3, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens))

@@ -27,8 +27,7 @@ def comparability(groups: Sequence[RunGroup]) -> Comparability:
     """Losses are comparable for the same task on the same tokens; otherwise, bits per byte of the same text are."""
     known = set().union(*(history.metrics for group in groups for history in group.histories))
     best = "bits_per_byte" if "bits_per_byte" in known else "validation_loss" if "validation_loss" in known else "loss"
-    of_task = sorted(settings_of_task())
-    if len(distinct(tuple(group.setting(name) for name in of_task) for group in groups)) > 1:
+    if len(distinct(tuple(group.setting(name) for name in settings_of_task()) for group in groups)) > 1:
         tasks = ", ".join(distinct(str(group.setting("objective")) for group in groups))
         return Comparability(
             best, f"The runs learn different tasks ({tasks}): none of their losses are comparable.", _no

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minitransformer.analysis.history import Abscissa, History
-from minitransformer.analysis.known_settings import defaults_of_others, settings_that
+from minitransformer.analysis.known_settings import defaults_of_others, settings_with
 from minitransformer.analysis.verdicts import choice_text, is_number
 from minitransformer.reporting.figures import Curve
 from minitransformer.reporting.statistics import Interval, mean_interval
@@ -99,7 +99,7 @@ def group_runs(histories: Sequence[History]) -> list[RunGroup]:
 
 def _labels(groups: Sequence[RunGroup]) -> list[str]:
     """By what differs, if that is short; or else by what the names of the folders share; or else by letters."""
-    derived = {"text", *settings_that("follows_data")}
+    derived = {"text", *settings_with("follows_data")}
     varied = [name for name in varied_settings(groups) if name not in derived]
     by_setting = [
         ", ".join(choice_text(name, setting_cell(group.setting(name))) for name in varied) for group in groups

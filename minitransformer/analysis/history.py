@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from minitransformer import files
-from minitransformer.analysis.known_settings import PARTS, flat_settings, settings_that
+from minitransformer.analysis.known_settings import PARTS, flat_settings, settings_with
 from minitransformer.analysis.verdicts import is_number, last_value, series
 from minitransformer.errors import StorageError, UserError
 from minitransformer.files import sha256
@@ -59,7 +59,7 @@ class History:
         """What it learned by, but the seed, and which text, by name."""
         values = flat_settings(self.config, str(self.path / CONFIG))
         values["text"], values["parent"] = self.config.get("text", ""), _parent(self.config.get("parent"))
-        silent = settings_that("observes_only")
+        silent = settings_with("observes_only")
         # None is what a version has that does not know the setting.
         return {name: value for name, value in values.items() if name not in silent and value is not None}
 

@@ -1,7 +1,6 @@
-"""What this version knows of the settings that runs were made with.
+"""What is known of the settings of runs, whatever version wrote them.
 
-The declarations stand beside the code that they set, which needs torch: it is loaded at the first question, and no
-command waits for it that only parses its flags.
+The configuration is imported late: it brings torch, for which `--help` and mistakes need not wait.
 """
 
 from __future__ import annotations
@@ -15,28 +14,26 @@ from minitransformer.settings import Declared, all_declared, flattened, names_wi
 PARTS = "model", "data", "training"
 
 
-def flat_settings(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The settings in the `config.json` of a run of any version, by their flat names, read from the file `origin`."""
+def flat_settings(config: dict[str, Any], origin: str) -> dict[str, Any]:
+    """The settings in what `config.json` holds, by their flat names of today."""
     from minitransformer.training.config import RunConfig, as_of_today
 
-    parts = as_of_today(dict(config), origin)
+    parts = as_of_today(config, origin)
     return {name: value for part in PARTS for name, value in flattened(RunConfig, parts[part]).items()}
 
 
-@cache
-def settings_that(about: str) -> frozenset[str]:
-    """The flat names of the settings of which `about` is declared, such as `observes_only`."""
+def settings_with(about: str) -> set[str]:
+    """The settings of which `about` is declared, such as "observes_only"."""
     from minitransformer.training.config import RunConfig
 
-    return frozenset(names_with(RunConfig, about))
+    return names_with(RunConfig, about)
 
 
-@cache
-def settings_of_task() -> frozenset[str]:
-    """The flat names of the settings of training with other values of which losses do not compare."""
+def settings_of_task() -> list[str]:
+    """The settings of training that make its loss one of another task."""
     from minitransformer.training.config import TrainingConfig
 
-    return frozenset(names_with(TrainingConfig, "changes_task"))
+    return sorted(names_with(TrainingConfig, "changes_task"))
 
 
 def defaults_of_others(settings: Mapping[str, Any]) -> dict[str, Any]:

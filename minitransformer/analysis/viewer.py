@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from minitransformer.analysis.look import AttentionMaps, Look, Prediction, Text
+from minitransformer.analysis.look_record import AttentionMaps, Look, Prediction, Text
 from minitransformer.reporting.pages import STYLE
 from minitransformer.text.tokenizers import Tokenizer
 

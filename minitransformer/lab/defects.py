@@ -28,8 +28,8 @@ class Defect:
         return f"{self.placement.name}: {mistake.removesuffix('.')}"
 
     def make(self, config: ModelConfig, seed: int) -> Model:
-        """`make_model`, in a library with this mistake."""
-        if self.placement is not None and self.placement.name == config.residual.name:
+        """`make_model`, with this mistake where its placement is asked for."""
+        if self.placement is not None and config.residual.name == self.placement.name:
             config = replace(config, residual=replace(config.residual, variant=self.placement))
         return make_model(config, seed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -115,13 +116,21 @@ def _from_equation(make: MakeModel, seed: int, residual: str, form: str, *, publ
         torch.autograd.grad((output * probe).sum(), list(named.values()), allow_unused=True)
         for output, named in ((logits, parameters), (stated, weights))
     )
-    # A weight that one of both has nothing to do with makes another equation, whatever its value.
-    apart = [
-        math.inf if ours is None or theirs is None else relative(ours, theirs)
-        for ours, theirs in zip(gradients, expected, strict=True)
-    ]
     kind = "published " if published else ""
-    return {f"{kind}logits": relative(logits.detach(), stated.detach()), f"{kind}gradients": max(apart)}
+    return {
+        f"{kind}logits": relative(logits.detach(), stated.detach()),
+        f"{kind}gradients": _gradients_apart(dict(zip(weights, zip(gradients, expected, strict=True), strict=True))),
+    }
+
+
+def _gradients_apart(pairs: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> float:
+    """How far gradients are from those stated, by the name of their weight: relative to the largest of their module."""
+    modules: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for name, (ours, theirs) in pairs.items():
+        if ours is None or theirs is None:
+            return math.inf  # with a weight that it has nothing to do with, an equation is another one
+        modules[name.rpartition(".")[0]].append((ours.flatten(), theirs.flatten()))
+    return max(relative(*map(torch.cat, zip(*found, strict=True))) for found in modules.values())
 
 
 def is_profiled(make: MakeModel, seed: int, *, form: str) -> Outcome:

@@ -111,7 +111,7 @@ class Trained:
         return validate(self.model, self.learner.objective, self.learner.precision).loss
 
     def held_out(self, rows: int) -> Callable[[], Tensor]:
-        """The mean loss of one batch, the first `rows` windows of the validation split, for instruments to look at."""
+        """The mean loss of one batch, the first `rows` windows of the validation split, for diagnostics."""
         model, objective = self.model, self.learner.objective
         batch = SequentialWindows(objective.prepared.validation, model.config.context_length, rows).batch(0)
         return lambda: objective.loss_sum(model, batch) / batch.num_targets
