@@ -26,7 +26,7 @@ from minitransformer.runs.layout import (
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import (
     CHECKPOINTS,
-    check_settings,
+    check_same_settings,
     choose_checkpoint,
     load_model,
     write_checkpoint,
@@ -163,7 +163,7 @@ class Run:
     def checkpoint_to_continue(self, name: str | None = None) -> Path:
         """The whole checkpoint called `name`, by default the latest; raises `StorageError` for one of another run."""
         chosen = choose_checkpoint(self.checkpoints, name)
-        check_settings(chosen, self.config)
+        check_same_settings(chosen, self.config)
         return chosen
 
     def load_model(self, checkpoint: str | None = None, device: str = "cpu") -> Model:
