@@ -27,7 +27,7 @@ def setting(default: Any, *, help: str = "", **about: Any) -> Any:
     """A field of a record of settings.
 
     `above`, `at_least`, `at_most` and `below` limit a number, and `most` is more than any model has; `choices` are the
-    values of a text that is a name. `flag` is its name on a command line, by default the field's behind that of its
+    values of a text that is a name; `must` says the limits in words, where numbers do not. `flag` is its name on a command line, by default the field's behind that of its
     variant. `needs` names another setting without which it has no effect, or that setting and the values that it needs.
     What other code must know is said here too: `changes_task` (losses with other values do not compare),
     `changes_tokens` (they compare in bits per byte), `follows_data` (it is usually found from the data),
@@ -282,6 +282,7 @@ def check_settings(record: Any, variant: Any = None) -> None:
         }
         if not all(limits.values()):
             must = " and ".join(f"{word.replace('_', ' ')} {about[word]:,}" for word in limits if word in about)
+            must = about.get("must", must)
             raise UserError(f"{each.name} is {value}: it must be {must}")
         if value > about.get("most", value):
             raise UserError(f"{each.name} is {value}: it must be at most {about['most']:,}")
