@@ -26,9 +26,10 @@ LARGEST = 3.4028234663852886e38
 def setting(default: Any, *, help: str = "", **about: Any) -> Any:
     """A field of a record of settings.
 
-    `above`, `at_least`, `at_most` and `below` limit a number, and `most` is more than any model has; `choices` are the
-    values of a text that is a name; `must` says the limits in words, where numbers do not. `flag` is its name on a command line, by default the field's behind that of its
-    variant. `needs` names another setting without which it has no effect, or that setting and the values that it needs.
+    `above`, `at_least`, `at_most` and `below` limit a number, and `most` is more than any model has; `must` says the
+    limits in words, where numbers do not. `choices` are the values of a text that is a name. `flag` is its name on a
+    command line, by default the field's behind that of its variant. `needs` names another setting without which it has
+    no effect, or that setting and the values that it needs.
     What other code must know is said here too: `changes_task` (losses with other values do not compare),
     `changes_tokens` (they compare in bits per byte), `follows_data` (it is usually found from the data),
     `observes_only` (no effect on what is computed), `may_change_on_resume`.
