@@ -248,16 +248,17 @@ def _switched(old: Chosen[Any], value: Chosen[Any] | str, family: Any) -> Chosen
 
 def _misplaced(name: str, record: Any) -> UserError:
     chosen = {each.name: value.name for each, value in settings_of(record) if each.family}
-    owners = [each.variant.name for each in all_declared(type(record)) if each.name == name and each.variant]
+    owners = [each.variant for each in all_declared(type(record)) if each.name == name and each.variant]
     if not owners:
         known = [each.name for each in all_declared(type(record))]
         return UserError(
             f"unknown setting {name!r}: {suggestion(name, known)}The names are those of the flags in --help"
         )
-    choice = next(each for each in all_declared(type(record)) if each.family and owners[0] in each.family.registry)
+    choices = [each for each in all_declared(type(record)) if each.family]
+    choice = next(each for each in choices if owners[0] in each.family.registry.values())
     now = f"{choice.name} is {chosen[choice.name]!r}" if choice.name in chosen else "that is not chosen"
-    which = " or ".join(map(repr, owners))
-    return UserError(f"{name} belongs to {choice.name} {which}, and {now}: leave it out, or choose {owners[0]!r}")
+    which = " or ".join(repr(owner.name) for owner in owners)
+    return UserError(f"{name} belongs to {choice.name} {which}, and {now}: leave it out, or choose {owners[0].name!r}")
 
 
 def check_settings(record: Any, variant: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""A run whose `config.json` had every setting flat, made by the code of then: it opens, decodes as it did and goes on."""
+"""A run whose `config.json` had every setting flat, made by the code of then: it opens, decodes alike and goes on."""
 
 from __future__ import annotations
 
