@@ -176,6 +176,7 @@ class TrainingConfig:
         0,
         at_least=0,
         below=1 << 63,
+        must="at least 0 and below 2 to the 63rd",
         observes_only=True,
         may_change_on_resume=False,
         help="of the weights, the batches and dropout",
