@@ -12,7 +12,7 @@ import torch
 from minitransformer.models.config import ModelConfig
 from minitransformer.runs import Run
 from minitransformer.text.corpora import open_corpus
-from minitransformer.text.prepare import PreparedText, prepare
+from minitransformer.text.datasets.text import PreparedText, TextPreparation
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.logging import Logs, RunFiles
 from minitransformer.training.loop import Trainer
@@ -43,9 +43,9 @@ def prepared_text(folder: Path, text: str = TEXT) -> PreparedText:
     source = folder / "text.txt"
     if not source.exists():
         source.write_text(text)
-    return prepare(
+    return TextPreparation(
         open_corpus(str(source)), "bytes", context_length=16, cache=folder / "cache", workers=1, progress=False
-    )
+    ).run()
 
 
 def trainer_for(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
-from minitransformer.text.generated_pairs import POOL, GeneratedPairs, generate_pairs, generates_pairs
-from minitransformer.text.token_pairs import TokenPairs
+from minitransformer.text.datasets.generated_pairs import POOL, GeneratedPairs, generate_pairs, generates_pairs
+from minitransformer.text.token_files import TokenPairs
 from minitransformer.text.tokenizers import Bytes
 
 numbers: Any = recipes.load("numbers")

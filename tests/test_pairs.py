@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
+from minitransformer.text.datasets.pairs import EncodedPair, PairPreparation, PreparedPairs, divided
 from minitransformer.text.pairs import PairCorpus, open_pairs
-from minitransformer.text.prepare_pairs import Encoded, PreparedPairs, divided, prepare_pairs
-from minitransformer.text.token_pairs import Ragged, TokenPairs
+from minitransformer.text.token_files import Ragged, TokenPairs
 from minitransformer.text.tokenizers import BPE, Tokenizer
 
 PAIRS = [("Un chat.", "A cat."), ("Où\u2028est-il ?", "Where is he?"), ("Là-bas\x0b!", "Over there!")]
@@ -130,7 +130,7 @@ def sums(count: int) -> list[tuple[str, str]]:
 
 def made(tmp_path: Path, pairs: list[tuple[str, str]], tokenizer: Any = "bytes", **settings: Any) -> PreparedPairs:
     corpus = open_pairs(put(tmp_path / "a.tsv", as_table(pairs)))
-    return prepare_pairs(corpus, tokenizer, **{"context_length": 64, "progress": False, **settings})
+    return PairPreparation(corpus, tokenizer, **{"context_length": 64, "progress": False, **settings}).run()
 
 
 def decoded(prepared: PreparedPairs, pairs: TokenPairs) -> list[tuple[str, str]]:
@@ -222,7 +222,7 @@ def test_a_corpus_for_validation_is_all_of_it(tmp_path: Path) -> None:
 def test_validation_has_the_low_places_or_the_lowest_and_no_duplicate_is_on_both_sides(
     places: list[int], fraction: float
 ) -> None:
-    pairs = [Encoded((place + 1) / 11, (np.empty(0, np.uint16),) * 2, False, 0) for place in places]
+    pairs = [EncodedPair((place + 1) / 11, (np.empty(0, np.uint16),) * 2, False, 0) for place in places]
     parts = list(divided(pairs, fraction))
     assert sorted(pair.place for _, pair in parts) == sorted(pair.place for pair in pairs)
     limit = max(fraction, min(pair.place for pair in pairs) + 1e-9)

@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
 from minitransformer.files import locked
-from minitransformer.text import corpora, scanning
-from minitransformer.text import preparing as room
+from minitransformer.text import corpora
 from minitransformer.text.corpora import Corpus, Piece, open_corpus
-from minitransformer.text.prepare import PreparedText, by_document, contiguous, is_validation, prepare
-from minitransformer.text.preparing import AHEAD, in_order, sample
+from minitransformer.text.datasets import pipeline
+from minitransformer.text.datasets import text as text_data
+from minitransformer.text.datasets.pipeline import sample
+from minitransformer.text.datasets.text import PreparedText, TextPreparation, by_document, contiguous, is_validation
+from minitransformer.text.threads import AHEAD, in_order
 from minitransformer.text.tokenizers import BPE, Bytes, Characters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +51,7 @@ def written(path: Path, documents: list[str]) -> Corpus:
 
 def made(corpus: Corpus, tokenizer: Any = "bytes", **settings: Any) -> PreparedText:
     defaults = {"validation_fraction": 0.1, "context_length": 8, "progress": False}
-    return prepare(corpus, tokenizer, **{**defaults, **settings})
+    return TextPreparation(corpus, tokenizer, **{**defaults, **settings}).run()
 
 
 def contents(folder: Path) -> list[bytes]:
@@ -254,17 +256,17 @@ def test_text_that_changes_while_it_is_read_is_refused(
 # Prepares ARGV[1] with an encoder slowed down so that a signal finds it half-way.
 SLOW = """
 import sys, time
-from minitransformer.text import prepare as room
 from minitransformer.text.corpora import open_corpus
+from minitransformer.text.datasets.text import TextPreparation
 from minitransformer.text.tokenizers import Bytes
 quick = Bytes.encode_array
 def slow(self, text):
     time.sleep(float(sys.argv[2]))
     return quick(self, text)
 Bytes.encode_array = slow
-made = room.prepare(
+made = TextPreparation(
     open_corpus(sys.argv[1]), 'bytes', validation_fraction=0.1, context_length=8, workers=2, progress=False
-)
+).run()
 print(made.folder)
 """
 
@@ -342,7 +344,7 @@ def test_a_work_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypa
 @given(texts=st.lists(st.text(max_size=200)), share=st.floats(0.01, 1))
 def test_a_sample_has_its_share_of_every_beginning(texts: list[str], share: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "STRETCH", 10)
+        patch.setattr(pipeline, "STRETCH", 10)
         taken = list(sample(texts, share))
         assert taken == list(sample(texts, share))
     total = sum(map(len, texts))
@@ -360,7 +362,7 @@ def test_bpe_is_fitted_to_a_sample_of_a_large_corpus_and_says_so(
 
     monkeypatch.setattr(BPE, "fit_limit", 20_000)
     monkeypatch.setattr(BPE, "train", train)
-    monkeypatch.setattr(room, "STRETCH", 100)
+    monkeypatch.setattr(pipeline, "STRETCH", 100)
     corpus = written(tmp_path / "a.jsonl", stories(500))
     made(corpus, "bpe", progress=True)
     assert 19_000 < sum(heard) <= 20_000
@@ -442,7 +444,7 @@ def test_a_table_that_was_once_scanned_as_text_is_scanned_anew(tmp_path: Path, m
     path = tmp_path / "a.csv"
     path.write_text("id,text\n" + "".join(f"{i},a story of {i} owls\n" for i in range(200)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scanning, "TABLES", set())
+        patch.setattr(text_data, "TABLES", set())
         patch.setattr(corpora, "DELIMITERS", {})
         before = made(open_corpus(str(path)))
     after = made(open_corpus(str(path)))
@@ -456,5 +458,5 @@ def test_files_of_a_folder_that_are_left_out_are_counted(tmp_path, capsys):
     folder.mkdir()
     (folder / "a.txt").write_text("some text " * 100)
     (folder / "b.csv").write_text("text\nmore text\n")
-    prepare(open_corpus(str(folder)), "bytes", context_length=8, cache=tmp_path / "cache")
+    TextPreparation(open_corpus(str(folder)), "bytes", context_length=8, cache=tmp_path / "cache").run()
     assert "1 of its files, without the ending of a text, are left out" in capsys.readouterr().err

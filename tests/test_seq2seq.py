@@ -19,8 +19,8 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Readout, build_model
 from minitransformer.runs import Run
 from minitransformer.text.batches import IGNORE
+from minitransformer.text.datasets.pairs import PreparedPairs
 from minitransformer.text.pair_batches import PairBatch
-from minitransformer.text.prepare_pairs import PreparedPairs
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.objectives import Seq2Seq

@@ -15,7 +15,7 @@ from minitransformer.benchmark.case import Setting
 from minitransformer.benchmark.ours import config_of, random_tokens
 from minitransformer.benchmark.peers import transformers_model
 from minitransformer.models.model import build_model
-from minitransformer.text.prepare import PreparedText
+from minitransformer.text.datasets.text import PreparedText
 from minitransformer.text.tokenizers import Bytes
 from minitransformer.training import machine
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig

@@ -22,7 +22,7 @@ from minitransformer.pretrained.originals import inherit_originals
 from minitransformer.registry import lookup
 from minitransformer.runs import REMEDY, Run, check_free, claimed_run_path, only_writer
 from minitransformer.text.corpora import named, short_name
-from minitransformer.text.prepare import TooShort
+from minitransformer.text.datasets.text import TooShort
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import (
     MODEL,

@@ -25,7 +25,7 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.reporting.figures import Curve
 from minitransformer.text.batches import SequentialWindows
-from minitransformer.text.prepare import PreparedText
+from minitransformer.text.datasets.text import PreparedText
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.loop import step_seed

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from minitransformer.text.batches import IGNORE
-from minitransformer.text.prepare_pairs import count_bytes
+from minitransformer.text.token_files import count_bytes
 from minitransformer.training.config import RunConfig
 from minitransformer.training.logging import Log
 from minitransformer.training.objectives import Objective

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minitransformer.errors import UserError
 from minitransformer.registry import Registered
-from minitransformer.text.preparing import Tokens
+from minitransformer.text.token_files import Tokens
 from minitransformer.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:

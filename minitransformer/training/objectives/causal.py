@@ -10,7 +10,7 @@ from torch import nn
 
 from minitransformer.text.batches import Batch, SequentialWindows, ShuffledWindows
 from minitransformer.text.corpora import open_corpus
-from minitransformer.text.prepare import PreparedText, prepare
+from minitransformer.text.datasets.text import PreparedText, TextPreparation
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.objectives.base import Objective, Score, refuse_other_files
 from minitransformer.training.objectives.cross_entropy import summed_loss
@@ -25,7 +25,7 @@ def prepare_text(
     """The text that `config` names, as token ids."""
     data = config.data
     refuse_other_files(data, ("target_data", "validation_target_data"))
-    return prepare(
+    return TextPreparation(
         open_corpus(data.data, data.field),
         tokenizers[0] if tokenizers else data.tokenizer,
         vocab_size=config.model.vocab_size,
@@ -33,7 +33,7 @@ def prepare_text(
         validation_fraction=data.validation_fraction,
         context_length=config.sequence_length,
         special_tokens=special_tokens,
-    )
+    ).run()
 
 
 class Causal(Objective, name="causal"):

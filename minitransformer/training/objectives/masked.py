@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from minitransformer.text.batches import IGNORE, Batch, SequentialWindows, ShuffledWindows
-from minitransformer.text.prepare import PreparedText
+from minitransformer.text.datasets.text import PreparedText
 from minitransformer.text.tokenizers import MASK, Tokenizer
 from minitransformer.training.objectives.base import MadeBatches, Objective, Score
 from minitransformer.training.objectives.causal import prepare_text

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from minitransformer.errors import UserError
 from minitransformer.text.batches import IGNORE
-from minitransformer.text.generated_pairs import generate_pairs, generates_pairs
+from minitransformer.text.datasets.generated_pairs import generate_pairs, generates_pairs
+from minitransformer.text.datasets.pairs import PairPreparation
 from minitransformer.text.pair_batches import PairBatch, SequentialPairs
 from minitransformer.text.pairs import PairCorpus, open_pairs
-from minitransformer.text.prepare_pairs import prepare_pairs
-from minitransformer.text.preparing import Tokens
+from minitransformer.text.token_files import Tokens
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.objectives.base import Objective, Prepared, Score, refuse_other_files
 from minitransformer.training.objectives.cross_entropy import score_tokens, summed_loss
@@ -45,7 +45,7 @@ class Seq2Seq(Objective, name="seq2seq"):
         validation = None
         if data.validation_data is not None:
             validation = _opened(data, str(data.validation_data), data.validation_target_data)
-        return prepare_pairs(
+        return PairPreparation(
             _opened(data, str(data.data), data.target_data),
             tokenizers[0] if tokenizers else data.tokenizer,
             target_tokenizer=tokenizers[1] if len(tokenizers) > 1 else None,
@@ -55,7 +55,7 @@ class Seq2Seq(Objective, name="seq2seq"):
             validation_fraction=data.validation_fraction,
             context_length=config.model.context_length,
             too_long=data.too_long,
-        )
+        ).run()
 
     @classmethod
     def tokens_per_step(cls, config: RunConfig) -> int:

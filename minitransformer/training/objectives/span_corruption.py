@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from minitransformer.errors import UserError
 from minitransformer.text.batches import Batch, SequentialWindows, ShuffledWindows
+from minitransformer.text.datasets.text import PreparedText
 from minitransformer.text.pair_batches import PairBatch
-from minitransformer.text.prepare import PreparedText
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.objectives.base import MadeBatches, Objective, Score
 from minitransformer.training.objectives.causal import prepare_text

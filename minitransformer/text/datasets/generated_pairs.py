@@ -12,11 +12,10 @@ import numpy as np
 
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
+from minitransformer.text.datasets.pairs import PairData, described, framed_but_last, vocabularies
 from minitransformer.text.folders import work_folder
 from minitransformer.text.pairs import Pair
-from minitransformer.text.prepare_pairs import PairData, described, framed_but_last, vocabularies
-from minitransformer.text.preparing import Tokens
-from minitransformer.text.token_pairs import Ragged, TokenPairs
+from minitransformer.text.token_files import Ragged, TokenPairs, Tokens
 from minitransformer.text.tokenizers import Bytes, Tokenizer
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ POOL = 16
 
 Draw = Callable[[random.Random, bool], Pair]
 """A pair from the generator; one that training never has, if asked for"""
-Encoded = tuple[Tokens, Tokens]
+Sides = tuple[Tokens, Tokens]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class GeneratedPairs:
 def _pool(batches: GeneratedPairs, number: int) -> TokenPairs:
     """Fresh pairs for POOL batches or a few more: which ones are left over is left to chance."""
     generator = random.Random(f"{batches.seed} {number}")
-    drawn: list[Encoded] = []
+    drawn: list[Sides] = []
     tokens = 0
     while tokens < POOL * batches.batch_tokens:
         pair = _encoded(batches.draw(generator, False), batches.tokenizer)
@@ -70,17 +69,17 @@ def _pool(batches: GeneratedPairs, number: int) -> TokenPairs:
     return _joined(drawn)
 
 
-def _encoded(pair: Pair, tokenizer: Tokenizer) -> Encoded:
+def _encoded(pair: Pair, tokenizer: Tokenizer) -> Sides:
     source, target = (framed_but_last(tokenizer.encode_array(text), tokenizer) for text in pair)
     return source, target
 
 
-def longest(pair: Encoded) -> int:
+def longest(pair: Sides) -> int:
     """The tokens of the longer side, with its end."""
     return max(map(len, pair)) + 1
 
 
-def _joined(pairs: list[Encoded]) -> TokenPairs:
+def _joined(pairs: list[Sides]) -> TokenPairs:
     sources, targets = (Ragged.join(side, np.dtype("<u4")) for side in zip(*pairs, strict=True))
     return TokenPairs(sources, targets)
 
