@@ -235,11 +235,11 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
 
     @classmethod
     def load(cls, folder: Path, meta: dict[str, Any], tokenizers: Sequence[Tokenizer]) -> PreparedPairs:
-        def side_of(split: str, side: str, tokenizer: Tokenizer) -> Ragged:
-            return Ragged.load(folder, f"{split}-{side}", meta[f"{split}-{side}"], tokenizer)
+        def pairs_of(split: str) -> TokenPairs:
+            sides = zip((f"{split}-{side}" for side in SIDES), (tokenizers[0], tokenizers[-1]), strict=True)
+            return TokenPairs(*(Ragged.load(folder, name, meta[name], tokenizer) for name, tokenizer in sides))
 
-        both = tokenizers[0], tokenizers[-1]
-        train, validation = (TokenPairs(*(side_of(split, *side) for side in zip(SIDES, both))) for split in SPLITS)
+        train, validation = map(pairs_of, SPLITS)
         skipped, cut = (int(meta[policy]) for policy in POLICIES)
         return PreparedPairs(folder, tokenizers[0], tokenizers[-1], validation, train, skipped, cut)
 
