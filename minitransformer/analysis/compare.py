@@ -20,11 +20,11 @@ from minitransformer.analysis.verdicts import (
     choice_text,
     is_number,
     last_value,
-    measure_of,
     pairs_table,
     series,
 )
 from minitransformer.errors import StorageError, UserError
+from minitransformer.evaluation.metrics import metric_called
 from minitransformer.files import sha256
 from minitransformer.records import read_bytes, read_json
 from minitransformer.registry import lookup
@@ -185,7 +185,7 @@ def comparability(groups: Sequence[Group]) -> Comparability:
             "The runs have different tokenizers: losses and rates per token are not comparable; bits per byte are, "
             "if the data did not change in between."
         )
-        return Comparability(best, remark, lambda metric: measure_of(metric).across_tokenizers)
+        return Comparability(best, remark, lambda metric: metric_called(metric).across_tokenizers)
     remark = (
         "The runs learn different data: their losses are not comparable, and bits per byte say how well each predicts "
         "a text of its own."
@@ -225,7 +225,7 @@ class RunComparison:
         """The paired differences; None where nothing was paired."""
         if self.ranking is None or not self.ranking.comparisons:
             return None
-        return pairs_table(self.ranking, measure_of(self.metric).label)
+        return pairs_table(self.ranking, metric_called(self.metric).label)
 
     def runs(self) -> Table:
         """One row for each run: where it lies, its group, what differs, and its own results."""
@@ -254,14 +254,14 @@ class RunComparison:
         if len(self.groups) == 1 and self.metric == "validation_loss" and self.curves("loss"):
             names = {"loss": "training", "validation_loss": "validation"}
             return [replace(c, label=label) for name, label in names.items() for c in self.curves(name)], LOSSES
-        return self.curves(self.metric), measure_of(self.metric).label
+        return self.curves(self.metric), metric_called(self.metric).label
 
     def pictures(self) -> list[Picture]:
         """The curves, and the paired differences where there are some."""
         bands = " Bands: 95 % intervals of the mean over seeds." if any(len(g.seeds) > 1 for g in self.groups) else ""
         shown, wanted = [self.shown_curves()], self.losses_comparable and self.metric != "loss"
         if wanted and shown[0][1] != LOSSES:
-            shown.append((self.curves("loss"), measure_of("loss").label))
+            shown.append((self.curves("loss"), metric_called("loss").label))
         pictures = []
         for drawn, label in shown:
             if drawn:
@@ -282,7 +282,7 @@ class RunComparison:
             [pair.difference.mean for pair in pairs],
             [pair.difference.low for pair in pairs],
             [pair.difference.high for pair in pairs],
-            x_label=f"difference of {measure_of(self.metric).label}",
+            x_label=f"difference of {metric_called(self.metric).label}",
             title=title,
             reference=0,
         )
@@ -303,7 +303,7 @@ class RunComparison:
             "minutes": _minutes,
         }
         if self.metric not in ("validation_loss", "loss", "bits_per_byte", "accuracy", "exact", "tokens_per_second"):
-            told[f"last {measure_of(self.metric).label}"] = lambda history: history.last(self.metric)
+            told[f"last {metric_called(self.metric).label}"] = lambda history: history.last(self.metric)
         return told
 
 
@@ -330,7 +330,7 @@ def compare(
     chosen = judged.metric if metric is None else _known(metric, histories)
     remarks = [judged.remark, *repeated, *map(_damage, opened), *map(_unfinished, histories)]
     remarks += [_code(groups), _arithmetic(groups), _partly_validated(histories)]
-    least = measure_of(chosen).smallest_difference if smallest_difference is None else smallest_difference
+    least = metric_called(chosen).smallest_difference if smallest_difference is None else smallest_difference
     ranked, verdict = _ranked(groups, chosen, judged.comparable(chosen), least)
     said = tuple(remark for remark in remarks if remark is not None)
     return RunComparison(tuple(groups), chosen, by, ranked, verdict, said, judged.comparable("validation_loss"))
@@ -510,7 +510,7 @@ def _arithmetic(groups: Sequence[Group]) -> str | None:
 
 def _ranked(groups: Sequence[Group], metric: str, comparable: bool, smallest: float) -> tuple[Ranking | None, str]:
     """The groups by last values of `metric`, over the seeds that all of them have, and what that says in words."""
-    measure = measure_of(metric)
+    measure = metric_called(metric)
     having = [group for group in groups if all(metric in history.metrics for history in group.histories)]
     if len(groups) < 2:
         return None, "One group of runs: there is nothing to compare it with."

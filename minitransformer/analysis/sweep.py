@@ -25,24 +25,25 @@ from minitransformer import files
 from minitransformer.analysis.trials import prepared_for, shared_machine, train_trial, trial_machine
 from minitransformer.analysis.verdicts import check_smallest_difference, choice_text
 from minitransformer.errors import StorageError, UserError
+from minitransformer.evaluation.metrics import SMALLEST_DIFFERENCE, Metric
 from minitransformer.lab.experiment import Measurement, Result, Task
 from minitransformer.lab.runner import LEFTOVERS, RESULTS, SILENT, Failure, Progress, run_tasks
 from minitransformer.lab.store import REMEDY, ResultStore, canonical, task_key
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
 from minitransformer.records import read_json
-from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE, Interval, Ranking, mean_interval, ranking
+from minitransformer.reporting.statistics import Interval, Ranking, mean_interval, ranking
 from minitransformer.runs import provenance
 from minitransformer.settings import flat, kinds, names_with, with_settings
 from minitransformer.text.corpora import named
+from minitransformer.text.datasets import PreparedData
 from minitransformer.training.config import (
     RunConfig,
     with_usual_vocabulary,
     with_vocabulary,
 )
+from minitransformer.training.loader import Loader
 from minitransformer.training.machine import Resolved
-from minitransformer.training.objectives import Objective
-from minitransformer.training.objectives.base import Prepared
 
 SWEEP, TRIALS = "sweep.json", "trials"
 ATTEMPTS = 100
@@ -216,7 +217,7 @@ class Plan:
         for name in self.varied:
             if name in TASK:
                 raise UserError(f"{name} changes what is learned, and such losses do not compare: sweep something else")
-            if name in TOKENS and self.metric == "validation_loss":
+            if name in TOKENS and not Metric.named(self.metric).across_tokenizers:
                 raise UserError(f"losses do not compare where {name} differs: use --metric bits_per_byte")
             if name in ("steps", "eval_every") and self.halving is not None:
                 raise UserError(f"--halving gives all combinations the same {name}: give one, with --{name}")
@@ -277,18 +278,19 @@ class Plan:
                     count_parameters(model)
                     possible.add(model)
 
-    def prepare(self) -> list[Prepared]:
+    def prepare(self) -> list[PreparedData]:
         """The data of all trials, each kind once. Raises `UserError` for data or combinations that cannot be used."""
-        found: dict[Path, Prepared] = {}
+        found: dict[Path, PreparedData] = {}
         for combination in self.combinations:
             config = self.config(combination, self.seeds[0])
             prepared = prepared_for(config)
             found.setdefault(prepared.folder, prepared)
             config = replace(config, model=with_vocabulary(config.model, prepared))
             with _naming(combination):
-                objective = Objective.named(config.training.objective)(prepared, config)
-            if self.metric == "bits_per_byte" and objective.validation_bytes is None:
-                raise UserError(f"objective {objective.name!r} has no bits per byte: use --metric validation_loss")
+                loader = Loader.of_run(config, prepared)
+            if self.metric == "bits_per_byte" and loader.validation_bytes is None:
+                name = loader.objective.name
+                raise UserError(f"objective {name!r} has no bits per byte: use --metric validation_loss")
         return list(found.values())
 
     @property

@@ -20,7 +20,7 @@ from minitransformer.text.tokenizers import Bytes
 from minitransformer.training import machine
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.experts import ExpertBalance
-from minitransformer.training.objectives import Objective
+from minitransformer.training.loader import Loader
 from minitransformer.training.optimizers import build_optimizers, set_learning_rate
 from minitransformer.training.precision import Precision
 from minitransformer.training.prefetch import prefetched
@@ -54,8 +54,8 @@ def steps_of(
     torch.manual_seed(training.seed)
     model = build_model(config.model).to(device).train()
     fast = machine.compiled(model) if compiled else model
-    objective = Objective.named(training.objective)(prepared, config)
-    batches_of = prefetched(objective.training_batches, torch.device(device))
+    loader = Loader.of_run(config, prepared)
+    batches_of = prefetched(loader.training_batches, torch.device(device))
     optimizers = build_optimizers(training.optimizer, model, training.rates)
     arithmetic = Precision.named(precision)(torch.device(device))
     balance = ExpertBalance(model, training.expert_balance)
@@ -68,7 +68,7 @@ def steps_of(
         done += 1
         return training_step(
             fast,
-            objective,
+            loader.objective,
             batches,
             optimizers,
             arithmetic,

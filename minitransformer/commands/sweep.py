@@ -10,9 +10,10 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import tyro
+from typing_extensions import Doc
 
 from minitransformer import files
 from minitransformer.analysis.sweep import (
@@ -34,18 +35,18 @@ from minitransformer.analysis.sweep_report import (
     train_command,
     write_report,
 )
-from minitransformer.analysis.trials import METRICS
+from minitransformer.analysis.trials import minimised_metrics
 from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command, with_files
 from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError, suggestion
+from minitransformer.evaluation.metrics import SMALLEST_DIFFERENCE, Metric
 from minitransformer.lab import pool
 from minitransformer.lab.report import skipped
 from minitransformer.lab.runner import RESULTS, Failure, Terminal
 from minitransformer.lab.store import REMEDY
 from minitransformer.registry import lookup
 from minitransformer.reporting import plain
-from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE
 from minitransformer.settings import kinds
 from minitransformer.text.corpora import named
 from minitransformer.toolchain import check_importable
@@ -58,6 +59,10 @@ PROGRAM = "minitransformer sweep [PRESET]"
 LEAST_WIDTH, MOST_WIDTH = 40, 120
 MOST_ROWS = 40
 """of the table on the terminal; the report has more, and trials.csv all"""
+METRIC = Doc(
+    f"what is minimised, a trial's last: {', '.join(minimised_metrics())}; None is validation_loss, or bits_per_byte "
+    "where the tokens differ"
+)
 ABOUT = """Search hyper-parameters of a preset. Each trial is a run, made as train.py makes it.
 
   --set lr=1e-3,3e-3 --set residual=pre,post   all combinations
@@ -83,8 +88,7 @@ class Flags:
     """of the draws"""
     halving: int | None = None
     """from rung to rung, the best one in this many goes on for this many times the steps; None trains all to the end"""
-    metric: Literal["validation_loss", "bits_per_byte"] | None = None
-    """what is minimised, a trial's last; None is validation_loss, or bits_per_byte where the tokens differ"""
+    metric: Annotated[str | None, METRIC] = None
     smallest_difference: float = SMALLEST_DIFFERENCE
     """between combinations, in nats or bits a byte, below which no winner is named"""
     out: Path | None = None
@@ -139,6 +143,8 @@ def _plan(preset: str, options: Options) -> Plan:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--set names {name} {names.count(name)} times: give all of its values at once")
+    if options.metric is not None:
+        lookup("metric", options.metric, dict.fromkeys(minimised_metrics()))
     tokens_differ = any(s.name in TOKENS and not (isinstance(s, Values) and len(s.values) == 1) for s in settings)
     return Plan(
         preset,
@@ -255,7 +261,8 @@ def _report(search: Search, failures: Sequence[Failure], command: str) -> int:
     if not best.values or best.interval is None:
         print("lowest     none: no combination has a finite metric for all of its seeds")
     else:
-        print(_wrapped(f"lowest     {label(best.combination)}: {METRICS[plan.metric]} {outcome_text(best)}", 11))
+        metric = Metric.named(plan.metric).title
+        print(_wrapped(f"lowest     {label(best.combination)}: {metric} {outcome_text(best)}", 11))
         print(_wrapped(f"ranking    {said.text}", 11))
         print(f"repeat     {train_command(plan, best)}")
         print(f"run        {search.path(best.combination, best_seed(best, plan.seeds))}")

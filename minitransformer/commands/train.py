@@ -24,6 +24,7 @@ from minitransformer.registry import lookup
 from minitransformer.runs import REMEDY, Run, check_free, claimed_run_path, only_writer
 from minitransformer.settings import flat
 from minitransformer.text.corpora import named, short_name
+from minitransformer.text.datasets import PreparedData
 from minitransformer.text.datasets.text import TooShort
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import (
@@ -36,11 +37,10 @@ from minitransformer.training.checkpoint import (
 )
 from minitransformer.training.config import RunConfig, fixed_settings, with_usual_vocabulary, with_vocabulary
 from minitransformer.training.finetuning import LEAST_TOKENS, Parent, check_fits, fine_tuning
+from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Logs, RunFiles, TensorBoard, Terminal
 from minitransformer.training.loop import SAMPLES, NonFiniteTraining, Trainer, sample_heading
 from minitransformer.training.machine import Machine, choose_device, choose_precision
-from minitransformer.training.objectives import Objective
-from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.outcome import describe
 from minitransformer.training.presets import DEFAULT, PRESETS
 from minitransformer.training.run_machine import SETTINGS, machine_again, machine_for
@@ -144,7 +144,7 @@ def _begun(
     options: Options,
     name: str,
     config: RunConfig,
-    prepared: Prepared,
+    prepared: PreparedData,
     parent: Parent | None = None,
     initial: Model | None = None,
 ) -> int:
@@ -254,15 +254,15 @@ def _describe_presets() -> str:
     return f"Train a model, resume a run, or fine-tune one.\n\n{about}\n{lines}\n\n{EXPORTED}"
 
 
-def _prepare(config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepared:
-    prepared = Objective.named(config.training.objective).prepare(config, tokenizers)
+def _prepare(config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> PreparedData:
+    prepared = config.prepare(tokenizers)
     print(f"data       {named(config.data.data)}\n{prepared.summary()}", flush=True)
     return prepared
 
 
-def _train(run: Run, prepared: Prepared, machine: Machine, checkpoint: Path | None) -> int:
+def _train(run: Run, prepared: PreparedData, machine: Machine, checkpoint: Path | None) -> int:
     config = run.config.training
-    tokens = config.steps * Objective.named(config.objective).tokens_per_step(run.config)
+    tokens = config.steps * run.config.tokens_per_step
     print(f"model      {amount(count_parameters(run.config.model))} parameters, {amount(tokens)} tokens to read")
     print(f"machine    {machine.description}")
     print(f"run        {run.path}", flush=True)
@@ -292,8 +292,8 @@ def _train(run: Run, prepared: Prepared, machine: Machine, checkpoint: Path | No
         return _stopped(trainer, stop) if stopped else _report(trainer)
 
 
-def _sample(run: Run, model: Model, objective: Objective) -> str:
-    return sample_of(model, run.tokenizer, run.target_tokenizer, objective.examples(EXAMPLES), SAMPLE_TOKENS)
+def _sample(run: Run, model: Model, loader: Loader) -> str:
+    return sample_of(model, run.tokenizer, run.target_tokenizer, loader.examples(EXAMPLES), SAMPLE_TOKENS)
 
 
 def _stopped(trainer: Trainer, stop: StopRequest) -> int:

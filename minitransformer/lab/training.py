@@ -25,16 +25,15 @@ from minitransformer.models.model import Model, build_model
 from minitransformer.reporting.figures import Curve
 from minitransformer.settings import kinds, with_settings
 from minitransformer.text.batches import SequentialWindows
-from minitransformer.text.datasets.text import PreparedText
+from minitransformer.text.datasets import PreparedData
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.experts import ExpertBalance
+from minitransformer.training.loader import Loader
 from minitransformer.training.loop import step_seed
-from minitransformer.training.objectives import Objective
-from minitransformer.training.objectives.base import Prepared
-from minitransformer.training.objectives.causal import Causal
 from minitransformer.training.optimizers import AdamW, build_optimizers, set_learning_rate
 from minitransformer.training.precision import FP32
-from minitransformer.training.step import training_step, validate
+from minitransformer.training.step import training_step
+from minitransformer.training.validation import validate
 
 BASE = RunConfig(
     ModelConfig(
@@ -95,7 +94,8 @@ class Trained:
     """A model that was trained, what it was trained on, how that went, and what a probe noted meanwhile."""
 
     model: Model
-    objective: Objective
+    config: RunConfig
+    loader: Loader
     course: Course
     probed: list[dict[str, float | None]]
 
@@ -103,13 +103,13 @@ class Trained:
         """Nats a target over the whole validation split; infinite if a step was not finite."""
         if not self.course.finite:
             return math.inf
-        return validate(self.model, self.objective, FP32(torch.device("cpu"))).loss
+        return validate(self.model, self.loader, FP32(torch.device("cpu"))).loss
 
     def held_out(self, rows: int) -> Callable[[], Tensor]:
         """The mean loss of one batch, the first `rows` windows of the validation split, for instruments to look at."""
-        prepared = self.objective.prepared
-        batch = SequentialWindows(prepared.validation, self.model.config.context_length, rows).batch(0)
-        return lambda: self.objective.loss_sum(self.model, batch) / batch.num_targets
+        tokens, objective = self.loader.data.targets("validation"), self.loader.objective
+        batch = SequentialWindows(tokens, self.model.config.context_length, rows).batch(0)
+        return lambda: objective.loss_sum(self.model, batch) / batch.num_targets
 
 
 def final_loss(losses: Sequence[float]) -> float:
@@ -120,7 +120,7 @@ def final_loss(losses: Sequence[float]) -> float:
 
 def train(
     config: RunConfig,
-    prepared: Prepared,
+    data: PreparedData,
     stop: Callable[[Course], bool] = lambda course: False,
 ) -> Trained:
     """The model of `config` after its training, in float32 on the CPU, as the `Trainer` would leave it.
@@ -129,13 +129,14 @@ def train(
     where `stop`, asked after each step, says so.
     """
     training, device = config.training, torch.device("cpu")
-    objective = Objective.named(training.objective)(prepared, config)
+    loader = Loader.of_run(config, data)
+    objective = loader.objective
     torch.manual_seed(training.seed)
     model = build_model(config.model)
-    model.calibrate(lambda: objective.loss_sum(model, objective.training_batches(0)[0]))
+    model.calibrate(lambda: objective.loss_sum(model, loader.training_batches(0)[0]))
     optimizers = build_optimizers(training.optimizer, model, training.rates)
     balance, precision = ExpertBalance(model, training.expert_balance), FP32(device)
-    probe = probe_for(training)(model, objective, device)
+    probe = probe_for(training)(model, loader, device)
     course, probed = Course([], []), []
     model.train()
     for step in range(training.steps):
@@ -145,7 +146,7 @@ def train(
         result = training_step(
             model,
             objective,
-            objective.training_batches(step),
+            loader.training_batches(step),
             optimizers,
             precision,
             grad_clip=training.grad_clip,
@@ -158,16 +159,16 @@ def train(
         course.grad_norms.append(result.grad_norm.item())
         if not result.finite or stop(course):
             break
-    return Trained(model, objective, course, probed)
+    return Trained(model, config, loader, course, probed)
 
 
 class TrainingExperiment(Experiment):
     """An experiment whose tasks are training runs: a task gives fields of the configuration, BASE gives the others."""
 
     @cached_property
-    def text(self) -> PreparedText:
+    def text(self) -> PreparedData:
         """The text as token ids, prepared once for all experiments: processes wait for the one that does it."""
-        return Causal.prepare(replace(BASE, data=self._data))
+        return replace(BASE, data=self._data).prepare()
 
     def prepare(self) -> None:
         _ = self.text
@@ -190,7 +191,7 @@ class TrainingExperiment(Experiment):
 
     def record(self, trained: Trained) -> Measurement:
         """What every training run writes down: its curves, a look at its layers at its ends, and what it was."""
-        config = trained.objective.config.to_json()
+        config = trained.config.to_json()
         return {
             "losses": [round(loss, 4) for loss in trained.course.losses],
             "grad_norms": [float(f"{norm:.4g}") for norm in trained.course.grad_norms],

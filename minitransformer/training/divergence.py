@@ -13,7 +13,7 @@ from minitransformer.models.model import build_model
 from minitransformer.runs import Run
 from minitransformer.training.checkpoint import checkpoint_step, checkpoints_in, damage, load_model_weights
 from minitransformer.training.config import TrainingConfig
-from minitransformer.training.objectives import Objective
+from minitransformer.training.loader import Loader
 from minitransformer.training.precision import Precision
 
 NOISE = 1.02
@@ -31,7 +31,7 @@ def are_finite(tensors: Sequence[Tensor]) -> bool:
     return all(tensor.isfinite().all() for tensor in tensors)  # the norm of large numbers overflows
 
 
-def sound_checkpoint(run: Run, objective: Objective, precision: Precision, first_loss: float) -> Path | None:
+def sound_checkpoint(run: Run, loader: Loader, precision: Precision, first_loss: float) -> Path | None:
     """The newest whole checkpoint of `run` that training can go on from; None if there is none.
 
     Its next step has a finite gradient and a loss no larger than `first_loss` nats a target, what the run began with.
@@ -41,19 +41,19 @@ def sound_checkpoint(run: Run, objective: Objective, precision: Precision, first
         if damage(path) is not None:
             continue
         load_model_weights(path, model)
-        if _next_loss(model, objective, precision, checkpoint_step(path)) <= NOISE * first_loss:
+        if _next_loss(model, loader, precision, checkpoint_step(path)) <= NOISE * first_loss:
             return path
     return None
 
 
-def _next_loss(model: nn.Module, objective: Objective, precision: Precision, step: int) -> float:
+def _next_loss(model: nn.Module, loader: Loader, precision: Precision, step: int) -> float:
     """The mean loss of the step after `step`; NaN if its gradient is not finite."""
-    batches = [batch.to(precision.device) for batch in objective.training_batches(step)]
+    batches = [batch.to(precision.device) for batch in loader.training_batches(step)]
     targets, total = sum(batch.num_targets for batch in batches), 0.0
     model.zero_grad(set_to_none=True)
     for batch in batches:
         with precision.autocast():
-            loss = objective.loss_sum(model, batch) / targets
+            loss = loader.objective.loss_sum(model, batch) / targets
         loss.backward()
         total += loss.item()
     finite = are_finite([parameter.grad for parameter in model.parameters() if parameter.grad is not None])

@@ -15,6 +15,7 @@ from torch import Tensor
 from minitransformer import files
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
+from minitransformer.text.datasets import PreparedData
 from minitransformer.training.checkpoint import (
     checkpoint_name,
     load_model_weights,
@@ -25,17 +26,16 @@ from minitransformer.training.checkpoint import (
 )
 from minitransformer.training.divergence import NonFiniteTraining, are_finite, remedy, sound_checkpoint
 from minitransformer.training.experts import ExpertBalance
+from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Log
 from minitransformer.training.machine import Machine, compiled, keep_freed_memory, peak_flops
-from minitransformer.training.objectives import Objective
-from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.optimizers import build_optimizers, set_learning_rate
 from minitransformer.training.precision import Precision
 from minitransformer.training.prefetch import prefetched
 from minitransformer.training.probe import NO_PROBE, Probe
 from minitransformer.training.signals import StopRequest
-from minitransformer.training.step import StepResult, Validation, training_step
-from minitransformer.training.validation import Validator
+from minitransformer.training.step import StepResult, training_step
+from minitransformer.training.validation import Validation, Validator
 
 # float16 needs some steps to find its loss scale; nothing that recovers needs more.
 MOST_STEPS_WITHOUT_UPDATE = 20
@@ -78,18 +78,19 @@ class Trainer:
     def __init__(
         self,
         run: Run,
-        prepared: Prepared,
+        data: PreparedData,
         machine: Machine,
         log: Log,
         stop: StopRequest,
-        sample: Callable[[Model, Objective], str],
-        make_probe: Callable[[Model, Objective, torch.device], Probe] = lambda *_: NO_PROBE,
+        sample: Callable[[Model, Loader], str],
+        make_probe: Callable[[Model, Loader, torch.device], Probe] = lambda *_: NO_PROBE,
     ) -> None:
         self.run, self.machine, self.log, self.stop, self.sample = run, machine, log, stop, sample
         config = self.config = run.config.training
         keep_freed_memory()
-        self.objective = Objective.named(config.objective)(prepared, run.config)
-        self.training_batches = prefetched(self.objective.training_batches, machine.device)
+        self.loader = Loader.of_run(run.config, data)
+        self.objective = self.loader.objective
+        self.training_batches = prefetched(self.loader.training_batches, machine.device)
         torch.manual_seed(config.seed)
         self.model = build_model(run.config.model).to(machine.device)
         self.model.calibrate(self._pass_a_batch)
@@ -97,9 +98,9 @@ class Trainer:
         self.optimizers = build_optimizers(config.optimizer, self.model, config.rates)
         self.balance = ExpertBalance(self.model, config.expert_balance)
         self.precision = Precision.named(machine.precision)(machine.device)
-        self.probe = make_probe(self.model, self.objective, machine.device)
+        self.probe = make_probe(self.model, self.loader, machine.device)
         self.progress = Progress()
-        self.validator = Validator(self.model, self.objective, self.precision, log)
+        self.validator = Validator(self.model, run.config, self.loader, self.precision, log)
         self.validation: Validation | None = None
         self._saved: Progress | None = None
         self._steps_without_update = 0
@@ -107,7 +108,7 @@ class Trainer:
         self._flops_per_token = self.model.flops_per_token(run.config.sequence_length)
 
     def _pass_a_batch(self) -> None:
-        self.objective.loss_sum(self.model, self.objective.training_batches(0)[0].to(self.machine.device))
+        self.objective.loss_sum(self.model, self.loader.training_batches(0)[0].to(self.machine.device))
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from `checkpoint`; settings that were changed since keep their new values."""
@@ -172,7 +173,7 @@ class Trainer:
         return self.progress.step % every == 0 or self.progress.step == self.config.steps
 
     def _validation_due(self) -> bool:
-        return self.objective.validates and self.progress.step > 0 and self._due(self.config.eval_every)
+        return self.loader.validates and self.progress.step > 0 and self._due(self.config.eval_every)
 
     def _reading_due(self) -> bool:
         """Whether to wait for the device, which may be some steps behind."""
@@ -211,7 +212,7 @@ class Trainer:
             )
 
     def _diverged(self, what: str) -> NonFiniteTraining:
-        sound = sound_checkpoint(self.run, self.objective, self.precision, self.progress.first_loss)
+        sound = sound_checkpoint(self.run, self.loader, self.precision, self.progress.first_loss)
         return NonFiniteTraining(f"{what}; {remedy(self.run, sound, self.machine.precision)}")
 
     def _step(self) -> StepResult:
@@ -283,17 +284,7 @@ class Trainer:
             if loss < self.progress.first_loss:
                 self.progress.skipped_step = 0
         self.progress.validations_since_best = 0 if better else self.progress.validations_since_best + 1
-        self.log.record(
-            {
-                "step": self.progress.step,
-                "validation_loss": validation.loss,
-                "perplexity": validation.perplexity,
-                "bits_per_byte": validation.bits_per_byte,
-                "accuracy": validation.accuracy,
-                "exact": validation.exact,
-                "validation_tokens": validation.tokens,
-            }
-        )
+        self.log.record({"step": self.progress.step, **validation.record()})
         self.log.line(f"step {self.progress.step} validation: {validation}")
         if self.config.sample_at_eval:
             self.write_sample()
@@ -305,7 +296,7 @@ class Trainer:
             name = checkpoint_name(self.progress.best_step)
             model = self.run.load_model(name, str(self.machine.device))
             note = f"of the best weights, those of step {self.progress.best_step}:\n"
-        sample = note + self.sample(model, self.objective)
+        sample = note + self.sample(model, self.loader)
         with (self.run.path / SAMPLES).open("a", encoding="utf-8") as file:
             file.write(f"{sample_heading(self.progress.step)}{sample}\n")
         self.log.line(sample)
@@ -328,7 +319,7 @@ class Trainer:
         self.log.sync()  # first, so that no checkpoint stands for more than the records show
         path = write_checkpoint(folder, self.progress.step, self.model, state, self.run.config)
         # Without validation nobody knows a better one than the last.
-        if self.progress.best_step == self.progress.step or not self.objective.validates:
+        if self.progress.best_step == self.progress.step or not self.loader.validates:
             files.point_to(folder / "best", path.name)
         # The weights of a checkpoint made the loss of the step after it.
         remove_old_checkpoints(folder, self.config.keep_last, also_before=self.progress.skipped_step - 1)

@@ -1,6 +1,7 @@
 """Kinds of data: each becomes token ids on disk by one pipeline, and yields batches of them."""
 
-from minitransformer.text.datasets.pairs import PairPreparation, PreparedPairs
-from minitransformer.text.datasets.text import PreparedText, TextPreparation
+from minitransformer.text.datasets.base import BatchShape, DataRequest, Dataset, PreparedData
+from minitransformer.text.datasets.pairs import Pairs
+from minitransformer.text.datasets.text import Text
 
-__all__ = ["PairPreparation", "PreparedPairs", "PreparedText", "TextPreparation"]
+__all__ = ["BatchShape", "DataRequest", "Dataset", "Pairs", "PreparedData", "Text"]

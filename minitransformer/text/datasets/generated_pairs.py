@@ -12,7 +12,7 @@ import numpy as np
 
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
-from minitransformer.text.datasets.pairs import PairData, described, framed_but_last, vocabularies
+from minitransformer.text.datasets.pair_data import PairData, described, framed_but_last, vocabularies
 from minitransformer.text.folders import work_folder
 from minitransformer.text.pairs import Pair
 from minitransformer.text.token_files import Ragged, TokenPairs, Tokens
@@ -99,9 +99,13 @@ class GeneratedData(PairData):
     draw: Draw
     context_length: int
 
-    def training_batches(self, batch_tokens: int, seed: int) -> GeneratedPairs:
-        """Batches of at most `batch_tokens` tokens a side, without end."""
-        return GeneratedPairs(self.draw, self.tokenizer, self.context_length, batch_tokens, seed)
+    def training_batches(self, seed: int) -> GeneratedPairs:
+        return GeneratedPairs(self.draw, self.tokenizer, self.context_length, self.batch_tokens, seed)
+
+    def pairs(self, split: str) -> TokenPairs:
+        if split != "validation":
+            raise UserError(f"{self.name} makes pairs up without end, and there is no whole of them: name a file")
+        return self.validation
 
     def summary(self) -> str:
         """Three lines to print, of less than 80 columns."""

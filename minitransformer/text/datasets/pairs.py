@@ -1,289 +1,125 @@
-"""Pairs of texts as token ids: a source and its target, for training and for validation."""
+"""Pairs of texts, such as sentences and their translations."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from minitransformer.errors import UserError
-from minitransformer.text.datasets.pipeline import SPLITS, Preparation
-from minitransformer.text.pairs import Pair, PairCorpus
-from minitransformer.text.threads import cores, in_order, progress_bar
-from minitransformer.text.token_files import Ragged, RaggedWriter, TokenPairs, Tokens, count_bytes
-from minitransformer.text.tokenizers import Tokenizer
-
-if TYPE_CHECKING:
-    from minitransformer.text.pair_batches import SequentialPairs, ShuffledPairs
-
-SIDES = ("source", "target")
-POLICIES = ("skip", "cut")
-# What a thread encodes at once: enough that the price of a task vanishes.
-CHUNK = 1024
+from minitransformer.settings import setting
+from minitransformer.text.datasets.base import BatchShape, DataRequest, Dataset, Names, one_file
+from minitransformer.text.datasets.generated_pairs import generate_pairs, generates_pairs
+from minitransformer.text.datasets.pair_data import PairData
+from minitransformer.text.datasets.pair_preparation import PairPreparation
+from minitransformer.text.pairs import PairCorpus, open_pairs
 
 
-@dataclass(frozen=True)
-class PairData:
-    """Pairs to learn from, whether they lie in a folder or are made up: what training and validation ask of both.
+class Pairs(Dataset, name="pairs"):
+    """Sources and targets: of a .tsv or .jsonl, of two files whose lines belong together, or made up by a recipe."""
 
-    `target_tokenizer` is the same object as `tokenizer` where the sides share one. The folder's name changes with
-    whatever changes the pairs.
-    """
+    cuts_text = False
 
-    folder: Path
-    tokenizer: Tokenizer
-    target_tokenizer: Tokenizer
-    validation: TokenPairs
+    @dataclass(frozen=True)
+    class Settings:
+        target_data: str | None = setting(
+            None,
+            flag="target_data",
+            of_files=True,
+            may_change_on_resume=True,
+            changes_task=True,
+            help="the file whose lines belong to those of data",
+        )
+        validation_target_data: str | None = setting(
+            None,
+            flag="validation_target_data",
+            of_files=True,
+            may_change_on_resume=True,
+            changes_task=True,
+            help="the file whose lines belong to those of validation_data",
+        )
+        source_field: str = setting(
+            "source",
+            flag="source_field",
+            of_files=True,
+            changes_task=True,
+            help="field of each .jsonl line that holds the source",
+        )
+        target_field: str = setting(
+            "target",
+            flag="target_field",
+            of_files=True,
+            changes_task=True,
+            help="field of each .jsonl line that holds the target",
+        )
+        lowercase: bool = setting(
+            False, flag="lowercase", changes_task=True, help="lower-case the text, also what is translated later"
+        )
+        separate_vocabularies: bool = setting(
+            False, flag="separate_vocabularies", changes_tokens=True, help="fit a vocabulary to each side"
+        )
+        too_long: Literal["skip", "cut"] = setting(
+            "skip", flag="too_long", changes_task=True, help="what to do with a side that is longer than the context"
+        )
+        batch_tokens: int = setting(
+            2048,
+            flag="batch_tokens",
+            at_least=1,
+            may_change_on_resume=True,
+            help="tokens in a micro-batch, padding included, on the side that has more",
+        )
 
-    @cached_property
-    def validation_bytes(self) -> int:
-        """UTF-8 bytes of the targets, so that bits per byte = nats summed over them / ln 2 / these."""
-        return count_bytes(self.target_tokenizer, self.validation.targets.tokens)
+    settings: Settings
 
-    @property
-    def ends(self) -> tuple[int, int]:
-        """The last tokens of sources and of targets."""
-        return self.tokenizer.pair_framing.after[-1], self.target_tokenizer.pair_framing.after[-1]
+    def check(self, validation_data: Names | None) -> None:
+        if (target := self.settings.validation_target_data) is not None and validation_data is None:
+            raise UserError(f"validation_target_data is {target!r} without validation_data: name both files")
 
-    def validation_batches(self, batch_tokens: int) -> SequentialPairs:
-        """Every pair of the validation split once."""
-        from minitransformer.text.pair_batches import SequentialPairs  # late: text is prepared before torch is there
+    def prepare(self, request: DataRequest) -> PairData:
+        name = one_file(request.data)
+        validation = None if request.validation_data is None else one_file(request.validation_data)
+        made_up = generates_pairs(name)
+        data = self._generated(name, request) if made_up else self._of_files(name, validation, request)
+        return replace(data, batch_tokens=self.settings.batch_tokens)
 
-        return SequentialPairs(self.validation, batch_tokens, *self.ends, start=self.target_tokenizer.target_start)
+    def tokens_per_step(self, shape: BatchShape) -> int:
+        return 2 * self.settings.batch_tokens * shape.micro_batches
 
+    def cased(self, text: str) -> str:
+        return text.lower() if self.settings.lowercase else text
 
-@dataclass(frozen=True)
-class PreparedPairs(PairData):
-    """The token ids of both splits, mapped from disk.
+    def _of_files(self, name: str, validation: str | None, request: DataRequest) -> PairData:
+        tokenizers = request.tokenizers
+        return PairPreparation(
+            self._opened(name, self.settings.target_data),
+            tokenizers[0] if tokenizers else request.tokenizer,
+            target_tokenizer=tokenizers[1] if len(tokenizers) > 1 else None,
+            separate=self.settings.separate_vocabularies,
+            vocab_size=request.vocab_size,
+            validation=None if validation is None else self._opened(validation, self.settings.validation_target_data),
+            validation_fraction=request.validation_fraction,
+            context_length=request.context_length,
+            too_long=self.settings.too_long,
+        ).run()
 
-    Of the pairs with a side that is too long for the context, `skipped` are in no split, and `cut` are, shortened.
-    """
+    def _opened(self, name: str, target_name: str | None) -> PairCorpus:
+        settings = self.settings
+        fields = {"source_field": settings.source_field, "target_field": settings.target_field}
+        return open_pairs(name, target_name, **fields, lowercase=settings.lowercase)
 
-    train: TokenPairs
-    skipped: int
-    cut: int
-
-    def training_batches(self, batch_tokens: int, seed: int) -> ShuffledPairs:
-        """Batches of at most `batch_tokens` tokens a side, without end."""
-        from minitransformer.text.pair_batches import ShuffledPairs
-
-        return ShuffledPairs(self.train, batch_tokens, *self.ends, seed, self.target_tokenizer.target_start)
-
-    def summary(self) -> str:
-        """Three or four lines to print, of less than 80 columns."""
-        lines = [vocabularies(self.tokenizer, self.target_tokenizer)]
-        lines += [described(split, getattr(self, split)) for split in SPLITS]
-        if self.skipped or self.cut:
-            lines.append(f"too long   {self.skipped:,} pairs skipped, {self.cut:,} cut")
-        return "\n".join(lines)
-
-
-def vocabularies(tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> str:
-    """The line of a summary that names the tokenizers."""
-    line = f"tokens     {tokenizer.name} tokenizer, {tokenizer.vocab_size:,} tokens"
-    if target_tokenizer is tokenizer:
-        return f"{line} for both sides"
-    return f"{line}; targets: {target_tokenizer.name}, {target_tokenizer.vocab_size:,}"
-
-
-def described(split: str, pairs: TokenPairs) -> str:
-    """The line of a summary that says how much a split holds."""
-    if not len(pairs):
-        return f"{split:10} none: nothing tells when training goes too far"
-    source, target = len(pairs.sources.tokens), len(pairs.targets.tokens)
-    return f"{split:10} {len(pairs):,} pairs of {source:,} and {target:,} tokens"
-
-
-@dataclass(frozen=True)
-class PairScan:
-    """What must be known of pairs before they are encoded."""
-
-    digest: str
-    pairs: int
-    bytes: tuple[int, int]
-    """of sources and of targets"""
-
-
-class EncodedPair(NamedTuple):
-    """A pair as token ids, and its place in [0, 1): a hash, so duplicates stay together and order does not matter."""
-
-    place: float
-    sides: tuple[Tokens, Tokens]
-    too_long: bool
-    bytes: int
-
-
-@dataclass
-class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
-    """Pairs become the sources and targets of two splits.
-
-    A tokenizer is fitted to both sides of `corpus` together, or with `separate` one to each; a ready one is for both
-    sides unless there is a `target_tokenizer`. Without a corpus for validation, those pairs go there whose hash says
-    so, and at least one. Each side must leave room for its end token in `context_length`; pairs with a longer one are
-    left out (`too_long` "skip"), or lose what is too much ("cut").
-    """
-
-    target_tokenizer: Tokenizer | None = None
-    separate: bool = False
-    too_long: str = "skip"
-
-    scan_type = PairScan
-    key = ("pairs",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.too_long not in POLICIES:
-            raise UserError(f"too_long is {self.too_long!r}: choose {' or '.join(map(repr, POLICIES))}")
-
-    def scan_key(self, corpus: PairCorpus) -> list[Any]:
-        return [corpus.fields, corpus.lowercase]
-
-    def scan(self, corpus: PairCorpus, on_read: Callable[[int], object]) -> PairScan:
-        digest, count, sizes = hashlib.sha256(), 0, [0, 0]
-        for pair in corpus.pairs(on_read):
-            count += 1
-            for side, text in enumerate(pair):
-                encoded = text.encode()
-                digest.update(encoded + b"\xff")  # in no UTF-8, so texts cannot run together
-                sizes[side] += len(encoded)
-        return PairScan(digest.hexdigest(), count, (sizes[0], sizes[1]))
-
-    def choose_tokenizers(self) -> tuple[Tokenizer, ...]:
-        source, target = self.tokenizer, self.target_tokenizer
-        if isinstance(source, str):
-            if target is None and self.separate:
-                target = self._fitted(source, 1)
-            source = self._fitted(source, 0) if target is not None else self._fitted(source, 0, 1)
-        source = source.check_vocab_size(self.vocab_size)
-        return (source,) if target is None or target is source else (source, target)
-
-    def _fitted(self, name: str, *sides: int) -> Tokenizer:
-        """The tokenizer called `name` for the texts of `sides`."""
-
-        def side_of(side: int) -> Iterator[str]:
-            return (pair[side] for pair in self.corpus.pairs())
-
-        # One side after the other: a sample of both in turn could have one side only.
-        scan = self.scans[0]
-        size = sum(scan.bytes[side] for side in sides)
-        return self.fitted(name, lambda: map(side_of, sides), size, [scan.digest], self.vocab_size, sides)
-
-    @property
-    def both(self) -> tuple[Tokenizer, Tokenizer]:
-        """The tokenizers of sources and of targets, which may be the same."""
-        return self.tokenizers[0], self.tokenizers[-1]
-
-    def identity(self, division: str) -> list[Any]:
-        corpus, *validation = (scan.digest for scan in self.scans)
-        prints = [member.fingerprint for member in self.both]
-        return [corpus, prints, validation or self.validation_fraction, self.context_length, self.too_long]
-
-    def write(self, division: str, folder: Path) -> dict[str, Any]:
-        counts = dict.fromkeys(POLICIES, 0)
-        with ExitStack() as stack:
-            writers = {
-                split: [
-                    RaggedWriter(folder, f"{split}-{side}", tokenizer, stack)
-                    for side, tokenizer in zip(SIDES, self.both, strict=True)
-                ]
-                for split in SPLITS
-            }
-            for split, pair in self.parts(counts):
-                for writer, tokens in zip(writers[split], pair.sides, strict=True):
-                    writer.add(tokens)
-        return {**counts, **{writer.name: writer.finish() for split in SPLITS for writer in writers[split]}}
-
-    def parts(self, counts: dict[str, int]) -> Iterator[tuple[str, EncodedPair]]:
-        """Each pair that is not left out, with its split; `counts` are of those that are too long."""
-        kept = [self._fitting(self._encoded(*each), counts) for each in zip(self.corpora, self.scans, strict=True)]
-        if len(kept) == 1:
-            yield from divided(kept[0], self.validation_fraction)
-        else:
-            yield from ((split, pair) for split, pairs in zip(SPLITS, kept, strict=True) for pair in pairs)
-
-    def _fitting(self, pairs: Iterable[EncodedPair], counts: dict[str, int]) -> Iterator[EncodedPair]:
-        for pair in pairs:
-            counts[self.too_long] += pair.too_long
-            if self.too_long == "cut" or not pair.too_long:
-                yield pair
-
-    def _encoded(self, corpus: PairCorpus, scan: PairScan) -> Iterator[EncodedPair]:
-        """Every pair in order, encoded on threads."""
-        pairs = corpus.pairs()
-        chunks = iter(lambda: list(islice(pairs, CHUNK)), [])
-        with progress_bar("encoding pairs", sum(scan.bytes), self.progress) as bar:
-            for chunk in in_order(lambda chunk: list(map(self._encode, chunk)), chunks, self.workers or cores()):
-                yield from chunk
-                bar.update(sum(pair.bytes for pair in chunk))
-
-    def _encode(self, pair: Pair) -> EncodedPair:
-        """Both sides as ids, shortened to what the context has room for if that is asked."""
-        sides = [member.encode_array(text) for member, text in zip(self.both, pair, strict=True)]
-        rooms = [self.context_length - member.pair_framing.length for member in self.both]
-        too_long = any(len(side) > room for side, room in zip(sides, rooms, strict=True))
-        if self.too_long == "cut":
-            sides = [side[:room] for side, room in zip(sides, rooms, strict=True)]
-        source, target = (framed_but_last(side, member) for side, member in zip(sides, self.both, strict=True))
-        return EncodedPair(_place(pair), (source, target), too_long, sum(len(text.encode()) for text in pair))
-
-    @classmethod
-    def load(cls, folder: Path, meta: dict[str, Any], tokenizers: Sequence[Tokenizer]) -> PreparedPairs:
-        def pairs_of(split: str) -> TokenPairs:
-            sides = zip((f"{split}-{side}" for side in SIDES), (tokenizers[0], tokenizers[-1]), strict=True)
-            return TokenPairs(*(Ragged.load(folder, name, meta[name], tokenizer) for name, tokenizer in sides))
-
-        train, validation = map(pairs_of, SPLITS)
-        skipped, cut = (int(meta[policy]) for policy in POLICIES)
-        return PreparedPairs(folder, tokenizers[0], tokenizers[-1], validation, train, skipped, cut)
-
-    def fault(self, prepared: PreparedPairs) -> UserError | None:
-        for split in SPLITS if self.validation is not None or self.validation_fraction else SPLITS[:1]:
-            if not len(getattr(prepared, split)):
-                pairs = f"{self.scans[0].pairs} pairs, {prepared.skipped} of them too long"
-                return UserError(
-                    f"{self.corpus.name} leaves no pairs for {split} ({pairs} for {self.context_length} tokens): "
-                    "give more pairs, or choose a greater --context-length"
-                )
-        return None
-
-
-def _place(pair: Pair) -> float:
-    digest = hashlib.blake2b("\0".join(pair).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) / 2**64
-
-
-def framed_but_last(tokens: Tokens, tokenizer: Tokenizer) -> Tokens:
-    """`tokens` [tokens] with all that stands around them but the last token, which batches add."""
-    framing = tokenizer.pair_framing
-    return tokens if framing.length == 1 else np.array(framing.around(tokens.tolist())[:-1], tokens.dtype)
-
-
-def divided(pairs: Iterable[EncodedPair], fraction: float) -> Iterator[tuple[str, EncodedPair]]:
-    """Each pair with its split: validation has the places below `fraction`, or the lowest one if there are none.
-
-    Of a fraction of 0 there are none, and all are for training.
-    """
-    if not fraction:
-        yield from (("train", pair) for pair in pairs)
-        return
-    lowest: list[EncodedPair] = []
-    found = False
-    for pair in pairs:
-        if pair.place < fraction:
-            found = True
-            yield "validation", pair
-        elif lowest and pair.place > lowest[0].place:
-            yield "train", pair
-        else:
-            if lowest and pair.place < lowest[0].place:
-                yield from (("train", other) for other in lowest)
-                lowest = []
-            lowest.append(pair)
-    yield from (("train" if found else "validation", pair) for pair in lowest)
+    def _generated(self, name: str, request: DataRequest) -> PairData:
+        """There is no text to fit a tokenizer to, but bytes need none."""
+        settings = self.settings
+        files = {
+            "target_data": settings.target_data,
+            "validation_data": request.validation_data,
+            "validation_target_data": settings.validation_target_data,
+        }
+        for flag, value in files.items():
+            if value is not None:
+                raise UserError(f"{flag} is {value!r}, and nothing would read it: {name} makes its pairs up")
+        if not request.tokenizers and request.tokenizer != "bytes":
+            raise UserError(f"{name} makes pairs up as bytes, not {request.tokenizer}: --tokenizer bytes")
+        if settings.separate_vocabularies:
+            raise UserError(f"{name} has one vocabulary, bytes, for both sides: leave --separate-vocabularies out")
+        tokenizer = request.tokenizers[0] if request.tokenizers else None
+        return generate_pairs(name, tokenizer, context_length=request.context_length)

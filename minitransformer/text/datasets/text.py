@@ -10,18 +10,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from minitransformer.amounts import size
 from minitransformer.errors import UserError
-from minitransformer.text.corpora import Corpus, Piece, kind
+from minitransformer.text.corpora import Corpus, Piece, kind, open_corpus
+from minitransformer.text.datasets.base import BatchShape, DataRequest, Dataset, PreparedData
 from minitransformer.text.datasets.pipeline import SPLITS, Preparation
 from minitransformer.text.tables import TABLES
 from minitransformer.text.threads import cores, in_order, progress_bar
 from minitransformer.text.token_files import Tokens, dtype_of, mapped, stored_dtype
 from minitransformer.text.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from minitransformer.text.batches import SequentialWindows
 
 READER = "rows"
 # The division by document stands if validation is at least this part, and at most this multiple, of what was asked.
@@ -36,7 +40,7 @@ HOW = {
 
 
 @dataclass(frozen=True)
-class PreparedText:
+class PreparedText(PreparedData):
     """The token ids of both splits, each [tokens], mapped from disk, and what they were made from.
 
     Every document starts with the tokenizer's separator: the end-of-text token, and whatever a model wants before a
@@ -55,10 +59,8 @@ class PreparedText:
     validation_documents: int
     split: str
 
-    @property
-    def target_tokenizer(self) -> Tokenizer:
-        """The tokenizer of what a model writes."""
-        return self.tokenizer
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target_tokenizer", self.tokenizer)
 
     @property
     def shortest(self) -> int:
@@ -66,10 +68,34 @@ class PreparedText:
         return len(self.train) if self.split == "none" else min(len(self.train), len(self.validation))
 
     @cached_property
-    def majority_accuracy(self) -> float:
+    def majority_baseline(self) -> float:
         """Share of validation that is the most frequent token of training."""
         most_frequent = np.bincount(np.asarray(self.train)).argmax()
         return float((np.asarray(self.validation) == most_frequent).mean())
+
+    def targets(self, split: str) -> Tokens:
+        return {"train": self.train, "validation": self.validation}[split]
+
+    def num_tokens(self, split: str) -> int:
+        return len(self.targets(split))
+
+    def num_bytes(self, split: str) -> int:
+        return {"train": self.train_bytes, "validation": self.validation_bytes}[split]
+
+    def shuffled_batches(self, shape: BatchShape, seed: int, step: int, change: Callable[[Any], Any]) -> list[Any]:
+        from minitransformer.text.batches import ShuffledWindows  # late: text is prepared before torch is there
+
+        windows = ShuffledWindows(self.train, shape.window, shape.rows * shape.micro_batches, seed)
+        micro_batches: list[Any] = change(windows.batch(step)).split(shape.rows)
+        return micro_batches
+
+    def ordered_batches(self, split: str, shape: BatchShape) -> SequentialWindows:
+        from minitransformer.text.batches import SequentialWindows
+
+        tokens = self.targets(split)
+        if shape.whole:
+            tokens = tokens[: max(1, (len(tokens) - 1) // shape.window) * shape.window + 1]
+        return SequentialWindows(tokens, shape.window, shape.rows)
 
     def summary(self) -> str:
         """Three lines to print, of less than 80 columns."""
@@ -82,6 +108,22 @@ class PreparedText:
             return "\n".join([*lines, "validation none: nothing tells when training goes too far"])
         validation = f"{len(self.validation):,} tokens from {size(self.validation_bytes)}"
         return "\n".join([*lines, f"validation {validation}, documents: {self.validation_documents:,}"])
+
+
+class Text(Dataset, name="text"):
+    """Running text, one document after the other, and windows that are cut from it."""
+
+    def prepare(self, request: DataRequest) -> PreparedText:
+        validation = request.validation_data
+        return TextPreparation(
+            open_corpus(request.data, request.field),
+            request.tokenizers[0] if request.tokenizers else request.tokenizer,
+            vocab_size=request.vocab_size,
+            validation=None if validation is None else open_corpus(validation, request.field),
+            validation_fraction=request.validation_fraction,
+            context_length=request.context_length,
+            special_tokens=request.special_tokens,
+        ).run()
 
 
 class TooShort(UserError):
