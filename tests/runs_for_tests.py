@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from minitransformer.evaluation.metrics import Totals, values_of
 from minitransformer.models.config import ModelConfig
 from minitransformer.runs import Run
+from minitransformer.settings import all_declared, with_settings
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.datasets.text import PreparedText, TextPreparation
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
@@ -18,6 +19,7 @@ from minitransformer.training.logging import Logs, RunFiles
 from minitransformer.training.loop import Trainer
 from minitransformer.training.machine import Machine
 from minitransformer.training.signals import StopRequest
+from minitransformer.training.validation import Validation
 
 TEXT = "".join(f"Line {i}: the {'quick brown' if i % 3 else 'slow red'} fox counts {i * i}.\n" for i in range(200))
 
@@ -31,12 +33,26 @@ TINY = RunConfig(
 
 
 def configured(config: RunConfig = TINY, **changes: object) -> RunConfig:
-    """`config` with changed fields, wherever they belong."""
-    parts = {}
-    for name in ("model", "data", "training"):
-        part = getattr(config, name)
-        parts[name] = replace(part, **{k: v for k, v in changes.items() if hasattr(part, k)})
-    return RunConfig(**parts)
+    """`config` with changed settings, wherever they belong."""
+    return with_settings(config, changes)
+
+
+def chosen_for(record: type, name: str) -> dict[str, str]:
+    """The choices without which a configuration has no setting of this name."""
+    owners = [each.variant for each in all_declared(record) if each.name == name]
+    choices: dict[str, str] = {}
+    while owners and owners[0] is not None:
+        choice = next(
+            each for each in all_declared(record) if each.family and owners[0] in each.family.registry.values()
+        )
+        choices[choice.name] = owners[0].name
+        owners = [choice.variant]
+    return choices
+
+
+def validation_of(loss: float, **about: Any) -> Validation:
+    """A validation of which only the loss is known."""
+    return Validation(values_of(Totals(nats=loss, targets=1)), **about)
 
 
 def prepared_text(folder: Path, text: str = TEXT) -> PreparedText:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -201,10 +202,11 @@ def test_generated_data_validates_on_the_same_held_out_pairs_every_time() -> Non
     assert answers(data.validation) == answers(again.validation)
     assert len(answers(data.validation)) == 500
     assert {numbers.count_words(numbers.in_words(int(digits))) for digits in answers(data.validation)} == {6, 11}
-    assert data.validation_bytes == sum(map(len, answers(data.validation)))
+    assert data.num_bytes("validation") == sum(map(len, answers(data.validation)))
     assert data.folder == again.folder
-    assert sum(len(batch.source) for batch in data.validation_batches(1000)) == 500
-    assert said(data.training_batches(1000, seed=3), 5) == said(generated(1000, seed=3, context_length=128), 5)
+    data = replace(data, batch_tokens=1000)
+    assert sum(len(batch.source) for batch in data.ordered_batches("validation")) == 500
+    assert said(data.training_batches(3), 5) == said(generated(1000, seed=3, context_length=128), 5)
     assert "500 pairs" in data.summary()
     assert max(map(len, data.summary().splitlines())) < 80
 
