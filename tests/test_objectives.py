@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import IMPORTED_ONLY, TOPOLOGIES, ModelConfig
+from minitransformer.settings import declared
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.datasets import Pairs, Text
 from minitransformer.text.tokenizers import MASK, Bytes, Framing
@@ -311,8 +312,8 @@ def test_masked_and_seq2seq_are_found_by_their_names() -> None:
 def test_help_offers_the_topologies_that_an_objective_trains_and_no_other() -> None:
     trained = set().union(*(objective.topologies for objective in Objective.registry.values()))
     assert TOPOLOGIES.keys() - IMPORTED_ONLY == trained
-    doc = get_type_hints(ModelConfig, include_extras=True)["topology"].__metadata__[0].documentation
-    assert set(doc.partition(": ")[2].split(", ")) == trained
+    [topology] = [each for each in declared(ModelConfig) if each.name == "topology"]
+    assert set(topology.about["help"].partition(": ")[2].split(", ")) == trained
 
 
 def test_a_topology_that_nothing_trains_is_refused_with_the_reason() -> None:
