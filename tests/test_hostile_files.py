@@ -499,7 +499,8 @@ def test_values_are_checked_by_the_types_of_a_record() -> None:
     assert TrainingConfig(**checked_fields(TrainingConfig, whole, "x")).probe == ("a",)
     for values in ({"probe": "a"}, {"probe": [3]}, {"compile": "maybe"}, {"device": None}):
         assert refused(lambda values=values: checked_fields(TrainingConfig, values, "x")).startswith("x has ")
-    assert checked_fields(DataConfig, {"field": "a", "target_data": None}, "x") == {"field": "a", "target_data": None}
+    values = {"field": "a", "validation_data": None}
+    assert checked_fields(DataConfig, values, "x") == values
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:

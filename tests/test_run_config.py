@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from runs_for_tests import chosen_for
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
@@ -17,6 +16,7 @@ from minitransformer.settings import all_declared, flat, with_settings
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.finetuning import fine_tuning
 from minitransformer.training.presets import PRESETS
+from tests.runs_for_tests import chosen_for
 
 
 def stored(config: RunConfig) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def test_every_preset_can_be_fine_tuned_at_a_tenth_of_its_rates(preset: str, new
     assert tuned.sequence_length <= min(1024, parent.model.context_length)
     again = fine_tuning(tuned, from_scratch=False, new_data=new_data)
     assert again.training == tuned.training
-    assert tuned.data.lowercase == parent.data.lowercase
+    assert tuned.data.dataset.settings == parent.data.dataset.settings
 
 
 @pytest.mark.parametrize(

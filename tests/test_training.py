@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.batches import IGNORE, Batch
+from minitransformer.text.tokenizers import Bytes
 from minitransformer.training.checkpoint import checkpoint_step, checkpoints_in, choose_checkpoint
 from minitransformer.training.divergence import are_finite
 from minitransformer.training.experts import ExpertBalance
@@ -25,8 +26,9 @@ from minitransformer.training.objectives import Causal
 from minitransformer.training.optimizers import AdamW, MuonWithAdamW, Optimizer, Rates, build_optimizers
 from minitransformer.training.precision import Precision
 from minitransformer.training.signals import StopRequest
-from minitransformer.training.step import Validation, training_step, validate
-from tests.runs_for_tests import TINY, configured, prepared_text, trainer_for
+from minitransformer.training.step import training_step
+from minitransformer.training.validation import validate
+from tests.runs_for_tests import TINY, configured, prepared_text, trainer_for, validation_of
 
 pytestmark = pytest.mark.unchecked_shapes
 
@@ -55,6 +57,10 @@ def metrics(path):
     return [{k: v for k, v in record.items() if k not in timeless} for record in records]
 
 
+def causal(kind=Causal):
+    return kind.choose().make(Bytes(), TINY.model, TINY.sequence_length)
+
+
 def gradients(model, batches, grad_clip=0.0):
     """The gradient that one step descends along, read by an optimizer that changes nothing."""
     seen = {}
@@ -63,7 +69,7 @@ def gradients(model, batches, grad_clip=0.0):
         def step(self, closure=None):
             seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
 
-    objective = Causal(None, TINY)
+    objective = causal()
     optimizer = Reader(model.parameters(), lr=0.0)
     precision, balance = Precision.named("fp32")(CPU), ExpertBalance(model, 0.0)
     result = training_step(model, objective, batches, [optimizer], precision, grad_clip=grad_clip, balance=balance)
@@ -226,7 +232,7 @@ def test_a_loss_or_gradient_that_is_not_finite_changes_neither_weights_nor_avera
 
     def step(objective):
         rules = {"grad_clip": 1.0, "balance": ExpertBalance(model, 0.0)}
-        return training_step(model, objective(None, TINY), [batch], optimizers, arithmetic, **rules)
+        return training_step(model, causal(objective), [batch], optimizers, arithmetic, **rules)
 
     def averages():
         states = [state for optimizer in optimizers for state in optimizer.state.values()]
@@ -263,7 +269,7 @@ def test_a_step_asks_the_device_for_no_number(precision, optimizer):
     batch = OnHost(**{field.name: getattr(random, field.name) for field in fields(random)})
     rules = {"grad_clip": 1.0, "balance": ExpertBalance(model, 0.1)}
     with NoNumber():
-        result = training_step(model, Causal(None, TINY), [batch], optimizers, Precision.named(precision)(CPU), **rules)
+        result = training_step(model, causal(), [batch], optimizers, Precision.named(precision)(CPU), **rules)
         with pytest.raises(AssertionError):
             bool(result.finite)
 
@@ -346,7 +352,7 @@ def test_two_seeds_differ_and_one_seed_does_not(text, tmp_path):
 
 def test_validation_predicts_every_token_once_and_counts_bits_of_bytes(text, tmp_path):
     trainer = trainer_for(tmp_path / "run", text, TINY)
-    result = validate(trainer.model, trainer.objective, trainer.precision)
+    result = validate(trainer.model, trainer.loader, trainer.precision)
     tokens = torch.from_numpy(text.validation.astype("int64"))
     nats = count = 0.0
     for start in range(0, len(tokens) - 1, 16):
@@ -356,15 +362,15 @@ def test_validation_predicts_every_token_once_and_counts_bits_of_bytes(text, tmp
         count += len(window) - 1
     assert count == len(tokens) - 1
     assert result.loss == pytest.approx(nats / count, rel=1e-6)
-    assert result.perplexity == pytest.approx(math.exp(nats / count), rel=1e-6)
-    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / text.validation_bytes, rel=1e-6)
+    assert result.values["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-6)
+    assert result.values["bits_per_byte"] == pytest.approx(nats / math.log(2) / text.validation_bytes, rel=1e-6)
 
 
 def test_a_run_stops_early_when_validation_no_longer_improves(text, tmp_path):
     config = configured(lr=1e-12, steps=100, eval_every=1, patience=3, save_every=100, warmup_steps=0)
     trainer = trainer_for(tmp_path / "run", text, config)
     losses = iter([3.0, 2.0, 2.5, 2.1, 2.2, 1.0])
-    trainer._validate = lambda: trainer._note(Validation(next(losses), bits_per_byte=1.0))
+    trainer._validate = lambda: trainer._note(validation_of(next(losses)))
     trainer.train()
     assert trainer.stopped_early
     assert (trainer.progress.step, trainer.progress.best_step) == (5, 2)
@@ -484,13 +490,13 @@ def test_what_is_not_finite_is_null_in_the_metrics(tmp_path):
 def stopped_in_its_first_validation(path, text, config):
     with StopRequest() as stop:
         trainer = trainer_for(path, text, config, stop)
-        batches = trainer.objective.validation_batches
+        batches = trainer.loader.validation_batches
 
         def interrupted():
             signal.raise_signal(signal.SIGTERM)
             return batches()
 
-        trainer.objective.validation_batches = interrupted
+        trainer.loader.validation_batches = interrupted
         trainer.train()
         assert stop.exit_code == 143
     assert trainer.validation is None
