@@ -16,22 +16,24 @@ ROOMS = {
     "architecture": set(),
     "models": {"architecture"},
     "text": set(),
-    "training": {"architecture", "models", "text", "runs"},
+    "evaluation": set(),
+    "training": {"architecture", "models", "text", "evaluation", "runs"},
     "generation": {"architecture", "models", "text"},
     "pretrained": {"architecture", "models", "text"},
     "reporting": set(),
     "diagnostics": {"architecture", "models", "text", "training"},
-    "lab": {"architecture", "models", "text", "training", "runs", "diagnostics", "reporting"},
+    "lab": {"architecture", "models", "text", "evaluation", "training", "runs", "diagnostics", "reporting"},
     "analysis": {
-        *{"architecture", "models", "text", "training", "generation", "runs", "diagnostics", "reporting", "lab"},
+        *{"architecture", "models", "text", "evaluation", "training", "generation", "runs"},
+        *{"diagnostics", "reporting", "lab"},
     },
     "benchmark": {"architecture", "models", "text", "training", "generation", "reporting"},
     "commands": {
-        *{"architecture", "models", "text", "training", "generation", "pretrained", "runs"},
+        *{"architecture", "models", "text", "evaluation", "training", "generation", "pretrained", "runs"},
         *{"diagnostics", "reporting", "lab", "analysis", "benchmark"},
     },
 }
-SHARED = {"amounts", "errors", "processes", "records", "registry", "files", "toolchain"}
+SHARED = {"amounts", "errors", "processes", "records", "registry", "files", "settings", "toolchain"}
 
 
 def imported_rooms(path: Path) -> set[str]:
