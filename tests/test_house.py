@@ -17,11 +17,12 @@ ROOMS = {
     "models": {"architecture"},
     "text": set(),
     "evaluation": set(),
-    "training": {"architecture", "models", "text", "evaluation", "runs"},
+    "training": {"architecture", "models", "text", "evaluation"},
     "generation": {"architecture", "models", "text"},
     "pretrained": {"architecture", "models", "text"},
     "reporting": set(),
     "diagnostics": {"architecture", "models", "text", "training"},
+    "runs": {"models", "text", "training", "generation", "pretrained", "diagnostics"},
     "lab": {"architecture", "models", "text", "evaluation", "training", "runs", "diagnostics", "reporting"},
     "analysis": {
         *{"architecture", "models", "text", "evaluation", "training", "generation", "runs"},

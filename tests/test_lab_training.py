@@ -56,7 +56,7 @@ def test_experiments_train_bit_for_bit_as_the_trainer_does(text, tmp_path: Path,
     trained = train(config, text)
     assert trained.course.losses == log.losses
     assert trained.course.grad_norms == log.grad_norms
-    for ours, theirs in zip(trained.model.parameters(), trainer.model.parameters(), strict=True):
+    for ours, theirs in zip(trained.model.parameters(), trainer.learner.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert trained.validation_loss() == trainer.validation.loss
 

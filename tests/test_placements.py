@@ -99,8 +99,8 @@ def test_an_interrupted_run_of_a_placement_ends_as_an_uninterrupted_one(
     rest.restore(tmp_path / "parts" / "checkpoints" / "step-000002")
     rest.train()
     reopened = Run.open(tmp_path / "parts").load_model("latest").state_dict()
-    for key, weight in whole.model.state_dict().items():
-        assert torch.equal(weight, rest.model.state_dict()[key]), key
+    for key, weight in whole.learner.model.state_dict().items():
+        assert torch.equal(weight, rest.learner.model.state_dict()[key]), key
         assert torch.equal(weight, reopened[key]), key
 
 
@@ -124,7 +124,7 @@ def test_a_placement_from_outside_the_package_is_trained_by_its_name(
     toy: type[Residual], text: PreparedText, tmp_path: Path
 ) -> None:
     trainer = trainer_for(tmp_path / "run", text, configured(residual="toy-damped"))
-    before = trainer.model.stack.blocks[1].attention_residual.damping.item()
+    before = trainer.learner.model.stack.blocks[1].attention_residual.damping.item()
     assert before == 0.5
     trainer.train()
     model = Run.open(tmp_path / "run").load_model("latest")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minitransformer.benchmark.case import Setting
 from minitransformer.benchmark.ours import config_of, synchronise
-from minitransformer.benchmark.stepping import NANOGPT_STEPS, Step, nanogpt_steps, steps_of
+from minitransformer.benchmark.stepping import NANOGPT_STEPS, Step, nanogpt_steps
 from minitransformer.benchmark.subjects.time_to_loss import FIRST_LOOK, GROWTH, MOST_VALIDATION
 from minitransformer.errors import UserError
 from minitransformer.models.config import MODERN, ModelConfig
@@ -21,6 +21,7 @@ from minitransformer.text.batches import SequentialWindows
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.datasets.text import PreparedText, TextPreparation
 from minitransformer.training.config import DataConfig, RunConfig
+from minitransformer.training.learner import build_learner
 from minitransformer.training.machine import choose_machine
 from minitransformer.training.presets import PRESETS
 
@@ -70,8 +71,9 @@ def _ours(setting: Setting, recipe: str, prepared: PreparedText) -> float:
     training = replace(config.training, batch_size=setting.shape.batch_size, seed=setting.seed)
     machine = choose_machine(setting.device, "auto", "off", run_flops=0)
     config = replace(config, training=training)
-    model, step = steps_of(config, prepared, setting.device, machine.precision, compiled=False)
-    return _until_reached(setting, training.steps, prepared, model, step, model)
+    learner = build_learner(config, prepared, machine)
+    model = learner.model
+    return _until_reached(setting, training.steps, prepared, model, lambda: learner.step(learner.next_batches()), model)
 
 
 def _modern(config: ModelConfig) -> ModelConfig:

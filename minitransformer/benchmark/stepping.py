@@ -14,18 +14,12 @@ import torch
 from minitransformer.benchmark.case import Setting
 from minitransformer.benchmark.ours import config_of, random_tokens
 from minitransformer.benchmark.peers import transformers_model
-from minitransformer.models.model import build_model
 from minitransformer.text.datasets.text import PreparedText
 from minitransformer.text.tokenizers import Bytes
-from minitransformer.training import machine
-from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
-from minitransformer.training.experts import ExpertBalance
-from minitransformer.training.loader import Loader
-from minitransformer.training.optimizers import build_optimizers, set_learning_rate
-from minitransformer.training.precision import Precision
-from minitransformer.training.prefetch import prefetched
+from minitransformer.training.config import DataConfig, RunConfig
+from minitransformer.training.learner import build_learner
+from minitransformer.training.machine import Machine
 from minitransformer.training.presets import PRESETS
-from minitransformer.training.step import training_step
 
 NANOGPT_STEPS = 2000
 Step = Callable[[], object]
@@ -33,50 +27,13 @@ Step = Callable[[], object]
 
 def our_step(setting: Setting, precision: str, compiled: bool) -> Step:
     """A step of our training, from the batch to the update."""
-    machine.keep_freed_memory()  # as a run does
     recipe = replace(PRESETS["nanogpt-cpu"].training, batch_size=setting.shape.batch_size, seed=setting.seed)
     config = RunConfig(config_of(setting.shape), DataConfig(tokenizer="bytes"), recipe)
     tokens = random_tokens(setting)
-    return steps_of(
-        config,
-        PreparedText(Path(), Bytes(), tokens, tokens, 1, 1, 1, 1, "documents"),
-        setting.device,
-        precision,
-        compiled,
-    )[1]
-
-
-def steps_of(
-    config: RunConfig, prepared: PreparedText, device: str, precision: str, compiled: bool
-) -> tuple[torch.nn.Module, Step]:
-    """The model that `config` describes, and a step of its training."""
-    training: TrainingConfig = config.training
-    torch.manual_seed(training.seed)
-    model = build_model(config.model).to(device).train()
-    fast = machine.compiled(model) if compiled else model
-    loader = Loader.of_run(config, prepared)
-    batches_of = prefetched(loader.training_batches, torch.device(device))
-    optimizers = build_optimizers(training.optimizer, model, training.rates)
-    arithmetic = Precision.named(precision)(torch.device(device))
-    balance = ExpertBalance(model, training.expert_balance)
-    done = 0
-
-    def step() -> object:
-        nonlocal done
-        set_learning_rate(optimizers, training.learning_rate_multiplier(done))
-        batches = batches_of(done)
-        done += 1
-        return training_step(
-            fast,
-            loader.objective,
-            batches,
-            optimizers,
-            arithmetic,
-            grad_clip=training.grad_clip,
-            balance=balance,
-        )
-
-    return model, step
+    text = PreparedText(Path(), Bytes(), tokens, tokens, 1, 1, 1, 1, "documents")
+    machine = Machine(torch.device(setting.device), precision, compiled, description="")
+    learner = build_learner(config, text, machine)
+    return lambda: learner.step(learner.next_batches())
 
 
 def nanogpt_step(setting: Setting, compiled: bool) -> Step:
