@@ -28,6 +28,7 @@ from minitransformer.pretrained.shards import INDEX, WEIGHTS
 from minitransformer.pretrained.tokenizers import load_tokenizer
 from minitransformer.records import MOST_DEPTH, checked_fields, parse_json, read_json
 from minitransformer.runs import Run
+from minitransformer.settings import from_json
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.tokenizers import BPE, END_OF_TEXT, Bytes, Characters, Framing, Tokenizer
 from minitransformer.training.checkpoint import (
@@ -78,7 +79,7 @@ def run_folder(path: Path) -> Path:
     lines.append({"step": 5, "validation_loss": 1.0, "bits_per_byte": 2.0, "accuracy": None})
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     # Without what else they hold, such as checksums: who wants to deceive writes the right ones.
-    keep_only(path / "config.json", "model", "data", "training", "text", "provenance")
+    keep_only(path / "config.json", "format", "model", "data", "training", "text", "provenance")
     keep_only(path / "checkpoints/step-000005/manifest.json", "step", "sha256")
     return path
 
@@ -261,7 +262,7 @@ def changed(path: Path, **parts: Any) -> None:
         ("model", "num_layers", 2.0, "a whole number"),
         ("model", "num_layers", 10**30, "a whole number"),
         ("model", "num_kv_heads", "2", "a whole number or null"),
-        ("model", "residual", ["pre"], "a text"),
+        ("model", "residual", ["pre"], "an object"),
         ("model", "window_pattern", [1], "a list"),
         ("model", "window_pattern", True, "a list"),
         ("data", "too_long", "drop", "'skip' or 'cut'"),
@@ -277,7 +278,8 @@ def test_a_setting_of_another_type_is_refused_by_name(
 ) -> None:
     path = run_folder(tmp_path / "run")
     record = json.loads((path / "config.json").read_text())
-    changed(path / "config.json", **{part: {**record[part], name: value}})
+    settings = {"dataset": {"name": "pairs", name: value}} if name == "too_long" else {name: value}
+    changed(path / "config.json", **{part: {**record[part], **settings}})
     assert f"config.json has {name} " in (said := refused(lambda: Run.open(path)))
     assert f"which must be {must}: " in said
 
@@ -496,7 +498,7 @@ def test_the_state_of_a_trainer_runs_no_code_and_is_refused_when_damaged(tmp_pat
 
 def test_values_are_checked_by_the_types_of_a_record() -> None:
     whole = {**RunConfig().to_json()["training"], "probe": ["a"], "patience": 3}
-    assert TrainingConfig(**checked_fields(TrainingConfig, whole, "x")).probe == ("a",)
+    assert from_json(TrainingConfig, whole, "x").probe == ("a",)
     for values in ({"probe": "a"}, {"probe": [3]}, {"compile": "maybe"}, {"device": None}):
         assert refused(lambda values=values: checked_fields(TrainingConfig, values, "x")).startswith("x has ")
     values = {"field": "a", "validation_data": None}
