@@ -168,7 +168,7 @@ class Tokenizer(Registered, kind="tokenizer"):
 
     @property
     def mask(self) -> int:
-        """The id that stands for a hidden token; raises `UserError` if there is none."""
+        """The id that stands for a masked token; raises `UserError` if there is none."""
         for name in MASKS:
             if name in self.special_tokens:
                 return self.special_tokens[name]

@@ -74,9 +74,9 @@ class Characters(Tokenizer, name="chars"):
         ids = self._ids[np.minimum(points, len(self._ids) - 1)]
         unknown = np.flatnonzero(ids == self._unknown)
         if unknown.size:
-            stranger = text[unknown[0]]
+            first = text[unknown[0]]
             raise UserError(
-                f"character {stranger!r} (U+{ord(stranger):04X}) is not among the {len(self.characters)} of this chars "
+                f"character {first!r} (U+{ord(first):04X}) is not among the {len(self.characters)} of this chars "
                 "tokenizer: leave it out, or train with the bpe or bytes tokenizer, which encode every text"
             )
         return ids

@@ -60,7 +60,7 @@ def pair_loss(model: Any, batch: PairBatch, label_smoothing: float) -> Tensor:
 def score_pairs(model: Any, batch: PairBatch) -> Score:
     """How well `model` predicts the targets, each from the source and the true tokens before it.
 
-    An exact answer is what greedy decoding would write: as long as it is right, it sees the true tokens too.
+    An exact match is what greedy decoding would generate: as long as it is right, it sees the true tokens too.
     """
     readout = partial(score_tokens, targets=batch.targets)
     nats, right = model(batch.source, batch.inputs, source_is_token=batch.source_is_token, readout=readout)
