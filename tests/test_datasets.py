@@ -11,7 +11,7 @@ import torch
 from minitransformer.errors import UserError
 from minitransformer.settings import with_settings
 from minitransformer.text.batches import IGNORE
-from minitransformer.text.datasets import BatchShape, DataRequest, Dataset, Pairs, PreparedData, Text
+from minitransformer.text.datasets import BatchShape, DataRequest, Dataset, Pairs, PlainText, PreparedData
 from minitransformer.text.tokenizers import Bytes
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.loader import Loader
@@ -98,7 +98,7 @@ def test_data_that_an_objective_does_not_learn_from_is_refused() -> None:
 def test_with_another_objective_what_was_said_of_pairs_falls_away() -> None:
     pairs = with_settings(config_of("pairs"), {"lowercase": True})
     text = with_settings(pairs, {"objective": "causal", "topology": "decoder"})
-    assert text.data.dataset == Text.choose()
+    assert text.data.dataset == PlainText.choose()
 
 
 def test_pairs_that_are_made_up_have_no_whole() -> None:

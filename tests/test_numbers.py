@@ -18,7 +18,7 @@ from minitransformer.text.datasets.generated_pairs import POOL, GeneratedPairs, 
 from minitransformer.text.token_files import TokenPairs
 from minitransformer.text.tokenizers import Bytes
 
-numbers: Any = recipes.load("numbers")
+numbers: Any = recipes.load_recipe("numbers")
 VALUES = {
     **{"zero": 0, "oh": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8},
     **{"nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15},

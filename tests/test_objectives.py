@@ -17,7 +17,7 @@ from minitransformer.errors import UserError
 from minitransformer.models.config import IMPORTED_ONLY, TOPOLOGIES, ModelConfig
 from minitransformer.settings import declared
 from minitransformer.text.batches import IGNORE
-from minitransformer.text.datasets import Pairs, Text
+from minitransformer.text.datasets import Pairs, PlainText
 from minitransformer.text.tokenizers import MASK, Bytes, Framing
 from minitransformer.training.checkpoint import choose_checkpoint
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
@@ -44,7 +44,7 @@ def config_of(folder: Path, objective: str, topology: str, **changes: Any) -> Ru
     pairs = [f"{word}{i}" for i in range(120) for word in ("red", "blue")]
     (folder / "pairs.tsv").write_text("".join(f"{text}\t{text[::-1]}\n" for text in pairs))
     data = folder / ("pairs.tsv" if objective == "seq2seq" else "text.txt")
-    dataset = Pairs.choose(batch_tokens=200) if objective == "seq2seq" else Text.choose()
+    dataset = Pairs.choose(batch_tokens=200) if objective == "seq2seq" else PlainText.choose()
     config = RunConfig(
         ModelConfig(topology=topology, **SHAPE),
         DataConfig(data=str(data), tokenizer="bytes", dataset=dataset),

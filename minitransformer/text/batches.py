@@ -14,11 +14,10 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from minitransformer.errors import UserError
+from minitransformer.text.token_files import Tokens
 
 IGNORE = -100
 """A target that counts in no loss; torch's cross_entropy ignores it by default."""
-
-Tokens = npt.NDArray[np.integer[Any]]
 
 
 class TrainingBatch(Protocol):

@@ -11,7 +11,7 @@ from minitransformer.text.datasets import BatchShape, PreparedData
 from minitransformer.text.token_files import Tokens
 from minitransformer.training.config import RunConfig
 from minitransformer.training.objectives import Objective
-from minitransformer.training.objectives.base import Draw
+from minitransformer.training.objectives.base import BatchKey
 
 
 class Loader:
@@ -39,7 +39,7 @@ class Loader:
         return MadeBatches(len(batches), lambda index: self._made(batches.batch(index), "validation", index))
 
     def _made(self, batch: Any, split: str, index: int) -> Any:
-        return self.objective.make_batch(batch, self.data, Draw(self.seed, index, split))
+        return self.objective.make_batch(batch, self.data, BatchKey(self.seed, index, split))
 
     @property
     def validates(self) -> bool:

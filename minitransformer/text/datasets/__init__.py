@@ -2,6 +2,6 @@
 
 from minitransformer.text.datasets.base import BatchShape, DataRequest, Dataset, PreparedData
 from minitransformer.text.datasets.pairs import Pairs
-from minitransformer.text.datasets.text import Text
+from minitransformer.text.datasets.text import PlainText
 
-__all__ = ["BatchShape", "DataRequest", "Dataset", "Pairs", "PreparedData", "Text"]
+__all__ = ["BatchShape", "DataRequest", "Dataset", "Pairs", "PlainText", "PreparedData"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
-from minitransformer.text.datasets.pair_data import PairData, described, framed_but_last, vocabularies
+from minitransformer.text.datasets.pair_data import PairData, framed_but_last, split_line, vocabularies
 from minitransformer.text.folders import work_folder
 from minitransformer.text.pairs import Pair
 from minitransformer.text.token_files import Ragged, TokenPairs, Tokens
@@ -112,13 +112,13 @@ class GeneratedData(PairData):
         return (
             f"{vocabularies(self.tokenizer, self.target_tokenizer)}\n"
             f"train      {self.name}: fresh pairs for every batch\n"
-            f"{described('validation', self.validation)}"
+            f"{split_line('validation', self.validation)}"
         )
 
 
 def generates_pairs(name: str) -> bool:
     """Whether `name` is a recipe that makes up pairs."""
-    return name in recipes.known() and hasattr(recipes.load(name), "pair")
+    return name in recipes.known() and hasattr(recipes.load_recipe(name), "pair")
 
 
 def generate_pairs(name: str, tokenizer: Tokenizer | None = None, *, context_length: int) -> GeneratedData:
@@ -126,7 +126,7 @@ def generate_pairs(name: str, tokenizer: Tokenizer | None = None, *, context_len
 
     Raises `UserError` for a recipe without pairs, and when one of validation is longer than the context.
     """
-    recipe = cast(PairRecipe, recipes.load(name))
+    recipe = cast(PairRecipe, recipes.load_recipe(name))
     if not generates_pairs(name):
         raise UserError(f"recipe {name} makes no pairs: choose {', '.join(filter(generates_pairs, recipes.known()))}")
     tokenizer = Bytes() if tokenizer is None else tokenizer

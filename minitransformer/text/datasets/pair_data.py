@@ -96,7 +96,7 @@ class PreparedPairs(PairData):
     def summary(self) -> str:
         """Three or four lines to print, of less than 80 columns."""
         lines = [vocabularies(self.tokenizer, self.target_tokenizer)]
-        lines += [described(split, self.pairs(split)) for split in SPLITS]
+        lines += [split_line(split, self.pairs(split)) for split in SPLITS]
         if self.skipped or self.cut:
             lines.append(f"too long   {self.skipped:,} pairs skipped, {self.cut:,} cut")
         return "\n".join(lines)
@@ -110,7 +110,7 @@ def vocabularies(tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> str:
     return f"{line}; targets: {target_tokenizer.name}, {target_tokenizer.vocab_size:,}"
 
 
-def described(split: str, pairs: TokenPairs) -> str:
+def split_line(split: str, pairs: TokenPairs) -> str:
     """The line of a summary that says how much a split holds."""
     if not len(pairs):
         return f"{split:10} none: nothing tells when training goes too far"

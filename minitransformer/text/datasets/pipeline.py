@@ -38,7 +38,7 @@ class Scan(Protocol):
 C = TypeVar("C", bound=Files)
 S = TypeVar("S", bound=Scan)
 D = TypeVar("D")
-Texts = Callable[[], Iterable[Iterator[str]]]
+TextParts = Callable[[], Iterable[Iterator[str]]]
 """texts to fit a tokenizer to; a sample has its share of each of the iterators"""
 
 
@@ -137,7 +137,7 @@ class Preparation(ABC, Generic[C, S, D]):
 
     # What all kinds share
 
-    def fitted(self, name: str, texts: Texts, size: int, digests: Sequence[str], *key: Any) -> Tokenizer:
+    def fitted(self, name: str, texts: TextParts, size: int, digests: Sequence[str], *key: Any) -> Tokenizer:
         """The tokenizer called `name` for `texts` of `size` bytes, from disk if it was fitted to the same before.
 
         `key` begins with the number of its tokens, or None for the usual one.

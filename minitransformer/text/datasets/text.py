@@ -110,7 +110,7 @@ class PreparedText(PreparedData):
         return "\n".join([*lines, f"validation {validation}, documents: {self.validation_documents:,}"])
 
 
-class Text(Dataset, name="text"):
+class PlainText(Dataset, name="text"):
     """Running text, one document after the other, and windows that are cut from it."""
 
     def prepare(self, request: DataRequest) -> PreparedText:

@@ -4,20 +4,20 @@ from minitransformer.text.tokenizers.base import END_OF_TEXT, MASK, MASKS, Texts
 from minitransformer.text.tokenizers.basic import Bytes, Characters
 from minitransformer.text.tokenizers.bpe import BPE, GPT4_SPLIT
 from minitransformer.text.tokenizers.framing import Framing
-from minitransformer.text.tokenizers.published import CL100K, GPT2, O200K
+from minitransformer.text.tokenizers.published import CL100KEncoding, GPT2Encoding, O200KEncoding
 
 __all__ = [
     "BPE",
-    "CL100K",
     "END_OF_TEXT",
-    "GPT2",
     "GPT4_SPLIT",
     "MASK",
     "MASKS",
-    "O200K",
     "Bytes",
+    "CL100KEncoding",
     "Characters",
     "Framing",
+    "GPT2Encoding",
+    "O200KEncoding",
     "Texts",
     "Tokenizer",
     "check_ids",

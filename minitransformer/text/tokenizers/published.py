@@ -14,7 +14,7 @@ from minitransformer.text.tokenizers.base import Texts
 from minitransformer.text.tokenizers.bpe import BPE
 
 
-class Published(BPE):
+class TiktokenEncoding(BPE):
     """An encoding that tiktoken publishes; a saved one carries its ranks and needs no network."""
 
     default_vocab_size = 0
@@ -69,21 +69,21 @@ class Published(BPE):
         )
 
 
-class GPT2(Published, name="gpt2"):
+class GPT2Encoding(TiktokenEncoding, name="gpt2"):
     """GPT-2's 50,257 tokens; r50k_base is the same."""
 
     usual_vocab_size = 50_257
     files = ("gpt-2/encodings/main/vocab.bpe", "gpt-2/encodings/main/encoder.json")
 
 
-class CL100K(Published, name="cl100k_base"):
+class CL100KEncoding(TiktokenEncoding, name="cl100k_base"):
     """GPT-4's 100,277 ids."""
 
     usual_vocab_size = 100_277
     files = ("encodings/cl100k_base.tiktoken",)
 
 
-class O200K(Published, name="o200k_base"):
+class O200KEncoding(TiktokenEncoding, name="o200k_base"):
     """GPT-4o's 200,019 ids."""
 
     usual_vocab_size = 200_019

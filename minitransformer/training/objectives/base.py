@@ -28,7 +28,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Draw:
+class BatchKey:
     """Which batch this is: what is random in it depends on that alone."""
 
     seed: int
@@ -64,7 +64,7 @@ class Objective(Registered, kind="objective"):
         """How many tokens of text a training sequence holds."""
         return self.sequence_length
 
-    def make_batch(self, batch: Any, data: PreparedData, draw: Draw) -> Any:
+    def make_batch(self, batch: Any, data: PreparedData, key: BatchKey) -> Any:
         """What is learned from `batch` of `data`."""
         return batch
 
@@ -81,6 +81,6 @@ class Objective(Registered, kind="objective"):
         return []
 
 
-def entropy(numbers: Sequence[int]) -> int:
+def torch_seed(numbers: Sequence[int]) -> int:
     """A seed for torch made of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

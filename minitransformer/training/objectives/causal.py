@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from minitransformer.text.batches import Batch
-from minitransformer.text.datasets import Text
+from minitransformer.text.datasets import PlainText
 from minitransformer.training.objectives.base import Objective, Score
 from minitransformer.training.objectives.cross_entropy import summed_loss
 
@@ -16,7 +16,7 @@ class Causal(Objective, name="causal"):
     """−Σ log p(token | tokens before it). Bengio et al. 2003, section 2; Radford et al. 2018, equation 1."""
 
     topologies = frozenset({"decoder"})
-    dataset = Text
+    dataset = PlainText
 
     def score(self, model: nn.Module, batch: Batch) -> Score:
         return Score(model(batch.inputs, readout=partial(summed_loss, targets=batch.targets)))

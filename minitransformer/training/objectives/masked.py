@@ -16,9 +16,9 @@ from torch import Tensor
 from minitransformer.models.config import ModelConfig
 from minitransformer.settings import setting
 from minitransformer.text.batches import IGNORE, Batch
-from minitransformer.text.datasets import PreparedData, Text
+from minitransformer.text.datasets import PlainText, PreparedData
 from minitransformer.text.tokenizers import MASK, Tokenizer
-from minitransformer.training.objectives.base import Draw, Objective, Score, entropy
+from minitransformer.training.objectives.base import BatchKey, Objective, Score, torch_seed
 from minitransformer.training.objectives.cross_entropy import score_tokens, summed_loss
 
 EXCERPT = 24
@@ -103,7 +103,7 @@ class Masked(Objective, name="masked"):
 
     settings: Settings
     topologies = frozenset({"encoder"})
-    dataset = Text
+    dataset = PlainText
     special_tokens = (MASK,)
     fixed_shapes = False  # the head reads as many tokens as happen to be masked
     predicts_text = False
@@ -117,10 +117,10 @@ class Masked(Objective, name="masked"):
     def window(self) -> int:
         return self.sequence_length - self.framing.length
 
-    def make_batch(self, batch: Batch, data: PreparedData, draw: Draw) -> MaskedBatch:
+    def make_batch(self, batch: Batch, data: PreparedData, key: BatchKey) -> MaskedBatch:
         # A validation masks the same tokens every time, so that two of them can be compared.
-        generator = torch.Generator().manual_seed(entropy(draw.numbers(STREAM)))
-        masked = self._masked(batch.inputs, data.targets(draw.split), generator)
+        generator = torch.Generator().manual_seed(torch_seed(key.numbers(STREAM)))
+        masked = self._masked(batch.inputs, data.targets(key.split), generator)
         padding = F.pad(batch.targets == IGNORE, (len(self.framing.before), len(self.framing.after)))
         if padding.any():
             masked = replace(masked, targets=masked.targets.masked_fill(padding, IGNORE), is_token=~padding)

@@ -13,10 +13,10 @@ from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.settings import setting
 from minitransformer.text.batches import Batch
-from minitransformer.text.datasets import PreparedData, Text
+from minitransformer.text.datasets import PlainText, PreparedData
 from minitransformer.text.pair_batches import PairBatch
 from minitransformer.text.tokenizers import Tokenizer
-from minitransformer.training.objectives.base import Draw, Objective, Score
+from minitransformer.training.objectives.base import BatchKey, Objective, Score
 from minitransformer.training.objectives.seq2seq import SmoothedLoss, pair_loss, score_pairs
 
 STREAM = 2
@@ -61,7 +61,7 @@ class SpanCorruption(Objective, name="span-corruption"):
 
     settings: Settings
     topologies = frozenset({"encoder-decoder", "rnn"})
-    dataset = Text
+    dataset = PlainText
     special_tokens = SENTINELS
     predicts_text = False
     whole_windows = True
@@ -83,9 +83,9 @@ class SpanCorruption(Objective, name="span-corruption"):
         # What is left is shorter than the window; what stands around it takes its places too.
         return self.sequence_length - self.framing.length
 
-    def make_batch(self, batch: Batch, data: PreparedData, draw: Draw) -> PairBatch:
+    def make_batch(self, batch: Batch, data: PreparedData, key: BatchKey) -> PairBatch:
         # A validation cuts the same spans every time, so that two of them can be compared.
-        generator = np.random.default_rng(draw.numbers(STREAM))
+        generator = np.random.default_rng(key.numbers(STREAM))
         sources, targets = [], []
         for window in batch.inputs.numpy():
             cut = random_spans(len(window), self.settings.density, self.settings.mean_length, generator)
