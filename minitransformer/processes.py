@@ -11,6 +11,11 @@ from multiprocessing import connection, get_context, parent_process, resource_tr
 from threading import Thread
 
 
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Process:
     """A process that runs `work(remote, *arguments)`, all of it picklable.
 

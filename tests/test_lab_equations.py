@@ -15,11 +15,12 @@ from minitransformer.architecture.residual import HybridNorm, OLMo2, Place, Resi
 from minitransformer.architecture.residual.base import MakeNorm, Sublayer
 from minitransformer.lab.defects import DEFECTS
 from minitransformer.lab.equations import STATEMENTS, Depth, StatedStack, states
-from minitransformer.lab.experiment import Result, Settings
+from minitransformer.lab.experiment import ExperimentSettings
 from minitransformer.lab.experiments.identities import Identities, checks_of
 from minitransformer.lab.stated import FORMS, form_config, stated_checks
 from minitransformer.lab.subjects import MakeModel, make_model
 from minitransformer.models.model import build_model
+from minitransformer.tasks.task import Result
 
 PLACEMENTS = tuple(Residual.registry)
 BROKEN = {name: defect for name, defect in DEFECTS.items() if defect.placement is not None}
@@ -122,7 +123,7 @@ def state_gated(factor: float) -> None:
 
 
 def criteria_of(residual: str) -> list[Any]:
-    experiment = Identities(Settings(quick=True))
+    experiment = Identities(ExperimentSettings(quick=True))
     assert residual in experiment.placements
     tasks = [task for task in experiment.tasks() if task["check"] in stated_checks(residual)]
     return list(experiment.conclude([Result(task, experiment.measure(task)) for task in tasks]).criteria)

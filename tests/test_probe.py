@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minitransformer.architecture.block import Block
 from minitransformer.commands.train import main
-from minitransformer.diagnostics import Instrument, check_probe, probe_for
+from minitransformer.diagnostics import Diagnostic, check_probe, probe_for
 from minitransformer.diagnostics import probe as probe_now
 from minitransformer.models.model import build_model
 from minitransformer.text.batches import IGNORE
@@ -33,7 +33,7 @@ from minitransformer.training.probe import NO_PROBE
 from minitransformer.training.signals import StopRequest
 from tests.runs_for_tests import TEXT, TINY, call_after_step, configured, prepared_text, trainer_for
 
-ALL = tuple(Instrument.registry)
+ALL = tuple(Diagnostic.registry)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("choices", [{}, {"num_experts": 2}, {"grad_accumulation": 2, "residual": "residual"}], ids=str)
-def test_a_run_with_every_instrument_ends_with_the_same_weights(text: Any, tmp_path: Path, choices: Any) -> None:
+def test_a_run_with_every_diagnostic_ends_with_the_same_weights(text: Any, tmp_path: Path, choices: Any) -> None:
     config = configured(dropout=0.3, probe_every=2, steps=5, **choices)
     plain = trainer_for(tmp_path / "plain", text, config)
     plain.train()
@@ -254,7 +254,7 @@ def test_a_pipe_shows_no_figures_and_tensorboard_no_missing_ones(
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
-        (["--probe", "gradient-norms"], "unknown instrument 'gradient-norms': did you mean 'gradient-norm'?"),
+        (["--probe", "gradient-norms"], "unknown diagnostic 'gradient-norms': did you mean 'gradient-norm'?"),
         (["rnn-attention", "--probe", "gradient-norm"], "topology 'rnn' has none: leave --probe out"),
         (["--probe-every", "0"], "probe_every is 0: it must be at least 1"),
     ],
@@ -268,7 +268,7 @@ def test_a_probe_that_cannot_be_is_one_sentence(
     assert error.count("\n") == 1
 
 
-def test_the_command_line_switches_instruments_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_switches_diagnostics_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINITRANSFORMER_DATA", str(tmp_path / "work"))
     Path("my.txt").write_text(TEXT)
@@ -283,5 +283,5 @@ def test_the_command_line_switches_instruments_on(tmp_path: Path, monkeypatch: p
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 4, 6]
 
 
-def test_every_instrument_is_known_on_the_command_line() -> None:
+def test_every_diagnostic_is_known_on_the_command_line() -> None:
     check_probe(configured(probe=ALL))

@@ -13,11 +13,11 @@ from minitransformer import files
 from minitransformer.analysis.verdicts import last_value
 from minitransformer.errors import UserError
 from minitransformer.evaluation.metrics import Metric
-from minitransformer.lab.experiment import Measurement
-from minitransformer.lab.store import REMEDY
 from minitransformer.runs import Run, clear, only_writer
 from minitransformer.runs.begin import begin_run
 from minitransformer.runs.trainer import build_trainer, open_log
+from minitransformer.tasks.store import REMEDY
+from minitransformer.tasks.task import Measurement
 from minitransformer.text.datasets import PreparedData
 from minitransformer.training.checkpoint import check_room, checkpoint_step
 from minitransformer.training.config import RunConfig, TrainingConfig, with_vocabulary

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minitransformer.benchmark.case import Setting
-from minitransformer.benchmark.ours import config_of, random_tokens
+from minitransformer.benchmark.case import BenchSetting
+from minitransformer.benchmark.ours import config_of, training_tokens
 from minitransformer.benchmark.peers import transformers_model
 from minitransformer.text.datasets.text import PreparedText
 from minitransformer.text.tokenizers import Bytes
@@ -25,25 +25,25 @@ NANOGPT_STEPS = 2000
 Step = Callable[[], object]
 
 
-def our_step(setting: Setting, precision: str, compiled: bool) -> Step:
+def our_step(setting: BenchSetting, precision: str, compiled: bool) -> Step:
     """A step of our training, from the batch to the update."""
     recipe = replace(PRESETS["nanogpt-cpu"].training, batch_size=setting.shape.batch_size, seed=setting.seed)
     config = RunConfig(config_of(setting.shape), DataConfig(tokenizer="bytes"), recipe)
-    tokens = random_tokens(setting)
+    tokens = training_tokens(setting)
     text = PreparedText(Path(), Bytes(), tokens, tokens, 1, 1, 1, 1, "documents")
     machine = Machine(torch.device(setting.device), precision, compiled, description="")
     learner = build_learner(config, text, machine)
     return lambda: learner.step(learner.next_batches())
 
 
-def nanogpt_step(setting: Setting, compiled: bool) -> Step:
+def nanogpt_step(setting: BenchSetting, compiled: bool) -> Step:
     """A step as nanoGPT's `train.py` makes it: its optimizer, its batches; bf16 on a GPU, float32 on a CPU."""
     assert setting.against is not None
     torch.manual_seed(setting.seed)
-    return nanogpt_steps(setting, random_tokens(setting), compiled)[1]
+    return nanogpt_steps(setting, training_tokens(setting), compiled)[1]
 
 
-def nanogpt_steps(setting: Setting, tokens: np.ndarray, compiled: bool) -> tuple[torch.nn.Module, Step]:
+def nanogpt_steps(setting: BenchSetting, tokens: np.ndarray, compiled: bool) -> tuple[torch.nn.Module, Step]:
     """Its model, and a step of its training on `tokens`, with the rates of its README's run on a CPU."""
     assert setting.against is not None
     cuda = setting.device.startswith("cuda")
@@ -78,7 +78,7 @@ def nanogpt_rate(step: int, *, highest: float = 1e-3, lowest: float = 1e-4, warm
     return lowest + 0.5 * (1 + math.cos(math.pi * share)) * (highest - lowest)
 
 
-def _nanogpt_batch(tokens: np.ndarray, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+def _nanogpt_batch(tokens: np.ndarray, setting: BenchSetting) -> tuple[torch.Tensor, torch.Tensor]:
     """`get_batch` of its `train.py`."""
     length = setting.shape.context_length
     starts = torch.randint(len(tokens) - length, (setting.shape.batch_size,))
@@ -89,12 +89,12 @@ def _nanogpt_batch(tokens: np.ndarray, setting: Setting) -> tuple[torch.Tensor, 
     return inputs.to(setting.device, non_blocking=True), targets.to(setting.device, non_blocking=True)
 
 
-def transformers_step(setting: Setting, precision: str) -> Step:
+def transformers_step(setting: BenchSetting, precision: str) -> Step:
     """A step of transformers' GPT-2 in a plain loop with AdamW; its loss is its own."""
     torch.manual_seed(setting.seed)
     model = transformers_model(setting.shape, setting.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
-    tokens = random_tokens(setting)
+    tokens = training_tokens(setting)
     device = setting.device.partition(":")[0]
     autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
 

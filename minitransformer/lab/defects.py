@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from inspect import getdoc
 
 import torch
@@ -332,22 +331,10 @@ class Defect:
         return f"{self.placement.name}: {mistake.removesuffix('.')}"
 
     def make(self, config: ModelConfig, seed: int) -> Model:
-        """`make_model`, in a library with this mistake."""
-        with _in_place_of_parent(self.placement):
-            return make_model(config, seed)
-
-
-@contextmanager
-def _in_place_of_parent(placement: type[Residual] | None) -> Iterator[None]:
-    if placement is None:
-        yield
-        return
-    right = Residual.registry[placement.name]
-    Residual.registry[placement.name] = placement
-    try:
-        yield
-    finally:
-        Residual.registry[placement.name] = right
+        """`make_model`, with this mistake where its placement is asked for."""
+        if self.placement is not None and config.residual.name == self.placement.name:
+            config = replace(config, residual=replace(config.residual, variant=self.placement))
+        return make_model(config, seed)
 
 
 DEFECTS = {

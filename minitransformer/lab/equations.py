@@ -19,19 +19,19 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-Weights = Mapping[str, Tensor]
+StatedWeights = Mapping[str, Tensor]
 HEADS = 4
 EPS = 1e-5
 
 
-def layer_norm(x: Tensor, gain: Tensor, eps: float = EPS) -> Tensor:
+def normalise(x: Tensor, gain: Tensor, eps: float = EPS) -> Tensor:
     mean = x.mean(-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(-1, keepdim=True)
     return (x - mean) / (variance + eps).sqrt() * gain
 
 
 @dataclass(frozen=True)
-class Branch:
+class StatedBranch:
     """A sublayer f, with the weights of its connection by name; layers count from 1."""
 
     f: Callable[[Tensor], Tensor]
@@ -40,7 +40,7 @@ class Branch:
     weight: Callable[[str], Tensor]
 
     def norm(self, x: Tensor, name: str = "norm") -> Tensor:
-        return layer_norm(x, self.weight(f"{name}.weight"))
+        return normalise(x, self.weight(f"{name}.weight"))
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Depth:
 class StatedStack:
     """The branches of a stack, in their order, and the weights of the stack's own norms."""
 
-    branches: Sequence[Branch]
+    branches: Sequence[StatedBranch]
     depth: Depth
     weight: Callable[[str], Tensor]
 
     def norm(self, x: Tensor, name: str = "final_norm", eps: float = EPS) -> Tensor:
-        return layer_norm(x, self.weight(f"{name}.weight"), eps)
+        return normalise(x, self.weight(f"{name}.weight"), eps)
 
 
 Equation = Callable[[Tensor, StatedStack], Tensor]
@@ -270,7 +270,7 @@ def siamese(x: Tensor, stack: StatedStack) -> Tensor:
 
 
 def stated_stack(
-    statement: Statement, weights: Weights, name: str, depth: Depth, memory: Tensor | None = None
+    statement: Statement, weights: StatedWeights, name: str, depth: Depth, memory: Tensor | None = None
 ) -> StatedStack:
     """The stack called `name` of a model; all but an encoder is causal. Attends to `memory` where `depth` says so."""
     sublayers = ["attention", *(["cross_attention"] if depth.has_memory else []), "feedforward"]
@@ -283,8 +283,14 @@ def stated_stack(
 
 
 def _branch(
-    statement: Statement, weights: Weights, block: str, sublayer: str, layer: int, memory: Tensor | None, causal: bool
-) -> Branch:
+    statement: Statement,
+    weights: StatedWeights,
+    block: str,
+    sublayer: str,
+    layer: int,
+    memory: Tensor | None,
+    causal: bool,
+) -> StatedBranch:
     module = f"{block}.{sublayer}"
 
     def f(x: Tensor) -> Tensor:
@@ -296,11 +302,11 @@ def _branch(
         assert memory is not None
         return attention(x, memory, weights, module, norms, causal=False)
 
-    return Branch(f, sublayer, layer, lambda name: weights[f"{block}.{sublayer}_residual.{name}"])
+    return StatedBranch(f, sublayer, layer, lambda name: weights[f"{block}.{sublayer}_residual.{name}"])
 
 
 def attention(
-    x: Tensor, memory: Tensor, weights: Weights, module: str, norms: Mapping[str, str], causal: bool
+    x: Tensor, memory: Tensor, weights: StatedWeights, module: str, norms: Mapping[str, str], causal: bool
 ) -> Tensor:
     """Multi-head attention from `x` to `memory`; `norms` as in `Statement`."""
     size = x.size(-1) // HEADS
@@ -309,10 +315,10 @@ def attention(
     for name, source in (("query", x), ("key", memory), ("value", memory)):
         projection = source @ weights[f"{module}.{name}.weight"].T
         if norms.get(name) == "all":
-            projection = layer_norm(projection, weights[f"{module}.{name}_norm.weight"])
+            projection = normalise(projection, weights[f"{module}.{name}_norm.weight"])
         elif norms.get(name) == "head":
             gain = weights[f"{module}.{name}_norm.norm.weight"]
-            projection = torch.cat([layer_norm(projection[..., head], gain) for head in heads], -1)
+            projection = torch.cat([normalise(projection[..., head], gain) for head in heads], -1)
         projected[name] = projection
     outputs = []
     for head in heads:
@@ -324,18 +330,18 @@ def attention(
     return torch.cat(outputs, -1) @ weights[f"{module}.output.weight"].T
 
 
-def feedforward(x: Tensor, weights: Weights, module: str) -> Tensor:
+def feedforward(x: Tensor, weights: StatedWeights, module: str) -> Tensor:
     hidden = (x @ weights[f"{module}.up.weight"].T).clamp(min=0)
     return hidden @ weights[f"{module}.down.weight"].T
 
 
-def embed(tokens: Tensor, weights: Weights) -> Tensor:
+def embed(tokens: Tensor, weights: StatedWeights) -> Tensor:
     table = weights["embedding.table.weight"]
     return table[tokens] * math.sqrt(table.size(1))
 
 
 def stated_logits(
-    statement: Statement, weights: Weights, depths: Mapping[str, Depth], texts: Sequence[Tensor]
+    statement: Statement, weights: StatedWeights, depths: Mapping[str, Depth], texts: Sequence[Tensor]
 ) -> Tensor:
     """The logits of a model whose stacks, from the first to the last, are `depths`: each reads one of `texts`."""
     x = None

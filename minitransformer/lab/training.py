@@ -18,12 +18,13 @@ from torch import Tensor
 
 from minitransformer.architecture.residual import Residual
 from minitransformer.diagnostics import probe_for
-from minitransformer.lab.experiment import Experiment, Measurement, Result, Task
+from minitransformer.lab.experiment import Experiment
 from minitransformer.lab.judging import curve
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model
 from minitransformer.reporting.figures import Curve
 from minitransformer.settings import kinds, with_settings
+from minitransformer.tasks.task import Measurement, Result, Task
 from minitransformer.text.batches import SequentialWindows
 from minitransformer.text.datasets import PreparedData
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
@@ -108,7 +109,7 @@ class Trained:
         return validate(self.model, self.learner.loader, self.learner.precision).loss
 
     def held_out(self, rows: int) -> Callable[[], Tensor]:
-        """The mean loss of one batch, the first `rows` windows of the validation split, for instruments to look at."""
+        """The mean loss of one batch, the first `rows` windows of the validation split, for diagnostics."""
         model, objective, data = self.model, self.learner.objective, self.learner.loader.data
         batch = SequentialWindows(data.targets("validation"), model.config.context_length, rows).batch(0)
         return lambda: objective.loss_sum(model, batch) / batch.num_targets

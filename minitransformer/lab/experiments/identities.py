@@ -24,9 +24,10 @@ from minitransformer.lab.checks import (
     small_model,
     tokens_and_probe,
 )
-from minitransformer.lab.experiment import Criterion, Experiment, Findings, Measurement, Result, Settings, Task, select
+from minitransformer.lab.experiment import Criterion, Experiment, ExperimentSettings, Findings, select
 from minitransformer.lab.stated import stated_checks
 from minitransformer.lab.subjects import MakeModel, make_model
+from minitransformer.tasks.task import Measurement, Result, Task
 
 
 class Identities(Experiment, name="E0"):
@@ -41,7 +42,7 @@ class Identities(Experiment, name="E0"):
     minutes = 0.4
     make: MakeModel = staticmethod(make_model)
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ExperimentSettings) -> None:
         super().__init__(settings)
         self.seeds = 1 if settings.quick else 5
         self.placements: Sequence[str] = tuple(Residual.registry)
@@ -143,12 +144,12 @@ def _residual_runs_post(make: MakeModel, seed: int) -> Outcome:
     if post is None:
         return Outcome(None, "Post-LN has weights that ResiDual lacks")
     tokens, _ = tokens_and_probe(seed)
-    streams = [states(model.float(), tokens) for model in (dual, post)]
+    streams = [stream_states(model.float(), tokens) for model in (dual, post)]
     different = sum(not torch.equal(x, y) for x, y in zip(*streams, strict=True))
     return Outcome(float(different), f"{different} of {len(streams[0])} states differ in a bit of float32")
 
 
-def states(model: Any, tokens: Tensor) -> list[Tensor]:
+def stream_states(model: Any, tokens: Tensor) -> list[Tensor]:
     """x after every connection."""
     found: list[Tensor] = []
 
