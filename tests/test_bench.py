@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from minitransformer.benchmark.case import Absent, Cost, Work, missing
-from minitransformer.benchmark.limits import Limits
 from minitransformer.benchmark.peers import NanoGPT
 from minitransformer.benchmark.scaling import Axis, Quantity, grow
 from minitransformer.benchmark.scaling_report import growth_as_json, growth_table
@@ -19,7 +18,7 @@ from minitransformer.benchmark.subjects import Subject
 from minitransformer.benchmark.subjects.tokenizers import texts_of
 from minitransformer.benchmark.workers import ContestantFailed, TimeUp, Worker
 from minitransformer.errors import UserError
-from tests.bench_for_tests import TINY
+from tests.bench_for_tests import LIMITS, TINY, alive
 
 # --- workers
 
@@ -41,14 +40,6 @@ def sleepy(when):
 def noisy():
     print("this would stand in the table")
     raise ValueError("bad day\nwith details")
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_a_worker_measures_in_one_process_of_its_own_and_leaves_none():
@@ -90,9 +81,6 @@ def test_a_failing_worker_gives_one_line_with_the_place_and_prints_nothing(capfd
 
 
 # --- limits
-
-
-LIMITS = Limits({"fp32": 100.0, "bf16": 200.0}, 10.0)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from minitransformer.benchmark.report import case_table, picture
 from minitransformer.benchmark.rounds import CaseResult, measure
 from minitransformer.benchmark.subjects import Subject
 from minitransformer.commands import bench
-from tests.bench_for_tests import case_of
+from tests.bench_for_tests import LIMITS, alive, case_of
 
 
 class Race(Subject, name="race"):
@@ -179,7 +179,7 @@ def run_endless(folder):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_is_left_behind(number, tmp_path):
-    code = f"import sys; from tests.test_bench import run_endless; sys.exit(run_endless({str(tmp_path)!r}))"
+    code = f"import sys; from tests.test_bench_command import run_endless; sys.exit(run_endless({str(tmp_path)!r}))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_until(lambda: len(list(tmp_path.iterdir())) >= 2)
     pids = [int(path.name) for path in tmp_path.iterdir()]

@@ -265,9 +265,9 @@ def test_a_text_that_looks_at_more_slots_the_longer_it_is_is_the_same(
     settings = {"num_samples": 2, "max_new_tokens": 40}
     expected = run(model, [1, 2, 3], cached=False, **settings)
     seen = []
-    place = KVCache.place
+    at = KVCache.at
     monkeypatch.setattr(
-        KVCache, "place", lambda cache, slots, n, **last: (seen.append(int(n)), place(cache, slots, n, **last))[1]
+        KVCache, "at", lambda cache, slots, n, **known: (seen.append(int(n)), at(cache, slots, n, **known))[1]
     )
     assert run(model, [1, 2, 3], **settings) == expected
     assert list(dict.fromkeys(seen)) == all_seen
@@ -276,12 +276,12 @@ def test_a_text_that_looks_at_more_slots_the_longer_it_is_is_the_same(
 @given(st.integers(1, 100_000), st.integers(1, 100_000))
 def test_attention_looks_at_few_slots_more_than_are_in_use(length: int, most: int) -> None:
     length = min(length, most)
-    seen = readers.slots_seen(length, most, fixed=True)
+    seen = readers.slots_visible(length, most, fixed=True)
     assert length <= seen <= min(most, max(1.25 * length + 1, length + readers.FEW_SLOTS))
 
 
 def test_a_long_text_looks_at_few_numbers_of_slots() -> None:
-    assert len({readers.slots_seen(length, 32768, fixed=True) for length in range(1, 32769)}) == 20
+    assert len({readers.slots_visible(length, 32768, fixed=True) for length in range(1, 32769)}) == 20
 
 
 @pytest.mark.parametrize("residual", Residual.registry)

@@ -31,7 +31,6 @@ from minitransformer.pretrained.shards import INDEX, WEIGHTS
 from minitransformer.pretrained.tokenizers import load_tokenizer
 from minitransformer.records import MOST_DEPTH, checked_fields, parse_json, read_json
 from minitransformer.runs import Run
-from minitransformer.settings import from_json
 from minitransformer.tasks.store import ResultStore
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.tokenizers import BPE, END_OF_TEXT, Bytes, Characters, Framing, Tokenizer
@@ -270,7 +269,7 @@ def changed(path: Path, **parts: Any) -> None:
         ("model", "residual", ["pre"], "an object"),
         ("model", "window_pattern", [1], "a list"),
         ("model", "window_pattern", True, "a list"),
-        ("data", "too_long", "drop", "'skip' or 'cut'"),
+        ("training", "compile", "maybe", "'auto' or 'on' or 'off'"),
         ("training", "lr", "0.1", "a number"),
         ("training", "lr", 10**400, "a number"),
         ("training", "lr", False, "a number"),
@@ -283,8 +282,7 @@ def test_a_setting_of_another_type_is_refused_by_name(
 ) -> None:
     path = run_folder(tmp_path / "run")
     record = json.loads((path / "config.json").read_text())
-    settings = {"dataset": {"name": "pairs", name: value}} if name == "too_long" else {name: value}
-    changed(path / "config.json", **{part: {**record[part], **settings}})
+    changed(path / "config.json", **{part: {**record[part], name: value}})
     assert f"config.json has {name} " in (said := refused(lambda: Run.open(path)))
     assert f"which must be {must}: " in said
 
@@ -503,11 +501,10 @@ def test_the_state_of_a_trainer_runs_no_code_and_is_refused_when_damaged(tmp_pat
 
 def test_values_are_checked_by_the_types_of_a_record() -> None:
     whole = {**RunConfig().to_json()["training"], "probe": ["a"], "patience": 3}
-    assert from_json(TrainingConfig, whole, "x").probe == ("a",)
+    assert RunConfig.from_json({**RunConfig().to_json(), "training": whole}, "x").training.probe == ("a",)
     for values in ({"probe": "a"}, {"probe": [3]}, {"compile": "maybe"}, {"device": None}):
         assert refused(lambda values=values: checked_fields(TrainingConfig, values, "x")).startswith("x has ")
-    values = {"field": "a", "validation_data": None}
-    assert checked_fields(DataConfig, values, "x") == values
+    assert checked_fields(DataConfig, {"field": "a"}, "x") == {"field": "a"}
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:

@@ -50,14 +50,14 @@ def figures(model: Model, *names: str) -> dict[str, float]:
 def streams_by_hand(model: Any) -> list[Any]:
     """The stream before the first layer and after each, of a decoder without positions."""
     with torch.no_grad():
-        streams = [model.stack.residual.open(model.stack.embedding_norm(model.embedding(TOKENS)))]
+        streams = [model.stack.shared.open(model.stack.embedding_norm(model.embedding(TOKENS)))]
         for block in model.stack.blocks:
             streams.append(block(streams[-1], view=AttentionView(causal=True)))
     return streams
 
 
 def states_by_hand(model: Any) -> list[np.ndarray[Any, Any]]:
-    return [model.stack.residual.state(stream).flatten(0, 1).numpy() for stream in streams_by_hand(model)]
+    return [model.stack.shared.state(stream).flatten(0, 1).numpy() for stream in streams_by_hand(model)]
 
 
 def norm_by_hand(parameters: Any) -> float:

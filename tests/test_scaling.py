@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minitransformer.architecture.attention import KERNELS
+from minitransformer.architecture.kernels import KERNELS
 from minitransformer.architecture.positions import (
     Llama3Scaling,
     PositionInterpolation,

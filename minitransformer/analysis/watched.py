@@ -70,7 +70,7 @@ def watched(model: nn.Module) -> Iterator[Watched]:
 
 def _watch_stack(stack: Stack, kept: list[Tensor]) -> list[RemovableHandle]:
     def keep(stream: Any) -> None:
-        kept.append(stack.residual.state(stream).detach())
+        kept.append(stack.shared.state(stream).detach())
 
     first = stack.blocks[0].register_forward_pre_hook(lambda block, inputs: keep(inputs[0]))
     return [first, *(block.register_forward_hook(lambda block, _, output: keep(output)) for block in stack.blocks)]

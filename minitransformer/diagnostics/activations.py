@@ -106,7 +106,7 @@ def _record_tokens(stack: str, record: ActivationRecord) -> Callable[..., None]:
 def _record_change(name: str, stack: Stack, record: ActivationRecord) -> Callable[[dict[str, StreamChange], str], Any]:
     def record_in(table: dict[str, StreamChange], place: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: tuple[Any, ...], stream: Any) -> None:
-            table[place] = StreamChange(inputs[0], stream, stack.residual.state, record.is_token[name])
+            table[place] = StreamChange(inputs[0], stream, stack.shared.state, record.is_token[name])
 
         return note
 

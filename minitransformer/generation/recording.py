@@ -1,11 +1,16 @@
 """The model's steps, recorded once and replayed without Python.
 
 For one token of a small model, walking through its modules takes longer than the arithmetic in them. All steps do the
-same, once the cache has slots for all tokens to come (`KVCache.place`): so a step is recorded, and the later ones
-replay its operations, with the slots that are in use by then. `torch.jit.trace` records in milliseconds, where
-`torch.compile` takes longer than most texts take to write. On CUDA, a graph replays all kernels of a step by one call,
-for fixed shapes.
+same, once the caller chooses the slots of a cache that has room for all tokens to come (`KVCache.at`): so a step is
+recorded, and the later ones replay its operations, with the slots that are in use by then. `torch.jit.trace` records
+in milliseconds, where `torch.compile` takes longer than most texts take to decode. On CUDA, a graph replays all kernels
+of a step by one call, for fixed shapes.
 """
+
+# `torch.jit.trace` is deprecated, in favour of `torch.export`, which takes seconds where tracing takes milliseconds.
+# When a torch comes without `torch._C._create_graph_by_tracing`, which the upper bound of torch in pyproject.toml keeps
+# out until then, an exported step, compiled once for a model and kept on disk, replaces `traced`; where there is none
+# yet, steps run as they are. Nothing else knows of tracing.
 
 from __future__ import annotations
 
@@ -15,15 +20,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.architecture.attention import AttentionView, MultiHeadAttention
-from minitransformer.architecture.cache import AttentionCache
-from minitransformer.architecture.linear import has_hooks, is_plain
+from minitransformer.architecture.attention import MultiHeadAttention
+from minitransformer.models.joined import has_hooks, is_plain
 
 SOON = 8
 """steps"""
@@ -108,7 +112,7 @@ def traced(step: Step, tensors: Sequence[Tensor]) -> Step:
     """`step` without Python, for as long as someone keeps it.
 
     As `torch.jit.trace`, which would put it, with the weights and the cache that are its constants, into a compilation
-    unit of the whole process, for ever.
+    unit of the whole process, for ever. A write to a tensor that nothing in the step reads is left out.
     """
     with warnings.catch_warnings():
         # Of sizes that become constants: here they are.
@@ -141,9 +145,9 @@ def captured(step: Step, tensors: Sequence[Tensor]) -> Step:
 
 
 def recorded(step: Step, model: nn.Module) -> Step:
-    """`step`, to be replayed, unless someone listens to a module of `model`, who would not hear a replay.
+    """`step`, to be replayed, unless a module of `model` has hooks, which a replay would not run.
 
-    It takes tokens, their slots, and a tensor whose last dimension is that of all slots that they may attend to.
+    It takes tokens, their slots, a tensor whose last size is the number of visible slots, and others.
     """
     if any(map(has_hooks, model.modules())):
         return step
@@ -151,8 +155,8 @@ def recorded(step: Step, model: nn.Module) -> Step:
     weights = sum(linear.in_features * linear.out_features for linear in linears)
     scored = sum(2 * module.query.out_features for module in model.modules() if isinstance(module, MultiHeadAttention))
 
-    def products(tokens: Tensor, slots: Tensor, seen: Tensor) -> int:
-        return tokens.numel() * (weights + scored * seen.size(-1))
+    def products(tokens: Tensor, slots: Tensor, visible: Tensor, *others: Tensor) -> int:
+        return tokens.numel() * (weights + scored * visible.size(-1))
 
     # Measured: of what float32 models do for a token, oneDNN only does GELU, in several times the time of torch.
     onednn = not all(getattr(linear, "kernel", False) or _is_float32(linear) for linear in linears)
@@ -175,7 +179,9 @@ def _for_single_rows(module: nn.Module) -> nn.Module | None:
     if isinstance(module, MultiHeadAttention):
         maps = [module.query, module.key, module.value]
         if all(map(is_plain, maps)) and sum(linear.weight.numel() for linear in maps) <= MANY_WEIGHTS:
-            return RowAttention.of(module)
+            attention = _with_parts(module, _for_single_rows)
+            attention.project = RowProjection(maps)
+            return attention
     return None
 
 
@@ -224,26 +230,13 @@ class RowLinear(nn.Linear):
         return product if self.bias is None else product + self.bias
 
 
-class RowAttention(MultiHeadAttention):
-    """Self-attention whose queries, keys and values are one product: for few features, calling it takes the longest."""
+class RowProjection(nn.Module):
+    """Queries, keys and values of `maps` by one product: for few features, calling it takes the longest."""
 
-    together: RowLinear
-    sizes: list[int]
+    def __init__(self, maps: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.together, self.sizes = RowLinear(*maps), [linear.out_features for linear in maps]
 
-    @classmethod
-    def of(cls, attention: MultiHeadAttention) -> RowAttention:
-        """`attention`, made for evaluation only."""
-        maps = [attention.query, attention.key, attention.value]
-        clone: Any = _with_parts(attention, _for_single_rows)
-        clone.__class__ = cls
-        clone.together, clone.sizes = RowLinear(*maps), [linear.out_features for linear in maps]
-        return clone
-
-    def _projections(
-        self, x: Tensor, memory: Tensor | None, view: AttentionView, cache: AttentionCache | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if memory is not None or cache is None:
-            return super()._projections(x, memory, view, cache)
-        query, key, value = self.together(x).split(self.sizes, dim=-1)
-        k, v = cache.update(lambda: self._keys_and_values(key, value, view))
-        return self._queries(query, view), k, v
+    def forward(self, x: Float[Tensor, "*batch in"], *maps: nn.Linear) -> Sequence[Float[Tensor, "*batch _"]]:
+        """As `project_each` of the `maps` that this was made from."""
+        return self.together(x).split(self.sizes, dim=-1)

@@ -6,15 +6,17 @@ from functools import partial
 
 from torch import nn
 
-from minitransformer.architecture.attention import KERNELS, QK_NORMS, MultiHeadAttention
+from minitransformer.architecture.attention import QK_NORMS, MultiHeadAttention
 from minitransformer.architecture.block import BlockParts, Stack
 from minitransformer.architecture.embeddings import LMHead, TokenEmbedding, TokenSmear, TransformedHead
 from minitransformer.architecture.feedforward import MixtureOfExperts
+from minitransformer.architecture.kernels import KERNELS
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme, PositionSpace
 from minitransformer.architecture.residual import Place, Residual
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
+from minitransformer.models.joined import project_together
 
 
 def build_stack(
@@ -30,11 +32,10 @@ def build_stack(
     In an encoder-decoder, `partner_layers` are the layers of the other stack.
     """
     num_layers = num_layers or config.num_layers
-    placement = config.residual.variant
 
     def make_residual(layer: int, sublayer: str) -> Residual:
-        place = Place(layer, num_layers, sublayer, partner_layers, has_memory)
-        return placement(partial(_norm, config), config.dropout, place)
+        place = Place(layer, num_layers, sublayer, partner_layers, has_memory, d_model=config.d_model)
+        return config.residual.make(partial(_norm, config), config.dropout, place)
 
     blocks = [
         config.block.make(
@@ -51,7 +52,7 @@ def build_stack(
     return Stack(
         blocks,
         positions=_positions(config, causal=causal),
-        residual=placement,
+        residual=config.residual,
         make_norm=partial(_norm, config),
         causal=causal,
         windows=[config.window_of(layer) for layer in range(num_layers)],
@@ -115,6 +116,7 @@ def _attention(config: ModelConfig) -> MultiHeadAttention:
         make_norm=QK_NORMS[qk_norm](partial(_norm, config), config.features_per_head),
         make_value_norm=QK_NORMS[value_norm](partial(_norm, config), config.features_per_head),
         kernel=KERNELS[config.attention_kernel],
+        project=project_together,
     )
 
 

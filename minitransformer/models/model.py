@@ -8,13 +8,14 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minitransformer.architecture.attention import MultiHeadAttention
 from minitransformer.architecture.block import Stack
-from minitransformer.architecture.cache import KVCache
+from minitransformer.architecture.cache import ChosenSlots, KVCache
+from minitransformer.architecture.embeddings import Tokens
 from minitransformer.architecture.feedforward import MixtureOfExperts
 from minitransformer.architecture.init import initialise
 from minitransformer.architecture.positions import token_positions
@@ -41,6 +42,7 @@ class Model(Registered, nn.Module, kind="topology"):
     def initialise(self) -> None:
         """Draw every weight as the configuration says."""
         initialise(self, self.config.init.make())
+        self.end_step()  # what holds after every update holds before the first
 
     def calibrate(self, run: Callable[[], object]) -> None:
         """What the placement sets by a look at real data, before the first step: `run` passes a batch through.
@@ -50,7 +52,7 @@ class Model(Registered, nn.Module, kind="topology"):
         was_training = self.training
         self.train()
         for stack in [module for module in self.modules() if isinstance(module, Stack)]:
-            stack.residual.calibrate(stack.connections, run)
+            stack.shared.calibrate(stack.connections, run)
         self.train(was_training)
 
     def begin_step(self, step: int) -> None:
@@ -59,9 +61,9 @@ class Model(Registered, nn.Module, kind="topology"):
             begin(step)
 
     def end_step(self) -> None:
-        """Tell every module that has an `end_step` that an update of the weights is done."""
+        """Tell every module that has an `end_step(model)`, which may change weights, that an update is done."""
         for end in self._end_step:
-            end()
+            end(self)
 
     @cached_property
     def _begin_step(self) -> list[Callable[..., object]]:
@@ -100,14 +102,12 @@ def _matrix_weights(module: nn.Module) -> int:
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
-def positions_of(
-    tokens: Int[Tensor, "batch length"], is_token: Tensor | None = None, cache: KVCache | None = None
-) -> Int[Tensor, "#batch all"]:
-    """0, 1, 2, … for `tokens` and all that are in `cache` before them; padding is not counted."""
-    if cache is None:
-        return token_positions(tokens.size(1), is_token, tokens.device)
-    total = cache.seen if cache.slots is not None else cache.length + tokens.size(1)
-    return token_positions(total, is_token, tokens.device)
+def next_positions(
+    tokens: Tokens, is_token: Bool[Tensor, "batch length"] | None = None, cache: KVCache | ChosenSlots | None = None
+) -> Int[Tensor, "#batch length"]:
+    """0, 1, 2, … for `tokens`, from the first position after those that `cache` holds; padding is not counted."""
+    positions = token_positions(tokens.size(1), is_token, tokens.device)
+    return positions if cache is None else positions + cache.next_position()
 
 
 def build_model(config: ModelConfig) -> Model:

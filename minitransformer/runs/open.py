@@ -11,6 +11,7 @@ from typing import Any
 from minitransformer import files
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.model import Model
+from minitransformer.plugins import check_plugins, plugins_of
 from minitransformer.records import read_json
 from minitransformer.runs.layout import (
     CONFIG,
@@ -94,7 +95,9 @@ class Run:
         """
         run = replace(self, config=config, machine=machine or self.machine)
         origins = {"machine": run.machine, "parent": run.parent}
-        about = {name: origin.to_json() for name, origin in origins.items() if origin is not None}
+        about: dict[str, Any] = {name: origin.to_json() for name, origin in origins.items() if origin is not None}
+        if plugins := [plugin.to_json() for plugin in plugins_of(config)]:
+            about["plugins"] = plugins
         record = {**config.to_json(), "text": self.text, **about, "provenance": provenance()}
         names = [TOKENIZER, TARGET_TOKENIZER][: len(self.tokenizers)]
         with files.writing(self.path, REMEDY):
@@ -119,6 +122,7 @@ class Run:
                 f"{path / CONFIG} is not what training wrote ({error}): restore it, or, if you changed it and mean it, "
                 f'take out its "{files.CHECKSUM}"'
             ) from None
+        check_plugins(record.get("plugins"), str(path / CONFIG))
         config = RunConfig.from_json(record, str(path / CONFIG))
         digests = record.get("sha256")
         for name in (TOKENIZER, TARGET_TOKENIZER):

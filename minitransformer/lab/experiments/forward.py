@@ -86,7 +86,7 @@ def forward_statistics(make: MakeModel, placement: str, num_layers: int, seed: i
     """
     model: Any = MODES["theory"](make, Placement(placement), num_layers, seed)
     output, total, change = [0.0] * num_layers, [0.0] * num_layers, [0.0] * num_layers
-    state = model.stack.residual.state
+    state = model.stack.shared.state
 
     def after_block(layer: int, _: nn.Module, inputs: tuple[Any, ...], stream: Any) -> None:
         output[layer] = _mean_square(state(stream))
