@@ -23,7 +23,7 @@ from minitransformer.models.config import ModelConfig  # noqa: E402
 from minitransformer.models.decoder import DecoderLM  # noqa: E402
 from minitransformer.plugins import load_plugin  # noqa: E402
 from minitransformer.settings import with_settings  # noqa: E402
-from tests.plugins_for_tests import late, load_plugin  # noqa: E402
+from tests.late_for_tests import late  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,16 +53,6 @@ class TorchRandom:
 
 torch_random = TorchRandom()  # Hypothesis keeps a weak reference
 hypothesis.register_random(torch_random)
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--plugin", action="append", default=[], metavar="FILE", help="run the laws over its variants too")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Before tests are collected: laws run over what is registered then."""
-    for path in config.getoption("--plugin"):
-        load_plugin(Path(path))
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from minitransformer.pretrained.shards import INDEX, WEIGHTS
 from minitransformer.pretrained.tokenizers import load_tokenizer
 from minitransformer.records import MOST_DEPTH, checked_fields, parse_json, read_json
 from minitransformer.runs import Run
+from minitransformer.settings import from_json
 from minitransformer.tasks.store import ResultStore
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.tokenizers import BPE, END_OF_TEXT, Bytes, Characters, Framing, Tokenizer
@@ -266,7 +267,10 @@ def changed(path: Path, **parts: Any) -> None:
         ("model", "num_layers", 2.0, "a whole number"),
         ("model", "num_layers", 10**30, "a whole number"),
         ("model", "num_kv_heads", "2", "a whole number or null"),
+        ("model", "residual", "pre", "an object"),
         ("model", "residual", ["pre"], "an object"),
+        ("model", "residual", {"name": ["pre"]}, "a text"),
+        ("model", "residual", {}, "a text"),
         ("model", "window_pattern", [1], "a list"),
         ("model", "window_pattern", True, "a list"),
         ("training", "compile", "maybe", "'auto' or 'on' or 'off'"),
@@ -501,9 +505,9 @@ def test_the_state_of_a_trainer_runs_no_code_and_is_refused_when_damaged(tmp_pat
 
 def test_values_are_checked_by_the_types_of_a_record() -> None:
     whole = {**RunConfig().to_json()["training"], "probe": ["a"], "patience": 3}
-    assert RunConfig.from_json({**RunConfig().to_json(), "training": whole}, "x").training.probe == ("a",)
+    assert from_json(TrainingConfig, whole, "x").probe == ("a",)
     for values in ({"probe": "a"}, {"probe": [3]}, {"compile": "maybe"}, {"device": None}):
-        assert refused(lambda values=values: checked_fields(TrainingConfig, values, "x")).startswith("x has ")
+        assert refused(lambda values=values: from_json(TrainingConfig, values, "x")).startswith("x has ")
     assert checked_fields(DataConfig, {"field": "a"}, "x") == {"field": "a"}
 
 

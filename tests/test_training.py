@@ -24,7 +24,6 @@ from minitransformer.training.muon import Muon, jordan, nearest_to_one, orthogon
 from minitransformer.training.objectives import Causal
 from minitransformer.training.optimizers import AdamW, Optimizer, Rates, build_optimizers
 from minitransformer.training.signals import StopRequest
-from minitransformer.training.validation import validate
 from tests.runs_for_tests import (
     TINY,
     call_after_step,
@@ -343,22 +342,6 @@ def test_two_seeds_differ_and_one_seed_does_not(text, tmp_path):
 
     assert_same(trained("a", 1), trained("b", 1))
     assert not torch.equal(trained("c", 2)["embedding.table.weight"], trained("d", 3)["embedding.table.weight"])
-
-
-def test_validation_predicts_every_token_once_and_counts_bits_of_bytes(text, tmp_path):
-    trainer = trainer_for(tmp_path / "run", text, TINY)
-    result = validate(trainer.learner.model, trainer.learner.loader, trainer.learner.precision)
-    tokens = torch.from_numpy(text.validation.astype("int64"))
-    nats = count = 0.0
-    for start in range(0, len(tokens) - 1, 16):
-        window = tokens[start : start + 17]
-        log_p = trainer.learner.model.eval()(window[None, :-1]).double().log_softmax(-1)[0]
-        nats -= log_p.gather(1, window[1:, None]).sum().item()
-        count += len(window) - 1
-    assert count == len(tokens) - 1
-    assert result.loss == pytest.approx(nats / count, rel=1e-6)
-    assert result.values["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-6)
-    assert result.values["bits_per_byte"] == pytest.approx(nats / math.log(2) / text.validation_bytes, rel=1e-6)
 
 
 def test_a_run_stops_early_when_validation_no_longer_improves(text, tmp_path):

@@ -85,6 +85,23 @@ def test_bits_per_byte_of_a_part_are_over_the_bytes_of_its_own_targets(name, wor
     assert result.values["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=2e-3)
 
 
+def test_validation_predicts_every_token_once_and_counts_bits_of_bytes(tmp_path):
+    text = prepared_text(tmp_path)
+    trainer = trainer_for(tmp_path / "run", text, configured())
+    result = validate(trainer.learner.model, trainer.learner.loader, trainer.learner.precision)
+    tokens = torch.from_numpy(text.validation.astype("int64"))
+    nats = count = 0.0
+    for start in range(0, len(tokens) - 1, 16):
+        window = tokens[start : start + 17]
+        log_p = trainer.learner.model.eval()(window[None, :-1]).double().log_softmax(-1)[0]
+        nats -= log_p.gather(1, window[1:, None]).sum().item()
+        count += len(window) - 1
+    assert count == len(tokens) - 1
+    assert result.loss == pytest.approx(nats / count, rel=1e-6)
+    assert result.values["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-6)
+    assert result.values["bits_per_byte"] == pytest.approx(nats / math.log(2) / text.validation_bytes, rel=1e-6)
+
+
 @given(seed=st.integers(0, 99), tokens=st.integers(1, 4000))
 def test_what_is_drawn_is_spread_over_the_split_and_depends_on_the_seed_alone(tmp_path_factory, seed, tokens):
     config, loader = causal(tmp_path_factory, seed=seed, validation_tokens=tokens)
