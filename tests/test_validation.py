@@ -40,7 +40,6 @@ def run_of(name: str, folder: Path, **choices: object) -> tuple[RunConfig, Loade
         **{
             "vocab_size": None,
             "validation_fraction": 0.2,
-            "positions": "none" if name == "seq2seq" else "rotary",
         },
         **({"batch_tokens": 64} if name == "seq2seq" else {}),
         **{"validation_tokens": 512, "num_layers": 1, **choices},
