@@ -24,10 +24,9 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
 from minitransformer.runs import Run
 from minitransformer.text.corpora import short_name
-from minitransformer.text.tokenizers import Published, Tokenizer
+from minitransformer.text.tokenizers import TiktokenEncoding, Tokenizer
 from minitransformer.training.config import with_vocabulary
 from minitransformer.training.finetuning import check_fits
-from minitransformer.training.objectives import Objective
 from minitransformer.training.presets import PRESETS
 from tests.runs_for_tests import TEXT, configured, unsealed
 
@@ -107,7 +106,7 @@ def test_what_help_says_of_a_vocabulary_is_what_the_tokenizer_finds(tokenizer):
     if tokenizer == "bpe":
         assert kind.usual_vocab_size == kind.default_vocab_size
         return
-    if issubclass(kind, Published) and not all(path.exists() for path in kind._cached().values()):
+    if issubclass(kind, TiktokenEncoding) and not all(path.exists() for path in kind._cached().values()):
         pytest.skip("its ranks are not on this machine")
     characters = "".join(map(chr, [10, *range(32, 96)]))
     assert kind.fit(lambda: iter([characters])).vocab_size == kind.usual_vocab_size
@@ -121,7 +120,7 @@ def test_help_counts_the_parameters_of_presets_by_their_own_tokenizers(here, cap
     )
     (here / "my.txt").write_text("".join(map(chr, [10, *range(32, 96)])) * 40)
     for preset in ("shakespeare", "shakespeare-fast", "nanogpt-cpu"):
-        prepared = Objective.named("causal").prepare(configured(PRESETS[preset], data="my.txt", context_length=64))
+        prepared = configured(PRESETS[preset], data="my.txt", context_length=64).prepare()
         size = count_parameters(with_vocabulary(PRESETS[preset].model, prepared)) / 1e6
         assert counts[preset] == f"{size:.2f}M"
 

@@ -4,7 +4,7 @@ from minitransformer.text.tokenizers.base import END_OF_TEXT, MASK, MASKS, Texts
 from minitransformer.text.tokenizers.basic import Bytes, Characters
 from minitransformer.text.tokenizers.bpe import BPE, GPT4_SPLIT
 from minitransformer.text.tokenizers.framing import Framing
-from minitransformer.text.tokenizers.published import CL100KEncoding, GPT2Encoding, O200KEncoding
+from minitransformer.text.tokenizers.published import CL100KEncoding, GPT2Encoding, O200KEncoding, TiktokenEncoding
 
 __all__ = [
     "BPE",
@@ -19,6 +19,7 @@ __all__ = [
     "GPT2Encoding",
     "O200KEncoding",
     "Texts",
+    "TiktokenEncoding",
     "Tokenizer",
     "check_ids",
 ]
