@@ -89,10 +89,10 @@ def test_an_objective_brings_its_kind_of_data(name: str) -> None:
 
 
 def test_data_that_an_objective_does_not_learn_from_is_refused() -> None:
-    with pytest.raises(UserError, match="'causal' learns from dataset 'text', not 'pairs': leave out --dataset"):
+    with pytest.raises(UserError, match="'causal' learns from data of the kind 'text', not 'pairs': leave"):
         RunConfig(data=DataConfig(dataset=Pairs.choose(target_data="x")))
-    with pytest.raises(UserError, match="'seq2seq' learns from dataset 'pairs', not 'text'"):
-        with_settings(config_of("pairs"), {"dataset": "text"})
+    with pytest.raises(UserError, match="'seq2seq' learns from data of the kind 'pairs', not 'text'"):
+        with_settings(config_of("pairs"), {"data_kind": "text"})
 
 
 def test_with_another_objective_what_was_said_of_pairs_falls_away() -> None:

@@ -45,7 +45,7 @@ def test_settings_of_variants_that_were_not_chosen_fall_away_with_the_flat_forma
 def test_what_stood_in_training_and_belongs_to_an_objective_or_to_pairs_is_found_there() -> None:
     """As versions of format 1 wrote it: every setting of every objective in training, those of pairs in both parts."""
     record = in_format_1(PRESETS["transformer-mini"])
-    for name in ("dataset", "batch_tokens"):
+    for name in ("data_kind", "batch_tokens"):
         del record["data"][name]
     record["data"] |= {"lowercase": True, "target_data": "x", "too_long": "cut"}
     record["training"] |= {"batch_tokens": 77, "label_smoothing": 0.2, "mask_probability": 0.3, "mean_span": 4.0}
@@ -53,7 +53,7 @@ def test_what_stood_in_training_and_belongs_to_an_objective_or_to_pairs_is_found
     pairs = Pairs.choose(lowercase=True, target_data="x", too_long="cut", batch_tokens=77)
     assert (config.data.dataset, config.training.objective) == (pairs, Seq2Seq.choose(label_smoothing=0.2))
     text = in_format_1(RunConfig(ModelConfig(topology="encoder"), training=TrainingConfig(objective="masked")))
-    del text["data"]["dataset"]
+    del text["data"]["data_kind"]
     text["training"] |= {"batch_tokens": 77, "label_smoothing": 0.2, "mask_probability": 0.3}
     assert RunConfig.from_json(text, "config.json").training.objective == Masked.choose(probability=0.3)
 

@@ -236,5 +236,5 @@ def test_files_of_pairs_are_not_left_unread_by_who_learns_from_text(
     parallel: list[str], capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
     assert main(["--data", "a.en", *flags, "a.de", "--tokenizer", "bytes", "--compile", "off"]) == 2
-    assert "target_data belongs to dataset 'pairs', and dataset is 'text': leave it out" in capsys.readouterr().err
+    assert "target_data belongs to data_kind 'pairs', and data_kind is 'text': leave it out" in capsys.readouterr().err
     assert not Path("runs").exists()

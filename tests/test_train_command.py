@@ -18,14 +18,15 @@ from safetensors.torch import load_file
 from minitransformer.commands import unknown_flags
 from minitransformer.commands.export import Options as ExportOptions
 from minitransformer.commands.sample import Options as SampleOptions
-from minitransformer.commands.train import Options, main
+from minitransformer.commands.train import Flags, main
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
 from minitransformer.runs import Run
+from minitransformer.settings import kinds
 from minitransformer.text.corpora import short_name
 from minitransformer.text.tokenizers import TiktokenEncoding, Tokenizer
-from minitransformer.training.config import with_vocabulary
+from minitransformer.training.config import RunConfig, with_vocabulary
 from minitransformer.training.finetuning import check_fits
 from minitransformer.training.presets import PRESETS
 from tests.runs_for_tests import TEXT, configured, unsealed
@@ -554,11 +555,12 @@ def test_a_flag_like_no_other_and_a_word_too_many_get_one_sentence(here, capsys)
 
 
 def test_what_flags_are_called_elsewhere_are_no_flags_here_and_lead_to_one():
+    of_training = {*unknown_flags.flag_names(Flags), *(name.replace("_", "-") for name in kinds(RunConfig))}
     known = {
-        *unknown_flags.flag_names(Options),
+        *of_training,
         *unknown_flags.flag_names(SampleOptions),
         *unknown_flags.flag_names(ExportOptions),
     }
     for name, meant in unknown_flags.ELSEWHERE.items():
-        assert name not in unknown_flags.flag_names(Options)
+        assert name not in of_training
         assert set(meant) <= known, name

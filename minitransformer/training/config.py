@@ -40,7 +40,7 @@ class DataConfig:
     """Which text, and how it becomes tokens."""
 
     dataset: Choice[Dataset] = Choice(
-        Dataset, "text", changes_task=True, help="kind of data, which follows from the objective"
+        Dataset, "text", flag="data_kind", changes_task=True, help="which follows from the objective"
     )
     data: str | tuple[str, ...] = setting("pydocs", may_change_on_resume=True, changes_task=True, help=DATA)
     field: str = setting(
@@ -212,9 +212,9 @@ class RunConfig:
         objective = Objective.registry.get(name)
         if objective is None:
             return {}
-        if changes.get("dataset", objective.dataset.name) != objective.dataset.name:
-            raise _other_dataset(objective, changes["dataset"])
-        return {"dataset": objective.dataset.name}
+        if changes.get("data_kind", objective.dataset.name) != objective.dataset.name:
+            raise _other_dataset(objective, changes["data_kind"])
+        return {"data_kind": objective.dataset.name}
 
     @property
     def sequence_length(self) -> int:
@@ -276,8 +276,8 @@ class RunConfig:
 
 def _other_dataset(objective: type[Objective], name: str) -> UserError:
     return UserError(
-        f"objective {objective.name!r} learns from dataset {objective.dataset.name!r}, not {name!r}: "
-        "leave out --dataset, or choose another --objective"
+        f"objective {objective.name!r} learns from data of the kind {objective.dataset.name!r}, not {name!r}: "
+        "leave out --data-kind, or choose another --objective"
     )
 
 
@@ -299,7 +299,7 @@ def from_format_1(record: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
         model = model | {"qk_norm": "full"}
     training = {"validation_tokens": 0, **training}  # before there was a choice, validations read all of them
     objective = Objective.registry.get(str(training.get("objective")), TrainingConfig.objective.variant)
-    data = {"dataset": objective.dataset.name, **record["data"]}
+    data = {"data_kind": objective.dataset.name, **record["data"]}
     if "batch_tokens" in training:
         data["batch_tokens"] = training.pop("batch_tokens")
     return {
