@@ -556,11 +556,7 @@ def test_a_flag_like_no_other_and_a_word_too_many_get_one_sentence(here, capsys)
 
 def test_what_flags_are_called_elsewhere_are_no_flags_here_and_lead_to_one():
     of_training = {*unknown_flags.flag_names(Flags), *(name.replace("_", "-") for name in kinds(RunConfig))}
-    known = {
-        *of_training,
-        *unknown_flags.flag_names(SampleOptions),
-        *unknown_flags.flag_names(ExportOptions),
-    }
+    known = of_training.union(*map(unknown_flags.flag_names, (SampleOptions, ExportOptions)))
     for name, meant in unknown_flags.ELSEWHERE.items():
         assert name not in of_training
         assert set(meant) <= known, name
