@@ -32,7 +32,8 @@ def setting(default: Any, *, help: str = "", **about: Any) -> Any:
     no effect, or that setting and the values that it needs.
     What other code must know is said here too: `changes_task` (losses with other values do not compare),
     `changes_tokens` (they compare in bits per byte), `follows_data` (it is usually found from the data),
-    `observes_only` (no effect on what is computed), `may_change_on_resume`.
+    `of_files` (it says how certain files are read), `observes_only` (no effect on what is computed),
+    `may_change_on_resume`.
     """
     return field(default=default, metadata={"help": help, **about})
 
@@ -197,9 +198,10 @@ def with_settings(record: T, changes: Mapping[str, Any]) -> T:
     """`record` with the settings `changes`, by their flat names.
 
     Another variant begins with its own defaults, and with what was set of a setting that it shares with the one before.
+    A method `implied` of `record` says what else follows from `changes`.
     Raises `UserError` for a name that nothing has or that belongs to a variant that is not chosen, and as records do.
     """
-    left = dict(changes)
+    left = {**(record.implied(changes) if hasattr(record, "implied") else {}), **changes}
     result = _changed(record, left, None)
     if left:
         raise _misplaced(next(iter(left)), result)

@@ -270,7 +270,7 @@ def changed(path: Path, **parts: Any) -> None:
         ("model", "residual", {"name": ["pre"]}, "a text"),
         ("model", "window_pattern", [1], "a list"),
         ("model", "window_pattern", True, "a list"),
-        ("data", "too_long", "drop", "'skip' or 'cut'"),
+        ("training", "compile", "maybe", "'auto' or 'on' or 'off'"),
         ("training", "lr", "0.1", "a number"),
         ("training", "lr", 10**400, "a number"),
         ("training", "lr", False, "a number"),
@@ -504,7 +504,7 @@ def test_values_are_checked_by_the_types_of_a_record() -> None:
     assert settings.from_json(TrainingConfig, whole, "x").probe == ("a",)
     for values in ({"probe": "a"}, {"probe": [3]}, {"compile": "maybe"}, {"device": None}):
         assert refused(lambda values=values: settings.from_json(TrainingConfig, values, "x")).startswith("x has ")
-    assert checked_fields(DataConfig, {"field": "a", "target_data": None}, "x") == {"field": "a", "target_data": None}
+    assert checked_fields(DataConfig, {"field": "a"}, "x") == {"field": "a"}
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ class Run:
 
     def cased(self, text: str) -> str:
         """`text` as this run reads it: in lower case, where that was asked for."""
-        return text.lower() if self.config.data.lowercase else text
+        return self.config.data.dataset.make().cased(text)
 
     def checkpoint(self, name: str | None = None) -> Path:
         """The whole checkpoint called `name`, by default the best, or the latest if none is called that."""
