@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -23,6 +24,8 @@ from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
 from minitransformer.generation import readers, recording
 from minitransformer.generation.decode import draw, generate, on_host, uniform_draws
+from minitransformer.generation.fast.gelu import RowGelu
+from minitransformer.generation.fast.rows import RowLinear, for_single_rows
 from minitransformer.generation.processors import (
     MinP,
     RepetitionPenalty,
@@ -32,7 +35,7 @@ from minitransformer.generation.processors import (
     TopP,
 )
 from minitransformer.generation.readers import CachedReader, window_length
-from minitransformer.generation.recording import FEW_PRODUCTS, SOON, Recorded, RowLinear, for_single_rows
+from minitransformer.generation.recording import FEW_PRODUCTS, SOON, Recorded
 from minitransformer.generation.samples import sample_of
 from minitransformer.generation.streaming import TextStream, stream_text
 from minitransformer.models.decoder import DecoderLM
@@ -484,14 +487,41 @@ def test_one_recording_serves_all_lengths_but_where_shapes_are_fixed(
     assert calls == ([2, 2, 3, 3, 5, 1] if fixed else [2, 2])
 
 
-def test_replays_leave_the_libraries_of_others_as_they_are() -> None:
-    def settings_of_torch() -> list[bool]:
-        return [torch._C._get_mkldnn_enabled(), torch._C._get_graph_executor_optimize()]
+def settings_of_torch() -> list[Any]:
+    return [torch.get_num_threads(), torch._C._get_mkldnn_enabled(), torch._C._get_graph_executor_optimize()]
 
-    recorded, before = Recorded(lambda a: a + 1, onednn=False), settings_of_torch()
-    for _ in range(4):
-        recorded(torch.ones(1))
-    assert settings_of_torch() == before == [torch.backends.mkldnn.is_available(), True]
+
+def test_replays_leave_the_settings_of_torch_as_they_are_for_every_other_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    during: dict[str, list[Any]] = {}
+
+    def replay(a: Tensor) -> None:
+        during["here"] = settings_of_torch()
+        other = threading.Thread(target=lambda: during.update(elsewhere=settings_of_torch()))
+        other.start()
+        other.join()
+
+    monkeypatch.setattr(recording, "traced", lambda step, tensors: replay)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        recorded = Recorded(lambda a: a + 1)
+        for _ in range(2):
+            recorded(torch.ones(1))
+        assert settings_of_torch() == [3, torch.backends.mkldnn.is_available(), True]
+    finally:
+        torch.set_num_threads(threads)
+    assert during["here"] == [1, torch.backends.mkldnn.is_available(), False]
+    assert during["elsewhere"] == [3, torch.backends.mkldnn.is_available(), True]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6), (2, 3, 8), (1, 7), (3, 5), (1 << 14,)])
+def test_gelu_for_rows_is_gelu(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    with RowGelu():
+        torch.testing.assert_close(torch.nn.functional.gelu(x), torch.nn.functional.gelu(x.double()).float())
+        assert torch.nn.functional.gelu(x).stride() == x.stride()
 
 
 @pytest.mark.parametrize(("rows", "threads"), [(1, 1), (3, 1), (4, 3)])

@@ -19,8 +19,8 @@ from minitransformer.architecture.cache import LayerCache
 from minitransformer.generation import recording
 from minitransformer.generation.batch import generate_each
 from minitransformer.generation.decode import generate
+from minitransformer.generation.fast.rows import RowLinear
 from minitransformer.generation.processors import SamplingConfig
-from minitransformer.generation.recording import RowLinear
 from minitransformer.generation.speculation import Draft, speculate
 from minitransformer.models.decoder import DecoderLM
 

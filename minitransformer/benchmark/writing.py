@@ -16,6 +16,7 @@ from minitransformer.benchmark.ours import model_of
 from minitransformer.benchmark.peers import transformers_model
 from minitransformer.benchmark.subjects.decoding import PROMPT
 from minitransformer.generation.decode import generate
+from minitransformer.generation.fast.rows import with_row_kernel
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.readers import CachedReader
 from minitransformer.generation.weights import Weights
@@ -96,7 +97,7 @@ def transformers_prefill(setting: Setting, precision: str, tokens: int, batch: i
 
 
 def _ours(setting: Setting, precision: str) -> Any:
-    return Weights.named(precision).applied(model_of(setting).eval())
+    return with_row_kernel(Weights.named(precision).applied(model_of(setting).eval()))
 
 
 def _nanogpt(setting: Setting, precision: str) -> Any:

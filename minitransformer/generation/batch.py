@@ -16,6 +16,7 @@ from torch import Tensor
 from minitransformer.architecture.cache import KVCache
 from minitransformer.errors import UserError
 from minitransformer.generation.decode import draw, evaluating, seeded, uniform_draws
+from minitransformer.generation.fast.rows import for_single_rows
 from minitransformer.generation.processors import (
     LogitsProcessor,
     SamplingConfig,
@@ -24,7 +25,7 @@ from minitransformer.generation.processors import (
     check_no_beams,
 )
 from minitransformer.generation.readers import slots_seen, window_length
-from minitransformer.generation.recording import for_single_rows, has_fixed_shapes, recorded
+from minitransformer.generation.recording import has_fixed_shapes, recorded
 from minitransformer.models.decoder import DecoderLM
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from minitransformer.architecture.block import Memory
 from minitransformer.architecture.cache import KVCache
-from minitransformer.generation.recording import Step, for_single_rows, has_fixed_shapes, recorded
+from minitransformer.generation.fast.rows import for_single_rows
+from minitransformer.generation.recording import Step, has_fixed_shapes, recorded
 from minitransformer.models.decoder import DecoderLM
 
 FEW_SLOTS = 512

@@ -1,0 +1,154 @@
+"""Linear maps that are fast for the few rows that a step of decoding has, made for evaluation only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minitransformer.architecture.attention import AttentionView, MultiHeadAttention
+from minitransformer.architecture.cache import AttentionCache
+from minitransformer.architecture.embeddings import LMHead
+from minitransformer.architecture.linear import has_hooks, is_plain
+from minitransformer.generation.fast import row_kernel
+from minitransformer.generation.weights import Float32, Weights
+from minitransformer.models.surgery import copied, is_linear_map
+
+FEW_WEIGHTS = 1 << 21
+"""models with fewer fit into caches, and gain nothing from the kernel (measured)"""
+MANY_WEIGHTS = 1 << 17
+"""of which a product with one row takes much longer than to call it"""
+M = TypeVar("M", bound=nn.Module)
+
+
+def with_row_kernel(model: M, report: Callable[[str], None] = lambda line: None) -> M:
+    """A copy of `model`, with the same weights, whose linear maps multiply few rows by the kernel of `row_product.cpp`.
+
+    On CPUs, where it can be compiled and pays; otherwise `model` itself. That depends on the machine and the model
+    alone, so that the same seed gives the same text, however long it is. `report` is told what users should know.
+    """
+    why_not = _why_no_kernel(model, report)
+    if why_not is None:
+        return copied(model, lambda name, module: _with_kernel(module))
+    for stored in sorted({module.name for module in model.modules() if isinstance(module, Weights)}):
+        report(f"{stored} weights are multiplied by torch's own kernels, as {why_not}")
+    return model
+
+
+def _with_kernel(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, Weights):
+        return KernelLinear(module)
+    if not is_linear_map(module) or has_hooks(module):
+        return None
+    assert isinstance(module, nn.Linear)
+    fast = KernelLinear(Float32(module))
+    return module.around(fast) if isinstance(module, LMHead) else fast
+
+
+class KernelLinear(nn.Module):
+    """x Wᵀ + b by our own kernel for few rows of float32, and as `weights` do it for more."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.weights, self.out_features = weights, weights.out_features
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        weights = self.weights
+        if x.dtype == torch.float32 and x.numel() <= weights.few_rows * x.size(-1):
+            product = torch.ops.minitransformer.row_product
+            return product(x.contiguous(), weights.stored, weights.scale, weights.bias)
+        return weights(x)
+
+
+def _why_no_kernel(model: nn.Module, report: Callable[[str], None]) -> str | None:
+    """Why rows are not multiplied by our own kernel, in words that follow "as", or None if they are."""
+    if any(weight.device.type != "cpu" for weight in model.parameters()):
+        return "ours is for CPUs"
+    if any(weight.dtype != torch.float32 for weight in model.parameters()):
+        return "ours is for models in float32"
+    if count_matrix_weights(model) < FEW_WEIGHTS:
+        return "compiling another does not pay for so small a model"
+    try:
+        row_kernel.prepare(report)
+    except row_kernel.CannotCompile as reason:
+        return str(reason)
+    return None
+
+
+def count_matrix_weights(model: nn.Module) -> int:
+    """The number of weights that a token is multiplied with, in all linear maps."""
+    maps = [module for module in model.modules() if isinstance(module, nn.Linear | Weights)]
+    return sum(linear.in_features * linear.out_features for linear in maps)
+
+
+def for_single_rows(model: M) -> M:
+    """A copy of `model`, with the same weights as constants, whose linear maps are fast for one row."""
+    rows = copied(model, lambda name, module: _for_single_rows(module))
+    for module in rows.modules():
+        # What requires a gradient cannot be a constant of a recording.
+        module._parameters = {name: _constant(weight) for name, weight in module._parameters.items()}
+    return rows
+
+
+def _for_single_rows(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, nn.Linear) and is_plain(module):
+        return RowLinear(module)
+    if isinstance(module, MultiHeadAttention):
+        maps = [module.query, module.key, module.value]
+        if all(map(is_plain, maps)) and sum(linear.weight.numel() for linear in maps) <= MANY_WEIGHTS:
+            return RowAttention(module)
+    return None
+
+
+def _constant(weight: Tensor | None) -> nn.Parameter | None:
+    return None if weight is None else nn.Parameter(weight.detach(), requires_grad=False)
+
+
+class RowLinear(nn.Linear):
+    """x Wᵀ + b, fast for a single row; the outputs of several maps one after another."""
+
+    def __init__(self, *maps: nn.Linear) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would draw weights
+        weight, bias = maps[0].weight.detach(), _constant(maps[0].bias)
+        if len(maps) > 1:
+            weight = torch.cat([linear.weight.detach() for linear in maps])
+            bias = None if bias is None else _constant(torch.cat([linear.bias for linear in maps]))
+        self.out_features, self.in_features = weight.shape
+        # Measured on CPUs: a row times a wide matrix is up to 1.8 times as fast if the matrix is stored by columns, and
+        # large matrices are faster still with a vector.
+        if weight.device.type == "cpu" and weight.size(0) > weight.size(1):
+            weight = weight.t().contiguous().t()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.transposed = weight.t()
+        self.register_parameter("bias", bias)
+        self.large = weight.numel() > MANY_WEIGHTS
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if self.large and x.numel() == self.weight.size(1):
+            product = torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+        else:
+            product = x @ self.transposed
+        return product if self.bias is None else product + self.bias
+
+
+class RowAttention(MultiHeadAttention):
+    """Self-attention whose queries, keys and values are one product: for few features, calling it takes the longest."""
+
+    def __init__(self, attention: MultiHeadAttention) -> None:
+        nn.Module.__init__(self)
+        maps = [attention.query, attention.key, attention.value]
+        single = copied(attention, lambda name, module: None if module is attention else _for_single_rows(module))
+        vars(self).update(vars(single))
+        self.together, self.sizes = RowLinear(*maps), [linear.out_features for linear in maps]
+
+    def _projections(
+        self, x: Tensor, memory: Tensor | None, view: AttentionView, cache: AttentionCache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if memory is not None or cache is None:
+            return super()._projections(x, memory, view, cache)
+        query, key, value = self.together(x).split(self.sizes, dim=-1)
+        k, v = cache.update(lambda: self._keys_and_values(key, value, view))
+        return self._queries(query, view), k, v
