@@ -156,15 +156,16 @@ def checked_fields(kind: type, values: Mapping[str, Any], origin: str) -> dict[s
 
     Raises `StorageError` naming the file `origin`, the field and its value, for a value of another type.
     """
-    hints = type_hints(kind)
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        try:
-            result[name] = fitted(value, hints[name])
-        except ValueError:
-            what = in_words(hints[name])
-            raise StorageError(f"{origin} has {name} {shown(value)}, which must be {what}: restore the file") from None
-    return result
+    return {name: checked_value(value, type_hints(kind)[name], name, origin) for name, value in values.items()}
+
+
+def checked_value(value: Any, annotation: Any, name: str, origin: str) -> Any:
+    """`value` as a field `name` of the type `annotation` holds it; raises `StorageError` for one of another type."""
+    try:
+        return fitted(value, annotation)
+    except ValueError:
+        what = in_words(annotation)
+        raise StorageError(f"{origin} has {name} {shown(value)}, which must be {what}: restore the file") from None
 
 
 def whole_record(kind: type[T], value: Any, what: str, origin: str) -> T:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
-from minitransformer.errors import UserError
+from minitransformer.errors import UserError, suggestion
+from minitransformer.settings import Chosen
 
 T = TypeVar("T")
 
@@ -15,17 +16,20 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
     """The entry of `table` called `name`; otherwise a `UserError` that suggests the nearest name."""
     if name in table:
         return table[name]
-    nearest = get_close_matches(name, table, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise UserError(f"unknown {kind} {name!r}: {hint}known are {', '.join(table)}")
+    raise UserError(f"unknown {kind} {name!r}: {suggestion(name, table)}known are {', '.join(table)}")
 
 
 class Registered:
     """Base of a family of interchangeable classes.
 
     The root of a family says what its members are called, `class Residual(Registered, kind="residual placement")`;
-    a member says its name, `class PreLN(Residual, name="pre")`; `Residual.named("pre")` finds it.
+    a member says its name, `class PreLN(Residual, name="pre")`; `Residual.named("pre")` finds it. A member that has
+    settings declares them in a frozen dataclass `Settings` of its own; the first argument of its `__init__` is one.
     """
+
+    @dataclass(frozen=True)
+    class Settings:
+        """None."""
 
     kind: ClassVar[str]
     name: ClassVar[str]
@@ -44,3 +48,9 @@ class Registered:
     def named(cls, name: str) -> type[Self]:
         """The class registered under `name`; raises `UserError` with the nearest name."""
         return lookup(cls.kind, name, cls.registry)
+
+    @classmethod
+    def choose(cls, variant: str | None = None, /, **settings: Any) -> Chosen[Self]:
+        """This variant, or the one of this family that is called `variant`, with `settings`."""
+        chosen = cls if variant is None else cls.named(variant)
+        return Chosen(chosen, chosen.Settings(**settings))

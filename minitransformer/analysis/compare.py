@@ -16,7 +16,6 @@ import numpy as np
 
 from minitransformer import files
 from minitransformer.analysis.verdicts import (
-    OF_TASK,
     check_smallest_difference,
     choice_text,
     is_number,
@@ -34,6 +33,8 @@ from minitransformer.reporting.figures import Curve
 from minitransformer.reporting.pages import Link, Page
 from minitransformer.reporting.statistics import FEWEST_SEEDS, Interval, Ranking, decimals_of, mean_interval, ranking
 from minitransformer.reporting.tables import Picture, Table
+from minitransformer.settings import flattened, names_with
+from minitransformer.training.config import RunConfig, TrainingConfig, as_of_today
 from minitransformer.training.logging import parse_record
 
 T = TypeVar("T")
@@ -45,20 +46,6 @@ Abscissa = Literal["step", "tokens", "seconds"]
 X_LABELS: dict[Abscissa, str] = {"step": "steps", "tokens": "tokens", "seconds": "seconds of training"}
 LONGEST_LABEL = 24
 LOSSES = "training and validation loss (nats per target)"
-# The text is known by its hash, and the size of the vocabulary follows from the tokenizer: neither makes a good name.
-UNTELLING = {"text", "vocab_size", "target_vocab_size"}
-# Neither the seed nor what only looks on makes a group of its own.
-WITHOUT_EFFECT = {
-    "seed",
-    "probe",
-    "probe_every",
-    "log_every",
-    "validation_tokens",
-    "save_every",
-    "keep_last",
-    "sample_at_eval",
-    "tensorboard",
-}
 
 
 @dataclass(frozen=True)
@@ -94,10 +81,12 @@ class History:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What it learned by, but the seed, and which text, by name."""
-        values = {name: value for part in PARTS for name, value in self.config[part].items()}
+        parts = as_of_today(self.config, str(self.path / CONFIG))
+        values = {name: value for part in PARTS for name, value in flattened(RunConfig, parts[part]).items()}
         values["text"], values["parent"] = self.config.get("text", ""), _parent(self.config.get("parent"))
+        silent = names_with(RunConfig, "observes_only")
         # None is what a version has that does not know the setting.
-        return {name: value for name, value in values.items() if name not in WITHOUT_EFFECT and value is not None}
+        return {name: value for name, value in values.items() if name not in silent and value is not None}
 
     @cached_property
     def tokenizers(self) -> tuple[str, ...]:
@@ -180,7 +169,8 @@ def comparability(groups: Sequence[Group]) -> Comparability:
     """Losses are comparable for the same task on the same tokens; otherwise, bits per byte of the same text are."""
     known = set().union(*(history.metrics for group in groups for history in group.histories))
     best = "bits_per_byte" if "bits_per_byte" in known else "validation_loss" if "validation_loss" in known else "loss"
-    if len(_distinct(tuple(_setting(group, name) for name in OF_TASK) for group in groups)) > 1:
+    of_task = sorted(names_with(TrainingConfig, "changes_task"))
+    if len(_distinct(tuple(_setting(group, name) for name in of_task) for group in groups)) > 1:
         tasks = ", ".join(_distinct(str(_setting(group, "objective")) for group in groups))
         return Comparability(
             best, f"The runs learn different tasks ({tasks}): none of their losses are comparable.", _no
@@ -439,7 +429,8 @@ def _groups(histories: Sequence[History]) -> list[Group]:
 
 def _labels(groups: Sequence[Group]) -> list[str]:
     """By what differs, if that is short; or else by what the names of the folders share; or else by letters."""
-    varied = [name for name in _varied(groups) if name not in UNTELLING]
+    derived = {"text", *names_with(RunConfig, "follows_data")}
+    varied = [name for name in _varied(groups) if name not in derived]
     by_setting = [", ".join(choice_text(name, _shown(_setting(group, name))) for name in varied) for group in groups]
     by_folder = [_shared_name([history.path.name for history in group.histories]) for group in groups]
     for labels in (by_setting, by_folder):

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, replace
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 
 from minitransformer import files
 from minitransformer.analysis.trials import prepared_for, shared_machine, train_trial, trial_machine
-from minitransformer.analysis.verdicts import OF_TASK, check_smallest_difference, choice_text
+from minitransformer.analysis.verdicts import check_smallest_difference, choice_text
 from minitransformer.errors import StorageError, UserError
 from minitransformer.lab.experiment import Measurement, Result, Task
 from minitransformer.lab.runner import LEFTOVERS, RESULTS, SILENT, Failure, Progress, run_tasks
@@ -33,11 +33,10 @@ from minitransformer.models.model import count_parameters
 from minitransformer.records import read_json
 from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE, Interval, Ranking, mean_interval, ranking
 from minitransformer.runs import provenance
+from minitransformer.settings import flat, kinds, names_with, with_settings
 from minitransformer.text.corpora import named
 from minitransformer.training.config import (
-    DataConfig,
     RunConfig,
-    TrainingConfig,
     with_usual_vocabulary,
     with_vocabulary,
 )
@@ -50,12 +49,8 @@ ATTEMPTS = 100
 """draws for each combination that is asked for, until it is believed that there are no more"""
 LONGEST_NAME = 100
 JUDGED_BY = "the last validation"
-# Losses of other tokens do not compare, and those of another task or another text not by any metric.
-TOKENS = {"tokenizer", "vocab_size", "target_vocab_size", "separate_vocabularies"}
-TASK = {field.name for field in fields(DataConfig)} - TOKENS | {*OF_TASK}
-PARTS = ModelConfig, DataConfig, TrainingConfig
-FIELDS = {field.name: part for part in PARTS for field in fields(part)}
-"""every setting, and the part of the configuration that has it"""
+# Losses of another task or another text do not compare, and those of other tokens only in bits per byte.
+TASK, TOKENS = names_with(RunConfig, "changes_task"), names_with(RunConfig, "changes_tokens")
 
 Value: TypeAlias = bool | int | float | str | None
 Combination: TypeAlias = dict[str, Value]
@@ -153,24 +148,22 @@ def rungs(steps: int, count: int, factor: int, eval_every: int) -> list[int]:
 
 def configured(base: RunConfig, combination: Mapping[str, Any]) -> RunConfig:
     """`base` with the values of `combination`; raises `UserError` as the configuration does."""
-    model, data, training = ({k: v for k, v in combination.items() if FIELDS[k] is part} for part in PARTS)
-    config = RunConfig(replace(base.model, **model), replace(base.data, **data), replace(base.training, **training))
+    config = with_settings(base, combination)
     config.check_trainable()
     return config
 
 
 def flags(default: RunConfig, config: RunConfig) -> list[str]:
     """What `train.py` is told to make `config` of its `default`."""
-    words = []
-    for part in ("model", "data", "training"):
-        for field in fields(getattr(config, part)):
-            value, name = getattr(getattr(config, part), field.name), field.name.replace("_", "-")
-            if value == getattr(getattr(default, part), field.name):
-                continue
-            if field.type == "bool":  # one that may be None takes its value as a word
-                words.append(f"--{name}" if value else f"--no-{name}")
-            else:
-                words += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    words, before, kind_of = [], flat(default), kinds(RunConfig)
+    for name, value in flat(config).items():
+        flag = name.replace("_", "-")
+        if value == before.get(name, MISSING):
+            continue
+        if kind_of[name] is bool:  # one that may be None takes its value as a word
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
     return words
 
 

@@ -27,8 +27,6 @@ class Measure:
     """below which no winner is named, unless the user says otherwise"""
 
 
-OF_TASK = ("objective", "mask_probability", "span_density", "mean_span")
-"""settings of training that make the loss one of another task"""
 MEASURES = {
     "validation_loss": Measure("validation loss (nats per target)", True, smallest_difference=SMALLEST_DIFFERENCE),
     "bits_per_byte": Measure(

@@ -66,7 +66,7 @@ class Block(Registered, nn.Module, kind="block"):
     is_parallel = False
     """whether one connection has all sublayers"""
 
-    def __init__(self, parts: BlockParts) -> None:
+    def __init__(self, settings: Any, parts: BlockParts) -> None:
         super().__init__()
         self.attention = parts.attention
         self.cross_attention = parts.cross_attention
@@ -107,8 +107,8 @@ class Block(Registered, nn.Module, kind="block"):
 class TransformerBlock(Block, name="sequential"):
     """One sublayer after the other. Vaswani et al. 2017 (arXiv 1706.03762), section 3.1."""
 
-    def __init__(self, parts: BlockParts) -> None:
-        super().__init__(parts)
+    def __init__(self, settings: Any, parts: BlockParts) -> None:
+        super().__init__(settings, parts)
         self.attention_residual = parts.make_residual("attention")
         if parts.cross_attention is not None:
             self.cross_attention_residual = parts.make_residual("cross_attention")
@@ -132,8 +132,8 @@ class ParallelBlock(Block, name="parallel"):
 
     is_parallel = True
 
-    def __init__(self, parts: BlockParts) -> None:
-        super().__init__(parts)
+    def __init__(self, settings: Any, parts: BlockParts) -> None:
+        super().__init__(settings, parts)
         self.residual = parts.make_residual("parallel")
 
     def arrange(self, stream: Any, attend: Sublayer, recall: Sublayer | None) -> Any:
@@ -146,8 +146,8 @@ class ParallelBlock(Block, name="parallel"):
 class ParallelTwoNorms(ParallelBlock, name="parallel-two-norms"):
     """With Pre-LN, x + Attention(N₁(x)) + FeedForward(N₂(x)). Black et al. 2022 (GPT-NeoX, arXiv 2204.06745), 2.1."""
 
-    def __init__(self, parts: BlockParts) -> None:
-        super().__init__(parts)
+    def __init__(self, settings: Any, parts: BlockParts) -> None:
+        super().__init__(settings, parts)
         self.feedforward_norm = parts.make_norm()
 
     def arrange(self, stream: Tensor, attend: Sublayer, recall: Sublayer | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.architecture.linear import OutputProjection, ScoreProjection
+from minitransformer.registry import Registered
 
-Activation = Callable[[Tensor], Tensor]
 gelu_tanh = partial(F.gelu, approximate="tanh")
 
 
@@ -22,30 +22,54 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-class FeedForward(nn.Module):
+class FeedForward(Registered, nn.Module, kind="feed-forward network"):
+    """A map of each token's features by itself; `activation` is also that of a head with one."""
+
+    activation: ClassVar[Any] = staticmethod(gelu_tanh)
+
+    def __init__(self, settings: Any, d_model: int, d_ff: int | None = None, *, bias: bool = True) -> None:
+        super().__init__()
+
+    def forward(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length d_model"]:
+        raise NotImplementedError
+
+    @classmethod
+    def default_width(cls, d_model: int) -> int | None:
+        """Hidden features where no number is given; None for a network that has none to count."""
+        return None
+
+
+class PlainFeedForward(FeedForward):
     """act(x W₁ + b₁) W₂ + b₂. Vaswani et al. 2017 (arXiv 1706.03762), equation 2."""
 
-    def __init__(self, d_model: int, d_ff: int | None = None, *, activation: Activation, bias: bool = True) -> None:
-        super().__init__()
-        d_ff = d_ff or 4 * d_model
+    def __init__(self, settings: Any, d_model: int, d_ff: int | None = None, *, bias: bool = True) -> None:
+        super().__init__(settings, d_model, d_ff, bias=bias)
+        d_ff = d_ff or self.default_width(d_model)
         self.up = nn.Linear(d_model, d_ff, bias=bias)
         self.down = OutputProjection(d_ff, d_model, bias=bias)
-        self.activation = activation
+
+    @classmethod
+    def default_width(cls, d_model: int) -> int:
+        return 4 * d_model
 
     def forward(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length d_model"]:
         return self.down(self.activation(self.up(x)))
 
 
-class GatedFeedForward(nn.Module):
+class GatedFeedForward(FeedForward):
     """(act(x W_gate) ⊙ x W_up) W_down. Shazeer 2020 (arXiv 2002.05202), equation 6."""
 
-    def __init__(self, d_model: int, d_ff: int | None = None, *, activation: Activation, bias: bool = True) -> None:
-        super().__init__()
-        d_ff = d_ff or 8 * round(d_model / 3)  # as many weights as the plain network, in eights
+    def __init__(self, settings: Any, d_model: int, d_ff: int | None = None, *, bias: bool = True) -> None:
+        super().__init__(settings, d_model, d_ff, bias=bias)
+        d_ff = d_ff or self.default_width(d_model)
         self.gate = nn.Linear(d_model, d_ff, bias=bias)
         self.up = nn.Linear(d_model, d_ff, bias=bias)
         self.down = OutputProjection(d_ff, d_model, bias=bias)
-        self.activation = activation
+
+    @classmethod
+    def default_width(cls, d_model: int) -> int:
+        """As many weights as the plain network, in eights."""
+        return 8 * round(d_model / 3)
 
     def forward(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length d_model"]:
         return self.down(self.activation(self.gate(x)) * self.up(x))
@@ -89,16 +113,61 @@ def load_balancing_loss(router_logits: Float[Tensor, "tokens experts"], experts_
     return experts * (share * router_logits.float().softmax(-1).mean(0)).sum()
 
 
-# GELU: Hendrycks and Gimpel 2016 (arXiv 1606.08415), exact and by its tanh approximation; SiLU: section 2 there.
-FEEDFORWARDS: dict[str, partial[Any]] = {
-    "relu": partial(FeedForward, activation=F.relu),
-    "gelu": partial(FeedForward, activation=F.gelu),
-    "gelu-tanh": partial(FeedForward, activation=gelu_tanh),
-    "silu": partial(FeedForward, activation=F.silu),
-    "squared-relu": partial(FeedForward, activation=squared_relu),
-    "glu": partial(GatedFeedForward, activation=torch.sigmoid),
-    "reglu": partial(GatedFeedForward, activation=F.relu),
-    "geglu": partial(GatedFeedForward, activation=F.gelu),
-    "geglu-tanh": partial(GatedFeedForward, activation=gelu_tanh),
-    "swiglu": partial(GatedFeedForward, activation=F.silu),
-}
+class ReLU(PlainFeedForward, name="relu"):
+    """max(x, 0)."""
+
+    activation = staticmethod(F.relu)
+
+
+class GELU(PlainFeedForward, name="gelu"):
+    """x Φ(x), exact. Hendrycks and Gimpel 2016 (arXiv 1606.08415)."""
+
+    activation = staticmethod(F.gelu)
+
+
+class TanhGELU(PlainFeedForward, name="gelu-tanh"):
+    """GELU by its tanh approximation. Hendrycks and Gimpel 2016, section 2."""
+
+    activation = staticmethod(gelu_tanh)
+
+
+class SiLU(PlainFeedForward, name="silu"):
+    """x σ(x). Hendrycks and Gimpel 2016, section 2."""
+
+    activation = staticmethod(F.silu)
+
+
+class SquaredReLU(PlainFeedForward, name="squared-relu"):
+    """max(x, 0)². So et al. 2021 (arXiv 2109.08668), section 4.2."""
+
+    activation = staticmethod(squared_relu)
+
+
+class GLU(GatedFeedForward, name="glu"):
+    """σ(x). Dauphin et al. 2016 (arXiv 1612.08083), equation 1."""
+
+    activation = staticmethod(torch.sigmoid)
+
+
+class ReGLU(GatedFeedForward, name="reglu"):
+    """max(x, 0)."""
+
+    activation = staticmethod(F.relu)
+
+
+class GEGLU(GatedFeedForward, name="geglu"):
+    """Exact GELU."""
+
+    activation = staticmethod(F.gelu)
+
+
+class TanhGEGLU(GatedFeedForward, name="geglu-tanh"):
+    """GELU by its tanh approximation."""
+
+    activation = staticmethod(gelu_tanh)
+
+
+class SwiGLU(GatedFeedForward, name="swiglu"):
+    """x σ(x)."""
+
+    activation = staticmethod(F.silu)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,9 @@ from minitransformer.registry import Registered
 
 class Initialisation(Registered, kind="initialisation"):
     """Draws each kind of weight, in place. Biases start at 0 and norms as identity under every scheme."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
 
     def linear(self, weight: Tensor) -> None:
         raise NotImplementedError

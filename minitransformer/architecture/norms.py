@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.registry import Registered
+from minitransformer.settings import setting
+
+SMALLEST = 1.1754943508222875e-38
+"""of the positive numbers that float32 has in full precision"""
+
+
+def eps_setting() -> Any:
+    """The setting that norms share."""
+    return setting(1e-5, flag="norm-eps", at_least=SMALLEST, help="added to the variance")
+
+
+def bias_setting() -> Any:
+    """The setting of norms that can have biases."""
+    return setting(
+        None, flag="norm-bias", help="whether the norm has biases; None is as the model's linear maps, by bias"
+    )
 
 
 def layer_norm(
@@ -40,26 +59,40 @@ def fused_rms_norm(
 
 
 class Norm(Registered, nn.Module, kind="norm"):
-    """A norm over the last dimension with learnable gains (and, where it has them, biases), which start as identity."""
+    """A norm over the last dimension with learnable gains, which starts as identity.
+
+    `bias` says whether the model around it has biases, for norms that leave theirs to it.
+    """
 
     undoes_scale = True
     """N(a x) = N(x) for a > 0, but for eps"""
 
-    def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = True) -> None:
+    def __init__(self, settings: Any, features: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.eps, self.shape = eps, (features,)
+        self.shape = (features,)
         self.weight = nn.Parameter(torch.ones(features))
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
         raise NotImplementedError
 
 
+def has_bias(own: bool | None, bias: bool) -> bool:
+    """Whether a norm has biases: as its own setting says, or else as the model around it has."""
+    return bias if own is None else own
+
+
 class LayerNorm(Norm, name="layer"):
     """`layer_norm` by torch's fused kernel. Ba et al. 2016 (arXiv 1607.06450)."""
 
-    def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = True) -> None:
-        super().__init__(features, eps=eps)
-        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+    @dataclass(frozen=True)
+    class Settings:
+        eps: float = eps_setting()
+        bias: bool | None = bias_setting()
+
+    def __init__(self, settings: Settings, features: int, *, bias: bool = True) -> None:
+        super().__init__(settings, features)
+        self.eps = settings.eps
+        self.bias = nn.Parameter(torch.zeros(features)) if has_bias(settings.bias, bias) else None
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
@@ -67,6 +100,14 @@ class LayerNorm(Norm, name="layer"):
 
 class RMSNorm(Norm, name="rms"):
     """`rms_norm` by torch's fused kernel; it has no bias. Zhang and Sennrich 2019 (arXiv 1910.07467)."""
+
+    @dataclass(frozen=True)
+    class Settings:
+        eps: float = eps_setting()
+
+    def __init__(self, settings: Settings, features: int, *, bias: bool = True) -> None:
+        super().__init__(settings, features)
+        self.eps = settings.eps
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
         return fused_rms_norm(x, self.weight, self.eps)
@@ -80,21 +121,25 @@ class DyT(Norm, name="dyt"):
 
     undoes_scale = False
 
-    def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = True) -> None:
-        super().__init__(features, eps=eps)
+    @dataclass(frozen=True)
+    class Settings:
+        bias: bool | None = bias_setting()
+
+    def __init__(self, settings: Settings, features: int, *, bias: bool = True) -> None:
+        super().__init__(settings, features)
         self.alpha = nn.Parameter(torch.tensor(0.5))
-        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(features)) if has_bias(settings.bias, bias) else None
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
         squashed = self.weight * (self.alpha * x).tanh()
         return squashed if self.bias is None else squashed + self.bias
 
 
-class ZeroCentredRMSNorm(Norm, name="rms-zero-centred"):
+class ZeroCentredRMSNorm(RMSNorm, name="rms-zero-centred"):
     """`rms_norm` with the gain 1 + w, so that weight decay pulls it to 1. Gemma (arXiv 2403.08295), its public code."""
 
-    def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = True) -> None:
-        super().__init__(features, eps=eps)
+    def __init__(self, settings: RMSNorm.Settings, features: int, *, bias: bool = True) -> None:
+        super().__init__(settings, features)
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:

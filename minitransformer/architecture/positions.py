@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from minitransformer.architecture.attention import identity
 from minitransformer.errors import UserError
 from minitransformer.registry import Registered
+from minitransformer.settings import Choice, setting
 
 
 def token_positions(
@@ -31,31 +32,22 @@ def token_positions(
 
 @dataclass(frozen=True)
 class PositionSpace:
-    """The numbers that position schemes are made from: of the stack, whether keys may lie behind only, and their own.
-
-    `rotary_fraction` of each head is turned, by angles from `rotary_base` that `rotary_scaling` changes.
-    """
+    """The stack that a position scheme is for: its sizes, and whether keys may lie behind only."""
 
     d_model: int
     num_heads: int
     head_dim: int
     max_length: int
     causal: bool
-    rotary_base: float = 10000.0
-    rotary_fraction: float = 1.0
-    rotary_scaling: str = "none"
-    rotary_factor: float = 1.0
-    rotary_low_freq_factor: float = 1.0
-    rotary_high_freq_factor: float = 4.0
-    rotary_original_length: int = 8192
-    t5_buckets: int = 32
-    t5_max_distance: int = 128
 
 
 class PositionScheme(Registered, nn.Module, kind="position scheme"):
     """A scheme for stacks of the given `PositionSpace`."""
 
-    def __init__(self, space: PositionSpace) -> None:
+    table_per_position = False
+    """whether it holds d_model numbers for each position of the context"""
+
+    def __init__(self, settings: Any, space: PositionSpace) -> None:
         super().__init__()
 
     def embed(
@@ -108,8 +100,10 @@ class Sinusoidal(PositionScheme, name="sinusoidal"):
     Vaswani et al. 2017 (arXiv 1706.03762), section 3.5.
     """
 
-    def __init__(self, space: PositionSpace) -> None:
-        super().__init__(space)
+    table_per_position = True
+
+    def __init__(self, settings: Any, space: PositionSpace) -> None:
+        super().__init__(settings, space)
         pairs = torch.arange(0, space.d_model, 2, dtype=torch.float64) / space.d_model
         angles = torch.arange(space.max_length)[:, None] / 10000.0**pairs
         table = self.arrange(angles.sin(), angles.cos())[:, : space.d_model].to(torch.get_default_dtype())
@@ -139,8 +133,8 @@ class SinusoidalHalves(Sinusoidal, name="sinusoidal-halves"):
 class Learned(PositionScheme, name="learned"):
     """x + E[p] with a learned table E for `max_length` positions. Radford et al. 2018 (GPT), section 3.1."""
 
-    def __init__(self, space: PositionSpace) -> None:
-        super().__init__(space)
+    def __init__(self, settings: Any, space: PositionSpace) -> None:
+        super().__init__(settings, space)
         self.table = nn.Embedding(space.max_length, space.d_model)
 
     def embed(
@@ -161,56 +155,99 @@ def rotate_half(
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).to(x.dtype)
 
 
-def unscaled(frequencies: Float[Tensor, "half"], space: PositionSpace) -> Float[Tensor, "half"]:
-    return frequencies
+class RotaryScaling(Registered, kind="rotary scaling"):
+    """A change of the frequencies by which rotary positions turn, for contexts longer than a model was trained with."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    def rescale(self, frequencies: Float[Tensor, "half"]) -> Float[Tensor, "half"]:
+        """The changed frequencies, in radians a position."""
+        return frequencies
 
 
-def position_interpolation(frequencies: Float[Tensor, "half"], space: PositionSpace) -> Float[Tensor, "half"]:
-    """Everything `rotary_factor` times slower: long contexts seem short. Chen et al. 2023 (arXiv 2306.15595), eq. 4."""
-    return frequencies / space.rotary_factor
+class NoRotaryScaling(RotaryScaling, name="none"):
+    """The frequencies as they are."""
 
 
-def llama3_scaling(frequencies: Float[Tensor, "half"], space: PositionSpace) -> Float[Tensor, "half"]:
-    """Slow turns become `rotary_factor` times slower, fast ones stay, with a smooth passage between them.
+def factor_setting() -> Any:
+    """The setting that scalings share."""
+    return setting(1.0, flag="rotary-factor", above=0, help="how many times slower the scaled frequencies turn")
 
-    A turn is slow if it fits less than `rotary_low_freq_factor` times into `rotary_original_length` positions, and fast
-    from `rotary_high_freq_factor` times on. Llama 3 (arXiv 2407.21783), its public code.
+
+class PositionInterpolation(RotaryScaling, name="linear"):
+    """Every frequency divided by `factor`. Chen et al. 2023 (arXiv 2306.15595), equation 4."""
+
+    @dataclass(frozen=True)
+    class Settings:
+        factor: float = factor_setting()
+
+    settings: Settings
+
+    def rescale(self, frequencies: Float[Tensor, "half"]) -> Float[Tensor, "half"]:
+        return frequencies / self.settings.factor
+
+
+class Llama3Scaling(RotaryScaling, name="llama3"):
+    """Low frequencies divided by `factor`, high ones as they are, and a linear mix of both between them.
+
+    A frequency is low if it turns less than `low_freq_factor` times in `original_length` positions, and high from
+    `high_freq_factor` turns on. Llama 3 (arXiv 2407.21783), its public code.
     """
-    turns = space.rotary_original_length * frequencies / (2 * math.pi)
-    low, high = space.rotary_low_freq_factor, space.rotary_high_freq_factor
-    share = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - share) * frequencies / space.rotary_factor + share * frequencies
 
+    @dataclass(frozen=True)
+    class Settings:
+        factor: float = factor_setting()
+        low_freq_factor: float = setting(
+            1.0, flag="rotary-low-freq-factor", help="turns in the original length below which a frequency is low"
+        )
+        high_freq_factor: float = setting(
+            4.0, flag="rotary-high-freq-factor", help="turns in the original length from which a frequency is high"
+        )
+        original_length: int = setting(
+            8192, flag="rotary-original-length", at_least=1, help="context length that the model was trained with"
+        )
 
-ROTARY_SCALINGS: dict[str, Callable[..., Tensor]] = {
-    "none": unscaled,
-    "linear": position_interpolation,
-    "llama3": llama3_scaling,
-}
+    settings: Settings
+
+    def rescale(self, frequencies: Float[Tensor, "half"]) -> Float[Tensor, "half"]:
+        settings = self.settings
+        turns = settings.original_length * frequencies / (2 * math.pi)
+        low, high = settings.low_freq_factor, settings.high_freq_factor
+        unscaled = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - unscaled) * frequencies / settings.factor + unscaled * frequencies
 
 
 class Rotary(PositionScheme, name="rotary"):
     """R(p) q · R(p') k depends on p − p' alone, where R(p) turns the i-th pair of features by p · base^(−2i/head_dim).
 
-    Su et al. 2021 (arXiv 2104.09864), section 3.2.2. Only the first `rotary_fraction` of a head's features are turned
-    (Black et al. 2022, GPT-NeoX, arXiv 2204.06745, section 2.1), at speeds that `rotary_scaling` changes.
+    Su et al. 2021 (arXiv 2104.09864), section 3.2.2. Only the first `fraction` of a head's features are rotated (Black
+    et al. 2022, GPT-NeoX, arXiv 2204.06745, section 2.1), by frequencies that `scaling` changes.
     """
 
-    def __init__(self, space: PositionSpace) -> None:
-        super().__init__(space)
-        self.turned = int(space.head_dim * space.rotary_fraction)
+    @dataclass(frozen=True)
+    class Settings:
+        base: float = setting(
+            10000.0, above=0, help="the slowest pair of features turns about once in 2π times this many positions"
+        )
+        fraction: float = setting(1.0, above=0, at_most=1, help="share of each head's features that are rotated")
+        scaling: Choice[RotaryScaling] = Choice(RotaryScaling, "none", help="change of the rotary frequencies")
+
+    def __init__(self, settings: Settings, space: PositionSpace) -> None:
+        super().__init__(settings, space)
+        self.turned = int(space.head_dim * settings.fraction)
         if self.turned % 2 or not self.turned:
             raise UserError(
                 f"rotary positions turn pairs of features, but head_dim {space.head_dim} times rotary_fraction "
-                f"{space.rotary_fraction} is {self.turned}: make it even"
+                f"{settings.fraction} is {self.turned}: make it even"
             )
         self.whole_head = self.turned == space.head_dim
-        self.base, self.rescale = space.rotary_base, partial(ROTARY_SCALINGS[space.rotary_scaling], space=space)
+        self.base, self.scaling = settings.base, settings.scaling.make()
 
     def rotation(self, positions: Int[Tensor, "#batch length"]) -> Callable[[Tensor], Tensor]:
         # Made here rather than kept in a buffer, which a model in bfloat16 would round: far positions need the digits.
         pairs = torch.arange(0, self.turned, 2, dtype=torch.float32, device=positions.device)
-        angles = positions[:, None, :, None] * self.rescale(self.base ** (-pairs / self.turned))
+        angles = positions[:, None, :, None] * self.scaling.rescale(self.base ** (-pairs / self.turned))
         cos, sin = angles.cos(), angles.sin()
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         if self.whole_head:
@@ -232,8 +269,8 @@ def alibi_slopes(num_heads: int) -> Float[Tensor, "heads"]:
 class ALiBi(PositionScheme, name="alibi"):
     """score − slope · |p_query − p_key|, one slope for each head. Press et al. 2021 (arXiv 2108.12409), section 3."""
 
-    def __init__(self, space: PositionSpace) -> None:
-        super().__init__(space)
+    def __init__(self, settings: Any, space: PositionSpace) -> None:
+        super().__init__(settings, space)
         self.register_buffer("slopes", alibi_slopes(space.num_heads), persistent=False)
 
     def score_bias(
@@ -269,9 +306,14 @@ class T5Relative(PositionScheme, name="t5"):
     Raffel et al. 2019 (arXiv 1910.10683), section 2.1.
     """
 
-    def __init__(self, space: PositionSpace) -> None:
-        super().__init__(space)
-        self.causal, self.num_buckets, self.max_distance = space.causal, space.t5_buckets, space.t5_max_distance
+    @dataclass(frozen=True)
+    class Settings:
+        buckets: int = setting(32, at_least=1, at_most=1 << 27, help="buckets of distances, each with its bias")
+        max_distance: int = setting(128, at_least=1, at_most=1 << 27, help="distances from here on share a bucket")
+
+    def __init__(self, settings: Settings, space: PositionSpace) -> None:
+        super().__init__(settings, space)
+        self.causal, self.num_buckets, self.max_distance = space.causal, settings.buckets, settings.max_distance
         self.table = nn.Embedding(self.num_buckets, space.num_heads)
 
     def score_bias(

@@ -56,14 +56,14 @@ def steps_of(
     fast = machine.compiled(model) if compiled else model
     objective = Objective.named(training.objective)(prepared, config)
     batches_of = prefetched(objective.training_batches, torch.device(device))
-    optimizers = build_optimizers(training.optimizer, model, training.optimizer_settings)
+    optimizers = build_optimizers(training.optimizer, model, training.rates)
     arithmetic = Precision.named(precision)(torch.device(device))
     balance = ExpertBalance(model, training.expert_balance)
     done = 0
 
     def step() -> object:
         nonlocal done
-        set_learning_rate(optimizers, training.learning_rate_share(done))
+        set_learning_rate(optimizers, training.learning_rate_multiplier(done))
         batches = batches_of(done)
         done += 1
         return training_step(

@@ -7,7 +7,7 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -72,8 +72,14 @@ def run_command(command: Callable[[], int | None]) -> int:
         return FAILED
 
 
-def parse(options: type[Options], arguments: Sequence[str], *, default: Options | None = None, **about: str) -> Options:
-    """`options` from the command line, with flat flags; `--help` shows the values of `default`.
+def parse(
+    options: type[Options],
+    arguments: Sequence[str],
+    *,
+    known: Iterable[str] = (),
+    **about: str,
+) -> Options:
+    """`options` from the command line, with flat flags; `known` are more settings that have one.
 
     Raises `UserError` for a flag that does not exist; a value that does not parse ends the program with exit code 2.
     """
@@ -82,7 +88,6 @@ def parse(options: type[Options], arguments: Sequence[str], *, default: Options 
     parsed, unknown = tyro.cli(
         options,
         args=joined(arguments),
-        default=tyro.MISSING_NONPROP if default is None else default,
         config=(tyro.conf.OmitArgPrefixes,),
         return_unknown_args=True,
         **about,  # type: ignore[call-overload]
@@ -90,7 +95,7 @@ def parse(options: type[Options], arguments: Sequence[str], *, default: Options 
     if unknown:
         from minitransformer.commands.unknown_flags import check_known
 
-        check_known(options, unknown)
+        check_known(options, known, unknown)
     return parsed
 
 

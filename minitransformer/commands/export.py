@@ -5,22 +5,24 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from typing_extensions import Doc
 
 from minitransformer import pretrained
 from minitransformer.commands import DONE, FAILED, parse, run_command
 from minitransformer.errors import UserError
-from minitransformer.models.config import PRESETS, ModelConfig, choice
+from minitransformer.models.config import PRESETS, ModelConfig
 from minitransformer.pretrained.families import Family, Obstacle
 from minitransformer.pretrained.formats import families_of, nearest_family
 from minitransformer.pretrained.originals import original_fields, originals_of
 from minitransformer.pretrained.reopened import reference_of, reopened_difference
 from minitransformer.pretrained.tokenizers import special_ids, target_ids
 from minitransformer.runs import Run
+from minitransformer.settings import kinds
 
 # As a share of the logits: rounding costs about 1e-5, the wrong epsilon or GELU at least 3e-4.
 TOLERANCE = 2e-4
@@ -35,7 +37,7 @@ class Options:
     to: Path
     """folder to write, which must not exist yet"""
     format: Annotated[
-        str | None, choice("family of checkpoints; None is the first that can hold it", Family.registry)
+        str | None, Doc(f"family of checkpoints; None is the first that can hold it: {', '.join(Family.registry)}")
     ] = None
     checkpoint: str | None = None
     """checkpoint of the run; None is the best, or the latest if none is called that"""
@@ -115,8 +117,7 @@ def _format(config: ModelConfig, wanted: str | None) -> str:
 def _flag(obstacle: Obstacle) -> str:
     """How train.py is told the value that the family holds."""
     name, value = obstacle.setting.replace("_", "-"), obstacle.choice
-    kinds = {field.name: field.type for field in fields(ModelConfig)}
-    if kinds[obstacle.setting] == "bool":
+    if kinds(ModelConfig)[obstacle.setting] is bool:
         return f"--{name}" if value else f"--no-{name}"
     return f"--{name} {_spelled(value)}"
 

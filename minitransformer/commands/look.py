@@ -78,7 +78,7 @@ def _facts(run: Run, model: Model, checkpoint: str) -> dict[str, str]:
     }
     if isinstance(model, RecurrentEncoderDecoder):
         return facts
-    return {**facts, "norm placement": f"{config.residual}, {config.norm} norm", "positions": config.positions}
+    return {**facts, "norm placement": f"{config.residual}, {config.norm} norm", "positions": config.positions.name}
 
 
 def _measured(look: Look) -> dict[str, str]:

@@ -9,15 +9,13 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import tyro
 
 from minitransformer import files
 from minitransformer.analysis.sweep import (
-    FIELDS,
     TOKENS,
     Plan,
     Range,
@@ -38,8 +36,9 @@ from minitransformer.analysis.sweep_report import (
 )
 from minitransformer.analysis.trials import METRICS
 from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command, with_files
+from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.diagnostics import check_probe
-from minitransformer.errors import UserError
+from minitransformer.errors import UserError, suggestion
 from minitransformer.lab import pool
 from minitransformer.lab.report import skipped
 from minitransformer.lab.runner import RESULTS, Failure, Terminal
@@ -47,6 +46,7 @@ from minitransformer.lab.store import REMEDY
 from minitransformer.registry import lookup
 from minitransformer.reporting import plain
 from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE
+from minitransformer.settings import kinds
 from minitransformer.text.corpora import named
 from minitransformer.toolchain import check_importable
 from minitransformer.training.config import RunConfig
@@ -70,8 +70,8 @@ What was stopped goes on where it was when the same command is given again."""
 
 
 @dataclass(frozen=True)
-class Options(RunConfig):
-    """What all trials share, what they differ in, and how they are chosen."""
+class Flags:
+    """What trials differ in, and how they are chosen; the other flags are what all of them share."""
 
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """a setting and its values (lr=1e-3,3e-3) or, to be drawn, its range (lr=1e-4..1e-2); repeat it for others"""
@@ -93,6 +93,13 @@ class Options(RunConfig):
     """how many trials train at a time, on one thread each; None is one for each processor, or one on a GPU"""
 
 
+@dataclass(frozen=True)
+class Options(Flags):
+    """The flags, and the configuration that all trials share."""
+
+    config: RunConfig = field(default_factory=RunConfig)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Search; returns the exit code."""
     return run_command(lambda: _sweep(arguments))
@@ -102,9 +109,8 @@ def _sweep(arguments: Sequence[str]) -> int:
     has_preset = bool(arguments) and not arguments[0].startswith("-")
     preset = arguments[0] if has_preset else DEFAULT
     base = lookup("preset", preset, PRESETS)
-    default = Options(base.model, base.data, base.training)
-    options = parse(Options, arguments[has_preset:], default=default, prog=PROGRAM, description=ABOUT)
-    options = replace(options, data=with_files(options.data))
+    flags, config = parse_with_settings(Flags, arguments[has_preset:], base, prog=PROGRAM, description=ABOUT)
+    options = Options(**vars(flags), config=replace(config, data=with_files(config.data)))
     plan = _plan(preset, options)
     processes = _check(options, plan)
     folder = options.out or Path("sweeps") / "-".join([preset, *(setting.name for setting in plan.settings)])
@@ -127,7 +133,7 @@ def _sweep(arguments: Sequence[str]) -> int:
 
 
 def _plan(preset: str, options: Options) -> Plan:
-    base = RunConfig(options.model, options.data, options.training)
+    base = options.config
     settings = tuple(_setting(text) for text in options.set)
     names = [setting.name for setting in settings]
     for name in names:
@@ -155,8 +161,8 @@ def _setting(text: str) -> Setting:
         raise UserError(f"--set {text} has no values: write it as --set {name or 'lr'}=VALUE,VALUE")
     if name == "seed":
         raise UserError("seed is no setting to sweep: name the seeds of every trial with --seeds")
-    if name not in FIELDS:
-        nearest = "".join(f"did you mean {match!r}? " for match in get_close_matches(name, FIELDS, n=1, cutoff=0.5))
+    if name not in kinds(RunConfig):
+        nearest = suggestion(name, kinds(RunConfig))
         raise UserError(f"unknown setting {name!r}: {nearest}The names are those of the flags in --help")
     if (ends := re.fullmatch(r"\s*([^,]+?)\.\.([^,]+?)\s*", values)) is not None:
         return _range(name, *(_value(name, end) for end in ends.groups()))
@@ -173,7 +179,7 @@ def _range(name: str, low: Any, high: Any) -> Range:
 
 def _value(name: str, word: str) -> Any:
     """`word` as train.py reads it after the flag of the setting; ends the program as that does."""
-    hint = get_type_hints(FIELDS[name], include_extras=True)[name]
+    hint = kinds(RunConfig)[name]
     if str(hint).startswith("tuple"):
         raise UserError(f"{name} takes several values at a time, which cannot be swept: give it as a flag")
     if hint in (bool, bool | None):
@@ -199,11 +205,11 @@ def _check(options: Options, plan: Plan) -> int:
     check_importable("sweeps need", "lab", "matplotlib.figure", "scipy.stats")
     if options.processes is not None and options.processes < 1:
         raise UserError(f"--processes is {options.processes}: give 1 or more, or leave it out")
-    if options.training.tensorboard:
+    if options.config.training.tensorboard:
         TensorBoard.check()
-    check_probe(options)
+    check_probe(options.config)
     plan.check()
-    device = choose_device(options.training.device)
+    device = choose_device(options.config.training.device)
     return options.processes or (pool.processors() if device.type == "cpu" else 1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,8 @@ from typing import Annotated, Any
 from typing_extensions import Doc
 
 from minitransformer.amounts import amount, duration
-from minitransformer.commands import DONE, given_flags, parse, run_command, with_files
+from minitransformer.commands import DONE, given_flags, run_command, with_files
+from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.diagnostics import check_probe, probe_for
 from minitransformer.errors import StorageError, UserError
 from minitransformer.files import sha256, writing
@@ -21,6 +22,7 @@ from minitransformer.models.model import Model, count_parameters
 from minitransformer.pretrained.originals import inherit_originals
 from minitransformer.registry import lookup
 from minitransformer.runs import REMEDY, Run, check_free, claimed_run_path, only_writer
+from minitransformer.settings import flat
 from minitransformer.text.corpora import named, short_name
 from minitransformer.text.prepare import TooShort
 from minitransformer.text.tokenizers import Tokenizer
@@ -62,8 +64,8 @@ FINE_TUNING = Doc(
 
 
 @dataclass(frozen=True)
-class Options(RunConfig):
-    """A whole configuration, and the folder it is for."""
+class Flags:
+    """Which run to make, and where."""
 
     out: Path | None = None
     """folder of the new run; None is runs/PRESET-DATA"""
@@ -73,8 +75,12 @@ class Options(RunConfig):
     """with --resume: the checkpoint to continue from, None is the latest; with --init-from: None is the best"""
     init_from: Annotated[Path | None, FINE_TUNING] = None
 
-    def run_config(self) -> RunConfig:
-        return RunConfig(self.model, self.data, self.training)
+
+@dataclass(frozen=True)
+class Options(Flags):
+    """The flags, and the configuration that they make."""
+
+    config: RunConfig = field(default_factory=RunConfig)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -94,9 +100,8 @@ def _begin(arguments: Sequence[str]) -> int:
     print(f"preset     {preset}", flush=True)  # what follows has to load more of torch first
     if options.checkpoint is not None:
         raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume or --init-from")
-    options = replace(options, data=with_files(options.data))
     _check_possible(options)
-    return _begun(options, preset, options.run_config(), _prepare(options.run_config()))
+    return _begun(options, preset, options.config, _prepare(options.config))
 
 
 def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
@@ -107,16 +112,15 @@ def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
     weights = source.checkpoint(options.checkpoint)
     size = f"{source.config.model.topology} of {amount(count_parameters(source.config.model))} parameters"
     print(f"from       {initial} ({size}, {weights.name})", flush=True)
-    check_fits(source.config.model, options.model)
-    if options.data.tokenizer != base.data.tokenizer:
+    check_fits(source.config.model, options.config.model)
+    if options.config.data.tokenizer != base.data.tokenizer:
         raise UserError(f"--init-from {initial} has a tokenizer of its own: leave --tokenizer out")
-    options = replace(options, data=with_files(options.data))
     _check_possible(options)
-    config = options.run_config()
+    config = options.config
     try:
         prepared = _prepare(config, source.tokenizers)
     except TooShort as error:
-        if options.training.sequence_length != base.training.sequence_length or error.longest < LEAST_TOKENS:
+        if options.config.training.sequence_length != base.training.sequence_length or error.longest < LEAST_TOKENS:
             raise
         config = replace(config, training=replace(config.training, sequence_length=error.longest))
         prepared = _prepare(config, source.tokenizers)
@@ -130,10 +134,10 @@ def _check_possible(options: Options) -> None:
     """Raises `UserError` now for what cannot work: not after minutes of preparing text."""
     if options.out is not None:
         check_free(options.out)
-    if options.training.tensorboard:
+    if options.config.training.tensorboard:
         TensorBoard.check()
-    choose_precision(choose_device(options.training.device), options.training.precision)
-    count_parameters(with_usual_vocabulary(options))
+    choose_precision(choose_device(options.config.training.device), options.config.training.precision)
+    count_parameters(with_usual_vocabulary(options.config))
 
 
 def _begun(
@@ -148,7 +152,7 @@ def _begun(
     config = replace(config, model=with_vocabulary(config.model, prepared))
     check_room(options.out or Path("runs"), config)
     machine = machine_for(config)
-    path = options.out or claimed_run_path(f"{name}-{short_name(options.data.data)}")
+    path = options.out or claimed_run_path(f"{name}-{short_name(options.config.data.data)}")
     with only_writer(path):
         tokenizers = prepared.tokenizer, prepared.target_tokenizer
         inherit = partial(inherit_originals, None if parent is None else Path(parent.path))
@@ -170,27 +174,27 @@ def _resume(path: Path, arguments: Sequence[str]) -> int:
         raise UserError("--resume goes on with a run, and --init-from begins one: give one of them")
     if not run.text:
         raise UserError(f"{path} was imported, and no training of it can go on: begin one with --init-from {path}")
-    if options.training.tensorboard:
+    if options.config.training.tensorboard:
         TensorBoard.check()
-    options = replace(options, data=with_files(options.data))
     with only_writer(path):
         return _continue(Run.open(path), options)  # as it stands now that nobody else writes to it
 
 
 def _continue(run: Run, options: Options) -> int:
-    _check_changes(run.config, options, silent=() if run.machine is None else SETTINGS)
+    _check_changes(run.config, options.config, silent=() if run.machine is None else SETTINGS)
     checkpoint = _checkpoint_to_continue(run, options)
-    anew = [name for name in SETTINGS if getattr(run.config.training, name) != getattr(options.training, name)]
-    machine, changes = machine_again(run.machine, options, anew)
+    anew = [name for name in SETTINGS if getattr(run.config.training, name) != getattr(options.config.training, name)]
+    machine, changes = machine_again(run.machine, options.config, anew)
     for change in changes:
         print(f"changed    {change}")
-    prepared = _prepare(options.run_config(), run.tokenizers)
+    prepared = _prepare(options.config, run.tokenizers)
     if prepared.folder.name != run.text:
         raise UserError(
-            f"{named(options.data.data)} is not the text that {run.path} began with: restore it, or train a new run"
+            f"{named(options.config.data.data)} is not the text that {run.path} began with: restore it, "
+            "or train a new run"
         )
-    check_room(run.path, options)
-    return _train(run.reconfigured(options.run_config(), machine.resolved), prepared, machine, checkpoint)
+    check_room(run.path, options.config)
+    return _train(run.reconfigured(options.config, machine.resolved), prepared, machine, checkpoint)
 
 
 def _checkpoint_to_continue(run: Run, options: Options) -> Path | None:
@@ -201,8 +205,8 @@ def _checkpoint_to_continue(run: Run, options: Options) -> Path | None:
         print(f"checkpoint none yet: {run.path} begins at step 0", flush=True)
         return None
     checkpoint = run.checkpoint_to_continue(options.checkpoint)
-    check_weights(checkpoint, options.model)
-    step, steps, patience = checkpoint_step(checkpoint), options.training.steps, options.training.patience
+    check_weights(checkpoint, options.config.model)
+    step, steps, patience = checkpoint_step(checkpoint), options.config.training.steps, options.config.training.patience
     if step < steps and patience is None:
         return checkpoint
     progress = load_progress(checkpoint)
@@ -224,31 +228,23 @@ def _has_ended(run: Run, step: int, progress: dict[str, Any]) -> bool:
 
 def _check_changes(old: RunConfig, new: RunConfig, silent: Sequence[str] = ()) -> None:
     """Say which settings a resumed run changes, but the `silent` ones; refuse those that would make it another run."""
-    for part in ("model", "data", "training"):
-        before, after = getattr(old, part), getattr(new, part)
-        for field in fields(before):
-            a, b = getattr(before, field.name), getattr(after, field.name)
-            if a == b:
-                continue
-            if field.name in fixed_settings(old):
-                raise UserError(
-                    f"this run has {field.name} {a}, and resuming cannot make it {b}: train a new run for that"
-                )
-            if field.name not in silent:
-                print(f"changed    {field.name} {a} -> {b}")
+    before, after, fixed = flat(old), flat(new), {**fixed_settings(old), **fixed_settings(new)}
+    for name in before | after:
+        a, b = before.get(name), after.get(name)
+        if a == b:
+            continue
+        if name in fixed:
+            raise UserError(f"this run has {name} {a}, and resuming cannot make it {b}: train a new run for that")
+        if name not in silent:
+            print(f"changed    {name} {a} -> {b}")
 
 
 def _parse(arguments: Sequence[str], config: RunConfig) -> Options:
-    options = parse(
-        Options,
-        arguments,
-        default=Options(config.model, config.data, config.training),
-        prog="train.py [PRESET]",
-        description=_describe_presets() if {"-h", "--help"} & set(arguments) else "",
-    )
-    check_probe(options)
-    options.check_trainable()
-    return options
+    about = _describe_presets() if {"-h", "--help"} & set(arguments) else ""
+    flags, config = parse_with_settings(Flags, arguments, config, prog="train.py [PRESET]", description=about)
+    check_probe(config)
+    config.check_trainable()
+    return Options(**vars(flags), config=replace(config, data=with_files(config.data)))
 
 
 def _describe_presets() -> str:

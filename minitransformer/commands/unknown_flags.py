@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, get_type_hints
@@ -75,15 +75,15 @@ ELSEWHERE = {
 }
 
 
-def check_known(options: type[Any], unknown: Sequence[str]) -> None:
-    """Raises `UserError` if the command that takes `options` was given `unknown` words, for the first flag of them."""
+def check_known(options: type[Any], settings: Iterable[str], unknown: Sequence[str]) -> None:
+    """Raises `UserError` for the first flag of the `unknown` words that a command was given: it takes the others."""
     if not unknown:
         return
     flag = next((word for word in unknown if word.startswith("--")), None)
     if flag is None:
         raise UserError(f"nothing takes {unknown[0]!r}: a flag stands before its value, as --help shows")
     flag = flag.partition("=")[0]
-    nearest = _nearest(flag, list(flag_names(options)))
+    nearest = _nearest(flag, [*flag_names(options), *(name.replace("_", "-") for name in settings)])
     remedy = "look into --help" if nearest is None else f"did you mean {nearest}?"
     raise UserError(f"there is no flag {flag}: {remedy}")
 

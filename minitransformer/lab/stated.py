@@ -97,7 +97,7 @@ def _from_initial_weights(make: MakeModel, seed: int, residual: str, form: str) 
     """How far a model's initial weights are from those stated: as published, and by two initialisations."""
     statement, furthest = STATEMENTS[residual], 0.0
     configs = [form_config(residual, form, init=init) for init in ("xavier", "xavier-scaled")]
-    inits = [statement.init, *(config.init for config in configs)]
+    inits = [statement.init, *(config.init.name for config in configs)]
     for config, init in zip([form_config(residual, form, published=True), *configs], inits, strict=True):
         model = redrawn(make(config, seed).double(), seed)
         weights = {name: weight.detach() for name, weight in model.named_parameters()}

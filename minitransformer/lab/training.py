@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from minitransformer.lab.judging import curve
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.reporting.figures import Curve
+from minitransformer.settings import kinds, with_settings
 from minitransformer.text.batches import SequentialWindows
 from minitransformer.text.prepare import PreparedText
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
@@ -32,7 +32,7 @@ from minitransformer.training.loop import step_seed
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.objectives.causal import Causal
-from minitransformer.training.optimizers import build_optimizers, set_learning_rate
+from minitransformer.training.optimizers import AdamW, build_optimizers, set_learning_rate
 from minitransformer.training.precision import FP32
 from minitransformer.training.step import training_step, validate
 
@@ -57,8 +57,7 @@ BASE = RunConfig(
         schedule="constant",
         warmup_steps=0,
         weight_decay=0.0,
-        beta2=0.98,
-        eps=1e-9,
+        optimizer=AdamW.choose(beta2=0.98, eps=1e-9),
         grad_clip=0.0,
         precision="fp32",
         probe=("gradient-norm", "update-ratio", "stream-variance", "representation-change"),
@@ -134,14 +133,14 @@ def train(
     torch.manual_seed(training.seed)
     model = build_model(config.model)
     model.calibrate(lambda: objective.loss_sum(model, objective.training_batches(0)[0]))
-    optimizers = build_optimizers(training.optimizer, model, training.optimizer_settings)
+    optimizers = build_optimizers(training.optimizer, model, training.rates)
     balance, precision = ExpertBalance(model, training.expert_balance), FP32(device)
     probe = probe_for(training)(model, objective, device)
     course, probed = Course([], []), []
     model.train()
     for step in range(training.steps):
         torch.manual_seed(step_seed(training.seed, step))
-        set_learning_rate(optimizers, training.learning_rate_share(step))
+        set_learning_rate(optimizers, training.learning_rate_multiplier(step))
         probe.before_step(step + 1)
         result = training_step(
             model,
@@ -180,8 +179,10 @@ class TrainingExperiment(Experiment):
     def configured(self, task: Task) -> RunConfig:
         """The run that `task` describes, with what its placement asks for of the model, unless the task says it."""
         choices = {**Residual.named(task["residual"]).asks_for, "probe_every": task["steps"], **task}
-        model = replace(BASE.model, vocab_size=self.text.tokenizer.vocab_size, **_fields(BASE.model, choices))
-        return RunConfig(model, self._data, replace(BASE.training, **_fields(BASE.training, choices)))
+        known = kinds(RunConfig)
+        choices = {name: value for name, value in choices.items() if name in known}
+        base = replace(BASE, data=self._data)
+        return with_settings(base, {"vocab_size": self.text.tokenizer.vocab_size, **choices})
 
     def train(self, task: Task, stop: Callable[[Course], bool] = lambda course: False) -> Trained:
         """The model that `task` describes, trained."""
@@ -198,10 +199,6 @@ class TrainingExperiment(Experiment):
             "probed": trained.probed,
             "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
         }
-
-
-def _fields(part: ModelConfig | TrainingConfig, choices: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in choices.items() if name in vars(part)}
 
 
 def loss_curve(label: str, rows: Sequence[Sequence[float]]) -> Curve:

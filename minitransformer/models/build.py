@@ -7,9 +7,9 @@ from functools import partial
 from torch import nn
 
 from minitransformer.architecture.attention import KERNELS, QK_NORMS, MultiHeadAttention
-from minitransformer.architecture.block import Block, BlockParts, Stack
+from minitransformer.architecture.block import BlockParts, Stack
 from minitransformer.architecture.embeddings import LMHead, TokenEmbedding, TokenSmear, TransformedHead
-from minitransformer.architecture.feedforward import FEEDFORWARDS, MixtureOfExperts
+from minitransformer.architecture.feedforward import MixtureOfExperts
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme, PositionSpace
 from minitransformer.architecture.residual import Place, Residual
@@ -30,14 +30,14 @@ def build_stack(
     In an encoder-decoder, `partner_layers` are the layers of the other stack.
     """
     num_layers = num_layers or config.num_layers
-    placement = Residual.named(config.residual)
+    placement = config.residual.variant
 
     def make_residual(layer: int, sublayer: str) -> Residual:
         place = Place(layer, num_layers, sublayer, partner_layers, has_memory)
         return placement(partial(_norm, config), config.dropout, place)
 
     blocks = [
-        Block.named(config.block)(
+        config.block.make(
             BlockParts(
                 attention=_attention(config),
                 cross_attention=_attention(config) if has_memory else None,
@@ -89,17 +89,16 @@ def build_head(config: ModelConfig, embedding: TokenEmbedding) -> nn.Module:
         return nn.Sequential(nn.Linear(config.d_model, features, bias=False), head)
     if config.head == "linear":
         return head
-    activation = FEEDFORWARDS[config.feedforward].keywords["activation"]
+    activation = config.feedforward.variant.activation
     return TransformedHead(config.d_model, head, activation=activation, norm=_norm(config))
 
 
 def _norm(config: ModelConfig, features: int | None = None) -> Norm:
-    bias = config.bias if config.norm_bias is None else config.norm_bias
-    return Norm.named(config.norm)(features or config.d_model, eps=config.norm_eps, bias=bias)
+    return config.norm.make(features or config.d_model, bias=config.bias)
 
 
 def _attention(config: ModelConfig) -> MultiHeadAttention:
-    placement, qk_norm = Residual.named(config.residual), config.qk_norm
+    placement, qk_norm = config.residual.variant, config.qk_norm
     if placement.has_qkv_norm and qk_norm == "none":
         qk_norm = placement.asks_for["qk_norm"]
     value_norm = qk_norm if config.value_norm or placement.has_qkv_norm else "none"
@@ -120,7 +119,7 @@ def _attention(config: ModelConfig) -> MultiHeadAttention:
 
 
 def _feedforward(config: ModelConfig) -> nn.Module:
-    make = partial(FEEDFORWARDS[config.feedforward], config.d_model, config.d_ff, bias=config.bias)
+    make = partial(config.feedforward.make, config.d_model, config.d_ff, bias=config.bias)
     if config.num_experts is None:
         return make()
     return MixtureOfExperts(
@@ -129,20 +128,5 @@ def _feedforward(config: ModelConfig) -> nn.Module:
 
 
 def _positions(config: ModelConfig, *, causal: bool) -> PositionScheme:
-    space = PositionSpace(
-        d_model=config.d_model,
-        num_heads=config.num_heads,
-        head_dim=config.features_per_head,
-        max_length=config.context_length,
-        causal=causal,
-        rotary_base=config.rotary_base,
-        rotary_fraction=config.rotary_fraction,
-        rotary_scaling=config.rotary_scaling,
-        rotary_factor=config.rotary_factor,
-        rotary_low_freq_factor=config.rotary_low_freq_factor,
-        rotary_high_freq_factor=config.rotary_high_freq_factor,
-        rotary_original_length=config.rotary_original_length,
-        t5_buckets=config.t5_buckets,
-        t5_max_distance=config.t5_max_distance,
-    )
-    return PositionScheme.named(config.positions)(space)
+    heads, head_dim = config.num_heads, config.features_per_head
+    return config.positions.make(PositionSpace(config.d_model, heads, head_dim, config.context_length, causal))

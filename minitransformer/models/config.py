@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any
-
-from typing_extensions import Doc
+from dataclasses import dataclass, replace
+from typing import Any
 
 from minitransformer.architecture.attention import KERNELS, QK_NORMS
 from minitransformer.architecture.block import Block
 from minitransformer.architecture.embeddings import POOLING_ACTIVATIONS
-from minitransformer.architecture.feedforward import FEEDFORWARDS
+from minitransformer.architecture.feedforward import FeedForward
 from minitransformer.architecture.init import Initialisation
 from minitransformer.architecture.norms import Norm
-from minitransformer.architecture.positions import ROTARY_SCALINGS, PositionScheme
+from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual, Surroundings
 from minitransformer.errors import UserError
 from minitransformer.registry import lookup
+from minitransformer.settings import Choice, check_settings, setting
 
 # Each topology and the module that has it, which imports this one.
 TOPOLOGIES = {
@@ -27,8 +25,6 @@ TOPOLOGIES = {
     "encoder-decoder": "encoder_decoder",
     "rnn": "recurrent",
 }
-LARGEST, SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38
-"""of the positive numbers that float32 has in full precision"""
 IMPORTED_ONLY = {"encoder-classifier"}
 """topologies of public checkpoints that no objective trains"""
 TRAINED = [name for name in TOPOLOGIES if name not in IMPORTED_ONLY]
@@ -37,127 +33,108 @@ MOST_MODULES, MOST_FEATURES = 10_000, 1 << 27
 HEADS = {"linear": "LMHead", "transformed": "TransformedHead"}
 
 
-def choice(what: str, names: Iterable[str]) -> Doc:
-    """The description of a field that holds one of `names`."""
-    return Doc(f"{what}: {', '.join(names)}")
+def size(default: int | None, *, help: str, **about: Any) -> Any:
+    """A setting that counts features or tokens."""
+    return setting(default, at_least=1, at_most=MOST_FEATURES, help=help, **about)
 
 
-def check_numbers(config: Any) -> None:
-    """Raises `UserError` if a field of the dataclass `config` is a number that is not finite in float32.
-
-    NaN among them: comparisons let it pass, and from one setting it spreads to all weights.
-    """
-    for name, value in vars(config).items():
-        if isinstance(value, float) and not abs(value) <= LARGEST:
-            raise UserError(f"{name} is {value}: it must be finite, in float32 too")
+def count(default: int | None, *, help: str, **about: Any) -> Any:
+    """A setting that counts modules."""
+    return setting(default, at_least=1, at_most=MOST_MODULES, help=help, **about)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a model and the choice of its parts. Raises `UserError` for a value that no model can have."""
 
-    topology: Annotated[str, choice("what the model is", TRAINED)] = "decoder"
-    d_model: int = 256
-    """features of the residual stream"""
-    num_layers: int = 4
-    """transformer blocks, in an encoder-decoder those of the encoder"""
-    num_decoder_layers: int | None = None
-    """blocks of the decoder of an encoder-decoder; None is num_layers"""
-    num_heads: int = 4
-    """attention heads"""
-    num_kv_heads: int | None = None
-    """heads of keys and values, shared by the query heads where there are fewer; None is num_heads"""
-    head_dim: int | None = None
-    """features of a head; None is d_model / num_heads"""
-    d_ff: int | None = None
-    """hidden features of the feed-forward network; None is 4 d_model, or 8/3 d_model if gated"""
-    context_length: int = 256
-    """tokens that the model can see at once"""
-    vocab_size: int | None = None
-    """tokens of the vocabulary: what BPE is trained to, at least what others have; None is 4096 or theirs"""
-    target_vocab_size: int | None = None
-    """tokens of the decoder's own vocabulary in an encoder-decoder; None is one vocabulary for both sides"""
-    num_segments: int | None = None
-    """kinds of segments that have an embedding, such as BERT's two sentences; None is no such embedding"""
-    next_sentence: bool = False
-    """an encoder also says whether its second segment follows the first"""
-    num_classes: int | None = None
-    """classes of an encoder-classifier, which is imported: nothing here trains one"""
-    pooling: Annotated[str, choice("activation before the classes", POOLING_ACTIVATIONS)] = "tanh"
-    block: Annotated[str, choice("arrangement of the sublayers", Block.registry)] = "sequential"
-    residual: Annotated[str, choice("where the norm stands", Residual.registry)] = "pre"
-    norm: Annotated[str, choice("norm", Norm.registry)] = "layer"
-    norm_eps: float = 1e-5
-    """added to the variance inside a norm"""
-    norm_bias: bool | None = None
-    """biases in LayerNorm; None is bias"""
-    embedding_norm: bool = False
-    """normalise the embeddings before the first block"""
-    token_smear: bool = False
-    """add to each token's embedding that of the token before it, by a learned gain for each feature"""
-    positions: Annotated[str, choice("position scheme", PositionScheme.registry)] = "rotary"
-    rotary_base: float = 10000.0
-    """the slowest pair of features turns about once in 2π times this many positions"""
-    rotary_fraction: float = 1.0
-    """share of each head's features that are turned"""
-    rotary_scaling: Annotated[str, choice("change of the rotary frequencies", ROTARY_SCALINGS)] = "none"
-    rotary_factor: float = 1.0
-    """how much slower rotary_scaling makes the (slow) turns"""
-    rotary_low_freq_factor: float = 1.0
-    """llama3: turns that fit fewer times than this into rotary_original_length are slow"""
-    rotary_high_freq_factor: float = 4.0
-    """llama3: turns that fit at least this many times into rotary_original_length stay"""
-    rotary_original_length: int = 8192
-    """llama3: the context length before the change"""
-    t5_buckets: int = 32
-    """buckets of distances, each with its bias"""
-    t5_max_distance: int = 128
-    """distances from here on share a bucket"""
-    feedforward: Annotated[str, choice("feed-forward network", FEEDFORWARDS)] = "gelu-tanh"
-    num_experts: int | None = None
-    """feed-forward networks in a mixture of experts; None is a single one, without a router"""
-    experts_per_token: int = 2
-    """experts that see each token"""
-    bias: bool = False
-    """biases in linear maps and in LayerNorm"""
-    qkv_bias: bool | None = None
-    """biases of queries, keys and values; None is bias"""
-    attention_output_bias: bool | None = None
-    """biases of attention's output; None is bias"""
-    qk_norm: Annotated[str, choice("normalise queries and keys", QK_NORMS)] = "none"
-    value_norm: bool = False
-    """normalise values as qk_norm does queries and keys"""
-    attention_scale: float | None = None
-    """what scores are multiplied by; None is head_dim^-1/2"""
-    attention_softcap: float | None = None
-    """bound of the scores, by a tanh; None is no bound"""
-    attention_window: int | None = None
-    """a token sees this many tokens at most, itself included; None is all of them"""
-    window_pattern: tuple[bool, ...] = (True,)
-    """which layers have the window, repeated over all layers"""
-    attention_kernel: Annotated[str, choice("how attention is computed", KERNELS)] = "auto"
-    head: Annotated[str, choice("what predicts tokens", HEADS)] = "linear"
-    head_bias: bool = False
-    """biases of the logits"""
-    logit_scale: float = 1.0
-    """what the head's input is multiplied by"""
-    logit_softcap: float | None = None
-    """bound of the logits, by a tanh; None is no bound"""
-    tied_embeddings: bool = True
-    """the head uses the weights of the token embedding"""
-    shared_embeddings: bool = True
-    """encoder and decoder use the same token embedding, if they have one vocabulary"""
-    scaled_embeddings: bool = False
-    """multiply token embeddings by the square root of d_model"""
-    embedding_dim: int | None = None
-    """features of the token embedding, which a linear map brings to d_model; None is d_model, without the map"""
-    dropout: float = 0.0
-    """share of embeddings, attention weights and sublayer outputs that training drops"""
-    init: Annotated[str, choice("how weights start", Initialisation.registry)] = "gpt2"
+    topology: str = setting("decoder", help=f"what the model is: {', '.join(TRAINED)}")
+    d_model: int = size(256, help="features of the residual stream")
+    num_layers: int = count(4, help="transformer blocks, in an encoder-decoder those of the encoder")
+    num_decoder_layers: int | None = count(None, help="blocks of the decoder of an encoder-decoder; None is num_layers")
+    num_heads: int = size(4, help="attention heads")
+    num_kv_heads: int | None = size(
+        None, help="heads of keys and values, shared by the query heads where there are fewer; None is num_heads"
+    )
+    head_dim: int | None = size(None, help="features of a head; None is d_model / num_heads")
+    d_ff: int | None = size(
+        None, help="hidden features of the feed-forward network; None is 4 d_model, or 8/3 d_model if gated"
+    )
+    context_length: int = size(256, help="tokens that the model can see at once")
+    vocab_size: int | None = size(
+        None,
+        changes_tokens=True,
+        follows_data=True,
+        help="tokens of the vocabulary: what BPE is trained to, at least what others have; None is 4096 or theirs",
+    )
+    target_vocab_size: int | None = size(
+        None,
+        changes_tokens=True,
+        follows_data=True,
+        help="tokens of the decoder's own vocabulary in an encoder-decoder; None is one vocabulary for both sides",
+    )
+    num_segments: int | None = size(
+        None, help="kinds of segments that have an embedding, such as BERT's two sentences; None is no such embedding"
+    )
+    next_sentence: bool = setting(False, help="an encoder also says whether its second segment follows the first")
+    num_classes: int | None = size(
+        None, help="classes of an encoder-classifier, which is imported: nothing here trains one"
+    )
+    pooling: str = setting("tanh", choices=POOLING_ACTIVATIONS, help="activation before the classes")
+    block: Choice[Block] = Choice(Block, "sequential", help="arrangement of the sublayers")
+    residual: Choice[Residual] = Choice(Residual, "pre", help="where the norm stands")
+    norm: Choice[Norm] = Choice(Norm, "layer", help="norm")
+    embedding_norm: bool = setting(False, help="normalise the embeddings before the first block")
+    token_smear: bool = setting(
+        False, help="add to each token's embedding that of the token before it, by a learned gain for each feature"
+    )
+    positions: Choice[PositionScheme] = Choice(PositionScheme, "rotary", help="position scheme")
+    feedforward: Choice[FeedForward] = Choice(FeedForward, "gelu-tanh", help="feed-forward network")
+    num_experts: int | None = count(
+        None, help="feed-forward networks in a mixture of experts; None is a single one, without a router"
+    )
+    experts_per_token: int = size(2, needs="num_experts", help="experts that see each token")
+    bias: bool = setting(False, help="biases in linear maps and in LayerNorm")
+    qkv_bias: bool | None = setting(None, help="biases of queries, keys and values; None is bias")
+    attention_output_bias: bool | None = setting(None, help="biases of attention's output; None is bias")
+    qk_norm: str = setting("none", choices=QK_NORMS, help="normalise queries and keys")
+    value_norm: bool = setting(False, help="normalise values as qk_norm does queries and keys")
+    attention_scale: float | None = setting(None, above=0, help="what scores are multiplied by; None is head_dim^-1/2")
+    attention_softcap: float | None = setting(None, above=0, help="bound of the scores, by a tanh; None is no bound")
+    attention_window: int | None = size(
+        None, help="a token sees this many tokens at most, itself included; None is all of them"
+    )
+    window_pattern: tuple[bool, ...] = setting(
+        (True,), needs="attention_window", help="which layers have the window, repeated over all layers"
+    )
+    attention_kernel: str = setting("auto", choices=KERNELS, help="how attention is computed")
+    head: str = setting("linear", choices=HEADS, help="what predicts tokens")
+    head_bias: bool = setting(False, help="biases of the logits")
+    logit_scale: float = setting(1.0, help="what the head's input is multiplied by")
+    logit_softcap: float | None = setting(None, help="bound of the logits, by a tanh; None is no bound")
+    tied_embeddings: bool = setting(True, help="the head uses the weights of the token embedding")
+    shared_embeddings: bool = setting(
+        True, help="encoder and decoder use the same token embedding, if they have one vocabulary"
+    )
+    scaled_embeddings: bool = setting(False, help="multiply token embeddings by the square root of d_model")
+    embedding_dim: int | None = size(
+        None,
+        help="features of the token embedding, which a linear map brings to d_model; None is d_model, without the map",
+    )
+    dropout: float = setting(
+        0.0, at_least=0, below=1, help="share of embeddings, attention weights and sublayer outputs that training drops"
+    )
+    init: Choice[Initialisation] = Choice(Initialisation, "gpt2", help="how weights start")
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        self._check_sizes()
+        check_settings(self)
+        lookup("topology", self.topology, TOPOLOGIES)
+        self._check_heads()
+        self._check_parts()
+        layers = [self.num_layers, self.decoder_layers] if self.topology == "encoder-decoder" else [self.num_layers]
+        around = Surroundings(min(layers), self.block.variant.is_parallel, self.norm.variant)
+        self.residual.variant.check(around)
+
+    def _check_heads(self) -> None:
         if self.head_dim is None and self.d_model % self.num_heads:
             nearest = self.num_heads * max(1, round(self.d_model / self.num_heads))
             raise UserError(
@@ -168,24 +145,20 @@ class ModelConfig:
             raise UserError(
                 f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}: choose a divisor"
             )
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
-        for name in ("norm_eps", "rotary_base", "rotary_factor", "attention_scale", "attention_softcap"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name} is {value}: it must be above 0")
-        if self.norm_eps < SMALLEST:
-            raise UserError(f"norm_eps is {self.norm_eps}, which is 0 in float32: it must be at least {SMALLEST:.1e}")
-        if not 0 < self.rotary_fraction <= 1:
-            raise UserError(f"rotary_fraction is {self.rotary_fraction}: it must be above 0 and at most 1")
+        if self.value_norm and self.qk_norm == "none" and not self.residual.variant.has_qkv_norm:
+            raise UserError("value_norm is as qk_norm, and qk_norm is 'none': choose qk_norm 'head' or 'full'")
+        if not self.window_pattern:
+            raise UserError("window_pattern is empty: say for at least one layer whether it has the window")
+
+    def _check_parts(self) -> None:
         if self.num_experts is not None and self.experts_per_token > self.num_experts:
             raise UserError(
                 f"experts_per_token {self.experts_per_token} is more than num_experts {self.num_experts}: lower it"
             )
-        if self.block == "parallel-two-norms" and self.residual != "pre":
-            raise UserError(f"block 'parallel-two-norms' is Pre-LN, and residual is {self.residual!r}: choose 'pre'")
-        if self.value_norm and self.qk_norm == "none" and not Residual.named(self.residual).has_qkv_norm:
-            raise UserError("value_norm is as qk_norm, and qk_norm is 'none': choose qk_norm 'head' or 'full'")
+        if self.block.name == "parallel-two-norms" and self.residual.name != "pre":
+            raise UserError(
+                f"block 'parallel-two-norms' is Pre-LN, and residual is {self.residual.name!r}: choose 'pre'"
+            )
         if (self.topology == "encoder-classifier") != (self.num_classes is not None):
             raise UserError(
                 f"topology is {self.topology!r} and num_classes {self.num_classes}: "
@@ -199,43 +172,9 @@ class ModelConfig:
             raise UserError(
                 f"head is 'transformed' and embedding_dim {self.embedding_dim}: only one may precede the logits"
             )
-        if not self.window_pattern:
-            raise UserError("window_pattern is empty: say for at least one layer whether it has the window")
-        for family, name in (
-            (Block, self.block),
-            (Residual, self.residual),
-            (Norm, self.norm),
-            (PositionScheme, self.positions),
-            (Initialisation, self.init),
-        ):
-            family.named(name)
-        lookup("topology", self.topology, TOPOLOGIES)
-        lookup("rotary scaling", self.rotary_scaling, ROTARY_SCALINGS)
-        lookup("feed-forward network", self.feedforward, FEEDFORWARDS)
-        lookup("head", self.head, HEADS)
-        lookup("attention kernel", self.attention_kernel, KERNELS)
-        lookup("pooling", self.pooling, POOLING_ACTIVATIONS)
-        lookup("norm of queries and keys", self.qk_norm, QK_NORMS)
-        Residual.named(self.residual).check(self._around_connections)
-
-    @property
-    def _around_connections(self) -> Surroundings:
-        layers = [self.num_layers, self.decoder_layers] if self.topology == "encoder-decoder" else [self.num_layers]
-        return Surroundings(min(layers), Block.named(self.block).is_parallel, Norm.named(self.norm))
-
-    def _check_sizes(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type not in ("int", "int | None") or value is None:
-                continue
-            if value < 1:
-                raise UserError(f"{field.name} is {value}: it must be at least 1")
-            most = MOST_MODULES if field.name in ("num_layers", "num_decoder_layers", "num_experts") else MOST_FEATURES
-            if value > most:
-                raise UserError(f"{field.name} is {value}: it must be at most {most:,}")
-        if "sinusoidal" in self.positions and self.context_length * self.d_model > MOST_FEATURES:
+        if self.positions.variant.table_per_position and self.context_length * self.d_model > MOST_FEATURES:
             raise UserError(
-                f"positions {self.positions!r} need a table of context_length {self.context_length} times d_model "
+                f"positions {self.positions.name!r} need a table of context_length {self.context_length} times d_model "
                 f"{self.d_model}, which would not fit into memory: lower one, or choose positions without a table"
             )
 

@@ -15,7 +15,7 @@ from minitransformer.architecture.attention import MultiHeadAttention
 from minitransformer.architecture.block import Stack
 from minitransformer.architecture.cache import KVCache
 from minitransformer.architecture.feedforward import MixtureOfExperts
-from minitransformer.architecture.init import Initialisation, initialise
+from minitransformer.architecture.init import initialise
 from minitransformer.architecture.positions import token_positions
 from minitransformer.errors import UserError
 from minitransformer.models.config import TOPOLOGIES, ModelConfig
@@ -39,7 +39,7 @@ class Model(Registered, nn.Module, kind="topology"):
 
     def initialise(self) -> None:
         """Draw every weight as the configuration says."""
-        initialise(self, Initialisation.named(self.config.init)())
+        initialise(self, self.config.init.make())
 
     def calibrate(self, run: Callable[[], object]) -> None:
         """What the placement sets by a look at real data, before the first step: `run` passes a batch through.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from minitransformer import settings
+from minitransformer.architecture.norms import has_bias
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.pretrained.rules import Rule
-from minitransformer.records import fits, fitted, in_words, shown, type_hints
+from minitransformer.records import fits, fitted, in_words, shown
 from minitransformer.registry import Registered
+from minitransformer.settings import flat, with_settings
 
 HF = dict[str, Any]
 
@@ -105,7 +108,7 @@ class Family(Registered, kind="model_type"):
             if hf.get(name, value) != value:
                 raise UserError(f"{name} is {hf[name]!r} in config.json: only {value!r} can be loaded for {cls.name}")
         try:
-            return ModelConfig(**cls._choices(hf))
+            return with_settings(ModelConfig(), cls._choices(hf))
         except KeyError as missing:
             raise UserError(
                 f"config.json does not say {missing.args[0]}: a checkpoint of {cls.name} needs it"
@@ -118,7 +121,7 @@ class Family(Registered, kind="model_type"):
         """The fields of our configuration that are not the defaults."""
         ours: dict[str, Any] = {"topology": cls._topology(hf), **cls.fixed}
         hf = {**{name: field.default for name, field in cls._fields().items()}, **cls._without_older_names(hf)}
-        kinds = type_hints(ModelConfig)
+        kinds = settings.kinds(ModelConfig)
         for theirs, field in cls._fields().items():
             value = hf[theirs]
             if field.values is not None:
@@ -189,7 +192,7 @@ class Family(Registered, kind="model_type"):
         """The settings for which the family's configuration has no words."""
         ours = _canonical(config)
         found = {
-            name: cls._obstacle(name, getattr(config, name), (value,))
+            name: cls._obstacle(name, flat(config).get(name), (value,))
             for name, value in cls.fixed.items()
             if not _equal(ours.get(name, value), value)
         }
@@ -238,16 +241,8 @@ def _equal(a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=1e-9) if both_floats else a == b
 
 
-def _named(name: str, pattern: str) -> bool:
-    return name.startswith(pattern) if pattern.endswith("_") else name == pattern
-
-
 IRRELEVANT = {"dropout", "init", "attention_kernel"}
 ONLY_WITH: dict[str, Callable[[ModelConfig], bool]] = {
-    "rotary_": lambda config: config.positions == "rotary",
-    "t5_": lambda config: config.positions == "t5",
-    "experts_per_token": lambda config: config.num_experts is not None,
-    "window_pattern": lambda config: config.attention_window is not None,
     "pooling": lambda config: config.topology == "encoder-classifier",
     "shared_embeddings": lambda config: config.topology == "encoder-decoder",
     "num_decoder_layers": lambda config: config.topology == "encoder-decoder",
@@ -259,22 +254,18 @@ ONLY_WITH: dict[str, Callable[[ModelConfig], bool]] = {
 
 def _canonical(config: ModelConfig) -> dict[str, Any]:
     """The fields of `config` that make a difference, with None replaced by what it stands for."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    plain_ff = 4 * config.d_model
-    gated_ff = 8 * round(config.d_model / 3)
-    gated = "glu" in config.feedforward
+    values = flat(config)
     values |= {
         "num_kv_heads": config.num_kv_heads or config.num_heads,
         "head_dim": config.features_per_head,
-        "d_ff": config.d_ff or (gated_ff if gated else plain_ff),
+        "d_ff": config.d_ff or config.feedforward.variant.default_width(config.d_model),
         "num_decoder_layers": config.decoder_layers,
-        "norm_bias": config.norm == "layer" and (config.bias if config.norm_bias is None else config.norm_bias),
+        "norm_bias": "norm_bias" in values and has_bias(values["norm_bias"], config.bias),
         "qkv_bias": config.bias if config.qkv_bias is None else config.qkv_bias,
         "attention_output_bias": config.bias if config.attention_output_bias is None else config.attention_output_bias,
         "attention_scale": config.attention_scale or config.features_per_head**-0.5,
-        "window_pattern": tuple(config.window_of(layer) is not None for layer in range(config.num_layers)),
     }
-    for prefix, applies in ONLY_WITH.items():
-        if not applies(config):
-            values = {name: value for name, value in values.items() if not _named(name, prefix)}
-    return {name: value for name, value in values.items() if name not in IRRELEVANT}
+    if "window_pattern" in values:
+        values["window_pattern"] = tuple(config.window_of(layer) is not None for layer in range(config.num_layers))
+    idle = {name for name, applies in ONLY_WITH.items() if not applies(config)}
+    return {name: value for name, value in values.items() if name not in IRRELEVANT | idle}

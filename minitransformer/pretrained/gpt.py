@@ -108,7 +108,7 @@ class GPTJ(Family, name="gptj"):
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
         head_dim = config.d_model // config.num_heads  # the family has no other
-        return {"rotary_dim": int(head_dim * config.rotary_fraction)}
+        return {"rotary_dim": int(head_dim * config.positions.settings.fraction)}
 
 
 class GPTNeoX(Family, name="gpt_neox"):
@@ -151,7 +151,8 @@ class GPTNeoX(Family, name="gpt_neox"):
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
-        older = {"rotary_pct": config.rotary_fraction, "rotary_emb_base": config.rotary_base}
+        rotary = config.positions.settings
+        older = {"rotary_pct": rotary.fraction, "rotary_emb_base": rotary.base}
         return {**write_partial_rope(config), **older, "attention_bias": config.qkv_bias is not False}
 
 
@@ -259,7 +260,7 @@ class Falcon(Family, name="falcon"):
 
     @classmethod
     def rules_for(cls, config: ModelConfig) -> tuple[Rule, ...]:
-        norm = "ln_attn" if config.block == "parallel-two-norms" else "input_layernorm"
+        norm = "ln_attn" if config.block.name == "parallel-two-norms" else "input_layernorm"
         return (
             Rule("transformer.word_embeddings", "embedding.table"),
             Rule("transformer.h.{layer}.input_layernorm", BLOCK + "attention_residual.norm"),
@@ -292,13 +293,13 @@ class Falcon(Family, name="falcon"):
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
         heads = config.num_kv_heads or config.num_heads
-        grouped = config.block == "parallel-two-norms" or heads not in (1, config.num_heads)
+        grouped = config.block.name == "parallel-two-norms" or heads not in (1, config.num_heads)
         return {
             **write_rope(config),
             "num_kv_heads": heads,
             "new_decoder_architecture": grouped,
-            "num_ln_in_parallel_attn": (2 if config.block == "parallel-two-norms" else 1) if grouped else None,
+            "num_ln_in_parallel_attn": (2 if config.block.name == "parallel-two-norms" else 1) if grouped else None,
             "multi_query": heads == 1,
-            "parallel_attn": config.block != "sequential",
+            "parallel_attn": config.block.name != "sequential",
             "ffn_hidden_size": config.d_ff or 4 * config.d_model,
         }

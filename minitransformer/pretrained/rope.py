@@ -6,6 +6,7 @@ from typing import Any
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
+from minitransformer.settings import flat
 
 LLAMA3 = {
     "low_freq_factor": "rotary_low_freq_factor",
@@ -58,19 +59,20 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
 
     For a family that turns whole heads, of which a fraction is not said.
     """
-    kind = "default" if config.rotary_scaling == "none" else config.rotary_scaling
-    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": config.rotary_base}
+    rotary = config.positions.settings
+    kind = "default" if rotary.scaling.name == "none" else rotary.scaling.name
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": rotary.base}
     if kind != "default":
-        rope["factor"] = config.rotary_factor
+        rope["factor"] = rotary.scaling.settings.factor
     if kind == "llama3":
-        rope |= {theirs: getattr(config, ours) for theirs, ours in LLAMA3.items()}
-    older = {"rope_theta": config.rotary_base, "rope_scaling": None if kind == "default" else rope}
+        rope |= {theirs: flat(config)[ours] for theirs, ours in LLAMA3.items()}
+    older = {"rope_theta": rotary.base, "rope_scaling": None if kind == "default" else rope}
     return {"rope_parameters": rope, **older}
 
 
 def write_partial_rope(config: ModelConfig) -> dict[str, Any]:
     """`write_rope` with the fraction of each head that is turned, for a family that has it."""
-    fraction = {"partial_rotary_factor": config.rotary_fraction}
+    fraction = {"partial_rotary_factor": config.positions.settings.fraction}
     written = {**write_rope(config), **fraction}
     # One of them stands for the other where both are read, so both say everything.
     return {name: {**value, **fraction} if isinstance(value, dict) else value for name, value in written.items()}

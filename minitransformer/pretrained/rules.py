@@ -89,7 +89,7 @@ class InterleavedPairs:
         return heads[:, self._order(config).argsort()].flatten(0, 1)
 
     def _order(self, config: ModelConfig) -> Tensor:
-        turned = int(config.features_per_head * config.rotary_fraction)
+        turned = int(config.features_per_head * config.positions.settings.fraction)
         rest = torch.arange(turned, config.features_per_head)
         return torch.cat([torch.arange(0, turned, 2), torch.arange(1, turned, 2), rest])
 

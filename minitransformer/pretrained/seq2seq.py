@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from minitransformer.architecture.feedforward import GatedFeedForward
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.pretrained.families import ACTIVATIONS, HF, SILU, Family, Field
@@ -62,7 +63,7 @@ class T5(Family, name="t5"):
 
     @classmethod
     def rules_for(cls, config: ModelConfig) -> tuple[Rule, ...]:
-        up = "wi_1" if "glu" in config.feedforward else "wi"
+        up = "wi_1" if issubclass(config.feedforward.variant, GatedFeedForward) else "wi"
         bias = "block.0.layer.0.SelfAttention.relative_attention_bias"
         return (
             Rule("shared", "embedding.table"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import weight_shapes
 from minitransformer.records import whole_record
+from minitransformer.settings import flat
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.objectives import Objective
 
@@ -71,11 +72,16 @@ def _gentle(training: TrainingConfig) -> TrainingConfig:
 
 def check_fits(parent: ModelConfig, model: ModelConfig) -> None:
     """Raises `UserError` unless a `model` can begin with the weights of a `parent`, and says the same with them."""
-    for field in fields(ModelConfig):
-        old, new = getattr(parent, field.name), getattr(model, field.name)
-        if old == new or field.name in WEIGHTLESS:
+    before, after = flat(parent), flat(model)
+    for name in before | after:
+        old, new = before.get(name), after.get(name)
+        if old == new or name in WEIGHTLESS:
             continue
-        if field.name == "context_length" and weight_shapes(parent) == weight_shapes(model):
+        if name == "context_length" and weight_shapes(parent) == weight_shapes(model):
             continue
-        remedy = "give --sequence-length" if field.name == "context_length" and new < old else "leave it out"
-        raise UserError(f"the run of --init-from has {field.name} {old}, not {new}: {remedy}, or train from scratch")
+        remedy = (
+            "give --sequence-length"
+            if name == "context_length" and model.context_length < parent.context_length
+            else "leave it out"
+        )
+        raise UserError(f"the run of --init-from has {name} {old}, not {new}: {remedy}, or train from scratch")

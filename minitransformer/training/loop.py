@@ -94,7 +94,7 @@ class Trainer:
         self.model = build_model(run.config.model).to(machine.device)
         self.model.calibrate(self._pass_a_batch)
         self.fast_model = compiled(self.model) if machine.compile else self.model
-        self.optimizers = build_optimizers(config.optimizer, self.model, config.optimizer_settings)
+        self.optimizers = build_optimizers(config.optimizer, self.model, config.rates)
         self.balance = ExpertBalance(self.model, config.expert_balance)
         self.precision = Precision.named(machine.precision)(machine.device)
         self.probe = make_probe(self.model, self.objective, machine.device)
@@ -219,7 +219,7 @@ class Trainer:
         self.probe.before_step(step + 1)
         torch.manual_seed(step_seed(self.config.seed, step))
         batches = self.training_batches(step)
-        set_learning_rate(self.optimizers, self.config.learning_rate_share(step))
+        set_learning_rate(self.optimizers, self.config.learning_rate_multiplier(step))
         result = training_step(
             self.fast_model,
             self.objective,

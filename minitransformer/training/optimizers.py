@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from minitransformer.architecture.embeddings import LMHead
-from minitransformer.registry import lookup
+from minitransformer.architecture.norms import SMALLEST
+from minitransformer.registry import Registered
+from minitransformer.settings import Chosen, setting
 from minitransformer.training.light import LightAdamW, LightOptimizer
 from minitransformer.training.muon import NEWTON_SCHULZ, Muon
 
 
 @dataclass(frozen=True)
-class OptimizerSettings:
-    """The numbers that optimizers are made from; `embedding_lr` is for embeddings and vectors."""
+class Rates:
+    """Peak learning rates, `embedding_lr` for embeddings and vectors, and the decay of matrices."""
 
     lr: float
     embedding_lr: float
     head_lr: float
     weight_decay: float
-    beta1: float
-    beta2: float
-    momentum: float
-    newton_schulz: str = "jordan"
-    newton_schulz_steps: int = 5
-    eps: float = 1e-8
 
 
 @dataclass(frozen=True)
@@ -52,56 +48,92 @@ class Weights:
         )
 
 
-def _adamw(groups: list[dict[str, object]], settings: OptimizerSettings) -> LightOptimizer:
-    return LightAdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
+class Optimizer(Registered, kind="optimizer"):
+    """What descends along the gradient: one or several of torch's optimizers, which share the weights of a model."""
+
+    def __init__(self, settings: Any, rates: Rates) -> None:
+        self.settings, self.rates = settings, rates
+
+    def build(self, weights: Weights) -> list[LightOptimizer]:
+        """The optimizers, each with its weights and their peak learning rates."""
+        raise NotImplementedError
 
 
-def adamw(model: nn.Module, settings: OptimizerSettings) -> list[LightOptimizer]:
+class AdamW(Optimizer, name="adamw"):
     """AdamW for all, fused; only matrices and embeddings decay. Loshchilov and Hutter 2017 (arXiv 1711.05101)."""
-    weights = Weights.of(model)
-    groups = [
-        {"params": weights.matrices, "lr": settings.lr, "weight_decay": settings.weight_decay},
-        {"params": weights.embeddings, "lr": settings.embedding_lr, "weight_decay": settings.weight_decay},
-        {"params": weights.head, "lr": settings.head_lr, "weight_decay": settings.weight_decay},
-        {"params": weights.vectors, "lr": settings.embedding_lr, "weight_decay": 0.0},
-    ]
-    return [_adamw(groups, settings)]
+
+    @dataclass(frozen=True)
+    class Settings:
+        beta1: float = setting(0.9, flag="beta1", at_least=0, below=1, help="AdamW's decay of the mean of gradients")
+        beta2: float = setting(
+            0.95, flag="beta2", at_least=0, below=1, help="AdamW's decay of the mean of squared gradients"
+        )
+        eps: float = setting(
+            1e-8, flag="eps", at_least=SMALLEST, help="added to the root of AdamW's mean of squared gradients"
+        )
+
+    settings: Settings
+
+    def build(self, weights: Weights) -> list[LightOptimizer]:
+        rates = self.rates
+        groups = [
+            {"params": weights.matrices, "lr": rates.lr, "weight_decay": rates.weight_decay},
+            {"params": weights.embeddings, "lr": rates.embedding_lr, "weight_decay": rates.weight_decay},
+            {"params": weights.head, "lr": rates.head_lr, "weight_decay": rates.weight_decay},
+            {"params": weights.vectors, "lr": rates.embedding_lr, "weight_decay": 0.0},
+        ]
+        return [self.adamw(groups)]
+
+    def adamw(self, groups: list[dict[str, object]]) -> LightOptimizer:
+        """torch's AdamW for `groups`, by its fused kernel."""
+        betas = (self.settings.beta1, self.settings.beta2)
+        return LightAdamW(groups, betas=betas, eps=self.settings.eps, fused=True)
 
 
-def muon(model: nn.Module, settings: OptimizerSettings) -> list[LightOptimizer]:
+class MuonWithAdamW(AdamW, name="muon"):
     """Muon for matrices, which alone decay; AdamW for embeddings, the head and vectors. Jordan et al. 2024."""
-    weights = Weights.of(model)
-    rest = [
-        {"params": weights.embeddings + weights.vectors, "lr": settings.embedding_lr, "weight_decay": 0.0},
-        {"params": weights.head, "lr": settings.head_lr, "weight_decay": 0.0},
-    ]
-    matrices = Muon(
-        weights.matrices,
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        quintics=lookup("Newton-Schulz iteration", settings.newton_schulz, NEWTON_SCHULZ)(settings.newton_schulz_steps),
-    )
-    return [matrices, _adamw(rest, settings)]
+
+    @dataclass(frozen=True)
+    class Settings(AdamW.Settings):
+        momentum: float = setting(
+            0.95, flag="momentum", at_least=0, below=1, help="Muon's decay of the mean of gradients"
+        )
+        newton_schulz: str = setting(
+            "jordan", flag="newton-schulz", choices=NEWTON_SCHULZ, help="coefficients of the Newton-Schulz iteration"
+        )
+        newton_schulz_steps: int = setting(
+            5, flag="newton-schulz-steps", at_least=1, help="iterations towards an orthogonal update; fewer are cheaper"
+        )
+
+    settings: Settings
+
+    def build(self, weights: Weights) -> list[LightOptimizer]:
+        settings, rates = self.settings, self.rates
+        rest = [
+            {"params": weights.embeddings + weights.vectors, "lr": rates.embedding_lr, "weight_decay": 0.0},
+            {"params": weights.head, "lr": rates.head_lr, "weight_decay": 0.0},
+        ]
+        matrices = Muon(
+            weights.matrices,
+            lr=rates.lr,
+            momentum=settings.momentum,
+            weight_decay=rates.weight_decay,
+            quintics=NEWTON_SCHULZ[settings.newton_schulz](settings.newton_schulz_steps),
+        )
+        return [matrices, self.adamw(rest)]
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerSettings], list[LightOptimizer]]] = {
-    "adamw": adamw,
-    "muon": muon,
-}
-
-
-def build_optimizers(name: str, model: nn.Module, settings: OptimizerSettings) -> list[LightOptimizer]:
-    """The optimizers that `name` stands for; each group remembers its highest learning rate."""
-    optimizers = lookup("optimizer", name, OPTIMIZERS)(model, settings)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["highest_lr"] = group["lr"]
+def build_optimizers(optimizer: Chosen[Optimizer], model: nn.Module, rates: Rates) -> list[LightOptimizer]:
+    """The optimizers of `model`; each group remembers its peak learning rate."""
+    optimizers = optimizer.make(rates).build(Weights.of(model))
+    for each in optimizers:
+        for group in each.param_groups:
+            group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def set_learning_rate(optimizers: list[LightOptimizer], share: float) -> None:
-    """Set each group's learning rate to `share` of its highest one."""
+def set_learning_rate(optimizers: list[LightOptimizer], multiplier: float) -> None:
+    """Set each group's learning rate to `multiplier` times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = share * group["highest_lr"]
+            group["lr"] = multiplier * group["peak_lr"]

@@ -6,16 +6,16 @@ from dataclasses import replace
 
 from minitransformer.models.config import PRESETS as MODELS
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.optimizers import AdamW, MuonWithAdamW
 
 DEFAULT = "gpt-micro"
 
 SHORT = TrainingConfig(
     steps=750,
     batch_size=4,
-    optimizer="muon",
+    optimizer=MuonWithAdamW.choose(momentum=0.9),
     lr=0.03,
     embedding_lr=0.03,
-    momentum=0.9,
     schedule="linear",
     warmup_steps=10,
     eval_every=250,
@@ -93,9 +93,7 @@ PRESETS: dict[str, RunConfig] = {
             lr=0.04,
             embedding_lr=0.035,
             head_lr=0.005,
-            momentum=0.85,
-            newton_schulz="polar-express",
-            newton_schulz_steps=3,
+            optimizer=MuonWithAdamW.choose(momentum=0.85, newton_schulz="polar-express", newton_schulz_steps=3),
             warmup_steps=1,
         ),
     ),
@@ -116,7 +114,7 @@ PRESETS: dict[str, RunConfig] = {
             min_lr=1e-4,
             schedule="wsd",
             warmup_steps=100,
-            beta2=0.99,
+            optimizer=AdamW.choose(beta2=0.99),
             save_every=500,
         ),
     ),

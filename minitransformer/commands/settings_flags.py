@@ -1,0 +1,85 @@
+"""A flag for every setting of a configuration, those of all variants that may be chosen among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from typing_extensions import Doc
+
+from minitransformer.commands import given_flags, parse
+from minitransformer.settings import Declared, all_declared, declared, flat, is_part, with_settings
+
+Options = TypeVar("Options")
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Settings that `--help` lists under one title."""
+
+    title: str
+    about: str
+    settings: list[Declared]
+
+
+def parse_with_settings(
+    options: type[Options], arguments: Sequence[str], base: Record, **about: str
+) -> tuple[Options, Record]:
+    """A command's own `options` from the command line, and `base` with the settings that flags give.
+
+    Only the flags that are given are parsed, unless all are shown for `--help`. Raises `UserError` for a flag that
+    does not exist, and for one of a variant that is not chosen.
+    """
+    wanted = None if {"-h", "--help"} & set(arguments) else given_flags(arguments)
+    known = [each.name for each in all_declared(type(base))]
+    now = flat(base)
+    members: list[tuple[str, Any]] = [("options", options)]
+    for number, group in enumerate(_groups(type(base))):
+        shown = [each for each in group.settings if wanted is None or _is_given(each.name, wanted)]
+        if shown:
+            kind = make_dataclass(f"Group{number}", [_flag(each, now) for each in shown], frozen=True)
+            kind.__doc__ = group.about
+            members.append((f"group{number}", Annotated[kind, tyro.conf.arg(name=group.title)]))
+    parsed: Any = parse(make_dataclass("Flags", members, frozen=True), arguments, known=known, **about)
+    values = {name: value for title, _ in members[1:] for name, value in vars(getattr(parsed, title)).items()}
+    given = {name: value for name, value in values.items() if _is_given(name, given_flags(arguments))}
+    return parsed.options, with_settings(base, given)
+
+
+def _is_given(name: str, flags: set[str]) -> bool:
+    return name in flags or f"no_{name}" in flags
+
+
+def _groups(record: type) -> list[Group]:
+    """The settings of each part, and then those of each variant of its choices, each flag once."""
+    groups: list[Group] = []
+    for part in filter(is_part, declared(record)):
+        groups += _with_variants(Group(part.name, part.kind.__doc__ or "", list(declared(part.kind))))
+    seen: set[str] = set()
+    for group in groups:
+        group.settings[:] = [each for each in group.settings if each.name not in seen]
+        seen |= {each.name for each in group.settings}
+    return groups
+
+
+def _with_variants(group: Group) -> list[Group]:
+    groups = [group]
+    for choice in group.settings:
+        for variant in choice.family.registry.values() if choice.family else ():
+            if own := declared(variant.Settings, variant):
+                about = (variant.__doc__ or "").partition("\n")[0]
+                groups += _with_variants(Group(f"{choice.name.replace('_', '-')} {variant.name}", about, list(own)))
+    return groups
+
+
+def _flag(each: Declared, now: dict[str, Any]) -> tuple[str, Any, Any]:
+    """The field of a dataclass that becomes the flag of a setting; its default is for `--help` alone."""
+    help, names = each.about.get("help", ""), each.about.get("choices") or (each.family and each.family.registry)
+    if names:
+        help = f"{help}: {', '.join(names)}"
+    kind: Any = str if each.family else each.kind
+    default = now.get(each.name, each.default.name if each.family else each.default)
+    return each.name, Annotated[kind, Doc(help)], field(default=default)

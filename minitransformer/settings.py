@@ -1,0 +1,320 @@
+"""Settings as data: declared beside what they set, nested in records and in JSON, flat by name on a command line.
+
+A variant is a class, and its settings are a frozen dataclass in that class. A configuration holds a `Choice` of a
+variant: its value is a `Chosen`, the variant together with its settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from functools import cache
+from inspect import getattr_static
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar, overload
+
+from minitransformer.errors import UserError, suggestion
+from minitransformer.records import checked_value, type_hints
+
+T = TypeVar("T")
+Variant = TypeVar("Variant", covariant=True)
+
+LARGEST = 3.4028234663852886e38
+"""of the numbers of float32"""
+
+
+def setting(default: Any, *, help: str = "", **about: Any) -> Any:
+    """A field of a record of settings.
+
+    `above`, `at_least`, `at_most` and `below` limit a number; `choices` are the values of a text that is a name.
+    `flag` is its name on a command line, by default the field's behind that of its variant. `needs` names another
+    setting without which it has no effect. What other code must know is said here too: `changes_task` (losses with
+    other values do not compare), `changes_tokens` (they compare in bits per byte), `follows_data` (it is usually found
+    from the data), `observes_only` (no effect on what is computed), `may_change_on_resume`.
+    """
+    return field(default=default, metadata={"help": help, **about})
+
+
+@dataclass(frozen=True)
+class Chosen(Generic[Variant]):
+    """A variant and its settings. Raises `UserError` for a number outside the limits that a setting declares."""
+
+    variant: type[Variant]
+    settings: Any
+
+    def __post_init__(self) -> None:
+        check_settings(self.settings, self.variant)
+
+    @property
+    def name(self) -> str:
+        """What the variant is registered as."""
+        variant: Any = self.variant
+        return variant.name
+
+    def make(self, *args: Any, **kwargs: Any) -> Variant:
+        """An instance of the variant, which takes its settings first."""
+        variant: Any = self.variant
+        return variant(self.settings, *args, **kwargs)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Choice(Generic[T]):
+    """A field of a frozen record that holds a `Chosen` of the variants of `family`; a name chooses default settings."""
+
+    def __init__(self, family: type[T], default: str, *, help: str = "", **about: Any) -> None:
+        self.family, self.default, self.about = family, default, MappingProxyType({"help": help, **about})
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.attribute = name
+
+    @overload
+    def __get__(self, record: None, owner: type) -> Chosen[T]: ...
+
+    @overload
+    def __get__(self, record: object, owner: type) -> Chosen[T]: ...
+
+    def __get__(self, record: object | None, owner: type) -> Chosen[T]:
+        return self._chosen(self.default) if record is None else record.__dict__[self.attribute]
+
+    def __set__(self, record: object, value: Chosen[T] | str) -> None:
+        record.__dict__[self.attribute] = self._chosen(value) if isinstance(value, str) else value
+
+    def _chosen(self, name: str) -> Chosen[T]:
+        family: Any = self.family
+        return family.choose(name)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A setting as a record declares it, which is a configuration or belongs to `variant`."""
+
+    attribute: str
+    name: str
+    """by which it is known flat: among all settings, on a command line"""
+    kind: Any
+    default: Any
+    about: Mapping[str, Any]
+    family: Any = None
+    """of whose variants it is a choice"""
+    variant: Any = None
+
+
+def declared(record: Any, variant: Any = None) -> tuple[Declared, ...]:
+    """The settings that a record class declares, in their order; those of a part of it are that part's."""
+    return _declared(record, variant)
+
+
+@cache
+def _declared(record: Any, variant: Any) -> tuple[Declared, ...]:
+    found = []
+    for each in fields(record):
+        choice = getattr_static(record, each.name, None)
+        family = choice.family if isinstance(choice, Choice) else None
+        about = choice.about if isinstance(choice, Choice) else each.metadata
+        default = each.default if each.default is not MISSING else None
+        name = about.get("flag") or (each.name if variant is None else f"{variant.name}-{each.name}")
+        kind = type_hints(record)[each.name]
+        found.append(Declared(each.name, name.replace("-", "_"), kind, default, about, family, variant))
+    return tuple(found)
+
+
+def all_declared(record: type, variant: Any = None) -> Iterator[Declared]:
+    """Every setting that a record of this class may hold: of its parts, and of all variants that may be chosen."""
+    for each in declared(record, variant):
+        if is_part(each):
+            yield from all_declared(each.kind)
+            continue
+        yield each
+        for member in each.family.registry.values() if each.family else ():
+            yield from all_declared(member.Settings, member)
+
+
+def names_with(record: type, about: str) -> set[str]:
+    """The settings that a record of this class may hold of which `about` is declared, by their flat names."""
+    return {each.name for each in all_declared(record) if each.about.get(about)}
+
+
+def kinds(record: type) -> dict[str, Any]:
+    """The type of every setting that a record of this class may hold, by its flat name; a choice is a text."""
+    return {each.name: str if each.family else each.kind for each in all_declared(record)}
+
+
+def is_part(each: Declared) -> bool:
+    """Whether it is a record of settings in a record."""
+    return is_dataclass(each.kind) and each.family is None
+
+
+def settings_of(record: Any, variant: Any = None) -> Iterator[tuple[Declared, Any]]:
+    """Every setting of `record` with its value: those of a choice follow it."""
+    for each in declared(type(record), variant):
+        value = getattr(record, each.attribute)
+        if is_part(each):
+            yield from settings_of(value)
+            continue
+        yield each, value
+        if each.family is not None:
+            yield from settings_of(value.settings, value.variant)
+
+
+def flat(record: Any) -> dict[str, Any]:
+    """The settings of `record` that have an effect, by their flat names; a choice is the name of its variant."""
+    values = {each.name: value.name if each.family else value for each, value in settings_of(record)}
+    needs = {each.name: each.about["needs"] for each, _ in settings_of(record) if "needs" in each.about}
+    return {name: value for name, value in values.items() if name not in needs or values[needs[name]]}
+
+
+def with_settings(record: T, changes: Mapping[str, Any]) -> T:
+    """`record` with the settings `changes`, by their flat names.
+
+    Another variant begins with its own defaults, and with what was set of a setting that it shares with the one before.
+    Raises `UserError` for a name that nothing has or that belongs to a variant that is not chosen, and as records do.
+    """
+    left = dict(changes)
+    result = _changed(record, left, None)
+    if left:
+        raise _misplaced(next(iter(left)), result)
+    return result
+
+
+def _changed(record: Any, left: dict[str, Any], variant: Any) -> Any:
+    """`record` with what of `left` belongs to it, which is taken out."""
+    values: dict[str, Any] = {}
+    for each in declared(type(record), variant):
+        old = getattr(record, each.attribute)
+        if is_part(each):
+            values[each.attribute] = _changed(old, left, None)
+        elif each.family is None:
+            values[each.attribute] = left.pop(each.name, old)
+        else:
+            new = _switched(old, left.pop(each.name, old), each.family)
+            values[each.attribute] = replace(new, settings=_changed(new.settings, left, new.variant))
+    changed = {name: value for name, value in values.items() if value is not getattr(record, name)}
+    return replace(record, **changed) if changed else record
+
+
+def _switched(old: Chosen[Any], value: Chosen[Any] | str, family: Any) -> Chosen[Any]:
+    if not isinstance(value, str):
+        return value
+    new = family.choose(value)
+    if new.variant is old.variant:
+        return old
+    set_before = {each.name: v for each, v in settings_of(old.settings, old.variant) if v != each.default}
+    return replace(new, settings=_changed(new.settings, set_before, new.variant))
+
+
+def _misplaced(name: str, record: Any) -> UserError:
+    chosen = {each.name: value.name for each, value in settings_of(record) if each.family}
+    owners = [each.variant.name for each in all_declared(type(record)) if each.name == name and each.variant]
+    if not owners:
+        known = [each.name for each in all_declared(type(record))]
+        return UserError(
+            f"unknown setting {name!r}: {suggestion(name, known)}The names are those of the flags in --help"
+        )
+    choice = next(each for each in all_declared(type(record)) if each.family and owners[0] in each.family.registry)
+    now = f"{choice.name} is {chosen[choice.name]!r}" if choice.name in chosen else "that is not chosen"
+    which = " or ".join(map(repr, owners))
+    return UserError(f"{name} belongs to {choice.name} {which}, and {now}: leave it out, or choose {owners[0]!r}")
+
+
+def check_settings(record: Any, variant: Any = None) -> None:
+    """Raises `UserError` if a number in `record` is not finite in float32, or outside the limits that are declared.
+
+    NaN among them: comparisons let it pass, and from one setting it spreads to all weights.
+    """
+    for each in declared(type(record), variant):
+        value, about = getattr(record, each.attribute), each.about
+        if "choices" in about and value not in about["choices"]:
+            known = about["choices"]
+            kind = each.name.replace("_", " ")
+            raise UserError(f"unknown {kind} {value!r}: {suggestion(str(value), known)}known are {', '.join(known)}")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if not abs(value) <= LARGEST and isinstance(value, float):
+            raise UserError(f"{each.name} is {value}: it must be finite, in float32 too")
+        limits = {
+            "above": "above" not in about or value > about["above"],
+            "at_least": "at_least" not in about or value >= about["at_least"],
+            "below": "below" not in about or value < about["below"],
+            "at_most": "at_most" not in about or value <= about["at_most"],
+        }
+        if not all(limits.values()):
+            must = " and ".join(f"{word.replace('_', ' ')} {about[word]:,}" for word in limits if word in about)
+            raise UserError(f"{each.name} is {value}: it must be {must}")
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """`record` in values that JSON has: a choice is an object with the name of its variant and its settings."""
+    result: dict[str, Any] = {}
+    for each in declared(type(record)):
+        value = getattr(record, each.attribute)
+        if is_part(each):
+            result[each.attribute] = to_json(value)
+        elif each.family is None:
+            result[each.attribute] = value
+        else:
+            result[each.attribute] = {"name": value.name, **to_json(value.settings)}
+    return result
+
+
+def nested(record: type, values: Mapping[str, Any], variant: Any = None) -> dict[str, Any]:
+    """Flat settings, as `to_json` nests them; those of variants that are not chosen fall away."""
+    result: dict[str, Any] = {}
+    for each in declared(record, variant):
+        if each.family is None:
+            result |= {each.attribute: values[each.name]} if each.name in values else {}
+            continue
+        name = values.get(each.name, each.default.name)
+        member = each.family.registry.get(name) if isinstance(name, str) else None
+        result[each.attribute] = {"name": name, **(nested(member.Settings, values, member) if member else {})}
+    if variant is None:
+        known = {each.name for each in all_declared(record)}
+        result |= {name: value for name, value in values.items() if name not in known}
+    return result
+
+
+def flattened(record: type, values: Mapping[str, Any], variant: str | None = None) -> dict[str, Any]:
+    """`to_json` of a record of this class, of any version, as flat settings: known or not, each has the same name."""
+    known = {(each.variant.name if each.variant else None, each.attribute): each.name for each in all_declared(record)}
+    result: dict[str, Any] = {}
+    for attribute, value in values.items():
+        name = known.get((variant, attribute), attribute if variant is None else f"{variant}_{attribute}")
+        if isinstance(value, dict) and isinstance(value.get("name"), str):
+            result[name] = value["name"]
+            rest = {key: inner for key, inner in value.items() if key != "name"}
+            result |= flattened(record, rest, value["name"])
+        else:
+            result[name] = value
+    return result
+
+
+def from_json(record: type[T], values: Any, origin: str, variant: Any = None) -> T:
+    """The record of this class that `to_json` made `values` of, read from the file `origin`.
+
+    A setting that is missing has its default.
+    Raises `UserError` for a setting or a variant that nothing here knows and for values that the record refuses,
+    `StorageError` for a value of another type.
+    """
+    members = {each.attribute: each for each in declared(record, variant)}
+    if unknown := values.keys() - members.keys():
+        what = ", ".join(sorted(unknown))
+        raise UserError(f"{origin} has settings that are unknown here ({what}): update, as a newer version wrote it")
+    result: dict[str, Any] = {}
+    for attribute, value in values.items():
+        each = members[attribute]
+        if each.family is None:
+            result[attribute] = checked_value(value, each.kind, each.name, origin)
+            continue
+        choice = dict(checked_value(value, dict, each.name, origin))
+        name = checked_value(choice.pop("name", None), str, each.name, origin)
+        try:
+            member = each.family.named(name)
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from None
+        settings = from_json(member.Settings, choice, origin, member)
+        result[attribute] = Chosen(member, settings)
+    try:
+        return record(**result)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
