@@ -14,21 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minitransformer.architecture import attention
+from minitransformer.architecture import kernels
 from minitransformer.architecture.attention import (
-    KERNELS,
     QK_NORMS,
     AttentionKernel,
     AttentionView,
     MultiHeadAttention,
     PerHead,
     attention_weights,
-    blockwise_attention,
-    fastest_attention,
-    fused_attention,
     repeat_heads,
     scaled_dot_product_attention,
 )
+from minitransformer.architecture.kernels import KERNELS, blockwise_attention, fastest_attention, fused_attention
 from minitransformer.architecture.norms import RMSNorm
 from minitransformer.errors import UserError
 from tests.conftest import unchecked
@@ -181,7 +178,7 @@ def test_masks_and_biases_broadcast_alike_in_every_kernel(
     for limits in ({"mask": mask}, {"bias": bias}, {"mask": mask, "bias": bias}):
         whole = {name: limit.expand(2, 4, 5, 6) for name, limit in limits.items()}
         expected = looped(Case(q, k, v, {"mask": None, "bias": None, "scale": None, "causal": causal, **whole}))[1]
-        with torch.set_grad_enabled(grad), patch.object(attention, "QUERIES_AT_ONCE", 2), unchecked():
+        with torch.set_grad_enabled(grad), patch.object(kernels, "QUERIES_AT_ONCE", 2), unchecked():
             torch.testing.assert_close(kernel(q, k, v, causal=causal, **limits), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -259,7 +256,7 @@ def test_the_fastest_kernel_gives_what_one_of_them_gives(
 @given(case=cases())
 def test_blocks_of_any_size_are_the_whole(size: int, case: Case) -> None:
     whole = scaled_dot_product_attention(case.q, case.k, case.v, **case.view)
-    with patch.object(attention, "QUERIES_AT_ONCE", size):
+    with patch.object(kernels, "QUERIES_AT_ONCE", size):
         blocks = blockwise_attention(case.q, case.k, case.v, **case.view)
     torch.testing.assert_close(blocks, whole)
     torch.testing.assert_close(case.gradients(blocks), case.gradients(whole))
@@ -368,7 +365,7 @@ def test_a_wrong_shape_is_named_by_the_signature() -> None:
 
 
 def test_the_student_s_tour_knows_every_kernel():
-    page = (Path(attention.__file__).parent / "README.md").read_text(encoding="utf-8")
+    page = (Path(kernels.__file__).parent / "README.md").read_text(encoding="utf-8")
     section = page.partition("## 1. ")[2].partition("## 2. ")[0]
     assert [kernel.__name__ for kernel in KERNELS.values() if f"`{kernel.__name__}`" not in section] == []
     assert f"lists all {['no', 'one', 'two', 'three', 'four', 'five', 'six'][len(KERNELS)]}" in section

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.errors import UserError
-from minitransformer.generation import batch, readers, recording
+from minitransformer.generation import batch, readers
 from minitransformer.generation.batch import RowsReader, generate_each
 from minitransformer.generation.decode import generate
+from minitransformer.generation.fast import recording
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.streaming import stream_text, texts_in_batches
 from minitransformer.models.decoder import DecoderLM

@@ -8,42 +8,101 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from minitransformer.architecture.cache import KVCache, LayerCache
-from minitransformer.architecture.positions import PositionScheme
+from minitransformer.architecture.cache import EMPTY, KVCache
+from minitransformer.architecture.positions import PositionScheme, token_positions
 from tests.placements_for_tests import EVERY_PLACEMENT
 
 LENGTH = 9
 
 
+def append(cache: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`k` and `v` to the next slots of the first layer; all that it holds."""
+    slots = cache.reserve(token_positions(k.size(2)) + cache.next_position())
+    return cache.layers[0].write(k, v, slots)
+
+
 @given(chunks=st.lists(st.integers(1, 4), min_size=1, max_size=5))
 def test_all_keys_and_values_come_back_in_order(chunks: list[int]) -> None:
     keys, values = torch.randn(2, 3, sum(chunks), 4), torch.randn(2, 3, sum(chunks), 5)
-    cache, read = LayerCache(sum(chunks)), 0
+    cache, read = KVCache(1, sum(chunks)), 0
     for chunk in chunks:
         new = slice(read, read + chunk)
         read += chunk
-        k, v = cache.append(keys[:, :, new], values[:, :, new])
+        k, v = append(cache, keys[:, :, new], values[:, :, new])
         assert cache.length == read
         assert torch.equal(k, keys[:, :, :read])
         assert torch.equal(v, values[:, :, :read])
 
 
 def test_more_tokens_than_the_cache_holds_is_a_bug() -> None:
-    cache = LayerCache(3)
-    cache.append(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
+    cache = KVCache(1, 3)
+    cache.reserve(token_positions(2))
     with pytest.raises(AssertionError, match="4 tokens in a cache for 3"):
-        cache.append(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
+        cache.reserve(token_positions(2))
 
 
 def test_a_cache_keeps_the_type_of_the_keys_and_copies_neither_a_prompt_nor_what_it_has_room_for() -> None:
-    cache, one = LayerCache(4), torch.ones(1, 1, 1, 2).bfloat16()
-    prompt, _ = cache.append(one, one.clone())
-    second, _ = cache.append(one.clone(), one.clone())
-    third, _ = cache.append(one.clone(), one.clone())
+    cache, one = KVCache(1, 4), torch.ones(1, 1, 1, 2).bfloat16()
+    prompt, _ = append(cache, one, one.clone())
+    second, _ = append(cache, one.clone(), one.clone())
+    third, _ = append(cache, one.clone(), one.clone())
     assert prompt.data_ptr() == one.data_ptr()
     assert third.dtype == torch.bfloat16
     assert second.data_ptr() == third.data_ptr()
+
+
+@given(st.data(), st.integers(1, 3))
+def test_a_cache_knows_the_position_in_each_slot_of_each_row_whatever_was_done_to_it(
+    data: st.DataObject, rows: int
+) -> None:
+    """Against lists: None is an empty slot, or padding."""
+    cache, length = KVCache(1, 9), 0
+    expected: list[list[int | None]] = [[None] * 9 for _ in range(rows)]
+    for _ in range(data.draw(st.integers(1, 6))):
+        what = data.draw(st.sampled_from(["read", "truncate", "reorder", "clear", "put", "roll"]))
+        if what == "read" and length < 9:
+            new = data.draw(st.integers(1, 9 - length))
+            is_token = torch.tensor(
+                [data.draw(st.lists(st.booleans(), min_size=new, max_size=new)) for _ in range(rows)]
+            )
+            slots = cache.reserve(token_positions(new, is_token), is_token)
+            for row, positions in enumerate(expected):
+                count = 0
+                for slot in range(new):
+                    positions[length + slot] = count if is_token[row, slot] else None
+                    count += int(is_token[row, slot])
+            length += new
+            assert not slots.full
+            assert slots.positions.tolist() == [
+                [EMPTY if position is None else position for position in positions[:length]] for positions in expected
+            ]
+        elif what == "truncate":
+            length = min(length, data.draw(st.integers(0, 9)))
+            cache.truncate(length)
+            expected = [positions[:length] + [None] * (9 - length) for positions in expected]
+        elif what == "reorder":
+            chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows))
+            cache.reorder(torch.tensor(chosen))
+            expected = [list(expected[row]) for row in chosen]
+        elif what == "clear":
+            row = data.draw(st.integers(0, rows - 1))
+            cache.clear(row)
+            expected[row] = [None] * 9
+        elif what == "put":
+            row, slot, other = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, 7)), KVCache(1, 2)
+            other.reserve(token_positions(2))
+            cache.put(other, row, slot, rows)
+            expected[row] = [None] * slot + [0, 1] + [None] * (7 - slot)
+        elif what == "roll":
+            by = data.draw(st.integers(-8, 8))
+            cache.roll(by)
+            expected = [positions[-by:] + positions[:-by] for positions in expected]
+    held = cache.at(torch.tensor([0]), 9, full=False, in_order=False).reserve(torch.full((rows, 1), 5))
+    assert held.positions.tolist() == [[5, *[EMPTY if p is None else p for p in row[1:]]] for row in expected]
+    after = [1 + max(5, *[-1 if p is None else p for p in row[1:]]) for row in expected]
+    assert cache.next_position().flatten().tolist() == after  # type: ignore[union-attr]
 
 
 def test_a_truncated_cache_goes_on_from_there(tiny_decoder: Any) -> None:
@@ -55,14 +114,15 @@ def test_a_truncated_cache_goes_on_from_there(tiny_decoder: Any) -> None:
     cache.truncate(20)
     assert cache.length == 6
     cache.truncate(3)
-    assert [layer.length for layer in cache.layers] == [3, 3]
+    assert cache.length == 3
     torch.testing.assert_close(model(tokens[:, 3:], cache=cache), model(tokens)[:, 3:])
 
 
 def test_a_new_cache_holds_the_context_unless_told_otherwise(tiny_decoder: Any) -> None:
     model = tiny_decoder()
-    assert [layer.max_length for layer in model.new_cache().layers] == [32, 32]
-    assert [layer.max_length for layer in model.new_cache(5).layers] == [5, 5]
+    assert model.new_cache().max_length == 32
+    assert model.new_cache(5).max_length == 5
+    assert len(model.new_cache().layers) == 2
     assert KVCache(3, 4).length == 0
 
 
@@ -117,7 +177,8 @@ def test_prefill_in_chunks_with_left_padding_equals_at_once(
     is_token = torch.arange(length) >= torch.tensor([0, 1, length - 1])[:, None]
     cache, parts, read = model.new_cache(length), [], 0
     for chunk in tokens.split(chunks, dim=1):
-        read += chunk.size(1)
-        parts.append(model(chunk, is_token=is_token[:, :read], cache=cache))
+        new = slice(read, read + chunk.size(1))
+        parts.append(model(chunk, is_token=is_token[:, new], cache=cache))
+        read = new.stop
     expected = model(tokens, is_token=is_token)
     torch.testing.assert_close(torch.cat(parts, dim=1)[is_token], expected[is_token], rtol=1e-9, atol=1e-9)

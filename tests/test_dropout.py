@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitransformer.architecture.dropout import LEVELS, Dropout, dropout
+from minitransformer.architecture.dropout import LEVELS, Dropout, apply_dropout
 
 COUNT = 200_000
 
@@ -20,7 +20,7 @@ COUNT = 200_000
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.2, 0.5, 0.9])
 def test_the_stated_share_is_dropped_and_mean_and_variance_are_those_of_dropout(p: float) -> None:
     torch.manual_seed(0)
-    thinned = dropout(torch.ones(COUNT), p).double()
+    thinned = apply_dropout(torch.ones(COUNT), p).double()
     sigma = math.sqrt(p * (1 - p) / COUNT)
     assert thinned.eq(0).double().mean().item() == pytest.approx(p, abs=5 * sigma)
     assert thinned.mean().item() == pytest.approx(1, abs=5 * sigma / (1 - p))
@@ -30,7 +30,7 @@ def test_the_stated_share_is_dropped_and_mean_and_variance_are_those_of_dropout(
 @given(p=st.floats(0, 1))
 def test_what_is_kept_is_scaled_so_that_the_mean_is_exact(p: float) -> None:
     """The share that random bits really keep, times the scale, is 1, and it is as near to 1 - p as bits allow."""
-    kept = {value for value in dropout(torch.ones(64, dtype=torch.float64), p).tolist() if value}
+    kept = {value for value in apply_dropout(torch.ones(64, dtype=torch.float64), p).tolist() if value}
     assert len(kept) <= 1
     for scale in kept:
         assert abs(1 / scale - (1 - p)) <= 0.5 / LEVELS + 1e-12
@@ -39,13 +39,13 @@ def test_what_is_kept_is_scaled_so_that_the_mean_is_exact(p: float) -> None:
 
 def test_nothing_is_dropped_at_0_and_all_at_1() -> None:
     x = torch.randn(50)
-    assert dropout(x, 0.0) is x
-    assert not dropout(x, 1.0).any()
+    assert apply_dropout(x, 0.0) is x
+    assert not apply_dropout(x, 1.0).any()
 
 
 def test_elements_are_dropped_independently_of_their_neighbours() -> None:
     torch.manual_seed(0)
-    dropped = dropout(torch.ones(COUNT), 0.3).eq(0).double() - 0.3
+    dropped = apply_dropout(torch.ones(COUNT), 0.3).eq(0).double() - 0.3
     for distance in (1, 2, 3, 4, 8, 64, 1024):  # four neighbours share a number of 64 bits
         covariance = (dropped[distance:] * dropped[:-distance]).mean().item()
         assert abs(covariance) < 5 * 0.21 / math.sqrt(COUNT)
@@ -54,7 +54,7 @@ def test_elements_are_dropped_independently_of_their_neighbours() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_gradients_go_where_values_went(dtype: torch.dtype) -> None:
     x = torch.randn(7, 9, 5).to(dtype).requires_grad_()
-    thinned = dropout(x, 0.4)
+    thinned = apply_dropout(x, 0.4)
     assert thinned.dtype == dtype
     upstream = torch.randn(7, 9, 5).to(dtype)
     (gradient,) = torch.autograd.grad(thinned, x, upstream)
@@ -62,7 +62,7 @@ def test_gradients_go_where_values_went(dtype: torch.dtype) -> None:
 
 
 def test_the_seed_decides_what_is_dropped() -> None:
-    first, second, other = (dropout(torch.ones(99), 0.5) for _ in map(torch.manual_seed, (3, 3, 4)))
+    first, second, other = (apply_dropout(torch.ones(99), 0.5) for _ in map(torch.manual_seed, (3, 3, 4)))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
 
@@ -71,7 +71,7 @@ def test_in_evaluation_the_module_does_nothing_and_other_devices_have_torchs_own
     x, module = torch.randn(5, 5), Dropout(0.5)
     assert module.eval()(x) is x
     assert not torch.equal(module.train()(x), x)
-    assert dropout(x.to("meta"), 0.5).shape == F.dropout(x.to("meta"), 0.5).shape
+    assert apply_dropout(x.to("meta"), 0.5).shape == F.dropout(x.to("meta"), 0.5).shape
 
 
 COMPILED = """

@@ -22,10 +22,11 @@ from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
-from minitransformer.generation import readers, recording
+from minitransformer.generation import readers
 from minitransformer.generation.decode import draw, generate, on_host, uniform_draws
-from minitransformer.generation.fast.gelu import RowGelu
-from minitransformer.generation.fast.rows import RowLinear, for_single_rows
+from minitransformer.generation.fast import recording
+from minitransformer.generation.fast.recording import FEW_PRODUCTS, SOON, Recorded, growing_size
+from minitransformer.generation.fast.rows import RowLinear, for_single_rows, gelu_by_columns
 from minitransformer.generation.processors import (
     MinP,
     RepetitionPenalty,
@@ -35,7 +36,6 @@ from minitransformer.generation.processors import (
     TopP,
 )
 from minitransformer.generation.readers import CachedReader, window_length
-from minitransformer.generation.recording import FEW_PRODUCTS, SOON, Recorded
 from minitransformer.generation.samples import sample_of
 from minitransformer.generation.streaming import TextStream, stream_text
 from minitransformer.models.decoder import DecoderLM
@@ -268,9 +268,9 @@ def test_a_text_that_looks_at_more_slots_the_longer_it_is_is_the_same(
     settings = {"num_samples": 2, "max_new_tokens": 40}
     expected = run(model, [1, 2, 3], cached=False, **settings)
     seen = []
-    place = KVCache.place
+    at = KVCache.at
     monkeypatch.setattr(
-        KVCache, "place", lambda cache, slots, n, **last: (seen.append(int(n)), place(cache, slots, n, **last))[1]
+        KVCache, "at", lambda cache, slots, n, **known: (seen.append(int(n)), at(cache, slots, n, **known))[1]
     )
     assert run(model, [1, 2, 3], **settings) == expected
     assert list(dict.fromkeys(seen)) == all_seen
@@ -279,12 +279,12 @@ def test_a_text_that_looks_at_more_slots_the_longer_it_is_is_the_same(
 @given(st.integers(1, 100_000), st.integers(1, 100_000))
 def test_attention_looks_at_few_slots_more_than_are_in_use(length: int, most: int) -> None:
     length = min(length, most)
-    seen = readers.slots_seen(length, most, fixed=True)
+    seen = readers.slots_visible(length, most, fixed=True)
     assert length <= seen <= min(most, max(1.25 * length + 1, length + readers.FEW_SLOTS))
 
 
 def test_a_long_text_looks_at_few_numbers_of_slots() -> None:
-    assert len({readers.slots_seen(length, 32768, fixed=True) for length in range(1, 32769)}) == 20
+    assert len({readers.slots_visible(length, 32768, fixed=True) for length in range(1, 32769)}) == 20
 
 
 @pytest.mark.parametrize("residual", Residual.registry)
@@ -477,12 +477,12 @@ def test_one_recording_serves_all_lengths_but_where_shapes_are_fixed(
     calls = []
 
     def step(a: Tensor, b: Tensor) -> Tensor:
-        calls.append(int(b.size(1)))
-        return a + torch.arange(10).narrow(0, 0, b.size(1)).sum() + b.sum()
+        calls.append(int(growing_size(b)))
+        return a + b.size(0) + torch.arange(10).narrow(0, 0, growing_size(b)).sum() + b.sum()
 
     recorded = Recorded(step, fixed=fixed)
     for length in (2, 2, 3, 3, 5, 1):
-        expected = 1.0 + sum(range(length)) + length
+        expected = 2.0 + sum(range(length)) + length
         assert recorded(torch.ones(1), torch.ones(1, length)).tolist() == [expected]
     assert calls == ([2, 2, 3, 3, 5, 1] if fixed else [2, 2])
 
@@ -517,11 +517,11 @@ def test_replays_leave_the_settings_of_torch_as_they_are_for_every_other_thread(
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 6), (2, 3, 8), (1, 7), (3, 5), (1 << 14,)])
-def test_gelu_for_rows_is_gelu(shape: tuple[int, ...]) -> None:
+def test_gelu_by_columns_is_gelu(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    with RowGelu():
-        torch.testing.assert_close(torch.nn.functional.gelu(x), torch.nn.functional.gelu(x.double()).float())
-        assert torch.nn.functional.gelu(x).stride() == x.stride()
+    found, expected = gelu_by_columns(x), torch.nn.functional.gelu(x.double()).float()
+    torch.testing.assert_close(found, expected)
+    assert found.stride() == x.stride()
 
 
 @pytest.mark.parametrize(("rows", "threads"), [(1, 1), (3, 1), (4, 3)])

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitransformer.architecture.cache import LayerCache
-from minitransformer.generation import recording
+from minitransformer.architecture import cache
 from minitransformer.generation.batch import generate_each
 from minitransformer.generation.decode import generate
+from minitransformer.generation.fast import recording
 from minitransformer.generation.fast.rows import RowLinear
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.speculation import Draft, speculate
@@ -39,19 +39,18 @@ WAYS: dict[str, Callable[[DecoderLM], Iterator[Any]]] = {
 def made(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     """What was made to decode: buffers of caches, which a recording holds as constants, and maps for single rows."""
     found: list[weakref.ref[Any]] = []
-    with_room, row_linear = LayerCache._with_room, RowLinear.__init__
+    with_room, row_linear = cache._with_room, RowLinear.__init__
 
-    def buffer(self: LayerCache, before: Tensor | None, new: Tensor) -> Tensor:
-        room = with_room(self, before, new)
-        if room is not before:
-            found.append(weakref.ref(room))
+    def buffer(*arguments: Any) -> Tensor:
+        room = with_room(*arguments)
+        found.append(weakref.ref(room))
         return room
 
     def linear(self: RowLinear, *maps: torch.nn.Linear) -> None:
         row_linear(self, *maps)
         found.append(weakref.ref(self))
 
-    monkeypatch.setattr(LayerCache, "_with_room", buffer)
+    monkeypatch.setattr(cache, "_with_room", buffer)
     monkeypatch.setattr(RowLinear, "__init__", linear)
     return found
 

@@ -1,4 +1,4 @@
-"""Masks against loops over positions: True = may attend, and the last query stands at the last key."""
+"""Masks against loops over positions: True = may attend."""
 
 from __future__ import annotations
 
@@ -7,41 +7,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitransformer.architecture.masks import causal_mask, padding_mask, sliding_window_mask
+from minitransformer.architecture.positions import token_positions
 
 lengths = st.integers(1, 9)
+some_positions = st.lists(st.integers(-1, 12), min_size=1, max_size=9)
 
 
-@given(queries=lengths, keys=lengths)
-def test_a_query_sees_no_later_key_and_the_last_query_sees_all(queries: int, keys: int) -> None:
-    mask = causal_mask(queries, keys)
-    assert mask.shape == (1, 1, queries, keys)
-    for i in range(queries):
-        for j in range(keys):
-            assert mask[0, 0, i, j] == (j <= i + keys - queries)
-    assert mask[0, 0, -1].all()
+@given(queries=some_positions, keys=some_positions)
+def test_a_query_may_attend_to_no_later_position_and_to_all_others(queries: list[int], keys: list[int]) -> None:
+    mask = causal_mask(torch.tensor([queries]), torch.tensor([keys]))
+    assert mask.tolist() == [[[[key <= query for key in keys] for query in queries]]]
 
 
-@given(queries=lengths, keys=lengths, window=lengths)
-def test_a_window_reaches_as_far_back_as_ahead(queries: int, keys: int, window: int) -> None:
-    mask = sliding_window_mask(queries, keys, window)
-    for i in range(queries):
-        for j in range(keys):
-            assert mask[0, 0, i, j] == (-window < i + keys - queries - j < window)
+@given(queries=some_positions, keys=some_positions, window=lengths)
+def test_a_window_reaches_as_far_back_as_ahead(queries: list[int], keys: list[int], window: int) -> None:
+    mask = sliding_window_mask(torch.tensor([queries]), torch.tensor([keys]), window)
+    assert mask.tolist() == [[[[-window < query - key < window for key in keys] for query in queries]]]
 
 
 @given(length=lengths, window=lengths)
-def test_a_causal_window_of_w_sees_the_last_w_keys_itself_included(length: int, window: int) -> None:
-    mask = causal_mask(length, length) & sliding_window_mask(length, length, window)
+def test_a_causal_window_of_w_reaches_the_last_w_keys_itself_included(length: int, window: int) -> None:
+    positions = token_positions(length)
+    mask = causal_mask(positions, positions) & sliding_window_mask(positions, positions, window)
     for i in range(length):
         assert mask[0, 0, i].nonzero().flatten().tolist() == list(range(max(0, i - window + 1), i + 1))
 
 
-@given(queries=lengths, keys=lengths, extra=lengths)
-def test_the_masks_of_the_newest_queries_are_the_last_rows_of_the_whole(queries: int, keys: int, extra: int) -> None:
-    total = queries + extra
-    assert torch.equal(causal_mask(queries, total), causal_mask(total, total)[:, :, extra:])
-    whole = sliding_window_mask(total, total, keys)
-    assert torch.equal(sliding_window_mask(queries, total, keys), whole[:, :, extra:])
+@given(st.data(), lengths, lengths, st.integers(1, 3))
+def test_masks_follow_positions_wherever_their_tokens_stand(
+    data: st.DataObject, length: int, window: int, rows: int
+) -> None:
+    """Each row may hold its tokens in other slots: the mask has its columns there."""
+    positions = token_positions(length)
+    slots = torch.stack([torch.tensor(data.draw(st.permutations(range(length)))) for _ in range(rows)])
+    for mask in (causal_mask, lambda queries, keys: sliding_window_mask(queries, keys, window)):
+        whole = mask(positions, positions)
+        assert torch.equal(mask(positions, slots), torch.stack([whole[0, :, :, row] for row in slots]))
 
 
 def test_no_query_of_any_head_sees_padding() -> None:
@@ -54,7 +55,7 @@ def test_no_query_of_any_head_sees_padding() -> None:
 
 def test_masks_combine_with_and_and_broadcast_over_batch_and_heads() -> None:
     is_token = torch.tensor([[True, True, True], [False, True, True]])
-    mask = causal_mask(3, 3) & padding_mask(is_token)
+    mask = causal_mask(token_positions(3), token_positions(3)) & padding_mask(is_token)
     assert mask.shape == (2, 1, 3, 3)
     assert mask[0, 0].tolist() == [[True, False, False], [True, True, False], [True, True, True]]
     assert mask[1, 0].tolist() == [[False, False, False], [False, True, False], [False, True, True]]

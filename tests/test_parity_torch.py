@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minitransformer.architecture.attention import KERNELS, AttentionView, MultiHeadAttention
+from minitransformer.architecture.attention import AttentionView, MultiHeadAttention
 from minitransformer.architecture.block import Memory, Stack, TransformerBlock
+from minitransformer.architecture.kernels import KERNELS
 from minitransformer.architecture.masks import causal_mask, padding_mask
 from minitransformer.architecture.positions import token_positions
 from minitransformer.models.build import build_stack
@@ -18,6 +19,7 @@ from minitransformer.models.config import ModelConfig
 
 D, HEADS, D_FF, LENGTH = 16, 4, 24, 6
 IS_TOKEN = torch.tensor([[True] * LENGTH, [True] * 4 + [False] * 2])
+FUTURE = ~causal_mask(token_positions(LENGTH), token_positions(LENGTH))[0, 0]
 
 
 def close(ours: Tensor, torchs: Tensor) -> None:
@@ -98,7 +100,7 @@ def test_multi_head_attention_is_torchs(kernel: str, view: str, crossing: bool) 
         mask = (torch.rand(2, HEADS, queries, LENGTH) < 0.6) | torch.eye(queries, LENGTH).bool()
         forbidden = ~mask.flatten(0, 1)
     elif "causal" in view:
-        forbidden = ~causal_mask(queries, LENGTH)[0, 0]
+        forbidden = FUTURE[-queries:]
     if "padding" in view:
         mask = padding_mask(IS_TOKEN)
     attention_view = AttentionView(causal="causal" in view, mask=mask)
@@ -152,7 +154,7 @@ def test_a_block_is_torchs_encoder_layer(placement: str, activation: str, causal
     twins.layer(ours, theirs)
     twins.share_weights()
     x = tokens()
-    forbidden = ~causal_mask(LENGTH, LENGTH)[0, 0] if causal else None
+    forbidden = FUTURE if causal else None
     expected = theirs(x, src_mask=forbidden, src_key_padding_mask=~IS_TOKEN)
     view = AttentionView(causal=causal, mask=padding_mask(IS_TOKEN))
     twins.compare(ours(x, view=view)[IS_TOKEN], expected[IS_TOKEN], [x])
@@ -171,7 +173,7 @@ def test_a_stack_is_torchs_encoder(placement: str, causal: bool, mode: str) -> N
     twins.stack(ours, theirs)
     twins.share_weights()
     x = tokens()
-    forbidden = ~causal_mask(LENGTH, LENGTH)[0, 0] if causal else None
+    forbidden = FUTURE if causal else None
     expected = theirs(x, mask=forbidden, src_key_padding_mask=~IS_TOKEN)
     actual = ours(x, positions=token_positions(LENGTH), is_token=IS_TOKEN)
     twins.compare(actual[IS_TOKEN], expected[IS_TOKEN], [x])
@@ -183,7 +185,6 @@ def test_a_stack_is_torchs_encoder(placement: str, causal: bool, mode: str) -> N
 
 SOURCE_LENGTH = 5
 SOURCE_IS_TOKEN = torch.tensor([[True] * 3 + [False] * 2, [True] * SOURCE_LENGTH])
-FUTURE = ~causal_mask(LENGTH, LENGTH)[0, 0]
 
 
 @pytest.mark.parametrize("mode", ["training without dropout", "evaluation"])

@@ -208,8 +208,8 @@ def test_cached_equals_uncached(choices: dict[str, Any], tiny: Any) -> None:
     for sizes in ([1] * LENGTH, [4, 2], [1, 3, 2]):
         cache, parts = model.new_cache(LENGTH), []
         for part in tokens.split(sizes, dim=1):
-            seen = is_token[:, : cache.length + part.size(1)]
-            parts.append(model.hidden_states(part, memory, is_token=seen, cache=cache))
+            new = is_token[:, cache.length : cache.length + part.size(1)]
+            parts.append(model.hidden_states(part, memory, is_token=new, cache=cache))
         close(torch.cat(parts, dim=1), expected)
         assert cache.length == LENGTH
 
@@ -239,7 +239,6 @@ def test_reordered_beams_go_on_as_each_other_beside_the_same_memory(tiny: Any) -
     model, tokens, rows = tiny(), texts(4), torch.tensor([1, 0, 3, 3])
     memory = model.encode(texts(2, 5)).select(torch.tensor([0, 0, 1, 1]))
     cache = model.new_cache()
-    cache.place(torch.arange(4))
     model.hidden_states(tokens[:, :4], memory, cache=cache)
     cache.reorder(rows)
     after = model.hidden_states(tokens[rows, 4:], memory, cache=cache)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minitransformer.architecture.attention import KERNELS
+from minitransformer.architecture.kernels import KERNELS
 from minitransformer.architecture.positions import ROTARY_SCALINGS, PositionSpace, Rotary, token_positions
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)

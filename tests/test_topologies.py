@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitransformer.architecture.attention import KERNELS, QK_NORMS
+from minitransformer.architecture.attention import QK_NORMS
 from minitransformer.architecture.block import Block
 from minitransformer.architecture.feedforward import FEEDFORWARDS
 from minitransformer.architecture.init import Initialisation
+from minitransformer.architecture.kernels import KERNELS
 from minitransformer.architecture.linear import ScoreProjection
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import ROTARY_SCALINGS, PositionScheme

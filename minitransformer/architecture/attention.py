@@ -1,25 +1,19 @@
-"""Scaled dot-product attention, by hand and fused, and multi-head attention."""
+"""Scaled dot-product attention as its equation, and multi-head attention."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from minitransformer.architecture.cache import AttentionCache, KeysAndValues
-from minitransformer.architecture.dropout import dropout as thin_out
-from minitransformer.architecture.linear import OutputProjection, ScoreProjection, applied_together
-from minitransformer.architecture.masks import causal_mask
+from minitransformer.architecture.cache import AttentionCache, KeysAndValues, Slots
+from minitransformer.architecture.dropout import apply_dropout
+from minitransformer.architecture.linear import OutputProjection, ScoreProjection
 from minitransformer.errors import UserError
-
-QUERIES_AT_ONCE = 128
-"""of `blockwise_attention`: fewer leave out more keys, in smaller and slower products (measured)"""
 
 
 def attention_weights(
@@ -38,19 +32,19 @@ def attention_weights(
     Vaswani et al. 2017 (arXiv 1706.03762), section 3.2.1.
     """
     scale = q.size(-1) ** -0.5 if scale is None else scale
-    scores = (q * scale) @ repeat_heads(k, int(q.size(1))).transpose(-2, -1)
+    scores = (q * scale) @ repeat_heads(k, q.size(1)).transpose(-2, -1)
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     if bias is not None:
         scores = scores + bias
-    allowed = _allowed(q, k, causal, mask)
+    allowed = allowed_keys(q, k, causal, mask)
     if allowed is None:
         return scores.softmax(-1)
     # Added, as a mask is small beside the scores. Finite: a row without any key then has a softmax, and no NaN in its
     # gradient; half of the lowest number: the sum is finite too.
     forbidding = torch.zeros_like(allowed, dtype=scores.dtype).masked_fill(~allowed, torch.finfo(scores.dtype).min / 2)
     weights = (scores + forbidding).softmax(-1)
-    return weights if _every_query_has_a_key(q, k, causal, mask) else weights.masked_fill(~allowed, 0.0)
+    return weights if every_query_has_a_key(q, k, causal, mask) else weights.masked_fill(~allowed, 0.0)
 
 
 def scaled_dot_product_attention(
@@ -75,115 +69,37 @@ def scaled_dot_product_attention(
     shared heads: Ainslie et al. 2023 (2305.13245); `softcap`: Gemma 2 (2408.00118), section 2.
     """
     weights = attention_weights(q, k, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap)
-    return thin_out(weights, dropout).to(v.dtype) @ repeat_heads(v, int(q.size(1)))
+    return apply_dropout(weights, dropout).to(v.dtype) @ repeat_heads(v, q.size(1))
 
 
-def blockwise_attention(
-    q: Float[Tensor, "batch heads query head_dim"],
-    k: Float[Tensor, "batch kv_heads key head_dim"],
-    v: Float[Tensor, "batch kv_heads key value_dim"],
-    *,
-    causal: bool = False,
-    mask: Bool[Tensor, "... #query #key"] | None = None,
-    bias: Float[Tensor, "... #query #key"] | None = None,
-    **settings: Any,
-) -> Float[Tensor, "batch heads query value_dim"]:
-    """`scaled_dot_product_attention` for some queries at a time, without the keys that come after all of these.
+def allowed_keys(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Bool[Tensor, "... #query #key"] | None:
+    """`mask` and causality as one mask; None where every query may attend to every key."""
+    if not causal or q.size(-2) == 1:
+        return mask
+    queries, keys = q.size(-2), k.size(-2)
+    triangle = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    return triangle if mask is None else mask & triangle
 
-    For many queries with `causal`, that is little more than half of the work; otherwise it is the same.
-    """
-    queries, keys = int(q.size(-2)), int(k.size(-2))
-    if not causal or queries > keys:
-        return scaled_dot_product_attention(q, k, v, causal=causal, mask=mask, bias=bias, **settings)
-    attended = []
-    for first in range(0, queries, QUERIES_AT_ONCE):
-        last = min(first + QUERIES_AT_ONCE, queries)
-        seen = keys - queries + last
-        part = partial(_part, first=first, last=last, seen=seen)
-        attended.append(
-            scaled_dot_product_attention(
-                q[:, :, first:last],
-                k[:, :, :seen],
-                v[:, :, :seen],
-                causal=True,
-                mask=part(mask),
-                bias=part(bias),
-                **settings,
-            )
+
+def every_query_has_a_key(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> bool:
+    """Whether that is certain without a look at the mask."""
+    return mask is None and (not causal or q.size(-2) <= k.size(-2))
+
+
+def repeat_heads(
+    x: Float[Tensor, "batch kv_heads length head_dim"], heads: int
+) -> Float[Tensor, "batch heads length head_dim"]:
+    """Each key (or value) head repeated for the query heads that share it."""
+    return x if x.size(1) == heads else x.repeat_interleave(queries_per_key(heads, x.size(1)), dim=1)
+
+
+def queries_per_key(heads: int, kv_heads: int) -> int:
+    """How many query heads share a key head; raises `UserError` where they cannot be shared out."""
+    if heads % kv_heads:
+        raise UserError(
+            f"{heads} query heads cannot share {kv_heads} key and value heads: make the first a multiple of it"
         )
-    return torch.cat(attended, dim=-2)
-
-
-def _part(limits: Tensor | None, first: int, last: int, seen: int) -> Tensor | None:
-    """Of a mask or a bias, what some queries and keys have to do with; one row or column may stand for all."""
-    if limits is None:
-        return None
-    limits = limits[..., :seen]
-    return limits[..., first:last, :] if limits.dim() > 1 and limits.size(-2) > 1 else limits
-
-
-def fused_attention(
-    q: Float[Tensor, "batch heads query head_dim"],
-    k: Float[Tensor, "batch kv_heads key head_dim"],
-    v: Float[Tensor, "batch kv_heads key value_dim"],
-    *,
-    causal: bool = False,
-    mask: Bool[Tensor, "... #query #key"] | None = None,
-    bias: Float[Tensor, "... #query #key"] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    dropout: float = 0.0,
-) -> Float[Tensor, "batch heads query value_dim"]:
-    """`scaled_dot_product_attention` by torch's fused kernels: the same arguments, the same numbers, faster.
-
-    torch has no kernel with `softcap`, which is computed by hand.
-    """
-    if softcap is not None:
-        return scaled_dot_product_attention(
-            q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout=dropout
-        )
-    # torch aligns `is_causal` with the first key, which is right only for as many queries as keys.
-    plain_causal = causal and mask is None and bias is None and q.size(-2) == k.size(-2)
-    allowed = None if plain_causal else _allowed(q, k, causal, mask)
-    if bias is not None:
-        bias = bias.to(q.dtype)
-        allowed = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
-    attended = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=allowed if allowed is None or allowed.dim() > 1 else allowed[None],
-        dropout_p=dropout,
-        is_causal=plain_causal,
-        scale=scale,
-        enable_gqa=_queries_of_a_key(int(q.size(1)), int(k.size(1))) > 1,
-    )
-    # torch's kernels for CPUs give zeros themselves.
-    if q.device.type == "cpu" or _every_query_has_a_key(q, k, causal, mask):
-        return attended
-    has_a_key = _allowed(q, k, causal, mask).any(-1, keepdim=True)  # type: ignore[union-attr]
-    return attended.masked_fill(~has_a_key, 0.0)
-
-
-def fastest_attention(
-    q: Float[Tensor, "batch heads query head_dim"],
-    k: Float[Tensor, "batch kv_heads key head_dim"],
-    v: Float[Tensor, "batch kv_heads key value_dim"],
-    *,
-    causal: bool = False,
-    mask: Bool[Tensor, "... #query #key"] | None = None,
-    bias: Float[Tensor, "... #query #key"] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    dropout: float = 0.0,
-) -> Float[Tensor, "batch heads query value_dim"]:
-    """Whichever of the kernels is the fastest one for these tensors: by a rule, as a resumed run has to go on alike."""
-    # Measured: torch's fused kernel for CPUs is five times slower than by hand in bfloat16, has no dropout, and takes
-    # longer to train with few keys.
-    few_to_train = torch.is_grad_enabled() and int(k.size(-2)) <= QUERIES_AT_ONCE
-    by_hand = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or dropout > 0 or few_to_train)
-    kernel: AttentionKernel = blockwise_attention if by_hand else fused_attention
-    return kernel(q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout=dropout)
+    return heads // kv_heads
 
 
 @runtime_checkable
@@ -205,40 +121,12 @@ class AttentionKernel(Protocol):
     ) -> Tensor: ...
 
 
-KERNELS: dict[str, AttentionKernel] = {
-    "auto": fastest_attention,
-    "by-hand": scaled_dot_product_attention,
-    "blockwise": blockwise_attention,
-    "fused": fused_attention,
-}
+Projection = Callable[..., Sequence[Tensor]]
+"""From x and linear maps to the output of each map."""
 
 
-def repeat_heads(
-    x: Float[Tensor, "batch kv_heads length head_dim"], heads: int
-) -> Float[Tensor, "batch heads length head_dim"]:
-    """Each key (or value) head repeated for the query heads that share it."""
-    return x if x.size(1) == heads else x.repeat_interleave(_queries_of_a_key(heads, int(x.size(1))), dim=1)
-
-
-def _queries_of_a_key(heads: int, kv_heads: int) -> int:
-    """How many query heads share a key head; raises `UserError` where they cannot be shared out."""
-    if heads % kv_heads:
-        raise UserError(
-            f"{heads} query heads cannot share {kv_heads} key and value heads: make the first a multiple of it"
-        )
-    return heads // kv_heads
-
-
-def _allowed(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor | None:
-    """`mask` and causality as one mask; None where every query may attend to every key."""
-    if not causal or q.size(-2) == 1:
-        return mask
-    triangle = causal_mask(q.size(-2), k.size(-2), q.device)
-    return triangle if mask is None else mask & triangle
-
-
-def _every_query_has_a_key(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> bool:
-    return mask is None and (not causal or q.size(-2) <= k.size(-2))
+def project_each(x: Float[Tensor, "*batch features"], *maps: nn.Module) -> Sequence[Float[Tensor, "*batch _"]]:
+    return [linear(x) for linear in maps]
 
 
 def identity(x: Tensor) -> Tensor:
@@ -247,12 +135,16 @@ def identity(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionView:
-    """Who may see whom, and from how far: everything about a call that is not the content of the tokens."""
+    """Who may attend to whom, and from how far: all of a call that is not the content of the tokens.
+
+    `slots` are where a cache holds the keys.
+    """
 
     causal: bool = False
     mask: Bool[Tensor, "#batch #heads #query key"] | None = None
     bias: Float[Tensor, "#batch heads query key"] | None = None
     rotate: Callable[[Tensor], Tensor] = identity
+    slots: Slots | None = None
 
 
 class PerHead(nn.Module):
@@ -298,13 +190,15 @@ class MultiHeadAttention(nn.Module):
         dropout: float = 0.0,
         make_norm: Callable[[int], nn.Module] | None = None,
         make_value_norm: Callable[[int], nn.Module] | None = None,
-        kernel: AttentionKernel = fastest_attention,
+        kernel: AttentionKernel = scaled_dot_product_attention,
+        project: Projection = project_each,
     ) -> None:
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
         head_dim = head_dim or d_model // num_heads
-        _queries_of_a_key(num_heads, num_kv_heads)
-        self.head_dim, self.scale, self.softcap, self.dropout, self.kernel = head_dim, scale, softcap, dropout, kernel
+        queries_per_key(num_heads, num_kv_heads)
+        self.head_dim, self.scale, self.softcap, self.dropout = head_dim, scale, softcap, dropout
+        self.kernel, self.project = kernel, project
         self.query = ScoreProjection(d_model, num_heads * head_dim, bias=bias)
         self.key = ScoreProjection(d_model, num_kv_heads * head_dim, bias=bias)
         self.value = nn.Linear(d_model, num_kv_heads * head_dim, bias=bias)
@@ -340,23 +234,21 @@ class MultiHeadAttention(nn.Module):
     def _projections(
         self, x: Tensor, memory: Tensor | None, view: AttentionView, cache: AttentionCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if memory is None and cache is None:
-            query, key, value = applied_together(x, self.query, self.key, self.value)
-            return self._queries(query, view), *self._keys_and_values(key, value, view)
-        source = x if memory is None else memory
+        if memory is None:
+            query, key, value = self.project(x, self.query, self.key, self.value)
+            new = self._keys_and_values(key, value, view)
+            k, v = new if cache is None else cache.update(lambda: new, view.slots)
+        else:
+            query = self.query(x)
 
-        def project() -> KeysAndValues:
-            return self._keys_and_values(self.key(source), self.value(source), view)
+            def project() -> KeysAndValues:
+                return self._keys_and_values(self.key(memory), self.value(memory), view)
 
-        k, v = project() if cache is None else cache.update(project)
-        return self._queries(self.query(x), view), k, v
-
-    def _queries(self, query: Tensor, view: AttentionView) -> Tensor:
-        return view.rotate(self._split_heads(self.query_norm(query)))
+            k, v = project() if cache is None else cache.update(project, view.slots)
+        return view.rotate(self._split_heads(self.query_norm(query))), k, v
 
     def _keys_and_values(self, key: Tensor, value: Tensor, view: AttentionView) -> KeysAndValues:
         return view.rotate(self._split_heads(self.key_norm(key))), self._split_heads(self.value_norm(value))
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        # The method of a tensor is one of Python's, which torch.compile does not enter while functions are replaced.
         return torch.unflatten(x, -1, (-1, self.head_dim)).transpose(1, 2)  # batch, heads, length, head_dim

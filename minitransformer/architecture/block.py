@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minitransformer.architecture.attention import AttentionView, MultiHeadAttention
-from minitransformer.architecture.cache import KVCache, LayerCache, MemoryCache
+from minitransformer.architecture.cache import ChosenSlots, KVCache, LayerCache, MemoryCache, Slots, tokens_as_slots
 from minitransformer.architecture.dropout import Dropout
 from minitransformer.architecture.embeddings import TokenSmear
 from minitransformer.architecture.masks import causal_mask, padding_mask, sliding_window_mask
@@ -83,19 +83,19 @@ class Block(Registered, nn.Module, kind="block"):
     ) -> Any:
         """The stream after this block; `memory` is what a block with cross-attention attends to."""
         attend = partial(self.attention, view=view, cache=cache)
-        recall = None
+        cross_attend = None
         if self.cross_attention is not None:
             assert memory is not None, "cross-attention without a memory"
-            recall = partial(self.cross_attention, memory=memory.values, view=memory.view, cache=memory_cache)
-        return self.arrange(stream, attend, recall)
+            cross_attend = partial(self.cross_attention, memory=memory.values, view=memory.view, cache=memory_cache)
+        return self.arrange(stream, attend, cross_attend)
 
-    def arrange(self, stream: Any, attend: Sublayer, recall: Sublayer | None) -> Any:
+    def arrange(self, stream: Any, attend: Sublayer, cross_attend: Sublayer | None) -> Any:
         """The stream after the sublayers: self-attention, cross-attention where there is one, feed-forward network."""
         raise NotImplementedError
 
     @property
     def branches(self) -> list[Branch]:
-        """The sublayers in their order, for who initialises them or looks at them from outside."""
+        """The sublayers in their order, for callers that initialise or inspect them."""
         sublayers = {name: getattr(self, name) for name in ("attention", "cross_attention", "feedforward")}
         return [Branch(name, part, self.residual_of(name)) for name, part in sublayers.items() if part is not None]
 
@@ -114,10 +114,10 @@ class TransformerBlock(Block, name="sequential"):
             self.cross_attention_residual = parts.make_residual("cross_attention")
         self.feedforward_residual = parts.make_residual("feedforward")
 
-    def arrange(self, stream: Any, attend: Sublayer, recall: Sublayer | None) -> Any:
+    def arrange(self, stream: Any, attend: Sublayer, cross_attend: Sublayer | None) -> Any:
         stream = self.attention_residual(stream, attend)
-        if recall is not None:
-            stream = self.cross_attention_residual(stream, recall)
+        if cross_attend is not None:
+            stream = self.cross_attention_residual(stream, cross_attend)
         return self.feedforward_residual(stream, self.feedforward)
 
     def residual_of(self, sublayer: str) -> Residual:
@@ -136,8 +136,10 @@ class ParallelBlock(Block, name="parallel"):
         super().__init__(settings, parts)
         self.residual = parts.make_residual("parallel")
 
-    def arrange(self, stream: Any, attend: Sublayer, recall: Sublayer | None) -> Any:
-        return self.residual(stream, lambda x: attend(x) + (recall(x) if recall else 0) + self.feedforward(x))
+    def arrange(self, stream: Any, attend: Sublayer, cross_attend: Sublayer | None) -> Any:
+        return self.residual(
+            stream, lambda x: attend(x) + (cross_attend(x) if cross_attend else 0) + self.feedforward(x)
+        )
 
     def residual_of(self, sublayer: str) -> Residual:
         return self.residual
@@ -150,9 +152,9 @@ class ParallelTwoNorms(ParallelBlock, name="parallel-two-norms"):
         super().__init__(settings, parts)
         self.feedforward_norm = parts.make_norm()
 
-    def arrange(self, stream: Tensor, attend: Sublayer, recall: Sublayer | None) -> Tensor:
+    def arrange(self, stream: Tensor, attend: Sublayer, cross_attend: Sublayer | None) -> Tensor:
         fed = self.feedforward(self.feedforward_norm(stream))
-        return self.residual(stream, lambda x: attend(x) + (recall(x) if recall else 0) + fed)
+        return self.residual(stream, lambda x: attend(x) + (cross_attend(x) if cross_attend else 0) + fed)
 
 
 class Stack(nn.Module):
@@ -188,32 +190,31 @@ class Stack(nn.Module):
         self,
         x: Float[Tensor, "batch length d_model"],
         *,
-        positions: Int[Tensor, "#batch all"],
-        is_token: Bool[Tensor, "batch all"] | None = None,
+        positions: Int[Tensor, "#batch length"],
+        is_token: Bool[Tensor, "batch length"] | None = None,
         memory: Memory | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | ChosenSlots | None = None,
     ) -> Float[Tensor, "batch length d_model"]:
-        """The output of the last block for `x`, the newest tokens.
+        """The output of the last block for `x`, tokens at `positions`, which grow along a row.
 
-        `positions` and `is_token` (False at padding) cover all tokens, those in the cache included. Blocks with
-        cross-attention attend to `memory`.
+        They attend to each other and to what `cache` holds, and from now on it holds them too; `is_token` is False at
+        padding. Blocks with cross-attention attend to `memory`.
         """
-        slots = None if cache is None else cache.slots
+        slots = tokens_as_slots(positions, is_token) if cache is None else cache.reserve(positions, is_token)
         if self.smear is not None:
-            x = self.smear(x, is_token, cache and cache.embeddings)
-        new_positions = positions[:, -x.size(1) :] if slots is None else positions[:, slots]
-        bias, rotate = self.positions.score_bias(new_positions, positions), self.positions.rotation(new_positions)
+            x = self.smear(x, slots, cache and cache.embeddings)
+        bias, rotate = self.positions.score_bias(positions, slots.positions), self.positions.rotation(positions)
         views = {
             window: AttentionView(
-                # Kernels know causality without a mask, if the queries are the last keys.
-                causal=self.causal and slots is None,
-                mask=self._mask(new_positions, positions, window, is_token, cache),
+                causal=self.causal and slots.in_order,
+                mask=self._mask(positions, slots, window),
                 bias=bias,
                 rotate=rotate,
+                slots=slots,
             )
             for window in set(self.windows)
         }
-        stream = self.residual.open(self.dropout(self.embedding_norm(self.positions.embed(x, new_positions))))
+        stream = self.residual.open(self.dropout(self.embedding_norm(self.positions.embed(x, positions))))
         for layer, block in enumerate(self.blocks):
             stream = block(
                 stream,
@@ -230,18 +231,12 @@ class Stack(nn.Module):
         found = [branch.residual for block in self.blocks for branch in block.branches]  # type: ignore[union-attr]
         return list(dict.fromkeys(found))
 
-    def _mask(
-        self, new: Tensor, positions: Tensor, window: int | None, is_token: Tensor | None, cache: KVCache | None
-    ) -> Tensor | None:
-        # A number, which a size is not while torch records a step. That of the keys grows from replay to replay.
-        queries, keys, device = int(new.size(1)), positions.size(1), positions.device
-        placed = None if cache is None or cache.slots is None else cache
-        slots, most = (None, keys) if placed is None else (placed.slots, placed.max_length)
-        masks = []
-        if is_token is not None:
-            masks.append(padding_mask(is_token))
-        if window is not None and window < most:
-            masks.append(sliding_window_mask(queries, keys, window, device, slots=slots))
-        if self.causal and placed is not None and not (queries == 1 and placed.newest_last):
-            masks.append(causal_mask(queries, keys, device, slots=slots))
+    def _mask(self, queries: Int[Tensor, "#batch query"], slots: Slots, window: int | None) -> Tensor | None:
+        keys, masks = slots.positions, []
+        if not slots.full:
+            masks.append(padding_mask(keys >= 0))
+        if self.causal and not slots.in_order:
+            masks.append(causal_mask(queries, keys))
+        if window is not None and window < slots.room:
+            masks.append(sliding_window_mask(queries, keys, window))
         return reduce(and_, masks) if masks else None

@@ -1,4 +1,4 @@
-"""Dropout, which on a CPU costs torch more than the attention that it thins out."""
+"""Dropout, for which torch takes longer on a CPU than for the attention whose weights it drops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEVELS = 1 << 16
 """that a random number of 16 bits may take"""
 
 
-def dropout(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
+def apply_dropout(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
     """x with each element 0 with probability p, and otherwise divided by 1 − p, so that its mean stays.
 
     On a CPU, an element costs 16 random bits in place of a random float: p becomes the nearest multiple of 2⁻¹⁶, in
@@ -27,14 +27,14 @@ def dropout(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
     if dropped == LEVELS:
         return torch.zeros_like(x)
     levels = torch.ops.minitransformer_dropout.random_levels(x.detach())
-    return _Thinned.apply(x, levels >= dropped - LEVELS // 2, LEVELS / (LEVELS - dropped))
+    return _Dropped.apply(x, levels >= dropped - LEVELS // 2, LEVELS / (LEVELS - dropped))
 
 
 class Dropout(nn.Dropout):
-    """`dropout` while training, and nothing otherwise."""
+    """`apply_dropout` while training, and nothing otherwise."""
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return dropout(x, self.p) if self.training else x
+        return apply_dropout(x, self.p) if self.training else x
 
 
 def _random_levels(x: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ def _random_levels(x: Tensor) -> Tensor:
     return numbers.view(torch.int16)[:count].view(x.shape)
 
 
-# An operator of its own, which torch.compile calls as it is: it would draw other numbers for `random_`, and slowly. It
-# is given x itself, as torch.compile makes one of calls that have the same arguments.
+# An operator of its own: the numbers are drawn by one call in every way to run a model. It is given x itself, so that
+# no two calls have the same arguments, and each draws for itself.
 _LIBRARY = torch.library.Library("minitransformer_dropout", "DEF")
 _LIBRARY.define("random_levels(Tensor x) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _LIBRARY.impl("random_levels", _random_levels, "CPU")
@@ -54,7 +54,7 @@ torch.library.register_fake(
 )
 
 
-class _Thinned(torch.autograd.Function):
+class _Dropped(torch.autograd.Function):
     """x · keep · scale, which keeps a byte of each element, and no copy of x, for the way back."""
 
     @staticmethod

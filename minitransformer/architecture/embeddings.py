@@ -8,8 +8,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from minitransformer.architecture.cache import LayerCache
+from minitransformer.architecture.cache import LayerCache, Slots
 from minitransformer.architecture.dropout import Dropout
+
+Tokens = Int[Tensor, "batch length"] | Float[Tensor, "batch length d_model"]
+"""What a model reads: tokens, or their embeddings."""
 
 
 class TokenEmbedding(nn.Module):
@@ -36,15 +39,17 @@ class TokenEmbedding(nn.Module):
         self.scale = scale
 
     def forward(
-        self, tokens: Int[Tensor, "batch length"], segments: Int[Tensor, "batch length"] | None = None
+        self, tokens: Tokens, segments: Int[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch length d_model"]:
-        """`segments` are all 0 by default."""
-        x = self.project(self.table(tokens))
-        if self.scale != 1.0:
-            x = x * self.scale
+        """`segments` are all 0 by default. Of tokens that are embedded already, E[token] · scale is what they are."""
+        x = tokens if tokens.is_floating_point() else self._look_up(tokens)
         if self.segments is None:
             return x
         return x + (self.segments.weight[0] if segments is None else self.segments(segments))
+
+    def _look_up(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d_model"]:
+        x = self.project(self.table(tokens))
+        return x if self.scale == 1.0 else x * self.scale
 
 
 class TokenSmear(nn.Module):
@@ -60,16 +65,14 @@ class TokenSmear(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch new d_model"],
-        is_token: Bool[Tensor, "batch all"] | None = None,
+        slots: Slots,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch new d_model"]:
-        """`x` are the newest tokens, `cache` keeps those before; padding, False in `is_token`, is nothing before."""
-        seen = x if cache is None else cache.append(x[:, None], x[:, None, :, :0])[0][:, 0]  # as keys of a single head
-        slots = None if cache is None else cache.slots
-        places = torch.arange(seen.size(1) - x.size(1), seen.size(1), device=x.device) if slots is None else slots
-        before = (places - 1).clamp(min=0)
-        known = (places > 0)[None] if is_token is None else (places > 0) & is_token[:, before]
-        return x + self.gain * seen[:, before] * known[..., None]
+        """`x` are the tokens that go to `slots.new`; `cache` keeps those before. An empty slot is nothing before."""
+        held = x if cache is None else cache.write(x[:, None], x[:, None, :, :0], slots)[0][:, 0]  # keys of one head
+        before = (slots.new - 1).clamp(min=0)
+        known = (slots.new > 0) & (slots.positions[:, before] >= 0)
+        return x + self.gain * held[:, before] * known[..., None]
 
 
 class LMHead(nn.Linear):

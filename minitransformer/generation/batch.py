@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from minitransformer.architecture.cache import KVCache
 from minitransformer.errors import UserError
 from minitransformer.generation.decode import draw, evaluating, seeded, uniform_draws
+from minitransformer.generation.fast.recording import growing_size, has_fixed_shapes, recorded
 from minitransformer.generation.fast.rows import for_single_rows
 from minitransformer.generation.processors import (
     LogitsProcessor,
@@ -24,8 +25,7 @@ from minitransformer.generation.processors import (
     check_finite,
     check_no_beams,
 )
-from minitransformer.generation.readers import slots_seen, window_length
-from minitransformer.generation.recording import has_fixed_shapes, recorded
+from minitransformer.generation.readers import slots_visible, window_length
 from minitransformer.models.decoder import DecoderLM
 
 
@@ -44,8 +44,8 @@ class RowsReader:
         self.cache = model.new_cache(slots)
         self.end, self.starts = 0, [0] * rows
         # Not a method: what knows this, and is kept by it, would wait for a collection of garbage.
-        self._read = recorded(partial(_read, self.model, self.cache, not self.fixed), model)
-        self._is_token: Bool[Tensor, "rows slots"] | None = None
+        self._read = recorded(partial(_read, self.model, self.cache), model)
+        self._marks = torch.empty(slots, device=self.device)
 
     def length(self, row: int) -> int:
         """How many tokens the row has read."""
@@ -55,8 +55,9 @@ class RowsReader:
         """From here on, the row has read `tokens` and nothing else."""
         if len(tokens) > self.end:
             self._move(len(tokens) - self.end)
-        self.starts[row], self._is_token = self.end - len(tokens), None
+        self.starts[row] = self.end - len(tokens)
         if not tokens:
+            self.cache.clear(row)
             return
         alone = self.model.new_cache(len(tokens))
         self.model.hidden_states(torch.tensor([tokens], device=self.device), cache=alone)
@@ -66,26 +67,23 @@ class RowsReader:
         """Every row reads one token; the logits of the next."""
         if self.end == self.slots:
             self._move(-min(self.starts))
-        if self._is_token is None:
-            starts = torch.tensor(self.starts, device=self.device)
-            self._is_token = torch.arange(self.slots, device=self.device) >= starts[:, None]
+        read = torch.tensor([tokens, [self.length(row) for row in range(self.rows)]], device=self.device)
         slot = torch.tensor([self.end], device=self.device)
         self.end += 1
-        seen = slots_seen(self.end, self.slots, self.fixed)
-        return self._read(torch.tensor(tokens, device=self.device)[:, None], slot, self._is_token[:, :seen])
+        visible = slots_visible(self.end, self.slots, self.fixed)
+        return self._read(read[0, :, None], slot, self._marks[:visible], read[1, :, None])
 
     def _move(self, by: int) -> None:
         """All that was read lies so many slots further; positions within a row stay."""
         assert by, "a row has more tokens than there are slots"
         self.cache.roll(by)
-        self.end, self.starts, self._is_token = self.end + by, [start + by for start in self.starts], None
+        self.end, self.starts = self.end + by, [start + by for start in self.starts]
 
 
-def _read(
-    model: DecoderLM, cache: KVCache, newest_last: bool, tokens: Tensor, slot: Tensor, is_token: Tensor
-) -> Tensor:
-    cache.place(slot, is_token.size(1), newest_last=newest_last)
-    return model.head(model.hidden_states(tokens, is_token=is_token, cache=cache)[:, -1])
+def _read(model: DecoderLM, cache: KVCache, tokens: Tensor, slot: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
+    # In every row, nothing is later than the one new token.
+    chosen = cache.at(slot, growing_size(visible), full=False, in_order=True)
+    return model.head(model.hidden_states(tokens, positions=positions, cache=chosen)[:, -1])
 
 
 @dataclass

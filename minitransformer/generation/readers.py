@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitransformer.architecture.block import Memory
-from minitransformer.architecture.cache import KVCache
+from minitransformer.architecture.cache import ChosenSlots, KVCache
+from minitransformer.generation.fast.recording import Step, growing_size, has_fixed_shapes, recorded
 from minitransformer.generation.fast.rows import for_single_rows
-from minitransformer.generation.recording import Step, has_fixed_shapes, recorded
 from minitransformer.models.decoder import DecoderLM
 
 FEW_SLOTS = 512
@@ -36,7 +36,7 @@ def window_length(total: int, context_length: int) -> int:
     return after_a_drop + (total - context_length - 1) % (context_length + 1 - after_a_drop)
 
 
-def slots_seen(length: int, most: int, fixed: bool) -> int:
+def slots_visible(length: int, most: int, fixed: bool) -> int:
     """How many of `most` slots attention looks at when `length` are in use: these, where recordings take any size.
 
     Where their shapes are `fixed`, up to a quarter more, or `FEW_SLOTS`: all would cost a short text as much as the
@@ -99,14 +99,14 @@ class CachedReader:
         unread = min(total - self.known, window) if total - window == self.start else window
         new = max(unread, count)
         self.start, self.known = total - window, total
-        seen = slots_seen(window, len(self.positions), self.fixed)
-        newest, positions = self.positions.narrow(0, window - new, new), self.positions.narrow(0, 0, seen)
-        return self._step(count)(tokens.narrow(1, total - new, new), newest, positions[None])
+        visible = slots_visible(window, len(self.positions), self.fixed)
+        newest = self.positions.narrow(0, window - new, new)
+        return self._step(count)(tokens.narrow(1, total - new, new), newest, self.positions.narrow(0, 0, visible))
 
     def forget(self, length: int) -> None:
-        """All but the first `length` tokens may be others from now on: as in `KVCache.truncate`.
+        """All but the first `length` tokens may be others from now on.
 
-        Nothing is erased: no token sees the slots behind its own, and what comes there next overwrites them.
+        Nothing is erased: no token attends to later positions, and what comes there next overwrites them.
         """
         self.known = min(self.known, length)
 
@@ -117,7 +117,6 @@ class CachedReader:
         samples, total = tokens.shape
         window = window_length(total, self.context_length)
         self.start, self.known = total - window, total
-        # Without slots, attention need not look at those that are empty yet.
         logits = _logits(self.model, tokens[:1, -window:], 1, self.cache)
         if samples > 1:
             self.cache.select(torch.zeros(samples, dtype=torch.long, device=tokens.device))
@@ -138,17 +137,24 @@ def _read(
     model: DecoderLM,
     cache: KVCache,
     count: int,
-    newest_last: bool,
+    ends_at_newest: bool,
     tokens: Int[Tensor, "samples new"],
     slots: Int[Tensor, "new"],
-    positions: Int[Tensor, "1 seen"],
+    visible: Int[Tensor, "visible"],
 ) -> Float[Tensor, "samples {count} vocab"]:
-    cache.place(slots, positions.size(1), newest_last=newest_last)
-    return _logits(model, tokens, count, cache, positions)
+    """The logits after `tokens`, whose slots are their positions."""
+    # Causality for several new tokens takes a mask: kernels would draw it by a number of keys, which grows.
+    newest_alone = ends_at_newest and tokens.size(1) == 1
+    chosen = cache.at(slots, growing_size(visible), full=ends_at_newest, in_order=newest_alone)
+    return _logits(model, tokens, count, chosen, slots[None])
 
 
 def _logits(
-    model: DecoderLM, tokens: Tensor, count: int, cache: KVCache | None = None, positions: Tensor | None = None
+    model: DecoderLM,
+    tokens: Tensor,
+    count: int,
+    cache: KVCache | ChosenSlots | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     # The head reads the last tokens only: logits of a whole prompt would be its length times the vocabulary.
     return model.head(model.hidden_states(tokens, positions=positions, cache=cache)[:, -count:])

@@ -6,15 +6,17 @@ from functools import partial
 
 from torch import nn
 
-from minitransformer.architecture.attention import KERNELS, QK_NORMS, MultiHeadAttention
+from minitransformer.architecture.attention import QK_NORMS, MultiHeadAttention
 from minitransformer.architecture.block import BlockParts, Stack
 from minitransformer.architecture.embeddings import LMHead, TokenEmbedding, TokenSmear, TransformedHead
 from minitransformer.architecture.feedforward import MixtureOfExperts
+from minitransformer.architecture.kernels import KERNELS
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme, PositionSpace
 from minitransformer.architecture.residual import Place, Residual
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
+from minitransformer.models.joined import project_together
 
 
 def build_stack(
@@ -115,6 +117,7 @@ def _attention(config: ModelConfig) -> MultiHeadAttention:
         make_norm=QK_NORMS[qk_norm](partial(_norm, config), config.features_per_head),
         make_value_norm=QK_NORMS[value_norm](partial(_norm, config), config.features_per_head),
         kernel=KERNELS[config.attention_kernel],
+        project=project_together,
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minitransformer.architecture.attention import KERNELS, QK_NORMS
+from minitransformer.architecture.attention import QK_NORMS
 from minitransformer.architecture.block import Block
 from minitransformer.architecture.embeddings import POOLING_ACTIVATIONS
 from minitransformer.architecture.feedforward import FeedForward
 from minitransformer.architecture.init import Initialisation
+from minitransformer.architecture.kernels import KERNELS
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual, Surroundings

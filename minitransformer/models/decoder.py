@@ -7,10 +7,11 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minitransformer.architecture.cache import KVCache
+from minitransformer.architecture.cache import ChosenSlots, KVCache
+from minitransformer.architecture.embeddings import Tokens
 from minitransformer.models.build import build_embedding, build_head, build_stack
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, Readout, apply_head, positions_of
+from minitransformer.models.model import Model, Readout, apply_head, next_positions
 
 
 class DecoderLM(Model, name="decoder"):
@@ -28,28 +29,28 @@ class DecoderLM(Model, name="decoder"):
 
     def hidden_states(
         self,
-        tokens: Int[Tensor, "batch length"],
+        tokens: Tokens,
         *,
-        is_token: Bool[Tensor, "batch all"] | None = None,
-        positions: Int[Tensor, "#batch all"] | None = None,
-        cache: KVCache | None = None,
+        is_token: Bool[Tensor, "batch length"] | None = None,
+        positions: Int[Tensor, "#batch length"] | None = None,
+        cache: KVCache | ChosenSlots | None = None,
     ) -> Float[Tensor, "batch length d_model"]:
-        """What the head reads: the output of the stack for each of `tokens`, which follow those in `cache`.
+        """What the head reads: the output of the stack for each of `tokens`, which may be embedded already.
 
-        `is_token` is False at padding; it and `positions` cover all tokens, those in the cache included. By default,
-        positions count real tokens from 0.
+        They attend to each other and to the tokens in `cache`, which then holds them too. `is_token` is False at
+        padding. By default, `positions` count real tokens, on from those in the cache.
         """
         if positions is None:
-            positions = positions_of(tokens, is_token, cache)
+            positions = next_positions(tokens, is_token, cache)
         return self.stack(self.embedding(tokens), positions=positions, is_token=is_token, cache=cache)
 
     def forward(
         self,
-        tokens: Int[Tensor, "batch length"],
+        tokens: Tokens,
         *,
-        is_token: Bool[Tensor, "batch all"] | None = None,
-        positions: Int[Tensor, "#batch all"] | None = None,
-        cache: KVCache | None = None,
+        is_token: Bool[Tensor, "batch length"] | None = None,
+        positions: Int[Tensor, "#batch length"] | None = None,
+        cache: KVCache | ChosenSlots | None = None,
         readout: Readout = apply_head,
     ) -> Any:
         """Logits [batch, length, vocab_size] of the token after each of `tokens`, or what `readout` makes instead.

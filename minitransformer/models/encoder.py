@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minitransformer.architecture.embeddings import ClassificationHead
+from minitransformer.architecture.embeddings import ClassificationHead, Tokens
 from minitransformer.models.build import build_embedding, build_head, build_stack
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, Readout, apply_head, positions_of
+from minitransformer.models.model import Model, Readout, apply_head, next_positions
 
 
 class Encoder(Model):
@@ -24,15 +24,18 @@ class Encoder(Model):
 
     def hidden_states(
         self,
-        tokens: Int[Tensor, "batch length"],
+        tokens: Tokens,
         *,
         is_token: Bool[Tensor, "batch length"] | None = None,
         segments: Int[Tensor, "batch length"] | None = None,
         positions: Int[Tensor, "#batch length"] | None = None,
     ) -> Float[Tensor, "batch length d_model"]:
-        """The output of the stack; `is_token` is False at padding, and `segments` are 0 by default."""
+        """The output of the stack for each of `tokens`, which may be embedded already.
+
+        `is_token` is False at padding; by default, `segments` are 0 and `positions` count real tokens.
+        """
         if positions is None:
-            positions = positions_of(tokens, is_token)
+            positions = next_positions(tokens, is_token)
         return self.stack(self.embedding(tokens, segments), positions=positions, is_token=is_token)
 
 
@@ -47,7 +50,7 @@ class EncoderLM(Encoder, name="encoder"):
 
     def token_logits(
         self,
-        tokens: Int[Tensor, "batch length"],
+        tokens: Tokens,
         *,
         is_token: Bool[Tensor, "batch length"] | None = None,
         segments: Int[Tensor, "batch length"] | None = None,
@@ -81,7 +84,7 @@ class EncoderPretraining(EncoderLM, name="encoder-pretraining"):
 
     def forward(
         self,
-        tokens: Int[Tensor, "batch length"],
+        tokens: Tokens,
         *,
         is_token: Bool[Tensor, "batch length"] | None = None,
         segments: Int[Tensor, "batch length"] | None = None,
@@ -109,7 +112,7 @@ class EncoderClassifier(Encoder, name="encoder-classifier"):
 
     def forward(
         self,
-        tokens: Int[Tensor, "batch length"],
+        tokens: Tokens,
         *,
         is_token: Bool[Tensor, "batch length"] | None = None,
         segments: Int[Tensor, "batch length"] | None = None,

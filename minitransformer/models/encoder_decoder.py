@@ -8,10 +8,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitransformer.architecture.block import Memory
-from minitransformer.architecture.cache import KVCache
+from minitransformer.architecture.cache import ChosenSlots, KVCache
+from minitransformer.architecture.embeddings import Tokens
 from minitransformer.models.build import build_embedding, build_head, build_stack
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, Readout, apply_head, positions_of
+from minitransformer.models.model import Model, Readout, apply_head, next_positions
 
 
 class EncoderDecoder(Model, name="encoder-decoder"):
@@ -47,24 +48,25 @@ class EncoderDecoder(Model, name="encoder-decoder"):
     ) -> Memory:
         """What the decoder attends to; `is_token` is False at padding."""
         if positions is None:
-            positions = positions_of(source, is_token)
+            positions = next_positions(source, is_token)
         return Memory(self.encoder(self.embedding(source), positions=positions, is_token=is_token), is_token)
 
     def hidden_states(
         self,
-        tokens: Int[Tensor, "batch length"],
+        tokens: Tokens,
         memory: Memory,
         *,
-        is_token: Bool[Tensor, "batch all"] | None = None,
-        positions: Int[Tensor, "#batch all"] | None = None,
-        cache: KVCache | None = None,
+        is_token: Bool[Tensor, "batch length"] | None = None,
+        positions: Int[Tensor, "#batch length"] | None = None,
+        cache: KVCache | ChosenSlots | None = None,
     ) -> Float[Tensor, "batch length d_model"]:
-        """What the head reads, for each of the target's `tokens`, which follow those in `cache`.
+        """What the head reads, for each of the target's `tokens`, which may be embedded already.
 
-        `is_token` and `positions` cover all tokens of the target, those in the cache included.
+        They attend to `memory`, to each other and to the tokens in `cache`, which then holds them too. `is_token` is
+        False at padding. By default, `positions` count real tokens, on from those in the cache.
         """
         if positions is None:
-            positions = positions_of(tokens, is_token, cache)
+            positions = next_positions(tokens, is_token, cache)
         x = self.target_embedding(tokens)
         return self.decoder(x, positions=positions, is_token=is_token, memory=memory, cache=cache)
 

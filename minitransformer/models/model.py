@@ -7,13 +7,14 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minitransformer.architecture.attention import MultiHeadAttention
 from minitransformer.architecture.block import Stack
-from minitransformer.architecture.cache import KVCache
+from minitransformer.architecture.cache import ChosenSlots, KVCache
+from minitransformer.architecture.embeddings import Tokens
 from minitransformer.architecture.feedforward import MixtureOfExperts
 from minitransformer.architecture.init import initialise
 from minitransformer.architecture.positions import token_positions
@@ -75,14 +76,12 @@ def _matrix_weights(module: nn.Module) -> int:
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
-def positions_of(
-    tokens: Int[Tensor, "batch length"], is_token: Tensor | None = None, cache: KVCache | None = None
-) -> Int[Tensor, "#batch all"]:
-    """0, 1, 2, … for `tokens` and all that are in `cache` before them; padding is not counted."""
-    if cache is None:
-        return token_positions(tokens.size(1), is_token, tokens.device)
-    total = cache.seen if cache.slots is not None else cache.length + tokens.size(1)
-    return token_positions(total, is_token, tokens.device)
+def next_positions(
+    tokens: Tokens, is_token: Bool[Tensor, "batch length"] | None = None, cache: KVCache | ChosenSlots | None = None
+) -> Int[Tensor, "#batch length"]:
+    """0, 1, 2, … for `tokens`, from the first position after those that `cache` holds; padding is not counted."""
+    positions = token_positions(tokens.size(1), is_token, tokens.device)
+    return positions if cache is None else positions + cache.next_position()
 
 
 def build_model(config: ModelConfig) -> Model:

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from minitransformer.architecture.additive_attention import AdditiveAttention
 from minitransformer.architecture.block import Memory
 from minitransformer.architecture.dropout import Dropout
+from minitransformer.architecture.embeddings import Tokens
 from minitransformer.models.build import build_embedding, build_head
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, Readout, apply_head
@@ -30,9 +31,6 @@ class RecurrentCache:
         """Remember the state after `new` more tokens."""
         self.state, self.keys, self.length = state, keys, self.length + new
         assert self.length <= self.max_length, f"{self.length} tokens in a cache for {self.max_length}"
-
-    def place(self, slots: Int[Tensor, "new"] | None, seen: int | None = None) -> None:
-        """Nothing: a state is as large after any number of tokens."""
 
     def select(self, rows: Int[Tensor, "selected"]) -> None:
         """Keep the given rows of the batch, in their order: one may be given several times."""
@@ -79,18 +77,17 @@ class RecurrentEncoderDecoder(Model, name="rnn"):
 
     def hidden_states(
         self,
-        tokens: Int[Tensor, "batch length"],
+        tokens: Tokens,
         memory: Memory,
         *,
-        is_token: Bool[Tensor, "batch all"] | None = None,
+        is_token: Bool[Tensor, "batch length"] | None = None,
         cache: RecurrentCache | None = None,
     ) -> Float[Tensor, "batch length d_model"]:
-        """What the head reads, for each of the target's `tokens`, which follow those in `cache`.
+        """What the head reads, for each of the target's `tokens`, which may be embedded already.
 
-        `is_token` covers all tokens of the target, those in the cache included.
+        They follow those in `cache`. `is_token` is False at padding, which leaves the state as it is.
         """
         x = self.dropout(self.target_embedding(tokens))
-        new = None if is_token is None else is_token[:, -tokens.size(1) :]
         if cache is None or cache.state is None or cache.keys is None:
             state, keys = self._first_state(memory), self.attention.key(memory.values)
         else:
@@ -99,7 +96,7 @@ class RecurrentEncoderDecoder(Model, name="rnn"):
         for place, word in enumerate(x.unbind(1)):
             context = self.attention(state[-1], memory.values, keys, memory.is_token)
             after = self.decoder(torch.cat([word, context], dim=-1)[:, None], state.contiguous())[1]
-            state = after if new is None else torch.where(new[:, place, None], after, state)
+            state = after if is_token is None else torch.where(is_token[:, place, None], after, state)
             steps.append(torch.cat([state[-1], word, context], dim=-1))
         if cache is not None:
             cache.keep(state, keys, tokens.size(1))

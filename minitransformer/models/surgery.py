@@ -69,6 +69,7 @@ def _copied(
 
 def _shallow_copy(module: M) -> M:
     """A module with the same parameters, buffers and children, to which others can be given without changing these."""
-    clone = copy.copy(module)
-    vars(clone).update({name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, dict)})
+    clone = object.__new__(type(module))
+    for key, value in vars(module).items():
+        vars(clone)[key] = copy.copy(value) if isinstance(value, dict) else value
     return clone

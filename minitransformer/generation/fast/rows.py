@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.architecture.attention import AttentionView, MultiHeadAttention
-from minitransformer.architecture.cache import AttentionCache
+from minitransformer.architecture.attention import MultiHeadAttention
 from minitransformer.architecture.embeddings import LMHead
-from minitransformer.architecture.linear import has_hooks, is_plain
 from minitransformer.generation.fast import row_kernel
 from minitransformer.generation.weights import Float32, Weights
+from minitransformer.models.joined import has_hooks, is_plain
 from minitransformer.models.surgery import copied, is_linear_map
 
 FEW_WEIGHTS = 1 << 21
 """models with fewer fit into caches, and gain nothing from the kernel (measured)"""
 MANY_WEIGHTS = 1 << 17
 """of which a product with one row takes much longer than to call it"""
+FEW_NUMBERS = 1 << 13
+"""that torch's own GELU takes less time for than oneDNN's (measured)"""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -53,7 +55,7 @@ class KernelLinear(nn.Module):
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
-        self.weights, self.out_features = weights, weights.out_features
+        self.weights, self.in_features, self.out_features = weights, weights.in_features, weights.out_features
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         weights = self.weights
@@ -86,21 +88,22 @@ def count_matrix_weights(model: nn.Module) -> int:
 
 def for_single_rows(model: M) -> M:
     """A copy of `model`, with the same weights as constants, whose linear maps are fast for one row."""
-    rows = copied(model, lambda name, module: _for_single_rows(module))
-    for module in rows.modules():
+    rows = copied(model, lambda name, module: RowLinear(module) if is_plain(module) else None)
+    for module in list(rows.modules()):
         # What requires a gradient cannot be a constant of a recording.
         module._parameters = {name: _constant(weight) for name, weight in module._parameters.items()}
+        if isinstance(module, MultiHeadAttention):
+            _join_projections(module)
+        if getattr(module, "activation", None) is F.gelu:
+            module.activation = gelu_by_columns  # type: ignore[assignment]
     return rows
 
 
-def _for_single_rows(module: nn.Module) -> nn.Module | None:
-    if isinstance(module, nn.Linear) and is_plain(module):
-        return RowLinear(module)
-    if isinstance(module, MultiHeadAttention):
-        maps = [module.query, module.key, module.value]
-        if all(map(is_plain, maps)) and sum(linear.weight.numel() for linear in maps) <= MANY_WEIGHTS:
-            return RowAttention(module)
-    return None
+def _join_projections(attention: MultiHeadAttention) -> None:
+    maps = [attention.query, attention.key, attention.value]
+    small = sum(linear.out_features * linear.in_features for linear in maps) <= MANY_WEIGHTS
+    if small and all(isinstance(linear, RowLinear) for linear in maps):
+        attention.project = RowProjection(maps)
 
 
 def _constant(weight: Tensor | None) -> nn.Parameter | None:
@@ -134,21 +137,24 @@ class RowLinear(nn.Linear):
         return product if self.bias is None else product + self.bias
 
 
-class RowAttention(MultiHeadAttention):
-    """Self-attention whose queries, keys and values are one product: for few features, calling it takes the longest."""
+class RowProjection(nn.Module):
+    """Queries, keys and values of `maps` by one product: for few features, calling it takes the longest."""
 
-    def __init__(self, attention: MultiHeadAttention) -> None:
-        nn.Module.__init__(self)
-        maps = [attention.query, attention.key, attention.value]
-        single = copied(attention, lambda name, module: None if module is attention else _for_single_rows(module))
-        vars(self).update(vars(single))
+    def __init__(self, maps: Sequence[nn.Linear]) -> None:
+        super().__init__()
         self.together, self.sizes = RowLinear(*maps), [linear.out_features for linear in maps]
 
-    def _projections(
-        self, x: Tensor, memory: Tensor | None, view: AttentionView, cache: AttentionCache | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if memory is not None or cache is None:
-            return super()._projections(x, memory, view, cache)
-        query, key, value = self.together(x).split(self.sizes, dim=-1)
-        k, v = cache.update(lambda: self._keys_and_values(key, value, view))
-        return self._queries(query, view), k, v
+    def forward(self, x: Float[Tensor, "*batch in"], *maps: nn.Module) -> Sequence[Float[Tensor, "*batch _"]]:
+        """As `project_each` of the `maps` that this was made from."""
+        return self.together(x).split(self.sizes, dim=-1)
+
+
+def gelu_by_columns(x: Tensor) -> Tensor:
+    """`F.gelu`, for few numbers of float32 without oneDNN, which takes several times as long as torch (measured).
+
+    torch leaves to oneDNN what lies in memory row by row, and does itself what lies column by column.
+    """
+    few = x.device.type == "cpu" and x.dtype == torch.float32 and int(x.numel()) <= FEW_NUMBERS
+    if few and x.size(-1) % 2 == 0 and x.is_contiguous():
+        return F.gelu(x.view(2, -1).t()).t().view(x.shape)
+    return F.gelu(x)

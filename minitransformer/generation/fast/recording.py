@@ -1,11 +1,16 @@
 """The model's steps, recorded once and replayed without Python.
 
 For one token of a small model, walking through its modules takes longer than the arithmetic in them. All steps do the
-same, once the cache has slots for all tokens to come (`KVCache.place`): so a step is recorded, and the later ones
-replay its operations, with the slots that are in use by then. `torch.jit.trace` records in milliseconds, where
-`torch.compile` takes longer than most texts take to write. On CUDA, a graph replays all kernels of a step by one call,
-for fixed shapes.
+same, once the caller chooses the slots of a cache that has room for all tokens to come (`KVCache.at`): so a step is
+recorded, and the later ones replay its operations, with the slots that are in use by then. `torch.jit.trace` records
+in milliseconds, where `torch.compile` takes longer than most texts take to decode. On CUDA, a graph replays all kernels
+of a step by one call, for fixed shapes.
 """
+
+# `torch.jit.trace` is deprecated, in favour of `torch.export`, which takes seconds where tracing takes milliseconds.
+# When a torch comes without `torch._C._create_graph_by_tracing`, which the upper bound of torch in pyproject.toml keeps
+# out until then, an exported step, compiled once for a model and kept on disk, replaces `traced`; where there is none
+# yet, steps run as they are. `growing_size` and `_ConstantSizes` go with it: nothing else knows of tracing.
 
 from __future__ import annotations
 
@@ -14,15 +19,16 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minitransformer.architecture.attention import MultiHeadAttention
-from minitransformer.architecture.linear import has_hooks
-from minitransformer.generation.fast.gelu import RowGelu
 from minitransformer.generation.fast.rows import count_matrix_weights
 from minitransformer.generation.fast.threads import run_with_one_thread
+from minitransformer.models.joined import has_hooks
 
 SOON = 8
 """steps"""
@@ -94,13 +100,30 @@ class Recorded:
             torch._C._set_graph_executor_optimize(optimizing)
 
 
+def growing_size(tensor: Tensor) -> int:
+    """The last size of `tensor`, which a recording takes anew from the tensor that each replay is given.
+
+    Every other size is a constant of the recording.
+    """
+    with torch._C.DisableTorchFunction():
+        return tensor.size(-1)
+
+
+class _ConstantSizes(TorchFunctionMode):
+    """Within it, sizes are Python's numbers, where tracing would make tensors of them."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        return int(found) if function is Tensor.size and isinstance(found, Tensor) else found
+
+
 def traced(step: Step, tensors: Sequence[Tensor]) -> Step:
     """`step` without Python, for as long as someone keeps it.
 
     As `torch.jit.trace`, which would put it, with the weights and the cache that are its constants, into a compilation
     unit of the whole process, for ever.
     """
-    with warnings.catch_warnings(), RowGelu():
+    with warnings.catch_warnings(), _ConstantSizes():
         # Of sizes that become constants: here they are.
         warnings.simplefilter("ignore")
         graph, _ = torch._C._create_graph_by_tracing(step, tuple(tensors), lambda value: "", True, False)
@@ -131,16 +154,16 @@ def captured(step: Step, tensors: Sequence[Tensor]) -> Step:
 
 
 def recorded(step: Step, model: nn.Module) -> Step:
-    """`step`, to be replayed, unless someone listens to a module of `model`, who would not hear a replay.
+    """`step`, to be replayed, unless a module of `model` has hooks, which a replay would not run.
 
-    It takes tokens, their slots, and a tensor whose last dimension is that of all slots that they may attend to.
+    It takes tokens, their slots, a tensor whose last size is the number of visible slots, and others.
     """
     if any(map(has_hooks, model.modules())):
         return step
     weights = count_matrix_weights(model)
     scored = sum(2 * module.query.out_features for module in model.modules() if isinstance(module, MultiHeadAttention))
 
-    def products(tokens: Tensor, slots: Tensor, seen: Tensor) -> int:
-        return tokens.numel() * (weights + scored * seen.size(-1))
+    def products(tokens: Tensor, slots: Tensor, visible: Tensor, *others: Tensor) -> int:
+        return tokens.numel() * (weights + scored * visible.size(-1))
 
     return Recorded(step, products, fixed=has_fixed_shapes(next(model.parameters()).device))

@@ -1,0 +1,138 @@
+"""Attention kernels for speed: each computes the numbers of `scaled_dot_product_attention`, which is the plain form."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from minitransformer.architecture.attention import (
+    AttentionKernel,
+    allowed_keys,
+    every_query_has_a_key,
+    queries_per_key,
+    scaled_dot_product_attention,
+)
+
+QUERIES_AT_ONCE = 128
+"""of `blockwise_attention`: fewer leave out more keys, in smaller and slower products (measured)"""
+
+
+def blockwise_attention(
+    q: Float[Tensor, "batch heads query head_dim"],
+    k: Float[Tensor, "batch kv_heads key head_dim"],
+    v: Float[Tensor, "batch kv_heads key value_dim"],
+    *,
+    causal: bool = False,
+    mask: Bool[Tensor, "... #query #key"] | None = None,
+    bias: Float[Tensor, "... #query #key"] | None = None,
+    **settings: Any,
+) -> Float[Tensor, "batch heads query value_dim"]:
+    """`scaled_dot_product_attention` for some queries at a time, without the keys that come after all of these.
+
+    For many queries with `causal`, that is little more than half of the work; otherwise it is the same.
+    """
+    queries, keys = q.size(-2), k.size(-2)
+    if not causal or queries > keys:
+        return scaled_dot_product_attention(q, k, v, causal=causal, mask=mask, bias=bias, **settings)
+    attended = []
+    for first in range(0, queries, QUERIES_AT_ONCE):
+        last = min(first + QUERIES_AT_ONCE, queries)
+        visible = keys - queries + last
+        part = partial(_part, first=first, last=last, visible=visible)
+        attended.append(
+            scaled_dot_product_attention(
+                q[:, :, first:last],
+                k[:, :, :visible],
+                v[:, :, :visible],
+                causal=True,
+                mask=part(mask),
+                bias=part(bias),
+                **settings,
+            )
+        )
+    return torch.cat(attended, dim=-2)
+
+
+def _part(limits: Tensor | None, first: int, last: int, visible: int) -> Tensor | None:
+    """Of a mask or a bias, what some queries and keys have to do with; one row or column may stand for all."""
+    if limits is None:
+        return None
+    limits = limits[..., :visible]
+    return limits[..., first:last, :] if limits.dim() > 1 and limits.size(-2) > 1 else limits
+
+
+def fused_attention(
+    q: Float[Tensor, "batch heads query head_dim"],
+    k: Float[Tensor, "batch kv_heads key head_dim"],
+    v: Float[Tensor, "batch kv_heads key value_dim"],
+    *,
+    causal: bool = False,
+    mask: Bool[Tensor, "... #query #key"] | None = None,
+    bias: Float[Tensor, "... #query #key"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "batch heads query value_dim"]:
+    """`scaled_dot_product_attention` by torch's fused kernels: the same arguments, the same numbers, faster.
+
+    torch has no kernel with `softcap`, which is computed by hand.
+    """
+    if softcap is not None:
+        return scaled_dot_product_attention(
+            q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout=dropout
+        )
+    # torch aligns `is_causal` with the first key, which is right only for as many queries as keys.
+    plain_causal = causal and mask is None and bias is None and q.size(-2) == k.size(-2)
+    allowed = None if plain_causal else allowed_keys(q, k, causal, mask)
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        allowed = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
+    attended = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=allowed if allowed is None or allowed.dim() > 1 else allowed[None],
+        dropout_p=dropout,
+        is_causal=plain_causal,
+        scale=scale,
+        enable_gqa=queries_per_key(q.size(1), k.size(1)) > 1,
+    )
+    # torch's kernels for CPUs give zeros themselves.
+    if q.device.type == "cpu" or every_query_has_a_key(q, k, causal, mask):
+        return attended
+    has_a_key = allowed_keys(q, k, causal, mask).any(-1, keepdim=True)  # type: ignore[union-attr]
+    return attended.masked_fill(~has_a_key, 0.0)
+
+
+def fastest_attention(
+    q: Float[Tensor, "batch heads query head_dim"],
+    k: Float[Tensor, "batch kv_heads key head_dim"],
+    v: Float[Tensor, "batch kv_heads key value_dim"],
+    *,
+    causal: bool = False,
+    mask: Bool[Tensor, "... #query #key"] | None = None,
+    bias: Float[Tensor, "... #query #key"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "batch heads query value_dim"]:
+    """Whichever of the kernels is the fastest one for these tensors: by a rule, as a resumed run has to go on alike."""
+    # Measured: torch's fused kernel for CPUs is five times slower than by hand in bfloat16, has no dropout, and takes
+    # longer to train with few keys.
+    few_to_train = torch.is_grad_enabled() and k.size(-2) <= QUERIES_AT_ONCE
+    by_hand = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or dropout > 0 or few_to_train)
+    kernel: AttentionKernel = blockwise_attention if by_hand else fused_attention
+    return kernel(q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout=dropout)
+
+
+KERNELS: dict[str, AttentionKernel] = {
+    "auto": fastest_attention,
+    "by-hand": scaled_dot_product_attention,
+    "blockwise": blockwise_attention,
+    "fused": fused_attention,
+}
