@@ -5,7 +5,6 @@ Low-rank adapters, quantised weights and pruning masks are such modules: what th
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable
 from typing import TypeVar
@@ -71,5 +70,5 @@ def _shallow_copy(module: M) -> M:
     """A module with the same parameters, buffers and children, to which others can be given without changing these."""
     clone = object.__new__(type(module))
     for key, value in vars(module).items():
-        vars(clone)[key] = copy.copy(value) if isinstance(value, dict) else value
+        vars(clone)[key] = value.copy() if isinstance(value, dict) else value
     return clone
