@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from inspect import getattr_static
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from minitransformer.errors import UserError, suggestion
 from minitransformer.records import checked_value, type_hints
@@ -26,11 +26,12 @@ LARGEST = 3.4028234663852886e38
 def setting(default: Any, *, help: str = "", **about: Any) -> Any:
     """A field of a record of settings.
 
-    `above`, `at_least`, `at_most` and `below` limit a number; `choices` are the values of a text that is a name.
-    `flag` is its name on a command line, by default the field's behind that of its variant. `needs` names another
-    setting without which it has no effect. What other code must know is said here too: `changes_task` (losses with
-    other values do not compare), `changes_tokens` (they compare in bits per byte), `follows_data` (it is usually found
-    from the data), `observes_only` (no effect on what is computed), `may_change_on_resume`.
+    `above`, `at_least`, `at_most` and `below` limit a number, and `most` is more than any model has; `choices` are the
+    values of a text that is a name. `flag` is its name on a command line, by default the field's behind that of its
+    variant. `needs` names another setting without which it has no effect. What other code must know is said here too:
+    `changes_task` (losses with other values do not compare), `changes_tokens` (they compare in bits per byte),
+    `follows_data` (it is usually found from the data), `observes_only` (no effect on what is computed),
+    `may_change_on_resume`.
     """
     return field(default=default, metadata={"help": help, **about})
 
@@ -65,6 +66,12 @@ class Choice(Generic[T]):
 
     def __init__(self, family: type[T], default: str, *, help: str = "", **about: Any) -> None:
         self.family, self.default, self.about = family, default, MappingProxyType({"help": help, **about})
+
+    if not TYPE_CHECKING:
+
+        def __class_getitem__(cls, family: type) -> Any:
+            """What a record may be made with, for those who check the types of arguments as it runs."""
+            return Chosen | str
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.attribute = name
@@ -242,6 +249,8 @@ def check_settings(record: Any, variant: Any = None) -> None:
         if not all(limits.values()):
             must = " and ".join(f"{word.replace('_', ' ')} {about[word]:,}" for word in limits if word in about)
             raise UserError(f"{each.name} is {value}: it must be {must}")
+        if value > about.get("most", value):
+            raise UserError(f"{each.name} is {value}: it must be at most {about['most']:,}")
 
 
 def to_json(record: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ install_import_hook(["minitransformer.architecture", "minitransformer.models"], 
 from minitransformer.generation.fast import recording  # noqa: E402
 from minitransformer.models.config import ModelConfig  # noqa: E402
 from minitransformer.models.decoder import DecoderLM  # noqa: E402
+from minitransformer.settings import with_settings  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -97,6 +98,6 @@ def tiny_decoder(shake: Callable[[torch.nn.Module], DecoderLM]) -> Callable[...,
 
     def make(**choices: Any) -> DecoderLM:
         sizes = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context_length": 32, "vocab_size": 11}
-        return shake(DecoderLM(ModelConfig(**{**sizes, **choices}))).double().eval()
+        return shake(DecoderLM(with_settings(ModelConfig(), {**sizes, **choices}))).double().eval()
 
     return make

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from minitransformer.models.config import ModelConfig
 from minitransformer.runs import Run
+from minitransformer.settings import all_declared, with_settings
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.prepare import PreparedText, prepare
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
@@ -31,12 +31,21 @@ TINY = RunConfig(
 
 
 def configured(config: RunConfig = TINY, **changes: object) -> RunConfig:
-    """`config` with changed fields, wherever they belong."""
-    parts = {}
-    for name in ("model", "data", "training"):
-        part = getattr(config, name)
-        parts[name] = replace(part, **{k: v for k, v in changes.items() if hasattr(part, k)})
-    return RunConfig(**parts)
+    """`config` with changed settings, wherever they belong."""
+    return with_settings(config, changes)
+
+
+def chosen_for(record: type, name: str) -> dict[str, str]:
+    """The choices without which a configuration has no setting of this name."""
+    owners = [each.variant for each in all_declared(record) if each.name == name]
+    choices: dict[str, str] = {}
+    while owners and owners[0] is not None:
+        choice = next(
+            each for each in all_declared(record) if each.family and owners[0] in each.family.registry.values()
+        )
+        choices[choice.name] = owners[0].name
+        owners = [choice.variant]
+    return choices
 
 
 def prepared_text(folder: Path, text: str = TEXT) -> PreparedText:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from minitransformer.architecture.attention import AttentionView, MultiHeadAttention
 from minitransformer.architecture.block import BlockParts, Stack, TransformerBlock
-from minitransformer.architecture.feedforward import FEEDFORWARDS
-from minitransformer.architecture.norms import LayerNorm
+from minitransformer.architecture.feedforward import FeedForward
+from minitransformer.architecture.norms import LayerNorm, RMSNorm
 from minitransformer.architecture.positions import PositionScheme, token_positions
 from minitransformer.architecture.residual import Place, PreLN, Residual
 from minitransformer.models.build import build_stack
@@ -46,10 +46,12 @@ def test_a_block_is_attention_and_then_feed_forward_each_in_its_residual_connect
 
     def make_residual(sublayer: str) -> Residual:
         asked.append(sublayer)
-        return PreLN(lambda: LayerNorm(8), 0.0, Place(0, 1, sublayer))
+        return PreLN(lambda: LayerNorm.choose().make(8), 0.0, Place(0, 1, sublayer))
 
-    parts = BlockParts(MultiHeadAttention(8, 2), FEEDFORWARDS["gelu"](8), make_residual, lambda: LayerNorm(8))
-    block = shake(TransformerBlock(parts))
+    parts = BlockParts(
+        MultiHeadAttention(8, 2), FeedForward.choose("gelu").make(8), make_residual, lambda: LayerNorm.choose().make(8)
+    )
+    block = shake(TransformerBlock.choose().make(parts))
     x, view = torch.randn(2, 5, 8), AttentionView(causal=True)
     middle = x + block.attention(block.attention_residual.norm(x), view=view)
     expected = middle + block.feedforward(block.feedforward_residual.norm(middle))
@@ -134,8 +136,7 @@ def test_every_choice_of_a_config_reaches_its_part() -> None:
         d_ff=20,
         context_length=9,
         residual="residual",
-        norm="rms",
-        norm_eps=0.25,
+        norm=RMSNorm.choose(eps=0.25),
         positions="learned",
         feedforward="swiglu",
         bias=False,

@@ -132,7 +132,7 @@ def test_parameters_counted_without_weights_are_those_of_the_formula_and_of_the_
     norms = (2 * config.num_layers + 1) * (d + bias * d)
     norms += (config.qk_norm == "head") * config.num_layers * 2 * config.features_per_head
     tables = vocabulary * d * (1 if config.tied_embeddings else 2)
-    table = config.context_length * d if config.positions == "learned" else 0
+    table = config.context_length * d if config.positions.name == "learned" else 0
     smear = d if config.token_smear else 0
     assert count_parameters(config) == tables + table + smear + config.num_layers * linears + norms
     if name != "gpt2-124m":

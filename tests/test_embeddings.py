@@ -79,7 +79,7 @@ def test_a_tied_head_multiplies_by_the_table_of_the_embedding(shake: Any) -> Non
 
 
 def test_a_transformed_head_is_a_linear_map_its_activation_a_norm_and_a_head(shake: Any) -> None:
-    norm = LayerNorm(D)
+    norm = LayerNorm.choose().make(D)
     head = shake(TransformedHead(D, LMHead(D, VOCABULARY, bias=True), activation=F.gelu, norm=norm))
     x = torch.randn(2, 3, D)
     transformed = norm(F.gelu(x @ head.transform.weight.T + head.transform.bias))

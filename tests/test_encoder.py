@@ -11,6 +11,7 @@ from torch import Tensor
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
+from minitransformer.settings import with_settings
 from tests.placements_for_tests import EVERY_PLACEMENT
 from tests.texts_for_tests import with_padding, without_padding
 
@@ -32,7 +33,11 @@ both_topologies = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def tiny(shake: Any) -> Any:
     def make(**choices: Any) -> Model:
-        return shake(build_model(ModelConfig(**{**SIZES, "topology": "encoder", **choices}))).double().eval()
+        return (
+            shake(build_model(with_settings(ModelConfig(), {**SIZES, "topology": "encoder", **choices})))
+            .double()
+            .eval()
+        )
 
     return make
 

@@ -12,6 +12,7 @@ from minitransformer.architecture.block import Memory
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.encoder_decoder import EncoderDecoder
+from minitransformer.settings import with_settings
 from tests.placements_for_tests import EVERY_PLACEMENT
 from tests.texts_for_tests import with_another_end, with_padding, without_padding
 
@@ -32,7 +33,11 @@ every_variant = pytest.mark.parametrize("choices", VARIANTS, ids=str)
 @pytest.fixture(scope="module")
 def tiny(shake: Any) -> Any:
     def make(**choices: Any) -> EncoderDecoder:
-        return shake(EncoderDecoder(ModelConfig(**{**SIZES, "topology": "encoder-decoder", **choices}))).double().eval()
+        return (
+            shake(EncoderDecoder(with_settings(ModelConfig(), {**SIZES, "topology": "encoder-decoder", **choices})))
+            .double()
+            .eval()
+        )
 
     return make
 

@@ -10,14 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minitransformer.architecture.feedforward import FEEDFORWARDS, MixtureOfExperts, load_balancing_loss
+from minitransformer.architecture.feedforward import FeedForward, MixtureOfExperts, load_balancing_loss
 
 D = 8
 
 
 def mixture(num_experts: int, experts_per_token: int, feedforward: str = "swiglu") -> MixtureOfExperts:
     return MixtureOfExperts(
-        lambda: FEEDFORWARDS[feedforward](D, 12), D, num_experts=num_experts, experts_per_token=experts_per_token
+        lambda: FeedForward.choose(feedforward).make(D, 12),
+        D,
+        num_experts=num_experts,
+        experts_per_token=experts_per_token,
     )
 
 

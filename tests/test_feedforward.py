@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitransformer.architecture.feedforward import FEEDFORWARDS, FeedForward, GatedFeedForward
+from minitransformer.architecture.feedforward import FeedForward, ReGLU, ReLU
 from minitransformer.architecture.linear import OutputProjection
 
 
@@ -59,40 +59,40 @@ def affine(layer: torch.nn.Linear, x: Tensor) -> Tensor:
 
 
 def test_every_feed_forward_network_has_its_formula_here() -> None:
-    assert set(FEEDFORWARDS) == {*PLAIN, *GATED}
+    assert set(FeedForward.registry) == {*PLAIN, *GATED}
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_is_act_of_x_w1_plus_b1_times_w2_plus_b2(name: str, bias: bool, shake: Any) -> None:
-    network, x = shake(FEEDFORWARDS[name](6, 10, bias=bias)).double(), 2 * torch.randn(2, 3, 6).double()
+    network, x = shake(FeedForward.choose(name).make(6, 10, bias=bias)).double(), 2 * torch.randn(2, 3, 6).double()
     expected = affine(network.down, elementwise(PLAIN[name], affine(network.up, x)))
     torch.testing.assert_close(network(x), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", FEEDFORWARDS)
+@pytest.mark.parametrize("name", FeedForward.registry)
 def test_gradients_are_those_of_finite_differences(name: str, shake: Any) -> None:
-    network, x = shake(FEEDFORWARDS[name](3, 5)).double(), torch.randn(1, 2, 3).double().requires_grad_()
+    network, x = shake(FeedForward.choose(name).make(3, 5)).double(), torch.randn(1, 2, 3).double().requires_grad_()
     assert torch.autograd.gradcheck(network, (x,))
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", GATED)
 def test_gated_multiplies_act_of_the_gate_with_a_linear_map(name: str, bias: bool, shake: Any) -> None:
-    network, x = shake(FEEDFORWARDS[name](6, 10, bias=bias)).double(), 2 * torch.randn(2, 3, 6).double()
+    network, x = shake(FeedForward.choose(name).make(6, 10, bias=bias)).double(), 2 * torch.randn(2, 3, 6).double()
     hidden = elementwise(GATED[name], affine(network.gate, x)) * affine(network.up, x)
     torch.testing.assert_close(network(x), affine(network.down, hidden), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", FEEDFORWARDS)
+@pytest.mark.parametrize("name", FeedForward.registry)
 def test_every_token_goes_through_alone(name: str) -> None:
-    network, x = FEEDFORWARDS[name](6), torch.randn(2, 5, 6)
+    network, x = FeedForward.choose(name).make(6), torch.randn(2, 5, 6)
     torch.testing.assert_close(network(x)[:, 3:4], network(x[:, 3:4]))
 
 
-@pytest.mark.parametrize("name", FEEDFORWARDS)
+@pytest.mark.parametrize("name", FeedForward.registry)
 def test_hidden_features_are_those_asked_for(name: str) -> None:
-    network = FEEDFORWARDS[name](6, 10, bias=False)
+    network = FeedForward.choose(name).make(6, 10, bias=False)
     assert network.up.weight.shape == (10, 6)
     assert network.down.weight.shape == (6, 10)
     assert isinstance(network.down, OutputProjection)
@@ -100,13 +100,13 @@ def test_hidden_features_are_those_asked_for(name: str) -> None:
 
 
 def test_plain_has_four_times_d_model_hidden_features_by_default() -> None:
-    assert FeedForward(6, activation=torch.relu).up.out_features == 24
+    assert ReLU.choose().make(6).up.out_features == 24
 
 
 @pytest.mark.parametrize("d_model", [16, 64, 100, 384, 768, 4096])
 def test_gated_has_about_as_many_weights_as_plain_by_default_in_eights(d_model: int) -> None:
     with torch.device("meta"):
-        gated = GatedFeedForward(d_model, activation=torch.relu, bias=False)
+        gated = ReGLU.choose().make(d_model, bias=False)
     assert gated.up.out_features == gated.gate.out_features
     assert gated.up.out_features % 8 == 0
     assert abs(gated.up.out_features - 8 * d_model / 3) <= 4

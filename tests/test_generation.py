@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minitransformer.architecture.block import Block
 from minitransformer.architecture.cache import KVCache
-from minitransformer.architecture.feedforward import FEEDFORWARDS
+from minitransformer.architecture.feedforward import FeedForward
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
@@ -412,7 +412,7 @@ def test_an_empty_prompt_is_refused(tiny_decoder: MakeDecoder) -> None:
     [
         *({"positions": name} for name in PositionScheme.registry),
         *EVERY_PLACEMENT,
-        *({"feedforward": name} for name in FEEDFORWARDS),
+        *({"feedforward": name} for name in FeedForward.registry),
         *({"norm": name, "qk_norm": "head"} for name in Norm.registry),
         *({"block": name} for name in Block.registry),
         {"num_kv_heads": 1, "qk_norm": "full"},

@@ -141,7 +141,7 @@ def test_a_weight_that_no_rule_names_is_an_error() -> None:
             self.gain = nn.Parameter(torch.ones(3))
 
     with pytest.raises(AssertionError, match="no rule starts the weights of Gain"):
-        initialise(nn.Sequential(nn.Linear(3, 3), Gain()), GPT2())
+        initialise(nn.Sequential(nn.Linear(3, 3), Gain()), GPT2.choose().make())
 
 
 def test_the_same_seed_draws_the_same_model() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
+from runs_for_tests import chosen_for
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
+from minitransformer.settings import all_declared, with_settings
 
 BAD: list[tuple[dict[str, Any], str]] = [
     (
@@ -24,7 +26,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"dropout": 1.0}, "dropout is 1.0: it must be at least 0 and below 1"),
     ({"dropout": -0.1}, "dropout is -0.1: it must be at least 0 and below 1"),
     ({"dropout": float("nan")}, "dropout is nan: it must be finite, in float32 too"),
-    ({"norm_eps": 0.0}, "norm_eps is 0.0: it must be above 0"),
+    ({"norm_eps": 0.0}, "norm_eps is 0.0: it must be at least 1.1754943508222875e-38"),
     ({"rotary_fraction": 1.5}, "rotary_fraction is 1.5: it must be above 0 and at most 1"),
     (
         {"num_experts": 2, "experts_per_token": 3},
@@ -74,18 +76,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("choices", "sentence"), BAD, ids=lambda value: str(value) if isinstance(value, dict) else "")
 def test_a_bad_value_gives_one_sentence_that_names_it_and_its_remedy(choices: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError) as caught:
-        ModelConfig(**choices)
+        with_settings(ModelConfig(), choices)
     assert str(caught.value) == sentence
 
 
-WHOLE = [field.name for field in fields(ModelConfig) if field.type in ("int", "int | None")]
+WHOLE = [each.name for each in all_declared(ModelConfig) if each.kind in (int, int | None)]
 
 
 @pytest.mark.parametrize("value", [0, -3])
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_size_must_be_at_least_one(name: str, value: int) -> None:
     with pytest.raises(UserError) as caught:
-        ModelConfig(**{name: value})
+        with_settings(ModelConfig(), {**chosen_for(ModelConfig, name), name: value})
     assert str(caught.value) == f"{name} is {value}: it must be at least 1"
 
 

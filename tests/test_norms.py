@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def test_layer_norm_by_hand_is_the_equation_and_torch_and_the_module(
 ) -> None:
     torch.manual_seed(seed)
     x = (3 * torch.randn(shape) + 1).double()
-    module = LayerNorm(shape[-1], eps=eps, bias=biased).double()
+    module = LayerNorm.choose(eps=eps).make(shape[-1], bias=biased).double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
     by_hand = layer_norm(x, module.weight, module.bias, eps)
@@ -53,7 +54,7 @@ def test_rms_norm_by_hand_is_the_equation_and_torch_and_the_module(
 ) -> None:
     torch.manual_seed(seed)
     x = (3 * torch.randn(shape) + 1).double()
-    module = RMSNorm(shape[-1], eps=eps).double()
+    module = RMSNorm.choose(eps=eps).make(shape[-1]).double()
     torch.nn.init.normal_(module.weight)
     by_hand = rms_norm(x, module.weight, eps)
     expected = looped(x, module.weight, None, eps, centre=False)
@@ -64,7 +65,7 @@ def test_rms_norm_by_hand_is_the_equation_and_torch_and_the_module(
 
 @pytest.mark.parametrize("biased", [True, False])
 def test_gradients_of_layer_norm_by_hand_are_those_of_the_module(biased: bool) -> None:
-    module = LayerNorm(6, bias=biased).double()
+    module = LayerNorm.choose(bias=biased).make(6).double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(2, 3, 6).double().requires_grad_()
@@ -74,7 +75,7 @@ def test_gradients_of_layer_norm_by_hand_are_those_of_the_module(biased: bool) -
 
 
 def test_gradients_of_rms_norm_by_hand_are_those_of_the_module() -> None:
-    module = RMSNorm(6).double()
+    module = RMSNorm.choose().make(6).double()
     torch.nn.init.normal_(module.weight)
     x = torch.randn(2, 3, 6).double().requires_grad_()
     by_hand = torch.autograd.grad(rms_norm(x, module.weight, module.eps).sin().sum(), [x, module.weight])
@@ -83,36 +84,37 @@ def test_gradients_of_rms_norm_by_hand_are_those_of_the_module() -> None:
 
 
 def test_layer_norm_gives_every_token_mean_0_and_variance_1() -> None:
-    y = LayerNorm(64)(5 * torch.randn(3, 4, 64) + 2)
+    y = LayerNorm.choose().make(64)(5 * torch.randn(3, 4, 64) + 2)
     torch.testing.assert_close(y.mean(-1), torch.zeros(3, 4), rtol=0, atol=1e-5)
     torch.testing.assert_close(y.var(-1, unbiased=False), torch.ones(3, 4), rtol=1e-4, atol=1e-4)
 
 
 def test_rms_norm_gives_every_token_mean_square_1_and_keeps_its_direction() -> None:
     x = 5 * torch.randn(3, 4, 64) + 2
-    y = RMSNorm(64)(x)
+    y = RMSNorm.choose().make(64)(x)
     torch.testing.assert_close(y.square().mean(-1), torch.ones(3, 4), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(F.cosine_similarity(x, y, dim=-1), torch.ones(3, 4))
 
 
 @pytest.mark.parametrize("name", Norm.registry)
 def test_a_norm_starts_with_gains_of_1_and_biases_of_0_and_takes_eps(name: str) -> None:
-    norm: Any = Norm.named(name)(5, eps=0.5)
+    has_eps = "eps" in {field.name for field in fields(Norm.named(name).Settings)}
+    norm: Any = Norm.choose(name, **({"eps": 0.5} if has_eps else {})).make(5)
     for parameter_name, parameter in norm.named_parameters():
         start = {"bias": 0.0, "alpha": 0.5}.get(parameter_name, 0.0 if name == "rms-zero-centred" else 1.0)
         assert parameter.eq(start).all()
-    assert norm.eps == 0.5
-    assert not any(name == "bias" for name, _ in Norm.named(name)(5, bias=False).named_parameters())
+    assert not has_eps or norm.eps == 0.5
+    assert not any(name == "bias" for name, _ in Norm.choose(name).make(5, bias=False).named_parameters())
 
 
 @pytest.mark.parametrize("name", Norm.registry)
 def test_a_norm_of_a_token_ignores_all_other_tokens(name: str) -> None:
-    norm, x = Norm.named(name)(6), torch.randn(2, 5, 6)
+    norm, x = Norm.choose(name).make(6), torch.randn(2, 5, 6)
     torch.testing.assert_close(norm(x)[:, 2], norm(x[:, 2]))
 
 
 def test_dyt_squashes_each_feature_by_itself() -> None:
-    norm = DyT(3).double()
+    norm = DyT.choose().make(3).double()
     with torch.no_grad():
         norm.alpha.fill_(0.25)
         norm.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
@@ -124,7 +126,7 @@ def test_dyt_squashes_each_feature_by_itself() -> None:
 
 @pytest.mark.parametrize("name", Norm.registry)
 def test_a_norm_of_bfloat16_under_autocast_warns_of_nothing_and_is_the_float32_one_rounded(name, shake):
-    norm = shake(Norm.named(name)(16))
+    norm = shake(Norm.choose(name).make(16))
     x = torch.randn(3, 5, 16).bfloat16()
     with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
         warnings.simplefilter("error")

@@ -18,13 +18,11 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
 from minitransformer.text.prepare import PreparedText
-from minitransformer.training.optimizers import OptimizerSettings, build_optimizers
+from minitransformer.training.optimizers import Optimizer, Rates, build_optimizers
 from tests.placements_for_tests import choosing
 from tests.runs_for_tests import configured, prepared_text, trainer_for
 
-SETTINGS = OptimizerSettings(
-    lr=1e-2, embedding_lr=1e-2, head_lr=1e-2, weight_decay=0.0, beta1=0.9, beta2=0.95, momentum=0.9
-)
+SETTINGS = Rates(lr=1e-2, embedding_lr=1e-2, head_lr=1e-2, weight_decay=0.0)
 every_placement = pytest.mark.parametrize("name", list(Residual.registry))
 every_topology = pytest.mark.parametrize("topology", ["decoder", "encoder", "encoder-decoder"])
 
@@ -49,7 +47,7 @@ def texts(model: Model, tokens: Tensor) -> list[Tensor]:
 @every_placement
 def test_a_placement_learns(name: str, topology: str) -> None:
     model, tokens = model_of(name, topology), torch.arange(17).remainder(7)[None]
-    (optimizer,) = build_optimizers("adamw", model, SETTINGS)
+    (optimizer,) = build_optimizers(Optimizer.choose("adamw"), model, SETTINGS)
     losses = []
     for _ in range(30):
         loss = F.cross_entropy(model(*texts(model, tokens[:, :-1])).flatten(0, 1), tokens[:, 1:].flatten())

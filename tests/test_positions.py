@@ -37,7 +37,7 @@ def space(**sizes: Any) -> PositionSpace:
 
 @every_scheme
 def test_a_position_past_the_context_is_named_where_a_scheme_has_none_for_it(name: str) -> None:
-    scheme = PositionScheme.named(name)(space())
+    scheme = PositionScheme.choose(name).make(space())
     scheme.embed(torch.zeros(1, 2, 8), torch.tensor([[62, 63]]))
     if name in ("learned", "sinusoidal", "sinusoidal-halves"):
         with pytest.raises(UserError, match="no position 70, as context_length is 64"):
@@ -66,7 +66,7 @@ def test_padding_anywhere_shifts_no_position(rows: list[list[bool]]) -> None:
 
 @every_scheme
 def test_a_scheme_enters_in_one_place_at_most(name: str) -> None:
-    scheme, x = PositionScheme.named(name)(space()), torch.randn(2, 5, 8)
+    scheme, x = PositionScheme.choose(name).make(space()), torch.randn(2, 5, 8)
     positions = token_positions(5)
     entries = [
         not torch.equal(scheme.embed(x, positions), x),
@@ -78,7 +78,7 @@ def test_a_scheme_enters_in_one_place_at_most(name: str) -> None:
 
 @every_scheme
 def test_the_newest_tokens_alone_get_what_they_get_among_all(name: str) -> None:
-    scheme, x, q = PositionScheme.named(name)(space()), torch.randn(2, 6, 8), torch.randn(2, 2, 6, 4)
+    scheme, x, q = PositionScheme.choose(name).make(space()), torch.randn(2, 6, 8), torch.randn(2, 2, 6, 4)
     positions = token_positions(6)
     torch.testing.assert_close(scheme.embed(x, positions)[:, 4:], scheme.embed(x[:, 4:], positions[:, 4:]))
     torch.testing.assert_close(scheme.rotation(positions)(q)[:, :, 4:], scheme.rotation(positions[:, 4:])(q[:, :, 4:]))
@@ -89,7 +89,7 @@ def test_the_newest_tokens_alone_get_what_they_get_among_all(name: str) -> None:
 
 @every_scheme
 def test_each_sequence_of_a_batch_has_its_own_positions(name: str) -> None:
-    scheme, x, q = PositionScheme.named(name)(space()), torch.randn(2, 4, 8), torch.randn(2, 2, 4, 4)
+    scheme, x, q = PositionScheme.choose(name).make(space()), torch.randn(2, 4, 8), torch.randn(2, 2, 4, 4)
     both = torch.tensor([[0, 1, 2, 3], [5, 6, 9, 9]])
     for row in range(2):
         one = slice(row, row + 1)
@@ -103,7 +103,7 @@ def test_each_sequence_of_a_batch_has_its_own_positions(name: str) -> None:
 @pytest.mark.parametrize("name", ["rotary", "alibi", "t5"])
 @given(shift=st.integers(0, 40))
 def test_relative_schemes_depend_on_offsets_alone(name: str, shift: int) -> None:
-    scheme = PositionScheme.named(name)(space()).double()
+    scheme = PositionScheme.choose(name).make(space()).double()
     q, k = torch.randn(1, 2, 6, 4).double(), torch.randn(1, 2, 6, 4).double()
     scores = []
     for positions in (token_positions(6), token_positions(6) + shift):
@@ -117,7 +117,7 @@ def test_relative_schemes_depend_on_offsets_alone(name: str, shift: int) -> None
 
 @pytest.mark.parametrize("d_model", [8, 7])
 def test_sinusoidal_is_its_formula(d_model: int) -> None:
-    table = Sinusoidal(space(d_model=d_model)).embed(torch.zeros(1, 64, d_model), token_positions(64))[0]
+    table = Sinusoidal.choose().make(space(d_model=d_model)).embed(torch.zeros(1, 64, d_model), token_positions(64))[0]
     for p in range(64):
         for feature in range(d_model):
             angle = p / 10000 ** ((feature - feature % 2) / d_model)
@@ -127,7 +127,7 @@ def test_sinusoidal_is_its_formula(d_model: int) -> None:
 
 @given(offset=st.integers(0, 30))
 def test_a_sinusoidal_offset_is_a_linear_map_that_no_position_changes(offset: int) -> None:
-    table = Sinusoidal(space()).embed(torch.zeros(1, 64, 8), token_positions(64))[0]
+    table = Sinusoidal.choose().make(space()).embed(torch.zeros(1, 64, 8), token_positions(64))[0]
     turns = []
     for i in range(4):
         angle = offset / 10000 ** (i / 4)
@@ -136,7 +136,7 @@ def test_a_sinusoidal_offset_is_a_linear_map_that_no_position_changes(offset: in
 
 
 def test_learned_positions_are_rows_of_a_table_that_learns() -> None:
-    scheme, x = Learned(space(max_length=10)), torch.randn(1, 3, 8)
+    scheme, x = Learned.choose().make(space(max_length=10)), torch.randn(1, 3, 8)
     positions = torch.tensor([[0, 7, 2]])
     embedded = scheme.embed(x, positions)
     torch.testing.assert_close(embedded - x, scheme.table.weight[positions])
@@ -146,7 +146,7 @@ def test_learned_positions_are_rows_of_a_table_that_learns() -> None:
 
 
 def test_no_positions_change_nothing() -> None:
-    assert not list(NoPositions(space()).parameters())
+    assert not list(NoPositions.choose().make(space()).parameters())
 
 
 # Rotary
@@ -156,7 +156,7 @@ def test_no_positions_change_nothing() -> None:
 def test_rotary_turns_the_pair_i_and_i_plus_half_by_its_angle(position: int, half: int) -> None:
     head_dim = 2 * half
     x = torch.randn(1, 1, 1, head_dim)
-    turned = Rotary(space(head_dim=head_dim)).rotation(torch.tensor([[position]]))(x).flatten().tolist()
+    turned = Rotary.choose().make(space(head_dim=head_dim)).rotation(torch.tensor([[position]]))(x).flatten().tolist()
     before = x.flatten().tolist()
     for i in range(half):
         z = complex(before[i], before[i + half])
@@ -167,7 +167,7 @@ def test_rotary_turns_the_pair_i_and_i_plus_half_by_its_angle(position: int, hal
 
 @given(position=st.integers(0, 1000))
 def test_rotary_keeps_lengths_and_leaves_position_zero_alone(position: int) -> None:
-    scheme, x = Rotary(space()), torch.randn(1, 2, 1, 4)
+    scheme, x = Rotary.choose().make(space()), torch.randn(1, 2, 1, 4)
     turned = scheme.rotation(torch.tensor([[position]]))(x)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     torch.testing.assert_close(scheme.rotation(torch.tensor([[0]]))(x), x)
@@ -175,15 +175,15 @@ def test_rotary_keeps_lengths_and_leaves_position_zero_alone(position: int) -> N
 
 def test_rotary_turns_by_the_same_angles_in_a_bfloat16_model() -> None:
     x, positions = torch.randn(1, 2, 1, 64), torch.tensor([[1000]])
-    exact = Rotary(space(head_dim=64)).rotation(positions)(x)
-    rounded = Rotary(space(head_dim=64)).bfloat16().rotation(positions)(x.bfloat16())
+    exact = Rotary.choose().make(space(head_dim=64)).rotation(positions)(x)
+    rounded = Rotary.choose().make(space(head_dim=64)).bfloat16().rotation(positions)(x.bfloat16())
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, rtol=0.03, atol=0.03)
 
 
 def test_rotary_of_an_odd_head_dim_says_what_to_do() -> None:
     with pytest.raises(UserError, match=r"head_dim 5 times rotary_fraction 1.0 is 5: make it even"):
-        Rotary(space(head_dim=5))
+        Rotary.choose().make(space(head_dim=5))
 
 
 def test_turning_by_a_right_angle_swaps_the_halves() -> None:
@@ -221,7 +221,7 @@ def test_alibi_slopes_of_some_head_counts() -> None:
 
 
 def test_alibi_takes_slope_times_distance_off_the_score() -> None:
-    bias = ALiBi(space(num_heads=8)).score_bias(torch.tensor([[3, 4]]), torch.tensor([[0, 1, 2, 3, 4]]))
+    bias = ALiBi.choose().make(space(num_heads=8)).score_bias(torch.tensor([[3, 4]]), torch.tensor([[0, 1, 2, 3, 4]]))
     assert bias.shape == (1, 8, 2, 5)
     assert bias[0, 0].tolist() == [[-1.5, -1, -0.5, 0, -0.5], [-2, -1.5, -1, -0.5, 0]]
     assert bias[0, 1, 1].tolist() == [-1, -0.75, -0.5, -0.25, 0]
@@ -275,7 +275,7 @@ def test_t5_buckets_known_properties() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_t5_adds_the_bias_of_the_bucket_of_key_minus_query_for_each_head(causal: bool) -> None:
-    scheme = T5Relative(space(num_heads=3, causal=causal))
+    scheme = T5Relative.choose().make(space(num_heads=3, causal=causal))
     queries, keys = torch.tensor([[0, 40]]), torch.tensor([[0, 3, 40, 90]])
     bias = scheme.score_bias(queries, keys)
     assert bias.shape == (1, 3, 2, 4)

@@ -6,7 +6,6 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,16 @@ from minitransformer import pretrained
 from minitransformer.architecture.attention import QK_NORMS
 from minitransformer.architecture.block import Block
 from minitransformer.architecture.embeddings import POOLING_ACTIVATIONS
-from minitransformer.architecture.feedforward import FEEDFORWARDS
+from minitransformer.architecture.feedforward import FeedForward
 from minitransformer.architecture.norms import Norm
-from minitransformer.architecture.positions import ROTARY_SCALINGS, PositionScheme
+from minitransformer.architecture.positions import PositionScheme, RotaryScaling
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
 from minitransformer.models.config import HEADS, ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.reopened import reopened_difference
+from minitransformer.settings import with_settings
 from tests.test_pretrained_parity import FLOAT32, MEMBERS, VOCABULARY
 
 library = pytest.importorskip("transformers")
@@ -56,14 +56,14 @@ SETTINGS: dict[str, list[Any]] = {
     "positions": list(PositionScheme.registry),
     "rotary_base": [500.0],
     "rotary_fraction": [1.0, 0.5, 0.75],
-    "rotary_scaling": list(ROTARY_SCALINGS),
+    "rotary_scaling": list(RotaryScaling.registry),
     "rotary_factor": [2.0],
     "rotary_low_freq_factor": [2.0],
     "rotary_high_freq_factor": [3.0],
     "rotary_original_length": [16],
     "t5_buckets": [8],
     "t5_max_distance": [10],
-    "feedforward": list(FEEDFORWARDS),
+    "feedforward": list(FeedForward.registry),
     "num_experts": [None, 1, 4],
     "experts_per_token": [1, 2],
     "bias": [True, False],
@@ -102,7 +102,7 @@ def variants(name: str, changes: list[Changes]) -> Iterator[ModelConfig]:
     model_type, config = member(name)
     for change in changes:
         try:
-            changed = replace(config, **change)
+            changed = with_settings(config, change)
             build_model(changed)
         except UserError:
             continue
@@ -182,7 +182,7 @@ def test_a_field_that_is_left_out_means_what_the_library_takes_it_for(name: str)
         read += 1
         # Sizes that are not said show in the tensors, whose shapes are compared.
         sizes = {name: getattr(theirs, name) for name in ("num_kv_heads", "head_dim", "d_ff", "num_decoder_layers")}
-        assert replace(ours, **sizes) == theirs, field
+        assert with_settings(ours, sizes) == theirs, field
     assert read > 10
 
 
@@ -195,7 +195,7 @@ def test_a_fraction_of_a_head_that_the_library_ignores_is_refused_both_ways(fami
     _, config = member(name)
     hf = Family.named(family).hf_config(config)
     with pytest.raises(UserError, match=f"rotary_fraction is 0.5, and {family} can only hold 1.0"):
-        Family.named(family).hf_config(replace(config, rotary_fraction=0.5))
+        Family.named(family).hf_config(with_settings(config, {"rotary_fraction": 0.5}))
     for spelling in ({"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}):
         with pytest.raises(UserError, match=f"partial_rotary_factor is 0.5 in config.json: {family} turns whole heads"):
             Family.named(family).model_config({**hf, **spelling})

@@ -14,6 +14,7 @@ from minitransformer.models.config import PRESETS, ModelConfig
 from minitransformer.models.model import build_model
 from minitransformer.pretrained import bert, gpt, llama, seq2seq  # noqa: F401  (each registers its families)
 from minitransformer.pretrained.families import Family
+from minitransformer.settings import with_settings
 
 GPT2 = {"vocab_size": 11, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
 LLAMA = {
@@ -58,7 +59,7 @@ def test_the_rotation_is_read_from_both_spellings() -> None:
     }
     new = read("llama", **LLAMA, rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, **scaling})
     old = read("llama", **LLAMA, rope_theta=500.0, rope_scaling={"type": "llama3", **scaling})
-    assert new == old == replace(read("llama", **LLAMA), **expected)
+    assert new == old == with_settings(read("llama", **LLAMA), expected)
 
 
 @pytest.mark.parametrize(
@@ -258,17 +259,17 @@ def test_with_the_choices_in_place_of_the_obstacles_nothing_is_in_the_way(family
     config = replace(PRESETS[preset], vocab_size=11)
     if config.topology in Family.named(family).architectures:
         choices = {obstacle.setting: obstacle.choice for obstacle in Family.named(family).obstacles(config)}
-        assert Family.named(family).hf_config(replace(config, **choices))
+        assert Family.named(family).hf_config(with_settings(config, choices))
 
 
 @pytest.mark.parametrize(("family", "choices", "message"), REFUSALS, ids=[message for *_, message in REFUSALS])
 def test_a_choice_that_a_family_cannot_hold_is_named(family: str, choices: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Family.named(family).hf_config(replace(GPT2_CONFIG, **choices))
+        Family.named(family).hf_config(with_settings(GPT2_CONFIG, choices))
 
 
 def test_what_makes_no_difference_is_no_hindrance() -> None:
-    same = replace(GPT2_CONFIG, dropout=0.5, init="xavier", attention_kernel="by-hand", rotary_base=3.0, t5_buckets=8)
+    same = replace(GPT2_CONFIG, dropout=0.5, init="xavier", attention_kernel="by-hand", window_pattern=(True, False))
     assert Family.named("gpt2").hf_config(same) == Family.named("gpt2").hf_config(GPT2_CONFIG)
 
 

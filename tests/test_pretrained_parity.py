@@ -309,9 +309,9 @@ GELUS = {"gelu": "gelu-tanh", "gelu-tanh": "gelu", "geglu-tanh": "geglu"}
 def subtle_mistakes(config: ModelConfig) -> Iterator[dict[str, Any]]:
     """What may be read wrongly without that texts look wrong."""
     yield {"norm_eps": max(10 * config.norm_eps, 1e-5)}
-    if config.feedforward in GELUS:
-        yield {"feedforward": GELUS[config.feedforward]}
-    if config.positions == "rotary":
+    if config.feedforward.name in GELUS:
+        yield {"feedforward": GELUS[config.feedforward.name]}
+    if config.positions.name == "rotary":
         yield {"rotary_base": 1.01 * config.rotary_base}
     if config.attention_window is not None and config.attention_window < LENGTH:
         yield {"attention_window": config.attention_window + 1}

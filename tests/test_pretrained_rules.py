@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from minitransformer.architecture.positions import Rotary
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.pretrained.rules import (
@@ -29,7 +30,9 @@ from minitransformer.pretrained.rules import (
     save_weights,
 )
 
-CONFIG = ModelConfig(d_model=8, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=5, rotary_fraction=0.5)
+CONFIG = ModelConfig(
+    d_model=8, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=5, positions=Rotary.choose(fraction=0.5)
+)
 SIZES = st.integers(1, 5)
 
 
@@ -110,7 +113,7 @@ def test_grouped_heads_are_the_query_heads_of_a_group_then_its_key_then_its_valu
 
 
 def test_interleaved_pairs_become_halves_of_what_is_turned_and_the_rest_stays() -> None:
-    config = ModelConfig(d_model=16, num_heads=2, rotary_fraction=0.5)
+    config = ModelConfig(d_model=16, num_heads=2, positions=Rotary.choose(fraction=0.5))
     (rows,) = InterleavedPairs().load(torch.arange(16), config)
     assert rows.tolist() == [0, 2, 1, 3, 4, 5, 6, 7, 8, 10, 9, 11, 12, 13, 14, 15]
 

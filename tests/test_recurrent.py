@@ -275,7 +275,7 @@ def test_gates_start_with_orthogonal_recurrence_and_without_biases(name: str) ->
                 torch.testing.assert_close(gate @ gate.T, torch.eye(64), rtol=1e-4, atol=1e-5)
             else:
                 expected = torch.empty_like(gate)
-                Initialisation.named(name)().linear(expected)
+                Initialisation.choose(name).make().linear(expected)
                 assert gate.std().item() == pytest.approx(expected.std().item(), rel=0.05)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minitransformer.architecture.attention import AttentionView
 from minitransformer.architecture.block import Block
-from minitransformer.architecture.feedforward import FEEDFORWARDS
+from minitransformer.architecture.feedforward import FeedForward
 from minitransformer.architecture.norms import LayerNorm, Norm, RMSNorm
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Admin, DeepNorm, Place, PostLN, PreLN, ResiDual, Residual
@@ -179,8 +179,10 @@ class Connections(nn.Module):
         self.placement = Residual.named(name)
         places = [Place(layer, num_layers, sublayer) for layer in range(num_layers) for sublayer in SUBLAYERS]
         self.sublayers = nn.ModuleList(nn.Linear(features, features) for _ in places)
-        self.residuals = nn.ModuleList(self.placement(lambda: LayerNorm(features), dropout, place) for place in places)
-        self.final_norm = self.placement.make_final_norm(lambda: LayerNorm(features))
+        self.residuals = nn.ModuleList(
+            self.placement(lambda: LayerNorm.choose().make(features), dropout, place) for place in places
+        )
+        self.final_norm = self.placement.make_final_norm(lambda: LayerNorm.choose().make(features))
 
     def forward(self, x: Tensor) -> Tensor:
         stream = self.placement.open(x)
@@ -304,7 +306,7 @@ def test_dropout_stands_on_the_branch_and_never_on_the_stream(name: str, sublaye
 PARTS = [
     *({"positions": name} for name in PositionScheme.registry),
     *({"norm": name} for name in Norm.registry),
-    *({"feedforward": name} for name in FEEDFORWARDS),
+    *({"feedforward": name} for name in FeedForward.registry),
     *({"block": name} for name in Block.registry if name != "parallel-two-norms"),
 ]
 
@@ -501,7 +503,7 @@ def test_keel_counts_a_parallel_block_once() -> None:
 @pytest.mark.parametrize(("eps", "last"), [(1e-5, 1e-7), (1e-3, 1e-5)])
 def test_the_last_norm_of_residual_has_a_hundredth_of_the_eps_of_all_others(name: str, eps: float, last: float) -> None:
     """1e-7 beside the 1e-5 of all others is what its authors released."""
-    stack = build_stack(ModelConfig(d_model=8, num_heads=2, residual=name, norm_eps=eps), causal=True)
+    stack = build_stack(ModelConfig(d_model=8, num_heads=2, residual=name, norm=LayerNorm.choose(eps=eps)), causal=True)
     assert stack.final_norm.eps == pytest.approx(last)
     assert stack.connections[0].norm.eps == eps
 

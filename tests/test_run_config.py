@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from runs_for_tests import chosen_for
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
+from minitransformer.settings import all_declared, flat, with_settings
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.finetuning import fine_tuning
 from minitransformer.training.presets import PRESETS
@@ -19,6 +21,28 @@ from minitransformer.training.presets import PRESETS
 
 def stored(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_json()))
+
+
+def in_format_1(config: RunConfig) -> dict[str, Any]:
+    """As versions wrote it in which every setting stood flat."""
+    parts = {"model": config.model, "data": config.data, "training": config.training}
+    return json.loads(json.dumps({name: flat(part) for name, part in parts.items()}))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_configuration_whose_settings_were_flat_is_read_as_it_was_meant(preset: str) -> None:
+    assert RunConfig.from_json(in_format_1(PRESETS[preset]), "config.json") == PRESETS[preset]
+
+
+def test_settings_of_variants_that_were_not_chosen_fall_away_with_the_flat_format() -> None:
+    record = in_format_1(RunConfig(ModelConfig(positions="alibi")))
+    record["model"] |= {"rotary_base": 500.0, "t5_buckets": 7}
+    assert RunConfig.from_json(record, "config.json").model == ModelConfig(positions="alibi")
+
+
+def test_a_format_of_the_future_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^x/config\.json has format 99, and this version reads up to"):
+        RunConfig.from_json({**stored(RunConfig()), "format": 99}, "x/config.json")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -30,13 +54,13 @@ def test_a_run_that_is_older_than_a_setting_has_its_default() -> None:
     config = RunConfig()
     changed = replace(config, training=replace(config.training, steps=7))
     record = stored(changed)
-    del record["training"]["eps"]
+    del record["training"]["optimizer"]["eps"]
     assert RunConfig.from_json(record, "config.json") == changed
 
 
 @pytest.mark.parametrize("residual", ["hybrid", "hybrid-star"])
 def test_an_older_hybridnorm_still_normalises_all_features_together(residual: str) -> None:
-    record = stored(RunConfig(ModelConfig(residual=residual)))
+    record = in_format_1(RunConfig(ModelConfig(residual=residual)))
     assert RunConfig.from_json(record, "config.json").model.qk_norm == "none"  # by head, as its authors have it
     del record["model"]["value_norm"]
     assert RunConfig.from_json(record, "config.json").model.qk_norm == "full"
@@ -53,10 +77,10 @@ def test_a_setting_that_nothing_here_knows_is_refused(part: str) -> None:
 
 
 NUMBERS = [
-    (part, field.name)
+    (part, each.name)
     for part in (ModelConfig, DataConfig, TrainingConfig)
-    for field in fields(part)
-    if "float" in str(field.type)
+    for each in all_declared(part)
+    if "float" in str(each.kind)
 ]
 
 
@@ -64,19 +88,19 @@ NUMBERS = [
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39])
 def test_a_number_that_is_not_finite_in_float32_is_refused(part: type, name: str, value: float) -> None:
     with pytest.raises(UserError, match=re.escape(f"{name} is {value}: ")):
-        part(**{name: value})
+        with_settings(part(), {**chosen_for(part, name), name: value})
 
 
 @pytest.mark.parametrize(("part", "name"), [(TrainingConfig, "eps"), (ModelConfig, "norm_eps")])
 def test_an_epsilon_that_is_zero_in_float32_is_refused(part: type, name: str) -> None:
     for value in (1e-300, 1e-46, 0.0):
         with pytest.raises(UserError, match=re.escape(f"{name} is {value}")):
-            part(**{name: value})
-    part(**{name: 1e-30})
+            with_settings(part(), {name: value})
+    with_settings(part(), {name: 1e-30})
 
 
 def test_a_run_from_before_a_part_of_validation_was_drawn_goes_on_reading_all() -> None:
-    record = stored(RunConfig())
+    record = in_format_1(RunConfig())
     del record["training"]["validation_tokens"]
     assert RunConfig.from_json(record, "config.json").training.validation_tokens == 0
 

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minitransformer.architecture.kernels import KERNELS
-from minitransformer.architecture.positions import ROTARY_SCALINGS, PositionSpace, Rotary, token_positions
+from minitransformer.architecture.positions import (
+    Llama3Scaling,
+    PositionInterpolation,
+    PositionSpace,
+    Rotary,
+    RotaryScaling,
+    token_positions,
+)
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 
@@ -52,41 +59,44 @@ def test_a_wide_softcap_changes_nothing(kernel: Any) -> None:
 @given(turned=st.sampled_from([2, 4, 6]))
 def test_a_rotary_fraction_turns_a_smaller_head_and_leaves_the_rest_alone(turned: int) -> None:
     x, positions = torch.randn(2, 3, 5, 8), token_positions(5)
-    out = Rotary(space(rotary_fraction=turned / 8)).rotation(positions)(x)
+    out = Rotary.choose(fraction=turned / 8).make(space()).rotation(positions)(x)
     assert torch.equal(out[..., turned:], x[..., turned:])
-    small = Rotary(space(head_dim=turned)).rotation(positions)(x[..., :turned])
+    small = Rotary.choose().make(space(head_dim=turned)).rotation(positions)(x[..., :turned])
     torch.testing.assert_close(out[..., :turned], small)
     assert (out[:, :, 1:, :turned] != x[:, :, 1:, :turned]).all()
 
 
-def rescaled(name: str, turns: list[float], **sizes: Any) -> list[float]:
+def rescaled(name: str, turns: list[float], **settings: Any) -> list[float]:
     """What becomes of frequencies that turn so often in the original length, as multiples of what they were."""
-    shape = space(rotary_scaling=name, rotary_original_length=100, **sizes)
     frequencies = 2 * math.pi * torch.tensor(turns) / 100
-    return (ROTARY_SCALINGS[name](frequencies, shape) / frequencies).tolist()
+    return (RotaryScaling.choose(name, **settings).make().rescale(frequencies) / frequencies).tolist()
 
 
 def test_linear_scaling_divides_every_frequency() -> None:
-    assert rescaled("linear", [0.1, 1.0, 50.0], rotary_factor=8.0) == pytest.approx([1 / 8] * 3)
-    assert rescaled("none", [0.1, 1.0, 50.0], rotary_factor=8.0) == [1.0] * 3
+    assert rescaled("linear", [0.1, 1.0, 50.0], factor=8.0) == pytest.approx([1 / 8] * 3)
+    assert rescaled("none", [0.1, 1.0, 50.0]) == [1.0] * 3
 
 
 def test_llama3_scaling_slows_slow_turns_leaves_fast_ones_and_goes_over_between() -> None:
-    found = rescaled("llama3", [0.2, 1.0, 2.5, 4.0, 30.0], rotary_factor=8.0)
+    found = rescaled("llama3", [0.2, 1.0, 2.5, 4.0, 30.0], factor=8.0, original_length=100)
     assert found == pytest.approx([1 / 8, 1 / 8, (1 / 8 + 1) / 2, 1, 1])
-    wider = {"rotary_low_freq_factor": 2.0, "rotary_high_freq_factor": 10.0}
-    assert rescaled("llama3", [1.9, 4.0, 11.0], rotary_factor=4.0, **wider) == pytest.approx([1 / 4, 7 / 16, 1])
+    wider = {"low_freq_factor": 2.0, "high_freq_factor": 10.0, "original_length": 100}
+    assert rescaled("llama3", [1.9, 4.0, 11.0], factor=4.0, **wider) == pytest.approx([1 / 4, 7 / 16, 1])
 
 
 def test_a_linear_factor_puts_every_position_at_its_share() -> None:
     x = torch.randn(1, 2, 4, 8)
-    scaled = Rotary(space(rotary_scaling="linear", rotary_factor=4.0)).rotation(torch.tensor([[0, 4, 8, 40]]))(x)
-    torch.testing.assert_close(scaled, Rotary(space()).rotation(torch.tensor([[0, 1, 2, 10]]))(x))
+    scaled = (
+        Rotary.choose(scaling=PositionInterpolation.choose(factor=4.0))
+        .make(space())
+        .rotation(torch.tensor([[0, 4, 8, 40]]))(x)
+    )
+    torch.testing.assert_close(scaled, Rotary.choose().make(space()).rotation(torch.tensor([[0, 1, 2, 10]]))(x))
 
 
 def test_llama_3_1_has_the_frequencies_of_its_public_code() -> None:
     # Its base, length and factors; the first pair, one between and the last, reckoned apart from our code.
-    shape = space(head_dim=128, rotary_scaling="llama3", rotary_factor=8.0, rotary_original_length=8192)
+    scaling = Llama3Scaling.choose(factor=8.0, original_length=8192).make()
     pairs = torch.arange(64, dtype=torch.float64)
     frequencies = 500000.0 ** (-pairs / 64)
     expected = []
@@ -95,6 +105,4 @@ def test_llama_3_1_has_the_frequencies_of_its_public_code() -> None:
         smooth = (8192 / wavelength - 1) / (4 - 1)
         between = (1 - smooth) * frequency / 8 + smooth * frequency
         expected.append(frequency if wavelength < 8192 / 4 else frequency / 8 if wavelength > 8192 / 1 else between)
-    torch.testing.assert_close(
-        ROTARY_SCALINGS["llama3"](frequencies, shape), torch.tensor(expected, dtype=torch.float64)
-    )
+    torch.testing.assert_close(scaling.rescale(frequencies), torch.tensor(expected, dtype=torch.float64))

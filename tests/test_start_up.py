@@ -12,7 +12,7 @@ import torch
 from minitransformer.commands import start
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import build_model, count_parameters
-from minitransformer.training.optimizers import OPTIMIZERS
+from minitransformer.training.optimizers import Optimizer
 
 LOADED = """
 import runpy, sys
@@ -38,9 +38,9 @@ from minitransformer.commands import start
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import build_model
 from minitransformer.training.config import TrainingConfig
-from minitransformer.training.optimizers import build_optimizers
+from minitransformer.training.optimizers import Optimizer, build_optimizers
 model = build_model(ModelConfig(d_model=8, num_heads=1, num_layers=1, vocab_size=5))
-optimizers = build_optimizers(sys.argv[1], model, TrainingConfig().optimizer_settings)
+optimizers = build_optimizers(Optimizer.choose(sys.argv[1]), model, TrainingConfig().rates)
 model(torch.arange(5)[None]).sum().backward()
 for optimizer in optimizers:
     optimizer.step()
@@ -49,7 +49,7 @@ print(*sys.modules)
 """
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", Optimizer.registry)
 def test_the_first_step_loads_no_compiler(optimizer: str) -> None:
     program = [sys.executable, "-c", TRAINED, optimizer]
     loaded = subprocess.run(program, capture_output=True, text=True, check=True).stdout.split()

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from minitransformer.architecture.attention import QK_NORMS
 from minitransformer.architecture.block import Block
-from minitransformer.architecture.feedforward import FEEDFORWARDS
+from minitransformer.architecture.feedforward import FeedForward
 from minitransformer.architecture.init import Initialisation
 from minitransformer.architecture.kernels import KERNELS
 from minitransformer.architecture.linear import ScoreProjection
 from minitransformer.architecture.norms import Norm
-from minitransformer.architecture.positions import ROTARY_SCALINGS, PositionScheme
+from minitransformer.architecture.positions import PositionScheme, RotaryScaling
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
+from minitransformer.settings import with_settings
 from tests.placements_for_tests import EVERY_PLACEMENT
 
 SIZES = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context_length": 16, "vocab_size": 11}
@@ -40,13 +41,16 @@ PARTS: list[dict[str, Any]] = [
     *({**choices, "pooling": "relu"} for choices in EVERY_PLACEMENT),
     *({"positions": name} for name in PositionScheme.registry),
     # Not every bias: softmax does not see that of the keys in cross-attention.
-    *({"norm": name, "norm_bias": True, "attention_output_bias": True} for name in Norm.registry),
-    *({"feedforward": name} for name in FEEDFORWARDS),
-    *({"feedforward": name, "num_experts": 2} for name in FEEDFORWARDS),
+    *({"norm": name, "attention_output_bias": True} for name in Norm.registry),
+    {"norm": "layer", "norm_bias": True},
+    {"norm": "dyt", "norm_bias": True},
+    *({"feedforward": name} for name in FeedForward.registry),
+    *({"feedforward": name, "num_experts": 2} for name in FeedForward.registry),
     *({"qk_norm": name, "norm": "rms"} for name in QK_NORMS),
     *({"block": name} for name in Block.registry),
     *({"attention_kernel": name} for name in KERNELS),
-    *({"rotary_scaling": name, "rotary_factor": 4.0, "rotary_fraction": 0.5} for name in ROTARY_SCALINGS),
+    *({"rotary_scaling": name, "rotary_fraction": 0.5} for name in RotaryScaling.registry),
+    *({"rotary_scaling": name, "rotary_factor": 4.0} for name in ("linear", "llama3")),
     {"embedding_dim": 6, "num_kv_heads": 1, "logit_softcap": 3.0, "attention_softcap": 2.0},
     {"head": "transformed", "head_bias": True, "tied_embeddings": False, "embedding_norm": True},
     {"token_smear": True},
@@ -54,7 +58,7 @@ PARTS: list[dict[str, Any]] = [
 
 
 def make(topology: str, **choices: Any) -> Model:
-    return build_model(ModelConfig(**{**SIZES, "topology": topology, **TOPOLOGIES[topology], **choices}))
+    return build_model(with_settings(ModelConfig(), {**SIZES, "topology": topology, **TOPOLOGIES[topology], **choices}))
 
 
 def outputs(model: Model) -> Tensor:

@@ -22,7 +22,7 @@ from minitransformer.training.logging import RunFiles
 from minitransformer.training.loop import MOST_STEPS_WITHOUT_UPDATE, NonFiniteTraining
 from minitransformer.training.muon import Muon, jordan, nearest_to_one, orthogonalise, polar_express
 from minitransformer.training.objectives import Causal
-from minitransformer.training.optimizers import OPTIMIZERS, OptimizerSettings, build_optimizers
+from minitransformer.training.optimizers import AdamW, MuonWithAdamW, Optimizer, Rates, build_optimizers
 from minitransformer.training.precision import Precision
 from minitransformer.training.signals import StopRequest
 from minitransformer.training.step import Validation, training_step, validate
@@ -31,9 +31,7 @@ from tests.runs_for_tests import TINY, configured, prepared_text, trainer_for
 pytestmark = pytest.mark.unchecked_shapes
 
 CPU = torch.device("cpu")
-SETTINGS = OptimizerSettings(
-    lr=0.1, embedding_lr=0.1, head_lr=0.1, weight_decay=0.1, beta1=0.9, beta2=0.95, momentum=0.9
-)
+SETTINGS = Rates(lr=0.1, embedding_lr=0.1, head_lr=0.1, weight_decay=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +113,21 @@ def test_clipping_scales_the_gradient_down_to_the_given_norm():
 
 def test_only_matrices_decay():
     model = DecoderLM(TINY.model)
-    [optimizer] = build_optimizers("adamw", model, SETTINGS)
+    [optimizer] = build_optimizers(AdamW.choose(), model, SETTINGS)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert all(decays[id(p)] == (0.1 if p.dim() > 1 else 0.0) for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", Optimizer.registry)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_optimizer_updates_every_weight_once(name, tied):
     model = DecoderLM(replace(TINY.model, tied_embeddings=tied, bias=True, positions="learned", qk_norm="head"))
-    updated = [id(p) for o in build_optimizers(name, model, SETTINGS) for g in o.param_groups for p in g["params"]]
+    updated = [
+        id(p)
+        for o in build_optimizers(Optimizer.choose(name), model, SETTINGS)
+        for g in o.param_groups
+        for p in g["params"]
+    ]
     assert sorted(updated) == sorted(id(p) for p in model.parameters())
 
 
@@ -217,7 +220,7 @@ class TimesNaN(Causal):
 @pytest.mark.parametrize("first", [True, False])
 def test_a_loss_or_gradient_that_is_not_finite_changes_neither_weights_nor_averages(precision, broken, first):
     model = DecoderLM(TINY.model)
-    optimizers = build_optimizers("muon", model, SETTINGS)
+    optimizers = build_optimizers(MuonWithAdamW.choose(momentum=0.9), model, SETTINGS)
     arithmetic = Precision.named(precision)(CPU)
     batch = random_batch(2, torch.Generator().manual_seed(0))
 
@@ -240,7 +243,7 @@ def test_a_loss_or_gradient_that_is_not_finite_changes_neither_weights_nor_avera
     assert all(tensor.isfinite().all() for tensor in [*averages(), *model.state_dict().values()])
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", Optimizer.registry)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
 def test_a_step_asks_the_device_for_no_number(precision, optimizer):
     class NoNumber(TorchDispatchMode):
@@ -255,7 +258,7 @@ def test_a_step_asks_the_device_for_no_number(precision, optimizer):
             return Batch(self.inputs, self.targets)
 
     model = DecoderLM(replace(TINY.model, dropout=0.1))
-    optimizers = build_optimizers(optimizer, model, SETTINGS)
+    optimizers = build_optimizers(Optimizer.choose(optimizer), model, SETTINGS)
     random = random_batch(2, torch.Generator().manual_seed(0))
     batch = OnHost(**{field.name: getattr(random, field.name) for field in fields(random)})
     rules = {"grad_clip": 1.0, "balance": ExpertBalance(model, 0.1)}
@@ -280,7 +283,7 @@ def test_every_precision_learns_the_text(text, tmp_path, precision):
     dropout=st.sampled_from([0.0, 0.3]),
     grad_accumulation=st.integers(1, 3),
     precision=st.sampled_from(["fp32", "bf16", "fp8"]),
-    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+    optimizer=st.sampled_from(sorted(Optimizer.registry)),
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     text, tmp_path_factory, stop_at, dropout, grad_accumulation, precision, optimizer
@@ -438,7 +441,7 @@ def test_no_checkpoint_is_offered_whose_weights_are_lost(text, tmp_path):
     assert checkpoint_steps(tmp_path / "run") == [6, 24, 27]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", Optimizer.registry)
 def test_weights_that_an_update_made_infinite_are_not_saved(text, tmp_path, optimizer):
     config = configured(optimizer=optimizer, tied_embeddings=False, steps=50, save_every=4, eval_every=25)
     trainer = trainer_for(tmp_path / "run", text, config)

@@ -308,8 +308,8 @@ class T5Relative(PositionScheme, name="t5"):
 
     @dataclass(frozen=True)
     class Settings:
-        buckets: int = setting(32, at_least=1, at_most=1 << 27, help="buckets of distances, each with its bias")
-        max_distance: int = setting(128, at_least=1, at_most=1 << 27, help="distances from here on share a bucket")
+        buckets: int = setting(32, at_least=1, most=1 << 27, help="buckets of distances, each with its bias")
+        max_distance: int = setting(128, at_least=1, most=1 << 27, help="distances from here on share a bucket")
 
     def __init__(self, settings: Settings, space: PositionSpace) -> None:
         super().__init__(settings, space)

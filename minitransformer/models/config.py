@@ -36,12 +36,12 @@ HEADS = {"linear": "LMHead", "transformed": "TransformedHead"}
 
 def size(default: int | None, *, help: str, **about: Any) -> Any:
     """A setting that counts features or tokens."""
-    return setting(default, at_least=1, at_most=MOST_FEATURES, help=help, **about)
+    return setting(default, at_least=1, most=MOST_FEATURES, help=help, **about)
 
 
 def count(default: int | None, *, help: str, **about: Any) -> Any:
     """A setting that counts modules."""
-    return setting(default, at_least=1, at_most=MOST_MODULES, help=help, **about)
+    return setting(default, at_least=1, most=MOST_MODULES, help=help, **about)
 
 
 @dataclass(frozen=True)
