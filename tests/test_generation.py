@@ -25,7 +25,7 @@ from minitransformer.errors import UserError
 from minitransformer.generation import readers
 from minitransformer.generation.decode import draw, generate, on_host, uniform_draws
 from minitransformer.generation.fast import recording
-from minitransformer.generation.fast.recording import FEW_PRODUCTS, SOON, Recorded, growing_size
+from minitransformer.generation.fast.recording import FEW_PRODUCTS, SOON, Recorded
 from minitransformer.generation.fast.rows import RowLinear, for_single_rows, gelu_by_columns
 from minitransformer.generation.processors import (
     MinP,
@@ -477,12 +477,12 @@ def test_one_recording_serves_all_lengths_but_where_shapes_are_fixed(
     calls = []
 
     def step(a: Tensor, b: Tensor) -> Tensor:
-        calls.append(int(growing_size(b)))
-        return a + b.size(0) + torch.arange(10).narrow(0, 0, growing_size(b)).sum() + b.sum()
+        calls.append(int(b.size(1)))
+        return a + torch.arange(10).narrow(0, 0, b.size(1)).sum() + b.sum()
 
     recorded = Recorded(step, fixed=fixed)
     for length in (2, 2, 3, 3, 5, 1):
-        expected = 2.0 + sum(range(length)) + length
+        expected = 1.0 + sum(range(length)) + length
         assert recorded(torch.ones(1), torch.ones(1, length)).tolist() == [expected]
     assert calls == ([2, 2, 3, 3, 5, 1] if fixed else [2, 2])
 

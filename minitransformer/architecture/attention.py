@@ -90,7 +90,9 @@ def repeat_heads(
     x: Float[Tensor, "batch kv_heads length head_dim"], heads: int
 ) -> Float[Tensor, "batch heads length head_dim"]:
     """Each key (or value) head repeated for the query heads that share it."""
-    return x if x.size(1) == heads else x.repeat_interleave(queries_per_key(heads, x.size(1)), dim=1)
+    if x.size(1) == heads:
+        return x
+    return x[:, :, None].expand(-1, -1, queries_per_key(heads, x.size(1)), -1, -1).flatten(1, 2)
 
 
 def queries_per_key(heads: int, kv_heads: int) -> int:

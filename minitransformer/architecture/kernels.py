@@ -37,7 +37,7 @@ def blockwise_attention(
     For many queries with `causal`, that is little more than half of the work; otherwise it is the same.
     """
     queries, keys = q.size(-2), k.size(-2)
-    if not causal or queries > keys:
+    if not causal or queries == 1 or queries > keys:
         return scaled_dot_product_attention(q, k, v, causal=causal, mask=mask, bias=bias, **settings)
     attended = []
     for first in range(0, queries, QUERIES_AT_ONCE):
@@ -87,11 +87,12 @@ def fused_attention(
             q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout=dropout
         )
     # torch aligns `is_causal` with the first key, which is right only for as many queries as keys.
-    plain_causal = causal and mask is None and bias is None and q.size(-2) == k.size(-2)
+    plain_causal = causal and mask is None and bias is None and 1 < q.size(-2) == k.size(-2)
     allowed = None if plain_causal else allowed_keys(q, k, causal, mask)
     if bias is not None:
         bias = bias.to(q.dtype)
         allowed = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
+    grouped = {"enable_gqa": True} if queries_per_key(q.size(1), k.size(1)) > 1 else {}
     attended = F.scaled_dot_product_attention(
         q,
         k,
@@ -100,7 +101,7 @@ def fused_attention(
         dropout_p=dropout,
         is_causal=plain_causal,
         scale=scale,
-        enable_gqa=queries_per_key(q.size(1), k.size(1)) > 1,
+        **grouped,
     )
     # torch's kernels for CPUs give zeros themselves.
     if q.device.type == "cpu" or every_query_has_a_key(q, k, causal, mask):

@@ -16,7 +16,7 @@ from torch import Tensor
 from minitransformer.architecture.cache import KVCache
 from minitransformer.errors import UserError
 from minitransformer.generation.decode import draw, evaluating, seeded, uniform_draws
-from minitransformer.generation.fast.recording import growing_size, has_fixed_shapes, recorded
+from minitransformer.generation.fast.recording import has_fixed_shapes, recorded
 from minitransformer.generation.fast.rows import for_single_rows
 from minitransformer.generation.processors import (
     LogitsProcessor,
@@ -82,7 +82,7 @@ class RowsReader:
 
 def _read(model: DecoderLM, cache: KVCache, tokens: Tensor, slot: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
     # In every row, nothing is later than the one new token.
-    chosen = cache.at(slot, growing_size(visible), full=False, in_order=True)
+    chosen = cache.at(slot, visible.size(0), full=False, in_order=True)
     return model.head(model.hidden_states(tokens, positions=positions, cache=chosen)[:, -1])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minitransformer.architecture.block import Memory
 from minitransformer.architecture.cache import ChosenSlots, KVCache
-from minitransformer.generation.fast.recording import Step, growing_size, has_fixed_shapes, recorded
+from minitransformer.generation.fast.recording import Step, has_fixed_shapes, recorded
 from minitransformer.generation.fast.rows import for_single_rows
 from minitransformer.models.decoder import DecoderLM
 
@@ -145,7 +145,7 @@ def _read(
     """The logits after `tokens`, whose slots are their positions."""
     # Causality for several new tokens takes a mask: kernels would draw it by a number of keys, which grows.
     newest_alone = ends_at_newest and tokens.size(1) == 1
-    chosen = cache.at(slots, growing_size(visible), full=ends_at_newest, in_order=newest_alone)
+    chosen = cache.at(slots, visible.size(0), full=ends_at_newest, in_order=newest_alone)
     return _logits(model, tokens, count, chosen, slots[None])
 
 

@@ -10,7 +10,7 @@ of a step by one call, for fixed shapes.
 # `torch.jit.trace` is deprecated, in favour of `torch.export`, which takes seconds where tracing takes milliseconds.
 # When a torch comes without `torch._C._create_graph_by_tracing`, which the upper bound of torch in pyproject.toml keeps
 # out until then, an exported step, compiled once for a model and kept on disk, replaces `traced`; where there is none
-# yet, steps run as they are. `growing_size` and `_ConstantSizes` go with it: nothing else knows of tracing.
+# yet, steps run as they are. Nothing else knows of tracing.
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from minitransformer.architecture.attention import MultiHeadAttention
 from minitransformer.generation.fast.rows import count_matrix_weights
@@ -100,30 +98,13 @@ class Recorded:
             torch._C._set_graph_executor_optimize(optimizing)
 
 
-def growing_size(tensor: Tensor) -> int:
-    """The last size of `tensor`, which a recording takes anew from the tensor that each replay is given.
-
-    Every other size is a constant of the recording.
-    """
-    with torch._C.DisableTorchFunction():
-        return tensor.size(-1)
-
-
-class _ConstantSizes(TorchFunctionMode):
-    """Within it, sizes are Python's numbers, where tracing would make tensors of them."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = function(*args, **(kwargs or {}))
-        return int(found) if function is Tensor.size and isinstance(found, Tensor) else found
-
-
 def traced(step: Step, tensors: Sequence[Tensor]) -> Step:
     """`step` without Python, for as long as someone keeps it.
 
     As `torch.jit.trace`, which would put it, with the weights and the cache that are its constants, into a compilation
-    unit of the whole process, for ever.
+    unit of the whole process, for ever. A write to a tensor that nothing in the step reads is left out.
     """
-    with warnings.catch_warnings(), _ConstantSizes():
+    with warnings.catch_warnings():
         # Of sizes that become constants: here they are.
         warnings.simplefilter("ignore")
         graph, _ = torch._C._create_graph_by_tracing(step, tuple(tensors), lambda value: "", True, False)
