@@ -86,8 +86,10 @@ def fused_attention(
         return scaled_dot_product_attention(
             q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout=dropout
         )
+    if q.size(-2) == 1:
+        causal = False  # nothing is later than the last key
     # torch aligns `is_causal` with the first key, which is right only for as many queries as keys.
-    plain_causal = causal and mask is None and bias is None and 1 < q.size(-2) == k.size(-2)
+    plain_causal = causal and mask is None and bias is None and q.size(-2) == k.size(-2)
     allowed = None if plain_causal else allowed_keys(q, k, causal, mask)
     if bias is not None:
         bias = bias.to(q.dtype)

@@ -144,7 +144,7 @@ def _read(
 ) -> Float[Tensor, "samples {count} vocab"]:
     """The logits after `tokens`, whose slots are their positions."""
     # Causality for several new tokens takes a mask: kernels would draw it by a number of keys, which grows.
-    newest_alone = ends_at_newest and tokens.size(1) == 1
+    newest_alone = ends_at_newest and bool(tokens.size(1) == 1)
     chosen = cache.at(slots, visible.size(0), full=ends_at_newest, in_order=newest_alone)
     return _logits(model, tokens, count, chosen, slots[None])
 
