@@ -87,14 +87,17 @@ def test_a_cache_knows_the_position_in_each_slot_of_each_row_whatever_was_done_t
             cache.reorder(torch.tensor(chosen))
             expected = [list(expected[row]) for row in chosen]
         elif what == "clear":
-            row = data.draw(st.integers(0, rows - 1))
-            cache.clear(row)
-            expected[row] = [None] * 9
+            cleared = data.draw(st.lists(st.integers(0, rows - 1), unique=True))
+            cache.clear(cleared)
+            for row in cleared:
+                expected[row] = [None] * 9
         elif what == "put":
-            row, slot, other = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, 7)), KVCache(1, 2)
+            filled = data.draw(st.lists(st.integers(0, rows - 1), unique=True, min_size=1))
+            slot, other = data.draw(st.integers(0, 7)), KVCache(1, 2)
             other.reserve(token_positions(2))
-            cache.put(other, row, slot, rows)
-            expected[row] = [None] * slot + [0, 1] + [None] * (7 - slot)
+            cache.put(other, filled, slot, rows)
+            for row in filled:
+                expected[row] = [None] * slot + [0, 1] + [None] * (7 - slot)
         elif what == "roll":
             by = data.draw(st.integers(-8, 8))
             cache.roll(by)

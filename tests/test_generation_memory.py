@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from minitransformer.architecture import cache
-from minitransformer.generation.batch import generate_each
-from minitransformer.generation.decode import generate
+from minitransformer.generation.decode import generate, generate_each
 from minitransformer.generation.fast import recording
 from minitransformer.generation.fast.rows import RowLinear
 from minitransformer.generation.processors import SamplingConfig

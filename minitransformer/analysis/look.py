@@ -17,8 +17,8 @@ from minitransformer.architecture.additive_attention import AdditiveAttention, a
 from minitransformer.architecture.block import Stack
 from minitransformer.diagnostics.attention_maps import captured_attention
 from minitransformer.errors import UserError
-from minitransformer.generation.decode import evaluating
 from minitransformer.generation.fill import encode_with_masks
+from minitransformer.generation.modes import evaluating
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.samples import translations
 from minitransformer.models.decoder import DecoderLM

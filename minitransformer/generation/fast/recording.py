@@ -32,6 +32,8 @@ SOON = 8
 """steps"""
 FEW_PRODUCTS = 1 << 21
 """that one thread does about as fast as several (measured), and several times as fast if another process is at work"""
+FEW_SLOTS = 512
+"""that it costs little to look at"""
 Step = Callable[..., Tensor]
 
 
@@ -54,6 +56,18 @@ def uninterrupted() -> Iterator[None]:
 def has_fixed_shapes(device: torch.device) -> bool:
     """Whether what is recorded there holds for the very shapes that it was recorded with."""
     return device.type == "cuda"
+
+
+def slots_visible(length: int, most: int, fixed: bool) -> int:
+    """How many of `most` slots attention looks at when `length` are in use: these, where recordings take any size.
+
+    Where their shapes are `fixed`, up to a quarter more, or `FEW_SLOTS`: all would cost a short text as much as the
+    longest.
+    """
+    if not fixed:
+        return length
+    step = max(FEW_SLOTS, (1 << length.bit_length()) // 8)
+    return min(most, -(-length // step) * step)
 
 
 class Recorded:
