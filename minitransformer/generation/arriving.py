@@ -25,14 +25,13 @@ def on_host(tensors: Iterable[Tensor], asynchronous: bool) -> Iterator[list[int]
 
 def on_its_way(tensor: Tensor) -> Callable[[], list[int]]:
     """Begins to copy what `tensor` will hold; waits for that alone when called."""
-    numbers = tensor.to("cpu", non_blocking=True)
-    arrived = torch.cuda.Event() if tensor.is_cuda else None
-    if arrived:
-        arrived.record()
+    if not tensor.is_cuda:
+        return tensor.tolist
+    numbers, arrived = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
 
     def wait() -> list[int]:
-        if arrived:
-            arrived.synchronize()
+        arrived.synchronize()
         return numbers.tolist()
 
     return wait

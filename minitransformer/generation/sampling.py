@@ -78,17 +78,15 @@ def check_prompt(prompt: Sequence[int]) -> None:
         raise UserError("the prompt has no token: begin with the end-of-text token")
 
 
-@torch.inference_mode()
 def choose(logits: Float[Tensor, "requests vocab"], requests: Sequence[Request]) -> Int[Tensor, "requests"]:
     """The next token of each request, by its own settings and random numbers.
 
     Raises `UserError` if a model has gone wrong so far that there is no first token.
     """
     logits = at_least_float32(logits)
-    if any(not request.chosen for request in requests):
+    if 0 in {request.chosen for request in requests}:
         check_finite(logits)
-    first = requests[0].alike
-    if all(request.alike == first for request in requests):
+    if len({request.alike for request in requests}) == 1:
         chosen = _choose_alike(logits, requests)
     else:
         chosen = torch.empty(len(requests), dtype=torch.long, device=logits.device)
@@ -109,13 +107,14 @@ def _alike(requests: Sequence[Request]) -> list[list[int]]:
 
 def _choose_alike(logits: Float[Tensor, "requests vocab"], requests: Sequence[Request]) -> Int[Tensor, "requests"]:
     first, device = requests[0], logits.device
-    texts = [request.text(device) for request in requests] if first.looks_back else []
-    tokens = torch.stack(texts) if texts else torch.empty(len(requests), 0, dtype=torch.long, device=device)
-    logits = processed(logits, first.processors, tokens)
+    if first.processors:
+        texts = [request.text(device) for request in requests] if first.looks_back else []
+        tokens = torch.stack(texts) if texts else torch.empty(len(requests), 0, dtype=torch.long, device=device)
+        logits = processed(logits, first.processors, tokens)
     if first.sampling.greedy:
         return logits.argmax(-1)
     uniform = torch.tensor([next(request.numbers) for request in requests])
-    return draw(logits, uniform.to(device, non_blocking=True))
+    return draw(logits, uniform.to(device, non_blocking=True) if logits.is_cuda else uniform)
 
 
 def processed(

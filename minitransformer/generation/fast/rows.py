@@ -154,7 +154,7 @@ def gelu_by_columns(x: Tensor) -> Tensor:
 
     torch leaves to oneDNN what lies in memory row by row, and does itself what lies column by column.
     """
-    few = x.device.type == "cpu" and x.dtype == torch.float32 and int(x.numel()) <= FEW_NUMBERS
-    if few and x.size(-1) % 2 == 0 and x.is_contiguous():
-        return F.gelu(x.view(2, -1).t()).t().view(x.shape)
+    numbers = x.nbytes // x.itemsize  # which no recording takes for a size that it has to ask for
+    if x.device.type == "cpu" and x.dtype == torch.float32 and numbers <= FEW_NUMBERS and numbers % 2 == 0:
+        return F.gelu(x.view(2, -1).t()).t().view_as(x) if x.is_contiguous() else F.gelu(x)
     return F.gelu(x)
