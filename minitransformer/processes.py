@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, get_context, parent_process, resource_tracker
+from pathlib import Path
 from threading import Thread
+
+from minitransformer.plugins import load_plugin, loaded_files
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Process:
@@ -21,7 +30,8 @@ class Process:
     def __init__(self, work: Callable[..., None], *arguments: object, environment: Mapping[str, str] = {}) -> None:
         context = get_context("spawn")
         self.connection, remote = context.Pipe()
-        self._process = context.Process(target=_run, args=(remote, work, arguments))
+        # What it is to do may name variants of plugins, which it has to load before it can read that.
+        self._process = context.Process(target=_run, args=(remote, loaded_files(), pickle.dumps((work, arguments))))
         with _deaf_to_ctrl_c(), _environment(environment):
             self._process.start()
         remote.close()
@@ -81,10 +91,13 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _run(remote: connection.Connection, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+def _run(remote: connection.Connection, plugins: Sequence[str], task: bytes) -> None:
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     Thread(target=_end_with_parent, daemon=True).start()
+    for path in plugins:
+        load_plugin(Path(path))
+    work, arguments = pickle.loads(task)
     with suppress(EOFError, OSError):  # the pipe is closed
         work(remote, *arguments)
     _end_group()

@@ -40,7 +40,8 @@ class Registered:
         if kind is not None:
             cls.kind, cls.registry = kind, {}
         if name is not None:
-            assert name not in cls.registry, f"{cls.kind} {name!r} is registered twice"
+            if name in cls.registry:
+                raise UserError(f"there is a {cls.kind} {name!r} already: give the other one another name")
             cls.name = name
             cls.registry[name] = cls
 

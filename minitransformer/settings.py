@@ -6,7 +6,7 @@ variant: its value is a `Chosen`, the variant together with its settings.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from inspect import getattr_static
@@ -28,10 +28,10 @@ def setting(default: Any, *, help: str = "", **about: Any) -> Any:
 
     `above`, `at_least`, `at_most` and `below` limit a number, and `most` is more than any model has; `choices` are the
     values of a text that is a name. `flag` is its name on a command line, by default the field's behind that of its
-    variant. `needs` names another setting without which it has no effect. What other code must know is said here too:
-    `changes_task` (losses with other values do not compare), `changes_tokens` (they compare in bits per byte),
-    `follows_data` (it is usually found from the data), `observes_only` (no effect on what is computed),
-    `may_change_on_resume`.
+    variant. `needs` names another setting without which it has no effect, or that setting and the values that it needs.
+    What other code must know is said here too: `changes_task` (losses with other values do not compare),
+    `changes_tokens` (they compare in bits per byte), `follows_data` (it is usually found from the data),
+    `observes_only` (no effect on what is computed), `may_change_on_resume`.
     """
     return field(default=default, metadata={"help": help, **about})
 
@@ -167,9 +167,29 @@ def settings_of(record: Any, variant: Any = None) -> Iterator[tuple[Declared, An
 
 def flat(record: Any) -> dict[str, Any]:
     """The settings of `record` that have an effect, by their flat names; a choice is the name of its variant."""
-    values = {each.name: value.name if each.family else value for each, value in settings_of(record)}
-    needs = {each.name: each.about["needs"] for each, _ in settings_of(record) if "needs" in each.about}
-    return {name: value for name, value in values.items() if name not in needs or values[needs[name]]}
+    every = {each.name: value.name if each.family else value for each, value in settings_of(record)}
+    return {name: every[name] for name in _applying(record, every)}
+
+
+def _applying(record: Any, every: Mapping[str, Any], variant: Any = None) -> Iterator[str]:
+    """The names of those settings among `every` one of `record` that have an effect beside the others."""
+    for each in declared(type(record), variant):
+        value = getattr(record, each.attribute)
+        if is_part(each):
+            yield from _applying(value, every)
+        elif applies(each, every):
+            yield each.name
+            if each.family is not None:
+                yield from _applying(value.settings, every, value.variant)
+
+
+def applies(each: Declared, values: Mapping[str, Any]) -> bool:
+    """Whether what a setting needs is among the flat `values`, or nothing is known of it there."""
+    needs = each.about.get("needs")
+    name, possible = needs if isinstance(needs, tuple) else (needs, None)
+    if name not in values:
+        return True
+    return bool(values[name]) if possible is None else values[name] in possible
 
 
 def with_settings(record: T, changes: Mapping[str, Any]) -> T:
@@ -182,7 +202,21 @@ def with_settings(record: T, changes: Mapping[str, Any]) -> T:
     result = _changed(record, left, None)
     if left:
         raise _misplaced(next(iter(left)), result)
+    _check_needs(result, changes)
     return result
+
+
+def _check_needs(record: Any, names: Iterable[str]) -> None:
+    """Raises `UserError` if a setting among `names` is not its default and has no effect beside the others."""
+    values = {each.name: value.name if each.family else value for each, value in settings_of(record)}
+    for each, value in settings_of(record):
+        if each.name in names and value != each.default and not applies(each, values):
+            needs = each.about["needs"]
+            name, possible = needs if isinstance(needs, tuple) else (needs, ())
+            what = f"{name} {' or '.join(map(repr, possible))}" if possible else name
+            raise UserError(
+                f"{each.name} has no effect without {what}, and {name} is {values[name]!r}: leave it out, or give that"
+            )
 
 
 def _changed(record: Any, left: dict[str, Any], variant: Any) -> Any:

@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -20,7 +21,19 @@ install_import_hook(["minitransformer.architecture", "minitransformer.models"], 
 from minitransformer.generation.fast import recording  # noqa: E402
 from minitransformer.models.config import ModelConfig  # noqa: E402
 from minitransformer.models.decoder import DecoderLM  # noqa: E402
+from minitransformer.plugins import load_plugin  # noqa: E402
 from minitransformer.settings import with_settings  # noqa: E402
+from tests.late_for_tests import late  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--plugin", action="append", default=[], help="a file whose variants the laws run over, too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for path in config.getoption("--plugin"):
+        load_plugin(Path(path))
+
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -81,13 +94,13 @@ def pytest_runtest_call() -> None:
 
 @pytest.fixture(scope="session")
 def shake() -> Callable[[torch.nn.Module], Any]:
-    """Redraws every weight of a module, so that no gain is 1, no bias is 0 and no attention is uniform."""
+    """Redraws every weight of a module, late in its training: no gain is 1, no bias 0 and no attention uniform."""
 
     @torch.no_grad()
     def shaken(module: torch.nn.Module) -> torch.nn.Module:
         for parameter in module.parameters():
             parameter.normal_(std=0.5).add_(1.0 if parameter.dim() == 1 else 0.0)
-        return module
+        return late(module)
 
     return shaken
 

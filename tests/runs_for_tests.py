@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import Model
 from minitransformer.runs import Run
 from minitransformer.settings import all_declared, with_settings
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.prepare import PreparedText, prepare
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.learner import Learner, build_learner
 from minitransformer.training.logging import Logs, RunFiles
 from minitransformer.training.loop import Trainer
 from minitransformer.training.machine import Machine
+from minitransformer.training.objectives import Objective
 from minitransformer.training.signals import StopRequest
+from minitransformer.training.step import StepResult
 
 TEXT = "".join(f"Line {i}: the {'quick brown' if i % 3 else 'slow red'} fox counts {i * i}.\n" for i in range(200))
 
@@ -57,8 +63,45 @@ def prepared_text(folder: Path, text: str = TEXT) -> PreparedText:
     )
 
 
+CPU = torch.device("cpu")
+
+
+def cpu(precision: str) -> Machine:
+    """This CPU, without torch.compile."""
+    return Machine(CPU, precision, compile=False, description="")
+
+
+def learner_for(text: PreparedText, config: RunConfig = TINY, **choices: Any) -> Learner:
+    return build_learner(config, text, cpu(config.training.precision), **choices)
+
+
+class Reader(torch.optim.SGD):
+    """An optimizer that keeps the gradients of each step, and changes nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__([{"params": list(model.parameters()), "peak_lr": 0.0}], lr=0.0)
+        self.model = model
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def step(self, closure: Any = None) -> None:
+        named = self.model.named_parameters()
+        self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+
+def reading_learner(model: Model, objective: Objective, config: RunConfig) -> tuple[Learner, Reader]:
+    """A learner of `model` that only reads the gradients of its steps."""
+    learner, reader = Learner(config, model, objective, cpu("fp32")), Reader(model)
+    learner.optimizers = [reader]  # type: ignore[list-item]
+    return learner, reader
+
+
 def trainer_for(
-    path: Path, text: PreparedText, config: RunConfig, stop: StopRequest | None = None, resume_at: int = 0
+    path: Path,
+    text: PreparedText,
+    config: RunConfig,
+    stop: StopRequest | None = None,
+    resume_at: int = 0,
+    **choices: Any,
 ) -> Trainer:
     """A trainer in the run folder `path`, which is made unless it is there."""
     run = (
@@ -66,9 +109,21 @@ def trainer_for(
         if path.exists()
         else Run.create(path, config, text.tokenizer, text.target_tokenizer, text.folder.name)
     )
-    machine = Machine(torch.device("cpu"), config.training.precision, compile=False, description="")
-    log = Logs(RunFiles(path, resume_at=resume_at))
-    return Trainer(run, text, machine, log, stop or StopRequest(), sample=lambda model, objective: "a sample")
+    learner, log = learner_for(text, run.config, **choices), Logs(RunFiles(path, resume_at=resume_at))
+    return Trainer(path, learner, log, stop or StopRequest(), sample=lambda model, objective: "a sample")
+
+
+def call_after_step(trainer: Trainer, step: int, do: Callable[[], object]) -> None:
+    """Have the learner of `trainer` call `do` once `step` steps are done."""
+    learner, update = trainer.learner, trainer.learner.step
+
+    def stepped(batches: Any) -> StepResult:
+        result = update(batches)
+        if learner.steps_done == step:
+            do()
+        return result
+
+    learner.step = stepped  # type: ignore[method-assign]
 
 
 def unsealed(path: Path) -> dict[str, Any]:

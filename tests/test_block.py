@@ -46,7 +46,7 @@ def test_a_block_is_attention_and_then_feed_forward_each_in_its_residual_connect
 
     def make_residual(sublayer: str) -> Residual:
         asked.append(sublayer)
-        return PreLN(lambda: LayerNorm.choose().make(8), 0.0, Place(0, 1, sublayer))
+        return PreLN.choose().make(lambda: LayerNorm.choose().make(8), 0.0, Place(0, 1, sublayer, d_model=8))
 
     parts = BlockParts(
         MultiHeadAttention(8, 2), FeedForward.choose("gelu").make(8), make_residual, lambda: LayerNorm.choose().make(8)

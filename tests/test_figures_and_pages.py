@@ -247,12 +247,12 @@ def test_columns_of_numbers_stand_at_the_right():
 
 @given(st.integers(40, 120), st.lists(st.tuples(st.text(), st.floats(), st.text(max_size=20)), max_size=5))
 def test_a_table_in_letters_keeps_to_its_width(width, rows):
-    for line in plain.table(["name", "a number", "some text"], rows, width).splitlines():
+    for line in plain.plain_table(["name", "a number", "some text"], rows, width).splitlines():
         assert len(line) <= width
 
 
 def test_columns_without_room_follow_below_with_the_first_one_repeated():
-    text = plain.table(["name", *(f"column {i}" for i in range(9))], [["row", *range(9)]], 40)
+    text = plain.plain_table(["name", *(f"column {i}" for i in range(9))], [["row", *range(9)]], 40)
     assert len(text.split("\n\n")) > 1
     assert all(block.startswith("name") for block in text.split("\n\n"))
     assert all(f"column {i}" in text for i in range(9))

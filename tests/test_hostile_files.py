@@ -17,17 +17,21 @@ import pytest
 import torch
 
 from minitransformer import pretrained
-from minitransformer.analysis import sweep
 from minitransformer.analysis.compare import compare
+from minitransformer.analysis.search_space import Values
+from minitransformer.analysis.sweep import SweepFolder
+from minitransformer.analysis.sweep_plan import SweepPlan
 from minitransformer.errors import UserError
-from minitransformer.lab import runner
-from minitransformer.lab.store import ResultStore
+from minitransformer.lab.experiment import ExperimentSettings
+from minitransformer.lab.experiments.identities import Identities
+from minitransformer.lab.runner import ExperimentFolder
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import build_model
 from minitransformer.pretrained.shards import INDEX, WEIGHTS
 from minitransformer.pretrained.tokenizers import load_tokenizer
 from minitransformer.records import MOST_DEPTH, checked_fields, parse_json, read_json
 from minitransformer.runs import Run
+from minitransformer.tasks.store import ResultStore
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.tokenizers import BPE, END_OF_TEXT, Bytes, Characters, Framing, Tokenizer
 from minitransformer.training.checkpoint import (
@@ -43,6 +47,7 @@ from .mutations import mutated
 from .runs_for_tests import TINY, configured
 
 SECONDS = 20
+PLAN = SweepPlan("gpt-nano", configured(), (Values("lr", (0.1, 0.2)),))
 
 
 @contextmanager
@@ -196,7 +201,7 @@ def laboratory_folder(path: Path) -> Path:
         store.add({"lr": 0.1, "seed": seed}, {"loss": 2.0}, 1.5)
     experiment = {"experiment": "E0", "settings": {"quick": True, "data": "text"}, "provenance": [{"commit": "x"}]}
     (path / "experiment.json").write_text(json.dumps(experiment))
-    (path / "sweep.json").write_text(json.dumps({"identity": {"preset": "gpt-nano"}, "provenance": [{"commit": "x"}]}))
+    (path / "sweep.json").write_text(json.dumps({"identity": PLAN.identity, "provenance": [{"commit": "x"}]}))
     return path
 
 
@@ -204,9 +209,9 @@ def open_laboratory(path: Path) -> None:
     store = ResultStore(path / "results.jsonl")
     store.results([{"lr": 0.1, "seed": seed} for seed in range(4)])
     try:
-        runner._read(path)
+        ExperimentFolder(path, Identities(ExperimentSettings(quick=True, data="text")))
     finally:
-        sweep._read(path)
+        SweepFolder(path, PLAN)
 
 
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {

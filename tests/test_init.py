@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from minitransformer.architecture.init import GPT2, Initialisation, initialise
 from minitransformer.architecture.linear import OutputProjection
 from minitransformer.architecture.norms import Norm
+from minitransformer.architecture.positions import PositionScheme, PositionSpace
+from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.model import build_model
@@ -54,11 +56,12 @@ EXPECTED: dict[str, dict[str, float]] = {
 }
 
 
-def test_every_initialisation_has_its_numbers_here() -> None:
-    assert set(EXPECTED) == set(Initialisation.registry)
+def test_every_initialisation_of_the_package_has_its_numbers_here() -> None:
+    ours = {name for name, kind in Initialisation.registry.items() if kind.__module__.startswith("minitransformer.")}
+    assert set(EXPECTED) == ours
 
 
-@every_scheme
+@pytest.mark.parametrize("name", EXPECTED)
 def test_every_weight_has_the_stated_standard_deviation(name: str) -> None:
     model = model_of(name, tied_embeddings=False)
     found: dict[str, list[Tensor]] = {
@@ -127,8 +130,8 @@ def test_a_tied_head_starts_as_an_embedding_does() -> None:
             nn.init.constant_(weight, 5.0)
 
     tied, untied = model_of("gpt2"), model_of("gpt2", tied_embeddings=False)
-    initialise(tied, Marked())
-    initialise(untied, Marked())
+    initialise(tied, Marked.choose().make())
+    initialise(untied, Marked.choose().make())
     assert tied.head.weight.eq(3).all()
     assert untied.head.weight.eq(5).all()
     assert untied.embedding.table.weight.eq(3).all()
@@ -140,8 +143,35 @@ def test_a_weight_that_no_rule_names_is_an_error() -> None:
             super().__init__()
             self.gain = nn.Parameter(torch.ones(3))
 
-    with pytest.raises(AssertionError, match="no rule starts the weights of Gain"):
+    with pytest.raises(UserError, match="no rule starts the weights of Gain"):
         initialise(nn.Sequential(nn.Linear(3, 3), Gain()), GPT2.choose().make())
+
+
+def test_a_variant_s_own_weights_start_as_its_constructor_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PositionScheme, "registry", dict(PositionScheme.registry))
+
+    class Offset(PositionScheme, name="toy-offset"):
+        def __init__(self, settings: Any, space: PositionSpace) -> None:
+            super().__init__(settings, space)
+            self.offset = nn.Parameter(torch.full((space.d_model,), 3.0))
+
+    assert model_of("zero-output", positions="toy-offset").stack.positions.offset.eq(3).all()
+
+
+def test_a_module_that_resets_its_parameters_has_the_last_word_over_what_is_drawn_inside_it() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.gain = nn.Linear(3, 3), nn.Parameter(torch.empty(3))
+
+        def reset_parameters(self) -> None:
+            nn.init.eye_(self.linear.weight)
+            nn.init.ones_(self.gain)
+
+    gate = Gate()
+    initialise(nn.Sequential(gate), GPT2.choose().make())
+    assert torch.equal(gate.linear.weight, torch.eye(3))
+    assert gate.gain.eq(1).all()
 
 
 def test_the_same_seed_draws_the_same_model() -> None:

@@ -1,4 +1,4 @@
-"""Instruments say what an independent computation says, on every placement, and leave no trace."""
+"""Diagnostics say what an independent computation says, on every placement, and leave no trace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minitransformer.architecture.attention import AttentionView, MultiHeadAttention
 from minitransformer.architecture.block import Block
 from minitransformer.architecture.residual import Residual
-from minitransformer.diagnostics import Instrument, probe
+from minitransformer.diagnostics import Diagnostic, probe
 from minitransformer.diagnostics.attention_maps import captured_attention
 from minitransformer.diagnostics.gradients import spikes
 from minitransformer.diagnostics.streams import angular_distance
@@ -50,14 +50,14 @@ def figures(model: Model, *names: str) -> dict[str, float]:
 def streams_by_hand(model: Any) -> list[Any]:
     """The stream before the first layer and after each, of a decoder without positions."""
     with torch.no_grad():
-        streams = [model.stack.residual.open(model.stack.embedding_norm(model.embedding(TOKENS)))]
+        streams = [model.stack.shared.open(model.stack.embedding_norm(model.embedding(TOKENS)))]
         for block in model.stack.blocks:
             streams.append(block(streams[-1], view=AttentionView(causal=True)))
     return streams
 
 
 def states_by_hand(model: Any) -> list[np.ndarray[Any, Any]]:
-    return [model.stack.residual.state(stream).flatten(0, 1).numpy() for stream in streams_by_hand(model)]
+    return [model.stack.shared.state(stream).flatten(0, 1).numpy() for stream in streams_by_hand(model)]
 
 
 def norm_by_hand(parameters: Any) -> float:
@@ -66,8 +66,8 @@ def norm_by_hand(parameters: Any) -> float:
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("residual", Residual.registry)
-def test_every_instrument_measures_every_placement_in_every_topology(residual: str, topology: str) -> None:
-    found = figures(make(topology, **choosing(residual)), *Instrument.registry)
+def test_every_diagnostic_measures_every_placement_in_every_topology(residual: str, topology: str) -> None:
+    found = figures(make(topology, **choosing(residual)), *Diagnostic.registry)
     assert all(math.isfinite(value) for value in found.values())
     stacks = ["encoder", "decoder"] if topology == "encoder-decoder" else ["stack"]
     for name in ("skipped-layer", "stream-variance", "angular-distance", "representation-change", "fp16-margin"):
@@ -80,7 +80,7 @@ def test_every_instrument_measures_every_placement_in_every_topology(residual: s
 
 @pytest.mark.parametrize("block", Block.registry)
 def test_every_arrangement_of_sublayers_is_measured_by_sublayer(block: str) -> None:
-    found = figures(make(block=block), *Instrument.registry)
+    found = figures(make(block=block), *Diagnostic.registry)
     connections = {key for key in found if key.startswith("representation-change/stack.0.")}
     assert len(connections) == (2 if block == "sequential" else 1)
     for place in ("stack.0.attention", "stack.1.feedforward"):
@@ -224,7 +224,7 @@ def test_attention_to_equal_tokens_alone_has_the_entropy_of_their_number() -> No
 
 
 def test_padding_changes_no_figure(shake: Any) -> None:
-    names = [name for name in Instrument.registry if name != "fp16-margin"]  # padding overflows too
+    names = [name for name in Diagnostic.registry if name != "fp16-margin"]  # padding overflows too
     model = shake(make("encoder", num_layers=2))
     row, is_token = TOKENS[:1], torch.arange(12)[None] < 8
     padded = F.pad(row, (0, 4))
@@ -242,12 +242,12 @@ def test_looking_leaves_no_trace(topology: str) -> None:
     model.get_submodule("embedding").eval()
     traces = [{**vars(module), "hooks": hooks(module)} for module in model.modules()]
     weights, random = [p.clone() for p in model.parameters()], torch.get_rng_state()
-    first = figures(model, *Instrument.registry)
+    first = figures(model, *Diagnostic.registry)
     assert [{**vars(module), "hooks": hooks(module)} for module in model.modules()] == traces
     assert all(p.grad is None for p in model.parameters())
     assert all(map(torch.equal, weights, model.parameters()))
     assert torch.equal(random, torch.get_rng_state())
-    assert figures(model, *Instrument.registry) == first
+    assert figures(model, *Diagnostic.registry) == first
 
 
 def test_a_model_is_as_before_after_a_pass_that_fails() -> None:
@@ -272,8 +272,8 @@ def test_a_figure_that_is_not_finite_is_none() -> None:
     assert set(probe(model, loss_of(model), ["stream-variance"]).values()) == {None}
 
 
-def test_an_unknown_instrument_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match="unknown instrument 'gradientnorm': did you mean 'gradient-norm'"):
+def test_an_unknown_diagnostic_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown diagnostic 'gradientnorm': did you mean 'gradient-norm'"):
         probe(make(), loss_of(make()), ["gradientnorm"])
 
 

@@ -10,10 +10,11 @@ from html.parser import HTMLParser
 import pytest
 
 from minitransformer.commands import lab
-from minitransformer.lab.experiment import Criterion, Experiment, Findings, Settings
-from minitransformer.lab.report import KNOWN_RULE, TRIAL_RULE, command, write_report
-from minitransformer.lab.runner import Failure, Sweep
+from minitransformer.lab.experiment import Criterion, Experiment, ExperimentSettings, Findings
+from minitransformer.lab.report import KNOWN_RULE, TRIAL_RULE, lab_command, write_lab_report
+from minitransformer.lab.runner import ExperimentFolder
 from minitransformer.reporting.tables import Picture, Table
+from minitransformer.tasks.task import Failure
 from tests.lab_for_tests import Toy
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -92,14 +93,14 @@ FINDINGS = Findings(
 def report(tmp_path):
     """A report on an incomplete sweep with a damaged line and a failure, and its folder."""
     folder = tmp_path / "toy"
-    sweep = Sweep.open(folder, Toy(Settings(data=str(tmp_path))))
-    sweep._record()
-    for task in list(sweep.tasks.values())[:4]:
-        sweep.store.add(task, {"square": 1}, 90.0)
-    with sweep.store.path.open("a") as file:
+    run = ExperimentFolder(folder, Toy(ExperimentSettings(data=str(tmp_path))))
+    run.write_record()
+    for task in run.asked()[:4]:
+        run.store.add(task, {"square": 1}, 90.0)
+    with run.store.path.open("a") as file:
         file.write('{"key": "cut')
-    sweep = Sweep.open(folder, Toy(Settings(data=str(tmp_path))))
-    path = write_report(sweep, FINDINGS, [Failure({"number": 5, "seed": 1}, "ValueError: none")])
+    run = ExperimentFolder(folder, Toy(ExperimentSettings(data=str(tmp_path))))
+    path = write_lab_report(run, FINDINGS, [Failure({"number": 5, "seed": 1}, "ValueError: none")])
     return path, References(path.read_text())
 
 
@@ -164,8 +165,8 @@ def test_every_table_is_a_csv_file_with_all_its_rows_and_digits(report):
 
 
 def test_the_command_in_the_report_is_the_one_that_repeats_it():
-    assert command("E1", Settings()) == "python -m minitransformer lab E1"
-    again = command("E1", Settings(quick=True, data="my text.txt"))
+    assert lab_command("E1", ExperimentSettings()) == "python -m minitransformer lab E1"
+    again = lab_command("E1", ExperimentSettings(quick=True, data="my text.txt"))
     assert again == "python -m minitransformer lab E1 --quick --data 'my text.txt'"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -15,11 +15,12 @@ from minitransformer.architecture.residual import HybridNorm, OLMo2, Place, Resi
 from minitransformer.architecture.residual.base import MakeNorm, Sublayer
 from minitransformer.lab.defects import DEFECTS
 from minitransformer.lab.equations import STATEMENTS, Depth, StatedStack, states
-from minitransformer.lab.experiment import Result, Settings
+from minitransformer.lab.experiment import ExperimentSettings
 from minitransformer.lab.experiments.identities import Identities, checks_of
 from minitransformer.lab.stated import FORMS, form_config, stated_checks
 from minitransformer.lab.subjects import MakeModel, make_model
 from minitransformer.models.model import build_model
+from minitransformer.tasks.task import Result
 
 PLACEMENTS = tuple(Residual.registry)
 BROKEN = {name: defect for name, defect in DEFECTS.items() if defect.placement is not None}
@@ -37,6 +38,8 @@ def failures(residual: str, make: MakeModel = make_model, seed: int = 0) -> dict
 
 @pytest.mark.parametrize("residual", PLACEMENTS)
 def test_every_placement_equals_a_second_statement_in_a_decoder_and_an_encoder_decoder(residual):
+    if residual not in STATEMENTS:
+        pytest.skip(f"no second statement of {residual!r} is given")
     assert {f"{residual}-decoder", f"{residual}-encoder-decoder"} <= set(stated_checks(residual))
     assert failures(residual) == {}
 
@@ -44,6 +47,7 @@ def test_every_placement_equals_a_second_statement_in_a_decoder_and_an_encoder_d
 @pytest.mark.slow
 @given(seed=st.integers(0, 2**20), residual=st.sampled_from(PLACEMENTS))
 def test_a_second_statement_holds_for_every_seed(seed, residual):
+    assume(residual in STATEMENTS)
     assert failures(residual, seed=seed) == {}
 
 
@@ -77,8 +81,9 @@ def test_every_mistake_is_noticed_in_the_models_that_have_it(residual):
     are_noticed(name for name, defect in BROKEN.items() if defect.placement.name == residual)
 
 
-def test_every_placement_has_a_mistake_to_be_noticed():
-    assert {defect.placement.name for defect in BROKEN.values()} == set(PLACEMENTS)
+def test_every_placement_of_the_package_has_a_mistake_to_be_noticed():
+    ours = {name for name in PLACEMENTS if Residual.named(name).__module__.startswith("minitransformer.")}
+    assert {defect.placement.name for defect in BROKEN.values()} == ours
 
 
 def test_norms_of_attention_that_belong_to_another_paper_are_noticed(monkeypatch):
@@ -101,8 +106,8 @@ def brought() -> Iterator[str]:
     class Gated(Residual, name="toy-gated"):
         """x ← x + a f(x), from a = 0."""
 
-        def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-            super().__init__(nn.Identity, dropout, place)
+        def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+            super().__init__(settings, nn.Identity, dropout, place)
             self.gate = nn.Parameter(torch.zeros(()))
 
         def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
@@ -122,15 +127,15 @@ def state_gated(factor: float) -> None:
 
 
 def criteria_of(residual: str) -> list[Any]:
-    experiment = Identities(Settings(quick=True))
+    experiment = Identities(ExperimentSettings(quick=True))
     assert residual in experiment.placements
     tasks = [task for task in experiment.tasks() if task["check"] in stated_checks(residual)]
     return list(experiment.conclude([Result(task, experiment.measure(task)) for task in tasks]).criteria)
 
 
-def test_a_placement_without_a_second_statement_fails_by_its_name(brought):
+def test_a_placement_without_a_second_statement_is_left_open_by_its_name(brought):
     criteria = criteria_of(brought)
-    assert [criterion.holds for criterion in criteria] == [False] * len(FORMS)
+    assert [criterion.holds for criterion in criteria] == [None] * len(FORMS)
     assert all("'toy-gated' has no second statement" in criterion.measured for criterion in criteria)
 
 

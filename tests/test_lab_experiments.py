@@ -15,7 +15,7 @@ from torch import nn
 from minitransformer.lab import judging
 from minitransformer.lab.checks import small_model
 from minitransformer.lab.defects import DEFECTS
-from minitransformer.lab.experiment import Experiment, Findings, Result, Settings
+from minitransformer.lab.experiment import Experiment, ExperimentSettings, Findings
 from minitransformer.lab.experiments import forward
 from minitransformer.lab.experiments.audit import Audit
 from minitransformer.lab.experiments.forward import Amplification, ForwardStatistics, forward_statistics
@@ -23,6 +23,7 @@ from minitransformer.lab.experiments.gradients import GradientAgainstDepth, Grad
 from minitransformer.lab.experiments.identities import CHECKS, Identities
 from minitransformer.lab.judging import between, exponent, geometric_mean
 from minitransformer.lab.subjects import MODES, Placement, loss, make_model, random_tokens
+from minitransformer.tasks.task import Result
 
 DEEP, POST, PRE = Placement("deepnorm"), Placement("post"), Placement("pre")
 REDUCED: dict[type[Experiment], dict[str, Any]] = {
@@ -37,7 +38,7 @@ DECIDING = {GradientAgainstDepth: 10, GradientProfile: 10, ForwardStatistics: 40
 
 
 def reduced(kind: type[Experiment], **sizes: Any) -> Experiment:
-    experiment = kind(Settings(quick=True))
+    experiment = kind(ExperimentSettings(quick=True))
     for name, value in {**REDUCED[kind], **sizes}.items():
         assert hasattr(experiment, name)
         setattr(experiment, name, value)
@@ -103,7 +104,7 @@ def test_every_picture_can_be_drawn(kind):
 
 @pytest.mark.parametrize("kind", [*REDUCED, Audit])
 def test_tasks_differ_and_the_reduced_form_has_no_more_of_them(kind):
-    quick, full = (kind(Settings(quick=quick)).tasks() for quick in (True, False))
+    quick, full = (kind(ExperimentSettings(quick=quick)).tasks() for quick in (True, False))
     keys = [json.dumps(task, sort_keys=True) for task in full]
     assert len(set(keys)) == len(keys)
     assert len(quick) <= len(full)
@@ -185,7 +186,7 @@ NOTICED_BY = {"none": "E0", "inverted-beta": "E1", "fixed-alpha": "E0", "idle-la
 
 @pytest.fixture(scope="module")
 def audit():
-    experiment = Audit(Settings(quick=True))
+    experiment = Audit(ExperimentSettings(quick=True))
     wanted = [task for task in experiment.tasks() if task["experiment"] == NOTICED_BY.get(task["defect"], "E0")]
     return experiment.conclude([Result(task, experiment.measure(task)) for task in wanted])
 

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from minitransformer.lab.experiment import Claim, Findings, Result, Settings
+from minitransformer.lab.experiment import Claim, ExperimentSettings, Findings
 from minitransformer.lab.experiments.gradients import GradientAgainstDepth
 from minitransformer.lab.judging import between, expected, on_trial
 from minitransformer.reporting.statistics import FEWEST_SEEDS, Interval, holm
+from minitransformer.tasks.task import Result
 
 SPREAD = np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
 gains = st.lists(st.floats(-1, 1).map(lambda x: round(x, 3)), min_size=1, max_size=8)
@@ -101,7 +102,7 @@ def test_a_known_result_over_seeds_has_one_range_and_may_be_left_open():
 
 
 def test_the_slopes_of_the_gradient_are_stated_with_those_of_one_token():
-    experiment = GradientAgainstDepth(Settings())
+    experiment = GradientAgainstDepth(ExperimentSettings())
     depths = [2, 4, 8]
     measured = {"norms": [1.0, 1.0, 1.0], "of_a_token": [1.0, 0.9, 0.81]}
     task = {"mode": "real", "placement": "residual", "depths": depths}

@@ -15,11 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
-from minitransformer.lab import pool
-from minitransformer.lab.experiment import Settings
-from minitransformer.lab.runner import Progress, Sweep, run_tasks
-from minitransformer.lab.store import ResultStore, task_key
+from minitransformer.lab.experiment import ExperimentSettings
+from minitransformer.lab.runner import ExperimentFolder
 from minitransformer.processes import Process
+from minitransformer.tasks import pool
+from minitransformer.tasks.progress import TaskProgress
+from minitransformer.tasks.runner import run_tasks
+from minitransformer.tasks.store import ResultStore
+from minitransformer.tasks.task import task_key
 from tests.lab_for_tests import CuriousToy, FailingToy, MendableToy, Toy, WrongToy, doubled, sleeps_beside_a_child
 
 ROOT = Path(__file__).parent.parent
@@ -59,8 +62,8 @@ def wait_for(condition, seconds=60):
         time.sleep(0.02)
 
 
-def sweep_of(marks, folder, kind=Toy, **settings):
-    return Sweep.open(folder, kind(Settings(data=str(marks), **settings)))
+def folder_of(marks, folder, kind=Toy, **settings):
+    return ExperimentFolder(folder, kind(ExperimentSettings(data=str(marks), **settings)))
 
 
 # -- the store
@@ -147,8 +150,8 @@ def test_nothing_to_measure_starts_no_process(tmp_path, monkeypatch):
 def test_a_task_that_fails_is_reported_and_tried_again_and_the_others_go_on(marks, folder):
     (marks / "broken").touch()
     heard = []
-    progress = type("Heard", (Progress,), {"failed": lambda self, failure: heard.append(failure)})()
-    failures = sweep_of(marks, folder, FailingToy).run(2, progress)
+    progress = type("Heard", (TaskProgress,), {"failed": lambda self, failure: heard.append(failure)})()
+    failures = folder_of(marks, folder, FailingToy).run(2, progress)
     assert heard == failures
     assert {failure.task["number"] for failure in failures} == {1, 2}
     words = " ".join(str(failure) for failure in failures)
@@ -158,13 +161,13 @@ def test_a_task_that_fails_is_reported_and_tried_again_and_the_others_go_on(mark
     assert "\n" not in words
     assert set(times_done(marks)) == {"task-0", "task-3", "task-4", "task-5"}
     (marks / "broken").unlink()
-    assert sweep_of(marks, folder, FailingToy).run(2) == []
+    assert folder_of(marks, folder, FailingToy).run(2) == []
     assert times_done(marks) == {f"task-{n}": 1 for n in range(6)}
 
 
 def test_a_mistake_of_the_user_stops_the_sweep_with_its_sentence(marks, folder):
     with pytest.raises(UserError, match=r"^there are no numbers: bring some$"):
-        sweep_of(marks, folder, MendableToy).run(2)
+        folder_of(marks, folder, MendableToy).run(2)
 
 
 def test_a_function_that_no_other_process_can_find_is_an_error_at_once(tmp_path):
@@ -200,9 +203,9 @@ def test_an_interruption_while_a_process_starts_is_heard_afterwards(monkeypatch)
 
 
 def test_a_second_run_measures_nothing_and_says_the_same(marks, folder):
-    first = sweep_of(marks, folder)
+    first = folder_of(marks, folder)
     first.run(2)
-    again = sweep_of(marks, folder)
+    again = folder_of(marks, folder)
     again.run(2)
     assert times_done(marks) == {f"task-{n}": 1 for n in range(6)}
     assert [table.rows for table in again.conclude().tables] == [table.rows for table in first.conclude().tables]
@@ -211,22 +214,22 @@ def test_a_second_run_measures_nothing_and_says_the_same(marks, folder):
 
 
 def test_results_ask_for_more_and_a_sweep_that_was_stopped_asks_for_the_same(marks, folder):
-    sweep = sweep_of(marks, folder, CuriousToy)
-    assert [task["number"] for task in sweep.tasks.values()] == [0, 2]
-    assert sweep.run(2) == []
-    assert [row[0] for row in sweep.conclude().tables[0].rows] == [0, 2, 4]
-    lines = sweep.store.path.read_text().splitlines(keepends=True)
-    sweep.store.path.write_text("".join(lines[1:]))
-    sweep_of(marks, folder, CuriousToy).run(2)
+    run = folder_of(marks, folder, CuriousToy)
+    assert [task["number"] for task in run.asked()] == [0, 2]
+    assert run.run(2) == []
+    assert [row[0] for row in run.conclude().tables[0].rows] == [0, 2, 4]
+    lines = run.store.path.read_text().splitlines(keepends=True)
+    run.store.path.write_text("".join(lines[1:]))
+    folder_of(marks, folder, CuriousToy).run(2)
     assert sorted(times_done(marks).values()) == [1, 1, 2]
 
 
 def test_results_that_are_not_asked_for_are_ignored(marks, folder):
-    sweep = sweep_of(marks, folder, quick=True)
-    sweep.store.path.parent.mkdir()
+    run = folder_of(marks, folder, quick=True)
+    run.store.path.parent.mkdir()
     for n in (5, 1, 0):
-        sweep.store.add({"number": n, "seed": n % 2}, {"square": n * n}, 1.0)
-    assert [row[0] for row in sweep.conclude().tables[0].rows] == [0, 1]
+        run.store.add({"number": n, "seed": n % 2}, {"square": n * n}, 1.0)
+    assert [row[0] for row in run.conclude().tables[0].rows] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -234,26 +237,26 @@ def test_results_that_are_not_asked_for_are_ignored(marks, folder):
     [(WrongToy, {}, ["toy", "toy-wrong"]), (Toy, {"quick": True}, ["quick"]), (Toy, {"data": "x"}, ["data", "x"])],
 )
 def test_a_folder_of_another_sweep_is_refused(marks, folder, kind, settings, words):
-    sweep_of(marks, folder).run(1)
+    folder_of(marks, folder).run(1)
     with pytest.raises(UserError) as error:
-        Sweep.open(folder, kind(Settings(**{"data": str(marks), **settings})))
+        ExperimentFolder(folder, kind(ExperimentSettings(**{"data": str(marks), **settings})))
     for word in [*words, str(folder), "--out"]:
         assert word in str(error.value)
 
 
 def test_a_folder_with_other_things_and_a_damaged_one_are_refused(marks, folder):
     with pytest.raises(UserError, match="holds other things"):
-        Sweep.open(ROOT, Toy(Settings()))
+        ExperimentFolder(ROOT, Toy(ExperimentSettings()))
     with pytest.raises(UserError, match="is a file"):
-        Sweep.open(Path(__file__), Toy(Settings()))
+        ExperimentFolder(Path(__file__), Toy(ExperimentSettings()))
     folder.mkdir()
     (folder / "results.jsonl.lock").touch()
     (folder / ".experiment.json-abc.partial").touch()  # as a killed command leaves it
-    sweep_of(marks, folder)
+    folder_of(marks, folder)
     for text in ("{", "[]", "{}", '{"experiment": "toy", "settings": {"fast": 1}, "provenance": []}'):
         (folder / "experiment.json").write_text(text)
         with pytest.raises(UserError, match="damaged"):
-            sweep_of(marks, folder)
+            folder_of(marks, folder)
 
 
 # -- interruptions
@@ -295,8 +298,8 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was_and_leaves_no_process(mark
         assert error.strip() == f"interrupted: 3 of 6 results are in {folder}; the same command goes on from there"
     assert times_done(marks) == {f"task-{n}": 1 for n in range(3)}
     (marks / "hold").unlink()
-    sweep = sweep_of(marks, folder)
-    assert sweep.run(2) == []
+    run = folder_of(marks, folder)
+    assert run.run(2) == []
     assert times_done(marks) == {f"task-{n}": 1 for n in range(6)}
-    assert len(sweep.records) == 2
-    assert sweep.conclude().criteria[0].measured == "6 squares"
+    assert len(run.records) == 2
+    assert run.conclude().criteria[0].measured == "6 squares"

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from minitransformer.lab import training
-from minitransformer.lab.experiment import Experiment, Result, Settings
+from minitransformer.lab.experiment import Experiment, ExperimentSettings
 from minitransformer.lab.experiments.trainability import PLACEMENTS
 from minitransformer.lab.training import BASE, Course, train
 from minitransformer.models.model import build_model
+from minitransformer.tasks.task import Result
 from minitransformer.training.logging import Log
 from tests.runs_for_tests import TEXT, TINY, configured, prepared_text, trainer_for
 
@@ -56,7 +57,7 @@ def test_experiments_train_bit_for_bit_as_the_trainer_does(text, tmp_path: Path,
     trained = train(config, text)
     assert trained.course.losses == log.losses
     assert trained.course.grad_norms == log.grad_norms
-    for ours, theirs in zip(trained.model.parameters(), trainer.model.parameters(), strict=True):
+    for ours, theirs in zip(trained.model.parameters(), trainer.learner.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert trained.validation_loss() == trainer.validation.loss
 
@@ -86,7 +87,7 @@ def tiny(tmp_path_factory):
     patch.setenv("MINITRANSFORMER_DATA", str(folder / "data"))
     model = replace(BASE.model, d_model=8, num_heads=2, context_length=8)
     patch.setattr(training, "BASE", replace(BASE, model=model, training=replace(BASE.training, batch_size=2)))
-    yield lambda name, quick=True: Experiment.named(name)(Settings(quick, str(folder / "text.txt")))
+    yield lambda name, quick=True: Experiment.named(name)(ExperimentSettings(quick, str(folder / "text.txt")))
     patch.undo()
 
 

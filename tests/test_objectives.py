@@ -190,12 +190,12 @@ def test_an_objective_refuses_topologies_that_it_cannot_train() -> None:
 def test_padding_of_the_last_window_is_not_read(tmp_path: Path) -> None:
     config, prepared = prepared_for(config_of(tmp_path, "masked", "encoder", batch_size=1000))
     trainer = trainer_for(tmp_path / "run", prepared, config)
-    [batch] = [batch for batch in trainer.objective.validation_batches() if batch.is_token is not None]
+    [batch] = [batch for batch in trainer.learner.objective.validation_batches() if batch.is_token is not None]
     assert not batch.is_token[-1, -1]
-    trainer.model.eval()
+    trainer.learner.model.eval()
     other = replace(batch, inputs=torch.where(batch.is_token, batch.inputs, 7))
     assert not torch.equal(other.inputs, batch.inputs)
-    scores = [trainer.objective.score(trainer.model, each).nats.item() for each in (batch, other)]
+    scores = [trainer.learner.objective.score(trainer.learner.model, each).nats.item() for each in (batch, other)]
     assert scores[0] == scores[1]
 
 
@@ -247,8 +247,8 @@ def test_the_loss_goes_through_the_call_of_the_model(objective: str, tmp_path: P
     config, prepared = prepared_for(config_of(tmp_path, objective, topology, **both))
     trainer = trainer_for(tmp_path / "run", prepared, config)
     calls: list[int] = []
-    trainer.model.register_forward_hook(lambda *_: calls.append(1))
-    trainer.objective.loss_sum(trainer.model, trainer.objective.training_batches(0)[0])
+    trainer.learner.model.register_forward_hook(lambda *_: calls.append(1))
+    trainer.learner.objective.loss_sum(trainer.learner.model, trainer.learner.objective.training_batches(0)[0])
     assert calls == [1]
 
 
@@ -280,7 +280,7 @@ def test_every_objective_resumes_bit_for_bit(
     second = trainer_for(tmp_path / "parts", prepared, config, resume_at=7)
     second.restore(choose_checkpoint(tmp_path / "parts/checkpoints"))
     second.train()
-    for left, right in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+    for left, right in zip(whole.learner.model.parameters(), second.learner.model.parameters(), strict=True):
         assert torch.equal(left, right)
     assert whole.validation is not None
     assert second.validation is not None
@@ -290,15 +290,15 @@ def test_every_objective_resumes_bit_for_bit(
 def test_label_smoothing_is_for_training_alone(tmp_path: Path) -> None:
     config, prepared = prepared_for(config_of(tmp_path, "seq2seq", "encoder-decoder", label_smoothing=0.3))
     trainer = trainer_for(tmp_path / "run", prepared, config)
-    batch = trainer.objective.training_batches(0)[0]
-    trainer.model.eval()
+    batch = trainer.learner.objective.training_batches(0)[0]
+    trainer.learner.model.eval()
     with torch.no_grad():
-        log_p = trainer.model(batch.source, batch.inputs, source_is_token=batch.source_is_token).log_softmax(-1)
+        log_p = trainer.learner.model(batch.source, batch.inputs, source_is_token=batch.source_is_token).log_softmax(-1)
     real = batch.targets != IGNORE
     right = -log_p[real].gather(1, batch.targets[real][:, None]).sum()
     smooth = 0.7 * right - 0.3 * log_p[real].mean(-1).sum()
-    torch.testing.assert_close(trainer.objective.score(trainer.model, batch).nats, right)
-    torch.testing.assert_close(trainer.objective.loss_sum(trainer.model, batch), smooth)
+    torch.testing.assert_close(trainer.learner.objective.score(trainer.learner.model, batch).nats, right)
+    torch.testing.assert_close(trainer.learner.objective.loss_sum(trainer.learner.model, batch), smooth)
 
 
 def test_masked_and_seq2seq_are_found_by_their_names() -> None:

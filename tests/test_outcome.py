@@ -78,7 +78,7 @@ def test_the_sample_at_the_end_is_of_the_best_weights(tmp_path):
     best = load_file(tmp_path / "run/checkpoints/best/model.safetensors")
     assert (tmp_path / "run/checkpoints/best").resolve().name == "step-000004"
     assert torch.equal(seen[0].embedding.table.weight, best["embedding.table.weight"])
-    assert not torch.equal(trainer.model.embedding.table.weight, best["embedding.table.weight"])
+    assert not torch.equal(trainer.learner.model.embedding.table.weight, best["embedding.table.weight"])
     assert said == "of the best weights, those of step 4:\nwords"
     assert (tmp_path / "run/samples.txt").read_text() == f"--- step 8\n{said}\n"
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minitransformer.architecture.block import Block
 from minitransformer.commands.train import main
-from minitransformer.diagnostics import Instrument, check_probe, probe_for
+from minitransformer.diagnostics import Diagnostic, check_probe, probe_for
 from minitransformer.diagnostics import probe as probe_now
 from minitransformer.models.model import build_model
 from minitransformer.text.batches import IGNORE
@@ -31,9 +31,9 @@ from minitransformer.training.loop import Trainer
 from minitransformer.training.objectives.seq2seq import pair_loss
 from minitransformer.training.probe import NO_PROBE
 from minitransformer.training.signals import StopRequest
-from tests.runs_for_tests import TEXT, TINY, configured, prepared_text, trainer_for
+from tests.runs_for_tests import TEXT, TINY, call_after_step, configured, prepared_text, trainer_for
 
-ALL = tuple(Instrument.registry)
+ALL = tuple(Diagnostic.registry)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def probed_trainer(path: Path, text: Any, config: RunConfig, stop: StopRequest | None = None, at: int = 0) -> Trainer:
-    trainer = trainer_for(path, text, config, stop, resume_at=at)
-    trainer.probe = probe_for(config.training)(trainer.model, trainer.objective, trainer.machine.device)
-    return trainer
+    return trainer_for(path, text, config, stop, resume_at=at, make_probe=probe_for(config.training))
+
+
+def step_of(trainer: Trainer) -> dict[str, float | None]:
+    """What the next step measures, without the prefix of its keys."""
+    learner = trainer.learner
+    measured = learner.step(learner.next_batches()).measured
+    return {key.removeprefix("probe/"): value for key, value in measured.items()}
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
@@ -56,7 +61,7 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in trainer.learner.model.state_dict().items()}
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -64,7 +69,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("choices", [{}, {"num_experts": 2}, {"grad_accumulation": 2, "residual": "residual"}], ids=str)
-def test_a_run_with_every_instrument_ends_with_the_same_weights(text: Any, tmp_path: Path, choices: Any) -> None:
+def test_a_run_with_every_diagnostic_ends_with_the_same_weights(text: Any, tmp_path: Path, choices: Any) -> None:
     config = configured(dropout=0.3, probe_every=2, steps=5, **choices)
     plain = trainer_for(tmp_path / "plain", text, config)
     plain.train()
@@ -78,7 +83,7 @@ def test_the_random_state_after_a_measured_step_is_that_of_another(text: Any, tm
     config = configured(dropout=0.3)
     states = []
     for number, names in enumerate([(), ALL]):
-        probed_trainer(tmp_path / str(number), text, configured(config, probe=names))._step()
+        step_of(probed_trainer(tmp_path / str(number), text, configured(config, probe=names)))
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
 
@@ -89,14 +94,7 @@ def test_a_probed_run_that_is_resumed_ends_as_if_it_had_not_been_interrupted(tex
     whole.train()
     stop = StopRequest()
     first = probed_trainer(tmp_path / "parts", text, config, stop)
-    step = first._step
-
-    def until_7() -> Any:
-        result = step()
-        stop.signal = signal.SIGINT if first.progress.step == 7 else None
-        return result
-
-    first._step = until_7  # type: ignore[method-assign]
+    call_after_step(first, 7, lambda: setattr(stop, "signal", signal.SIGINT))
     first.train()
     second = probed_trainer(tmp_path / "parts", text, config, at=7)
     second.restore(choose_checkpoint(tmp_path / "parts/checkpoints"))
@@ -107,9 +105,9 @@ def test_a_probed_run_that_is_resumed_ends_as_if_it_had_not_been_interrupted(tex
 
 def test_without_names_there_is_no_probe_and_no_hook(text: Any, tmp_path: Path) -> None:
     trainer = probed_trainer(tmp_path / "run", text, TINY)
-    assert trainer.probe is NO_PROBE
+    assert trainer.learner.probe is NO_PROBE
     trainer.train()
-    for block in (module for module in trainer.model.modules() if isinstance(module, Block)):
+    for block in (module for module in trainer.learner.model.modules() if isinstance(module, Block)):
         for module in block.modules():
             assert not module._forward_hooks
             assert not module._forward_pre_hooks
@@ -137,28 +135,27 @@ def test_the_gradient_norm_of_a_step_is_that_of_its_loss_over_all_micro_batches(
 ) -> None:
     config = configured(probe=("gradient-norm",), grad_accumulation=accumulation, grad_clip=1e-3)
     trainer = probed_trainer(tmp_path / "run", text, config)
-    batches = trainer.objective.training_batches(0)
+    batches = trainer.learner.objective.training_batches(0)
     targets = sum(batch.num_targets for batch in batches)
-    loss = sum(trainer.objective.loss_sum(trainer.model, batch) for batch in batches) / targets
+    loss = sum(trainer.learner.objective.loss_sum(trainer.learner.model, batch) for batch in batches) / targets
     loss.backward()  # type: ignore[union-attr]
     expected = {}
-    for layer, block in enumerate(trainer.model.stack.blocks):  # type: ignore[union-attr, arg-type]
+    for layer, block in enumerate(trainer.learner.model.stack.blocks):  # type: ignore[union-attr, arg-type]
         for name in ("attention", "feedforward"):
             gradients = [p.grad.numpy().ravel() for p in getattr(block, name).parameters()]
             expected[f"gradient-norm/stack.{layer}.{name}"] = float(np.linalg.norm(np.concatenate(gradients)))
-    trainer.model.zero_grad()
-    trainer._step()
-    assert next(records(tmp_path / "run")) == pytest.approx({"step": 1, **expected}, rel=1e-4)
+    trainer.learner.model.zero_grad()
+    assert step_of(trainer) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_update_ratio_is_how_far_the_weights_have_moved(text: Any, tmp_path: Path) -> None:
     trainer = probed_trainer(tmp_path / "run", text, configured(probe=("update-ratio",)))
     before = weights_of(trainer)
-    trainer._step()
+    measured = step_of(trainer)
     after = weights_of(trainer)
     names = [name for name in before if name.startswith("stack.blocks.1.feedforward.")]
     old, new = (np.concatenate([weights[name].numpy().ravel() for name in names]) for weights in (before, after))
-    found = next(records(tmp_path / "run"))["update-ratio/stack.1.feedforward"]
+    found = measured["update-ratio/stack.1.feedforward"]
     assert found == pytest.approx(np.linalg.norm(new - old) / np.linalg.norm(old), rel=1e-5)
     assert found > 0
 
@@ -166,18 +163,16 @@ def test_the_update_ratio_is_how_far_the_weights_have_moved(text: Any, tmp_path:
 def test_figures_at_rest_are_for_the_weights_and_in_the_unit_of_the_loss(text: Any, tmp_path: Path) -> None:
     names = ("stream-variance", "skipped-layer", "example-gradient-norm")
     trainer = probed_trainer(tmp_path / "run", text, configured(batch_size=16, dropout=0.5, probe=names))
-    rows: Any = trainer.objective.training_batches(0)[0]
+    rows: Any = trainer.learner.objective.training_batches(0)[0]
 
     def mean_loss(batch: Any) -> Tensor:
-        return trainer.objective.loss_sum(trainer.model, batch) / batch.num_targets
+        return trainer.learner.objective.loss_sum(trainer.learner.model, batch) / batch.num_targets
 
     examples = [partial(mean_loss, row) for row in rows.split(1)[:2]]  # an eighth of the batch
-    expected = probe_now(trainer.model, lambda: mean_loss(rows.split(2)[0]), names, examples=examples)
-    trainer.model.train()
-    trainer._step()
-    found = next(records(tmp_path / "run"))
+    expected = probe_now(trainer.learner.model, lambda: mean_loss(rows.split(2)[0]), names, examples=examples)
+    trainer.learner.model.train()
     del expected["skipped-layer/stack.1"]  # a run skips one layer at a time
-    assert found == {"step": 1, **expected}
+    assert step_of(trainer) == expected
 
 
 def test_a_run_skips_one_layer_at_a_time_and_all_in_turn(text: Any, tmp_path: Path) -> None:
@@ -215,12 +210,12 @@ def test_padding_of_targets_changes_no_figure() -> None:
 def test_spikes_are_counted_between_measurements(text: Any, tmp_path: Path) -> None:
     config = configured(probe=("gradient-spikes",), probe_every=5, steps=30, lr=1e-6, eval_every=30, save_every=30)
     trainer = probed_trainer(tmp_path / "run", text, config)
-    loss_sum = trainer.objective.loss_sum
+    loss_sum = trainer.learner.objective.loss_sum
 
     def louder(model: nn.Module, batch: Any) -> Tensor:
         return loss_sum(model, batch) * (100 if trainer.progress.step in (21, 22, 27) else 1)
 
-    trainer.objective.loss_sum = louder  # type: ignore[method-assign]
+    trainer.learner.objective.loss_sum = louder  # type: ignore[method-assign]
     trainer.train()
     counts = {record["step"]: record["gradient-spikes"] for record in records(tmp_path / "run")}
     assert counts == {1: 0, 5: 0, 10: 0, 15: 0, 20: 0, 25: 2, 30: 1}
@@ -233,16 +228,16 @@ def test_only_training_passes_go_through_the_compiled_model(text: Any, tmp_path:
     class Compiled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = trainer.model
+            self.model = trainer.learner.model
 
         def forward(self, tokens: Tensor, **options: Any) -> Tensor:
             passes.append(self.model.training)
             return self.model(tokens, **options)
 
-    trainer.fast_model = Compiled()
-    trainer.model.train()
+    trainer.learner.fast_model = Compiled()
+    trainer.learner.model.train()
     for _ in range(3):
-        trainer._step()
+        step_of(trainer)
     assert passes == [True] * 6
 
 
@@ -260,7 +255,7 @@ def test_a_pipe_shows_no_figures_and_tensorboard_no_missing_ones(
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
-        (["--probe", "gradient-norms"], "unknown instrument 'gradient-norms': did you mean 'gradient-norm'?"),
+        (["--probe", "gradient-norms"], "unknown diagnostic 'gradient-norms': did you mean 'gradient-norm'?"),
         (["rnn-attention", "--probe", "gradient-norm"], "topology 'rnn' has none: leave --probe out"),
         (["--probe-every", "0"], "probe_every is 0: it must be at least 1"),
     ],
@@ -274,7 +269,7 @@ def test_a_probe_that_cannot_be_is_one_sentence(
     assert error.count("\n") == 1
 
 
-def test_the_command_line_switches_instruments_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_switches_diagnostics_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINITRANSFORMER_DATA", str(tmp_path / "work"))
     Path("my.txt").write_text(TEXT)
@@ -289,5 +284,5 @@ def test_the_command_line_switches_instruments_on(tmp_path: Path, monkeypatch: p
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 4, 6]
 
 
-def test_every_instrument_is_known_on_the_command_line() -> None:
+def test_every_diagnostic_is_known_on_the_command_line() -> None:
     check_probe(configured(probe=ALL))

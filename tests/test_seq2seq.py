@@ -22,11 +22,10 @@ from minitransformer.text.batches import IGNORE
 from minitransformer.text.pair_batches import PairBatch
 from minitransformer.text.prepare_pairs import PreparedPairs
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
-from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.objectives import Seq2Seq
 from minitransformer.training.precision import Precision
-from minitransformer.training.step import training_step, validate
-from tests.runs_for_tests import configured
+from minitransformer.training.step import validate
+from tests.runs_for_tests import configured, reading_learner
 
 PAIRS = [(f"{i} and {i + 1}", f"{2 * i + 1}") for i in range(0, 3000, 7)]
 VOCABULARY = 257
@@ -107,17 +106,10 @@ def test_the_model_reads_the_source_its_padding_and_the_targets_before(prepared:
 def test_micro_batches_give_the_gradient_of_the_batch_that_they_divide(prepared: PreparedPairs, topology: str) -> None:
     batch = max(prepared.validation_batches(200), key=lambda batch: len(batch.source))
     model = build_model(replace(MODEL, topology=topology)).double()
-    gradients: list[dict[str, Tensor]] = []
-
-    class Reader(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
-            gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-    precision, balance = Precision.named("fp32")(CPU), ExpertBalance(model, 0.0)
+    learner, reader = reading_learner(model, objective(0.1), configured(grad_clip=0.0))
     for parts in ([batch], batch.split(3)):
-        optimizers: list[torch.optim.Optimizer] = [Reader(model.parameters(), lr=0.0)]
-        training_step(model, objective(0.1), parts, optimizers, precision, grad_clip=0.0, balance=balance)
-    whole, divided = gradients
+        learner.step(parts)
+    whole, divided = reader.gradients
     assert len(batch.split(3)) > 1
     assert whole.keys() == divided.keys()
     for name, gradient in whole.items():

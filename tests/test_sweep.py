@@ -10,171 +10,49 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from minitransformer.analysis import trials
 from minitransformer.analysis.compare import History, compare
-from minitransformer.analysis.sweep import (
-    Plan,
-    Range,
-    Search,
-    Standing,
-    Values,
-    configured,
-    draws,
-    flags,
-    grid,
-    rungs,
-    standings_ranking,
-)
+from minitransformer.analysis.search_space import Values
+from minitransformer.analysis.sweep import Standing, SweepFolder, standings_ranking
+from minitransformer.analysis.sweep_plan import SweepPlan, configured, flags
 from minitransformer.analysis.trials import train_trial
-from minitransformer.commands import sweep as command
 from minitransformer.commands import train as train_command_module
 from minitransformer.errors import UserError
-from minitransformer.lab import pool
 from minitransformer.runs import Run
 from minitransformer.training.config import RunConfig
 from minitransformer.training.machine import COMPILE_PAYS_AFTER_FLOPS, Resolved
 from minitransformer.training.presets import PRESETS
-from tests.runs_for_tests import TEXT as LONG_TEXT
 from tests.runs_for_tests import TINY
 from tests.runs_for_tests import configured as tiny
+from tests.sweeping_for_tests import (
+    LR,
+    RESIDUAL,
+    ROOT,
+    SMALL,
+    TEXT,
+    assert_same_run,
+    refused,
+    results,
+    sweep,
+    trials_in_process,
+    working_folder,
+)
 
 pytestmark = pytest.mark.unchecked_shapes
-
-ROOT = Path(__file__).parent.parent
-SHAPE = ["--d-model", "16", "--num-layers", "1", "--num-heads", "2", "--context-length", "16", "--tokenizer", "bytes"]
-SMALL = [
-    *SHAPE,
-    "--batch-size",
-    "2",
-    "--warmup-steps",
-    "2",
-    "--compile",
-    "off",
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-]
-TEXT = LONG_TEXT[:2400]
-LR, RESIDUAL = Values("lr", (1e-3, 3e-3)), Values("residual", ("pre", "post"))
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MINITRANSFORMER_DATA", str(tmp_path / "work"))
-    monkeypatch.setenv("COLUMNS", "80")
-    trials._prepared.cache_clear()
-    (tmp_path / "my.txt").write_text(TEXT)
-    return tmp_path
+    return working_folder(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Trials run here, one after the other, and leave a note; real processes take seconds to start."""
-    began = []
-
-    def outcomes(tasks, measure, processes):
-        for task in tasks:
-            began.append(task)
-            yield pool._outcome(measure, task)
-
-    monkeypatch.setattr(pool, "outcomes", outcomes)
-    return began
-
-
-def sweep(*arguments, steps=6):
-    return command.main(["gpt-nano", *arguments, "--data", "my.txt", "--steps", str(steps), *SMALL])
-
-
-def refused(capsys, *arguments):
-    """The one sentence that a mistake gets."""
-    assert command.main(list(arguments)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1, error
-    return error
-
-
-def results(folder):
-    """What was measured, each thing once."""
-    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert len({record["key"] for record in records}) == len(records)
-    return records
-
-
-def weights(run):
-    return load_file(run / "checkpoints/latest/model.safetensors")
-
-
-def assert_same_run(left, right):
-    """The same weights, the same validations, the same best checkpoint."""
-    ours, theirs = weights(left), weights(right)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    validations = [
-        [line for line in (run / "metrics.jsonl").read_text().splitlines() if "validation_loss" in line]
-        for run in (left, right)
-    ]
-    assert validations[0] == validations[1]
-    best = [(run / "checkpoints/best").resolve().name for run in (left, right)]
-    assert best[0] == best[1]
-
-
-def test_a_grid_is_every_combination_once_the_last_setting_fastest():
-    assert grid([LR, RESIDUAL]) == [
-        {"lr": 1e-3, "residual": "pre"},
-        {"lr": 1e-3, "residual": "post"},
-        {"lr": 3e-3, "residual": "pre"},
-        {"lr": 3e-3, "residual": "post"},
-    ]
-
-
-SPACE = [Range("lr", 1e-4, 1e-1), Range("num_layers", 2, 8), Range("dropout", 0.0, 0.3), RESIDUAL]
-
-
-@given(count=st.integers(1, 30), seed=st.integers(0, 999))
-def test_random_draws_are_different_within_their_ranges_and_repeat_with_their_seed(count, seed):
-    drawn = draws(SPACE, count, seed)
-    assert drawn == draws(SPACE, count + 5, seed)[:count]
-    assert len({tuple(one.values()) for one in drawn}) == count
-    for one in drawn:
-        assert 1e-4 <= one["lr"] <= 1e-1
-        assert type(one["num_layers"]) is int
-        assert 2 <= one["num_layers"] <= 8
-        assert 0 <= one["dropout"] <= 0.3
-        assert one["residual"] in ("pre", "post")
-
-
-def test_draws_are_even_in_the_logarithm_over_wide_ranges_only():
-    wide = [one["lr"] for one in draws([Range("lr", 1e-4, 1e-2)], 400, 0)]
-    assert sum(lr < 1e-3 for lr in wide) == pytest.approx(200, abs=40)
-    narrow = [one["lr"] for one in draws([Range("lr", 1e-3, 5e-3)], 200, 0)]
-    assert sum(lr < 3e-3 for lr in narrow) == pytest.approx(100, abs=30)
-    assert draws([Range("lr", 1e-4, 1e-2)], 5, 0) != draws([Range("lr", 1e-4, 1e-2)], 5, 1)
-
-
-@given(steps=st.integers(1, 5000), count=st.integers(1, 100), factor=st.integers(2, 5), every=st.integers(1, 500))
-def test_rungs_grow_by_the_factor_to_all_steps_and_fall_on_validations(steps, count, factor, every):
-    try:
-        found = rungs(steps, count, factor, every)
-    except UserError:
-        assert count < factor or steps < count
-        return
-    assert found[-1] == steps
-    assert found == sorted(set(found))
-    assert all(later == factor * earlier for earlier, later in pairwise(found[:-1]))
-    assert all(rung % min(found[0], every) == 0 for rung in found[:-1])
-    assert factor ** (len(found) - 1) <= count < factor ** len(found)
+    return trials_in_process(monkeypatch)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
@@ -233,13 +111,14 @@ def test_the_command_that_repeats_a_trial_says_all_that_differs_from_the_preset(
             "tied_embeddings": True,
             "bias": True,
             "patience": 3,
+            "attention_window": 16,
             "window_pattern": (True, False),
             "norm_bias": False,
         },
     )
     for changed in (config, replace(config, model=replace(config.model, d_ff=None, tied_embeddings=False))):
         options = train_command_module._parse(flags(PRESETS["gpt-nano"], changed), PRESETS["gpt-nano"])
-        assert options.run_config() == changed
+        assert options.config == changed
 
 
 def test_a_sweep_leaves_runs_a_table_and_a_page_and_does_nothing_twice(here, in_process, capsys):
@@ -311,7 +190,7 @@ def test_the_folder_of_another_sweep_is_refused(here, in_process, capsys, change
 
 def test_a_halving_with_other_values_is_another_sweep():
     identities = [
-        Plan("gpt-nano", TINY, (Values("lr", rates),), halving=2).identity for rates in ((0.1, 0.2), (0.1, 0.3))
+        SweepPlan("gpt-nano", TINY, (Values("lr", rates),), halving=2).identity for rates in ((0.1, 0.2), (0.1, 0.3))
     ]
     assert identities[0] != identities[1]
 
@@ -413,106 +292,6 @@ def test_a_sweep_that_was_judged_by_best_validations_is_not_mixed_with_last_ones
     assert "judged by None, not the last validation" in error
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], ["nothing to sweep", "--set"]),
-        (["--set", "learning_rate=1"], ["learning_rate", "--help"]),
-        (["--set", "residal=pre,post"], ["residal", "'residual'"]),
-        (["--set", "lr"], ["lr", "no values"]),
-        (["--set", "lr=-1,1e-3"], ["lr is -1.0: it must be above 0", "lr -1"]),
-        (["--set", "residual=pots,pre"], ["unknown residual placement 'pots': did you mean 'post'?"]),
-        (["--set", "tied_embeddings=yes,no"], ["tied_embeddings", "true"]),
-        (["--set", "d_model=16,20", "--set", "num_heads=2,8"], ["d_model 20", "num_heads 8", "in the combination"]),
-        (["--set", "lr=1e-4..1e-2"], ["lr is a range", "--random"]),
-        (["--set", "lr=1e-2..1e-4", "--random", "3"], ["empty"]),
-        (["--set", "residual=a..b", "--random", "3"], ["no number"]),
-        (["--set", "residual=pre,post", "--random", "3"], ["--random 3", "2 different"]),
-        (["--set", "lr=1e-4..1e-2", "--random", "0"], ["--random is 0"]),
-        (["--set", "lr=1,2", "--set", "lr=3"], ["lr", "2 times"]),
-        (["--set", "seed=1,2"], ["--seeds"]),
-        (["--set", "lr=1,2", "--seeds", "0,0"], ["--seeds", "different"]),
-        (["--set", "lr=1,2", "--seeds", "a"], ["--seeds a"]),
-        (["--set", "data=a.txt,b.txt"], ["data", "compare"]),
-        (["--set", "tokenizer=bytes,chars", "--metric", "validation_loss"], ["tokenizer", "bits_per_byte"]),
-        (["--set", "window_pattern=True,False"], ["window_pattern", "flag"]),
-        (["--set", "lr=1,2", "--halving", "3"], ["--halving 3", "2"]),
-        (["--set", "lr=1,2", "--halving", "1"], ["--halving is 1"]),
-        (["--set", "lr=1,2,3,4,5,6,7,8,9", "--halving", "3"], ["6 steps", "--steps"]),
-        (["--set", "steps=6,8", "--halving", "2"], ["steps", "--halving"]),
-        (["--set", "lr=1,2", "--processes", "0"], ["--processes is 0"]),
-        (["--set", "lr=1,2", "--smallest-difference", "-1"], ["--smallest-difference is -1"]),
-        (["--set", "lr=1,2", "--device", "abacus"], ["abacus", "cpu"]),
-        (["--set", "lr=1,2", "--out", "my.txt"], ["my.txt", "file"]),
-        (["--set", "lr=1,2", "--out", "."], ["other things", "--out"]),
-    ],
-)
-def test_a_mistake_is_one_sentence_before_anything_starts(here, in_process, capsys, arguments, words):
-    error = refused(capsys, "gpt-nano", "--data", "my.txt", "--steps", "6", *SMALL, *arguments)
-    for word in words:
-        assert word in error
-    assert not in_process
-    assert not (here / "sweeps").exists()
-
-
-@pytest.mark.parametrize("value", ["lr=abc", "compile=maybe", "num_layers=2.5"])
-def test_a_value_that_does_not_parse_is_answered_as_train_answers_it(here, capsys, value):
-    name, _, word = value.partition("=")
-    said = []
-    for main, arguments in (
-        (command.main, ["--set", value]),
-        (train_command_module.main, [f"--{name.replace('_', '-')}", word]),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            main(arguments)
-        assert stopped.value.code == 2
-        said.append(" ".join(capsys.readouterr().err.replace("│", " ").split()).partition("──")[0])
-    assert word in said[0]
-
-
-@pytest.mark.parametrize(
-    ("text", "values"),
-    [
-        ("tied_embeddings=true,False", (True, False)),
-        ("norm-bias=none,true", (None, True)),
-        ("d_ff=None,32", (None, 32)),
-        ("lr=1,3e-4", (1.0, 3e-4)),
-        ("residual=pre, post,pre", ("pre", "post")),
-        ("compile=on,off", ("on", "off")),
-    ],
-)
-def test_values_are_read_as_train_reads_them(text, values):
-    read = command._setting(text).values
-    assert read == values
-    assert list(map(type, read)) == list(map(type, values))
-
-
-def test_tokens_that_differ_are_compared_by_bits_per_byte(here, in_process, capsys):
-    assert sweep("--set", "tokenizer=bytes,chars", "--out", "s", steps=2) == 0
-    assert "bits per byte" in capsys.readouterr().out
-
-
-def test_a_metric_that_the_objective_does_not_have_is_refused(here, capsys):
-    arguments = ["--set", "lr=1,2", "--metric", "bits_per_byte", "--data", "my.txt", *SMALL]
-    assert "validation_loss" in refused(capsys, "bert-mini", *arguments)
-
-
-@pytest.mark.parametrize("module", ["matplotlib.figure", "scipy.stats"])
-def test_what_is_not_installed_is_said_before_anything_is_trained(here, in_process, capsys, monkeypatch, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    arguments = ["gpt-nano", "--set", "lr=1e-3,1e-2", "--data", "my.txt", *SMALL]
-    assert f"sweeps need {module.partition('.')[0]}" in refused(capsys, *arguments)
-    assert not in_process
-    assert not (here / "sweeps").exists()
-
-
-def test_a_sweep_with_tensorboard_is_refused_where_it_is_not_installed(here, in_process, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    arguments = ["gpt-nano", "--set", "lr=1e-3,1e-2", "--data", "my.txt", *SMALL, "--tensorboard"]
-    assert "--tensorboard needs" in refused(capsys, *arguments)
-    assert not in_process
-
-
 def has_units(monkeypatch, there):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: there)
@@ -520,16 +299,16 @@ def has_units(monkeypatch, there):
 
 def auto_plan(*settings, **training):
     base = tiny(TINY, data="my.txt", precision="auto", device="cpu", steps=2, **training)
-    return Plan("tiny", base, settings or (LR,), seeds=(0, 1))
+    return SweepPlan("tiny", base, settings or (LR,), seeds=(0, 1))
 
 
 def test_all_trials_of_a_sweep_have_the_machine_that_it_began_with(here, in_process, monkeypatch):
     has_units(monkeypatch, False)
-    began = Search.open(here / "sweep", auto_plan())
+    began = SweepFolder(here / "sweep", auto_plan())
     began.plan.prepare()
     assert began.run() == []
     has_units(monkeypatch, True)
-    more = Search.open(here / "sweep", replace(auto_plan(), seeds=(0, 1, 2)))
+    more = SweepFolder(here / "sweep", replace(auto_plan(), seeds=(0, 1, 2)))
     assert more.run() == []
     machines = {Run.open(path).machine for path in (here / "sweep/trials").iterdir()}
     assert machines == {Resolved("cpu", "fp32", False)}
@@ -538,18 +317,18 @@ def test_all_trials_of_a_sweep_have_the_machine_that_it_began_with(here, in_proc
 
 def test_a_sweep_does_not_go_on_where_its_trials_would_be_computed_otherwise(here, in_process, monkeypatch):
     has_units(monkeypatch, True)
-    began = Search.open(here / "sweep", auto_plan())
+    began = SweepFolder(here / "sweep", auto_plan())
     began.plan.prepare()
     assert began.run() == []
     has_units(monkeypatch, False)
-    more = Search.open(here / "sweep", replace(auto_plan(), seeds=(0, 1, 2)))
+    more = SweepFolder(here / "sweep", replace(auto_plan(), seeds=(0, 1, 2)))
     with pytest.raises(UserError, match=r"precision bf16 -> fp32 \(this machine has no bf16 units\)"):
         more.run()
 
 
 def test_a_precision_that_is_swept_is_that_of_the_trial(here, in_process, monkeypatch):
     has_units(monkeypatch, False)
-    search = Search.open(here / "sweep", auto_plan(Values("precision", ("auto", "bf16"))))
+    search = SweepFolder(here / "sweep", auto_plan(Values("precision", ("auto", "bf16"))))
     search.plan.prepare()
     assert search.run() == []
     machines = {path.name: Run.open(path).machine.precision for path in (here / "sweep/trials").iterdir()}
@@ -563,8 +342,8 @@ def test_trials_are_compiled_only_where_that_pays_for_the_shortest(here, monkeyp
     long, short = auto_plan(Values("steps", (200, 400))), auto_plan(Values("steps", (1, 400)))
     of_a_step = trials.run_flops(short.config({"steps": 1}, seed=0))
     monkeypatch.setitem(COMPILE_PAYS_AFTER_FLOPS, "cpu", 1.5 * of_a_step)
-    assert Search.open(here / "long", long).machine.compile
-    assert not Search.open(here / "short", short).machine.compile
+    assert SweepFolder(here / "long", long).machine.compile
+    assert not SweepFolder(here / "short", short).machine.compile
 
 
 @pytest.mark.slow
@@ -595,9 +374,9 @@ def test_a_killed_sweep_goes_on_where_it_was_and_does_nothing_twice(here, capsys
 
 def test_a_search_measures_what_a_plan_asks_for(here, in_process):
     base = tiny(data=str(here / "my.txt"), steps=4, device="cpu")
-    plan = Plan("gpt-nano", base, (LR, RESIDUAL), seeds=(3,))
+    plan = SweepPlan("gpt-nano", base, (LR, RESIDUAL), seeds=(3,))
     plan.prepare()
-    search = Search.open(here / "s", plan)
+    search = SweepFolder(here / "s", plan)
     assert search.run() == []
     assert [(s.until, len(s.values)) for s in search.standings(1)] == [(4, 1)] * 4
     assert search.results()[0].task == {"lr": 1e-3, "residual": "pre", "seed": 3, "until": 4}

@@ -15,22 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.batches import IGNORE, Batch
 from minitransformer.training.checkpoint import checkpoint_step, checkpoints_in, choose_checkpoint
-from minitransformer.training.divergence import are_finite
-from minitransformer.training.experts import ExpertBalance
+from minitransformer.training.divergence import MOST_STEPS_WITHOUT_UPDATE, NonFiniteTraining, are_finite
+from minitransformer.training.learner import Learner
 from minitransformer.training.light import LightAdamW
 from minitransformer.training.logging import RunFiles
-from minitransformer.training.loop import MOST_STEPS_WITHOUT_UPDATE, NonFiniteTraining
 from minitransformer.training.muon import Muon, jordan, nearest_to_one, orthogonalise, polar_express
 from minitransformer.training.objectives import Causal
-from minitransformer.training.optimizers import AdamW, MuonWithAdamW, Optimizer, Rates, build_optimizers
-from minitransformer.training.precision import Precision
+from minitransformer.training.optimizers import AdamW, Optimizer, Rates, build_optimizers
 from minitransformer.training.signals import StopRequest
-from minitransformer.training.step import Validation, training_step, validate
-from tests.runs_for_tests import TINY, configured, prepared_text, trainer_for
+from minitransformer.training.step import Validation, validate
+from tests.runs_for_tests import TINY, call_after_step, configured, cpu, prepared_text, reading_learner, trainer_for
 
 pytestmark = pytest.mark.unchecked_shapes
 
-CPU = torch.device("cpu")
 SETTINGS = Rates(lr=0.1, embedding_lr=0.1, head_lr=0.1, weight_decay=0.1)
 
 
@@ -40,7 +37,7 @@ def text(tmp_path_factory):
 
 
 def weights_after(trainer):
-    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in trainer.learner.model.state_dict().items()}
 
 
 def assert_same(left, right):
@@ -56,18 +53,11 @@ def metrics(path):
 
 
 def gradients(model, batches, grad_clip=0.0):
-    """The gradient that one step descends along, read by an optimizer that changes nothing."""
-    seen = {}
-
-    class Reader(torch.optim.SGD):
-        def step(self, closure=None):
-            seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
-
-    objective = Causal(None, TINY)
-    optimizer = Reader(model.parameters(), lr=0.0)
-    precision, balance = Precision.named("fp32")(CPU), ExpertBalance(model, 0.0)
-    result = training_step(model, objective, batches, [optimizer], precision, grad_clip=grad_clip, balance=balance)
-    return seen, result
+    """The gradient that one step descends along."""
+    config = configured(grad_clip=grad_clip)
+    learner, reader = reading_learner(model, Causal(None, config), config)
+    result = learner.step(batches)
+    return reader.gradients[0], result
 
 
 def random_batch(size, generator, ignored=0.0):
@@ -219,17 +209,17 @@ class TimesNaN(Causal):
 @pytest.mark.parametrize("broken", [TimesInfinity, TimesNaN])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_loss_or_gradient_that_is_not_finite_changes_neither_weights_nor_averages(precision, broken, first):
-    model = DecoderLM(TINY.model)
-    optimizers = build_optimizers(MuonWithAdamW.choose(momentum=0.9), model, SETTINGS)
-    arithmetic = Precision.named(precision)(CPU)
+    config = configured(optimizer="muon", momentum=0.9, lr=0.1, schedule="constant", warmup_steps=0)
+    model = DecoderLM(config.model)
+    learner = Learner(config, model, Causal(None, config), cpu(precision))
     batch = random_batch(2, torch.Generator().manual_seed(0))
 
     def step(objective):
-        rules = {"grad_clip": 1.0, "balance": ExpertBalance(model, 0.0)}
-        return training_step(model, objective(None, TINY), [batch], optimizers, arithmetic, **rules)
+        learner.objective = objective(None, config)
+        return learner.step([batch])
 
     def averages():
-        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        states = [state for optimizer in learner.optimizers for state in optimizer.state.values()]
         return [tensor.clone() for state in states for tensor in state.values()]
 
     if not first:
@@ -257,13 +247,12 @@ def test_a_step_asks_the_device_for_no_number(precision, optimizer):
         def to(self, device, non_blocking=False):
             return Batch(self.inputs, self.targets)
 
-    model = DecoderLM(replace(TINY.model, dropout=0.1))
-    optimizers = build_optimizers(Optimizer.choose(optimizer), model, SETTINGS)
+    config = configured(optimizer=optimizer, dropout=0.1)
+    learner = Learner(config, DecoderLM(config.model), Causal(None, config), cpu(precision))
     random = random_batch(2, torch.Generator().manual_seed(0))
     batch = OnHost(**{field.name: getattr(random, field.name) for field in fields(random)})
-    rules = {"grad_clip": 1.0, "balance": ExpertBalance(model, 0.1)}
     with NoNumber():
-        result = training_step(model, Causal(None, TINY), [batch], optimizers, Precision.named(precision)(CPU), **rules)
+        result = learner.step([batch])
         with pytest.raises(AssertionError):
             bool(result.finite)
 
@@ -274,7 +263,7 @@ def test_every_precision_learns_the_text(text, tmp_path, precision):
     trainer.train()
     losses = [record["loss"] for record in metrics(tmp_path / "run") if "loss" in record]
     assert losses[-1] < losses[0] - 1.5
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainer.learner.model.parameters()} == {torch.float32}
 
 
 @settings(max_examples=8)
@@ -295,10 +284,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 
     stop = StopRequest()
     first = trainer_for(folder / "parts", text, config, stop)
-    step = first._step
-    first._step = lambda: (step(), setattr(stop, "signal", signal.SIGINT if first.progress.step == stop_at else None))[
-        0
-    ]
+    call_after_step(first, stop_at, lambda: setattr(stop, "signal", signal.SIGINT))
     first.train()
     assert first.progress.step == stop_at
     torch.manual_seed(stop_at)  # whatever happened in between
@@ -307,7 +293,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     second.train()
 
     assert_same(weights_after(whole), weights_after(second))
-    for left, right in zip(whole.optimizers, second.optimizers, strict=True):
+    for left, right in zip(whole.learner.optimizers, second.learner.optimizers, strict=True):
         left, right = left.state_dict(), right.state_dict()
         assert left["param_groups"] == right["param_groups"]
         for index in left["state"]:
@@ -346,12 +332,12 @@ def test_two_seeds_differ_and_one_seed_does_not(text, tmp_path):
 
 def test_validation_predicts_every_token_once_and_counts_bits_of_bytes(text, tmp_path):
     trainer = trainer_for(tmp_path / "run", text, TINY)
-    result = validate(trainer.model, trainer.objective, trainer.precision)
+    result = validate(trainer.learner.model, trainer.learner.objective, trainer.learner.precision)
     tokens = torch.from_numpy(text.validation.astype("int64"))
     nats = count = 0.0
     for start in range(0, len(tokens) - 1, 16):
         window = tokens[start : start + 17]
-        log_p = trainer.model.eval()(window[None, :-1]).double().log_softmax(-1)[0]
+        log_p = trainer.learner.model.eval()(window[None, :-1]).double().log_softmax(-1)[0]
         nats -= log_p.gather(1, window[1:, None]).sum().item()
         count += len(window) - 1
     assert count == len(tokens) - 1
@@ -383,7 +369,7 @@ def test_the_last_k_checkpoints_and_the_best_one_are_kept(text, tmp_path):
 def test_training_that_stays_non_finite_ends_with_the_weights_it_had(text, tmp_path):
     trainer = trainer_for(tmp_path / "run", text, configured(steps=100, eval_every=1000, save_every=1000))
     before = weights_after(trainer)
-    trainer.objective.loss_sum = lambda model, batch: model(batch.inputs).sum() * math.nan
+    trainer.learner.objective.loss_sum = lambda model, batch: model(batch.inputs).sum() * math.nan
     with pytest.raises(NonFiniteTraining, match=r"begin anew with lower rates, such as --lr 0\.001$"):
         trainer.train()
     assert_same(before, weights_after(trainer))
@@ -394,8 +380,8 @@ def test_training_that_stays_non_finite_ends_with_the_weights_it_had(text, tmp_p
 
 def broken_from(trainer, step):
     """The loss is NaN in all steps after `step`."""
-    loss_sum = trainer.objective.loss_sum
-    trainer.objective.loss_sum = lambda model, batch: (
+    loss_sum = trainer.learner.objective.loss_sum
+    trainer.learner.objective.loss_sum = lambda model, batch: (
         loss_sum(model, batch) * (math.nan if trainer.progress.step >= step else 1)
     )
 
@@ -415,8 +401,8 @@ def test_the_last_checkpoint_from_before_the_first_skipped_step_is_kept(text, tm
 
 def test_a_run_that_has_recovered_keeps_no_more_checkpoints_than_others(text, tmp_path):
     trainer = trainer_for(tmp_path / "run", text, configured(steps=12, save_every=1, eval_every=6))
-    loss_sum = trainer.objective.loss_sum
-    trainer.objective.loss_sum = lambda model, batch: (
+    loss_sum = trainer.learner.objective.loss_sum
+    trainer.learner.objective.loss_sum = lambda model, batch: (
         loss_sum(model, batch) * (math.inf if trainer.progress.step == 3 else 1)
     )
     trainer.train()
@@ -426,16 +412,8 @@ def test_a_run_that_has_recovered_keeps_no_more_checkpoints_than_others(text, tm
 
 def test_no_checkpoint_is_offered_whose_weights_are_lost(text, tmp_path):
     trainer = trainer_for(tmp_path / "run", text, configured(steps=100, save_every=3, eval_every=100))
-    step = trainer._step
-
-    def lost(trainer):
-        result = step()
-        if trainer.progress.step == 9:
-            with torch.no_grad():
-                trainer.model.embedding.table.weight.mul_(1e38)
-        return result
-
-    trainer._step = lambda: lost(trainer)
+    table = trainer.learner.model.embedding.table.weight
+    call_after_step(trainer, 9, lambda: table.data.mul_(1e38))
     with pytest.raises(NonFiniteTraining, match=r"--checkpoint step-000006 --lr 0\.001$"):
         trainer.train()
     assert checkpoint_steps(tmp_path / "run") == [6, 24, 27]
@@ -445,16 +423,8 @@ def test_no_checkpoint_is_offered_whose_weights_are_lost(text, tmp_path):
 def test_weights_that_an_update_made_infinite_are_not_saved(text, tmp_path, optimizer):
     config = configured(optimizer=optimizer, tied_embeddings=False, steps=50, save_every=4, eval_every=25)
     trainer = trainer_for(tmp_path / "run", text, config)
-    step = trainer._step
-
-    def unseen(trainer):
-        result = step()
-        if trainer.progress.step == 6:
-            with torch.no_grad():
-                trainer.model.embedding.table.weight[-1] = math.nan  # of a token that the text has not
-        return result
-
-    trainer._step = lambda: unseen(trainer)
+    of_a_token_that_the_text_has_not = trainer.learner.model.embedding.table.weight.data[-1]
+    call_after_step(trainer, 6, lambda: of_a_token_that_the_text_has_not.fill_(math.nan))
     with pytest.raises(NonFiniteTraining, match=r"after step 8 .* not saved; .* --checkpoint step-000004 --lr 0\.001$"):
         trainer.train()
     assert checkpoint_steps(tmp_path / "run") == [4]
@@ -484,13 +454,13 @@ def test_what_is_not_finite_is_null_in_the_metrics(tmp_path):
 def stopped_in_its_first_validation(path, text, config):
     with StopRequest() as stop:
         trainer = trainer_for(path, text, config, stop)
-        batches = trainer.objective.validation_batches
+        batches = trainer.learner.objective.validation_batches
 
         def interrupted():
             signal.raise_signal(signal.SIGTERM)
             return batches()
 
-        trainer.objective.validation_batches = interrupted
+        trainer.learner.objective.validation_batches = interrupted
         trainer.train()
         assert stop.exit_code == 143
     assert trainer.validation is None

@@ -155,7 +155,10 @@ def test_the_last_validation_is_whole_and_the_best_one_is_told_by_what_all_have_
     read = [record["validation_tokens"] for record in records(tmp_path / "run")]
     assert read[:3] == [trainer.validator.subset.tokens] * 3
     assert read[3] >= len(text.validation) - 1
-    assert trainer.validation.loss == validate(trainer.model, trainer.objective, trainer.precision).loss
+    assert (
+        trainer.validation.loss
+        == validate(trainer.learner.model, trainer.learner.objective, trainer.learner.precision).loss
+    )
     assert trainer.progress.best_step == 8
     assert trainer.progress.best_loss == trainer.validation.subset_loss != trainer.validation.loss
 
@@ -197,7 +200,7 @@ def test_the_time_left_counts_the_validations_to_come(tmp_path):
     text = prepared_text(tmp_path)
     trainer = trainer_for(tmp_path / "run", text, capped())
     part, whole = trainer.validator.subset.tokens, trainer.validator.tokens
-    config = trainer.run.config
+    config = trainer.learner.config
     # Before the first one, from the speed of training.
     assert trainer.validator.seconds_left(1, config, 100.0) == pytest.approx((3 * part + whole) / 300)
     trainer.validator._seconds_per_token = 0.5

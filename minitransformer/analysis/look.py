@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import singledispatch
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from minitransformer.architecture.additive_attention import AdditiveAttention, additive_attention_weights
-from minitransformer.architecture.block import Stack
-from minitransformer.diagnostics.attention_maps import captured_attention
+from minitransformer.analysis.look_record import Look, LookRequest, MapPlan, Prediction, Text
+from minitransformer.analysis.watched import watched
 from minitransformer.errors import UserError
 from minitransformer.generation.fill import encode_with_masks
-from minitransformer.generation.modes import evaluating
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.samples import translations
 from minitransformer.models.decoder import DecoderLM
@@ -34,98 +29,8 @@ GUESSES = 5
 ROWS_AT_ONCE = 32
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to look at. Raises `UserError` for numbers that make no sense."""
-
-    prompt: str
-    target: str | None = None
-    """what an encoder-decoder is made to write; None is what it writes itself"""
-    last: int | None = None
-    """read only so many tokens of the prompt, the last ones"""
-    layers: Sequence[int] = ()
-    """the layers whose attention is kept, from 0; none is all"""
-
-    def __post_init__(self) -> None:
-        if self.last is not None and self.last < 1:
-            raise UserError(f"last is {self.last}: it must be at least 1")
-
-
-@dataclass(frozen=True)
-class Text:
-    """The tokens that a model reads on one side."""
-
-    title: str
-    tokens: Sequence[int]
-    tokenizer: Tokenizer
-
-
-@dataclass(frozen=True)
-class AttentionMaps:
-    """Which tokens of `queries` attend to which of `keys`, two keys of `Look.texts`: each row of weights sums to 1."""
-
-    title: str
-    queries: str
-    keys: str
-    layers: Sequence[int]
-    weights: Float[Tensor, "layers heads query key"]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What is predicted for one place of a text; loss and entropy in nats.
-
-    `place` may be one past the text. `token` is what stands there, or None where that is unknown: then there is no
-    probability and no loss. `guesses` are the likeliest tokens with their probabilities, the likeliest first.
-    """
-
-    place: int
-    token: int | None
-    probability: float | None
-    loss: float | None
-    entropy: float
-    guesses: Sequence[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class ResidualNorms:
-    """‖x‖₂ of the residual stream for each token, before the first block and after each."""
-
-    title: str
-    text: str
-    norms: Float[Tensor, "states tokens"]
-
-
-@dataclass(frozen=True)
-class Look:
-    """All that was measured. `predicted` is the key of the text that the predictions are about."""
-
-    texts: dict[str, Text]
-    maps: Sequence[AttentionMaps]
-    predicted: str
-    predictions: Sequence[Prediction] = ()
-    norms: Sequence[ResidualNorms] = ()
-    remarks: Sequence[str] = field(default_factory=list)
-
-    @property
-    def losses(self) -> list[float]:
-        """In nats, of the tokens that have one."""
-        return [prediction.loss for prediction in self.predictions if prediction.loss is not None]
-
-
-@dataclass(frozen=True)
-class MapPlan:
-    """Which modules make a group of maps: `modules` is a name with a place for the layer."""
-
-    title: str
-    modules: str
-    queries: str
-    keys: str
-    num_layers: int
-
-
 @singledispatch
-def look_at(model: Model, request: Request, tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> Look:
+def look_at(model: Model, request: LookRequest, tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> Look:
     """What `model` does with the text of `request`.
 
     Raises `UserError` for a text that the model cannot read, for layers that it has not, and for more weights than
@@ -136,7 +41,7 @@ def look_at(model: Model, request: Request, tokenizer: Tokenizer, target_tokeniz
 
 @look_at.register
 @torch.inference_mode()
-def _decoder(model: DecoderLM, request: Request, tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> Look:
+def _decoder(model: DecoderLM, request: LookRequest, tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> Look:
     _refuse_target(request, model)
     before = tokenizer.framing.before
     room = model.config.context_length - len(before)
@@ -164,7 +69,7 @@ def _decoder(model: DecoderLM, request: Request, tokenizer: Tokenizer, target_to
 @look_at.register(EncoderClassifier)
 @torch.inference_mode()
 def _encoder(
-    model: EncoderLM | EncoderClassifier, request: Request, tokenizer: Tokenizer, target_tokenizer: Tokenizer
+    model: EncoderLM | EncoderClassifier, request: LookRequest, tokenizer: Tokenizer, target_tokenizer: Tokenizer
 ) -> Look:
     _refuse_target(request, model)
     framing = tokenizer.masked_framing
@@ -221,7 +126,7 @@ def masked_one_by_one(
 @torch.inference_mode()
 def _encoder_decoder(
     model: EncoderDecoder | RecurrentEncoderDecoder,
-    request: Request,
+    request: LookRequest,
     tokenizer: Tokenizer,
     target_tokenizer: Tokenizer,
 ) -> Look:
@@ -250,7 +155,7 @@ def _encoder_decoder(
     )
 
 
-def _target(model: Any, source: Sequence[int], request: Request, tokenizer: Tokenizer) -> tuple[Sequence[int], str]:
+def _target(model: Any, source: Sequence[int], request: LookRequest, tokenizer: Tokenizer) -> tuple[Sequence[int], str]:
     """The tokens after the start token, and where they are from."""
     # One place of the context is the start token's.
     room = model.config.context_length - 1
@@ -303,72 +208,6 @@ def predictions_of(
     return found
 
 
-@dataclass(frozen=True)
-class Watched:
-    """What a forward pass of one text left behind."""
-
-    weights: dict[str, Tensor]
-    """of each attention module by its name, [1, heads, query, key]"""
-    streams: dict[str, list[Tensor]]
-    """of each stack by its name, x before the first block and after each, [1, length, d_model]"""
-
-    def maps(self, plans: Sequence[MapPlan], request: Request) -> list[AttentionMaps]:
-        """The maps of `plans`, of the layers that are asked for."""
-        made = []
-        for plan in plans:
-            layers = _chosen(plan, request)
-            if layers:
-                weights = torch.stack([self.weights[plan.modules.format(layer)][0] for layer in layers])
-                made.append(AttentionMaps(plan.title, plan.queries, plan.keys, layers, weights.float().cpu()))
-        return made
-
-    def norms(self, *stacks: tuple[str, str, str]) -> list[ResidualNorms]:
-        """The norms in each of `stacks`: its name, a title, and the text that it reads."""
-        return [
-            ResidualNorms(title, text, torch.cat(self.streams[name]).float().norm(dim=-1).cpu())
-            for name, title, text in stacks
-            if name in self.streams
-        ]
-
-
-@contextmanager
-def watched(model: nn.Module) -> Iterator[Watched]:
-    """What the forward pass inside this block does, in eval mode."""
-    streams: dict[str, list[Tensor]] = {}
-    alignments: dict[str, list[Tensor]] = {}
-    handles: list[RemovableHandle] = []
-    for name, module in model.named_modules():
-        if isinstance(module, Stack):
-            handles += _watch_stack(module, streams.setdefault(name, []))
-        if isinstance(module, AdditiveAttention):
-            handles.append(_watch_alignment(module, alignments.setdefault(name, [])))
-    try:
-        with evaluating(model), captured_attention(model) as weights:
-            seen = Watched(weights, streams)
-            yield seen
-        for name, rows in alignments.items():
-            seen.weights[name] = torch.cat(rows, dim=1)[:, None]
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _watch_stack(stack: Stack, kept: list[Tensor]) -> list[RemovableHandle]:
-    def keep(stream: Any) -> None:
-        kept.append(stack.residual.state(stream).detach())
-
-    first = stack.blocks[0].register_forward_pre_hook(lambda block, inputs: keep(inputs[0]))
-    return [first, *(block.register_forward_hook(lambda block, _, output: keep(output)) for block in stack.blocks)]
-
-
-def _watch_alignment(attention: AdditiveAttention, kept: list[Tensor]) -> RemovableHandle:
-    def keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        state, _, keys, *_ = inputs
-        kept.append(additive_attention_weights(attention.query(state)[:, None], keys, attention.score.weight[0]))
-
-    return attention.register_forward_pre_hook(keep)
-
-
 def _row(tokens: Sequence[int], model: nn.Module) -> Tensor:
     return torch.tensor([tokens], device=next(model.parameters()).device)
 
@@ -381,12 +220,12 @@ def _line(text: str) -> str:
     return lines[0]
 
 
-def _refuse_target(request: Request, model: Model) -> None:
+def _refuse_target(request: LookRequest, model: Model) -> None:
     if request.target is not None:
         raise UserError(f"--target is for models that translate, and this one is of topology {model.name!r}: leave it")
 
 
-def _fitting(tokens: list[int], request: Request, room: int) -> list[int]:
+def _fitting(tokens: list[int], request: LookRequest, room: int) -> list[int]:
     """The tokens of the prompt that are to be read; raises `UserError` if there is none, or no room for them."""
     if not tokens:
         raise UserError("the prompt is empty: give --prompt TEXT, or pipe a text in")
@@ -399,18 +238,14 @@ def _fitting(tokens: list[int], request: Request, room: int) -> list[int]:
     return kept
 
 
-def _chosen(plan: MapPlan, request: Request) -> list[int]:
-    return [layer for layer in range(plan.num_layers) if not request.layers or layer in request.layers]
-
-
-def _check_size(plans: Sequence[MapPlan], texts: dict[str, Text], request: Request, model: Model) -> None:
+def _check_size(plans: Sequence[MapPlan], texts: dict[str, Text], request: LookRequest, model: Model) -> None:
     """Raises `UserError` for layers that no map has, and for more weights than a page can hold."""
     highest = max(plan.num_layers for plan in plans) - 1
     strangers = [layer for layer in request.layers if not 0 <= layer <= highest]
     if strangers:
         raise UserError(f"there is no layer {strangers[0]}: the layers of this model are 0 to {highest}")
     weights = sum(
-        len(_chosen(plan, request))
+        len(request.layers_of(plan.num_layers))
         * model.config.num_heads
         * len(texts[plan.queries].tokens)
         * len(texts[plan.keys].tokens)

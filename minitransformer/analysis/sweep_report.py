@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import shlex
 from collections.abc import Sequence
@@ -12,24 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from minitransformer import files
-from minitransformer.analysis.sweep import (
-    Plan,
-    Search,
-    Standing,
-    best_seed,
-    flags,
-    label,
-    standings_ranking,
-    value_text,
-)
+from minitransformer.analysis.search_space import label, value_text
+from minitransformer.analysis.sweep import Standing, SweepFolder, standings_ranking
+from minitransformer.analysis.sweep_plan import SweepPlan, flags
 from minitransformer.analysis.trials import METRICS
 from minitransformer.analysis.verdicts import pairs_table
-from minitransformer.lab.report import MOST_FAILURES, MOST_ROWS, REPORT, rows_text, skipped
-from minitransformer.lab.runner import Failure
-from minitransformer.lab.store import REMEDY, task_key
 from minitransformer.reporting import figures
 from minitransformer.reporting.pages import Link, Page
+from minitransformer.reporting.report import (
+    MOST_FAILURES,
+    REPORT,
+    add_facts,
+    add_picture,
+    add_table,
+    csv_text,
+    failed,
+    skipped,
+)
 from minitransformer.reporting.tables import Picture, Table
+from minitransformer.tasks.store import REMEDY
+from minitransformer.tasks.task import Failure, task_key
 from minitransformer.training.presets import PRESETS
 
 TRIALS_CSV = "trials.csv"
@@ -38,9 +38,9 @@ WIDE = 10.0
 """ratio of the ends of an axis from which on it is logarithmic"""
 
 
-def standings_table(search: Search) -> Table:
+def standings_table(sweep: SweepFolder) -> Table:
     """Each combination at the last rung that it came to: those that came furthest first, the lowest metric first."""
-    plan = search.plan
+    plan = sweep.plan
     names = [setting.name for setting in plan.settings]
     halved = plan.halving is not None
     columns = [*names, *(["steps"] * halved), METRICS[plan.metric] + " [95 %]" * (len(plan.seeds) > 1)]
@@ -50,7 +50,7 @@ def standings_table(search: Search) -> Table:
             *([standing.until] * halved),
             standing.mean if len(plan.seeds) == 1 and math.isfinite(standing.mean) else outcome_text(standing),
         ]
-        for standing in search.all_standings()
+        for standing in sweep.all_standings()
     ]
     return Table("Combinations", columns, rows)
 
@@ -94,11 +94,11 @@ class Conclusion:
     """the lowest against every other; None where nothing is paired"""
 
 
-def conclusion(search: Search) -> Conclusion:
+def conclusion(sweep: SweepFolder) -> Conclusion:
     """Of the last rung with several combinations."""
-    plan = search.plan
+    plan = sweep.plan
     for number in range(len(plan.rungs), 0, -1):
-        standings = search.standings(number)
+        standings = sweep.standings(number)
         if len(standings) > 1:
             ranked = standings_ranking(standings, plan.smallest_difference)
             when = f"At {standings[0].until} steps: " if plan.halving is not None else ""
@@ -108,15 +108,15 @@ def conclusion(search: Search) -> Conclusion:
     return Conclusion("There was nothing to compare.")
 
 
-def train_command(plan: Plan, standing: Standing) -> str:
+def train_command(plan: SweepPlan, standing: Standing) -> str:
     """What is typed to train the best trial of a combination again, from the start to the end."""
-    config = plan.config(standing.combination, best_seed(standing, plan.seeds))
+    config = plan.config(standing.combination, standing.best_seed(plan.seeds))
     return shlex.join(["python", "train.py", plan.preset, *flags(PRESETS[plan.preset], config)])
 
 
-def trials_table(search: Search) -> Table:
+def trials_table(sweep: SweepFolder) -> Table:
     """A row for each trial and rung."""
-    names = [setting.name for setting in search.plan.settings]
+    names = [setting.name for setting in sweep.plan.settings]
     columns = [*names, "seed", "steps", *METRICS, *BEST, "finite", "run", "seconds"]
     rows = [
         [
@@ -126,16 +126,16 @@ def trials_table(search: Search) -> Table:
             *(result.measured[name] for name in (*METRICS, *BEST)),
             result.measured["finite"],
             result.measured["run"],
-            search.store.seconds[task_key(result.task)],
+            sweep.store.seconds[task_key(result.task)],
         ]
-        for result in search.results()
+        for result in sweep.results()
     ]
     return Table("Trials", columns, rows)
 
 
-def pictures(search: Search) -> list[Picture]:
+def pictures(sweep: SweepFolder) -> list[Picture]:
     """The metric against each setting that varied, after the first rung, which is the same for all."""
-    plan, standings = search.plan, search.standings(1)
+    plan, standings = sweep.plan, sweep.standings(1)
     finite = [standing for standing in standings if any(map(math.isfinite, standing.values))]
     if not finite:
         return []
@@ -143,7 +143,7 @@ def pictures(search: Search) -> list[Picture]:
     return [_picture(plan, name, finite, steps) for name in plan.varied]
 
 
-def _picture(plan: Plan, name: str, standings: Sequence[Standing], steps: str) -> Picture:
+def _picture(plan: SweepPlan, name: str, standings: Sequence[Standing], steps: str) -> Picture:
     caption = "A point is a trial; those of the lowest mean are filled."
     if len(plan.varied) > 1:
         caption += " Trials over one value differ in the other settings too."
@@ -172,52 +172,39 @@ def _is_wide(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) >= WIDE
 
 
-def write_report(search: Search, said: Conclusion, failures: Sequence[Failure], command: str) -> Path:
-    """Write the report into the folder of `search`, with its conclusion `said`, and return the path of its page.
+def write_sweep_report(sweep: SweepFolder, said: Conclusion, failures: Sequence[Failure], command: str) -> Path:
+    """Write the report into the folder of `sweep`, with its conclusion `said`, and return the path of its page.
 
     Raises `UserError` where the folder may not be written, and without matplotlib.
     """
-    folder = search.folder
+    folder = sweep.folder
     with files.writing(folder / REPORT, REMEDY):
-        trials = trials_table(search)
-        _write_csv(folder / TRIALS_CSV, trials)
-        page = Page(f"Sweep of {search.plan.preset}: {', '.join(setting.name for setting in search.plan.settings)}")
-        _plan(page, search.plan)
-        _standings(page, search, said)
-        for picture in pictures(search):
-            png = figures.png(picture.draw())
-            with files.whole_file(folder / f"by-{picture.title.rpartition(' ')[2]}.png") as file:
-                file.write(png)
-            page.figure(png, f"{picture.title}. {picture.caption}", picture.title)
-        _trials(page, trials)
-        _repeat(page, search, failures, command)
+        trials = trials_table(sweep)
+        files.write_text(folder / TRIALS_CSV, csv_text(trials))
+        page = Page(f"Sweep of {sweep.plan.preset}: {', '.join(setting.name for setting in sweep.plan.settings)}")
+        _plan(page, sweep.plan)
+        _standings(page, sweep, said)
+        for picture in pictures(sweep):
+            add_picture(page, picture, folder / f"by-{picture.title.rpartition(' ')[2]}.png")
+        add_table(page, _linked(trials), TRIALS_CSV)
+        _repeat(page, sweep, failures, command)
         files.write_text(folder / REPORT, page.html())
     return folder / REPORT
 
 
-def _trials(page: Page, table: Table) -> None:
+def _linked(table: Table) -> Table:
     """The trials with a link to the folder of each."""
     run = table.columns.index("run")
-    rows = [[*row[:run], Link(row[run], f"{row[run]}/"), *row[run + 1 :]] for row in table.rows[:MOST_ROWS]]
-    page.heading(table.title)
-    page.table(table.columns, rows)
-    page.links(rows_text(table), [Link(TRIALS_CSV, TRIALS_CSV)])
+    rows = [[*row[:run], Link(row[run], f"{row[run]}/"), *row[run + 1 :]] for row in table.rows]
+    return Table(table.title, table.columns, rows)
 
 
-def _write_csv(path: Path, table: Table) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.columns)
-    writer.writerows(["" if cell is None else cell for cell in row] for row in table.rows)
-    files.write_text(path, text.getvalue())
-
-
-def _plan(page: Page, plan: Plan) -> None:
+def _plan(page: Page, plan: SweepPlan) -> None:
     page.paragraph(f"{method(plan)} Minimised: {METRICS[plan.metric]}, a trial's last, by which `compare` judges too.")
     page.table(["setting", "values"], [(setting.name, str(setting)) for setting in plan.settings])
 
 
-def method(plan: Plan) -> str:
+def method(plan: SweepPlan) -> str:
     """How the combinations are chosen and trained, in a sentence or two."""
     count, seeds = len(plan.combinations), _seeds(plan.seeds)
     how = f"{count} combinations" if plan.random is None else f"{count} random combinations (draw {plan.draw_seed})"
@@ -229,30 +216,24 @@ def method(plan: Plan) -> str:
     return f"{text} After {after} steps, the best one in {plan.halving} goes on from its checkpoint, until {last}."
 
 
-def _standings(page: Page, search: Search, said: Conclusion) -> None:
-    table = standings_table(search)
-    page.heading(table.title)
-    page.table(table.columns, table.rows[:MOST_ROWS])
-    best = search.standings(len(search.plan.rungs))[0]
+def _standings(page: Page, sweep: SweepFolder, said: Conclusion) -> None:
+    add_table(page, standings_table(sweep))
+    best = sweep.standings(len(sweep.plan.rungs))[0]
     page.paragraph(f"Lowest: {label(best.combination)}, {outcome_text(best)}. {said.text}")
-    if (sentence := diverged(search.all_standings())) is not None:
+    if (sentence := diverged(sweep.all_standings())) is not None:
         page.paragraph(sentence)
     if math.isfinite(best.mean):
         page.paragraph("To train its best trial again (with OMP_NUM_THREADS=1, as here, bit for bit on a CPU):")
-        page.code(train_command(search.plan, best))
+        page.code(train_command(sweep.plan, best))
     if said.pairs is not None:
-        page.heading(said.pairs.title)
-        page.table(said.pairs.columns, said.pairs.rows[:MOST_ROWS])
+        add_table(page, said.pairs)
 
 
-def _repeat(page: Page, search: Search, failures: Sequence[Failure], command: str) -> None:
+def _repeat(page: Page, sweep: SweepFolder, failures: Sequence[Failure], command: str) -> None:
     page.heading("How to repeat it")
     page.code(command)
-    if search.store.skipped:
-        page.paragraph(skipped(search.store.skipped))
-    if failures:
-        page.paragraph(f"{len(failures)} trials failed; the same command tries them again:")
-        for failure in failures[:MOST_FAILURES]:
-            page.paragraph(str(failure))
-    record = search.records[-1] if search.records else {}
-    page.table(["what", "value"], [(name, value) for name, value in record.items() if value and name != "command"])
+    if sweep.store.skipped:
+        page.paragraph(skipped(sweep.store.skipped))
+    for sentence in failed(failures, "Trials"):
+        page.paragraph(sentence)
+    add_facts(page, sweep.records[-1] if sweep.records else {})

@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from minitransformer import files
 from minitransformer.analysis.verdicts import last_value
-from minitransformer.diagnostics import probe_for
 from minitransformer.errors import UserError
-from minitransformer.generation.samples import sample_of
-from minitransformer.lab.experiment import Measurement
-from minitransformer.lab.store import REMEDY
-from minitransformer.models.model import Model
 from minitransformer.runs import Run, clear, only_writer
+from minitransformer.runs.begin import begin_run
+from minitransformer.runs.trainer import build_trainer, open_log
+from minitransformer.tasks.store import REMEDY
+from minitransformer.tasks.task import Measurement
 from minitransformer.training.checkpoint import check_room, checkpoint_step
 from minitransformer.training.config import RunConfig, TrainingConfig, with_vocabulary
-from minitransformer.training.logging import Log, Logs, RunFiles, TensorBoard, records_until
-from minitransformer.training.loop import NonFiniteTraining, Trainer
+from minitransformer.training.divergence import NonFiniteTraining
+from minitransformer.training.logging import records_until
 from minitransformer.training.machine import Machine, Resolved
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import Prepared
@@ -30,7 +29,6 @@ from minitransformer.training.signals import StopRequest
 
 METRICS = {"validation_loss": "validation loss", "bits_per_byte": "bits per byte"}
 """what a trial may be judged by, and how it is called"""
-SAMPLE_TOKENS, EXAMPLES = 120, 4
 
 
 def shared_machine(configs: Sequence[RunConfig], kept: Resolved | None, swept: Collection[str]) -> Resolved:
@@ -85,14 +83,15 @@ def train_trial(path: Path, config: RunConfig, until: int, machine: Machine | No
 def _advance(path: Path, config: RunConfig, prepared: Prepared, until: int, machine: Machine) -> bool:
     """Train the run at `path` until step `until`; False if that ended because nothing was finite any more."""
     found = _found(path, config, machine.resolved)
-    run, checkpoint = (_begun(path, config, prepared, machine.resolved), None) if found is None else found
+    if found is None:
+        clear(path)
+        check_room(path, config)
+    run, checkpoint = found or (begin_run(path, config, prepared, machine.resolved), None)
     done = 0 if checkpoint is None else checkpoint_step(checkpoint)
     if done >= until:
         return True
-    log = _log(run, done)
-    trainer = Trainer(run, prepared, machine, log, StopRequest(), partial(_sample, run), probe_for(config.training))
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
+    log = open_log(run, done)
+    trainer = build_trainer(run, prepared, machine, log, StopRequest(), checkpoint=checkpoint)
     try:
         trainer.train(until)
     except NonFiniteTraining as error:
@@ -113,21 +112,6 @@ def _found(path: Path, config: RunConfig, machine: Resolved) -> tuple[Run, Path]
     except UserError:
         return None
     return (run if run.machine else run.reconfigured(config, machine)), checkpoint  # older versions kept no machine
-
-
-def _begun(path: Path, config: RunConfig, prepared: Prepared, machine: Resolved) -> Run:
-    clear(path)
-    check_room(path, config)
-    return Run.create(path, config, prepared.tokenizer, prepared.target_tokenizer, prepared.folder.name, machine)
-
-
-def _log(run: Run, done: int) -> Log:
-    log = RunFiles(run.path, resume_at=done)
-    return Logs(log, TensorBoard(run.path)) if run.config.training.tensorboard else log
-
-
-def _sample(run: Run, model: Model, objective: Objective) -> str:
-    return sample_of(model, run.tokenizer, run.target_tokenizer, objective.examples(EXAMPLES), SAMPLE_TOKENS)
 
 
 def _outcome(path: Path, until: int, finite: bool) -> Measurement:

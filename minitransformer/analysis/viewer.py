@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from minitransformer.analysis.look import AttentionMaps, Look, Prediction, Text
+from minitransformer.analysis.look_record import AttentionMaps, Look, Prediction, Text
 from minitransformer.reporting.pages import STYLE
 from minitransformer.text.tokenizers import Tokenizer
 
@@ -67,7 +67,7 @@ def _map_data(maps: AttentionMaps) -> dict[str, Any]:
         "keys": maps.keys,
         "layers": list(maps.layers),
         "heads": maps.weights.size(1),
-        "weights": base64.b64encode(quantised(maps.weights).numpy().tobytes()).decode(),
+        "weights": base64.b64encode(quantise_weights(maps.weights).numpy().tobytes()).decode(),
     }
 
 
@@ -87,13 +87,13 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.{DIGITS}g}")
 
 
-def quantised(weights: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+def quantise_weights(weights: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """√w in 255 steps, one byte a weight: w is off by √w / 255 at most, so that small weights keep their digits."""
     return (weights.clamp(0, 1).sqrt() * LEVELS).round().to(torch.uint8)
 
 
 def restored(levels: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The weights that `quantised` was given, about."""
+    """The weights that `quantise_weights` was given, about."""
     return (levels.float() / LEVELS) ** 2
 
 

@@ -92,16 +92,16 @@ def repeat_heads(
     """Each key (or value) head repeated for the query heads that share it."""
     if x.size(1) == heads:
         return x
-    return x[:, :, None].expand(-1, -1, queries_per_key(heads, x.size(1)), -1, -1).flatten(1, 2)
+    check_heads(heads, x.size(1))
+    return x[:, :, None].expand(-1, -1, heads // x.size(1), -1, -1).flatten(1, 2)
 
 
-def queries_per_key(heads: int, kv_heads: int) -> int:
-    """How many query heads share a key head; raises `UserError` where they cannot be shared out."""
+def check_heads(heads: int, kv_heads: int) -> None:
+    """Raises `UserError` where query heads cannot share key heads evenly."""
     if heads % kv_heads:
         raise UserError(
             f"{heads} query heads cannot share {kv_heads} key and value heads: make the first a multiple of it"
         )
-    return heads // kv_heads
 
 
 @runtime_checkable
@@ -146,6 +146,8 @@ class AttentionView:
     mask: Bool[Tensor, "#batch #heads #query key"] | None = None
     bias: Float[Tensor, "#batch heads query key"] | None = None
     rotate: Callable[[Tensor], Tensor] = identity
+    mix_values: Callable[[Tensor], Tensor] = identity
+    """makes the values that are attended to from those of new tokens, [batch, kv_heads, new, head_dim]"""
     slots: Slots | None = None
 
 
@@ -198,7 +200,7 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
         head_dim = head_dim or d_model // num_heads
-        queries_per_key(num_heads, num_kv_heads)
+        check_heads(num_heads, num_kv_heads)
         self.head_dim, self.scale, self.softcap, self.dropout = head_dim, scale, softcap, dropout
         self.kernel, self.project = kernel, project
         self.query = ScoreProjection(d_model, num_heads * head_dim, bias=bias)
@@ -250,7 +252,8 @@ class MultiHeadAttention(nn.Module):
         return view.rotate(self._split_heads(self.query_norm(query))), k, v
 
     def _keys_and_values(self, key: Tensor, value: Tensor, view: AttentionView) -> KeysAndValues:
-        return view.rotate(self._split_heads(self.key_norm(key))), self._split_heads(self.value_norm(value))
+        k, v = self._split_heads(self.key_norm(key)), self._split_heads(self.value_norm(value))
+        return view.rotate(k), view.mix_values(v)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return torch.unflatten(x, -1, (-1, self.head_dim)).transpose(1, 2)  # batch, heads, length, head_dim

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import and_
 from typing import Any
@@ -18,7 +18,9 @@ from minitransformer.architecture.embeddings import TokenSmear
 from minitransformer.architecture.masks import causal_mask, padding_mask, sliding_window_mask
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
+from minitransformer.architecture.residual.base import Sublayer
 from minitransformer.registry import Registered
+from minitransformer.settings import Chosen
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,6 @@ class Memory:
     def select(self, rows: Int[Tensor, "selected"]) -> Memory:
         """The given rows of the batch, in their order."""
         return Memory(self.values[rows], None if self.is_token is None else self.is_token[rows])
-
-
-Sublayer = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,10 @@ class Block(Registered, nn.Module, kind="block"):
         memory_cache: MemoryCache | None = None,
     ) -> Any:
         """The stream after this block; `memory` is what a block with cross-attention attends to."""
-        attend = partial(self.attention, view=view, cache=cache)
+
+        def attend(x: Tensor, **given: Any) -> Tensor:
+            return self.attention(x, view=replace(view, **given) if given else view, cache=cache)
+
         cross_attend = None
         if self.cross_attention is not None:
             assert memory is not None, "cross-attention without a memory"
@@ -138,7 +140,8 @@ class ParallelBlock(Block, name="parallel"):
 
     def arrange(self, stream: Any, attend: Sublayer, cross_attend: Sublayer | None) -> Any:
         return self.residual(
-            stream, lambda x: attend(x) + (cross_attend(x) if cross_attend else 0) + self.feedforward(x)
+            stream,
+            lambda x, **given: attend(x, **given) + (cross_attend(x) if cross_attend else 0) + self.feedforward(x),
         )
 
     def residual_of(self, sublayer: str) -> Residual:
@@ -154,7 +157,9 @@ class ParallelTwoNorms(ParallelBlock, name="parallel-two-norms"):
 
     def arrange(self, stream: Tensor, attend: Sublayer, cross_attend: Sublayer | None) -> Tensor:
         fed = self.feedforward(self.feedforward_norm(stream))
-        return self.residual(stream, lambda x: attend(x) + (cross_attend(x) if cross_attend else 0) + fed)
+        return self.residual(
+            stream, lambda x, **given: attend(x, **given) + (cross_attend(x) if cross_attend else 0) + fed
+        )
 
 
 class Stack(nn.Module):
@@ -169,7 +174,7 @@ class Stack(nn.Module):
         blocks: Sequence[Block],
         *,
         positions: PositionScheme,
-        residual: type[Residual],
+        residual: Chosen[Residual],
         make_norm: Callable[[], nn.Module],
         causal: bool,
         windows: Sequence[int | None] | None = None,
@@ -180,10 +185,12 @@ class Stack(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.positions, self.smear = positions, smear
-        self.embedding_norm = make_norm() if embedding_norm or residual.has_embedding_norm else nn.Identity()
-        self.final_norm = residual.make_final_norm(make_norm)
+        self.embedding_norm = make_norm() if embedding_norm or residual.variant.has_embedding_norm else nn.Identity()
+        places = [connection.place for connection in self.connections]
+        self.shared = residual.variant.Shared(residual.settings, places)
+        self.final_norm = residual.variant.make_final_norm(residual.settings, make_norm)
         self.dropout = Dropout(dropout)
-        self.residual, self.causal = residual, causal
+        self.causal = causal
         self.windows = list(windows or [None] * len(blocks))
 
     def forward(
@@ -214,7 +221,7 @@ class Stack(nn.Module):
             )
             for window in set(self.windows)
         }
-        stream = self.residual.open(self.dropout(self.embedding_norm(self.positions.embed(x, positions))))
+        stream = self.shared.open(self.dropout(self.embedding_norm(self.positions.embed(x, positions))))
         for layer, block in enumerate(self.blocks):
             stream = block(
                 stream,
@@ -223,7 +230,7 @@ class Stack(nn.Module):
                 memory=memory,
                 memory_cache=cache and cache.memories[layer],
             )
-        return self.residual.close(stream, self.final_norm)
+        return self.shared.close(stream, self.final_norm)
 
     @property
     def connections(self) -> list[Residual]:

@@ -62,6 +62,9 @@ class TokenSmear(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.zeros(d_model))
 
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gain)
+
     def forward(
         self,
         x: Float[Tensor, "batch new d_model"],

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from minitransformer.architecture.block import Block
-from minitransformer.architecture.embeddings import LMHead, TokenSmear
+from minitransformer.architecture.embeddings import LMHead
 from minitransformer.architecture.linear import OutputProjection, ScoreProjection
-from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.residual import BranchGains, Residual
+from minitransformer.errors import UserError
 from minitransformer.registry import Registered
 
 
@@ -85,10 +85,12 @@ class ZeroOutput(GPT2, name="zero-output"):
 
 
 def initialise(model: nn.Module, scheme: Initialisation) -> None:
-    """Draw every weight of `model` by `scheme`, times what its residual placement asks.
+    """Draw every linear map and embedding of `model` by `scheme`, times what its residual placement asks.
 
-    Depth makes outputs smaller once: where a placement has gains of its own, a scheme draws as for a single sublayer. A
-    module with weights of a kind that no rule names is an error.
+    Depth makes outputs smaller once: where a placement has gains of its own, a scheme draws as for a single sublayer.
+    Other parameters start as the constructor of their variant makes them. At the end, every other module with a method
+    `reset_parameters` is asked for it, inner modules first: it may also change what was drawn inside it. Raises
+    `UserError` for parameters of a module that is no variant and has no such method.
     """
     branches = [branch for module in model.modules() if isinstance(module, Block) for branch in module.branches]
     num_sublayers = {
@@ -98,29 +100,37 @@ def initialise(model: nn.Module, scheme: Initialisation) -> None:
         for part in branch.sublayer.modules()
     }
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for module in model.modules():
-        match module:
-            case nn.Embedding():
-                scheme.embedding(module.weight)
-            case LMHead() if id(module.weight) in tables:
-                pass
-            case LMHead():
-                scheme.head(module.weight)
-            case OutputProjection():
-                scheme.output_projection(module.weight, num_sublayers.get(module, 1))
-            case nn.Linear():
-                scheme.linear(module.weight)
-            case nn.GRU():
-                _gru(module, scheme)
-            case Norm() | Residual() | TokenSmear():
-                continue  # made as they start
-            case _:
-                assert not list(module.parameters(recurse=False)), f"no rule starts the weights of {module}"
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    others = [module for module in model.modules() if not _draw(module, scheme, tables, num_sublayers)]
     for branch in branches:
         if (gains := branch.residual.branch_gains()) is not None:
             _scale(branch.sublayer, gains)
+    for module in reversed(others):
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]
+        elif list(module.parameters(recurse=False)) and not isinstance(module, Registered | Residual.Shared):
+            raise UserError(f"no rule starts the weights of {module}: give it a method reset_parameters")
+
+
+def _draw(module: nn.Module, scheme: Initialisation, tables: set[int], num_sublayers: dict[nn.Module, int]) -> bool:
+    """Draw the weights of `module`, if it is of a kind that a scheme draws; its biases start at 0."""
+    match module:
+        case nn.Embedding():
+            scheme.embedding(module.weight)
+        case LMHead() if id(module.weight) in tables:
+            pass
+        case LMHead():
+            scheme.head(module.weight)
+        case OutputProjection():
+            scheme.output_projection(module.weight, num_sublayers.get(module, 1))
+        case nn.Linear():
+            scheme.linear(module.weight)
+        case nn.GRU():
+            _gru(module, scheme)
+        case _:
+            return False
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return True
 
 
 @torch.no_grad()

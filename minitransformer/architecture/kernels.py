@@ -13,8 +13,8 @@ from torch import Tensor
 from minitransformer.architecture.attention import (
     AttentionKernel,
     allowed_keys,
+    check_heads,
     every_query_has_a_key,
-    queries_per_key,
     scaled_dot_product_attention,
 )
 
@@ -78,10 +78,7 @@ def fused_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads query value_dim"]:
-    """`scaled_dot_product_attention` by torch's fused kernels: the same arguments, the same numbers, faster.
-
-    torch has no kernel with `softcap`, which is computed by hand.
-    """
+    """`scaled_dot_product_attention` by torch's fused kernels, which have no `softcap`: that is computed by hand."""
     if softcap is not None:
         return scaled_dot_product_attention(
             q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout=dropout
@@ -89,27 +86,29 @@ def fused_attention(
     if q.size(-2) == 1:
         causal = False  # nothing is later than the last key
     # torch aligns `is_causal` with the first key, which is right only for as many queries as keys.
-    plain_causal = causal and mask is None and bias is None and q.size(-2) == k.size(-2)
-    allowed = None if plain_causal else allowed_keys(q, k, causal, mask)
-    if bias is not None:
-        bias = bias.to(q.dtype)
-        allowed = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
-    grouped = {"enable_gqa": True} if queries_per_key(q.size(1), k.size(1)) > 1 else {}
+    is_causal = causal and mask is None and bias is None and q.size(-2) == k.size(-2)
+    attn_mask = None if is_causal else _mask_or_bias(q, k, causal, mask, bias)
+    grouped = {}
+    if q.size(1) != k.size(1):
+        check_heads(q.size(1), k.size(1))
+        grouped = {"enable_gqa": True}
     attended = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=allowed if allowed is None or allowed.dim() > 1 else allowed[None],
-        dropout_p=dropout,
-        is_causal=plain_causal,
-        scale=scale,
-        **grouped,
+        q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=scale, **grouped
     )
     # torch's kernels for CPUs give zeros themselves.
     if q.device.type == "cpu" or every_query_has_a_key(q, k, causal, mask):
         return attended
     has_a_key = allowed_keys(q, k, causal, mask).any(-1, keepdim=True)  # type: ignore[union-attr]
     return attended.masked_fill(~has_a_key, 0.0)
+
+
+def _mask_or_bias(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Mask, causality and bias as the one argument that torch has for them, of two dimensions at least."""
+    allowed = allowed_keys(q, k, causal, mask)
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        allowed = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
+    return allowed if allowed is None or allowed.dim() > 1 else allowed[None]
 
 
 def fastest_attention(

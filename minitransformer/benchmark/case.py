@@ -8,40 +8,12 @@ from importlib.util import find_spec
 from typing import ClassVar
 
 from minitransformer.benchmark.peers import NanoGPT
+from minitransformer.benchmark.shape import Shape
 from minitransformer.registry import Registered
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A decoder with learned positions, and the batches that it is trained on: what all contestants can be."""
-
-    num_layers: int
-    num_heads: int
-    d_model: int
-    context_length: int
-    vocab_size: int
-    batch_size: int
-    dropout: float = 0.0
-    bias: bool = False
-
-    def __str__(self) -> str:
-        return (
-            f"{self.num_layers} layers, {self.num_heads} heads, d_model {self.d_model}, context "
-            f"{self.context_length}, batch {self.batch_size},\n           vocabulary {self.vocab_size:,}"
-            f", dropout {self.dropout:g}"
-        )
-
-
-SHAPES = {
-    "nanogpt-cpu": Shape(4, 4, 128, 64, 65, 12),
-    "nanogpt-gpu": Shape(6, 6, 384, 256, 65, 64, dropout=0.2),
-    "gpt2-124m": Shape(12, 12, 768, 1024, 50257, 8, bias=True),
-}
-"""nanoGPT's README on a CPU and on a GPU (characters of Tiny Shakespeare), and GPT-2's smallest."""
-
-
-@dataclass(frozen=True)
-class Setting:
+class BenchSetting:
     """What holds for all contestants of a run of the benchmark."""
 
     shape: Shape
@@ -51,6 +23,8 @@ class Setting:
     """text for what needs some: a recipe or a file"""
     megabytes: float = 2.0
     """of the text, for tokenizers"""
+    prompt: int = 8
+    """tokens before the first that is decoded"""
     tokens: int = 500
     """to decode, where the context has room for them"""
     target_loss: float = 2.6
@@ -138,7 +112,7 @@ class Subject(Registered, kind="subject"):
 
     about: ClassVar[str]
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: BenchSetting) -> None:
         self.setting = setting
 
     def cases(self) -> Iterable[Case]:

@@ -11,25 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitransformer.benchmark.case import Setting
+from minitransformer.benchmark.case import BenchSetting
 from minitransformer.benchmark.ours import config_of, synchronise
-from minitransformer.benchmark.stepping import NANOGPT_STEPS, Step, nanogpt_steps, steps_of
-from minitransformer.benchmark.subjects.time_to_loss import FIRST_LOOK, GROWTH, MOST_VALIDATION
+from minitransformer.benchmark.stepping import NANOGPT_STEPS, Step, nanogpt_steps
 from minitransformer.errors import UserError
 from minitransformer.models.config import MODERN, ModelConfig
 from minitransformer.text.batches import SequentialWindows
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.prepare import PreparedText, prepare
 from minitransformer.training.config import DataConfig, RunConfig
+from minitransformer.training.learner import build_learner
 from minitransformer.training.machine import choose_machine
 from minitransformer.training.presets import PRESETS
 
+FIRST_LOOK, GROWTH = 20, 1.1
+"""validation comes after this many steps, and then whenever there are 10 % more, so times are as exact as that"""
+MOST_VALIDATION = 1 << 13
+"""characters of validation that are looked at, the same for all: looking takes less time than training then"""
 Logits = Callable[[Tensor], Tensor]
 SEEDS = count()
 """a process trains from another seed each time"""
 
 
-def seconds_to_loss(setting: Setting, recipe: str) -> float:
+def seconds_to_loss(setting: BenchSetting, recipe: str) -> float:
     """Seconds of training until validation is at the target; raises `UserError` where it is not reached."""
     setting = replace(setting, seed=setting.seed + next(SEEDS))
     prepared = prepare(open_corpus(setting.data), "chars", context_length=setting.shape.context_length, progress=False)
@@ -53,13 +57,13 @@ class _Clock:
         self.seconds += time.perf_counter() - self._since
 
 
-def _nanogpt(setting: Setting, prepared: PreparedText) -> float:
+def _nanogpt(setting: BenchSetting, prepared: PreparedText) -> float:
     torch.manual_seed(setting.seed)
     model, step = nanogpt_steps(setting, prepared.train, compiled=False)
     return _until_reached(setting, NANOGPT_STEPS, prepared, model, step, lambda inputs: model(inputs, inputs)[0])
 
 
-def _ours(setting: Setting, recipe: str, prepared: PreparedText) -> float:
+def _ours(setting: BenchSetting, recipe: str, prepared: PreparedText) -> float:
     classic = PRESETS["nanogpt-cpu"].training
     if recipe == "classic":
         config = RunConfig(config_of(setting.shape), DataConfig(tokenizer="chars"), classic)
@@ -69,8 +73,9 @@ def _ours(setting: Setting, recipe: str, prepared: PreparedText) -> float:
     training = replace(config.training, batch_size=setting.shape.batch_size, seed=setting.seed)
     machine = choose_machine(setting.device, "auto", "off", run_flops=0)
     config = replace(config, training=training)
-    model, step = steps_of(config, prepared, setting.device, machine.precision, compiled=False)
-    return _until_reached(setting, training.steps, prepared, model, step, model)
+    learner = build_learner(config, prepared, machine)
+    model = learner.model
+    return _until_reached(setting, training.steps, prepared, model, lambda: learner.step(learner.next_batches()), model)
 
 
 def _modern(config: ModelConfig) -> ModelConfig:
@@ -79,7 +84,7 @@ def _modern(config: ModelConfig) -> ModelConfig:
 
 
 def _until_reached(
-    setting: Setting, steps: int, prepared: PreparedText, model: nn.Module, step: Step, logits: Logits
+    setting: BenchSetting, steps: int, prepared: PreparedText, model: nn.Module, step: Step, logits: Logits
 ) -> float:
     """Seconds of the steps until the loss is reached; the schedule ends after `steps`."""
     clock, look = _Clock(setting.device), FIRST_LOOK
@@ -96,7 +101,7 @@ def _until_reached(
 
 
 @torch.no_grad()
-def _validation_loss(setting: Setting, prepared: PreparedText, model: nn.Module, logits: Logits) -> float:
+def _validation_loss(setting: BenchSetting, prepared: PreparedText, model: nn.Module, logits: Logits) -> float:
     """Nats a character over the validation split, or its beginning."""
     model.eval()
     nats, targets = 0.0, 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from minitransformer.benchmark.case import Cost, Setting, Shape
+from minitransformer.benchmark.case import BenchSetting, Cost
+from minitransformer.benchmark.shape import Shape
 from minitransformer.benchmark.workers import peak_megabytes
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
@@ -29,13 +30,13 @@ def config_of(shape: Shape) -> ModelConfig:
     )
 
 
-def model_of(setting: Setting) -> Model:
+def model_of(setting: BenchSetting) -> Model:
     """Our model of the shape, untrained, on the device."""
     torch.manual_seed(setting.seed)
     return build_model(config_of(setting.shape)).to(setting.device)
 
 
-def random_tokens(setting: Setting, windows: int = 2000) -> np.ndarray:
+def training_tokens(setting: BenchSetting, windows: int = 2000) -> np.ndarray:
     """Token ids to train on [tokens]: what a step costs does not depend on what they are."""
     generator = np.random.default_rng(setting.seed)
     return generator.integers(setting.shape.vocab_size, size=windows * setting.shape.context_length, dtype=np.uint32)

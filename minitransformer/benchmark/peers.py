@@ -10,12 +10,10 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from minitransformer.benchmark.shape import Shape
 from minitransformer.errors import UserError
-
-if TYPE_CHECKING:
-    from minitransformer.benchmark.case import Shape
 
 
 @dataclass(frozen=True)

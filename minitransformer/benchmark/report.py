@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import sys
 import textwrap
@@ -13,10 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitransformer.benchmark.case import Setting
+from minitransformer.benchmark.case import BenchSetting
 from minitransformer.benchmark.limits import Limits
-from minitransformer.benchmark.rounds import AGAIN, Plan, Result
+from minitransformer.benchmark.rounds import AGAIN, CaseResult, RoundsPlan
 from minitransformer.benchmark.statistics import Ratio, interval_text, least_rounds
+from minitransformer.processes import processors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +26,7 @@ NAME, SPREAD, RATIO = 26, 23, 22
 FORMAT = 2
 
 
-def table(result: Result, limits: Limits | None) -> Iterator[str]:
+def case_table(result: CaseResult, limits: Limits | None) -> Iterator[str]:
     """The lines of a case: its contestants, the verdict, and who is absent and why."""
     yield ""
     heading = f"{result.case.title}, {result.case.unit}"
@@ -40,7 +40,7 @@ def table(result: Result, limits: Limits | None) -> Iterator[str]:
         yield from textwrap.wrap(line, WIDTH, subsequent_indent="  ")
 
 
-def _row(result: Result, name: str, limits: Limits | None) -> str:
+def _row(result: CaseResult, name: str, limits: Limits | None) -> str:
     spread = result.spread(name)
     values = f"{number(spread.median)} [{number(spread.low)}–{number(spread.high)}]"
     ratio = "base" if name == result.base else interval_text(result.ratio(name))
@@ -48,12 +48,12 @@ def _row(result: Result, name: str, limits: Limits | None) -> str:
     return f"{name:{NAME}}{values:{SPREAD}}{ratio:{RATIO}}  {'' if share is None else f'{share:.0%}':>7}"
 
 
-def _share(result: Result, name: str, limits: Limits | None) -> float | None:
+def _share(result: CaseResult, name: str, limits: Limits | None) -> float | None:
     cost = result.costs.get(name)
     return None if limits is None or cost is None else limits.share(cost, result.spread(name).median)
 
 
-def _remarks(result: Result, limits: Limits | None) -> Iterator[str]:
+def _remarks(result: CaseResult, limits: Limits | None) -> Iterator[str]:
     verdict = result.verdict()
     if verdict is not None:
         yield f"{verdict}"
@@ -73,7 +73,7 @@ def _remarks(result: Result, limits: Limits | None) -> Iterator[str]:
         yield f"not measured: {', '.join(names)} ({why})"
 
 
-def heading(setting: Setting, plan: Plan, limits: Limits | None, why_no_limits: str = "") -> Iterator[str]:
+def heading(setting: BenchSetting, plan: RoundsPlan, limits: Limits | None, why_no_limits: str = "") -> Iterator[str]:
     """What was measured on what, and how to read the table."""
     about = machine()
     yield f"machine    {about['processor']}, {about['processors']} processors"[:WIDTH]
@@ -92,7 +92,7 @@ def heading(setting: Setting, plan: Plan, limits: Limits | None, why_no_limits: 
 
 
 def as_json(
-    results: Sequence[Result], setting: Setting, plan: Plan, limits: Limits | None, why_no_limits: str
+    results: Sequence[CaseResult], setting: BenchSetting, plan: RoundsPlan, limits: Limits | None, why_no_limits: str
 ) -> dict[str, Any]:
     """Everything, each sample included."""
     return {
@@ -105,7 +105,7 @@ def as_json(
     }
 
 
-def _case_as_json(result: Result, limits: Limits | None) -> dict[str, Any]:
+def _case_as_json(result: CaseResult, limits: Limits | None) -> dict[str, Any]:
     verdict = result.verdict()
     contestants = {}
     for name, samples in result.samples.items():
@@ -137,7 +137,7 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     return {name: None if value == math.inf else value for name, value in values.items()}
 
 
-def picture(results: Sequence[Result]) -> Figure:
+def picture(results: Sequence[CaseResult]) -> Figure:
     """The ratios of all cases with their intervals, one below the other; raises `UserError` without matplotlib."""
     from minitransformer.reporting.figures import intervals
 
@@ -166,10 +166,9 @@ def picture(results: Sequence[Result]) -> Figure:
 
 def machine() -> dict[str, Any]:
     """What a number must be read with."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "processor": _processor(),
-        "processors": processors,
+        "processors": processors(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", "numpy", "transformers", "tokenizers", "tiktoken")},

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from minitransformer.benchmark.budget import Budget
 from minitransformer.benchmark.case import Absent, Case, Contestant, Cost, Work
-from minitransformer.benchmark.statistics import Ratio, Spread, Verdict, median_interval, verdict
+from minitransformer.benchmark.statistics import Ratio, Spread, Verdict, compare_rounds, median_interval
 from minitransformer.benchmark.workers import NO_TIME, ContestantFailed, TimeUp, Worker
 
 AGAIN = " (again)"
@@ -39,7 +39,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class RoundsPlan:
     """How often to measure, and what to compare with."""
 
     rounds: int = 11
@@ -55,7 +55,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Result:
+class CaseResult:
     """The samples of a case by contestant, those of the base in the same rounds, and what may be said of them."""
 
     case: Case
@@ -96,10 +96,12 @@ class Result:
         if not rivals:
             return None
         rounds = min(len(values) for values in rivals.values())
-        return verdict({name: row[:rounds] for name, row in rivals.items()}, lower_is_better=False, floor=self.floor)
+        return compare_rounds(
+            {name: row[:rounds] for name, row in rivals.items()}, lower_is_better=False, floor=self.floor
+        )
 
 
-def measure(case: Case, plan: Plan, *, start: Start = Worker, report: Report = lambda line: None) -> Result:
+def measure(case: Case, plan: RoundsPlan, *, start: Start = Worker, report: Report = lambda line: None) -> CaseResult:
     """The samples of all contestants that can be measured in the time; the others are absent, with the reason.
 
     A base that fails leaves its place to the next. Whatever happens, also Ctrl-C, no process of a contestant is left
@@ -116,7 +118,7 @@ def measure(case: Case, plan: Plan, *, start: Start = Worker, report: Report = l
         except _BaseFailed as failure:
             others = tuple(contestant for contestant in case.contestants if contestant.name != base)
             case = replace(case, contestants=others, absent=(*case.absent, Absent(base, str(failure))))
-    return Result(case, None, {}, absent=case.absent)
+    return CaseResult(case, None, {}, absent=case.absent)
 
 
 class _BaseFailed(Exception):
@@ -126,7 +128,7 @@ class _BaseFailed(Exception):
 class _Measuring:
     """What has been measured of a case, and how one more sample is."""
 
-    def __init__(self, case: Case, base: str, plan: Plan, start: Start, report: Report) -> None:
+    def __init__(self, case: Case, base: str, plan: RoundsPlan, start: Start, report: Report) -> None:
         self.case, self.base, self.plan, self.start, self.report = case, base, plan, start, report
         self.budget = Budget(plan.seconds, len(case.contestants))
         self.draws = random.Random(plan.seed)
@@ -136,13 +138,13 @@ class _Measuring:
         self.costs: dict[str, Cost | None] = {}
         self.late = False
 
-    def result(self) -> Result:
+    def result(self) -> CaseResult:
         """Measures."""
         self.measure()
         samples = {name: values for name, values in self.samples.items() if values}
         shown = tuple(entry for entry in self.absent if not entry.name.endswith(AGAIN))
         base = self.base if self.base in samples else None
-        return Result(self.case, base, samples, self.beside, self.costs, shown, self.late)
+        return CaseResult(self.case, base, samples, self.beside, self.costs, shown, self.late)
 
     def measure(self) -> None:
         raise NotImplementedError
@@ -273,7 +275,7 @@ class _Fresh(_Measuring):
             return measurer.sample(hard)
 
 
-def _with_twin(case: Case, plan: Plan) -> tuple[Case, str]:
+def _with_twin(case: Case, plan: RoundsPlan) -> tuple[Case, str]:
     """The case with its base measured twice, and the name of that."""
     names = [contestant.name for contestant in case.contestants]
     offered = [contestant.name for contestant in case.contestants if contestant.base] or names
@@ -287,5 +289,5 @@ def _with_twin(case: Case, plan: Plan) -> tuple[Case, str]:
     return replace(case, contestants=contestants), base
 
 
-def _round(number: int, plan: Plan) -> str:
+def _round(number: int, plan: RoundsPlan) -> str:
     return "warm-up" if number < 0 else f"round {number + 1} of {plan.rounds}"

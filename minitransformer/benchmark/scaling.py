@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from minitransformer.benchmark.case import Setting, Work
+from minitransformer.benchmark.case import BenchSetting, Work
 from minitransformer.benchmark.statistics import Exponent
 from minitransformer.benchmark.workers import ContestantFailed, Worker, peak_megabytes
 from minitransformer.registry import Registered
@@ -26,7 +26,7 @@ class Quantity:
 
     name: str
     unit: str
-    measure: Callable[[Setting], float]
+    measure: Callable[[BenchSetting], float]
 
 
 class Axis(Registered, kind="axis"):
@@ -36,11 +36,11 @@ class Axis(Registered, kind="axis"):
     sizes: ClassVar[Iterable[int]]
     size_unit: ClassVar[str]
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: BenchSetting) -> None:
         self.setting = setting
 
     @abstractmethod
-    def at(self, size: int) -> Setting:
+    def at(self, size: int) -> BenchSetting:
         """What is measured at a size."""
 
     @abstractmethod
@@ -71,7 +71,7 @@ class Growth:
         return Exponent.of([size for size, _ in points], [value for _, value in points])
 
 
-Measure = Callable[[Callable[[], Work]], float]
+MeasureWork = Callable[[Callable[[], Work]], float]
 
 
 def measured_alone(prepare: Callable[[], Work]) -> float:
@@ -89,7 +89,7 @@ def grow(
     budget_seconds: float,
     *,
     report: Callable[[str], None] = lambda line: None,
-    measure: Measure = measured_alone,
+    measure: MeasureWork = measured_alone,
     clock: Callable[[], float] = time.monotonic,
 ) -> Growth:
     """Measure one size after the other, until the next would not fit into what is left of `budget_seconds`.
@@ -118,7 +118,7 @@ def grow(
     return Growth(type(axis), points, {quantity.name: quantity.unit for quantity in quantities}, stopped)
 
 
-def _work(measure: Callable[[Setting], float], setting: Setting) -> Work:
+def _work(measure: Callable[[BenchSetting], float], setting: BenchSetting) -> Work:
     return Work(partial(measure, setting))
 
 
@@ -143,7 +143,7 @@ class Context(Axis, name="context"):
     sizes = _doubling(512, 32768)
     size_unit = "tokens"
 
-    def at(self, size: int) -> Setting:
+    def at(self, size: int) -> BenchSetting:
         return replace(self.setting, shape=replace(self.setting.shape, context_length=size, batch_size=1))
 
     def quantities(self) -> list[Quantity]:
@@ -157,21 +157,21 @@ class Vocabulary(Axis, name="vocabulary"):
     sizes = _doubling(1024, 262144, 4)
     size_unit = "tokens"
 
-    def at(self, size: int) -> Setting:
+    def at(self, size: int) -> BenchSetting:
         return replace(self.setting, shape=replace(self.setting.shape, vocab_size=size))
 
     def quantities(self) -> list[Quantity]:
         return _training()
 
 
-class Batch(Axis, name="batch"):
+class BatchSize(Axis, name="batch"):
     """Sequences of a step."""
 
     about = "sequences of a training step"
     sizes = _doubling(1, 1024)
     size_unit = "sequences"
 
-    def at(self, size: int) -> Setting:
+    def at(self, size: int) -> BenchSetting:
         return replace(self.setting, shape=replace(self.setting.shape, batch_size=size))
 
     def quantities(self) -> list[Quantity]:
@@ -185,7 +185,7 @@ class CorpusSize(Axis, name="corpus"):
     sizes = _doubling(1, 10_000, 4)
     size_unit = "MB"
 
-    def at(self, size: int) -> Setting:
+    def at(self, size: int) -> BenchSetting:
         return replace(self.setting, megabytes=size)
 
     def quantities(self) -> list[Quantity]:
@@ -199,7 +199,7 @@ def _training() -> list[Quantity]:
 # --- what is measured, in processes of their own
 
 
-def training_memory(setting: Setting) -> float:
+def training_memory(setting: BenchSetting) -> float:
     """MB that two training steps take beyond the model before its first."""
     from minitransformer.benchmark.ours import peak_on
     from minitransformer.benchmark.stepping import our_step
@@ -211,7 +211,7 @@ def training_memory(setting: Setting) -> float:
     return peak_on(setting.device) - before
 
 
-def training_seconds(setting: Setting) -> float:
+def training_seconds(setting: BenchSetting) -> float:
     """Of a training step that is not the first."""
     from minitransformer.benchmark.ours import synchronise
     from minitransformer.benchmark.stepping import our_step
@@ -221,27 +221,26 @@ def training_seconds(setting: Setting) -> float:
     return _median_seconds(step, partial(synchronise, setting.device))
 
 
-def decoding_seconds(setting: Setting) -> float:
-    """To write a text that fills the context."""
+def decoding_seconds(setting: BenchSetting) -> float:
+    """To decode until the context is full."""
+    from minitransformer.benchmark.decoding import ours_decode
     from minitransformer.benchmark.ours import synchronise
-    from minitransformer.benchmark.subjects.decoding import PROMPT
-    from minitransformer.benchmark.writing import ours_decode
 
-    once = ours_decode(setting, "fp32", setting.shape.context_length - PROMPT, 1)
+    once = ours_decode(setting, "fp32", setting.shape.context_length - setting.prompt, 1)
     return _median_seconds(once, partial(synchronise, setting.device))
 
 
-def preparing_seconds(setting: Setting) -> float:
+def preparing_seconds(setting: BenchSetting) -> float:
     """To prepare so many MB of text."""
     return _prepared(setting)[0]
 
 
-def preparing_memory(setting: Setting) -> float:
+def preparing_memory(setting: BenchSetting) -> float:
     """The highest resident memory of a process that prepares so many MB of text."""
     return _prepared(setting)[1]
 
 
-def _prepared(setting: Setting) -> tuple[float, float]:
+def _prepared(setting: BenchSetting) -> tuple[float, float]:
     """Seconds, and MB at most."""
     from minitransformer.benchmark.subjects.tokenizers import texts_of
     from minitransformer.text.corpora import open_corpus

@@ -104,7 +104,7 @@ class Verdict:
         return f"no winner: {self.best} and {', '.join(self.tied)} are inside the noise"
 
 
-def verdict(
+def compare_rounds(
     samples: Mapping[str, ArrayLike], *, lower_is_better: bool, floor: float = 1.0, level: float = LEVEL
 ) -> Verdict:
     """Whether the contestant with the best median may be called the winner over `samples` (name -> [rounds]).

@@ -11,82 +11,39 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minitransformer.benchmark.case import Setting
-from minitransformer.benchmark.ours import config_of, random_tokens
+from minitransformer.benchmark.case import BenchSetting
+from minitransformer.benchmark.ours import config_of, training_tokens
 from minitransformer.benchmark.peers import transformers_model
-from minitransformer.models.model import build_model
 from minitransformer.text.prepare import PreparedText
 from minitransformer.text.tokenizers import Bytes
-from minitransformer.training import machine
-from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
-from minitransformer.training.experts import ExpertBalance
-from minitransformer.training.objectives import Objective
-from minitransformer.training.optimizers import build_optimizers, set_learning_rate
-from minitransformer.training.precision import Precision
-from minitransformer.training.prefetch import prefetched
+from minitransformer.training.config import DataConfig, RunConfig
+from minitransformer.training.learner import build_learner
+from minitransformer.training.machine import Machine
 from minitransformer.training.presets import PRESETS
-from minitransformer.training.step import training_step
 
 NANOGPT_STEPS = 2000
 Step = Callable[[], object]
 
 
-def our_step(setting: Setting, precision: str, compiled: bool) -> Step:
+def our_step(setting: BenchSetting, precision: str, compiled: bool) -> Step:
     """A step of our training, from the batch to the update."""
-    machine.keep_freed_memory()  # as a run does
     recipe = replace(PRESETS["nanogpt-cpu"].training, batch_size=setting.shape.batch_size, seed=setting.seed)
     config = RunConfig(config_of(setting.shape), DataConfig(tokenizer="bytes"), recipe)
-    tokens = random_tokens(setting)
-    return steps_of(
-        config,
-        PreparedText(Path(), Bytes(), tokens, tokens, 1, 1, 1, 1, "documents"),
-        setting.device,
-        precision,
-        compiled,
-    )[1]
+    tokens = training_tokens(setting)
+    text = PreparedText(Path(), Bytes(), tokens, tokens, 1, 1, 1, 1, "documents")
+    machine = Machine(torch.device(setting.device), precision, compiled, description="")
+    learner = build_learner(config, text, machine)
+    return lambda: learner.step(learner.next_batches())
 
 
-def steps_of(
-    config: RunConfig, prepared: PreparedText, device: str, precision: str, compiled: bool
-) -> tuple[torch.nn.Module, Step]:
-    """The model that `config` describes, and a step of its training."""
-    training: TrainingConfig = config.training
-    torch.manual_seed(training.seed)
-    model = build_model(config.model).to(device).train()
-    fast = machine.compiled(model) if compiled else model
-    objective = Objective.named(training.objective)(prepared, config)
-    batches_of = prefetched(objective.training_batches, torch.device(device))
-    optimizers = build_optimizers(training.optimizer, model, training.rates)
-    arithmetic = Precision.named(precision)(torch.device(device))
-    balance = ExpertBalance(model, training.expert_balance)
-    done = 0
-
-    def step() -> object:
-        nonlocal done
-        set_learning_rate(optimizers, training.learning_rate_multiplier(done))
-        batches = batches_of(done)
-        done += 1
-        return training_step(
-            fast,
-            objective,
-            batches,
-            optimizers,
-            arithmetic,
-            grad_clip=training.grad_clip,
-            balance=balance,
-        )
-
-    return model, step
-
-
-def nanogpt_step(setting: Setting, compiled: bool) -> Step:
+def nanogpt_step(setting: BenchSetting, compiled: bool) -> Step:
     """A step as nanoGPT's `train.py` makes it: its optimizer, its batches; bf16 on a GPU, float32 on a CPU."""
     assert setting.against is not None
     torch.manual_seed(setting.seed)
-    return nanogpt_steps(setting, random_tokens(setting), compiled)[1]
+    return nanogpt_steps(setting, training_tokens(setting), compiled)[1]
 
 
-def nanogpt_steps(setting: Setting, tokens: np.ndarray, compiled: bool) -> tuple[torch.nn.Module, Step]:
+def nanogpt_steps(setting: BenchSetting, tokens: np.ndarray, compiled: bool) -> tuple[torch.nn.Module, Step]:
     """Its model, and a step of its training on `tokens`, with the rates of its README's run on a CPU."""
     assert setting.against is not None
     cuda = setting.device.startswith("cuda")
@@ -121,7 +78,7 @@ def nanogpt_rate(step: int, *, highest: float = 1e-3, lowest: float = 1e-4, warm
     return lowest + 0.5 * (1 + math.cos(math.pi * share)) * (highest - lowest)
 
 
-def _nanogpt_batch(tokens: np.ndarray, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+def _nanogpt_batch(tokens: np.ndarray, setting: BenchSetting) -> tuple[torch.Tensor, torch.Tensor]:
     """`get_batch` of its `train.py`."""
     length = setting.shape.context_length
     starts = torch.randint(len(tokens) - length, (setting.shape.batch_size,))
@@ -132,12 +89,12 @@ def _nanogpt_batch(tokens: np.ndarray, setting: Setting) -> tuple[torch.Tensor, 
     return inputs.to(setting.device, non_blocking=True), targets.to(setting.device, non_blocking=True)
 
 
-def transformers_step(setting: Setting, precision: str) -> Step:
+def transformers_step(setting: BenchSetting, precision: str) -> Step:
     """A step of transformers' GPT-2 in a plain loop with AdamW; its loss is its own."""
     torch.manual_seed(setting.seed)
     model = transformers_model(setting.shape, setting.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
-    tokens = random_tokens(setting)
+    tokens = training_tokens(setting)
     device = setting.device.partition(":")[0]
     autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
 

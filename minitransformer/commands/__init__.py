@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from minitransformer.errors import UserError
+from minitransformer.plugins import load_installed_plugins, load_plugin, take_plugins
 from minitransformer.text.standard_input import without_standard_input
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ Options = TypeVar("Options")
 
 SEVERAL = ("--data", "--validation-data")
 """flags that take one value or several"""
+PLUGINS = "With --plugin FILE.py, which may be repeated, the variants that the Python file defines are choices too."
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, UserError.exit_code, 130
 
 
@@ -33,7 +35,11 @@ def start(name: str, arguments: Sequence[str]) -> int:
     gc.disable()
     try:
         with _deaf_to_ctrl_c():
+            arguments = with_plugins(arguments)
             command = import_module(f"minitransformer.commands.{name}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
@@ -41,6 +47,15 @@ def start(name: str, arguments: Sequence[str]) -> int:
         gc.freeze()
         gc.enable()
     return command.main(arguments)
+
+
+def with_plugins(arguments: Sequence[str]) -> list[str]:
+    """`arguments` without the plugins that they name, which are loaded, as are installed ones."""
+    load_installed_plugins()
+    paths, rest = take_plugins(arguments)
+    for path in paths:
+        load_plugin(path)
+    return rest
 
 
 @contextmanager
@@ -85,6 +100,7 @@ def parse(
     """
     import tyro
 
+    about["description"] = f"{about.get('description', '')}\n\n{PLUGINS}"
     parsed, unknown = tyro.cli(
         options,
         args=joined(arguments),

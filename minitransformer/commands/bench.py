@@ -14,15 +14,16 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
-from minitransformer.benchmark import subjects  # noqa: F401  (which registers them)
 from minitransformer.benchmark.budget import Budget
-from minitransformer.benchmark.case import SHAPES, Case, Setting, Subject
+from minitransformer.benchmark.case import BenchSetting, Case
 from minitransformer.benchmark.limits import Limits, chosen_device, measure_limits
 from minitransformer.benchmark.peers import NanoGPT
-from minitransformer.benchmark.report import WIDTH, as_json, heading, picture, table
-from minitransformer.benchmark.rounds import Plan, Result, measure
+from minitransformer.benchmark.report import WIDTH, as_json, case_table, heading, picture
+from minitransformer.benchmark.rounds import CaseResult, RoundsPlan, measure
 from minitransformer.benchmark.scaling import Axis, Growth, grow
 from minitransformer.benchmark.scaling_report import growth_as_json, growth_picture, growth_table
+from minitransformer.benchmark.shape import SHAPES
+from minitransformer.benchmark.subjects import Subject
 from minitransformer.benchmark.workers import ContestantFailed
 from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command
 from minitransformer.errors import UserError
@@ -49,17 +50,17 @@ class Options:
     """measurements of each contestant, interleaved with those of the base"""
     warmup: int = 2
     """samples of each before these, which are dropped"""
-    seconds: float = Setting.seconds
+    seconds: float = BenchSetting.seconds
     """that a sample takes at least; what is shorter is repeated"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
-    data: str = Setting.data
+    data: str = BenchSetting.data
     """text for tokenizers and for time-to-loss: a recipe or a file"""
-    megabytes: float = Setting.megabytes
+    megabytes: float = BenchSetting.megabytes
     """of the text, for tokenizers"""
-    tokens: int = Setting.tokens
+    tokens: int = BenchSetting.tokens
     """to decode; fewer where the context has no room for them"""
-    target_loss: float = Setting.target_loss
+    target_loss: float = BenchSetting.target_loss
     """of time-to-loss, in nats a character"""
     scaling: bool = False
     """instead: how memory and time grow with context, vocabulary, batch and text"""
@@ -72,8 +73,8 @@ class Options:
     seed: int = 0
     """of the order within rounds, and of weights and tokens"""
 
-    def plan(self) -> Plan:
-        return Plan(self.rounds, self.warmup, self.base, seed=self.seed)
+    def plan(self) -> RoundsPlan:
+        return RoundsPlan(self.rounds, self.warmup, self.base, seed=self.seed)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -111,9 +112,9 @@ def _check(options: Options) -> None:
             raise UserError(f"{path} cannot be written, as there is no folder {path.parent}: {REMEDY}")
 
 
-def _setting(options: Options) -> Setting:
+def _setting(options: Options) -> BenchSetting:
     against = None if options.against is None else NanoGPT.at(options.against)
-    return Setting(
+    return BenchSetting(
         shape=SHAPES[options.shape],
         device=chosen_device(options.device),
         against=against,
@@ -133,8 +134,8 @@ def _compare(options: Options) -> int:
     began = time.monotonic()
     setting, plan = _setting(options), options.plan()
     cases = _cases(options, setting)
-    progress = Progress()
-    results: list[Result] = []
+    progress = BenchProgress()
+    results: list[CaseResult] = []
     interrupted = False
     try:
         progress("limits of the machine")
@@ -144,7 +145,7 @@ def _compare(options: Options) -> int:
         for case in cases:
             seconds = budget.next_part()[0] - time.monotonic()
             results.append(measure(case, replace(plan, seconds=seconds), report=progress))
-            progress.show(table(results[-1], limits))
+            progress.show(case_table(results[-1], limits))
             if options.json is not None:
                 content = as_json(results, setting, plan, limits, why_no_limits)
                 with writing(options.json, REMEDY):
@@ -160,7 +161,7 @@ def _compare(options: Options) -> int:
     return DONE if any(result.samples for result in results) else FAILED
 
 
-def _limits(setting: Setting) -> tuple[Limits | None, str]:
+def _limits(setting: BenchSetting) -> tuple[Limits | None, str]:
     """Those of the machine, or why they are not known."""
     try:
         return measure_limits(setting.device), ""
@@ -168,7 +169,7 @@ def _limits(setting: Setting) -> tuple[Limits | None, str]:
         return None, str(failure)
 
 
-def _cases(options: Options, setting: Setting) -> list[Case]:
+def _cases(options: Options, setting: BenchSetting) -> list[Case]:
     names = options.only or sorted(Subject.registry)
     cases = [case for name in names for case in Subject.named(name)(setting).cases()]
     known = {contestant.name for case in cases for contestant in case.contestants}
@@ -201,7 +202,7 @@ def _chosen(case: Case, options: Options) -> Case:
 def _scaling(options: Options) -> int:
     setting = _setting(options)
     names = options.only or tuple(Axis.registry)
-    progress = Progress()
+    progress = BenchProgress()
     growths: list[Growth] = []
     interrupted = False
     try:
@@ -228,7 +229,7 @@ def _save_picture(path: Path, figure: object) -> None:
         file.write(png(figure))  # type: ignore[arg-type]
 
 
-class Progress:
+class BenchProgress:
     """What is being measured: in one line of a terminal, or in a pipe where something else begins."""
 
     def __init__(self) -> None:

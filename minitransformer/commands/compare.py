@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import shlex
 import shutil
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +14,12 @@ import tyro
 from typing_extensions import Doc
 
 from minitransformer import files
-from minitransformer.analysis.compare import X_LABELS, Abscissa, RunComparison, compare, page
+from minitransformer.analysis.compare import X_LABELS, RunComparison, compare
+from minitransformer.analysis.comparison_page import comparison_page
+from minitransformer.analysis.history import Abscissa
 from minitransformer.commands import DONE, parse, run_command
 from minitransformer.reporting import plain
+from minitransformer.reporting.report import csv_text
 from minitransformer.reporting.tables import Table
 
 LEAST_WIDTH, MOST_WIDTH = 40, 120
@@ -60,9 +61,13 @@ def _compare(arguments: Sequence[str]) -> int:
     print(_text(comparison, min(max(columns, LEAST_WIDTH), MOST_WIDTH)))
     if options.html is not None:
         command = shlex.join(["python", "-m", "minitransformer", "compare", *arguments])
-        _write(options.html, page(comparison, command, options.html.parent, options.csv), "choose another --html")
+        _write(
+            options.html,
+            comparison_page(comparison, command, options.html.parent, options.csv),
+            "choose another --html",
+        )
     if options.csv is not None:
-        _write(options.csv, _csv(comparison.runs()), "choose another --csv")
+        _write(options.csv, csv_text(_with_plain_names(comparison.runs())), "choose another --csv")
     return DONE
 
 
@@ -77,14 +82,12 @@ def _text(comparison: RunComparison, width: int) -> str:
 
 
 def _table(table: Table, width: int) -> str:
-    return f"{table.title}\n{plain.table(table.columns, table.rows, width)}" if table.rows else ""
+    return f"{table.title}\n{plain.plain_table(table.columns, table.rows, width)}" if table.rows else ""
 
 
-def _csv(table: Table) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([[name.replace(" ", "_") for name in table.columns], *table.rows])
-    return text.getvalue()
+def _with_plain_names(table: Table) -> Table:
+    """The table with columns that programs can name: no blanks."""
+    return replace(table, columns=[name.replace(" ", "_") for name in table.columns])
 
 
 def _write(target: Path, content: str, remedy: str) -> None:

@@ -19,11 +19,14 @@ from minitransformer import files
 from minitransformer.amounts import duration
 from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command
 from minitransformer.errors import UserError
-from minitransformer.lab import experiments  # noqa: F401  (which registers them)
-from minitransformer.lab.experiment import Criterion, Experiment, Settings
-from minitransformer.lab.report import coverage, reproduced, skipped, summary, verdict, write_report
-from minitransformer.lab.runner import RESULTS, Sweep, Terminal
-from minitransformer.lab.store import REMEDY
+from minitransformer.lab.experiment import Criterion, ExperimentSettings
+from minitransformer.lab.experiments import Experiment
+from minitransformer.lab.report import coverage, reproduced, summary, write_lab_report
+from minitransformer.lab.runner import ExperimentFolder
+from minitransformer.reporting.report import REPORT, skipped
+from minitransformer.tasks.progress import TerminalProgress
+from minitransformer.tasks.runner import RESULTS
+from minitransformer.tasks.store import REMEDY
 from minitransformer.toolchain import check_importable
 
 LIST, ALL = "list", "all"
@@ -41,15 +44,15 @@ class Options:
     quick: bool = False
     """the reduced form, for a first look: fewer sizes, steps and seeds"""
     out: Path | None = None
-    """folder of results and report, where a sweep that was stopped goes on; None is lab/NAME, or lab/NAME-quick"""
-    data: str = Settings.data
+    """folder of results and report, where a command that was stopped goes on; None is lab/NAME, or lab/NAME-quick"""
+    data: str = ExperimentSettings.data
     """what training experiments learn from: a recipe or a file, as train.py takes it"""
     processes: int | None = None
     """how many tasks are measured at a time; None is one for each processor"""
 
     @property
-    def settings(self) -> Settings:
-        return Settings(self.quick, self.data)
+    def settings(self) -> ExperimentSettings:
+        return ExperimentSettings(self.quick, self.data)
 
     def folder(self, name: str) -> Path:
         """Of the experiment called `name`."""
@@ -100,31 +103,31 @@ def _run(kind: type[Experiment], options: Options) -> int:
     """Measure, conclude, report."""
     _check_installed()
     folder = options.folder(kind.name)
-    sweep = Sweep.open(folder, kind(options.settings))
-    if not sweep.is_measured:
-        sweep.experiment.prepare()
+    run = ExperimentFolder(folder, kind(options.settings))
+    if not run.is_measured:
+        run.experiment.prepare()
     print(f"experiment {kind.name}, {kind.title}", flush=True)
     with files.locked(folder / RESULTS, REMEDY):
         # Opened again, as another process may have added results until the lock was free.
-        sweep = Sweep.open(folder, kind(options.settings))
+        run = ExperimentFolder(folder, kind(options.settings))
         try:
-            failures = sweep.run(options.processes, Terminal(kind.name))
+            failures = run.run(options.processes, TerminalProgress(kind.name))
         except KeyboardInterrupt:
             # Read again: what was just being kept is on disk, but this process may not know it yet.
-            covered = coverage(Sweep.open(folder, kind(options.settings)), ())
+            covered = coverage(ExperimentFolder(folder, kind(options.settings)), ())
             counts = f"{covered.measured} of {covered.asked} results are in {folder}"
             print(f"\ninterrupted: {counts}; the same command goes on from there", file=sys.stderr)
             return INTERRUPTED
         try:
-            findings = sweep.conclude()
+            findings = run.conclude()
         except Exception as error:
             if not failures:
                 raise
             print(f"failed     {len(failures)} tasks; no report, as the others are too few to conclude from ({error})")
             return FAILED
-        report = write_report(sweep, findings, failures)
+        report = write_lab_report(run, findings, failures)
     _print_criteria(findings.criteria)
-    covered = coverage(sweep, failures)
+    covered = coverage(run, failures)
     spent = duration(60 * covered.processor_minutes)
     print(f"results    {covered.measured} of {covered.asked}, {spent} of processor time")
     if covered.skipped_lines:
@@ -152,7 +155,7 @@ def _run_all(options: Options) -> int:
             return INTERRUPTED
         print(flush=True)
     for name, code in outcomes.items():
-        report = options.folder(name) / "report.html"
+        report = options.folder(name) / REPORT
         print(f"{name:10} {'done' if code == DONE else 'FAILED':8} {report if report.exists() else ''}")
     for name in left_out:
         print(f"{name:10} left out")
@@ -165,11 +168,11 @@ def _without_data(options: Options) -> dict[str, str]:
     left_out = {}
     for kind in _in_order():
         with suppress(UserError):  # of a folder that holds other things, which is said when its turn comes
-            sweep = Sweep.open(options.folder(kind.name), kind(options.settings))
-            if sweep.is_measured:
+            run = ExperimentFolder(options.folder(kind.name), kind(options.settings))
+            if run.is_measured:
                 continue
             if kind.prepare not in reasons:
-                reasons[kind.prepare] = _why_not(sweep.experiment)
+                reasons[kind.prepare] = _why_not(run.experiment)
             if (reason := reasons[kind.prepare]) is not None:
                 left_out[kind.name] = reason
     return left_out
@@ -204,7 +207,7 @@ def _print_criteria(criteria: Sequence[Criterion]) -> None:
     print(f"\n{'outcome':{OUTCOME}}  {'claim':{CLAIM}}  measured\n{'-' * WIDTH}")
     for criterion in criteria:
         cells = [
-            textwrap.wrap(verdict(criterion), OUTCOME),
+            textwrap.wrap(criterion.outcome, OUTCOME),
             textwrap.wrap(criterion.claim, CLAIM),
             textwrap.wrap(criterion.measured, MEASURED),
         ]

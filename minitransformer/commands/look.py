@@ -10,7 +10,8 @@ from pathlib import Path
 import tyro
 
 from minitransformer.amounts import size
-from minitransformer.analysis.look import Look, Request, look_at
+from minitransformer.analysis.look import look_at
+from minitransformer.analysis.look_record import Look, LookRequest
 from minitransformer.analysis.viewer import page_of
 from minitransformer.commands import DONE, parse, piped_text, run_command
 from minitransformer.errors import UserError
@@ -54,7 +55,7 @@ def _look(arguments: Sequence[str]) -> int:
     run = Run.open(options.run or latest_run())
     prompt = piped_text() if options.prompt is None else options.prompt
     target = None if options.target is None else run.cased(options.target)
-    request = Request(run.cased(prompt), target, options.last, options.layers)
+    request = LookRequest(run.cased(prompt), target, options.last, options.layers)
     checkpoint = run.checkpoint(options.checkpoint).name
     model = run.load_model(checkpoint, device=str(choose_device(options.device)))
     look = look_at(model, request, run.tokenizer, run.target_tokenizer)

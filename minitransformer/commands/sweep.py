@@ -15,16 +15,9 @@ from typing import Any, Literal
 import tyro
 
 from minitransformer import files
-from minitransformer.analysis.sweep import (
-    TOKENS,
-    Plan,
-    Range,
-    Search,
-    Setting,
-    Values,
-    best_seed,
-    label,
-)
+from minitransformer.analysis.search_space import Range, SweptSetting, Values, label
+from minitransformer.analysis.sweep import SweepFolder
+from minitransformer.analysis.sweep_plan import SweepPlan
 from minitransformer.analysis.sweep_report import (
     conclusion,
     diverged,
@@ -32,21 +25,23 @@ from minitransformer.analysis.sweep_report import (
     outcome_text,
     standings_table,
     train_command,
-    write_report,
+    write_sweep_report,
 )
 from minitransformer.analysis.trials import METRICS
 from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command, with_files
 from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError, suggestion
-from minitransformer.lab import pool
-from minitransformer.lab.report import skipped
-from minitransformer.lab.runner import RESULTS, Failure, Terminal
-from minitransformer.lab.store import REMEDY
+from minitransformer.processes import processors
 from minitransformer.registry import lookup
 from minitransformer.reporting import plain
+from minitransformer.reporting.report import skipped
 from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE
-from minitransformer.settings import kinds
+from minitransformer.settings import kinds, names_with
+from minitransformer.tasks.progress import TerminalProgress
+from minitransformer.tasks.runner import RESULTS
+from minitransformer.tasks.store import REMEDY
+from minitransformer.tasks.task import Failure
 from minitransformer.text.corpora import named
 from minitransformer.toolchain import check_importable
 from minitransformer.training.config import RunConfig
@@ -114,33 +109,34 @@ def _sweep(arguments: Sequence[str]) -> int:
     plan = _plan(preset, options)
     processes = _check(options, plan)
     folder = options.out or Path("sweeps") / "-".join([preset, *(setting.name for setting in plan.settings)])
-    Search.open(folder, plan)
+    SweepFolder(folder, plan)
     _print_plan(plan, folder, processes)
     for prepared in plan.prepare():
         print(f"{prepared.summary()}", flush=True)
     command = shlex.join(["python", "-m", "minitransformer", "sweep", *arguments])
     with files.locked(folder / RESULTS, REMEDY):
         # Opened again, as another process may have added results until the lock was free.
-        search = Search.open(folder, plan)
+        sweep = SweepFolder(folder, plan)
         try:
-            failures = search.run(processes, Terminal)
+            failures = sweep.run(processes, TerminalProgress)
         except KeyboardInterrupt:
             # Read again: what was just being kept is on disk, but this process may not know it yet.
-            counts = f"{len(Search.open(folder, plan).results())} results are in {folder}"
+            counts = f"{len(SweepFolder(folder, plan).results())} results are in {folder}"
             print(f"\ninterrupted: {counts}; the same command goes on from there", file=sys.stderr)
             return INTERRUPTED
-        return _report(search, failures, command)
+        return _report(sweep, failures, command)
 
 
-def _plan(preset: str, options: Options) -> Plan:
+def _plan(preset: str, options: Options) -> SweepPlan:
     base = options.config
     settings = tuple(_setting(text) for text in options.set)
     names = [setting.name for setting in settings]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--set names {name} {names.count(name)} times: give all of its values at once")
-    tokens_differ = any(s.name in TOKENS and not (isinstance(s, Values) and len(s.values) == 1) for s in settings)
-    return Plan(
+    of_tokens = names_with(RunConfig, "changes_tokens")
+    tokens_differ = any(s.name in of_tokens and not (isinstance(s, Values) and len(s.values) == 1) for s in settings)
+    return SweepPlan(
         preset,
         base,
         settings,
@@ -153,7 +149,7 @@ def _plan(preset: str, options: Options) -> Plan:
     )
 
 
-def _setting(text: str) -> Setting:
+def _setting(text: str) -> SweptSetting:
     """The setting in `text`, such as lr=1e-3,3e-3 or lr=1e-4..1e-2, with values as train.py reads them."""
     name, _, values = text.partition("=")
     name = name.strip().replace("-", "_")
@@ -200,7 +196,7 @@ def _seeds(text: str) -> tuple[int, ...]:
         raise UserError(f"--seeds {text} are no whole numbers: write them as 0,1,2 or 0..4") from None
 
 
-def _check(options: Options, plan: Plan) -> int:
+def _check(options: Options, plan: SweepPlan) -> int:
     """Raises `UserError` now for what would fail later; returns the number of processes."""
     check_importable("sweeps need", "lab", "matplotlib.figure", "scipy.stats")
     if options.processes is not None and options.processes < 1:
@@ -210,10 +206,10 @@ def _check(options: Options, plan: Plan) -> int:
     check_probe(options.config)
     plan.check()
     device = choose_device(options.config.training.device)
-    return options.processes or (pool.processors() if device.type == "cpu" else 1)
+    return options.processes or (processors() if device.type == "cpu" else 1)
 
 
-def _print_plan(plan: Plan, folder: Path, processes: int) -> None:
+def _print_plan(plan: SweepPlan, folder: Path, processes: int) -> None:
     print(f"sweep      {plan.preset}")
     for setting in plan.settings:
         print(_wrapped(f"{setting.name:10} {setting}", 11))
@@ -234,22 +230,22 @@ def _width() -> int:
     return min(max(shutil.get_terminal_size((80, 24)).columns, LEAST_WIDTH), MOST_WIDTH)
 
 
-def _report(search: Search, failures: Sequence[Failure], command: str) -> int:
+def _report(sweep: SweepFolder, failures: Sequence[Failure], command: str) -> int:
     """Say what came out, and write it down."""
-    if not search.results():
+    if not sweep.results():
         print(f"failed     all {len(failures)} trials; the same command tries them again")
         return FAILED
-    said = conclusion(search)
-    report = write_report(search, said, failures, command)
-    for table in filter(None, (standings_table(search), said.pairs)):
-        print(f"\n{plain.table(table.columns, table.rows[:MOST_ROWS], _width())}\n")
+    said = conclusion(sweep)
+    report = write_sweep_report(sweep, said, failures, command)
+    for table in filter(None, (standings_table(sweep), said.pairs)):
+        print(f"\n{plain.plain_table(table.columns, table.rows[:MOST_ROWS], _width())}\n")
         if len(table.rows) > MOST_ROWS:
             print(f"and {len(table.rows) - MOST_ROWS} more, in {report}\n")
-    plan, best = search.plan, search.standings(len(search.plan.rungs))[0]
-    if (sentence := diverged(search.all_standings())) is not None:
+    plan, best = sweep.plan, sweep.standings(len(sweep.plan.rungs))[0]
+    if (sentence := diverged(sweep.all_standings())) is not None:
         print(_wrapped(f"diverged   {sentence}", 11))
-    if search.store.skipped:
-        print(_wrapped(f"skipped    {skipped(search.store.skipped)}", 11))
+    if sweep.store.skipped:
+        print(_wrapped(f"skipped    {skipped(sweep.store.skipped)}", 11))
     if failures:
         print(f"failed     {len(failures)} trials; the same command tries them again")
     if not best.values or best.interval is None:
@@ -258,6 +254,6 @@ def _report(search: Search, failures: Sequence[Failure], command: str) -> int:
         print(_wrapped(f"lowest     {label(best.combination)}: {METRICS[plan.metric]} {outcome_text(best)}", 11))
         print(_wrapped(f"ranking    {said.text}", 11))
         print(f"repeat     {train_command(plan, best)}")
-        print(f"run        {search.path(best.combination, best_seed(best, plan.seeds))}")
+        print(f"run        {sweep.path(best.combination, best.best_seed(plan.seeds))}")
     print(f"report     {report}")
     return FAILED if failures else DONE

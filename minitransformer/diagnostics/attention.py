@@ -8,29 +8,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minitransformer.diagnostics.attention_maps import watched_attention
-from minitransformer.diagnostics.base import Figures, Instrument, Scene
-from minitransformer.diagnostics.places import sublayers_of
+from minitransformer.diagnostics.attention_maps import hooked_attention
+from minitransformer.diagnostics.base import Diagnostic, DiagnosticContext, Figures
+from minitransformer.diagnostics.modules import sublayers_of
 
 
-class AttentionEntropy(Instrument, name="attention-entropy"):
+class AttentionEntropy(Diagnostic, name="attention-entropy"):
     """−Σ a log a in nats over the keys of a row of attention weights a, mean over heads and real queries.
 
     0 is one key, log(keys) all alike; entropies near 0 go with unstable training: Zhai et al. 2023 (arXiv 2303.06296).
     """
 
-    def listen(self) -> AbstractContextManager[None]:
+    def hooks(self) -> AbstractContextManager[None]:
         self._rows: dict[str, Tensor] = {}
-        return watched_attention(self.model, lambda name, weights: self._rows.update({name: entropy(weights)}))
+        return hooked_attention(self.model, lambda name, weights: self._rows.update({name: entropy(weights)}))
 
-    def look(self, scene: Scene) -> Figures:
-        passage = scene.passage
+    def measure(self, context: DiagnosticContext) -> Figures:
+        record = context.record
         names = {module: name for name, module in self.model.named_modules()}
         figures: Figures = {}
         for place, branch in sublayers_of(self.model).items():
             found = self._rows.get(names[branch.sublayer])
             if found is not None:
-                is_token = passage.is_token[place.split(".")[0]]
+                is_token = record.is_token[place.split(".")[0]]
                 figures[place] = (found if is_token is None else found.transpose(1, 2)[is_token]).mean()
         return figures
 

@@ -1,4 +1,4 @@
-"""What attention looked at: the weights of every head, from a model as it is, without a line of its own for it."""
+"""The attention weights of every head, recorded by hooks: the model itself has no code for it."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ def captured_attention(model: nn.Module) -> Iterator[dict[str, AttentionMap]]:
 
     Keys are names of modules, such as "stack.blocks.0.attention" or "decoder.blocks.0.cross_attention"; values are
     [batch, heads, query, key], before dropout and without a gradient, and stay when the context is left. A second pass
-    replaces them: with a cache, those of the newest tokens are there. Only the uncompiled model is listened to.
+    replaces them: with a cache, those of the newest tokens are there. Only the uncompiled model is hooked.
     """
     maps: dict[str, AttentionMap] = {}
-    with watched_attention(model, maps.__setitem__):
+    with hooked_attention(model, maps.__setitem__):
         yield maps
 
 
 @contextmanager
-def watched_attention(model: nn.Module, note: Callable[[str, AttentionMap], Any]) -> Iterator[None]:
-    """Within it, `note` gets the name and the weights of each attention as it happens, for who keeps only a summary."""
-    with ExitStack() as watches:
+def hooked_attention(model: nn.Module, note: Callable[[str, AttentionMap], Any]) -> Iterator[None]:
+    """Within it, `note` gets the name and the weights of each attention as it runs, for callers that keep a summary."""
+    with ExitStack() as hooks:
         for name, module in model.named_modules():
             if isinstance(module, MultiHeadAttention):
-                watches.enter_context(_watched(name, module, note))
+                hooks.enter_context(_hooked(name, module, note))
         yield
 
 
 @contextmanager
-def _watched(name: str, attention: MultiHeadAttention, note: Callable[[str, AttentionMap], Any]) -> Iterator[None]:
+def _hooked(name: str, attention: MultiHeadAttention, note: Callable[[str, AttentionMap], Any]) -> Iterator[None]:
     kernel = attention.kernel
 
     def noting(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0, **view: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The interface of instruments, and what they look at."""
+"""The interface of diagnostics, and what they are given."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from functools import cached_property
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from minitransformer.diagnostics.passage import Loss, Passage, watch_a_pass
+from minitransformer.diagnostics.activations import ActivationRecord, Loss, record_forward_pass
 from minitransformer.registry import Registered
 
 Figures = dict[str, Tensor]
 """Scalars by place: "stack.0" is a layer, "stack.0.attention" a sublayer, and "" the whole model."""
 
 
-class Scene:
-    """A model at rest, and the `instruments` that look at it; what they share is computed when it is first asked for.
+class DiagnosticContext:
+    """A model in eval mode, and the `diagnostics` that measure it; what they share is computed when first asked for.
 
     `loss` is the mean loss of a batch, `examples` are those of its examples one by one. `is_token` is False at padding
     of which the model is not told, by stack. `turn` counts the measurements of a training run; None is one that stands
@@ -27,47 +27,47 @@ class Scene:
     def __init__(
         self,
         model: nn.Module,
-        instruments: Sequence[Instrument],
+        diagnostics: Sequence[Diagnostic],
         loss: Loss,
         examples: Sequence[Loss],
         *,
         is_token: Mapping[str, Bool[Tensor, "batch length"]] | None = None,
         turn: int | None = None,
     ) -> None:
-        self.model, self.instruments, self.loss, self.examples, self.turn = model, instruments, loss, examples, turn
+        self.model, self.diagnostics, self.loss, self.examples, self.turn = model, diagnostics, loss, examples, turn
         self._is_token = is_token or {}
 
     @cached_property
-    def passage(self) -> Passage:
-        """A forward pass of the batch, to which all instruments listen."""
-        with ExitStack() as listening:
-            for instrument in self.instruments:
-                listening.enter_context(instrument.listen())
-            return watch_a_pass(self.model, self.loss, self._is_token)
+    def record(self) -> ActivationRecord:
+        """The activations of a forward pass of the batch, within the hooks of all diagnostics."""
+        with ExitStack() as hooks:
+            for diagnostic in self.diagnostics:
+                hooks.enter_context(diagnostic.hooks())
+            return record_forward_pass(self.model, self.loss, self._is_token)
 
 
-class Instrument(Registered, kind="instrument"):
+class Diagnostic(Registered, kind="diagnostic"):
     """One quantity of a model, measured at many places of it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def listen(self) -> AbstractContextManager[object]:
-        """Stands around the scene's pass, for who wants to hear more of it than a `Passage` holds."""
+    def hooks(self) -> AbstractContextManager[object]:
+        """Hooks around the forward pass, for what an `ActivationRecord` does not hold."""
         return nullcontext()
 
-    def look(self, scene: Scene) -> Figures:
-        """The figures of the model at rest, which is left as it was."""
+    def measure(self, context: DiagnosticContext) -> Figures:
+        """The figures of the model, which is left as it was."""
         raise NotImplementedError
 
 
-class StepInstrument(Instrument):
-    """An instrument that reads its figures off a training step as it happens, and needs no passes of its own there."""
+class StepDiagnostic(Diagnostic):
+    """A diagnostic that measures a training step as it happens, and needs no passes of its own."""
 
-    def look(self, scene: Scene) -> Figures:
+    def measure(self, context: DiagnosticContext) -> Figures:
         return {}  # nothing to be seen without a step
 
-    def hear(self, grad_norm: float) -> None:
+    def after_backward(self, grad_norm: float) -> None:
         """After each step, measured or not: the norm of the whole gradient before clipping."""
 
     def before_update(self) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from minitransformer.diagnostics.base import Figures, Instrument, Scene, StepInstrument
-from minitransformer.diagnostics.passage import Loss
-from minitransformer.diagnostics.places import sublayers_of
+from minitransformer.diagnostics.activations import Loss
+from minitransformer.diagnostics.base import Diagnostic, DiagnosticContext, Figures, StepDiagnostic
+from minitransformer.diagnostics.modules import sublayers_of
 
 SPIKE, WINDOW, LEAST = 5.0, 50, 10
 
@@ -26,15 +26,15 @@ def weights_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {place: weights for place, weights in found.items() if weights}
 
 
-class GradientNorm(StepInstrument, name="gradient-norm"):
+class GradientNorm(StepDiagnostic, name="gradient-norm"):
     """‖∂L/∂W‖, the norm of the mean: of the gradient of the mean loss of a whole batch.
 
     In training, it is the gradient of the step itself, over all its micro-batches and before clipping. Xiong et al.
     2020 (arXiv 2002.04745), figure 3.
     """
 
-    def look(self, scene: Scene) -> Figures:
-        return gradient_norms(scene.loss, weights_of(self.model))
+    def measure(self, context: DiagnosticContext) -> Figures:
+        return gradient_norms(context.loss, weights_of(self.model))
 
     def before_update(self) -> None:
         self._norms = {
@@ -46,20 +46,20 @@ class GradientNorm(StepInstrument, name="gradient-norm"):
         return self._norms
 
 
-class ExampleGradientNorm(Instrument, name="example-gradient-norm"):
+class ExampleGradientNorm(Diagnostic, name="example-gradient-norm"):
     """E‖∂Lᵢ/∂W‖, the mean of norms: over examples i, each of which has a backward pass of its own for its mean loss Lᵢ.
 
     Never below the norm of the mean over the same examples, where they have equally many targets: the triangle
     inequality. The ratio says how much they agree.
     """
 
-    def look(self, scene: Scene) -> Figures:
+    def measure(self, context: DiagnosticContext) -> Figures:
         weights = weights_of(self.model)
-        norms = [gradient_norms(loss, weights) for loss in scene.examples]
+        norms = [gradient_norms(loss, weights) for loss in context.examples]
         return {place: torch.stack([example[place] for example in norms]).mean() for place in norms[0]}
 
 
-class UpdateRatio(StepInstrument, name="update-ratio"):
+class UpdateRatio(StepDiagnostic, name="update-ratio"):
     """‖ΔW‖ / ‖W‖ of a step, weight decay included; 0 for a step that was skipped."""
 
     def before_update(self) -> None:
@@ -74,7 +74,7 @@ class UpdateRatio(StepInstrument, name="update-ratio"):
         }
 
 
-class GradientSpikes(StepInstrument, name="gradient-spikes"):
+class GradientSpikes(StepDiagnostic, name="gradient-spikes"):
     """How many steps since the last measurement had a spike of the norm of the whole gradient: see `SpikeDetector`.
 
     The norms are forgotten when a run is interrupted: the first steps after it count as no spikes.
@@ -84,7 +84,7 @@ class GradientSpikes(StepInstrument, name="gradient-spikes"):
         super().__init__(model)
         self._detector, self._spikes = SpikeDetector(), 0
 
-    def hear(self, grad_norm: float) -> None:
+    def after_backward(self, grad_norm: float) -> None:
         self._spikes += self._detector.is_spike(grad_norm)
 
     def after_update(self) -> Figures:

@@ -9,29 +9,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from minitransformer.diagnostics.base import Figures, Instrument, Scene
-from minitransformer.diagnostics.places import layers_of
+from minitransformer.diagnostics.base import Diagnostic, DiagnosticContext, Figures
+from minitransformer.diagnostics.modules import layers_of
 
 
-class SkippedLayer(Instrument, name="skipped-layer"):
+class SkippedLayer(Diagnostic, name="skipped-layer"):
     """By how many nats a target the loss rises when a layer is left out: its block hands the stream on as it got it.
 
     Each layer costs a forward pass, so a training run measures one of them at a time, and all in turn. Veit et al. 2016
     (arXiv 1605.06431), section 4.1.
     """
 
-    def look(self, scene: Scene) -> Figures:
-        blocks, passage = layers_of(self.model), scene.passage
+    def measure(self, context: DiagnosticContext) -> Figures:
+        blocks, record = layers_of(self.model), context.record
         figures: Figures = {}
         # Layers before the one that is left out need not run again: they would do what they did.
         done: dict[nn.Module, Any] = {}
-        places = list(passage.layers)
-        due = places if scene.turn is None else [places[scene.turn % len(places)]]
-        for place, crossing in passage.layers.items():
+        places = list(record.layers)
+        due = places if context.turn is None else [places[context.turn % len(places)]]
+        for place, change in record.layers.items():
             if place in due:
-                with torch.no_grad(), replayed(done | {blocks[place]: crossing.before}):
-                    figures[place] = scene.loss() - passage.loss
-            done[blocks[place]] = crossing.after
+                with torch.no_grad(), replayed(done | {blocks[place]: change.before}):
+                    figures[place] = context.loss() - record.loss
+            done[blocks[place]] = change.after
         return figures
 
 

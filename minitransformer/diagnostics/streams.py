@@ -1,4 +1,4 @@
-"""What the residual stream is like between layers. Its mean over tokens leaves padding out."""
+"""Statistics of the residual stream between layers; means over tokens leave padding out."""
 
 from __future__ import annotations
 
@@ -11,67 +11,67 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from minitransformer.diagnostics.base import Figures, Instrument, Scene
+from minitransformer.diagnostics.base import Diagnostic, DiagnosticContext, Figures
 
 LARGEST_FP16 = torch.finfo(torch.float16).max
 
 
-class StreamVariance(Instrument, name="stream-variance"):
+class StreamVariance(Diagnostic, name="stream-variance"):
     """E‖x‖² over tokens, of what enters a stack ("stack.input") and of what leaves each of its layers.
 
     Xiong et al. 2020 (arXiv 2002.04745), lemma 2.
     """
 
-    def look(self, scene: Scene) -> Figures:
+    def measure(self, context: DiagnosticContext) -> Figures:
         figures: Figures = {}
-        for place, crossing in scene.passage.layers.items():
+        for place, change in context.record.layers.items():
             stack, _, layer = place.rpartition(".")
             if layer == "0":
-                figures[f"{stack}.input"] = mean_square_norm(crossing.x_before)
-            figures[place] = mean_square_norm(crossing.x_after)
+                figures[f"{stack}.input"] = mean_square_norm(change.x_before)
+            figures[place] = mean_square_norm(change.x_after)
         return figures
 
 
-class RepresentationChange(Instrument, name="representation-change"):
+class RepresentationChange(Diagnostic, name="representation-change"):
     """ω² = E‖N(x′) − N(x)‖² / d over tokens, x before and x′ after, N a LayerNorm without gain and bias.
 
     Of each layer and of each residual connection: where it falls to 0, deep layers change little (representation
     collapse). Xie et al. 2023 (ResiDual, arXiv 2304.14802), section 2.
     """
 
-    def look(self, scene: Scene) -> Figures:
-        crossings = scene.passage.layers | scene.passage.connections
-        return {place: change(crossing.x_before, crossing.x_after) for place, crossing in crossings.items()}
+    def measure(self, context: DiagnosticContext) -> Figures:
+        changes = context.record.layers | context.record.connections
+        return {place: representation_change(change.x_before, change.x_after) for place, change in changes.items()}
 
 
-class AngularDistance(Instrument, name="angular-distance"):
+class AngularDistance(Diagnostic, name="angular-distance"):
     """arccos(cos(x, x′)) / π, mean over tokens, x before and x′ after each layer: 0 the same direction, 1 the opposite.
 
     Gromov et al. 2024 (arXiv 2403.17887), section 3.2; they take the last token only.
     """
 
-    def look(self, scene: Scene) -> Figures:
-        layers = scene.passage.layers.items()
-        return {place: angular_distance(crossing.x_before, crossing.x_after) for place, crossing in layers}
+    def measure(self, context: DiagnosticContext) -> Figures:
+        layers = context.record.layers.items()
+        return {place: angular_distance(change.x_before, change.x_after) for place, change in layers}
 
 
-class FP16Margin(Instrument, name="fp16-margin"):
+class FP16Margin(Diagnostic, name="fp16-margin"):
     """65504 / max|x|: how many times larger the largest value could be before float16 overflows.
 
     Of the stream after each layer, all its parts, and of the output of each sublayer; not of what is inside one.
     """
 
-    def look(self, scene: Scene) -> Figures:
-        streams = {place: _parts(crossing.after) for place, crossing in scene.passage.layers.items()}
-        outputs = {place: [output] for place, output in scene.passage.outputs.items()}
+    def measure(self, context: DiagnosticContext) -> Figures:
+        streams = {place: _parts(change.after) for place, change in context.record.layers.items()}
+        outputs = {place: [output] for place, output in context.record.outputs.items()}
         return {place: LARGEST_FP16 / _largest(tensors) for place, tensors in (streams | outputs).items()}
 
 
-class OutlierRatio(Instrument, name="outlier-ratio"):
+class OutlierRatio(Diagnostic, name="outlier-ratio"):
     """max|x| / median|x| over tokens and features, of the stream after each layer."""
 
-    def look(self, scene: Scene) -> Figures:
-        sizes = {place: crossing.x_after.abs() for place, crossing in scene.passage.layers.items()}
+    def measure(self, context: DiagnosticContext) -> Figures:
+        sizes = {place: change.x_after.abs() for place, change in context.record.layers.items()}
         return {place: size.max() / size.median() for place, size in sizes.items()}
 
 
@@ -80,7 +80,9 @@ def mean_square_norm(x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, ""]:
     return x.square().sum(-1).mean()
 
 
-def change(before: Float[Tensor, "tokens d_model"], after: Float[Tensor, "tokens d_model"]) -> Float[Tensor, ""]:
+def representation_change(
+    before: Float[Tensor, "tokens d_model"], after: Float[Tensor, "tokens d_model"]
+) -> Float[Tensor, ""]:
     """E‖N(after) − N(before)‖² / d with a plain LayerNorm N."""
     normed_before, normed_after = (F.layer_norm(x, x.shape[-1:], eps=1e-12) for x in (before, after))
     return (normed_after - normed_before).square().mean()

@@ -23,10 +23,14 @@ EXACT, SINGLE = 1e-12, 1e-6
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far from exact something is; None where the models cannot be compared, for the reason in `note`."""
+    """How far from exact something is; None where the models cannot be compared, for the reason in `note`.
+
+    It is open where there is nothing to compare with.
+    """
 
     distance: float | None
     note: str = ""
+    is_open: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,15 @@ def small_model(make: MakeModel, residual: str, seed: int, **choices: Any) -> An
 
 @torch.no_grad()
 def shaken(model: nn.Module, seed: int, std: float = 0.3) -> nn.Module:
-    """The model with matrices N(0, std²) and gains N(1, 0.3²)."""
+    """The model with linear maps and embeddings N(0, std²), and noise added to where all other weights start.
+
+    That is N(0, 0.3²) for vectors and scalars, and N(0, std²) for other matrices.
+    """
     generator = torch.Generator().manual_seed(seed)
+    drawn = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)}
     for weight in model.parameters():
         draw = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        weight.copy_(1 + 0.3 * draw if weight.dim() < 2 else std * draw)
+        weight.copy_((0 if id(weight) in drawn else weight) + (0.3 if weight.dim() < 2 else std) * draw)
     return model
 
 

@@ -1,319 +1,15 @@
-"""Placements with one mistake each: some that published code has had, and at least one for every placement."""
+"""Models with one mistake in their residual placement, for an audit of the laboratory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import getdoc
 
-import torch
-from torch import Tensor, nn
-
-from minitransformer.architecture.residual import (
-    Admin,
-    B2TConnection,
-    BranchGains,
-    DeepNorm,
-    HybridNorm,
-    HybridNormStar,
-    Keel,
-    LayerNormScaling,
-    MixLN,
-    NoNorm,
-    OLMo2,
-    PeriLN,
-    Place,
-    PostLN,
-    PreLN,
-    ResiDual,
-    Residual,
-    SandwichLN,
-    ScaledResiDual,
-    SiameseNorm,
-)
-from minitransformer.architecture.residual.base import MakeNorm, Sublayer
+from minitransformer.architecture.residual import Residual
+from minitransformer.lab import mistakes
 from minitransformer.lab.subjects import make_model
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model
-
-# Each takes the place of its parent, without a name of its own: nobody can choose it.
-
-
-class InvertedBeta(DeepNorm):
-    """β = (8L)^¼: the sign of the exponent is lost, as in released baselines."""
-
-    @staticmethod
-    def constants(place: Place) -> tuple[float, float]:
-        alpha, beta = DeepNorm.constants(place)
-        return alpha, 1 / beta
-
-
-class FixedAlpha(DeepNorm):
-    """α of a stack of 32 layers at every depth, as in released baselines."""
-
-    @staticmethod
-    def constants(place: Place) -> tuple[float, float]:
-        return (2 * 32) ** 0.25, DeepNorm.constants(place)[1]
-
-
-class TorchscaleBeta(DeepNorm):
-    """β of an encoder beside a decoder is 1.15 (N⁴M)^-¹⁄₁₆, as in torchscale: 1/0.87 in place of 0.87."""
-
-    @staticmethod
-    def constants(place: Place) -> tuple[float, float]:
-        alpha, beta = DeepNorm.constants(place)
-        return alpha, beta / 0.87 * 1.15 if place.partner_layers and not place.has_memory else beta
-
-
-class ScoresScaledToo(DeepNorm):
-    """Queries and keys start β times as large too."""
-
-    def branch_gains(self) -> BranchGains:
-        return BranchGains(self.beta, self.beta)
-
-
-class AlphaOfTheOtherStack(DeepNorm):
-    """α and β of a decoder beside an encoder are those of the encoder."""
-
-    @staticmethod
-    def constants(place: Place) -> tuple[float, float]:
-        if place.has_memory:
-            place = Place(place.layer, place.partner_layers, place.sublayer, place.num_layers)
-        return DeepNorm.constants(place)
-
-
-class NoFinalNorm(PreLN):
-    """Nothing normalises what the head reads."""
-
-    has_final_norm = False
-
-
-class TwoFinalNorms(PreLN):
-    """The stack's own final norm, and one more before the head."""
-
-    @classmethod
-    def make_final_norm(cls, make_norm: MakeNorm) -> nn.Module:
-        return nn.Sequential(make_norm(), make_norm())
-
-
-class IdleLayers(PreLN):
-    """The second half of the layers does nothing."""
-
-    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
-        return x if self.place.layer >= self.place.num_layers // 2 else super().forward(x, sublayer)
-
-
-class CrossAttentionUnnormalised(PreLN):
-    """x ← x + f(x) around cross-attention."""
-
-    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
-        if self.place.sublayer == "cross_attention":
-            return x + sublayer(x)
-        return super().forward(x, sublayer)
-
-
-class FinalNormAfterPost(PostLN):
-    """Post-LN with Pre-LN's final norm: the last layer is normalised twice."""
-
-    has_final_norm = True
-
-
-class SandwichSwapped(SandwichLN):
-    """x ← x + N₁(f(N₂(x))): each norm has the gains of the other."""
-
-    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
-        return x + self.norm(sublayer(self.output_norm(x)))
-
-
-class PeriWithoutEmbeddingNorm(PeriLN):
-    """Embeddings are not normalised."""
-
-    has_embedding_norm = False
-
-
-class OLMo2NormOfTheSum(OLMo2):
-    """x ← N(x + f(x))."""
-
-    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
-        return self.norm(x + sublayer(x))
-
-
-class FinalNormAfterNone(NoNorm):
-    """The output is normalised."""
-
-    has_final_norm = True
-
-
-class AdminScalesBranch(Admin):
-    """x ← N(x + ω ⊙ f(x))."""
-
-    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
-        return self.norm(x + self.omega * self.dropout(sublayer(x)))
-
-
-class AdminFromVariance(Admin):
-    """Calibration sets ω to the variance, without its root."""
-
-    @classmethod
-    @torch.no_grad()
-    def calibrate(cls, connections: Sequence[Residual], run: Callable[[], object]) -> None:
-        super().calibrate(connections, run)
-        for connection in connections:
-            connection.omega.square_()  # type: ignore[operator]
-
-
-class LayerNormScalingWithoutRoot(LayerNormScaling):
-    """x ← x + f(N(x) / l)."""
-
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(make_norm, dropout, place)
-        self.scale = 1 / (place.layer + 1)
-
-
-class LayerNormScalingGoesOn(LayerNormScaling):
-    """A decoder counts its layers from the last of the encoder."""
-
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(make_norm, dropout, place)
-        self.scale = (place.layer + 1 + place.has_memory * place.partner_layers) ** -0.5
-
-
-class KeelCountsLayers(Keel):
-    """α is the number of layers."""
-
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(make_norm, dropout, place)
-        self.alpha = float(place.num_layers)
-
-
-class KeelForgetsCrossAttention(Keel):
-    """α is two a layer, with cross-attention too."""
-
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(make_norm, dropout, place)
-        self.alpha = 2.0 * place.num_layers
-
-
-class MixFirstLayerOnly(MixLN):
-    """Post-LN in the first layer, at every depth."""
-
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(make_norm, dropout, place)
-        self.connection = (PreLN if place.layer else PostLN)(make_norm, dropout, place)
-
-
-class MixByTheOtherStack(MixLN):
-    """A decoder's first quarter is as many layers as that of the encoder."""
-
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(make_norm, dropout, place)
-        num_layers = place.partner_layers if place.has_memory else place.num_layers
-        self.connection = (PostLN if place.layer < num_layers // 4 else PreLN)(make_norm, dropout, place)
-
-
-class HybridWithoutQKVNorm(HybridNorm):
-    """Attention does not normalise its queries, keys and values."""
-
-    has_qkv_norm = False
-
-
-class HybridAddsInput(HybridNorm):
-    """x ← x + f(N(x)) around feed-forward networks."""
-
-    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
-        return x + self.dropout(sublayer(self.norm(x)))
-
-
-class HybridCrossAttention(HybridNorm):
-    """x ← N(x) + f(N(x)) around cross-attention too."""
-
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(make_norm, dropout, place)
-        if place.sublayer == "cross_attention":
-            self.norm = make_norm()
-
-
-class HybridStarIsHybrid(HybridNormStar):
-    """The first block is like all others."""
-
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(make_norm, dropout, place)
-        self.connection = HybridNorm(make_norm, dropout, place)
-
-
-class B2TWithoutBottom(B2TConnection):
-    """The input of a block never reaches its end."""
-
-    def forward(self, stream: tuple[Tensor, Tensor], sublayer: Sublayer) -> tuple[Tensor, Tensor]:
-        bottom, x = stream
-        return bottom, self.norm(x + self.dropout(sublayer(x)))
-
-
-class B2TWithoutGains(B2TConnection):
-    """Weights start as large at every depth."""
-
-    def branch_gains(self) -> BranchGains:
-        return BranchGains()
-
-
-class B2TAtCrossAttention(B2TConnection):
-    """Cross-attention adds the bottom too."""
-
-    def forward(self, stream: tuple[Tensor, Tensor], sublayer: Sublayer) -> tuple[Tensor, Tensor]:
-        bottom, x = stream
-        if self.place.sublayer == "cross_attention":
-            return bottom, self.norm(bottom + x + self.dropout(sublayer(x)))
-        return super().forward(stream, sublayer)
-
-
-class ResiDualWithoutEmbedding(ResiDual):
-    """y starts from 0."""
-
-    @classmethod
-    def open(cls, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, torch.zeros_like(x)
-
-
-class ResiDualEpsOfOthers(ResiDual):
-    """The last norm has the eps of all others."""
-
-    @classmethod
-    def make_final_norm(cls, make_norm: MakeNorm) -> nn.Module:
-        return make_norm()
-
-
-class ResiDualNormOfBoth(ResiDual):
-    """The output is N(x + y)."""
-
-    @classmethod
-    def close(cls, stream: tuple[Tensor, Tensor], final_norm: nn.Module) -> Tensor:
-        return final_norm(stream[0] + stream[1])
-
-
-class ScaledResiDualFullEmbedding(ScaledResiDual):
-    """y starts from x in place of η x."""
-
-    @classmethod
-    def open(cls, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
-
-
-class SiameseWithoutTwo(SiameseNorm):
-    """x ← x + o / √l."""
-
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(make_norm, dropout, place)
-        self.scale = (place.layer + 1) ** -0.5
-
-
-class SiameseFromRawStream(SiameseNorm):
-    """x ← x + o / √(2l) from x before its norm."""
-
-    def forward(self, stream: tuple[Tensor, Tensor], sublayer: Sublayer) -> tuple[Tensor, Tensor]:
-        x, y = stream
-        branch = self.dropout(sublayer(self.input_norm(self.norm(x) + self.other_norm(y))))
-        return x + self.scale * branch, y + branch
 
 
 @dataclass(frozen=True)
@@ -332,60 +28,54 @@ class Defect:
         return f"{self.placement.name}: {mistake.removesuffix('.')}"
 
     def make(self, config: ModelConfig, seed: int) -> Model:
-        """`make_model`, in a library with this mistake."""
-        with _in_place_of_parent(self.placement):
-            return make_model(config, seed)
-
-
-@contextmanager
-def _in_place_of_parent(placement: type[Residual] | None) -> Iterator[None]:
-    if placement is None:
-        yield
-        return
-    right = Residual.registry[placement.name]
-    Residual.registry[placement.name] = placement
-    try:
-        yield
-    finally:
-        Residual.registry[placement.name] = right
+        """`make_model`, with this mistake where its placement is asked for."""
+        if self.placement is not None and config.residual.name == self.placement.name:
+            config = replace(config, residual=replace(config.residual, variant=self.placement))
+        return make_model(config, seed)
 
 
 DEFECTS = {
     "none": Defect(None),
-    "inverted-beta": Defect(InvertedBeta),
-    "fixed-alpha": Defect(FixedAlpha),
-    "torchscale-beta": Defect(TorchscaleBeta, needs_memory=True),
-    "scores-scaled-too": Defect(ScoresScaledToo),
-    "alpha-of-the-other-stack": Defect(AlphaOfTheOtherStack, needs_memory=True),
-    "no-final-norm": Defect(NoFinalNorm),
-    "two-final-norms": Defect(TwoFinalNorms),
-    "idle-layers": Defect(IdleLayers),
-    "cross-attention-unnormalised": Defect(CrossAttentionUnnormalised, needs_memory=True),
-    "final-norm-after-post": Defect(FinalNormAfterPost),
-    "sandwich-swapped": Defect(SandwichSwapped),
-    "peri-without-embedding-norm": Defect(PeriWithoutEmbeddingNorm),
-    "olmo2-norm-of-the-sum": Defect(OLMo2NormOfTheSum),
-    "final-norm-after-none": Defect(FinalNormAfterNone),
-    "admin-scales-branch": Defect(AdminScalesBranch),
-    "admin-from-variance": Defect(AdminFromVariance),
-    "lns-without-root": Defect(LayerNormScalingWithoutRoot),
-    "lns-goes-on": Defect(LayerNormScalingGoesOn, needs_memory=True),
-    "keel-counts-layers": Defect(KeelCountsLayers),
-    "keel-forgets-cross-attention": Defect(KeelForgetsCrossAttention, needs_memory=True),
-    "mix-first-layer-only": Defect(MixFirstLayerOnly),
-    "mix-by-the-other-stack": Defect(MixByTheOtherStack, needs_memory=True),
-    "hybrid-without-qkv-norm": Defect(HybridWithoutQKVNorm),
-    "hybrid-adds-input": Defect(HybridAddsInput),
-    "hybrid-cross-attention": Defect(HybridCrossAttention, needs_memory=True),
-    "hybrid-star-is-hybrid": Defect(HybridStarIsHybrid),
-    "b2t-without-bottom": Defect(B2TWithoutBottom),
-    "b2t-without-gains": Defect(B2TWithoutGains),
-    "b2t-at-cross-attention": Defect(B2TAtCrossAttention, needs_memory=True),
-    "residual-without-embedding": Defect(ResiDualWithoutEmbedding),
-    "residual-norm-of-both": Defect(ResiDualNormOfBoth),
-    "residual-eps-of-others": Defect(ResiDualEpsOfOthers),
-    "residual-scaled-full-embedding": Defect(ScaledResiDualFullEmbedding),
-    "siamese-without-two": Defect(SiameseWithoutTwo),
-    "siamese-from-raw-stream": Defect(SiameseFromRawStream),
+    "inverted-beta": Defect(mistakes.InvertedBeta),
+    "fixed-alpha": Defect(mistakes.FixedAlpha),
+    "torchscale-beta": Defect(mistakes.TorchscaleBeta, needs_memory=True),
+    "scores-scaled-too": Defect(mistakes.ScoresScaledToo),
+    "alpha-of-the-other-stack": Defect(mistakes.AlphaOfTheOtherStack, needs_memory=True),
+    "no-final-norm": Defect(mistakes.NoFinalNorm),
+    "two-final-norms": Defect(mistakes.TwoFinalNorms),
+    "idle-layers": Defect(mistakes.IdleLayers),
+    "cross-attention-unnormalised": Defect(mistakes.CrossAttentionUnnormalised, needs_memory=True),
+    "final-norm-after-post": Defect(mistakes.FinalNormAfterPost),
+    "sandwich-swapped": Defect(mistakes.SandwichSwapped),
+    "peri-without-embedding-norm": Defect(mistakes.PeriWithoutEmbeddingNorm),
+    "olmo2-norm-of-the-sum": Defect(mistakes.OLMo2NormOfTheSum),
+    "final-norm-after-none": Defect(mistakes.FinalNormAfterNone),
+    "admin-scales-branch": Defect(mistakes.AdminScalesBranch),
+    "admin-from-variance": Defect(mistakes.AdminFromVariance),
+    "lns-without-root": Defect(mistakes.LayerNormScalingWithoutRoot),
+    "lns-goes-on": Defect(mistakes.LayerNormScalingGoesOn, needs_memory=True),
+    "keel-counts-layers": Defect(mistakes.KeelCountsLayers),
+    "keel-forgets-cross-attention": Defect(mistakes.KeelForgetsCrossAttention, needs_memory=True),
+    "mix-first-layer-only": Defect(mistakes.MixFirstLayerOnly),
+    "mix-by-the-other-stack": Defect(mistakes.MixByTheOtherStack, needs_memory=True),
+    "hybrid-without-qkv-norm": Defect(mistakes.HybridWithoutQKVNorm),
+    "hybrid-adds-input": Defect(mistakes.HybridAddsInput),
+    "hybrid-cross-attention": Defect(mistakes.HybridCrossAttention, needs_memory=True),
+    "hybrid-star-is-hybrid": Defect(mistakes.HybridStarIsHybrid),
+    "b2t-without-bottom": Defect(mistakes.B2TWithoutBottom),
+    "b2t-without-gains": Defect(mistakes.B2TWithoutGains),
+    "b2t-at-cross-attention": Defect(mistakes.B2TAtCrossAttention, needs_memory=True),
+    "residual-without-embedding": Defect(mistakes.ResiDualWithoutEmbedding),
+    "residual-norm-of-both": Defect(mistakes.ResiDualNormOfBoth),
+    "residual-eps-of-others": Defect(mistakes.ResiDualEpsOfOthers),
+    "residual-scaled-full-embedding": Defect(mistakes.ScaledResiDualFullEmbedding),
+    "siamese-without-two": Defect(mistakes.SiameseWithoutTwo),
+    "siamese-from-raw-stream": Defect(mistakes.SiameseFromRawStream),
+    "gpas-scales-gradient": Defect(mistakes.GPASScalesGradient),
+    "gpas-before-sum": Defect(mistakes.GPASBeforeSum),
+    "mhc-lite-takes-turns-by-layer": Defect(mistakes.MHCLiteTakesTurnsByLayer),
+    "mhc-lite-writes-once": Defect(mistakes.MHCLiteWritesOnce),
+    "attention-residuals-without-last-query": Defect(mistakes.AttentionResidualsWithoutLastQuery),
+    "value-residual-from-before": Defect(mistakes.ValueResidualFromBefore),
 }
 """at least one for every placement of the package"""

@@ -1,7 +1,8 @@
-"""The second statement: the equation and the initial weights of every residual placement, in plain tensor code.
+"""What the second statement of a residual placement is made of: its equation and initial weights in plain tensor code.
 
 Nothing here comes from the classes that it is compared with. A model is its weights by the names of its checkpoint; a
-placement is a function from what enters a stack to what leaves it. A placement of your own is stated beside its class:
+placement is a function from what enters a stack to what leaves it. Those of the package stand in `statements`; a
+placement of your own is stated beside its class:
 
     @states("mine")
     def mine(x, stack):
@@ -14,33 +15,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-Weights = Mapping[str, Tensor]
+StatedWeights = Mapping[str, Tensor]
 HEADS = 4
 EPS = 1e-5
 
 
-def layer_norm(x: Tensor, gain: Tensor, eps: float = EPS) -> Tensor:
+def normalise(x: Tensor, gain: Tensor, eps: float = EPS) -> Tensor:
     mean = x.mean(-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(-1, keepdim=True)
     return (x - mean) / (variance + eps).sqrt() * gain
 
 
 @dataclass(frozen=True)
-class Branch:
-    """A sublayer f, with the weights of its connection by name; layers count from 1."""
+class StatedBranch:
+    """A sublayer f, with the weights of its connection by name; layers count from 1.
 
-    f: Callable[[Tensor], Tensor]
+    `f(x, mix_values)` of self-attention has mix_values(V) in place of its values V.
+    """
+
+    f: Callable[..., Tensor]
     sublayer: str
     layer: int
     weight: Callable[[str], Tensor]
 
     def norm(self, x: Tensor, name: str = "norm") -> Tensor:
-        return layer_norm(x, self.weight(f"{name}.weight"))
+        return normalise(x, self.weight(f"{name}.weight"))
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,20 @@ class Depth:
 class StatedStack:
     """The branches of a stack, in their order, and the weights of the stack's own norms."""
 
-    branches: Sequence[Branch]
+    branches: Sequence[StatedBranch]
     depth: Depth
     weight: Callable[[str], Tensor]
 
     def norm(self, x: Tensor, name: str = "final_norm", eps: float = EPS) -> Tensor:
-        return layer_norm(x, self.weight(f"{name}.weight"), eps)
+        return normalise(x, self.weight(f"{name}.weight"), eps)
 
 
 Equation = Callable[[Tensor, StatedStack], Tensor]
 """From what enters a stack, [batch, length, d_model], to what leaves it."""
+
+
+Start = float | Callable[[str, Depth], Tensor]
+"""A value for all elements, or the tensor that the weight with this full name starts as."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,8 @@ class Statement:
     """of "query", "key" and "value": whether the features of a "head" or of "all" heads are normalised"""
     published_norms: Mapping[str, str] = field(default_factory=dict)
     """those that belong to its paper, and not to its equation"""
-    starts: Mapping[str, float] = field(default_factory=dict)
-    """where vectors and scalars start, by the last part of their names; 1 for all others"""
+    starts: Mapping[str, Start] = field(default_factory=dict)
+    """where weights start that are not drawn, by the last part of their names; other vectors and scalars start at 1"""
 
 
 STATEMENTS: dict[str, Statement] = {}
@@ -99,7 +107,7 @@ def states(
     init: str = "xavier",
     attention_norms: Mapping[str, str] | None = None,
     published_norms: Mapping[str, str] | None = None,
-    starts: Mapping[str, float] | None = None,
+    starts: Mapping[str, Start] | None = None,
 ) -> Callable[[Equation], Equation]:
     """Makes a function the equation of the placement called `name`; the rest is as in `Statement`."""
 
@@ -110,167 +118,8 @@ def states(
     return keep
 
 
-@states("post")
-def post(x: Tensor, stack: StatedStack) -> Tensor:
-    for branch in stack.branches:
-        x = branch.norm(x + branch.f(x))
-    return x
-
-
-@states("pre")
-def pre(x: Tensor, stack: StatedStack) -> Tensor:
-    for branch in stack.branches:
-        x = x + branch.f(branch.norm(x))
-    return stack.norm(x)
-
-
-@states("sandwich")
-def sandwich(x: Tensor, stack: StatedStack) -> Tensor:
-    for branch in stack.branches:
-        x = x + branch.norm(branch.f(branch.norm(x)), "output_norm")
-    return stack.norm(x)
-
-
-@states("peri")
-def peri(x: Tensor, stack: StatedStack) -> Tensor:
-    return sandwich(stack.norm(x, "embedding_norm"), stack)
-
-
-@states("olmo2", published_norms={"query": "all", "key": "all"})
-def olmo2(x: Tensor, stack: StatedStack) -> Tensor:
-    for branch in stack.branches:
-        x = x + branch.norm(branch.f(x))
-    return stack.norm(x)
-
-
-@states("none")
-def no_norm(x: Tensor, stack: StatedStack) -> Tensor:
-    for branch in stack.branches:
-        x = x + branch.f(x)
-    return x
-
-
-def deepnorm_constants(depth: Depth) -> tuple[float, float]:
-    """α and β of Wang et al. 2022 (arXiv 2203.00555), figure 2."""
-    if not depth.other_layers:
-        return (2 * depth.layers) ** (1 / 4), (8 * depth.layers) ** (-1 / 4)
-    if depth.has_memory:
-        return (3 * depth.layers) ** (1 / 4), (12 * depth.layers) ** (-1 / 4)
-    product = depth.layers**4 * depth.other_layers
-    return 0.81 * product ** (1 / 16), 0.87 * product ** (-1 / 16)
-
-
-@states("deepnorm", gains=lambda depth: (1.0, deepnorm_constants(depth)[1]))
-def deepnorm(x: Tensor, stack: StatedStack) -> Tensor:
-    alpha, _ = deepnorm_constants(stack.depth)
-    for branch in stack.branches:
-        x = branch.norm(alpha * x + branch.f(x))
-    return x
-
-
-@states("admin")
-def admin(x: Tensor, stack: StatedStack) -> Tensor:
-    for branch in stack.branches:
-        x = branch.norm(branch.weight("omega") * x + branch.f(x))
-    return x
-
-
-def admin_profile(x: Tensor, stack: StatedStack) -> tuple[list[Tensor], Tensor]:
-    """Admin's ω of each branch as its calibration sets them, and what leaves the stack with them."""
-    omegas = []
-    variance = torch.ones((), dtype=x.dtype)
-    for branch in stack.branches:
-        omegas.append(variance.sqrt())
-        scaled, o = omegas[-1] * x, branch.f(x)
-        variance = ((scaled - scaled.mean()) ** 2).mean() + ((o - o.mean()) ** 2).mean()
-        x = branch.norm(scaled + o)
-    return omegas, x
-
-
-@states("lns")
-def layer_norm_scaling(x: Tensor, stack: StatedStack) -> Tensor:
-    for branch in stack.branches:
-        x = x + branch.f(branch.norm(x) / math.sqrt(branch.layer))
-    return stack.norm(x)
-
-
-@states("keel")
-def keel(x: Tensor, stack: StatedStack) -> Tensor:
-    for branch in stack.branches:
-        x = branch.norm(stack.depth.sublayers * x + branch.f(branch.norm(x)), "output_norm")
-    return x
-
-
-@states("mix")
-def mix(x: Tensor, stack: StatedStack) -> Tensor:
-    post_branches = [branch for branch in stack.branches if branch.layer <= stack.depth.layers // 4]
-    x = post(x, replace(stack, branches=post_branches))
-    return pre(x, replace(stack, branches=stack.branches[len(post_branches) :]))
-
-
-HYBRID = {"query": "head", "key": "head", "value": "head"}
-
-
-@states("hybrid", init="xavier-scaled", attention_norms=HYBRID)
-def hybrid(x: Tensor, stack: StatedStack) -> Tensor:
-    for branch in stack.branches:
-        if branch.sublayer == "feedforward":
-            x = branch.norm(x)
-        x = x + branch.f(x)
-    return stack.norm(x)
-
-
-@states("hybrid-star", init="xavier-scaled", attention_norms=HYBRID)
-def hybrid_star(x: Tensor, stack: StatedStack) -> Tensor:
-    first = [branch for branch in stack.branches if branch.layer == 1]
-    for branch in first:
-        x = x + branch.f(branch.norm(x))
-    return hybrid(x, replace(stack, branches=stack.branches[len(first) :]))
-
-
-@states("b2t", gains=lambda depth: (1 / math.sqrt(depth.layers), 1 / math.sqrt(depth.layers)))
-def b2t(x: Tensor, stack: StatedStack) -> Tensor:
-    bottom = x
-    for branch in stack.branches:
-        if branch.sublayer == "feedforward":
-            bottom = x = branch.norm(bottom + x + branch.f(x))
-        else:
-            x = branch.norm(x + branch.f(x))
-    return x
-
-
-@states("residual")
-def residual(x: Tensor, stack: StatedStack) -> Tensor:
-    return two_streams(x, stack, eta=1.0)
-
-
-@states("residual-scaled")
-def residual_scaled(x: Tensor, stack: StatedStack) -> Tensor:
-    return two_streams(x, stack, eta=1 / 20)
-
-
-def two_streams(x: Tensor, stack: StatedStack, eta: float) -> Tensor:
-    """ResiDual, whose y stream is η times as large."""
-    y = eta * x
-    for branch in stack.branches:
-        o = branch.f(x)
-        x, y = branch.norm(x + o), y + eta * o
-    return x + stack.norm(y, eps=1e-7)
-
-
-@states("siamese")
-def siamese(x: Tensor, stack: StatedStack) -> Tensor:
-    y = x
-    for branch in stack.branches:
-        x = branch.norm(x)
-        o = branch.f(branch.norm(x + branch.norm(y, "other_norm"), "input_norm"))
-        x, y = x + o / math.sqrt(2 * branch.layer), y + o
-    both = stack.norm(x, "final_norm.norm") + stack.norm(y, "final_norm.other_norm")
-    return stack.norm(both, "final_norm.output_norm")
-
-
 def stated_stack(
-    statement: Statement, weights: Weights, name: str, depth: Depth, memory: Tensor | None = None
+    statement: Statement, weights: StatedWeights, name: str, depth: Depth, memory: Tensor | None = None
 ) -> StatedStack:
     """The stack called `name` of a model; all but an encoder is causal. Attends to `memory` where `depth` says so."""
     sublayers = ["attention", *(["cross_attention"] if depth.has_memory else []), "feedforward"]
@@ -283,24 +132,36 @@ def stated_stack(
 
 
 def _branch(
-    statement: Statement, weights: Weights, block: str, sublayer: str, layer: int, memory: Tensor | None, causal: bool
-) -> Branch:
+    statement: Statement,
+    weights: StatedWeights,
+    block: str,
+    sublayer: str,
+    layer: int,
+    memory: Tensor | None,
+    causal: bool,
+) -> StatedBranch:
     module = f"{block}.{sublayer}"
 
-    def f(x: Tensor) -> Tensor:
+    def f(x: Tensor, mix_values: Callable[[Tensor], Tensor] = lambda v: v) -> Tensor:
         if sublayer == "feedforward":
             return feedforward(x, weights, module)
         norms = statement.attention_norms
         if sublayer == "attention":
-            return attention(x, x, weights, module, norms, causal)
+            return attention(x, x, weights, module, norms, causal, mix_values)
         assert memory is not None
         return attention(x, memory, weights, module, norms, causal=False)
 
-    return Branch(f, sublayer, layer, lambda name: weights[f"{block}.{sublayer}_residual.{name}"])
+    return StatedBranch(f, sublayer, layer, lambda name: weights[f"{block}.{sublayer}_residual.{name}"])
 
 
 def attention(
-    x: Tensor, memory: Tensor, weights: Weights, module: str, norms: Mapping[str, str], causal: bool
+    x: Tensor,
+    memory: Tensor,
+    weights: StatedWeights,
+    module: str,
+    norms: Mapping[str, str],
+    causal: bool,
+    mix_values: Callable[[Tensor], Tensor] = lambda v: v,
 ) -> Tensor:
     """Multi-head attention from `x` to `memory`; `norms` as in `Statement`."""
     size = x.size(-1) // HEADS
@@ -309,11 +170,12 @@ def attention(
     for name, source in (("query", x), ("key", memory), ("value", memory)):
         projection = source @ weights[f"{module}.{name}.weight"].T
         if norms.get(name) == "all":
-            projection = layer_norm(projection, weights[f"{module}.{name}_norm.weight"])
+            projection = normalise(projection, weights[f"{module}.{name}_norm.weight"])
         elif norms.get(name) == "head":
             gain = weights[f"{module}.{name}_norm.norm.weight"]
-            projection = torch.cat([layer_norm(projection[..., head], gain) for head in heads], -1)
+            projection = torch.cat([normalise(projection[..., head], gain) for head in heads], -1)
         projected[name] = projection
+    projected["value"] = mix_values(projected["value"])
     outputs = []
     for head in heads:
         q, k, v = (projected[name][..., head] for name in ("query", "key", "value"))
@@ -324,18 +186,18 @@ def attention(
     return torch.cat(outputs, -1) @ weights[f"{module}.output.weight"].T
 
 
-def feedforward(x: Tensor, weights: Weights, module: str) -> Tensor:
+def feedforward(x: Tensor, weights: StatedWeights, module: str) -> Tensor:
     hidden = (x @ weights[f"{module}.up.weight"].T).clamp(min=0)
     return hidden @ weights[f"{module}.down.weight"].T
 
 
-def embed(tokens: Tensor, weights: Weights) -> Tensor:
+def embed(tokens: Tensor, weights: StatedWeights) -> Tensor:
     table = weights["embedding.table.weight"]
     return table[tokens] * math.sqrt(table.size(1))
 
 
 def stated_logits(
-    statement: Statement, weights: Weights, depths: Mapping[str, Depth], texts: Sequence[Tensor]
+    statement: Statement, weights: StatedWeights, depths: Mapping[str, Depth], texts: Sequence[Tensor]
 ) -> Tensor:
     """The logits of a model whose stacks, from the first to the last, are `depths`: each reads one of `texts`."""
     x = None
@@ -357,8 +219,11 @@ def initial_weights(
     for name, shape in shapes.items():
         weight = torch.empty(tuple(shape), dtype=torch.float64)
         stack = name.split(".")[0]
-        if weight.dim() < 2:
-            weight = weight.fill_(statement.starts.get(name.split(".")[-1], 1.0))
+        start = statement.starts.get(name.split(".")[-1], 1.0 if weight.dim() < 2 else None)
+        if callable(start):
+            weight = start(name, depths[stack]).double()
+        elif start is not None:
+            weight = torch.full(tuple(shape), start).double()  # as models have them, in float32
         elif stack not in depths:
             weight = weight.normal_() / math.sqrt(shape[1])
         else:

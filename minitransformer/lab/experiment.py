@@ -9,29 +9,17 @@ from typing import Any, ClassVar
 from minitransformer.registry import Registered
 from minitransformer.reporting.statistics import FEWEST_SEEDS, LEVEL, holm, mean_interval, p_text, p_value
 from minitransformer.reporting.tables import Picture, Table
-
-Task = dict[str, Any]
-"""What is measured once, in values that JSON has: it names every choice, the seed among them, and so is its own key."""
-Measurement = dict[str, Any]
-"""What was measured, in values that JSON has."""
+from minitransformer.tasks.task import Measurement, Result, Task
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExperimentSettings:
     """What the user chooses of an experiment."""
 
     quick: bool = False
     """a reduced form, for a first look: fewer sizes, steps and seeds"""
     data: str = "shakespeare"
     """what training experiments learn from: a recipe or a file, as `train.py --data` takes it"""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A task and its measurement."""
-
-    task: Task
-    measured: Measurement
 
 
 @dataclass(frozen=True)
@@ -46,6 +34,15 @@ class Criterion:
     measured: str
     holds: bool | None
     must_hold: bool = True
+
+    @property
+    def outcome(self) -> str:
+        """In a word or two: whether a known result was reproduced, or how one on trial came out."""
+        if self.holds is None:
+            return "open"
+        if self.must_hold:
+            return "passed" if self.holds else "FAILED"
+        return "holds" if self.holds else "does not hold"
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ class Experiment(Registered, kind="experiment"):
     minutes: ClassVar[float]
     """how long it takes on two cores, about"""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ExperimentSettings) -> None:
         self.settings = settings
 
     def prepare(self) -> None:

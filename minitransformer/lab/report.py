@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import shlex
 from collections import Counter
@@ -13,22 +11,19 @@ from pathlib import Path
 from typing import TypeVar
 
 from minitransformer import files
-from minitransformer.lab.experiment import Criterion, Experiment, Findings, Settings
-from minitransformer.lab.runner import RESULTS, Failure, Sweep
-from minitransformer.lab.store import REMEDY
-from minitransformer.reporting import figures
+from minitransformer.lab.experiment import Criterion, Experiment, ExperimentSettings, Findings
+from minitransformer.lab.runner import ExperimentFolder
 from minitransformer.reporting.pages import Link, Page
+from minitransformer.reporting.report import REPORT, add_facts, add_picture, add_table, csv_text, failed, skipped
 from minitransformer.reporting.statistics import FEWEST_SEEDS
 from minitransformer.reporting.tables import Picture, Table
+from minitransformer.tasks.runner import RESULTS
+from minitransformer.tasks.store import REMEDY
+from minitransformer.tasks.task import Failure, task_key
 
 Titled = TypeVar("Titled", Table, Picture)
 
-REPORT = "report.html"
-VERDICTS = ("passed", "FAILED", "holds", "does not hold", "open")
-MOST_ROWS = 200
-"""of a table on the page; its CSV file has all"""
-MOST_FAILURES = 20
-"""that are written out one by one"""
+OUTCOMES = ("passed", "FAILED", "holds", "does not hold", "open")
 KNOWN_RULE = (
     "A result about a mean over seeds is reproduced where its 95 % interval lies within the accepted range, fails "
     "where that lies outside, and is open where it crosses an end."
@@ -38,15 +33,6 @@ TRIAL_RULE = (
     f"claims of the experiment; fewer than {FEWEST_SEEDS} paired seeds leave it open. Intervals are for each claim "
     "alone, at 95 %."
 )
-
-
-def verdict(criterion: Criterion) -> str:
-    """In a word or two: whether a known result was reproduced, or how one on trial came out."""
-    if criterion.holds is None:
-        return "open"
-    if criterion.must_hold:
-        return "passed" if criterion.holds else "FAILED"
-    return "holds" if criterion.holds else "does not hold"
 
 
 def reproduced(findings: Findings) -> bool:
@@ -68,8 +54,8 @@ def _split(criteria: Sequence[Criterion]) -> tuple[list[Criterion], list[Criteri
 
 
 def _counts(criteria: Sequence[Criterion]) -> str:
-    counts = Counter(verdict(criterion) for criterion in criteria)
-    return ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name])
+    counts = Counter(criterion.outcome for criterion in criteria)
+    return ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name])
 
 
 @dataclass(frozen=True)
@@ -90,63 +76,47 @@ class Coverage:
         ]
         if self.skipped_lines:
             said.append(skipped(self.skipped_lines))
-        if self.failures:
-            said.append(f"Tasks that failed: {len(self.failures)}. The same command tries them again.")
-            said += [str(failure) for failure in self.failures[:MOST_FAILURES]]
-        return said
+        return [*said, *failed(self.failures, "Tasks")]
 
 
-def skipped(lines: int) -> str:
-    """What is said of lines that could not be read."""
-    what = "1 damaged line was" if lines == 1 else f"{lines} damaged lines were"
-    return f"{what} skipped in results.jsonl; their tasks were measured again."
+def coverage(run: ExperimentFolder, failures: Sequence[Failure]) -> Coverage:
+    """Of `run` after a command that left `failures`."""
+    measured = run.results()
+    seconds = sum(run.store.seconds[task_key(result.task)] for result in measured)
+    return Coverage(len(run.asked()), len(measured), run.store.skipped, failures, seconds / 60)
 
 
-def coverage(sweep: Sweep, failures: Sequence[Failure]) -> Coverage:
-    """Of `sweep` after a run that left `failures`."""
-    tasks = {key: task for key, task in sweep.tasks.items() if task in sweep.store}
-    seconds = sum(sweep.store.seconds[key] for key in tasks)
-    return Coverage(len(sweep.tasks), len(tasks), sweep.store.skipped, failures, seconds / 60)
-
-
-def command(name: str, settings: Settings) -> str:
+def lab_command(name: str, settings: ExperimentSettings) -> str:
     """What is typed to repeat the experiment."""
     words = ["python", "-m", "minitransformer", "lab", name]
     words += ["--quick"] * settings.quick
-    words += [] if settings.data == Settings.data else ["--data", settings.data]
+    words += [] if settings.data == ExperimentSettings.data else ["--data", settings.data]
     return shlex.join(words)
 
 
-def write_report(sweep: Sweep, findings: Findings, failures: Sequence[Failure] = ()) -> Path:
-    """Write the report into the folder of `sweep`, and return the path of its page.
+def write_lab_report(run: ExperimentFolder, findings: Findings, failures: Sequence[Failure] = ()) -> Path:
+    """Write the report into the folder of `run`, and return the path of its page.
 
     Raises `UserError` where the folder may not be written, and without matplotlib if there are pictures.
     """
-    folder = sweep.folder
+    folder = run.folder
     with files.writing(folder / REPORT, REMEDY):
         folder.mkdir(parents=True, exist_ok=True)
-        for table, name in _named(findings.tables):
-            _write_csv(folder / f"{name}.csv", table)
-        pictures = []
-        for picture, name in _named(findings.pictures):
-            png = figures.png(picture.draw())
-            pictures.append((picture, png))
-            with files.whole_file(folder / f"{name}.png") as file:
-                file.write(png)
-        covered = coverage(sweep, failures)
-        page = _head(sweep.experiment, covered)
+        covered = coverage(run, failures)
+        page = _head(run.experiment, covered)
         _criteria(page, findings.criteria)
-        if pictures:
+        if findings.pictures:
             page.heading("Figures")
-        for picture, png in pictures:
-            page.figure(png, f"{picture.title}. {picture.caption}".strip(), picture.title)
+        for picture, name in _named(findings.pictures):
+            add_picture(page, picture, folder / f"{name}.png")
         for table, name in _named(findings.tables):
-            _table(page, table, name)
+            files.write_text(folder / f"{name}.csv", csv_text(table))
+            add_table(page, table, f"{name}.csv")
         if findings.remarks:
             page.heading("Remarks")
             for remark in findings.remarks:
                 page.paragraph(remark)
-        _repeat(page, sweep, covered, [name for _, name in _named(findings.pictures)])
+        _repeat(page, run, covered, [name for _, name in _named(findings.pictures)])
         files.write_text(folder / REPORT, page.html())
     return folder / REPORT
 
@@ -160,14 +130,6 @@ def _named(things: Iterable[Titled]) -> Iterator[tuple[Titled, str]]:
         yield thing, name if taken[name] == 1 else f"{name}-{taken[name]}"
 
 
-def _write_csv(path: Path, table: Table) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.columns)
-    writer.writerows(["" if cell is None else cell for cell in row] for row in table.rows)
-    files.write_text(path, text.getvalue())
-
-
 def _head(experiment: Experiment, covered: Coverage) -> Page:
     page = Page(f"{experiment.name}: {experiment.title}")
     page.paragraph(experiment.question)
@@ -175,7 +137,7 @@ def _head(experiment: Experiment, covered: Coverage) -> Page:
     if experiment.settings.quick:
         page.paragraph("This is the reduced form, for a first look: fewer sizes, steps and seeds.")
     if covered.measured < covered.asked:
-        page.paragraph(f"The sweep is incomplete: {covered.measured} of {covered.asked} results are there.")
+        page.paragraph(f"The experiment is incomplete: {covered.measured} of {covered.asked} results are there.")
     return page
 
 
@@ -199,38 +161,26 @@ def _sentence(criteria: Sequence[Criterion]) -> str:
 
 
 def _claims(criteria: Sequence[Criterion]) -> tuple[list[str], list[tuple[str, str, str]]]:
-    rows = [(verdict(criterion), criterion.claim, criterion.measured) for criterion in criteria]
+    rows = [(criterion.outcome, criterion.claim, criterion.measured) for criterion in criteria]
     return ["outcome", "claim", "measured"], rows
 
 
-def _table(page: Page, table: Table, name: str) -> None:
-    page.heading(table.title)
-    page.table(table.columns, table.rows[:MOST_ROWS])
-    page.links(rows_text(table), [Link(f"{name}.csv", f"{name}.csv")])
-
-
-def rows_text(table: Table) -> str:
-    """What stands before the link to all of a table."""
-    some = len(table.rows) > MOST_ROWS
-    return f"The first {MOST_ROWS} rows of {len(table.rows)}; all of them:" if some else "With all digits:"
-
-
-def _repeat(page: Page, sweep: Sweep, covered: Coverage, pictures: Sequence[str]) -> None:
+def _repeat(page: Page, run: ExperimentFolder, covered: Coverage, pictures: Sequence[str]) -> None:
     page.heading("How to repeat it")
-    page.code(command(sweep.experiment.name, sweep.experiment.settings))
+    page.code(lab_command(run.experiment.name, run.experiment.settings))
     page.links("All results, as JSON lines:", [Link(RESULTS, RESULTS)])
     if pictures:
         page.links("All figures:", [Link(f"{name}.png", f"{name}.png") for name in pictures])
     for sentence in covered.sentences():
         page.paragraph(sentence)
-    commits = list(dict.fromkeys(record["commit"] for record in sweep.records))
+    commits = list(dict.fromkeys(record["commit"] for record in run.records))
     if len(commits) > 1:
         page.paragraph(f"The results come from several commits: {', '.join(commits)}.")
     if any(commit.endswith("-dirty") for commit in commits):
         page.paragraph("A commit that ends in -dirty had changes that were not committed.")
-    facts = {**(sweep.records[-1] if sweep.records else {}), "data": sweep.experiment.settings.data}
-    facts["seeds"] = _ranges({task["seed"] for task in sweep.tasks.values() if isinstance(task.get("seed"), int)})
-    page.table(["what", "value"], [(name, value) for name, value in facts.items() if value and name != "command"])
+    facts = {**(run.records[-1] if run.records else {}), "data": run.experiment.settings.data}
+    facts["seeds"] = _ranges({task["seed"] for task in run.asked() if isinstance(task.get("seed"), int)})
+    add_facts(page, facts)
 
 
 def _ranges(numbers: Iterable[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -25,15 +26,8 @@ from minitransformer.lab.checks import (
     small_config,
     tokens_and_probe,
 )
-from minitransformer.lab.equations import (
-    STATEMENTS,
-    Depth,
-    admin_profile,
-    embed,
-    initial_weights,
-    stated_logits,
-    stated_stack,
-)
+from minitransformer.lab.equations import STATEMENTS, Depth, embed, initial_weights, stated_logits, stated_stack
+from minitransformer.lab.statements import admin_profile
 from minitransformer.lab.subjects import MakeModel
 from minitransformer.models.config import ModelConfig
 
@@ -80,9 +74,8 @@ class NamedWeights(dict[str, Tensor]):
 def is_stated(make: MakeModel, seed: int, *, residual: str, form: str) -> Outcome:
     """How far the models of a placement are from its `Statement`, and in what."""
     if residual not in STATEMENTS:
-        return Outcome(
-            None, f"{residual!r} has no second statement: minitransformer.lab.equations says how to give one"
-        )
+        note = f"{residual!r} has no second statement: minitransformer.lab.equations says how to give one"
+        return Outcome(None, note, is_open=True)
     try:
         apart = {"initial weights": _from_initial_weights(make, seed, residual, form)}
         for published in (False, True) if Residual.named(residual).asks_for else (False,):
@@ -123,13 +116,21 @@ def _from_equation(make: MakeModel, seed: int, residual: str, form: str, *, publ
         torch.autograd.grad((output * probe).sum(), list(named.values()), allow_unused=True)
         for output, named in ((logits, parameters), (stated, weights))
     )
-    # A weight that one of both has nothing to do with makes another equation, whatever its value.
-    apart = [
-        math.inf if ours is None or theirs is None else relative(ours, theirs)
-        for ours, theirs in zip(gradients, expected, strict=True)
-    ]
     kind = "published " if published else ""
-    return {f"{kind}logits": relative(logits.detach(), stated.detach()), f"{kind}gradients": max(apart)}
+    return {
+        f"{kind}logits": relative(logits.detach(), stated.detach()),
+        f"{kind}gradients": _gradients_apart(dict(zip(weights, zip(gradients, expected, strict=True), strict=True))),
+    }
+
+
+def _gradients_apart(pairs: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> float:
+    """How far gradients are from those stated, by the name of their weight: relative to the largest of their module."""
+    modules: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for name, (ours, theirs) in pairs.items():
+        if ours is None or theirs is None:
+            return math.inf  # with a weight that it has nothing to do with, an equation is another one
+        modules[name.rpartition(".")[0]].append((ours.flatten(), theirs.flatten()))
+    return max(relative(*map(torch.cat, zip(*found, strict=True))) for found in modules.values())
 
 
 def is_profiled(make: MakeModel, seed: int, *, form: str) -> Outcome:

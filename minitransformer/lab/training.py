@@ -1,6 +1,6 @@
 """Training inside an experiment: a configuration in, curves out, without a run folder.
 
-It is made of what the `Trainer` is made of, and learns the same weights bit for bit.
+It drives the learner that the `Trainer` drives, and learns the same weights bit for bit.
 """
 
 from __future__ import annotations
@@ -18,23 +18,22 @@ from torch import Tensor
 
 from minitransformer.architecture.residual import Residual
 from minitransformer.diagnostics import probe_for
-from minitransformer.lab.experiment import Experiment, Measurement, Result, Task
+from minitransformer.lab.experiment import Experiment
 from minitransformer.lab.judging import curve
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, build_model
+from minitransformer.models.model import Model
 from minitransformer.reporting.figures import Curve
 from minitransformer.settings import kinds, with_settings
+from minitransformer.tasks.task import Measurement, Result, Task
 from minitransformer.text.batches import SequentialWindows
 from minitransformer.text.prepare import PreparedText
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
-from minitransformer.training.experts import ExpertBalance
-from minitransformer.training.loop import step_seed
-from minitransformer.training.objectives import Objective
+from minitransformer.training.learner import Learner, build_learner
+from minitransformer.training.machine import Machine
 from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.objectives.causal import Causal
-from minitransformer.training.optimizers import AdamW, build_optimizers, set_learning_rate
-from minitransformer.training.precision import FP32
-from minitransformer.training.step import training_step, validate
+from minitransformer.training.optimizers import AdamW
+from minitransformer.training.step import validate
 
 BASE = RunConfig(
     ModelConfig(
@@ -66,6 +65,8 @@ BASE = RunConfig(
 """The decoder that training experiments share: a small one with the choices and the Adam of Vaswani et al. 2017 (arXiv
 1706.03762), but for learned positions and a head of its own. Its embeddings are N(0, 1), as experiments at
 initialisation have them."""
+CPU = Machine(torch.device("cpu"), "fp32", compile=False, description="")
+"""what every experiment trains on, so that its numbers are the same everywhere"""
 STUCK = 3.2
 """nats a character: who knows no more of Tiny Shakespeare than how frequent each character is has 3.3"""
 LAST = 25
@@ -94,22 +95,26 @@ class Course:
 class Trained:
     """A model that was trained, what it was trained on, how that went, and what a probe noted meanwhile."""
 
-    model: Model
-    objective: Objective
+    learner: Learner
     course: Course
     probed: list[dict[str, float | None]]
+
+    @property
+    def model(self) -> Model:
+        """With the weights that it has now."""
+        return self.learner.model
 
     def validation_loss(self) -> float:
         """Nats a target over the whole validation split; infinite if a step was not finite."""
         if not self.course.finite:
             return math.inf
-        return validate(self.model, self.objective, FP32(torch.device("cpu"))).loss
+        return validate(self.model, self.learner.objective, self.learner.precision).loss
 
     def held_out(self, rows: int) -> Callable[[], Tensor]:
-        """The mean loss of one batch, the first `rows` windows of the validation split, for instruments to look at."""
-        prepared = self.objective.prepared
-        batch = SequentialWindows(prepared.validation, self.model.config.context_length, rows).batch(0)
-        return lambda: self.objective.loss_sum(self.model, batch) / batch.num_targets
+        """The mean loss of one batch, the first `rows` windows of the validation split, for diagnostics."""
+        model, objective = self.model, self.learner.objective
+        batch = SequentialWindows(objective.prepared.validation, model.config.context_length, rows).batch(0)
+        return lambda: objective.loss_sum(model, batch) / batch.num_targets
 
 
 def final_loss(losses: Sequence[float]) -> float:
@@ -128,37 +133,17 @@ def train(
     Training ends at the first step whose loss or gradient is not finite, since nothing after it has a meaning, and
     where `stop`, asked after each step, says so.
     """
-    training, device = config.training, torch.device("cpu")
-    objective = Objective.named(training.objective)(prepared, config)
-    torch.manual_seed(training.seed)
-    model = build_model(config.model)
-    model.calibrate(lambda: objective.loss_sum(model, objective.training_batches(0)[0]))
-    optimizers = build_optimizers(training.optimizer, model, training.rates)
-    balance, precision = ExpertBalance(model, training.expert_balance), FP32(device)
-    probe = probe_for(training)(model, objective, device)
+    learner = build_learner(config, prepared, CPU, make_probe=probe_for(config.training))
     course, probed = Course([], []), []
-    model.train()
-    for step in range(training.steps):
-        torch.manual_seed(step_seed(training.seed, step))
-        set_learning_rate(optimizers, training.learning_rate_multiplier(step))
-        probe.before_step(step + 1)
-        result = training_step(
-            model,
-            objective,
-            objective.training_batches(step),
-            optimizers,
-            precision,
-            grad_clip=training.grad_clip,
-            balance=balance,
-            probe=probe,
-        )
-        if figures := probe.after_update(result.grad_norm):
-            probed.append({"step": step + 1, **figures})
+    for step in range(1, config.training.steps + 1):
+        result = learner.step(learner.next_batches())
+        if result.measured:
+            probed.append({"step": step, **result.measured})
         course.losses.append(result.loss.item())
         course.grad_norms.append(result.grad_norm.item())
         if not result.finite or stop(course):
             break
-    return Trained(model, objective, course, probed)
+    return Trained(learner, course, probed)
 
 
 class TrainingExperiment(Experiment):
@@ -190,7 +175,7 @@ class TrainingExperiment(Experiment):
 
     def record(self, trained: Trained) -> Measurement:
         """What every training run writes down: its curves, a look at its layers at its ends, and what it was."""
-        config = trained.objective.config.to_json()
+        config = trained.learner.config.to_json()
         return {
             "losses": [round(loss, 4) for loss in trained.course.losses],
             "grad_norms": [float(f"{norm:.4g}") for norm in trained.course.grad_norms],

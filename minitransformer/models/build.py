@@ -32,11 +32,10 @@ def build_stack(
     In an encoder-decoder, `partner_layers` are the layers of the other stack.
     """
     num_layers = num_layers or config.num_layers
-    placement = config.residual.variant
 
     def make_residual(layer: int, sublayer: str) -> Residual:
-        place = Place(layer, num_layers, sublayer, partner_layers, has_memory)
-        return placement(partial(_norm, config), config.dropout, place)
+        place = Place(layer, num_layers, sublayer, partner_layers, has_memory, d_model=config.d_model)
+        return config.residual.make(partial(_norm, config), config.dropout, place)
 
     blocks = [
         config.block.make(
@@ -53,7 +52,7 @@ def build_stack(
     return Stack(
         blocks,
         positions=_positions(config, causal=causal),
-        residual=placement,
+        residual=config.residual,
         make_norm=partial(_norm, config),
         causal=causal,
         windows=[config.window_of(layer) for layer in range(num_layers)],

@@ -34,6 +34,13 @@ MOST_MODULES, MOST_FEATURES = 10_000, 1 << 27
 HEADS = {"linear": "LMHead", "transformed": "TransformedHead"}
 
 
+PAIRS = ("topology", ("encoder-decoder", "rnn"))
+ENCODERS = ("topology", ("encoder", "encoder-classifier"))
+CLASSIFIERS = ("topology", ("encoder-classifier",))
+WITH_ATTENTION = ("topology", tuple(name for name in TOPOLOGIES if name != "rnn"))
+"""what settings need that have no effect on other topologies"""
+
+
 def size(default: int | None, *, help: str, **about: Any) -> Any:
     """A setting that counts features or tokens."""
     return setting(default, at_least=1, most=MOST_FEATURES, help=help, **about)
@@ -51,14 +58,20 @@ class ModelConfig:
     topology: str = setting("decoder", help=f"what the model is: {', '.join(TRAINED)}")
     d_model: int = size(256, help="features of the residual stream")
     num_layers: int = count(4, help="transformer blocks, in an encoder-decoder those of the encoder")
-    num_decoder_layers: int | None = count(None, help="blocks of the decoder of an encoder-decoder; None is num_layers")
-    num_heads: int = size(4, help="attention heads")
-    num_kv_heads: int | None = size(
-        None, help="heads of keys and values, shared by the query heads where there are fewer; None is num_heads"
+    num_decoder_layers: int | None = count(
+        None, needs=PAIRS, help="blocks of the decoder of an encoder-decoder; None is num_layers"
     )
-    head_dim: int | None = size(None, help="features of a head; None is d_model / num_heads")
+    num_heads: int = size(4, needs=WITH_ATTENTION, help="attention heads")
+    num_kv_heads: int | None = size(
+        None,
+        needs=WITH_ATTENTION,
+        help="heads of keys and values, shared by the query heads where there are fewer; None is num_heads",
+    )
+    head_dim: int | None = size(None, needs=WITH_ATTENTION, help="features of a head; None is d_model / num_heads")
     d_ff: int | None = size(
-        None, help="hidden features of the feed-forward network; None is 4 d_model, or 8/3 d_model if gated"
+        None,
+        needs=WITH_ATTENTION,
+        help="hidden features of the feed-forward network; None is 4 d_model, or 8/3 d_model if gated",
     )
     context_length: int = size(256, help="tokens that the model can see at once")
     vocab_size: int | None = size(
@@ -71,50 +84,67 @@ class ModelConfig:
         None,
         changes_tokens=True,
         follows_data=True,
+        needs=PAIRS,
         help="tokens of the decoder's own vocabulary in an encoder-decoder; None is one vocabulary for both sides",
     )
     num_segments: int | None = size(
-        None, help="kinds of segments that have an embedding, such as BERT's two sentences; None is no such embedding"
+        None,
+        needs=ENCODERS,
+        help="kinds of segments that have an embedding, such as BERT's two sentences; None is no such embedding",
     )
-    next_sentence: bool = setting(False, help="an encoder also says whether its second segment follows the first")
+    next_sentence: bool = setting(
+        False, needs=ENCODERS, help="an encoder also says whether its second segment follows the first"
+    )
     num_classes: int | None = size(
-        None, help="classes of an encoder-classifier, which is imported: nothing here trains one"
+        None, needs=CLASSIFIERS, help="classes of an encoder-classifier, which is imported: nothing here trains one"
     )
-    pooling: str = setting("tanh", choices=POOLING_ACTIVATIONS, help="activation before the classes")
-    block: Choice[Block] = Choice(Block, "sequential", help="arrangement of the sublayers")
-    residual: Choice[Residual] = Choice(Residual, "pre", help="where the norm stands")
-    norm: Choice[Norm] = Choice(Norm, "layer", help="norm")
-    embedding_norm: bool = setting(False, help="normalise the embeddings before the first block")
+    pooling: str = setting("tanh", choices=POOLING_ACTIVATIONS, needs=CLASSIFIERS, help="activation before the classes")
+    block: Choice[Block] = Choice(Block, "sequential", needs=WITH_ATTENTION, help="arrangement of the sublayers")
+    residual: Choice[Residual] = Choice(Residual, "pre", needs=WITH_ATTENTION, help="where the norm stands")
+    norm: Choice[Norm] = Choice(Norm, "layer", needs=WITH_ATTENTION, help="norm")
+    embedding_norm: bool = setting(False, needs=WITH_ATTENTION, help="normalise the embeddings before the first block")
     token_smear: bool = setting(
-        False, help="add to each token's embedding that of the token before it, by a learned gain for each feature"
+        False,
+        needs=WITH_ATTENTION,
+        help="add to each token's embedding that of the token before it, by a learned gain for each feature",
     )
-    positions: Choice[PositionScheme] = Choice(PositionScheme, "rotary", help="position scheme")
-    feedforward: Choice[FeedForward] = Choice(FeedForward, "gelu-tanh", help="feed-forward network")
+    positions: Choice[PositionScheme] = Choice(PositionScheme, "rotary", needs=WITH_ATTENTION, help="position scheme")
+    feedforward: Choice[FeedForward] = Choice(
+        FeedForward, "gelu-tanh", needs=WITH_ATTENTION, help="feed-forward network"
+    )
     num_experts: int | None = count(
-        None, help="feed-forward networks in a mixture of experts; None is a single one, without a router"
+        None,
+        needs=WITH_ATTENTION,
+        help="feed-forward networks in a mixture of experts; None is a single one, without a router",
     )
     experts_per_token: int = size(2, needs="num_experts", help="experts that see each token")
-    bias: bool = setting(False, help="biases in linear maps and in LayerNorm")
-    qkv_bias: bool | None = setting(None, help="biases of queries, keys and values; None is bias")
-    attention_output_bias: bool | None = setting(None, help="biases of attention's output; None is bias")
-    qk_norm: str = setting("none", choices=QK_NORMS, help="normalise queries and keys")
-    value_norm: bool = setting(False, help="normalise values as qk_norm does queries and keys")
-    attention_scale: float | None = setting(None, above=0, help="what scores are multiplied by; None is head_dim^-1/2")
-    attention_softcap: float | None = setting(None, above=0, help="bound of the scores, by a tanh; None is no bound")
+    bias: bool = setting(False, needs=WITH_ATTENTION, help="biases in linear maps and in LayerNorm")
+    qkv_bias: bool | None = setting(None, needs=WITH_ATTENTION, help="biases of queries, keys and values; None is bias")
+    attention_output_bias: bool | None = setting(
+        None, needs=WITH_ATTENTION, help="biases of attention's output; None is bias"
+    )
+    qk_norm: str = setting("none", choices=QK_NORMS, needs=WITH_ATTENTION, help="normalise queries and keys")
+    value_norm: bool = setting(False, needs=WITH_ATTENTION, help="normalise values as qk_norm does queries and keys")
+    attention_scale: float | None = setting(
+        None, above=0, needs=WITH_ATTENTION, help="what scores are multiplied by; None is head_dim^-1/2"
+    )
+    attention_softcap: float | None = setting(
+        None, above=0, needs=WITH_ATTENTION, help="bound of the scores, by a tanh; None is no bound"
+    )
     attention_window: int | None = size(
-        None, help="a token sees this many tokens at most, itself included; None is all of them"
+        None, needs=WITH_ATTENTION, help="a token sees this many tokens at most, itself included; None is all of them"
     )
     window_pattern: tuple[bool, ...] = setting(
         (True,), needs="attention_window", help="which layers have the window, repeated over all layers"
     )
-    attention_kernel: str = setting("auto", choices=KERNELS, help="how attention is computed")
+    attention_kernel: str = setting("auto", choices=KERNELS, needs=WITH_ATTENTION, help="how attention is computed")
     head: str = setting("linear", choices=HEADS, help="what predicts tokens")
     head_bias: bool = setting(False, help="biases of the logits")
     logit_scale: float = setting(1.0, help="what the head's input is multiplied by")
     logit_softcap: float | None = setting(None, help="bound of the logits, by a tanh; None is no bound")
     tied_embeddings: bool = setting(True, help="the head uses the weights of the token embedding")
     shared_embeddings: bool = setting(
-        True, help="encoder and decoder use the same token embedding, if they have one vocabulary"
+        True, needs=PAIRS, help="encoder and decoder use the same token embedding, if they have one vocabulary"
     )
     scaled_embeddings: bool = setting(False, help="multiply token embeddings by the square root of d_model")
     embedding_dim: int | None = size(
@@ -133,7 +163,7 @@ class ModelConfig:
         self._check_parts()
         layers = [self.num_layers, self.decoder_layers] if self.topology == "encoder-decoder" else [self.num_layers]
         around = Surroundings(min(layers), self.block.variant.is_parallel, self.norm.variant)
-        self.residual.variant.check(around)
+        self.residual.variant.check(self.residual.settings, around)
 
     def _check_heads(self) -> None:
         if self.head_dim is None and self.d_model % self.num_heads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -41,6 +42,7 @@ class Model(Registered, nn.Module, kind="topology"):
     def initialise(self) -> None:
         """Draw every weight as the configuration says."""
         initialise(self, self.config.init.make())
+        self.end_step()  # what holds after every update holds before the first
 
     def calibrate(self, run: Callable[[], object]) -> None:
         """What the placement sets by a look at real data, before the first step: `run` passes a batch through.
@@ -50,8 +52,26 @@ class Model(Registered, nn.Module, kind="topology"):
         was_training = self.training
         self.train()
         for stack in [module for module in self.modules() if isinstance(module, Stack)]:
-            stack.residual.calibrate(stack.connections, run)
+            stack.shared.calibrate(stack.connections, run)
         self.train(was_training)
+
+    def begin_step(self, step: int) -> None:
+        """Tell every module that has a `begin_step` that update `step`, counted from 0, comes next."""
+        for begin in self._begin_step:
+            begin(step)
+
+    def end_step(self) -> None:
+        """Tell every module that has an `end_step(model)`, which may change weights, that an update is done."""
+        for end in self._end_step:
+            end(self)
+
+    @cached_property
+    def _begin_step(self) -> list[Callable[..., object]]:
+        return _methods_inside(self, "begin_step")
+
+    @cached_property
+    def _end_step(self) -> list[Callable[..., object]]:
+        return _methods_inside(self, "end_step")
 
     def num_parameters(self) -> int:
         """How many weights there are; tied ones count once."""
@@ -70,6 +90,12 @@ class Model(Registered, nn.Module, kind="topology"):
                 matrices -= idle * _matrix_weights(mixture.experts[0])
         attentions = sum(isinstance(module, MultiHeadAttention) for module in self.modules())
         return 6 * matrices + 12 * attentions * self.config.num_heads * self.config.features_per_head * length
+
+
+def _methods_inside(model: nn.Module, name: str) -> list[Callable[..., object]]:
+    """The method called `name` of every module inside `model` that has one."""
+    inside = (module for module in model.modules() if not isinstance(module, Model))
+    return [getattr(module, name) for module in inside if hasattr(module, name)]
 
 
 def _matrix_weights(module: nn.Module) -> int:

@@ -103,15 +103,20 @@ def heatmap(
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
+    _write_cells(axes, image, table, format_spec)
+    bar = figure.colorbar(image, ax=axes, label=value_label, fraction=0.04, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=9, color=FAINT)
+    return figure
+
+
+def _write_cells(axes: Axes, image: Any, table: np.ndarray, format_spec: str) -> None:
+    """The number of each cell, in an ink that is read on its colour; a dash where it is not finite."""
     for row, column in np.ndindex(*table.shape):
         value = table[row, column]
         ink = _ink_on(tuple(np.ravel(image.cmap(image.norm(value))))) if np.isfinite(value) else FAINT
         text = format(value, format_spec).replace("-", "−") if np.isfinite(value) else "–"
         axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=7.5)
-    bar = figure.colorbar(image, ax=axes, label=value_label, fraction=0.04, pad=0.02)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=9, color=FAINT)
-    return figure
 
 
 def intervals(
@@ -141,14 +146,9 @@ def intervals(
         axes.set_xlabel(f"{x_label}\n(hollow: the interval covers {reference:g}{', or there is none' * any(dotted)})")
     ranges = dotted or [False] * len(means)
     for y, (mean, low, high, is_range) in enumerate(zip(means, lows, highs, ranges, strict=True)):
-        known = bool(np.isfinite([low, high]).all())
-        hollow = reference is not None and not (known and not is_range and (reference < low or reference > high))
-        if known:
-            style = ":" if is_range else "-"
-            axes.plot([low, high], [y, y], color=PALETTE[0], linestyle=style, linewidth=1.8, solid_capstyle="butt")
-            axes.plot([low, high], [y, y], color=PALETTE[0], linestyle="none", marker="|", markersize=8)
-        face = "white" if hollow else PALETTE[0]
-        axes.plot([mean], [y], marker="o", markersize=6, color=PALETTE[0], markerfacecolor=face, markeredgewidth=1.4)
+        excluded = not is_range and reference is not None and (reference < low or reference > high)
+        hollow = reference is not None and not (excluded and np.isfinite([low, high]).all())
+        _draw_interval(axes, y, mean, low, high, style=":" if is_range else "-", hollow=hollow)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     if log_x:
@@ -157,6 +157,15 @@ def intervals(
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     return figure
+
+
+def _draw_interval(axes: Axes, y: int, mean: float, low: float, high: float, *, style: str, hollow: bool) -> None:
+    """A marker at the mean, and bars to the ends if they are finite."""
+    if np.isfinite([low, high]).all():
+        axes.plot([low, high], [y, y], color=PALETTE[0], linestyle=style, linewidth=1.8, solid_capstyle="butt")
+        axes.plot([low, high], [y, y], color=PALETTE[0], linestyle="none", marker="|", markersize=8)
+    face = "white" if hollow else PALETTE[0]
+    axes.plot([mean], [y], marker="o", markersize=6, color=PALETTE[0], markerfacecolor=face, markeredgewidth=1.4)
 
 
 def points(

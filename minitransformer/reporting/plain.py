@@ -14,7 +14,7 @@ MARKS = "ox+*#@%&$~"
 GAP = 2
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int = 80) -> str:
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int = 80) -> str:
     """A table in lines of at most `width` letters.
 
     Columns that have no room follow in a block below, which repeats the first column; a cell that has no room for

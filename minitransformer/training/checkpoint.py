@@ -21,13 +21,13 @@ from minitransformer import files
 from minitransformer.amounts import size
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import check_size, count_parameters
+from minitransformer.models.model import Model, build_model, check_size, count_parameters
 from minitransformer.records import read_json
 from minitransformer.training.config import RunConfig, fixed_settings
 
 MODEL, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
-# In the folder of a run: who holds its lock is the only one that writes there.
-LOCK = "train.lock"
+# In the folder of a run, whose lock only the process that writes there holds.
+CHECKPOINTS, LOCK = "checkpoints", "train.lock"
 # What a checkpoint takes beside its tensors.
 MARGIN = 1_000_000
 
@@ -152,6 +152,18 @@ def load_model_weights(checkpoint: Path, model: nn.Module) -> None:
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(stored[name])
+
+
+def load_model(checkpoint: Path, config: RunConfig, device: torch.device | str = "cpu") -> Model:
+    """The model of the run of `config`, ready to be evaluated, with the weights of `checkpoint`.
+
+    Raises `StorageError` for a checkpoint of another run.
+    """
+    check_settings(checkpoint, config)
+    check_weights(checkpoint, config.model)
+    model = build_model(config.model)
+    load_model_weights(checkpoint, model)
+    return model.to(device).eval()
 
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:

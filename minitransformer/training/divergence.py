@@ -2,26 +2,82 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from minitransformer.models.model import build_model
-from minitransformer.runs import Run
-from minitransformer.training.checkpoint import checkpoint_step, checkpoints_in, damage, load_model_weights
+from minitransformer.models.model import Model, build_model
+from minitransformer.training.checkpoint import (
+    CHECKPOINTS,
+    checkpoint_step,
+    checkpoints_in,
+    damage,
+    load_model_weights,
+    unique_tensors,
+)
 from minitransformer.training.config import TrainingConfig
-from minitransformer.training.objectives import Objective
-from minitransformer.training.precision import Precision
+from minitransformer.training.learner import Learner
+from minitransformer.training.progress import Progress
 
+# float16 needs some steps to find its loss scale; nothing that recovers needs more.
+MOST_STEPS_WITHOUT_UPDATE = 20
 NOISE = 1.02
 """by which the losses of two batches, or of two draws of dropout, may differ"""
 
 
 class NonFiniteTraining(Exception):
     """The loss or its gradient was infinite or NaN for many steps in a row, or an update made the weights so."""
+
+
+class DivergenceWatch:
+    """Notes which steps of a run were skipped, as their loss or gradient was infinite or NaN, and ends the run in time.
+
+    Its checks raise `NonFiniteTraining`, which says what to do.
+    """
+
+    def __init__(self, folder: Path, learner: Learner, progress: Progress) -> None:
+        self.folder, self.learner, self.progress = folder, learner, progress
+        self._steps_without_update = 0
+
+    def note(self, losses: Sequence[float | None]) -> None:
+        """The losses of the latest steps, None for those that were skipped."""
+        for step, loss in enumerate(losses, start=self.progress.step - len(losses) + 1):
+            if loss is None:
+                self._steps_without_update += 1
+                self.progress.skipped_step = self.progress.skipped_step or step
+            else:
+                self._steps_without_update = 0
+                self.progress.first_loss = loss if self.progress.first_loss == math.inf else self.progress.first_loss
+
+    def check(self) -> None:
+        """Raises if a step was skipped and the weights are lost, or too many steps in a row were."""
+        if self._steps_without_update:
+            self.check_finite()
+        if self._steps_without_update >= MOST_STEPS_WITHOUT_UPDATE:
+            raise self._diverged(
+                f"{self._steps_without_update} steps in a row had an infinite or NaN loss or gradient, the last one "
+                f"step {self.progress.step}; none changed the weights"
+            )
+
+    def check_finite(self) -> None:
+        """Raises if a weight is not finite, or a tensor that the optimizers keep of one."""
+        kept = list(unique_tensors(self.learner.model).values())
+        for optimizer in self.learner.optimizers:
+            kept += [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
+        if not are_finite([tensor for tensor in kept if tensor.is_floating_point()]):
+            raise self._diverged(
+                f"after step {self.progress.step} there are infinite or NaN numbers in the weights, or in what the "
+                "optimizer keeps of them; these are not saved"
+            )
+
+    def _diverged(self, what: str) -> NonFiniteTraining:
+        sound = sound_checkpoint(self.folder / CHECKPOINTS, self.learner, self.progress.first_loss)
+        training, precision = self.learner.config.training, self.learner.machine.precision
+        return NonFiniteTraining(f"{what}; {remedy(self.folder, training, sound, precision)}")
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
@@ -31,42 +87,44 @@ def are_finite(tensors: Sequence[Tensor]) -> bool:
     return all(tensor.isfinite().all() for tensor in tensors)  # the norm of large numbers overflows
 
 
-def sound_checkpoint(run: Run, objective: Objective, precision: Precision, first_loss: float) -> Path | None:
-    """The newest whole checkpoint of `run` that training can go on from; None if there is none.
+def sound_checkpoint(checkpoints: Path, learner: Learner, first_loss: float) -> Path | None:
+    """The newest whole checkpoint in `checkpoints` that training can go on from; None if there is none.
 
     Its next step has a finite gradient and a loss no larger than `first_loss` nats a target, what the run began with.
     """
-    model = build_model(run.config.model).to(precision.device)
-    for path in reversed(checkpoints_in(run.checkpoints)):
+    model = build_model(learner.config.model).to(learner.machine.device)
+    for path in reversed(checkpoints_in(checkpoints)):
         if damage(path) is not None:
             continue
         load_model_weights(path, model)
-        if _next_loss(model, objective, precision, checkpoint_step(path)) <= NOISE * first_loss:
+        if _next_loss(model, learner, checkpoint_step(path)) <= NOISE * first_loss:
             return path
     return None
 
 
-def _next_loss(model: nn.Module, objective: Objective, precision: Precision, step: int) -> float:
-    """The mean loss of the step after `step`; NaN if its gradient is not finite."""
-    batches = [batch.to(precision.device) for batch in objective.training_batches(step)]
+def _next_loss(model: Model, learner: Learner, step: int) -> float:
+    """The mean loss of `model` in the step after `step`; NaN if its gradient is not finite."""
+    device = learner.machine.device
+    batches = [batch.to(device) for batch in learner.objective.training_batches(step)]
     targets, total = sum(batch.num_targets for batch in batches), 0.0
     model.zero_grad(set_to_none=True)
+    model.begin_step(step)
     for batch in batches:
-        with precision.autocast():
-            loss = objective.loss_sum(model, batch) / targets
+        with learner.precision.autocast():
+            loss = learner.objective.loss_sum(model, batch) / targets
         loss.backward()
         total += loss.item()
     finite = are_finite([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     return total if finite else float("nan")
 
 
-def remedy(run: Run, sound: Path | None, precision: str) -> str:
+def remedy(folder: Path, training: TrainingConfig, sound: Path | None, precision: str) -> str:
     """What to do after training diverged, with the checkpoint to go on from, if there is a sound one."""
-    rates = " ".join(f"--{name.replace('_', '-')} {rate:g}" for name, rate in _lower_rates(run.config.training).items())
+    rates = " ".join(f"--{name.replace('_', '-')} {rate:g}" for name, rate in _lower_rates(training).items())
     other = "" if precision == "fp32" else ", or in another --precision, such as fp32"
     if sound is None:
         return f"no checkpoint is sound: begin anew with lower rates, such as {rates}{other}"
-    path = shlex.quote(str(run.path))
+    path = shlex.quote(str(folder))
     return f"go on from before it: python train.py --resume {path} --checkpoint {sound.name} {rates}{other}"
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from minitransformer.errors import UserError
+from minitransformer.files import sha256
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import weight_shapes
 from minitransformer.records import whole_record
 from minitransformer.settings import flat
+from minitransformer.text.prepare import TooShort
+from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.training.checkpoint import MODEL
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.objectives import Objective
+from minitransformer.training.objectives.base import Prepared
 
 # What suits weights that have learned already: a tenth of the rates they were learned at, from scratch, keeps most of
 # it. 3e-4 becomes nanoGPT's 3e-5, and rates of Muon stay rates of Muon (Liu et al. 2025, arXiv 2502.16982, section
@@ -32,6 +39,11 @@ class Parent:
     checkpoint: str
     sha256: str
     """of the file of the weights"""
+
+    @classmethod
+    def of(cls, run: Path, checkpoint: Path) -> Parent:
+        """The parent whose weights are those of `checkpoint`, in the folder `run`."""
+        return cls(str(run), checkpoint.name, sha256(checkpoint / MODEL))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,3 +97,21 @@ def check_fits(parent: ModelConfig, model: ModelConfig) -> None:
             else "leave it out"
         )
         raise UserError(f"the run of --init-from has {name} {old}, not {new}: {remedy}, or train from scratch")
+
+
+def prepare_fine_tuning(
+    config: RunConfig, usual: RunConfig, tokenizers: Sequence[Tokenizer]
+) -> tuple[RunConfig, Prepared]:
+    """The data of a fine-tune, as the `tokenizers` of its parent encode it, and the configuration that suits it.
+
+    Where the text is too short for sequences of the `usual` length, and no other one was asked for, they are as long as
+    it allows. Raises `UserError` for data that cannot be used.
+    """
+    objective = Objective.named(config.training.objective)
+    try:
+        return config, objective.prepare(config, tokenizers)
+    except TooShort as error:
+        if config.training.sequence_length != usual.training.sequence_length or error.longest < LEAST_TOKENS:
+            raise
+        config = replace(config, training=replace(config.training, sequence_length=error.longest))
+    return config, objective.prepare(config, tokenizers)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minitransformer.training.logging import records_until
-from minitransformer.training.loop import Progress
+from minitransformer.training.progress import Progress
 from minitransformer.training.step import Validation
 
 NOTABLE = 0.01

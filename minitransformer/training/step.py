@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,12 +21,13 @@ from minitransformer.training.probe import NO_PROBE, Probe
 class StepResult:
     """The mean loss in nats a target, the norm of its gradient before clipping, and whether both were finite.
 
-    To read one of them is to wait for the device.
+    To read one of them is to wait for the device. `measured` is what a probe found out, if it looked.
     """
 
     loss: Tensor
     grad_norm: Tensor
     finite: Tensor
+    measured: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def training_step(

@@ -1,13 +1,17 @@
 """Where the norm stands around a sublayer: every residual placement is one class, found by its name."""
 
 from minitransformer.architecture.residual.base import BranchGains, Place, Residual, Surroundings
-from minitransformer.architecture.residual.depth_scaled import Admin, DeepNorm, Keel, LayerNormScaling
+from minitransformer.architecture.residual.depth_scaled import GPAS, Admin, DeepNorm, Keel, LayerNormScaling
+from minitransformer.architecture.residual.earlier_layers import AttentionResiduals, ValueResidual
+from minitransformer.architecture.residual.many_streams import MHCLite
 from minitransformer.architecture.residual.mixed import B2TConnection, HybridNorm, HybridNormStar, MixLN
 from minitransformer.architecture.residual.single_stream import NoNorm, OLMo2, PeriLN, PostLN, PreLN, SandwichLN
 from minitransformer.architecture.residual.two_streams import ResiDual, ScaledResiDual, SiameseNorm
 
 __all__ = [
+    "GPAS",
     "Admin",
+    "AttentionResiduals",
     "B2TConnection",
     "BranchGains",
     "DeepNorm",
@@ -15,6 +19,7 @@ __all__ = [
     "HybridNormStar",
     "Keel",
     "LayerNormScaling",
+    "MHCLite",
     "MixLN",
     "NoNorm",
     "OLMo2",
@@ -28,4 +33,5 @@ __all__ = [
     "ScaledResiDual",
     "SiameseNorm",
     "Surroundings",
+    "ValueResidual",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitransformer.architecture.residual.base import BranchGains, MakeNorm, Place, Residual, Sublayer
@@ -22,8 +23,8 @@ class DeepNorm(Residual, name="deepnorm"):
     authors' code (torchscale) has 1.15 in place of 0.87, the exponent's sign lost on the way.
     """
 
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(make_norm, dropout, place)
+    def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(settings, make_norm, dropout, place)
         self.alpha, self.beta = self.constants(place)
 
     @staticmethod
@@ -52,35 +53,35 @@ class Admin(Residual, name="admin"):
     2004.08249), section 4.2, with the variances of the authors' code (LiyuanLucasLiu/Transformer-Clinic).
     """
 
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(make_norm, dropout, place)
+    class Shared(Residual.Shared):
+        @torch.no_grad()
+        def calibrate(self, connections: Sequence[Residual], run: Callable[[], object]) -> None:
+            variance = torch.ones(())
+
+            def scale_stream(connection: nn.Module, inputs: tuple[Tensor, Sublayer]) -> None:
+                nonlocal variance
+                omega = connection.omega
+                omega.copy_(variance.sqrt().expand_as(omega))  # type: ignore[operator, arg-type]
+                variance = (omega * inputs[0]).float().var(correction=0)  # type: ignore[operator]
+
+            def add_branch(_: nn.Module, __: Any, branch: Tensor) -> None:
+                nonlocal variance
+                variance = variance + branch.float().var(correction=0)
+
+            hooks = [connection.register_forward_pre_hook(scale_stream) for connection in connections]
+            hooks += [connection.dropout.register_forward_hook(add_branch) for connection in connections]
+            try:
+                run()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(settings, make_norm, dropout, place)
         self.omega = nn.Parameter(torch.ones_like(self.norm.weight))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         return self.norm(self.omega * x + self.dropout(sublayer(x)))
-
-    @classmethod
-    @torch.no_grad()
-    def calibrate(cls, connections: Sequence[Residual], run: Callable[[], object]) -> None:
-        variance = torch.ones(())
-
-        def scale_stream(connection: nn.Module, inputs: tuple[Tensor, Sublayer]) -> None:
-            nonlocal variance
-            omega = connection.omega
-            omega.copy_(variance.sqrt().expand_as(omega))  # type: ignore[operator, arg-type]
-            variance = (omega * inputs[0]).float().var(correction=0)  # type: ignore[operator]
-
-        def add_branch(_: nn.Module, __: Any, branch: Tensor) -> None:
-            nonlocal variance
-            variance = variance + branch.float().var(correction=0)
-
-        hooks = [connection.register_forward_pre_hook(scale_stream) for connection in connections]
-        hooks += [connection.dropout.register_forward_hook(add_branch) for connection in connections]
-        try:
-            run()
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 class LayerNormScaling(Residual, name="lns"):
@@ -91,8 +92,8 @@ class LayerNormScaling(Residual, name="lns"):
 
     has_final_norm = True
 
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(make_norm, dropout, place)
+    def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(settings, make_norm, dropout, place)
         self.scale = (place.layer + 1) ** -0.5
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
@@ -107,10 +108,39 @@ class Keel(Residual, name="keel"):
     2601.19895).
     """
 
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(make_norm, dropout, place)
+    def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(settings, make_norm, dropout, place)
         self.output_norm = make_norm()
         self.alpha = float(place.num_connections)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         return self.output_norm(self.alpha * x + self.dropout(sublayer(self.norm(x))))
+
+
+class GPAS(Residual, name="gpas"):
+    """x ← x + f(N(x)), then x ← x − SiLU(g_l) · sg(x) with sg the stop-gradient: x shrinks, and its gradient does not.
+
+    The gate g_l is learned, from 0, and both sublayers of layer l share it; one norm after the last block. Chen et al.
+    2025 (arXiv 2506.22049), section 3, on top of Pre-LN, as the authors' code has it (dandingsky/GPAS).
+    """
+
+    has_final_norm = True
+
+    class Shared(Residual.Shared):
+        def __init__(self, settings: GPAS.Settings, places: Sequence[Place]) -> None:
+            super().__init__(settings, places)
+            self.gates = nn.Parameter(torch.zeros(places[0].num_layers))
+
+        def open(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, self.gates
+
+        def state(self, stream: tuple[Tensor, Tensor]) -> Tensor:
+            return stream[0]
+
+        def close(self, stream: tuple[Tensor, Tensor], final_norm: nn.Module) -> Tensor:
+            return final_norm(stream[0])
+
+    def forward(self, stream: tuple[Tensor, Tensor], sublayer: Sublayer) -> tuple[Tensor, Tensor]:
+        x, gates = stream
+        x = x + self.dropout(sublayer(self.norm(x)))
+        return x - F.silu(gates[self.place.layer]) * x.detach(), gates

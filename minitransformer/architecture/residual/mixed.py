@@ -5,7 +5,7 @@ Notation: x is the residual stream, f the sublayer (attention or feed-forward), 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -24,17 +24,17 @@ class MixLN(Residual, name="mix"):
     post_share = 0.25
 
     @classmethod
-    def check(cls, around: Surroundings) -> None:
+    def check(cls, settings: Any, around: Surroundings) -> None:
         if 0 < cls.post_share * around.num_layers < 1:
             raise UserError(
                 f"residual {cls.name!r} has Post-LN in the first quarter of the layers, and of {around.num_layers} "
                 "layers that is none: choose at least 4, or --residual pre"
             )
 
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(nn.Identity, dropout, place)
+    def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(settings, nn.Identity, dropout, place)
         is_post = place.layer < int(self.post_share * place.num_layers)
-        self.connection = (PostLN if is_post else PreLN)(make_norm, dropout, place)
+        self.connection = (PostLN if is_post else PreLN)(settings, make_norm, dropout, place)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         return self.connection(x, sublayer)
@@ -51,9 +51,9 @@ class HybridNorm(Residual, name="hybrid"):
     has_qkv_norm = True
     asks_for: ClassVar = {"qk_norm": "head", "value_norm": True, "init": "xavier-scaled"}
 
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+    def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
         is_attention = place.sublayer in ("attention", "cross_attention")
-        super().__init__(nn.Identity if is_attention else make_norm, dropout, place)
+        super().__init__(settings, nn.Identity if is_attention else make_norm, dropout, place)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         x = self.norm(x)
@@ -67,9 +67,9 @@ class HybridNormStar(Residual, name="hybrid-star"):
     has_qkv_norm = True
     asks_for = HybridNorm.asks_for
 
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(nn.Identity, dropout, place)
-        self.connection = (HybridNorm if place.layer else PreLN)(make_norm, dropout, place)
+    def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(settings, nn.Identity, dropout, place)
+        self.connection = (HybridNorm if place.layer else PreLN)(settings, make_norm, dropout, place)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         return self.connection(x, sublayer)
@@ -82,6 +82,16 @@ class B2TConnection(Residual, name="b2t"):
     Takase et al. 2022 (arXiv 2206.00330), section 4.
     """
 
+    class Shared(Residual.Shared):
+        def open(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+        def state(self, stream: tuple[Tensor, Tensor]) -> Tensor:
+            return stream[1]
+
+        def close(self, stream: tuple[Tensor, Tensor], final_norm: nn.Module) -> Tensor:
+            return final_norm(stream[1])
+
     def forward(self, stream: tuple[Tensor, Tensor], sublayer: Sublayer) -> tuple[Tensor, Tensor]:
         bottom, x = stream
         total = x + self.dropout(sublayer(x))
@@ -91,24 +101,12 @@ class B2TConnection(Residual, name="b2t"):
         return x, x
 
     @classmethod
-    def check(cls, around: Surroundings) -> None:
+    def check(cls, settings: Any, around: Surroundings) -> None:
         if around.is_parallel:
             raise UserError(
                 f"residual {cls.name!r} adds the input of a block to what its feed-forward network gives, and in a "
                 "parallel block that is Post-LN: choose --block sequential, or --residual post"
             )
-
-    @classmethod
-    def open(cls, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
-
-    @classmethod
-    def state(cls, stream: tuple[Tensor, Tensor]) -> Tensor:
-        return stream[1]
-
-    @classmethod
-    def close(cls, stream: tuple[Tensor, Tensor], final_norm: nn.Module) -> Tensor:
-        return final_norm(stream[1])
 
     def branch_gains(self) -> BranchGains:
         gain = self.place.num_layers**-0.5

@@ -5,7 +5,7 @@ Notation: x is the residual stream, f the sublayer (attention or feed-forward), 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -33,8 +33,8 @@ class SandwichLN(Residual, name="sandwich"):
 
     has_final_norm = True
 
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(make_norm, dropout, place)
+    def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(settings, make_norm, dropout, place)
         self.output_norm = make_norm()
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
@@ -64,8 +64,8 @@ class OLMo2(Residual, name="olmo2"):
 class NoNorm(Residual, name="none"):
     """x ← x + f(x), without any norm."""
 
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(nn.Identity, dropout, place)
+    def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(settings, nn.Identity, dropout, place)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         return x + self.dropout(sublayer(x))

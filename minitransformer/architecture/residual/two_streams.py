@@ -5,13 +5,28 @@ Notation: f is the sublayer (attention or feed-forward), o its output, N the nor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from minitransformer.architecture.residual.base import MakeNorm, Place, Residual, Sublayer, Surroundings
 from minitransformer.errors import UserError
+from minitransformer.settings import setting
 
 Streams = tuple[Tensor, Tensor]
+
+
+class TwoStreams(Residual.Shared):
+    """Both streams begin as x."""
+
+    def open(self, x: Tensor) -> Streams:
+        return x, x
+
+    def state(self, stream: Streams) -> Tensor:
+        return stream[0]
 
 
 class ResiDual(Residual, name="residual"):
@@ -23,7 +38,26 @@ class ResiDual(Residual, name="residual"):
     """
 
     has_final_norm = True
-    eta = 1.0
+
+    @dataclass(frozen=True)
+    class Settings:
+        eta: float = setting(1.0, above=0, at_most=1, help="η, which keeps the plain sum small in half precision")
+
+    class Shared(TwoStreams):
+        def __init__(self, settings: ResiDual.Settings, places: Sequence[Place]) -> None:
+            super().__init__(settings, places)
+            self.eta = settings.eta
+
+        def open(self, x: Tensor) -> Streams:
+            return x, self.eta * x
+
+        def close(self, stream: Streams, final_norm: nn.Module) -> Tensor:
+            x, y = stream
+            return x + final_norm(y)
+
+    def __init__(self, settings: Settings, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(settings, make_norm, dropout, place)
+        self.eta = settings.eta
 
     def forward(self, stream: Streams, sublayer: Sublayer) -> Streams:
         x, y = stream
@@ -31,27 +65,15 @@ class ResiDual(Residual, name="residual"):
         return self.norm(x + branch), torch.add(y, branch, alpha=self.eta)
 
     @classmethod
-    def open(cls, x: Tensor) -> Streams:
-        return x, cls.eta * x
-
-    @classmethod
-    def state(cls, stream: Streams) -> Tensor:
-        return stream[0]
-
-    @classmethod
-    def close(cls, stream: Streams, final_norm: nn.Module) -> Tensor:
-        x, y = stream
-        return x + final_norm(y)
-
-    @classmethod
-    def make_final_norm(cls, make_norm: MakeNorm) -> nn.Module:
-        norm = make_norm()
-        norm.eps = norm.eps / 100  # type: ignore[assignment, operator]
+    def make_final_norm(cls, settings: Settings, make_norm: MakeNorm) -> nn.Module:
+        norm: Any = make_norm()
+        if hasattr(norm, "eps"):
+            norm.eps = norm.eps / 100
         return norm
 
     @classmethod
-    def check(cls, around: Surroundings) -> None:
-        if cls.eta != 1 and not around.norm.undoes_scale:
+    def check(cls, settings: Settings, around: Surroundings) -> None:
+        if settings.eta != 1 and not around.norm.undoes_scale:
             raise UserError(
                 f"residual {cls.name!r} makes a stream smaller, which norm {around.norm.name!r} does not undo: "
                 "choose --residual residual, or another --norm"
@@ -61,7 +83,9 @@ class ResiDual(Residual, name="residual"):
 class ScaledResiDual(ResiDual, name="residual-scaled"):
     """ResiDual with η = 0.05, for float16, as the authors released it."""
 
-    eta = 0.05
+    @dataclass(frozen=True)
+    class Settings(ResiDual.Settings):
+        eta: float = setting(0.05, above=0, at_most=1, help="η, which keeps the plain sum small in half precision")
 
 
 class SiameseNorm(Residual, name="siamese"):
@@ -73,8 +97,12 @@ class SiameseNorm(Residual, name="siamese"):
 
     has_final_norm = True
 
-    def __init__(self, make_norm: MakeNorm, dropout: float, place: Place) -> None:
-        super().__init__(make_norm, dropout, place)
+    class Shared(TwoStreams):
+        def close(self, stream: Streams, final_norm: nn.Module) -> Tensor:
+            return final_norm(*stream)
+
+    def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(settings, make_norm, dropout, place)
         self.other_norm, self.input_norm = make_norm(), make_norm()
         self.scale = (2 * (place.layer + 1)) ** -0.5
 
@@ -84,19 +112,7 @@ class SiameseNorm(Residual, name="siamese"):
         return x + self.scale * branch, y + branch
 
     @classmethod
-    def open(cls, x: Tensor) -> Streams:
-        return x, x
-
-    @classmethod
-    def state(cls, stream: Streams) -> Tensor:
-        return stream[0]
-
-    @classmethod
-    def close(cls, stream: Streams, final_norm: nn.Module) -> Tensor:
-        return final_norm(*stream)
-
-    @classmethod
-    def make_final_norm(cls, make_norm: MakeNorm) -> nn.Module:
+    def make_final_norm(cls, settings: Any, make_norm: MakeNorm) -> nn.Module:
         return NormOfBoth(make_norm)
 
 

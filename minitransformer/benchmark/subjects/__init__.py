@@ -1,7 +1,6 @@
-"""The subjects: every module here defines some, and is found by standing here."""
+"""What is measured, a module for each kind of work; `Subject.registry` has them all."""
 
-from importlib import import_module
-from pkgutil import iter_modules
+from minitransformer.benchmark.case import Subject
+from minitransformer.benchmark.subjects import decoding, startup, time_to_loss, tokenizers, training
 
-for _module in sorted(module.name for module in iter_modules(__path__)):
-    import_module(f"{__name__}.{_module}")
+__all__ = ["Subject", "decoding", "startup", "time_to_loss", "tokenizers", "training"]

@@ -1,24 +1,21 @@
-"""Writing tokens, and reading a prompt."""
+"""Decoding tokens, and prefilling a prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
-from minitransformer.benchmark.case import Absent, Case, Contestant, Setting, Shape, Subject, Work, missing
+from minitransformer.benchmark.case import Absent, BenchSetting, Case, Contestant, Subject, Work, missing
 from minitransformer.benchmark.workers import repeated
 from minitransformer.errors import UserError
 
 BATCHES = (1, 8, 64)
-PROMPT = 8
-"""tokens before the first that is written"""
-Prepare = Callable[[Setting, str, int, int], Work]
 
 
 class Decode(Subject, name="decode"):
-    """Tokens a second that are drawn and written after a short prompt, all samples of a batch together."""
+    """Tokens a second that are sampled after a short prompt, all samples of a batch together."""
 
-    about = "tokens a second that are written, at batch 1, 8 and 64"
+    about = "tokens a second that are decoded, at batch 1, 8 and 64"
 
     def cases(self) -> Iterator[Case]:
         tokens = _room(self.setting)
@@ -28,24 +25,26 @@ class Decode(Subject, name="decode"):
 
 
 class Prefill(Subject, name="prefill"):
-    """Tokens a second of a prompt that fills the context, read into a cache, up to the first logits."""
+    """Tokens a second of a prompt that fills the context, from an empty cache to the first logits."""
 
-    about = "tokens a second of a prompt that is read"
+    about = "tokens a second of prefilling a prompt"
 
     def cases(self) -> Iterator[Case]:
         length = self.setting.shape.context_length
         yield Case.of(f"prefill of {length} tokens", "tokens/s", _contestants(self.setting, "prefill", length, 1))
 
 
-def _room(setting: Setting) -> int:
-    """How many tokens to write: all that were asked for, or what the context holds after the prompt."""
-    room = setting.shape.context_length - PROMPT
+def _room(setting: BenchSetting) -> int:
+    """How many tokens to decode: all that were asked for, or what the context holds after the prompt."""
+    room = setting.shape.context_length - setting.prompt
     if room < 1:
-        raise UserError(f"a context of {setting.shape.context_length} has no room for a prompt of {PROMPT} tokens")
+        raise UserError(
+            f"a context of {setting.shape.context_length} has no room for a prompt of {setting.prompt} tokens"
+        )
     return min(setting.tokens, room)
 
 
-def _contestants(setting: Setting, task: str, tokens: int, batch: int) -> Iterator[Contestant | Absent]:
+def _contestants(setting: BenchSetting, task: str, tokens: int, batch: int) -> Iterator[Contestant | Absent]:
     def entry(name: str, who: str, precision: str, *, base: bool = False) -> Contestant:
         return Contestant(name, partial(_work, setting, task, who, precision, tokens, batch), base)
 
@@ -60,18 +59,18 @@ def _contestants(setting: Setting, task: str, tokens: int, batch: int) -> Iterat
         yield entry(f"ours {weights}", "ours", weights)
 
 
-def _work(setting: Setting, task: str, who: str, precision: str, tokens: int, batch: int) -> Work:
-    from minitransformer.benchmark import ours, writing
+def _work(setting: BenchSetting, task: str, who: str, precision: str, tokens: int, batch: int) -> Work:
+    from minitransformer.benchmark import decoding, ours
 
-    once = getattr(writing, f"{who}_{task}")(setting, precision, tokens, batch)
+    once = getattr(decoding, f"{who}_{task}")(setting, precision, tokens, batch)
     finish = partial(ours.synchronise, setting.device)
-    shape: Shape = setting.shape
+    shape = setting.shape
     # Ours only stores weights otherwise: keys and values stay in fp32, and on a CPU products do too.
     cache = "fp32" if who == "ours" else precision
     products = cache if setting.device == "cpu" else precision
     cost = (
         ours.reading_cost(shape, precision, products, tokens)
         if task == "prefill"
-        else ours.decoding_cost(shape, precision, products, cache, PROMPT + tokens, batch)
+        else ours.decoding_cost(shape, precision, products, cache, setting.prompt + tokens, batch)
     )
     return Work(partial(repeated, once, tokens * batch, setting.seconds, finish), cost)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from minitransformer.benchmark.case import Case, Contestant, Setting, Subject, Work
+from minitransformer.benchmark.case import BenchSetting, Case, Contestant, Subject, Work
 
 ROOT = Path(__file__).parents[3]
 
@@ -38,7 +38,7 @@ def _script(name: str) -> list[str]:
     return [str(script)] if script.is_file() else ["-m", "minitransformer", name]
 
 
-def _work(setting: Setting, command: tuple[str, ...]) -> Work:
+def _work(setting: BenchSetting, command: tuple[str, ...]) -> Work:
     def sample() -> float:
         start = time.perf_counter()
         subprocess.run([sys.executable, *command], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

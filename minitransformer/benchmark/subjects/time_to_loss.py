@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from minitransformer.benchmark.case import Absent, Case, Contestant, Setting, Subject, Work
+from minitransformer.benchmark.case import Absent, BenchSetting, Case, Contestant, Subject, Work
 
-FIRST_LOOK, GROWTH = 20, 1.1
-"""validation comes after this many steps, and then whenever there are 10 % more, so times are as exact as that"""
-MOST_VALIDATION = 1 << 13
-"""characters of validation that are looked at, the same for all: looking takes less time than training then"""
 RECIPES = ("classic", "modern")
 
 
@@ -29,7 +25,7 @@ class TimeToLoss(Subject, name="time-to-loss"):
         yield Case.of(title, "s", _entries(self.setting), lower_is_better=True, warmup=False)
 
 
-def _entries(setting: Setting) -> Iterator[Contestant | Absent]:
+def _entries(setting: BenchSetting) -> Iterator[Contestant | Absent]:
     if setting.against:
         yield Contestant("nanoGPT", partial(_work, setting, "nanogpt"), base=True)
     else:
@@ -38,7 +34,7 @@ def _entries(setting: Setting) -> Iterator[Contestant | Absent]:
         yield Contestant(f"ours {recipe}", partial(_work, setting, recipe), base=recipe == "classic")
 
 
-def _work(setting: Setting, recipe: str) -> Work:
+def _work(setting: BenchSetting, recipe: str) -> Work:
     from minitransformer.benchmark.learning import seconds_to_loss
 
     return Work(partial(seconds_to_loss, setting, recipe))

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from minitransformer.benchmark.case import Absent, Case, Contestant, Setting, Subject, Work, missing
+from minitransformer.benchmark.case import Absent, BenchSetting, Case, Contestant, Subject, Work, missing
 from minitransformer.errors import UserError
 
 VOCABULARY = 4096
@@ -50,7 +50,7 @@ def _processors() -> int:
     return cores()
 
 
-def _timed(setting: Setting, prepare: Callable[[list[str]], Callable[[], object]]) -> Work:
+def _timed(setting: BenchSetting, prepare: Callable[[list[str]], Callable[[], object]]) -> Work:
     texts = list(texts_of(setting.data, setting.megabytes))
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     once = prepare(texts)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from minitransformer.benchmark.case import Absent, Case, Contestant, Setting, Subject, Work, missing
+from minitransformer.benchmark.case import Absent, BenchSetting, Case, Contestant, Subject, Work, missing
 from minitransformer.benchmark.workers import repeated
 from minitransformer.toolchain import find_compiler
 
@@ -25,7 +25,7 @@ class Training(Subject, name="training"):
         yield Case.of("training step", "tokens/s", contestants(self.setting, _speed))
 
 
-class Memory(Subject, name="memory"):
+class PeakMemory(Subject, name="memory"):
     """The highest resident memory of a process that trains, torch itself included; on a GPU, what torch took there."""
 
     about = "peak memory of a process that trains"
@@ -35,10 +35,10 @@ class Memory(Subject, name="memory"):
         yield Case.of("peak memory of training", "MB", entries, lower_is_better=True, fresh=True)
 
 
-Prepare = Callable[[Setting, str, dict[str, Any], str], Work]
+PrepareTraining = Callable[[BenchSetting, str, dict[str, Any], str], Work]
 
 
-def contestants(setting: Setting, prepare: Prepare) -> Iterator[Contestant | Absent]:
+def contestants(setting: BenchSetting, prepare: PrepareTraining) -> Iterator[Contestant | Absent]:
     """All that can train; `prepare(setting, function of stepping, its arguments, precision)` gets them ready."""
 
     def entry(name: str, step: str, precision: str, arguments: dict[str, Any], *, base: bool = False) -> Contestant:
@@ -82,7 +82,7 @@ def _no_compiler(device: str) -> Callable[[str], Absent] | None:
     return None
 
 
-def _speed(setting: Setting, name: str, arguments: dict[str, Any], precision: str) -> Work:
+def _speed(setting: BenchSetting, name: str, arguments: dict[str, Any], precision: str) -> Work:
     from minitransformer.benchmark import ours, stepping
 
     step = getattr(stepping, name)(setting, **arguments)
@@ -91,7 +91,7 @@ def _speed(setting: Setting, name: str, arguments: dict[str, Any], precision: st
     return Work(partial(repeated, step, tokens, setting.seconds, finish), ours.training_cost(setting.shape, precision))
 
 
-def _memory(setting: Setting, name: str, arguments: dict[str, Any], precision: str) -> Work:
+def _memory(setting: BenchSetting, name: str, arguments: dict[str, Any], precision: str) -> Work:
     def sample() -> float:
         from minitransformer.benchmark import ours, stepping
 

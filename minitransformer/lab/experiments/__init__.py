@@ -1,7 +1,27 @@
-"""The experiments: every module here defines some, and is found by standing here."""
+"""The experiments, each in the module of its question; `Experiment.registry` has them all."""
 
-from importlib import import_module
-from pkgutil import iter_modules
+from minitransformer.lab.experiment import Experiment
+from minitransformer.lab.experiments import (
+    audit,
+    depth,
+    forward,
+    gradients,
+    identities,
+    ranking,
+    stability,
+    trainability,
+    warmup,
+)
 
-for _module in sorted(module.name for module in iter_modules(__path__)):
-    import_module(f"{__name__}.{_module}")
+__all__ = [
+    "Experiment",
+    "audit",
+    "depth",
+    "forward",
+    "gradients",
+    "identities",
+    "ranking",
+    "stability",
+    "trainability",
+    "warmup",
+]

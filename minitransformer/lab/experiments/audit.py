@@ -7,12 +7,13 @@ from typing import Any
 
 from minitransformer.architecture.residual import Residual
 from minitransformer.lab.defects import DEFECTS, Defect
-from minitransformer.lab.experiment import Criterion, Experiment, Findings, Measurement, Result, Settings, Task
+from minitransformer.lab.experiment import Criterion, Experiment, ExperimentSettings, Findings
 from minitransformer.lab.experiments.forward import ForwardStatistics
 from minitransformer.lab.experiments.gradients import GradientAgainstDepth
 from minitransformer.lab.experiments.identities import Identities
 from minitransformer.lab.subjects import Placement
 from minitransformer.reporting.tables import Table
+from minitransformer.tasks.task import Measurement, Result, Task
 
 
 class Audit(Experiment, name="E10"):
@@ -81,7 +82,7 @@ def _reduced(name: str, defect: Defect) -> Experiment:
     """The experiment's reduced form, with the defect in its models; E0 looks at no other placement."""
     kind, sizes = EXPERIMENTS[name]
     own = {} if name != "E0" or defect.placement is None else {"placements": (defect.placement.name,)}
-    experiment = kind(Settings(quick=True))
+    experiment = kind(ExperimentSettings(quick=True))
     for size, value in {"make": defect.make, **sizes, **own}.items():
         assert hasattr(experiment, size)
         setattr(experiment, size, value)

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from minitransformer.diagnostics import probe
-from minitransformer.lab.experiment import Claim, Criterion, Findings, Measurement, Result, Task, select
+from minitransformer.lab.experiment import Claim, Criterion, Findings, select
 from minitransformer.lab.judging import curve, expected, on_trial
 from minitransformer.lab.training import TrainingExperiment, per_seed
 from minitransformer.reporting.figures import curves
 from minitransformer.reporting.statistics import mean_interval
 from minitransformer.reporting.tables import Picture, Table
+from minitransformer.tasks.task import Measurement, Result, Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

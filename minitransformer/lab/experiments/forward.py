@@ -12,22 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitransformer.lab.experiment import (
-    Criterion,
-    Experiment,
-    Findings,
-    Measurement,
-    Result,
-    Settings,
-    Task,
-    seeds,
-    select,
-)
+from minitransformer.lab.experiment import Criterion, Experiment, ExperimentSettings, Findings, seeds, select
 from minitransformer.lab.judging import between, curve, exponent, within
 from minitransformer.lab.subjects import MODES, MakeModel, Placement, make_model, random_tokens
 from minitransformer.reporting import figures
 from minitransformer.reporting.statistics import mean_interval
 from minitransformer.reporting.tables import Picture, Table
+from minitransformer.tasks.task import Measurement, Result, Task
 
 INDEPENDENT_BRANCH = 2 * (1 - (2 / 3) ** 0.5)
 """ω² of a feed-forward network whose output is independent of x and has half its square: cos² = 1 / (1 + ½)"""
@@ -47,7 +38,7 @@ class ForwardStatistics(Experiment, name="E3"):
     num_layers = 12
     make: MakeModel = staticmethod(make_model)
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ExperimentSettings) -> None:
         super().__init__(settings)
         self.seeds = 40  # quick or not: with fewer, the intervals of single layers are too wide to decide
 
@@ -95,7 +86,7 @@ def forward_statistics(make: MakeModel, placement: str, num_layers: int, seed: i
     """
     model: Any = MODES["theory"](make, Placement(placement), num_layers, seed)
     output, total, change = [0.0] * num_layers, [0.0] * num_layers, [0.0] * num_layers
-    state = model.stack.residual.state
+    state = model.stack.shared.state
 
     def after_block(layer: int, _: nn.Module, inputs: tuple[Any, ...], stream: Any) -> None:
         output[layer] = _mean_square(state(stream))
@@ -217,7 +208,7 @@ class Amplification(Experiment, name="E4"):
     """of the standard deviation of each matrix"""
     make: MakeModel = staticmethod(make_model)
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ExperimentSettings) -> None:
         super().__init__(settings)
         self.seeds = 3 if settings.quick else 10
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitransformer.lab.experiment import Criterion, Experiment, Findings, Measurement, Result, Settings, Task, select
+from minitransformer.lab.experiment import Criterion, Experiment, ExperimentSettings, Findings, select
 from minitransformer.lab.judging import between, curve, exponent, geometric_mean
 from minitransformer.lab.subjects import (
     MODES,
@@ -25,6 +25,7 @@ from minitransformer.lab.subjects import (
 from minitransformer.reporting import figures
 from minitransformer.reporting.statistics import Interval
 from minitransformer.reporting.tables import Picture, Table
+from minitransformer.tasks.task import Measurement, Result, Task
 
 ACCEPTED: dict[Placement, tuple[float, float]] = {
     Placement("post"): (-0.2, 0.2),
@@ -37,6 +38,7 @@ ACCEPTED: dict[Placement, tuple[float, float]] = {
     Placement("lns"): (-0.7, -0.5),
 }
 """the exponent p of gradient ∝ L^p that is accepted in the real setting"""
+Slopes = Mapping[Placement, Interval]
 FIRST_LAYER = "first layer"
 NORM = "‖∂loss/∂W₂‖"
 THEORY = {Placement("post"): "0", Placement("pre"): "−½"}
@@ -57,7 +59,7 @@ class GradientAgainstDepth(Experiment, name="E1"):
     depths: Sequence[int] = (2, 4, 8, 16, 32)
     make: MakeModel = staticmethod(make_model)
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ExperimentSettings) -> None:
         super().__init__(settings)
         self.seeds = 3 if settings.quick else 10
 
@@ -84,57 +86,12 @@ class GradientAgainstDepth(Experiment, name="E1"):
         }
 
     def conclude(self, results: Sequence[Result]) -> Findings:
-        slopes = {
-            (mode, placement): exponent(*_norms(chosen))
-            for mode in MODES
-            for placement in ACCEPTED
-            if (chosen := select(results, {"mode": mode, "placement": placement.label}))
-        }
-        tokens = {
-            placement: exponent(*_norms(chosen, "of_a_token"))
-            for placement in ACCEPTED
-            if (chosen := select(results, {"mode": "real", "placement": placement.label}))
-        }
-        criteria = [
-            between(
-                f"{placement.label}: the gradient's log-log slope from {low:g} to {high:g}",
-                slopes["real", placement],
-                low,
-                high,
-                note=f"; of one token {tokens[placement]}",
-            )
-            for placement, (low, high) in ACCEPTED.items()
-            if ("real", placement) in slopes
-        ]
-        rows = [
-            (
-                placement.label,
-                *_cells(slopes.get(("theory", placement))),
-                *_cells(slopes.get(("real", placement))),
-                *_cells(tokens.get(placement)),
-                f"{low:g} to {high:g}",
-                THEORY.get(placement),
-            )
-            for placement, (low, high) in ACCEPTED.items()
-            if any(subject == placement for _, subject in slopes)
-        ]
-        half = "half of its 95 % interval"
-        columns = [
-            "placement",
-            "theory mode",
-            half,
-            "real mode",
-            half,
-            "one token, real mode",
-            half,
-            "accepted in real mode",
-            "theorem 1",
-        ]
-        tables = [Table("Exponent p of ‖∂loss/∂W₂‖ ∝ L^p, last feed-forward network", columns, rows)]
+        slopes = {mode: _slopes(results, mode, "norms") for mode in MODES}
+        of_a_token = _slopes(results, "real", "of_a_token")
         growth = select(results, {"mode": FIRST_LAYER})
         return Findings(
-            [*criteria, *_growth_criteria(growth)],
-            tables,
+            [*_slope_criteria(slopes["real"], of_a_token), *_growth_criteria(growth)],
+            [_slope_table(slopes["theory"], slopes["real"], of_a_token)],
             [picture for mode in MODES if (picture := _picture(results, mode))] + _growth_pictures(growth),
             REMARKS,
         )
@@ -189,6 +146,45 @@ def _gradient(model: Any, *, layer: int, seed: int) -> Gradient:
 def _norms(results: Sequence[Result], kind: str = "norms") -> tuple[list[int], list[list[float]]]:
     """The depths, and the norms (seeds × depths)."""
     return results[0].task["depths"], [result.measured[kind] for result in results]
+
+
+def _slopes(results: Sequence[Result], mode: str, kind: str) -> dict[Placement, Interval]:
+    """The exponent p of gradient ∝ L^p, of the placements that were measured in this mode."""
+    return {
+        placement: exponent(*_norms(chosen, kind))
+        for placement in ACCEPTED
+        if (chosen := select(results, {"mode": mode, "placement": placement.label}))
+    }
+
+
+def _slope_criteria(slopes: Slopes, of_a_token: Slopes) -> list[Criterion]:
+    return [
+        between(
+            f"{placement.label}: the gradient's log-log slope from {low:g} to {high:g}",
+            slopes[placement],
+            low,
+            high,
+            note=f"; of one token {of_a_token[placement]}",
+        )
+        for placement, (low, high) in ACCEPTED.items()
+        if placement in slopes
+    ]
+
+
+def _slope_table(theory: Slopes, real: Slopes, of_a_token: Slopes) -> Table:
+    half, accepted = "half of its 95 % interval", "accepted in real mode"
+    columns = ["placement", "theory mode", half, "real mode", half, "one token, real mode", half, accepted, "theorem 1"]
+    rows = [
+        (
+            placement.label,
+            *(cell for slopes in (theory, real, of_a_token) for cell in _cells(slopes.get(placement))),
+            f"{low:g} to {high:g}",
+            THEORY.get(placement),
+        )
+        for placement, (low, high) in ACCEPTED.items()
+        if placement in theory or placement in real
+    ]
+    return Table("Exponent p of ‖∂loss/∂W₂‖ ∝ L^p, last feed-forward network", columns, rows)
 
 
 def _cells(slope: Interval | None) -> tuple[float | None, float | None]:
@@ -252,7 +248,7 @@ class GradientProfile(Experiment, name="E2"):
     placements: Sequence[str] = ("post", "pre", "residual")
     make: MakeModel = staticmethod(make_model)
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ExperimentSettings) -> None:
         super().__init__(settings)
         self.seeds = 10 if settings.quick else 40  # at 18 layers, ten leave an interval wider than what is accepted
         self.depths: Sequence[int] = (6, 12, 18)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from minitransformer.diagnostics import probe
 from minitransformer.diagnostics.gradients import spikes
-from minitransformer.lab.experiment import Findings, Measurement, Result, Task, select
+from minitransformer.lab.experiment import Findings, select
 from minitransformer.lab.judging import on_trial
 from minitransformer.lab.training import STUCK, TrainingExperiment, per_seed
 from minitransformer.reporting.figures import intervals
 from minitransformer.reporting.statistics import mean_interval
 from minitransformer.reporting.tables import Picture, Table
+from minitransformer.tasks.task import Measurement, Result, Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

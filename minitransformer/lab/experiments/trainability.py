@@ -7,11 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from minitransformer.lab.experiment import Claim, Findings, Measurement, Result, Task, select
+from minitransformer.lab.experiment import Claim, Findings, select
 from minitransformer.lab.judging import on_trial
 from minitransformer.lab.training import STUCK, Course, TrainingExperiment, final_loss
 from minitransformer.reporting.figures import heatmap
 from minitransformer.reporting.tables import Picture, Table
+from minitransformer.tasks.task import Measurement, Result, Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from minitransformer.lab.experiment import Criterion, Findings, Measurement, Result, Task, select
+from minitransformer.lab.experiment import Criterion, Findings, select
 from minitransformer.lab.judging import expected
 from minitransformer.lab.training import STUCK, TrainingExperiment, loss_curve
 from minitransformer.reporting.figures import Curve, curves
 from minitransformer.reporting.statistics import mean_interval
 from minitransformer.reporting.tables import Picture, Table
+from minitransformer.tasks.task import Measurement, Result, Task
 
 CELLS = ((6, 3e-3), (8, 3e-3), (12, 1e-3))
 """layers, and the highest learning rate"""

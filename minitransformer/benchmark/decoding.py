@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitransformer.benchmark.case import Setting
+from minitransformer.benchmark.case import BenchSetting
 from minitransformer.benchmark.ours import model_of
 from minitransformer.benchmark.peers import transformers_model
-from minitransformer.benchmark.subjects.decoding import PROMPT
 from minitransformer.generation.decode import generate
 from minitransformer.generation.fast.rows import with_row_kernel
 from minitransformer.generation.processors import SamplingConfig
@@ -25,11 +24,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Once = Callable[[], object]
 
 
-def ours_decode(setting: Setting, precision: str, tokens: int, batch: int) -> Once:
+def ours_decode(setting: BenchSetting, precision: str, tokens: int, batch: int) -> Once:
     """`generate`, as `sample.py` calls it."""
     model = _ours(setting, precision)
     sampling = SamplingConfig(num_samples=batch, max_new_tokens=tokens, temperature=1.0, top_k=None, seed=setting.seed)
-    prompt = [0] * PROMPT
+    prompt = [0] * setting.prompt
 
     def once() -> None:
         for _ in generate(model, prompt, sampling):
@@ -38,17 +37,17 @@ def ours_decode(setting: Setting, precision: str, tokens: int, batch: int) -> On
     return once
 
 
-def nanogpt_decode(setting: Setting, precision: str, tokens: int, batch: int) -> Once:
+def nanogpt_decode(setting: BenchSetting, precision: str, tokens: int, batch: int) -> Once:
     """Its `generate`, which has no cache."""
     model = _nanogpt(setting, precision)
-    prompt = _prompt(setting, PROMPT, batch)
+    prompt = _prompt(setting, setting.prompt, batch)
     return lambda: model.generate(prompt, tokens)
 
 
-def transformers_decode(setting: Setting, precision: str, tokens: int, batch: int) -> Once:
+def transformers_decode(setting: BenchSetting, precision: str, tokens: int, batch: int) -> Once:
     """Its `generate`, with its cache."""
     model = _transformers(setting, precision)
-    prompt = _prompt(setting, PROMPT, batch)
+    prompt = _prompt(setting, setting.prompt, batch)
     mask = torch.ones_like(prompt)
 
     @torch.inference_mode()
@@ -60,7 +59,7 @@ def transformers_decode(setting: Setting, precision: str, tokens: int, batch: in
     return once
 
 
-def ours_prefill(setting: Setting, precision: str, tokens: int, batch: int) -> Once:
+def ours_prefill(setting: BenchSetting, precision: str, tokens: int, batch: int) -> Once:
     """A prompt into a new cache."""
     model = _ours(setting, precision)
     prompt = _prompt(setting, tokens, batch)
@@ -72,7 +71,7 @@ def ours_prefill(setting: Setting, precision: str, tokens: int, batch: int) -> O
     return once
 
 
-def nanogpt_prefill(setting: Setting, precision: str, tokens: int, batch: int) -> Once:
+def nanogpt_prefill(setting: BenchSetting, precision: str, tokens: int, batch: int) -> Once:
     """A forward pass, which computes the last logits only; there is no cache to fill."""
     model = _nanogpt(setting, precision)
     prompt = _prompt(setting, tokens, batch)
@@ -84,7 +83,7 @@ def nanogpt_prefill(setting: Setting, precision: str, tokens: int, batch: int) -
     return once
 
 
-def transformers_prefill(setting: Setting, precision: str, tokens: int, batch: int) -> Once:
+def transformers_prefill(setting: BenchSetting, precision: str, tokens: int, batch: int) -> Once:
     """A forward pass that fills its cache and computes the last logits only."""
     model = _transformers(setting, precision)
     prompt = _prompt(setting, tokens, batch)
@@ -96,20 +95,20 @@ def transformers_prefill(setting: Setting, precision: str, tokens: int, batch: i
     return once
 
 
-def _ours(setting: Setting, precision: str) -> Any:
+def _ours(setting: BenchSetting, precision: str) -> Any:
     return with_row_kernel(Weights.named(precision).applied(model_of(setting).eval()))
 
 
-def _nanogpt(setting: Setting, precision: str) -> Any:
+def _nanogpt(setting: BenchSetting, precision: str) -> Any:
     assert setting.against is not None
     torch.manual_seed(setting.seed)
     return setting.against.model(setting.shape, setting.device).to(DTYPES[precision]).eval()
 
 
-def _transformers(setting: Setting, precision: str) -> Any:
+def _transformers(setting: BenchSetting, precision: str) -> Any:
     torch.manual_seed(setting.seed)
     return transformers_model(setting.shape, setting.device).to(DTYPES[precision]).eval()
 
 
-def _prompt(setting: Setting, length: int, batch: int) -> Tensor:
+def _prompt(setting: BenchSetting, length: int, batch: int) -> Tensor:
     return torch.zeros(batch, length, dtype=torch.long, device=setting.device)

@@ -1,4 +1,4 @@
-"""One forward pass, seen from outside: the residual stream between layers, and what the sublayers add to it."""
+"""What hooks record of a forward pass: the residual stream between layers, and what the sublayers add to it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from minitransformer.architecture.block import Stack
-from minitransformer.diagnostics.places import layers_of, stacks_of, sublayers_of
+from minitransformer.diagnostics.modules import layers_of, stacks_of, sublayers_of
 
 Loss = Callable[[], Tensor]
 """A forward pass of the model on a batch of its own: the mean loss, a scalar."""
 
 
 @dataclass(frozen=True)
-class Crossing:
+class StreamChange:
     """The residual stream before and after a layer ("stack.0") or a residual connection ("stack.0.attention").
 
     `before` and `after` are streams as the placement has them; `state` takes x out of one.
@@ -47,74 +47,74 @@ class Crossing:
 
 
 @dataclass
-class Passage:
-    """What happened in a forward pass, by place."""
+class ActivationRecord:
+    """The activations of a forward pass, by place."""
 
     loss: Tensor = field(default_factory=lambda: torch.tensor(torch.nan))
-    layers: dict[str, Crossing] = field(default_factory=dict)
-    """in the order in which they were crossed"""
-    connections: dict[str, Crossing] = field(default_factory=dict)
+    layers: dict[str, StreamChange] = field(default_factory=dict)
+    """in the order in which they ran"""
+    connections: dict[str, StreamChange] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     """of sublayers, before the residual connection"""
     is_token: dict[str, Tensor | None] = field(default_factory=dict)
     """by stack: False at padding; None where there is none"""
 
 
-def watch_a_pass(
+def record_forward_pass(
     model: nn.Module, loss: Loss, is_token: Mapping[str, Bool[Tensor, "batch length"]] | None = None
-) -> Passage:
-    """Compute `loss` without gradients, and note what happens in every stack of `model` meanwhile.
+) -> ActivationRecord:
+    """Compute `loss` without gradients, and record the activations of every stack of `model` meanwhile.
 
     `is_token` is False at padding by stack, for those that are not told of it.
     """
-    passage = Passage(is_token=dict(is_token or {}))
-    handles = _listen(model, passage)
+    record = ActivationRecord(is_token=dict(is_token or {}))
+    handles = _add_hooks(model, record)
     try:
         with torch.no_grad():
-            passage.loss = loss()
+            record.loss = loss()
     finally:
         for handle in handles:
             handle.remove()
-    return passage
+    return record
 
 
-def _listen(model: nn.Module, passage: Passage) -> list[RemovableHandle]:
+def _add_hooks(model: nn.Module, record: ActivationRecord) -> list[RemovableHandle]:
     handles = [
-        stack.register_forward_pre_hook(_note_tokens(name, passage), with_kwargs=True)
+        stack.register_forward_pre_hook(_record_tokens(name, record), with_kwargs=True)
         for name, stack in stacks_of(model).items()
     ]
     for place, block in layers_of(model).items():
         stack = place.rpartition(".")[0]
-        note = _note_crossing(stack, stacks_of(model)[stack], passage)
-        handles.append(block.register_forward_hook(note(passage.layers, place)))
+        note = _record_change(stack, stacks_of(model)[stack], record)
+        handles.append(block.register_forward_hook(note(record.layers, place)))
         for connection in dict.fromkeys(branch.residual for branch in block.branches):
             inner = f"{place}.{connection.place.sublayer}"
-            handles.append(connection.register_forward_hook(note(passage.connections, inner)))
+            handles.append(connection.register_forward_hook(note(record.connections, inner)))
     for place, branch in sublayers_of(model).items():
-        handles.append(branch.sublayer.register_forward_hook(_note_output(place, passage)))
+        handles.append(branch.sublayer.register_forward_hook(_record_output(place, record)))
     return handles
 
 
-def _note_tokens(stack: str, passage: Passage) -> Callable[..., None]:
+def _record_tokens(stack: str, record: ActivationRecord) -> Callable[..., None]:
     def note(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         told = options.get("is_token")
-        passage.is_token[stack] = passage.is_token.get(stack) if told is None else told
+        record.is_token[stack] = record.is_token.get(stack) if told is None else told
 
     return note
 
 
-def _note_crossing(name: str, stack: Stack, passage: Passage) -> Callable[[dict[str, Crossing], str], Any]:
-    def note_in(table: dict[str, Crossing], place: str) -> Callable[..., None]:
+def _record_change(name: str, stack: Stack, record: ActivationRecord) -> Callable[[dict[str, StreamChange], str], Any]:
+    def record_in(table: dict[str, StreamChange], place: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: tuple[Any, ...], stream: Any) -> None:
-            table[place] = Crossing(inputs[0], stream, stack.residual.state, passage.is_token[name])
+            table[place] = StreamChange(inputs[0], stream, stack.shared.state, record.is_token[name])
 
         return note
 
-    return note_in
+    return record_in
 
 
-def _note_output(place: str, passage: Passage) -> Callable[..., None]:
+def _record_output(place: str, record: ActivationRecord) -> Callable[..., None]:
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        passage.outputs[place] = output
+        record.outputs[place] = output
 
     return note

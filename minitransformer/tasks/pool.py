@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any
 
 from minitransformer.errors import UserError
-from minitransformer.lab.experiment import Measurement, Task
 from minitransformer.processes import Process, one_line
+from minitransformer.tasks.task import Measurement, MeasureTask, Task
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """set before they import torch"""
 
-Measure = Callable[[Task], Measurement]
-
 
 @dataclass(frozen=True)
-class Outcome:
+class TaskOutcome:
     """What became of a task: its measurement, or in one line why there is none."""
 
     task: Task
@@ -34,12 +31,7 @@ class Outcome:
     seconds: float = 0.0
 
 
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def outcomes(tasks: Iterable[Task], measure: Measure, processes: int) -> Generator[Outcome]:
+def outcomes(tasks: Iterable[Task], measure: MeasureTask, processes: int) -> Generator[TaskOutcome]:
     """What became of each task, as it becomes known, measured by `processes` processes.
 
     `measure` must be picklable by reference: a function of a module, or a `functools.partial` of one. A process that
@@ -79,7 +71,7 @@ def outcomes(tasks: Iterable[Task], measure: Measure, processes: int) -> Generat
 class _Worker:
     """A process, and the task that it has. It says when it is ready, and after that what became of each task."""
 
-    def __init__(self, measure: Measure) -> None:
+    def __init__(self, measure: MeasureTask) -> None:
         self.process = Process(_work, measure, environment=ONE_THREAD)
         self.connection = self.process.connection
         self.task: Task | None = None
@@ -91,23 +83,23 @@ class _Worker:
         with suppress(OSError):
             self.connection.send(task)
 
-    def receive(self) -> Outcome | None:
+    def receive(self) -> TaskOutcome | None:
         """What became of the task, and None from a process that has just started."""
         try:
             return self.connection.recv()
         except (EOFError, OSError):
             return self._bury()
 
-    def _bury(self) -> Outcome:
+    def _bury(self) -> TaskOutcome:
         self.dead = True
         ending = self.process.ending()
         self.process.end()
         if self.task is None:
             raise RuntimeError(f"a process of the pool {ending} before it had a task")
-        return Outcome(self.task, None, f"its process {ending}")
+        return TaskOutcome(self.task, None, f"its process {ending}")
 
 
-def _work(remote: connection.Connection, measure: Measure) -> None:
+def _work(remote: connection.Connection, measure: MeasureTask) -> None:
     """What a process does: it asks for tasks until there are none."""
     outcome = None
     while True:
@@ -115,13 +107,13 @@ def _work(remote: connection.Connection, measure: Measure) -> None:
         outcome = _outcome(measure, remote.recv())
 
 
-def _outcome(measure: Measure, task: Task) -> Outcome:
+def _outcome(measure: MeasureTask, task: Task) -> TaskOutcome:
     start = time.perf_counter()
     try:
         # As it will be read again: what is concluded now and after a restart is the same.
         measured = json.loads(json.dumps(dict(measure(task))))
     except UserError as error:
-        return Outcome(task, None, str(error), mendable=True)
+        return TaskOutcome(task, None, str(error), mendable=True)
     except Exception as error:
-        return Outcome(task, None, one_line(error))
-    return Outcome(task, measured, seconds=time.perf_counter() - start)
+        return TaskOutcome(task, None, one_line(error))
+    return TaskOutcome(task, measured, seconds=time.perf_counter() - start)

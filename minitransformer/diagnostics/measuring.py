@@ -1,4 +1,4 @@
-"""All instruments at once: on a model as it stands, or on one that trains."""
+"""All diagnostics at once: on a model as it stands, or on one that trains."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minitransformer.diagnostics.base import Figures, Instrument, Scene, StepInstrument, at_rest
-from minitransformer.diagnostics.passage import Loss
+from minitransformer.diagnostics.activations import Loss
+from minitransformer.diagnostics.base import Diagnostic, DiagnosticContext, Figures, StepDiagnostic, at_rest
 from minitransformer.errors import UserError
 from minitransformer.models.model import Model
 from minitransformer.text.batches import IGNORE
@@ -24,21 +24,21 @@ from minitransformer.training.probe import NO_PROBE, Probe
 def probe(
     model: nn.Module, loss: Loss, names: Sequence[str], *, examples: Sequence[Loss] = ()
 ) -> dict[str, float | None]:
-    """What the instruments `names` say about `model` as it stands, which stays so: {"stream-variance/stack.0": …}.
+    """What the diagnostics `names` say about `model`, which is left as it was: {"stream-variance/stack.0": …}.
 
     `loss` is a forward pass of a batch that returns its mean loss, `lambda: objective_of(model(tokens))`; `examples`
     are such passes of single examples, by default the batch as the only one. A figure that is infinite or NaN is None,
-    which JSON can say. Instruments that need a training step, such as update-ratio, say nothing here.
+    which JSON can say. Diagnostics that need a training step, such as update-ratio, say nothing here.
     Raises `UserError` for an unknown name, with the nearest.
     """
-    instruments = [Instrument.named(name)(model) for name in names]
-    return look(Scene(model, instruments, loss, examples or [loss]))
+    diagnostics = [Diagnostic.named(name)(model) for name in names]
+    return measure_at_rest(DiagnosticContext(model, diagnostics, loss, examples or [loss]))
 
 
-def look(scene: Scene) -> dict[str, float | None]:
-    """The figures of all instruments at rest, by name and place."""
-    with at_rest(scene.model):
-        return readings({instrument.name: instrument.look(scene) for instrument in scene.instruments})
+def measure_at_rest(context: DiagnosticContext) -> dict[str, float | None]:
+    """The figures of all diagnostics at rest, by name and place."""
+    with at_rest(context.model):
+        return readings({diagnostic.name: diagnostic.measure(context) for diagnostic in context.diagnostics})
 
 
 def readings(figures: dict[str, Figures]) -> dict[str, float | None]:
@@ -54,9 +54,9 @@ def readings(figures: dict[str, Figures]) -> dict[str, float | None]:
 
 
 def check_probe(config: RunConfig) -> None:
-    """Raises `UserError` if the run's `probe` names no instruments, or its model has nothing to put them on."""
+    """Raises `UserError` if the run's `probe` names no diagnostics, or its model has no layers that they measure."""
     for name in config.training.probe:
-        Instrument.named(name)
+        Diagnostic.named(name)
     if config.training.probe and config.model.topology == "rnn":
         raise UserError("probe is for stacks of transformer blocks, and topology 'rnn' has none: leave --probe out")
 
@@ -75,9 +75,9 @@ class TrainingProbe(Probe):
         self, model: nn.Module, objective: Objective, device: torch.device, names: Sequence[str], every: int
     ) -> None:
         self.every, self._due = every, False
-        instruments = [Instrument.named(name)(model) for name in names]
-        self._of_step = [one for one in instruments if isinstance(one, StepInstrument)]
-        self._at_rest = [one for one in instruments if not isinstance(one, StepInstrument)]
+        diagnostics = [Diagnostic.named(name)(model) for name in names]
+        self._of_step = [one for one in diagnostics if isinstance(one, StepDiagnostic)]
+        self._at_rest = [one for one in diagnostics if not isinstance(one, StepDiagnostic)]
         self._figures: dict[str, float | None] = {}
         self._model, self._objective, self._device = model, objective, device
 
@@ -86,19 +86,20 @@ class TrainingProbe(Probe):
         if self._due and self._at_rest:
             loss, examples, is_token = self._passes
             turn = step // self.every
-            self._figures = look(Scene(self._model, self._at_rest, loss, examples, is_token=is_token, turn=turn))
+            context = DiagnosticContext(self._model, self._at_rest, loss, examples, is_token=is_token, turn=turn)
+            self._figures = measure_at_rest(context)
 
     def before_update(self) -> None:
         if self._due:
-            for instrument in self._of_step:
-                instrument.before_update()
+            for diagnostic in self._of_step:
+                diagnostic.before_update()
 
     def after_update(self, grad_norm: Tensor) -> dict[str, float | None]:
-        for instrument in self._of_step:
-            instrument.hear(float(grad_norm))
+        for diagnostic in self._of_step:
+            diagnostic.after_backward(float(grad_norm))
         if not self._due:
             return {}
-        figures = {instrument.name: instrument.after_update() for instrument in self._of_step}
+        figures = {diagnostic.name: diagnostic.after_update() for diagnostic in self._of_step}
         return {f"probe/{key}": value for key, value in {**self._figures, **readings(figures)}.items()}
 
     @cached_property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -10,20 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from minitransformer.files import writing
-from minitransformer.lab.experiment import Measurement, Result, Task
 from minitransformer.records import parse_json, read_bytes
+from minitransformer.tasks.task import Measurement, Result, Task, task_key
 
 REMEDY = "choose another --out"
-
-
-def canonical(task: Task) -> str:
-    """The task as JSON, in the same letters whatever the order of its choices."""
-    return json.dumps(task, sort_keys=True, separators=(",", ":"))
-
-
-def task_key(task: Task) -> str:
-    """What names the task: 16 hexadecimal digits of the SHA-256 of its canonical JSON."""
-    return hashlib.sha256(canonical(task).encode()).hexdigest()[:16]
 
 
 class ResultStore:

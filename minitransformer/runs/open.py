@@ -1,69 +1,39 @@
-"""Run folders: what a training run leaves behind, and what every other command starts from."""
+"""A run folder as an object: written when a run begins, and opened by every other command."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shlex
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minitransformer import files
 from minitransformer.errors import StorageError, UserError
-from minitransformer.models.model import Model, build_model
-from minitransformer.pretrained.originals import FOLDER as ORIGINALS
-from minitransformer.pretrained.tokenizers import (
-    CONFIGS,
-    PublicTokenizer,  # noqa: F401  (which a run may have: it registers)
-)
+from minitransformer.models.model import Model
+from minitransformer.plugins import check_plugins, plugins_of
 from minitransformer.records import read_json
+from minitransformer.runs.layout import (
+    CONFIG,
+    GENERATION,
+    REMEDY,
+    TARGET_TOKENIZER,
+    TOKENIZER,
+    check_free,
+    clear,
+    provenance,
+)
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import (
-    LOCK,
+    CHECKPOINTS,
     check_settings,
-    check_weights,
-    checkpoint_step,
-    checkpoints_in,
     choose_checkpoint,
-    load_model_weights,
+    load_model,
     write_checkpoint,
 )
 from minitransformer.training.config import RunConfig
 from minitransformer.training.finetuning import Parent
 from minitransformer.training.machine import Resolved
-
-CONFIG, CHECKPOINTS = "config.json", "checkpoints"
-GENERATION = CONFIGS[1]
-TOKENIZER, TARGET_TOKENIZER = "tokenizer.json", "target-tokenizer.json"
-REMEDY = "choose an --out on another disk"
-
-
-def provenance() -> dict[str, str]:
-    """Which code made a run, on what, by which command."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {
-        "commit": commit,
-        "minitransformer": version("minitransformer"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "command": shlex.join(sys.argv),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
 
 
 @dataclass(frozen=True)
@@ -125,7 +95,9 @@ class Run:
         """
         run = replace(self, config=config, machine=machine or self.machine)
         origins = {"machine": run.machine, "parent": run.parent}
-        about = {name: origin.to_json() for name, origin in origins.items() if origin is not None}
+        about: dict[str, Any] = {name: origin.to_json() for name, origin in origins.items() if origin is not None}
+        if plugins := [plugin.to_json() for plugin in plugins_of(config)]:
+            about["plugins"] = plugins
         record = {**config.to_json(), "text": self.text, **about, "provenance": provenance()}
         names = [TOKENIZER, TARGET_TOKENIZER][: len(self.tokenizers)]
         with files.writing(self.path, REMEDY):
@@ -150,6 +122,7 @@ class Run:
                 f"{path / CONFIG} is not what training wrote ({error}): restore it, or, if you changed it and mean it, "
                 f'take out its "{files.CHECKSUM}"'
             ) from None
+        check_plugins(record.get("plugins"), str(path / CONFIG))
         config = RunConfig.from_json(record, str(path / CONFIG))
         digests = record.get("sha256")
         for name in (TOKENIZER, TARGET_TOKENIZER):
@@ -195,90 +168,8 @@ class Run:
 
     def load_model(self, checkpoint: str | None = None, device: str = "cpu") -> Model:
         """The model of this run, ready to be evaluated, from `checkpoint`: by default the best one."""
-        chosen = self.checkpoint(checkpoint)
-        check_weights(chosen, self.config.model)
-        model = build_model(self.config.model)
-        load_model_weights(chosen, model)
-        return model.to(device).eval()
+        return load_model(self.checkpoint(checkpoint), self.config, device)
 
 
 def _digest(path: Path) -> str | None:
     return files.sha256(path) if path.is_file() else None
-
-
-def latest_run(root: Path = Path("runs")) -> Path:
-    """The run below `root` that was written to last; raises `UserError` if there is none."""
-    found = [path.parent for path in root.glob(f"*/{CONFIG}")]
-    if not found:
-        raise UserError(f"there is no run in {root}/: train one with `python train.py`, or name its folder")
-    return max(found, key=lambda path: (path / CHECKPOINTS).stat().st_mtime if (path / CHECKPOINTS).exists() else 0)
-
-
-def free_run_path(name: str, root: Path = Path("runs")) -> Path:
-    """A path below `root` that nothing has yet: `name`, or `name` with a number."""
-    candidates = [root / name, *(root / f"{name}-{i}" for i in range(2, 10_000))]
-    return next(path for path in candidates if not path.exists())
-
-
-def claimed_run_path(name: str, root: Path = Path("runs")) -> Path:
-    """A new empty folder that no other process gets: that of `free_run_path`."""
-    with files.writing(root, REMEDY):
-        files.make_folder(root)
-        while True:
-            path = free_run_path(name, root)
-            with suppress(FileExistsError):
-                path.mkdir()
-                return path
-
-
-def check_free(path: Path) -> None:
-    """Raise a `UserError` unless a run may begin at `path`.
-
-    It may where nothing is, and where another has ended before its folder was that of a run.
-    """
-    if (path / CONFIG).exists():
-        raise UserError(f"{path} exists already: choose another --out, or continue the run with --resume {path}")
-    if not path.exists():
-        return
-    own = {LOCK, TOKENIZER, TARGET_TOKENIZER, CHECKPOINTS}
-    with files.writing(path, REMEDY):
-        names = {child.name for child in path.iterdir() if child.suffix != files.PARTIAL} if path.is_dir() else {""}
-        if LOCK in names:  # public checkpoints have files of these names, too
-            own |= {ORIGINALS, GENERATION}
-        begun = any(checkpoint_step(checkpoint) > 0 for checkpoint in checkpoints_in(path / CHECKPOINTS))
-    if begun or not names <= own:
-        raise UserError(f"{path} exists already, and is not a run: choose another --out")
-
-
-def clear(path: Path) -> None:
-    """Remove all that is in the folder of a run but its lock."""
-    for child in path.iterdir():
-        if child.name != LOCK:
-            files.remove(child)
-
-
-@contextmanager
-def only_writer(path: Path) -> Iterator[None]:
-    """No other process writes to the run at `path` meanwhile; what a killed one left there is cleared away before.
-
-    Raises `UserError` if another process trains the run now. Reading needs no lock.
-    """
-    with files.writing(path, REMEDY):
-        files.make_folder(path)
-        lock_file = path / LOCK
-        holder = lock_file.read_text(errors="replace").strip() if lock_file.exists() else ""
-        lock = files.acquired(lock_file, wait=False)
-        if lock is None:
-            who = f" (pid {holder})" if holder.isdecimal() else ""
-            raise UserError(f"another process trains {path}{who}: wait until it ends, or stop it")
-    try:
-        with suppress(OSError):  # a courtesy to those who are refused
-            lock_file.write_text(f"{os.getpid()}\n")
-        with files.writing(path, REMEDY):
-            for folder in (path, path / CHECKPOINTS):
-                files.restore_replaced(folder)
-                for leftover in folder.glob(f"*{files.PARTIAL}"):
-                    files.remove(leftover)
-        yield
-    finally:
-        lock.release()

@@ -1,0 +1,81 @@
+"""Which metrics of groups of runs mean the same, and which differences the seeds bear out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from minitransformer.analysis.groups import RunGroup, distinct, seeds_text
+from minitransformer.analysis.known_settings import settings_of_task
+from minitransformer.analysis.verdicts import measure_of
+from minitransformer.reporting.statistics import FEWEST_SEEDS, Ranking, ranking
+
+
+@dataclass(frozen=True)
+class Comparability:
+    """Which metrics of the groups mean the same, and what is to be said of it."""
+
+    metric: str
+    """what to compare them by, unless the user names another"""
+    remark: str | None = None
+    comparable: Callable[[str], bool] = lambda metric: True
+
+
+def comparability(groups: Sequence[RunGroup]) -> Comparability:
+    """Losses are comparable for the same task on the same tokens; otherwise, bits per byte of the same text are."""
+    known = set().union(*(history.metrics for group in groups for history in group.histories))
+    best = "bits_per_byte" if "bits_per_byte" in known else "validation_loss" if "validation_loss" in known else "loss"
+    if len(distinct(tuple(group.setting(name) for name in settings_of_task()) for group in groups)) > 1:
+        tasks = ", ".join(distinct(str(group.setting("objective")) for group in groups))
+        return Comparability(
+            best, f"The runs learn different tasks ({tasks}): none of their losses are comparable.", _no
+        )
+    if len(distinct(group.setting("text") for group in groups)) == 1:
+        return Comparability("validation_loss" if "validation_loss" in known else "loss")
+    if (
+        len(distinct(group.sources for group in groups)) == 1
+        and len(distinct(group.histories[0].tokenizers for group in groups)) > 1
+    ):
+        remark = (
+            "The runs have different tokenizers: losses and rates per token are not comparable; bits per byte are, "
+            "if the data did not change in between."
+        )
+        return Comparability(best, remark, lambda metric: measure_of(metric).across_tokenizers)
+    remark = (
+        "The runs learn different data: their losses are not comparable, and bits per byte say how well each predicts "
+        "a text of its own."
+    )
+    return Comparability(best, remark, _no)
+
+
+def _no(metric: str) -> bool:
+    return False
+
+
+def rank_groups(
+    groups: Sequence[RunGroup], metric: str, comparable: bool, smallest: float
+) -> tuple[Ranking | None, str]:
+    """The groups by last values of `metric`, over the seeds that all of them have, and what that says in words."""
+    measure = measure_of(metric)
+    having = [group for group in groups if all(metric in history.metrics for history in group.histories)]
+    if len(groups) < 2:
+        return None, "One group of runs: there is nothing to compare it with."
+    if not comparable:
+        return None, f"No winner: these runs cannot be compared by {measure.label}."
+    if len(having) < len(groups):
+        missing = ", ".join(group.label for group in groups if group not in having)
+        return None, f"No winner: {missing} has no {measure.label}."
+    seeds = sorted(set.intersection(*(set(group.seeds) for group in groups)))
+    if len(seeds) < 2:
+        shared = f"only seed {seeds[0]}" if seeds else "no seed"
+        return None, f"No winner: the groups share {shared}, and a winner needs {FEWEST_SEEDS}."
+    last = {
+        group.label: [history.last(metric) for history in group.histories if history.seed in seeds] for group in groups
+    }
+    values = {label: np.array(row, dtype=float) for label, row in last.items()}
+    result = ranking(values, lower_is_better=measure.lower_is_better is not False, smallest=smallest)
+    if measure.lower_is_better is None:
+        return replace(result, winner=None), f"No winner: whether more or less {measure.label} is better is not known."
+    return result, f"Compared by the last {measure.label} of seeds {seeds_text(seeds)}. {result}"

@@ -1,0 +1,135 @@
+"""Runs that differ in their seeds only, put together, and what tells such groups apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any, TypeVar
+
+import numpy as np
+
+from minitransformer.analysis.history import Abscissa, History
+from minitransformer.analysis.known_settings import settings_with
+from minitransformer.analysis.verdicts import choice_text, is_number
+from minitransformer.reporting.figures import Curve
+from minitransformer.reporting.statistics import Interval, mean_interval
+
+T = TypeVar("T")
+LONGEST_LABEL = 24
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Runs that differ in their seeds only, in the order of the seeds."""
+
+    label: str
+    histories: tuple[History, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.histories[0].settings
+
+    @property
+    def seeds(self) -> list[int]:
+        return [history.seed for history in self.histories]
+
+    def interval(self, value: Callable[[History], float | None]) -> Interval | None:
+        """The mean of `value` over the seeds; None where one of them has none."""
+        values = [value(history) for history in self.histories]
+        known = [value for value in values if value is not None]
+        return mean_interval(known) if len(known) == len(values) else None
+
+    def curve(self, metric: str, by: Abscissa) -> Curve | None:
+        """The mean of `metric` with its 95 % band, at the steps that all of the seeds have; None if there are none."""
+        series = [history.series(metric) for history in self.histories]
+        steps = sorted(set.intersection(*(set(one) for one in series)))
+        if not steps:
+            return None
+        x = np.mean([history.abscissa(steps, by) for history in self.histories], axis=0)
+        bands = [mean_interval([one[step] for one in series]) for step in steps]
+        mean, low, high = ([getattr(band, end) for band in bands] for end in ("mean", "low", "high"))
+        return Curve(self.label, x.tolist(), mean, *((low, high) if len(series) > 1 else (None, None)))
+
+    def setting(self, name: str) -> Any:
+        """None where the version of its runs does not know the setting."""
+        return self.settings.get(name)
+
+    @property
+    def sources(self) -> str:
+        """What the text is made from, whatever the tokenizer."""
+        data = self.histories[0].config["data"]
+        return settings_key({n: value for n, value in data.items() if n not in ("tokenizer", "separate_vocabularies")})
+
+
+def distinct(values: Iterable[T]) -> list[T]:
+    """`values` once each, in the order of their first; they need no hash."""
+    found: list[T] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
+
+
+def settings_key(settings: Mapping[str, Any]) -> str:
+    """A text that is the same for the same settings, in whatever order."""
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def without_repetitions(histories: Sequence[History]) -> tuple[list[History], list[str]]:
+    """The histories, each settings and seed once, and what is to be said of the others: they add no seed."""
+    first: dict[tuple[str, int], History] = {}
+    remarks = []
+    for history in histories:
+        kept = first.setdefault((settings_key(history.settings), history.seed), history)
+        if kept is not history:
+            remarks.append(f"{history.path} is left out: it has the settings and the seed of {kept.path}.")
+    return list(first.values()), remarks
+
+
+def group_runs(histories: Sequence[History]) -> list[RunGroup]:
+    """Those that differ in seed only together, in the order of the first of each."""
+    members: dict[str, list[History]] = {}
+    for history in histories:
+        members.setdefault(settings_key(history.settings), []).append(history)
+    unnamed = [RunGroup("", tuple(sorted(group, key=lambda history: history.seed))) for group in members.values()]
+    return [replace(group, label=label) for group, label in zip(unnamed, _labels(unnamed), strict=True)]
+
+
+def _labels(groups: Sequence[RunGroup]) -> list[str]:
+    """By what differs, if that is short; or else by what the names of the folders share; or else by letters."""
+    derived = {"text", *settings_with("follows_data")}
+    varied = [name for name in varied_settings(groups) if name not in derived]
+    by_setting = [
+        ", ".join(choice_text(name, setting_cell(group.setting(name))) for name in varied) for group in groups
+    ]
+    by_folder = [_shared_name([history.path.name for history in group.histories]) for group in groups]
+    for labels in (by_setting, by_folder):
+        if len(set(labels)) == len(groups) and all(0 < len(label) <= LONGEST_LABEL for label in labels):
+            return labels
+    return [f"group {i}" for i in range(1, len(groups) + 1)]
+
+
+def _shared_name(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in same).rstrip("-_. ")
+
+
+def varied_settings(groups: Sequence[RunGroup]) -> list[str]:
+    """The settings that are not the same in all groups."""
+    names = distinct(name for group in groups for name in group.settings)
+    return [name for name in names if len({settings_key({"": group.setting(name)}) for group in groups}) > 1]
+
+
+def setting_cell(value: Any) -> Any:
+    """A setting as a cell of a table."""
+    return value if value is None or isinstance(value, str | bool) or is_number(value) else str(value)
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Such as 0, 3, 7; four or more in a row as 0–9."""
+    in_a_row = len(seeds) > 3 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
+    return f"{seeds[0]}–{seeds[-1]}" if in_a_row else ", ".join(map(str, seeds))

@@ -1,0 +1,34 @@
+"""What is known of the settings of runs, whatever version wrote them.
+
+The configuration is imported late: it brings torch, for which `--help` and mistakes need not wait.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minitransformer.settings import flattened, names_with
+
+PARTS = "model", "data", "training"
+
+
+def flat_settings(config: dict[str, Any], origin: str) -> dict[str, Any]:
+    """The settings in what `config.json` holds, by their flat names of today."""
+    from minitransformer.training.config import RunConfig, as_of_today
+
+    parts = as_of_today(config, origin)
+    return {name: value for part in PARTS for name, value in flattened(RunConfig, parts[part]).items()}
+
+
+def settings_with(about: str) -> set[str]:
+    """The settings of which `about` is declared, such as "observes_only"."""
+    from minitransformer.training.config import RunConfig
+
+    return names_with(RunConfig, about)
+
+
+def settings_of_task() -> list[str]:
+    """The settings of training that make its loss one of another task."""
+    from minitransformer.training.config import TrainingConfig
+
+    return sorted(names_with(TrainingConfig, "changes_task"))

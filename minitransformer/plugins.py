@@ -1,0 +1,123 @@
+"""Variants from outside the package: Python files that the user names, and packages that are installed.
+
+A plugin registers its classes as every module of ours does, by defining them. It runs with the user's rights, so only
+what the user names on a command line or has installed is ever loaded: nothing from a run folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from minitransformer.errors import UserError
+from minitransformer.settings import settings_of
+
+FLAG = "--plugin"
+GROUP = "minitransformer.plugins"
+"""of the entry points by which an installed package offers modules with variants"""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A file of variants, as a run records it: its name, and the SHA-256 of its content."""
+
+    name: str
+    sha256: str
+
+    def to_json(self) -> dict[str, str]:
+        return dict(vars(self))
+
+
+_loaded: dict[str, tuple[Plugin, Path]] = {}
+"""what has been loaded in this process, by the name of its module"""
+
+
+def load_plugin(path: Path) -> Plugin:
+    """Run the Python file at `path`, whose classes register themselves; again is nothing.
+
+    Raises `UserError` for a file that cannot be read or run, and for a variant whose name is taken.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"the plugin {path} cannot be read ({error.strerror}): name a Python file") from None
+    name = f"minitransformer_plugin_{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}"
+    plugin = Plugin(path.name, hashlib.sha256(content).hexdigest())
+    if name in _loaded:
+        if _loaded[name][0] != plugin:
+            raise UserError(f"two plugins are called {path.stem}: rename the file {path}")
+        return plugin
+    specification = spec_from_file_location(name, path)
+    if specification is None or specification.loader is None:
+        raise UserError(f"the plugin {path} is no Python file: its name must end in .py")
+    module = module_from_spec(specification)
+    sys.modules[name] = module
+    try:
+        specification.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"the plugin {path} cannot be loaded ({what}{line}): mend it") from None
+    _loaded[name] = (plugin, path.resolve())
+    return plugin
+
+
+def load_installed_plugins() -> None:
+    """Import the modules that installed packages offer; raises `UserError` for one that cannot be imported."""
+    for entry in entry_points(group=GROUP):
+        try:
+            entry.load()
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(
+                f"the installed plugin {entry.name} cannot be loaded ({what}): mend it, or remove it"
+            ) from None
+
+
+def take_plugins(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The files that `--plugin` names among `arguments`, and the rest of these."""
+    paths, rest = [], []
+    words = iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag != FLAG:
+            rest.append(word)
+        elif file := value if equals else next(words, ""):
+            paths.append(Path(file))
+        else:
+            raise UserError(f"{FLAG} names no file: give it a Python file")
+    return paths, rest
+
+
+def loaded_files() -> tuple[str, ...]:
+    """The files of the plugins of this process, for one that it starts."""
+    return tuple(str(path) for _, path in _loaded.values())
+
+
+def plugins_of(config: Any) -> list[Plugin]:
+    """The plugins whose variants `config` has chosen."""
+    modules = {value.variant.__module__ for each, value in settings_of(config) if each.family}
+    return [plugin for name, (plugin, _) in _loaded.items() if name in modules]
+
+
+def check_plugins(recorded: Any, origin: str) -> None:
+    """Raises `UserError` unless the plugins that the run in the file `origin` recorded are loaded, as they were."""
+    loaded = {plugin.name: plugin for plugin, _ in _loaded.values()}
+    for record in recorded if isinstance(recorded, list) else ():
+        name, digest = record.get("name"), record.get("sha256")
+        if name not in loaded:
+            raise UserError(f"{origin} is of a run with the plugin {name}: give it with {FLAG} {name}")
+        if loaded[name].sha256 != digest:
+            raise UserError(
+                f"{origin} is of a run with another version of the plugin {name} (SHA-256 {str(digest)[:12]}…): "
+                "give that version"
+            )

@@ -1,0 +1,48 @@
+"""A new run, from scratch or with the weights of another one."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from minitransformer.errors import UserError
+from minitransformer.models.model import Model, count_parameters
+from minitransformer.pretrained.originals import inherit_originals
+from minitransformer.runs.layout import check_free
+from minitransformer.runs.open import Run
+from minitransformer.training.config import RunConfig, with_usual_vocabulary
+from minitransformer.training.finetuning import Parent, check_fits
+from minitransformer.training.logging import TensorBoard
+from minitransformer.training.machine import Resolved, choose_device, choose_precision
+from minitransformer.training.objectives.base import Prepared
+
+
+def check_possible(config: RunConfig, out: Path | None) -> None:
+    """Raises `UserError` now for what cannot work: not after minutes of preparing text."""
+    if out is not None:
+        check_free(out)
+    if config.training.tensorboard:
+        TensorBoard.check()
+    choose_precision(choose_device(config.training.device), config.training.precision)
+    count_parameters(with_usual_vocabulary(config))
+
+
+def check_fits_run(source: Run, config: RunConfig) -> None:
+    """Raises `UserError` unless a run of `config` can begin with the weights and the tokenizer of `source`."""
+    check_fits(source.config.model, config.model)
+    if config.data.tokenizer != source.config.data.tokenizer:
+        raise UserError(f"--init-from {source.path} has a tokenizer of its own: leave --tokenizer out")
+
+
+def begin_run(
+    path: Path,
+    config: RunConfig,
+    prepared: Prepared,
+    machine: Resolved,
+    parent: Parent | None = None,
+    initial: Model | None = None,
+) -> Run:
+    """The folder of a new run of `config`, whose vocabulary is known; `initial` are the weights of its `parent`."""
+    inherit = partial(inherit_originals, None if parent is None else Path(parent.path))
+    tokenizers = prepared.tokenizer, prepared.target_tokenizer
+    return Run.create(path, config, *tokenizers, prepared.folder.name, machine, parent, initial, inherit)

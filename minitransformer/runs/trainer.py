@@ -1,0 +1,48 @@
+"""The trainer of a run folder, with its logs, its samples and its measurements."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from minitransformer.diagnostics import probe_for
+from minitransformer.generation.samples import sample_of
+from minitransformer.models.model import Model
+from minitransformer.runs.open import Run
+from minitransformer.training.learner import build_learner
+from minitransformer.training.logging import Log, Logs, RunFiles, TensorBoard
+from minitransformer.training.loop import Trainer
+from minitransformer.training.machine import Machine
+from minitransformer.training.objectives import Objective
+from minitransformer.training.objectives.base import Prepared
+from minitransformer.training.signals import StopRequest
+
+SAMPLE_TOKENS, EXAMPLES = 120, 4
+
+
+def build_trainer(
+    run: Run,
+    prepared: Prepared,
+    machine: Machine,
+    log: Log,
+    stop: StopRequest,
+    *,
+    initial: Path | None = None,
+    checkpoint: Path | None = None,
+) -> Trainer:
+    """The trainer of `run`: from scratch, with the weights of the checkpoint `initial`, or as `checkpoint` left it."""
+    learner = build_learner(run.config, prepared, machine, initial=initial, make_probe=probe_for(run.config.training))
+    trainer = Trainer(run.path, learner, log, stop, partial(_sample, run))
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    return trainer
+
+
+def open_log(run: Run, done: int, *others: Log) -> Log:
+    """The files of `run`, which continues after `done` steps, the `others`, and TensorBoard if it was asked for."""
+    tensorboard = [TensorBoard(run.path)] if run.config.training.tensorboard else []
+    return Logs(RunFiles(run.path, resume_at=done), *others, *tensorboard)
+
+
+def _sample(run: Run, model: Model, objective: Objective) -> str:
+    return sample_of(model, run.tokenizer, run.target_tokenizer, objective.examples(EXAMPLES), SAMPLE_TOKENS)

@@ -1,0 +1,121 @@
+"""What a training step needs, assembled once: every run, experiment, trial and benchmark trains by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minitransformer.models.model import Model, build_model
+from minitransformer.training.checkpoint import load_model_weights
+from minitransformer.training.config import RunConfig
+from minitransformer.training.experts import ExpertBalance
+from minitransformer.training.machine import Machine, compiled, keep_freed_memory
+from minitransformer.training.objectives import Objective
+from minitransformer.training.objectives.base import Prepared, TrainingBatch
+from minitransformer.training.optimizers import build_optimizers, set_learning_rate
+from minitransformer.training.precision import Precision
+from minitransformer.training.prefetch import prefetched
+from minitransformer.training.probe import NO_PROBE, Probe
+from minitransformer.training.step import StepResult, training_step
+
+MakeProbe = Callable[[Model, Objective, torch.device], Probe]
+
+
+def build_learner(
+    config: RunConfig,
+    data: Prepared,
+    machine: Machine,
+    *,
+    initial: Path | None = None,
+    make_probe: MakeProbe = lambda *_: NO_PROBE,
+) -> Learner:
+    """The learner of a run of `config`, whose vocabulary is known, before its first step.
+
+    Its weights are drawn by the run's seed and calibrated on its first batch, or are those of the checkpoint `initial`.
+    """
+    keep_freed_memory()
+    objective = Objective.named(config.training.objective)(data, config)
+    torch.manual_seed(config.training.seed)
+    model = build_model(config.model).to(machine.device).train()
+    if initial is None:
+        model.calibrate(lambda: objective.loss_sum(model, objective.training_batches(0)[0].to(machine.device)))
+    else:
+        load_model_weights(initial, model)
+    return Learner(config, model, objective, machine, make_probe(model, objective, machine.device))
+
+
+class Learner:
+    """A model, its objective, and what updates its weights.
+
+    The state after a step is a function of the configuration and the data alone, on a CPU bit for bit.
+    """
+
+    def __init__(
+        self, config: RunConfig, model: Model, objective: Objective, machine: Machine, probe: Probe = NO_PROBE
+    ) -> None:
+        training = config.training
+        self.config, self.model, self.objective, self.machine, self.probe = config, model, objective, machine, probe
+        self.fast_model = compiled(model) if machine.compile else model
+        self.optimizers = build_optimizers(training.optimizer, model, training.rates)
+        self.balance = ExpertBalance(model, training.expert_balance)
+        self.precision = Precision.named(machine.precision)(machine.device)
+        self.steps_done = 0
+        self._batches = prefetched(objective.training_batches, machine.device)
+
+    def next_batches(self) -> Sequence[TrainingBatch]:
+        """The micro-batches of the next step."""
+        return self._batches(self.steps_done)
+
+    def step(self, batches: Sequence[TrainingBatch]) -> StepResult:
+        """Update the weights once, by the gradient of the mean loss over all targets of `batches`."""
+        step, training = self.steps_done, self.config.training
+        self.probe.before_step(step + 1)
+        torch.manual_seed(step_seed(training.seed, step))
+        set_learning_rate(self.optimizers, training.learning_rate_multiplier(step))
+        self.model.begin_step(step)
+        result = training_step(
+            self.fast_model,
+            self.objective,
+            batches,
+            self.optimizers,
+            self.precision,
+            grad_clip=training.grad_clip,
+            balance=self.balance,
+            probe=self.probe,
+        )
+        self.model.end_step()
+        self.steps_done += 1
+        return replace(result, measured=self.probe.after_update(result.grad_norm))
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the last step, for most of the weights."""
+        return self.optimizers[0].param_groups[0]["lr"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, but for the weights, which a checkpoint has in a file of their own."""
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "precision": self.precision.state_dict(),
+            "step": self.steps_done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`; settings of the optimizers that were changed since keep their new values."""
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(saved)
+            for group, new in zip(optimizer.param_groups, settings, strict=True):
+                group.update(new)
+        self.precision.load_state_dict(state["precision"])
+        self.steps_done = state["step"]
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of everything random in `step`: with it, no generator's state has to survive an interruption."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])

@@ -1,0 +1,138 @@
+"""Variants from outside the package: the README's own example, run as a user would, and what can go wrong."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitransformer.commands import start
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = [sys.executable, "-m", "minitransformer"]
+TINY = [
+    "--d-model=16",
+    "--num-layers=2",
+    "--num-heads=2",
+    "--context-length=16",
+    "--vocab-size=260",
+    "--tokenizer=bytes",
+]
+SHORT = ["--steps=4", "--eval-every=2", "--batch-size=2", "--precision=fp32", "--device=cpu"]
+
+
+def readme_example() -> str:
+    """The Python block of the README that defines a placement."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    [example] = [block for block in blocks if "(PreLN, name=" in block]
+    return example
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rezero.py").write_text(readme_example(), encoding="utf-8")
+    (tmp_path / "text.txt").write_text("A fox is quick and brown. " * 200, encoding="utf-8")
+    return tmp_path
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("train", "--data", "text.txt", "--out", "run", *TINY, *SHORT, *arguments)
+
+
+PLUGIN = "--plugin", "rezero.py", "--residual", "rezero", "--rezero-start", "0.25"
+
+
+def test_the_example_of_the_readme_has_twenty_lines_at_most() -> None:
+    assert len(readme_example().splitlines()) <= 24
+
+
+def test_the_readmes_placement_trains_resumes_and_writes_and_its_run_says_which_file_it_needs(here: Path) -> None:
+    trained = train(*PLUGIN)
+    assert trained.returncode == 0, trained.stderr
+    record = json.loads((here / "run/config.json").read_text())
+    assert record["model"]["residual"] == {"name": "rezero", "start": 0.25}
+    [plugin] = record["plugins"]
+    assert plugin["name"] == "rezero.py"
+    resumed = run("train", "--plugin", "rezero.py", "--resume", "run", "--steps", "6")
+    assert resumed.returncode == 0, resumed.stderr
+    written = run("sample", "run", "--plugin=rezero.py", "--prompt", "A fox", "--max-new-tokens", "4")
+    assert written.returncode == 0, written.stderr
+    without = run("sample", "run", "--prompt", "A fox")
+    assert (without.returncode, without.stdout) == (2, "")
+    assert "is of a run with the plugin rezero.py: give it with --plugin rezero.py" in without.stderr
+    (here / "rezero.py").write_text(readme_example() + "\n")
+    changed = run("sample", "run", "--plugin", "rezero.py", "--prompt", "A fox")
+    assert changed.returncode == 2
+    assert "another version of the plugin rezero.py" in changed.stderr
+
+
+def test_code_in_a_run_folder_is_never_executed(here: Path) -> None:
+    assert train(*PLUGIN).returncode == 0
+    for name in ("rezero.py", "minitransformer.py", "sitecustomize.py"):
+        (here / "run" / name).write_text("import pathlib; pathlib.Path('executed').touch()\n" + readme_example())
+    assert run("sample", "run", "--prompt", "A fox").returncode == 2
+    assert not (here / "executed").exists()
+
+
+def test_a_sweep_trains_placements_of_a_plugin_in_processes_of_their_own(here: Path) -> None:
+    swept = run(
+        *("sweep", "--plugin", "rezero.py", "--set", "residual=pre,rezero", "--out", "swept", "--data", "text.txt"),
+        *(*TINY, *SHORT, "--processes", "1"),
+    )
+    assert swept.returncode == 0, swept.stdout + swept.stderr
+    assert (here / "swept/trials/residual-rezero-seed-0/config.json").exists()
+    compared = run("compare", *(str(path) for path in sorted((here / "swept/trials").iterdir())))
+    assert compared.returncode == 0, compared.stderr
+    assert "rezero" in compared.stdout
+
+
+def test_a_flag_of_a_plugin_is_listed_under_the_variant_that_it_belongs_to(here: Path) -> None:
+    help = " ".join(run("train", "--plugin", "rezero.py", "--help").stdout.replace("│", " ").split())
+    assert "residual rezero options" in help
+    assert "--rezero-start" in help
+    refused = train("--plugin", "rezero.py", "--rezero-start", "0.5")
+    assert refused.returncode == 2
+    assert "rezero_start belongs to residual 'rezero', and residual is 'pre'" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, r"the plugin bad\.py cannot be read \(No such file or directory\): name a Python file"),
+        ("def f(:\n", r"the plugin bad\.py cannot be loaded \(SyntaxError: invalid syntax.*line 1\): mend it"),
+        ("1 / 0\n", r"the plugin bad\.py cannot be loaded \(ZeroDivisionError: division by zero\): mend it"),
+        (
+            "from minitransformer.architecture.residual import PreLN\nclass Mine(PreLN, name='post'): pass\n",
+            "there is a residual placement 'post' already: give the other one another name",
+        ),
+    ],
+)
+def test_a_plugin_that_cannot_be_loaded_gets_one_sentence(
+    here: Path, capsys: pytest.CaptureFixture[str], content: str | None, words: str
+) -> None:
+    if content is not None:
+        (here / "bad.py").write_text(content)
+    assert start("train", ["--plugin", "bad.py"]) == 2
+    assert re.fullmatch(f"error: {words}\n", capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_the_laws_run_over_the_readmes_placement(here: Path) -> None:
+    tests = [str(ROOT / "tests" / name) for name in ("test_residual.py", "test_init.py", "test_topologies.py")]
+    laws = subprocess.run(
+        [sys.executable, "-m", "pytest", "--plugin", str(here / "rezero.py"), "-k", "rezero", *tests],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert laws.returncode == 0, laws.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", laws.stdout + " 0 passed")[1]) >= 0  # type: ignore[index]
+    shutil.rmtree(ROOT / ".pytest_cache", ignore_errors=True)
