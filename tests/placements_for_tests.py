@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minitransformer.architecture.residual import Residual
+from minitransformer.architecture.attention import identity
+from minitransformer.architecture.norms import LayerNorm
+from minitransformer.architecture.residual import Place, Residual
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
-from tests.plugins_for_tests import late
+from tests.late_for_tests import late
 
 OURS = [name for name, placement in Residual.registry.items() if placement.__module__.startswith("minitransformer.")]
 """placements of the package, without those of plugins"""
@@ -34,3 +38,37 @@ def nudged(model: nn.Module) -> Any:
 
 
 EVERY_PLACEMENT = [choosing(name) for name in Residual.registry]
+
+
+SUBLAYERS = ("attention", "feedforward")
+Function = Callable[[Tensor], Tensor]
+
+
+def by_hand(norm: LayerNorm) -> Function:
+    def normalised(x: Tensor) -> Tensor:
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + norm.eps).sqrt()
+
+    return lambda x: normalised(x) * norm.weight + norm.bias
+
+
+class Connections(nn.Module):
+    """Some sublayers in their residual connections, as a stack would run them."""
+
+    def __init__(self, name: str, features: int = 6, num_layers: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        places = [
+            Place(layer, num_layers, sublayer, d_model=features)
+            for layer in range(num_layers)
+            for sublayer in SUBLAYERS
+        ]
+        self.sublayers = nn.ModuleList(nn.Linear(features, features) for _ in places)
+        chosen, make_norm = Residual.choose(name), partial(LayerNorm.choose().make, features)
+        self.residuals = nn.ModuleList(chosen.make(make_norm, dropout, place) for place in places)
+        self.shared = chosen.variant.Shared(chosen.settings, places)
+        self.final_norm = chosen.variant.make_final_norm(chosen.settings, make_norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.shared.open(x)
+        for connection, f in zip(self.residuals, self.sublayers, strict=True):
+            stream = connection(stream, lambda y, f=f, mix_values=identity: mix_values(f(y)).tanh())
+        return self.shared.close(stream, self.final_norm)

@@ -185,3 +185,31 @@ def test_prefill_in_chunks_with_left_padding_equals_at_once(
         read = new.stop
     expected = model(tokens, is_token=is_token)
     torch.testing.assert_close(torch.cat(parts, dim=1)[is_token], expected[is_token], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("choices", [{"token_smear": True}, {"attention_window": 3}, {"positions": "t5"}], ids=str)
+def test_tokens_after_padding_are_what_they_are_without_it_in_a_cache_too(
+    choices: dict[str, Any], tiny_decoder: Any
+) -> None:
+    model, tokens = tiny_decoder(**choices), torch.randint(0, 11, (2, LENGTH))
+    padded = torch.cat([torch.full((2, 3), 5), tokens], dim=1)
+    is_token = (torch.arange(LENGTH + 3) >= 3).expand(2, -1)
+    expected, cache = model(tokens), model.new_cache(LENGTH + 3)
+    torch.testing.assert_close(model(padded, is_token=is_token)[:, 3:], expected, rtol=1e-9, atol=1e-9)
+    parts = zip(padded.split(1, dim=1), is_token.split(1, dim=1), strict=True)
+    logits = torch.cat([model(token, is_token=real, cache=cache) for token, real in parts], dim=1)
+    torch.testing.assert_close(logits[:, 3:], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_tokens_may_come_embedded(tiny_decoder: Any) -> None:
+    model, tokens = tiny_decoder(scaled_embeddings=True), torch.randint(0, 11, (2, LENGTH))
+    assert torch.equal(model(model.embedding(tokens)), model(tokens))
+
+
+def test_rows_at_positions_far_apart_are_those_rows_alone(tiny_decoder: Any) -> None:
+    """Positions are the caller's: each row of a cache has its own."""
+    model, tokens, far = tiny_decoder(positions="alibi"), torch.randint(0, 11, (2, LENGTH)), torch.tensor([[0], [900]])
+    positions, cache = torch.arange(LENGTH) + far, model.new_cache(LENGTH)
+    read = model(tokens[:, :5], positions=positions[:, :5], cache=cache)
+    logits = torch.cat([read, model(tokens[:, 5:], cache=cache)], dim=1)
+    torch.testing.assert_close(logits, model(tokens), rtol=1e-9, atol=1e-9)

@@ -31,6 +31,7 @@ from minitransformer.pretrained.shards import INDEX, WEIGHTS
 from minitransformer.pretrained.tokenizers import load_tokenizer
 from minitransformer.records import MOST_DEPTH, checked_fields, parse_json, read_json
 from minitransformer.runs import Run
+from minitransformer.settings import from_json
 from minitransformer.tasks.store import ResultStore
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.tokenizers import BPE, END_OF_TEXT, Bytes, Characters, Framing, Tokenizer
@@ -83,7 +84,7 @@ def run_folder(path: Path) -> Path:
     lines.append({"step": 5, "validation_loss": 1.0, "bits_per_byte": 2.0, "accuracy": None})
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     # Without what else they hold, such as checksums: who wants to deceive writes the right ones.
-    keep_only(path / "config.json", "model", "data", "training", "text", "provenance")
+    keep_only(path / "config.json", "format", "model", "data", "training", "text", "provenance")
     keep_only(path / "checkpoints/step-000005/manifest.json", "step", "sha256")
     return path
 
@@ -266,7 +267,10 @@ def changed(path: Path, **parts: Any) -> None:
         ("model", "num_layers", 2.0, "a whole number"),
         ("model", "num_layers", 10**30, "a whole number"),
         ("model", "num_kv_heads", "2", "a whole number or null"),
-        ("model", "residual", ["pre"], "a text"),
+        ("model", "residual", "pre", "an object"),
+        ("model", "residual", ["pre"], "an object"),
+        ("model", "residual", {"name": ["pre"]}, "a text"),
+        ("model", "residual", {}, "a text"),
         ("model", "window_pattern", [1], "a list"),
         ("model", "window_pattern", True, "a list"),
         ("data", "too_long", "drop", "'skip' or 'cut'"),
@@ -501,9 +505,9 @@ def test_the_state_of_a_trainer_runs_no_code_and_is_refused_when_damaged(tmp_pat
 
 def test_values_are_checked_by_the_types_of_a_record() -> None:
     whole = {**RunConfig().to_json()["training"], "probe": ["a"], "patience": 3}
-    assert TrainingConfig(**checked_fields(TrainingConfig, whole, "x")).probe == ("a",)
+    assert from_json(TrainingConfig, whole, "x").probe == ("a",)
     for values in ({"probe": "a"}, {"probe": [3]}, {"compile": "maybe"}, {"device": None}):
-        assert refused(lambda values=values: checked_fields(TrainingConfig, values, "x")).startswith("x has ")
+        assert refused(lambda values=values: from_json(TrainingConfig, values, "x")).startswith("x has ")
     assert checked_fields(DataConfig, {"field": "a", "target_data": None}, "x") == {"field": "a", "target_data": None}
 
 

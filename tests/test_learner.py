@@ -102,7 +102,7 @@ def growing() -> Iterator[type[Residual]]:
             self.share.fill_((step + 1) / TINY.training.steps)
 
         @torch.no_grad()
-        def end_step(self) -> None:
+        def end_step(self, model: nn.Module) -> None:
             self.norm_of_branch.div_(self.norm_of_branch.abs())
 
     yield Growing

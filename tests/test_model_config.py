@@ -6,11 +6,11 @@ from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
-from runs_for_tests import chosen_for
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
 from minitransformer.settings import all_declared, with_settings
+from tests.runs_for_tests import chosen_for
 
 BAD: list[tuple[dict[str, Any], str]] = [
     (
@@ -88,14 +88,15 @@ WHOLE = [each.name for each in all_declared(ModelConfig) if each.kind in (int, i
 def test_every_size_must_be_at_least_one(name: str, value: int) -> None:
     with pytest.raises(UserError) as caught:
         with_settings(ModelConfig(), {**chosen_for(ModelConfig, name), name: value})
-    assert str(caught.value) == f"{name} is {value}: it must be at least 1"
+    least = "at least 2 and at most 6" if name == "mhc_lite_streams" else "at least 1"
+    assert str(caught.value) == f"{name} is {value}: it must be {least}"
 
 
 def test_sizes_are_all_there() -> None:
     expected = (
         "d_model num_layers num_decoder_layers num_heads num_kv_heads head_dim d_ff context_length vocab_size "
-        "target_vocab_size num_segments num_classes rotary_original_length t5_buckets t5_max_distance num_experts "
-        "experts_per_token attention_window embedding_dim"
+        "target_vocab_size num_segments num_classes mhc_lite_streams rotary_original_length t5_buckets t5_max_distance "
+        "num_experts experts_per_token attention_window embedding_dim"
     )
     assert expected.split() == WHOLE
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from minitransformer.architecture.positions import Rotary
 from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
 from minitransformer.models.model import build_model
@@ -73,7 +74,7 @@ def test_the_rotation_is_read_from_both_spellings() -> None:
 )
 def test_the_share_of_a_head_that_turns_is_read_from_all_spellings(spelling: dict[str, Any]) -> None:
     config = read("gpt_neox", **LLAMA, **spelling)
-    assert (config.rotary_fraction, config.rotary_base) == (0.5, 123.0)
+    assert config.positions == Rotary.choose(fraction=0.5, base=123.0)
 
 
 def test_a_rotation_that_we_do_not_have_is_refused() -> None:
@@ -82,11 +83,11 @@ def test_a_rotation_that_we_do_not_have_is_refused() -> None:
 
 
 def test_defaults_are_those_of_the_family() -> None:
-    assert read("gpt_neox", **LLAMA).rotary_fraction == 0.25
+    assert read("gpt_neox", **LLAMA).positions.settings.fraction == 0.25
     assert read("qwen3", **LLAMA).head_dim == 128
     assert read("gpt2", **GPT2).tied_embeddings
     assert not read("llama", **LLAMA).tied_embeddings
-    assert read("bert", **LLAMA).norm_eps == 1e-12
+    assert read("bert", **LLAMA).norm.settings.eps == 1e-12
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_older_names_of_fields_are_read(family: str, older: dict[str, int], newe
 
 
 def test_the_fast_gelu_is_the_one_with_tanh() -> None:
-    assert read("gpt_neox", **LLAMA, hidden_act="gelu_fast").feedforward == "gelu-tanh"
+    assert read("gpt_neox", **LLAMA, hidden_act="gelu_fast").feedforward.name == "gelu-tanh"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_a_value_that_no_configuration_has_is_an_error_of_the_user(family: str, 
 
 def test_a_whole_number_is_a_number() -> None:
     config = read("gemma2", **LLAMA, attn_logit_softcapping=50, rms_norm_eps=1)
-    assert (config.attention_softcap, config.norm_eps) == (50.0, 1.0)
+    assert (config.attention_softcap, config.norm.settings.eps) == (50.0, 1.0)
     assert isinstance(config.attention_softcap, float)
 
 
@@ -192,7 +193,7 @@ def test_a_field_that_the_library_does_not_open_without_is_not_null(family: str,
 
 def test_llama3_counts_from_the_context_where_its_original_length_is_not_said() -> None:
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    assert read("llama", **LLAMA, rope_parameters=scaling).rotary_original_length == 64
+    assert read("llama", **LLAMA, rope_parameters=scaling).positions.settings.scaling.settings.original_length == 64
 
 
 def test_gptj_has_no_size_of_heads_of_its_own() -> None:
@@ -205,7 +206,7 @@ def test_gptj_has_no_size_of_heads_of_its_own() -> None:
 def test_gptj_turns_as_many_features_as_its_configuration_says(head_dim: int) -> None:
     for turned in range(2, head_dim + 1, 2):
         config = read("gptj", **{**GPT2, "n_embd": 2 * head_dim, "n_head": 2}, rotary_dim=turned)
-        assert int(config.features_per_head * config.rotary_fraction) == turned
+        assert int(config.features_per_head * config.positions.settings.fraction) == turned
         assert Family.named("gptj").hf_config(config)["rotary_dim"] == turned
 
 

@@ -29,6 +29,7 @@ from minitransformer.pretrained.rules import (
     load_weights,
     save_weights,
 )
+from minitransformer.settings import with_settings
 
 CONFIG = ModelConfig(
     d_model=8, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=5, positions=Rotary.choose(fraction=0.5)
@@ -79,7 +80,7 @@ TRANSFORMS: dict[Transform, int] = {
 @given(data=st.data())
 def test_what_is_loaded_is_saved_as_it_was(transform: Transform, data: st.DataObject) -> None:
     shape, sizes = data.draw(shapes_in_files(transform))
-    tensor, config = torch.randn(shape), ModelConfig(**sizes)
+    tensor, config = torch.randn(shape), with_settings(ModelConfig(), sizes)
     weights = transform.load(tensor, config)
     assert len(weights) == TRANSFORMS[transform]
     assert sum(weight.numel() for weight in weights) == tensor.numel()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minitransformer import plugins
 from minitransformer.architecture.linear import OutputProjection
 from minitransformer.architecture.norms import LayerNorm, Norm
 from minitransformer.architecture.residual import Place, Residual
@@ -24,9 +25,9 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
 from tests.placements_for_tests import nudged
-from tests.plugins_for_tests import PLUGINS, load_plugin
 from tests.runs_for_tests import configured, prepared_text, trainer_for
 
+PLUGINS = Path(__file__).parent / "plugins"
 Bring = Callable[[str], Any]
 
 
@@ -37,7 +38,13 @@ def bring(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bring]:
         ours = {name: kind for name, kind in family.registry.items() if kind.__module__.startswith("minitransformer.")}
         monkeypatch.setattr(family, "registry", ours)
     stated = dict(STATEMENTS)
-    yield lambda name: load_plugin(PLUGINS / f"{name}.py")
+    monkeypatch.setattr(plugins, "_loaded", {})
+
+    def load(name: str) -> Any:
+        plugins.load_plugin(PLUGINS / f"{name}.py")
+        return sys.modules[f"minitransformer_plugin_{name}"]
+
+    yield load
     STATEMENTS.clear()
     STATEMENTS.update(stated)
 

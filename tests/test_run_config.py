@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from runs_for_tests import chosen_for
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
@@ -17,6 +16,7 @@ from minitransformer.settings import all_declared, flat, with_settings
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.finetuning import fine_tuning
 from minitransformer.training.presets import PRESETS
+from tests.runs_for_tests import chosen_for
 
 
 def stored(config: RunConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minitransformer.analysis.history import Abscissa, History
-from minitransformer.analysis.known_settings import settings_with
+from minitransformer.analysis.known_settings import defaults_of_others, settings_with
 from minitransformer.analysis.verdicts import choice_text, is_number
 from minitransformer.reporting.figures import Curve
 from minitransformer.reporting.statistics import Interval, mean_interval
@@ -119,9 +119,13 @@ def _shared_name(names: Sequence[str]) -> str:
 
 
 def varied_settings(groups: Sequence[RunGroup]) -> list[str]:
-    """The settings that are not the same in all groups."""
+    """The settings that are not the same in all groups.
+
+    One of a variant that only some of them chose is none of these, if it has its default there: the choice says it.
+    """
     names = distinct(name for group in groups for name in group.settings)
-    return [name for name in names if len({settings_key({"": group.setting(name)}) for group in groups}) > 1]
+    whole = [defaults_of_others(group.settings) | group.settings for group in groups]
+    return [name for name in names if len({settings_key({"": values.get(name)}) for values in whole}) > 1]
 
 
 def setting_cell(value: Any) -> Any:

@@ -34,7 +34,7 @@ class Measurer(Protocol):
     def close(self) -> None: ...
 
 
-Start = Callable[[Callable[[], Work]], Measurer]
+StartMeasurer = Callable[[Callable[[], Work]], Measurer]
 Report = Callable[[str], None]
 
 
@@ -101,7 +101,9 @@ class CaseResult:
         )
 
 
-def measure(case: Case, plan: RoundsPlan, *, start: Start = Worker, report: Report = lambda line: None) -> CaseResult:
+def measure(
+    case: Case, plan: RoundsPlan, *, start: StartMeasurer = Worker, report: Report = lambda line: None
+) -> CaseResult:
     """The samples of all contestants that can be measured in the time; the others are absent, with the reason.
 
     A base that fails leaves its place to the next. Whatever happens, also Ctrl-C, no process of a contestant is left
@@ -128,7 +130,7 @@ class _BaseFailed(Exception):
 class _Measuring:
     """What has been measured of a case, and how one more sample is."""
 
-    def __init__(self, case: Case, base: str, plan: RoundsPlan, start: Start, report: Report) -> None:
+    def __init__(self, case: Case, base: str, plan: RoundsPlan, start: StartMeasurer, report: Report) -> None:
         self.case, self.base, self.plan, self.start, self.report = case, base, plan, start, report
         self.budget = Budget(plan.seconds, len(case.contestants))
         self.draws = random.Random(plan.seed)

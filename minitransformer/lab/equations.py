@@ -76,7 +76,7 @@ Equation = Callable[[Tensor, StatedStack], Tensor]
 """From what enters a stack, [batch, length, d_model], to what leaves it."""
 
 
-Start = float | Callable[[str, Depth], Tensor]
+StartingWeight = float | Callable[[str, Depth], Tensor]
 """A value for all elements, or the tensor that the weight with this full name starts as."""
 
 
@@ -92,7 +92,7 @@ class Statement:
     """of "query", "key" and "value": whether the features of a "head" or of "all" heads are normalised"""
     published_norms: Mapping[str, str] = field(default_factory=dict)
     """those that belong to its paper, and not to its equation"""
-    starts: Mapping[str, Start] = field(default_factory=dict)
+    starts: Mapping[str, StartingWeight] = field(default_factory=dict)
     """where weights start that are not drawn, by the last part of their names; other vectors and scalars start at 1"""
 
 
@@ -107,7 +107,7 @@ def states(
     init: str = "xavier",
     attention_norms: Mapping[str, str] | None = None,
     published_norms: Mapping[str, str] | None = None,
-    starts: Mapping[str, Start] | None = None,
+    starts: Mapping[str, StartingWeight] | None = None,
 ) -> Callable[[Equation], Equation]:
     """Makes a function the equation of the placement called `name`; the rest is as in `Statement`."""
 

@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from minitransformer.architecture.attention import QK_NORMS, MultiHeadAttention
-from minitransformer.architecture.block import BlockParts, Stack
+from minitransformer.architecture.block import Block, BlockParts, Stack
 from minitransformer.architecture.embeddings import LMHead, TokenEmbedding, TokenSmear, TransformedHead
 from minitransformer.architecture.feedforward import MixtureOfExperts
 from minitransformer.architecture.kernels import KERNELS
@@ -37,20 +37,18 @@ def build_stack(
         place = Place(layer, num_layers, sublayer, partner_layers, has_memory, d_model=config.d_model)
         return config.residual.make(partial(_norm, config), config.dropout, place)
 
-    blocks = [
-        config.block.make(
-            BlockParts(
-                attention=_attention(config),
-                cross_attention=_attention(config) if has_memory else None,
-                feedforward=_feedforward(config),
-                make_residual=partial(make_residual, layer),
-                make_norm=partial(_norm, config),
-            )
+    def make_block(layer: int) -> Block:
+        parts = BlockParts(
+            attention=_attention(config),
+            cross_attention=_attention(config) if has_memory else None,
+            feedforward=_feedforward(config),
+            make_residual=partial(make_residual, layer),
+            make_norm=partial(_norm, config),
         )
-        for layer in range(num_layers)
-    ]
+        return config.block.make(parts)
+
     return Stack(
-        blocks,
+        [make_block(layer) for layer in range(num_layers)],
         positions=_positions(config, causal=causal),
         residual=config.residual,
         make_norm=partial(_norm, config),

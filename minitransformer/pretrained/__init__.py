@@ -1,5 +1,6 @@
 """Public checkpoints: read into our models, and written so that others can open them."""
 
 from minitransformer.pretrained.checkpoint import checkpoint_folder, generation_config, load, save
+from minitransformer.pretrained.tokenizers import PublicTokenizer
 
-__all__ = ["checkpoint_folder", "generation_config", "load", "save"]
+__all__ = ["PublicTokenizer", "checkpoint_folder", "generation_config", "load", "save"]

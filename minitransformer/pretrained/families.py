@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from minitransformer import settings
@@ -177,7 +177,7 @@ class Family(Registered, kind="model_type"):
         found: dict[str, Obstacle] = {}
         while True:
             try:  # in the place of what was found, as one setting may hide another
-                changed = replace(config, **{name: obstacle.choice for name, obstacle in found.items()})
+                changed = with_settings(config, {name: obstacle.choice for name, obstacle in found.items()})
                 more = cls._unspeakable(changed) or cls._lost(changed)
             except UserError:
                 if not found:

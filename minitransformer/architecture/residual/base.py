@@ -16,6 +16,8 @@ Sublayer = Callable[..., Tensor]
 """A sublayer f, as a function of what it reads. One with self-attention attends, if called as `f(x, mix_values=g)`, to
 g(V) in place of its values V, [batch, kv_heads, new, head_dim]; a cache keeps g(V)."""
 MakeNorm = Callable[[], nn.Module]
+RMS_EPS = 1e-6
+"""added to mean squares where a placement divides by their root, outside of the model's norms"""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from minitransformer.architecture.norms import fused_rms_norm
-from minitransformer.architecture.residual.base import MakeNorm, Place, Residual, Sublayer
+from minitransformer.architecture.residual.base import RMS_EPS, MakeNorm, Place, Residual, Sublayer
 from minitransformer.settings import setting
 
-RMS_EPS = 1e-6
 Outputs = tuple[Tensor, ...]
 
 

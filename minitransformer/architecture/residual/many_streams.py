@@ -11,14 +11,10 @@ from itertools import permutations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.architecture.residual.base import MakeNorm, Place, Residual, Sublayer
+from minitransformer.architecture.residual.base import RMS_EPS, MakeNorm, Place, Residual, Sublayer
 from minitransformer.settings import setting
-
-Streams = Float[Tensor, "batch length streams d_model"]
-RMS_EPS = 1e-6
 
 
 class MHCLite(Residual, name="mhc-lite"):
@@ -42,13 +38,13 @@ class MHCLite(Residual, name="mhc-lite"):
             super().__init__(settings, places)
             self.streams = settings.streams
 
-        def open(self, x: Tensor) -> Streams:
+        def open(self, x: Tensor) -> Tensor:
             return x[..., None, :].expand(*x.shape[:-1], self.streams, -1)
 
-        def state(self, stream: Streams) -> Tensor:
+        def state(self, stream: Tensor) -> Tensor:
             return stream.sum(-2)
 
-        def close(self, stream: Streams, final_norm: nn.Module) -> Tensor:
+        def close(self, stream: Tensor, final_norm: nn.Module) -> Tensor:
             return final_norm(stream.sum(-2))
 
     def __init__(self, settings: Settings, make_norm: MakeNorm, dropout: float, place: Place) -> None:
@@ -65,7 +61,7 @@ class MHCLite(Residual, name="mhc-lite"):
         self.scales = nn.Parameter(torch.full((3,), 0.01))
         self.biases = nn.Parameter(torch.cat([favourite, favourite, mixing]))
 
-    def forward(self, stream: Streams, sublayer: Sublayer) -> Streams:
+    def forward(self, stream: Tensor, sublayer: Sublayer) -> Tensor:
         flat = stream.flatten(-2)
         projected = (F.rms_norm(flat, flat.shape[-1:], eps=RMS_EPS) @ self.maps).split(self.sizes, -1)
         parts = zip(self.scales, projected, self.biases.split(self.sizes), strict=True)
