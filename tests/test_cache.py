@@ -89,15 +89,14 @@ def test_a_cache_knows_the_position_in_each_slot_of_each_row_whatever_was_done_t
         elif what == "clear":
             cleared = data.draw(st.lists(st.integers(0, rows - 1), unique=True))
             cache.clear(cleared)
-            for row in cleared:
-                expected[row] = [None] * 9
+            expected = [[None] * 9 if row in cleared else held for row, held in enumerate(expected)]
         elif what == "put":
             filled = data.draw(st.lists(st.integers(0, rows - 1), unique=True, min_size=1))
             slot, other = data.draw(st.integers(0, 7)), KVCache(1, 2)
             other.reserve(token_positions(2))
             cache.put(other, filled, slot, rows)
-            for row in filled:
-                expected[row] = [None] * slot + [0, 1] + [None] * (7 - slot)
+            two = [None] * slot + [0, 1] + [None] * (7 - slot)
+            expected = [list(two) if row in filled else held for row, held in enumerate(expected)]
         elif what == "roll":
             by = data.draw(st.integers(-8, 8))
             cache.roll(by)

@@ -80,7 +80,7 @@ LONG_FILES: dict[str, int] = {
     "minitransformer/text/tokenizers.py": 524,
     "tests/test_durability.py": 464,
     "tests/test_exchange_commands.py": 420,
-    "tests/test_generation.py": 672,
+    "tests/test_generation.py": 496,
     "tests/test_hostile_files.py": 524,
     "tests/test_prepare.py": 460,
     "tests/test_pretrained_parity.py": 426,

@@ -16,7 +16,10 @@ from minitransformer.models.surgery import copied
 RowStep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """From a token of each row, its slot, a tensor with as many numbers as visible slots, and positions, to logits"""
 MakeStep = Callable[[KVCache, bool], RowStep]
-"""From a cache, and whether every visible slot of it holds a token, to what decodes one token of each of its rows"""
+"""From a cache, and whether every visible slot holds a token, to what decodes a token of each row.
+
+A step need not note the positions of new tokens in the cache where every slot holds one: nothing asks for them.
+"""
 
 
 def plain_steps(model: DecoderLM) -> MakeStep:
@@ -75,8 +78,8 @@ class Rows:
 
     def fill(self, rows: list[int], prefilled: KVCache | None, length: int) -> None:
         """From here on, these rows hold what `prefilled` has read, `length` tokens for each or for all alike."""
-        for row in rows:
-            self.starts.pop(row, None)
+        if self.starts and self._is_aligned():
+            self.cache.hold(self._slots[None, : self.end], self._slots[: self.end], self.end)
         if not self.starts:
             self.end = length
         elif length > self.end:
@@ -95,8 +98,7 @@ class Rows:
         """Every row is given one token; the logits of the next."""
         if self.end == self.slots:
             self._move(-min(self.starts.values()))
-        # Rows that all begin at the first slot have the same positions, and nothing empty that a mask would hide.
-        aligned = not any(self.starts.values())
+        aligned = self._is_aligned()
         slot = self._slots.narrow(0, self.end, 1)
         if aligned:
             positions = slot[None]
@@ -105,6 +107,10 @@ class Rows:
             positions = torch.tensor(lengths, device=self.device)[:, None]
         self.end += 1
         return self._step(aligned)(tokens[:, None], slot, self._slots.narrow(0, 0, self.end), positions)
+
+    def _is_aligned(self) -> bool:
+        """Whether all rows begin at the first slot: they have the same positions, and no empty slot to be masked."""
+        return not any(self.starts.values())
 
     def _step(self, aligned: bool) -> RowStep:
         if aligned not in self._steps:

@@ -15,7 +15,7 @@ from torch import Tensor
 from minitransformer.errors import UserError
 from minitransformer.generation.arriving import on_its_way
 from minitransformer.generation.batch import MakeStep, Rows, plain_steps
-from minitransformer.generation.prefill import Prefill
+from minitransformer.generation.prefill import PromptReading
 from minitransformer.generation.processors import SamplingConfig, check_no_beams
 from minitransformer.generation.readers import window_length
 from minitransformer.generation.sampling import (
@@ -61,7 +61,7 @@ class Engine:
         self._row_of: dict[Request, int] = {}
         self._unread: list[Request] = []
         """requests with a row that does not hold their window yet"""
-        self._prefills: deque[Prefill] = deque()
+        self._prefills: deque[PromptReading] = deque()
         self._decoding: list[Request] = []
         self._index: Tensor | None = None
         """the rows that are decoded, if not all"""
@@ -127,7 +127,9 @@ class Engine:
         for request in self._unread:
             groups.setdefault(len(self._window(request)), []).append(request)
         for requests in groups.values():
-            self._prefills.append(Prefill(self.model, requests, [self._window(request)[:-1] for request in requests]))
+            self._prefills.append(
+                PromptReading(self.model, requests, [self._window(request)[:-1] for request in requests])
+            )
         self._unread = []
 
     def _window(self, request: Request) -> list[int]:
@@ -149,7 +151,7 @@ class Engine:
                 self._prefills.popleft()
                 self._begin(prefill)
 
-    def _begin(self, prefill: Prefill) -> None:
+    def _begin(self, prefill: PromptReading) -> None:
         """The requests of a prefill that is complete are decoded from here on."""
         requests = [request for request in prefill.requests if not request.done]
         rows = [self._row_of[request] for request in requests]

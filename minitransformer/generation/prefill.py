@@ -12,7 +12,7 @@ from minitransformer.generation.sampling import Request
 from minitransformer.models.decoder import DecoderLM
 
 
-class Prefill:
+class PromptReading:
     """The tokens of some requests, as many for each; those that are the same are read once."""
 
     def __init__(self, model: DecoderLM, requests: Sequence[Request], windows: Sequence[Sequence[int]]) -> None:
