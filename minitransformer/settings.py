@@ -26,12 +26,14 @@ LARGEST = 3.4028234663852886e38
 def setting(default: Any, *, help: str = "", **about: Any) -> Any:
     """A field of a record of settings.
 
-    `above`, `at_least`, `at_most` and `below` limit a number, and `most` is more than any model has; `choices` are the
-    values of a text that is a name. `flag` is its name on a command line, by default the field's behind that of its
-    variant. `needs` names another setting without which it has no effect, or that setting and the values that it needs.
+    `above`, `at_least`, `at_most` and `below` limit a number, and `most` is more than any model has; `must` says the
+    limits in words, where numbers do not. `choices` are the values of a text that is a name. `flag` is its name on a
+    command line, by default the field's behind that of its variant. `needs` names another setting without which it has
+    no effect, or that setting and the values that it needs.
     What other code must know is said here too: `changes_task` (losses with other values do not compare),
     `changes_tokens` (they compare in bits per byte), `follows_data` (it is usually found from the data),
-    `observes_only` (no effect on what is computed), `may_change_on_resume`.
+    `of_files` (it says how certain files are read), `observes_only` (no effect on what is computed),
+    `may_change_on_resume`.
     """
     return field(default=default, metadata={"help": help, **about})
 
@@ -196,9 +198,10 @@ def with_settings(record: T, changes: Mapping[str, Any]) -> T:
     """`record` with the settings `changes`, by their flat names.
 
     Another variant begins with its own defaults, and with what was set of a setting that it shares with the one before.
+    A method `implied` of `record` says what else follows from `changes`.
     Raises `UserError` for a name that nothing has or that belongs to a variant that is not chosen, and as records do.
     """
-    left = dict(changes)
+    left = {**(record.implied(changes) if hasattr(record, "implied") else {}), **changes}
     result = _changed(record, left, None)
     if left:
         raise _misplaced(next(iter(left)), result)
@@ -247,16 +250,17 @@ def _switched(old: Chosen[Any], value: Chosen[Any] | str, family: Any) -> Chosen
 
 def _misplaced(name: str, record: Any) -> UserError:
     chosen = {each.name: value.name for each, value in settings_of(record) if each.family}
-    owners = [each.variant.name for each in all_declared(type(record)) if each.name == name and each.variant]
+    owners = [each.variant for each in all_declared(type(record)) if each.name == name and each.variant]
     if not owners:
         known = [each.name for each in all_declared(type(record))]
         return UserError(
             f"unknown setting {name!r}: {suggestion(name, known)}The names are those of the flags in --help"
         )
-    choice = next(each for each in all_declared(type(record)) if each.family and owners[0] in each.family.registry)
+    choices = [each for each in all_declared(type(record)) if each.family]
+    choice = next(each for each in choices if owners[0] in each.family.registry.values())
     now = f"{choice.name} is {chosen[choice.name]!r}" if choice.name in chosen else "that is not chosen"
-    which = " or ".join(map(repr, owners))
-    return UserError(f"{name} belongs to {choice.name} {which}, and {now}: leave it out, or choose {owners[0]!r}")
+    which = " or ".join(repr(owner.name) for owner in owners)
+    return UserError(f"{name} belongs to {choice.name} {which}, and {now}: leave it out, or choose {owners[0].name!r}")
 
 
 def check_settings(record: Any, variant: Any = None) -> None:
@@ -282,6 +286,7 @@ def check_settings(record: Any, variant: Any = None) -> None:
         }
         if not all(limits.values()):
             must = " and ".join(f"{word.replace('_', ' ')} {about[word]:,}" for word in limits if word in about)
+            must = about.get("must", must)
             raise UserError(f"{each.name} is {value}: it must be {must}")
         if value > about.get("most", value):
             raise UserError(f"{each.name} is {value}: it must be at most {about['most']:,}")

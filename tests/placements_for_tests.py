@@ -25,7 +25,7 @@ def choosing(residual: str) -> dict[str, Any]:
     try:
         ModelConfig(residual=residual, num_layers=1)
     except UserError:  # Mix-LN has no Post-LN layer below four
-        return {"residual": residual, "num_layers": 4, "num_decoder_layers": 4}
+        return {"residual": residual, "num_layers": 4}
     return {"residual": residual}
 
 

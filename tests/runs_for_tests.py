@@ -10,20 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minitransformer.evaluation.metrics import Totals, values_of
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model
 from minitransformer.runs import Run
 from minitransformer.settings import all_declared, with_settings
 from minitransformer.text.corpora import open_corpus
-from minitransformer.text.prepare import PreparedText, prepare
+from minitransformer.text.datasets.text import PreparedText, TextPreparation
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.learner import Learner, build_learner
+from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Logs, RunFiles
 from minitransformer.training.loop import Trainer
 from minitransformer.training.machine import Machine
 from minitransformer.training.objectives import Objective
 from minitransformer.training.signals import StopRequest
 from minitransformer.training.step import StepResult
+from minitransformer.training.validation import Validation
 
 TEXT = "".join(f"Line {i}: the {'quick brown' if i % 3 else 'slow red'} fox counts {i * i}.\n" for i in range(200))
 
@@ -54,13 +57,18 @@ def chosen_for(record: type, name: str) -> dict[str, str]:
     return choices
 
 
+def validation_of(loss: float, **about: Any) -> Validation:
+    """A validation of which only the loss is known."""
+    return Validation(values_of(Totals(nats=loss, targets=1)), **about)
+
+
 def prepared_text(folder: Path, text: str = TEXT) -> PreparedText:
     source = folder / "text.txt"
     if not source.exists():
         source.write_text(text)
-    return prepare(
+    return TextPreparation(
         open_corpus(str(source)), "bytes", context_length=16, cache=folder / "cache", workers=1, progress=False
-    )
+    ).run()
 
 
 CPU = torch.device("cpu")
@@ -88,9 +96,14 @@ class Reader(torch.optim.SGD):
         self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
 
 
+def loader_of(objective: Objective, config: RunConfig = TINY) -> Loader:
+    """A loader without data, for steps whose batches a test gives."""
+    return Loader(None, objective, config.batch_shape(objective.window), config.training.seed)  # type: ignore[arg-type]
+
+
 def reading_learner(model: Model, objective: Objective, config: RunConfig) -> tuple[Learner, Reader]:
     """A learner of `model` that only reads the gradients of its steps."""
-    learner, reader = Learner(config, model, objective, cpu("fp32")), Reader(model)
+    learner, reader = Learner(config, model, loader_of(objective, config), cpu("fp32")), Reader(model)
     learner.optimizers = [reader]  # type: ignore[list-item]
     return learner, reader
 

@@ -115,7 +115,7 @@ def test_validation_data_of_plain_text_is_what_is_validated(here: Path, capsys: 
     assert f"validation {len(TEXT) + 1:,} tokens" in capsys.readouterr().out
     assert "is in --data and in --validation-data" in refused(capsys, "--data", "my.txt", "--validation-data", "my.txt")
     message = refused(capsys, "--data", "my.txt", "--validation-data", "other.txt", "--validation-target-data", "x")
-    assert "nothing would read it" in message
+    assert "validation_target_data belongs to data_kind 'pairs', and data_kind is 'text': leave it out" in message
     run = here / "runs/gpt-nano-my"
     assert main(["--resume", str(run), "--steps", "6", "--validation-data", "my.txt"]) == 2
 

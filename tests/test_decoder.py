@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import minitransformer.architecture
 from minitransformer.architecture.positions import PositionScheme
-from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
 from minitransformer.models.decoder import DecoderLM
@@ -162,23 +159,3 @@ def test_a_fresh_model_finds_all_tokens_about_equally_likely() -> None:
     tokens = torch.randint(0, 50, (4, 32))
     loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), torch.randint(0, 50, (128,)))
     assert loss.item() == pytest.approx(math.log(50), abs=0.3)
-
-
-def test_the_examples_of_the_tour_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Residual, "registry", dict(Residual.registry))  # the tour registers a placement
-    tour = (Path(minitransformer.architecture.__file__).parent / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", tour, flags=re.MULTILINE | re.DOTALL)
-    assert blocks
-    names: dict[str, Any] = {"__name__": "tour"}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-
-
-def test_every_name_and_file_of_the_tour_exists() -> None:
-    folder = Path(minitransformer.architecture.__file__).parent
-    tour = (folder / "README.md").read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#]+\.py)\)", tour):
-        assert (folder / link).is_file(), link
-    source = "\n".join(file.read_text(encoding="utf-8") for file in folder.parent.rglob("*.py"))
-    for name in re.findall(r"`([A-Za-z_][A-Za-z_0-9]*)`", re.sub(r"```.*?```", "", tour, flags=re.DOTALL)):
-        assert re.search(rf"\b{name}\b", source), name

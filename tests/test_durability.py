@@ -450,15 +450,15 @@ def test_notes_about_a_text_of_which_a_digit_has_changed_are_taken_again(here, r
 
 
 def test_hashes_of_a_large_file_take_every_core_and_see_every_byte(tmp_path, monkeypatch):
-    from minitransformer.text import preparing
+    from minitransformer.text import caching
 
-    monkeypatch.setattr(preparing, "BLOCK", 7)
+    monkeypatch.setattr(caching, "BLOCK", 7)
     path = tmp_path / "tokens"
     content = bytes(range(50))
     seen = set()
     for place in range(len(content)):
         path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
-        seen.add(preparing.digest_of(path))
+        seen.add(caching.digest_of(path))
     assert len(seen) == len(content)
     path.write_bytes(content)
-    assert preparing.digest_of(path) == preparing.digest_of(path)
+    assert caching.digest_of(path) == caching.digest_of(path)

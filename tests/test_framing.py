@@ -21,7 +21,8 @@ from minitransformer.generation.fill import encode_with_masks, fill_masks
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.samples import sample_of, translations
 from minitransformer.models.model import Model
-from minitransformer.pretrained.tokenizers import load_tokenizer, save_tokenizer, template
+from minitransformer.pretrained.tokenizer_files import save_tokenizer
+from minitransformer.pretrained.tokenizers import load_tokenizer, template
 from minitransformer.runs import Run
 from minitransformer.text.tokenizers import Bytes, Framing, Tokenizer
 from minitransformer.training.checkpoint import write_checkpoint

@@ -14,6 +14,7 @@ from minitransformer.lab.experiment import Experiment, ExperimentSettings
 from minitransformer.lab.experiments.trainability import PLACEMENTS
 from minitransformer.lab.training import BASE, Course, train
 from minitransformer.models.model import build_model
+from minitransformer.settings import flat
 from minitransformer.tasks.task import Result
 from minitransformer.training.logging import Log
 from tests.runs_for_tests import TEXT, TINY, configured, prepared_text, trainer_for
@@ -176,7 +177,7 @@ def test_placements_are_compared_with_the_same_draws_of_weights(tiny):
 )
 def test_a_placement_is_trained_with_the_attention_and_the_weights_that_its_authors_gave_it(tiny, residual, asked):
     config = tiny("E9").configured({"residual": residual, "lr": 1e-3, "steps": 3}).model
-    assert {choice: getattr(config, choice) for choice in asked} == asked
+    assert {choice: flat(config)[choice] for choice in asked} == asked
 
 
 def test_a_task_may_say_what_its_placement_asks_for(tiny):
@@ -187,7 +188,7 @@ def test_a_task_may_say_what_its_placement_asks_for(tiny):
 def test_the_ranking_has_pre_ln_with_all_that_hybridnorm_has_beside_its_placement(tiny):
     experiment = tiny("E9", quick=False)
     models = [experiment.configured(task).model for task in experiment.tasks()]
-    hybrid = next(model for model in models if model.residual == "hybrid")
+    hybrid = next(model for model in models if model.residual.name == "hybrid")
     assert replace(hybrid, residual="pre") in models
 
 

@@ -26,7 +26,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"dropout": 1.0}, "dropout is 1.0: it must be at least 0 and below 1"),
     ({"dropout": -0.1}, "dropout is -0.1: it must be at least 0 and below 1"),
     ({"dropout": float("nan")}, "dropout is nan: it must be finite, in float32 too"),
-    ({"norm_eps": 0.0}, "norm_eps is 0.0: it must be at least 1.1754943508222875e-38"),
+    ({"norm_eps": 0.0}, "norm_eps is 0.0: it must be at least 1.2e-38, as less is 0 in float32"),
     ({"rotary_fraction": 1.5}, "rotary_fraction is 1.5: it must be above 0 and at most 1"),
     (
         {"num_experts": 2, "experts_per_token": 3},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -13,11 +14,11 @@ from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
-from minitransformer.text.generated_pairs import POOL, GeneratedPairs, generate_pairs, generates_pairs
-from minitransformer.text.token_pairs import TokenPairs
+from minitransformer.text.datasets.generated_pairs import POOL, GeneratedPairs, generate_pairs, generates_pairs
+from minitransformer.text.token_files import TokenPairs
 from minitransformer.text.tokenizers import Bytes
 
-numbers: Any = recipes.load("numbers")
+numbers: Any = recipes.load_recipe("numbers")
 VALUES = {
     **{"zero": 0, "oh": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8},
     **{"nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15},
@@ -201,10 +202,11 @@ def test_generated_data_validates_on_the_same_held_out_pairs_every_time() -> Non
     assert answers(data.validation) == answers(again.validation)
     assert len(answers(data.validation)) == 500
     assert {numbers.count_words(numbers.in_words(int(digits))) for digits in answers(data.validation)} == {6, 11}
-    assert data.validation_bytes == sum(map(len, answers(data.validation)))
+    assert data.num_bytes("validation") == sum(map(len, answers(data.validation)))
     assert data.folder == again.folder
-    assert sum(len(batch.source) for batch in data.validation_batches(1000)) == 500
-    assert said(data.training_batches(1000, seed=3), 5) == said(generated(1000, seed=3, context_length=128), 5)
+    data = replace(data, batch_tokens=1000)
+    assert sum(len(batch.source) for batch in data.ordered_batches("validation")) == 500
+    assert said(data.training_batches(3), 5) == said(generated(1000, seed=3, context_length=128), 5)
     assert "500 pairs" in data.summary()
     assert max(map(len, data.summary().splitlines())) < 80
 

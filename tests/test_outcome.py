@@ -13,8 +13,8 @@ from minitransformer.commands.train import main
 from minitransformer.training import validation
 from minitransformer.training.loop import Progress
 from minitransformer.training.outcome import describe
-from minitransformer.training.step import Validation
-from tests.runs_for_tests import TEXT, configured, prepared_text, trainer_for
+from minitransformer.training.validation import Validation
+from tests.runs_for_tests import TEXT, configured, prepared_text, trainer_for, validation_of
 
 pytestmark = pytest.mark.unchecked_shapes
 
@@ -28,12 +28,12 @@ def described(path: Path, losses: dict[int, float], last: Validation, **progress
 
 
 def test_where_the_last_validation_is_the_best_there_is_one_line(tmp_path):
-    said = described(tmp_path, {2: 1.0}, Validation(1.5), step=8, best_step=8, best_loss=1.5)
+    said = described(tmp_path, {2: 1.0}, validation_of(1.5), step=8, best_step=8, best_loss=1.5)
     assert said == "validation loss 1.5000, perplexity 4.48 (best at step 8)"
 
 
 def test_the_last_and_the_best_loss_stand_there_each_with_its_step(tmp_path):
-    said = described(tmp_path, {4: 2.0, 8: 2.5}, Validation(2.6), step=8, best_step=4, best_loss=2.0)
+    said = described(tmp_path, {4: 2.0, 8: 2.5}, validation_of(2.6), step=8, best_step=4, best_loss=2.0)
     assert said.splitlines() == [
         "validation loss 2.6000, perplexity 13.46 (last, at step 8)",
         "best       loss 2.0000 (at step 4); the sample is of its weights",
@@ -50,14 +50,14 @@ def test_the_last_and_the_best_loss_stand_there_each_with_its_step(tmp_path):
     ],
 )
 def test_it_is_said_when_validation_has_parted_from_training(tmp_path, losses, last, parted):
-    said = described(tmp_path, losses, Validation(last), step=8, best_step=4, best_loss=2.0)
+    said = described(tmp_path, losses, validation_of(last), step=8, best_step=4, best_loss=2.0)
     assert (
         "since step 4 the training loss fell from 1.9000 to 0.9000, and validation rose by 0.6000" in said
     ) == parted
 
 
 def test_a_best_loss_of_a_part_is_beside_the_last_one_of_that_part(tmp_path):
-    last = Validation(2.6, subset_loss=2.4)
+    last = validation_of(2.6, subset_loss=2.4)
     said = described(tmp_path, {4: 2.0, 8: 1.0}, last, step=8, best_step=4, best_loss=2.0)
     assert "loss 2.6000" in said
     assert (
@@ -70,10 +70,10 @@ def test_a_best_loss_of_a_part_is_beside_the_last_one_of_that_part(tmp_path):
 def test_the_sample_at_the_end_is_of_the_best_weights(tmp_path):
     trainer = trainer_for(tmp_path / "run", prepared_text(tmp_path), configured(steps=8, eval_every=2))
     losses = iter(RISING)
-    trainer._validate = lambda: trainer._note(Validation(next(losses)))
+    trainer._validate = lambda: trainer._note(validation_of(next(losses)))
     trainer.train()
     seen = []
-    trainer.sample = lambda model, objective: seen.append(model) or "words"
+    trainer.sample = lambda model, loader: seen.append(model) or "words"
     said = trainer.write_sample(best=True)
     best = load_file(tmp_path / "run/checkpoints/best/model.safetensors")
     assert (tmp_path / "run/checkpoints/best").resolve().name == "step-000004"
@@ -89,7 +89,7 @@ def test_an_early_stop_reports_and_samples_the_best(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("MINITRANSFORMER_DATA", str(tmp_path / "work"))
     (tmp_path / "my.txt").write_text(TEXT)
     losses = iter(RISING)
-    monkeypatch.setattr(validation, "validate", lambda *_, **__: Validation(next(losses), tokens=9))
+    monkeypatch.setattr(validation, "validate", lambda *_, **__: validation_of(next(losses), tokens=9))
     shape = ["--d-model", "16", "--num-layers", "1", "--num-heads", "2", "--context-length", "16", "--batch-size", "2"]
     options = ["--tokenizer", "bytes", "--precision", "fp32", "--compile", "off", "--warmup-steps", "0"]
     options += ["--steps", "100", "--eval-every", "5", "--patience", "2", "--log-every", "1"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.pair_batches import PairBatch, SequentialPairs, ShuffledPairs
-from minitransformer.text.token_pairs import Ragged, TokenPairs
+from minitransformer.text.token_files import Ragged, TokenPairs
 
 SOURCE_END, TARGET_END = 1000, 2000
 TextPair = tuple[list[int], list[int]]

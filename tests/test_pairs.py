@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
+from minitransformer.text.datasets.pair_data import PreparedPairs
+from minitransformer.text.datasets.pair_preparation import EncodedPair, PairPreparation, divided
 from minitransformer.text.pairs import PairCorpus, open_pairs
-from minitransformer.text.prepare_pairs import Encoded, PreparedPairs, divided, prepare_pairs
-from minitransformer.text.token_pairs import Ragged, TokenPairs
+from minitransformer.text.token_files import Ragged, TokenPairs
 from minitransformer.text.tokenizers import BPE, Tokenizer
 
 PAIRS = [("Un chat.", "A cat."), ("Où\u2028est-il ?", "Where is he?"), ("Là-bas\x0b!", "Over there!")]
@@ -130,7 +131,7 @@ def sums(count: int) -> list[tuple[str, str]]:
 
 def made(tmp_path: Path, pairs: list[tuple[str, str]], tokenizer: Any = "bytes", **settings: Any) -> PreparedPairs:
     corpus = open_pairs(put(tmp_path / "a.tsv", as_table(pairs)))
-    return prepare_pairs(corpus, tokenizer, **{"context_length": 64, "progress": False, **settings})
+    return PairPreparation(corpus, tokenizer, **{"context_length": 64, "progress": False, **settings}).run()
 
 
 def decoded(prepared: PreparedPairs, pairs: TokenPairs) -> list[tuple[str, str]]:
@@ -149,7 +150,7 @@ def test_every_pair_is_in_one_split_and_decodes_to_itself(tmp_path: Path, tokeni
     train, validation = decoded(prepared, prepared.train), decoded(prepared, prepared.validation)
     assert sorted(train + validation) == sorted(pairs)
     assert 200 < len(validation) < 400
-    assert prepared.validation_bytes == sum(len(target.encode()) for _, target in validation)
+    assert prepared.num_bytes("validation") == sum(len(target.encode()) for _, target in validation)
     assert (prepared.tokenizer is prepared.target_tokenizer) == (not separate)
     assert isinstance(prepared.train.sources.tokens, np.memmap)
     assert f"{len(train):,} pairs" in prepared.summary()
@@ -208,7 +209,7 @@ def test_a_side_must_leave_room_for_its_end_token(tmp_path: Path) -> None:
     shortened = [*pairs[:4], ("x" * 9, "y" * 4), ("x" * 4, "y" * 9)]
     assert sorted(decoded(cut, cut.train) + decoded(cut, cut.validation)) == sorted(shortened)
     assert (cut.skipped, cut.cut) == (0, 2)
-    assert cut.validation_bytes == len(cut.validation.targets.tokens)
+    assert cut.num_bytes("validation") == len(cut.validation.targets.tokens)
 
 
 def test_a_corpus_for_validation_is_all_of_it(tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ def test_a_corpus_for_validation_is_all_of_it(tmp_path: Path) -> None:
 def test_validation_has_the_low_places_or_the_lowest_and_no_duplicate_is_on_both_sides(
     places: list[int], fraction: float
 ) -> None:
-    pairs = [Encoded((place + 1) / 11, (np.empty(0, np.uint16),) * 2, False, 0) for place in places]
+    pairs = [EncodedPair((place + 1) / 11, (np.empty(0, np.uint16),) * 2, False, 0) for place in places]
     parts = list(divided(pairs, fraction))
     assert sorted(pair.place for _, pair in parts) == sorted(pair.place for pair in pairs)
     limit = max(fraction, min(pair.place for pair in pairs) + 1e-9)

@@ -17,7 +17,7 @@ from minitransformer.architecture.residual import Place, PreLN, Residual
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
-from minitransformer.text.prepare import PreparedText
+from minitransformer.text.datasets.text import PreparedText
 from minitransformer.training.optimizers import Optimizer, Rates, build_optimizers
 from tests.placements_for_tests import OURS, choosing
 from tests.runs_for_tests import configured, prepared_text, trainer_for

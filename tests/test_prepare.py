@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -19,51 +14,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
-from minitransformer.files import locked
-from minitransformer.text import corpora, scanning
-from minitransformer.text import preparing as room
+from minitransformer.text import corpora
 from minitransformer.text.corpora import Corpus, Piece, open_corpus
-from minitransformer.text.prepare import PreparedText, by_document, contiguous, is_validation, prepare
-from minitransformer.text.preparing import AHEAD, in_order, sample
-from minitransformer.text.tokenizers import BPE, Bytes, Characters
+from minitransformer.text.datasets import pipeline
+from minitransformer.text.datasets import text as text_data
+from minitransformer.text.datasets.pipeline import sample
+from minitransformer.text.datasets.text import TextPreparation, by_document, contiguous, is_validation
+from minitransformer.text.threads import AHEAD, in_order
+from minitransformer.text.tokenizers import BPE, Bytes
+from tests.prepared_for_tests import contents, documents, made, stories, written
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
-FILES = ("train.bin", "validation.bin", "tokenizer.json", "meta.json")
 
 
 @pytest.fixture(autouse=True)
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MINITRANSFORMER_DATA", str(tmp_path / "work"))
     return tmp_path / "work"
-
-
-def stories(count: int) -> list[str]:
-    return [f"Story number {i}: once upon a time there were {i * i} owls.\n" * (1 + i % 5) for i in range(count)]
-
-
-def written(path: Path, documents: list[str]) -> Corpus:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    return open_corpus(str(path))
-
-
-def made(corpus: Corpus, tokenizer: Any = "bytes", **settings: Any) -> PreparedText:
-    defaults = {"validation_fraction": 0.1, "context_length": 8, "progress": False}
-    return prepare(corpus, tokenizer, **{**defaults, **settings})
-
-
-def contents(folder: Path) -> list[bytes]:
-    return [(folder / name).read_bytes() for name in FILES]
-
-
-def documents(prepared: PreparedText, tokens: np.ndarray) -> list[str]:
-    starts = np.flatnonzero(tokens == prepared.tokenizer.end_of_text)
-    assert starts[0] == 0
-    return [prepared.tokenizer.decode(part.tolist()) for part in np.split(tokens, starts[1:])]
-
-
-def leftovers(work: Path) -> list[str]:
-    return [path.name for path in (work / "prepared").rglob("*") if ".partial" in path.name]
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs tinyshakespeare.txt of shared/data")
@@ -211,138 +179,10 @@ def test_other_text_settings_or_tokenizers_are_prepared_anew_and_a_moved_file_is
     assert made(written(tmp_path / "a.jsonl", changed)).folder not in folders
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_folder_is_made_again(tmp_path: Path, name: str) -> None:
-    corpus = written(tmp_path / "a.jsonl", stories(50))
-    prepared = made(corpus)
-    before = contents(prepared.folder)
-    with (prepared.folder / name).open("rb+") as file:
-        file.truncate(10)
-    assert contents(made(corpus).folder) == before
-
-
-def test_a_failure_half_way_leaves_nothing(tmp_path: Path, work: Path) -> None:
-    corpus = written(tmp_path / "a.jsonl", [*stories(50), "ж"])
-    with pytest.raises(UserError, match=r"U\+0436"):
-        made(corpus, Characters.fit(lambda: iter(stories(50))), workers=3)
-    assert not leftovers(work)
-    assert not list((work / "prepared").glob("*/meta.json"))
-
-
-@pytest.mark.parametrize("after", [1, 2])
-def test_text_that_changes_while_it_is_read_is_refused(
-    tmp_path: Path, work: Path, monkeypatch: pytest.MonkeyPatch, after: int
-) -> None:
-    """After the first reading, which scans, or the second, which encodes."""
-    corpus = written(tmp_path / "a.jsonl", stories(50))
-    whole, readings = Corpus.pieces, []
-
-    def growing(self: Corpus, *rest: Any) -> Iterator[Piece]:
-        yield from whole(self, *rest)
-        readings.append(1)
-        if len(readings) < after:
-            return
-        with self.files[0].open("a") as file:
-            file.write('{"text": "and then"}\n')
-
-    monkeypatch.setattr(Corpus, "pieces", growing)
-    with pytest.raises(UserError, match="changed while it was read"):
-        made(corpus)
-    assert not leftovers(work)
-
-
-# Prepares ARGV[1] with an encoder slowed down so that a signal finds it half-way.
-SLOW = """
-import sys, time
-from minitransformer.text import prepare as room
-from minitransformer.text.corpora import open_corpus
-from minitransformer.text.tokenizers import Bytes
-quick = Bytes.encode_array
-def slow(self, text):
-    time.sleep(float(sys.argv[2]))
-    return quick(self, text)
-Bytes.encode_array = slow
-made = room.prepare(
-    open_corpus(sys.argv[1]), 'bytes', validation_fraction=0.1, context_length=8, workers=2, progress=False
-)
-print(made.folder)
-"""
-
-
-def start(data: Path, delay: float, code: str = SLOW) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(data), str(delay)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_preparation_is_never_taken_for_whole(tmp_path: Path, work: Path, how: signal.Signals) -> None:
-    corpus = written(tmp_path / "a.jsonl", stories(100))
-    clean = made(corpus, cache=tmp_path / "clean")
-    process = start(tmp_path / "a.jsonl", 0.1)
-    deadline = time.monotonic() + 30
-    while not leftovers(work) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.2)
-    process.send_signal(how)
-    process.communicate()
-    assert process.returncode != 0
-    assert bool(leftovers(work)) == (how == signal.SIGKILL)
-    assert not list((work / "prepared").glob("*[0-9a-f]/meta.json"))
-    assert contents(made(corpus).folder) == contents(clean.folder)
-    assert not leftovers(work)
-
-
-def test_two_processes_that_want_the_same_build_it_once(tmp_path: Path, work: Path) -> None:
-    corpus = written(tmp_path / "a.jsonl", stories(100))
-    processes = [start(tmp_path / "a.jsonl", 0.01) for _ in range(3)]
-    answers = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], answers
-    folders = {Path(out.strip()) for out, _ in answers}
-    assert len(folders) == 1
-    assert contents(folders.pop()) == contents(made(corpus, cache=tmp_path / "clean").folder)
-    assert not leftovers(work)
-
-
-def test_nobody_deletes_what_a_living_process_is_building(tmp_path: Path, work: Path) -> None:
-    (work / "prepared" / "abc-1.partial").mkdir(parents=True)
-    with locked(work / "prepared" / "abc"):
-        made(written(tmp_path / "a.jsonl", stories(50)))
-        assert leftovers(work) == ["abc-1.partial"]
-    made(written(tmp_path / "a.jsonl", stories(50)))
-    assert not leftovers(work)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-def test_a_full_disk_is_told_in_one_sentence_and_leaves_nothing(tmp_path: Path, work: Path) -> None:
-    """By a limit on the size of files, which fails a write half-way as a full disk does."""
-    written(tmp_path / "a.jsonl", stories(200))
-    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
-    caught = "from minitransformer.errors import UserError\ntry:\n" + SLOW.replace("\n", "\n    ")
-    process = start(tmp_path / "a.jsonl", 0, limited + caught + "\nexcept UserError as error: print(error)")
-    out, err = process.communicate()
-    assert out.startswith("no space left while writing"), (out, err)
-    assert "MINITRANSFORMER_DATA" in out
-    assert not leftovers(work)
-    assert not list((work / "prepared").glob("*/meta.json"))
-
-
-def test_a_work_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    corpus = written(tmp_path / "a.jsonl", stories(20))
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(UserError, match=r"may not be written .*MINITRANSFORMER_DATA"):
-        made(corpus)
-
-
 @given(texts=st.lists(st.text(max_size=200)), share=st.floats(0.01, 1))
 def test_a_sample_has_its_share_of_every_beginning(texts: list[str], share: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "STRETCH", 10)
+        patch.setattr(pipeline, "STRETCH", 10)
         taken = list(sample(texts, share))
         assert taken == list(sample(texts, share))
     total = sum(map(len, texts))
@@ -360,7 +200,7 @@ def test_bpe_is_fitted_to_a_sample_of_a_large_corpus_and_says_so(
 
     monkeypatch.setattr(BPE, "fit_limit", 20_000)
     monkeypatch.setattr(BPE, "train", train)
-    monkeypatch.setattr(room, "STRETCH", 100)
+    monkeypatch.setattr(pipeline, "STRETCH", 100)
     corpus = written(tmp_path / "a.jsonl", stories(500))
     made(corpus, "bpe", progress=True)
     assert 19_000 < sum(heard) <= 20_000
@@ -442,7 +282,7 @@ def test_a_table_that_was_once_scanned_as_text_is_scanned_anew(tmp_path: Path, m
     path = tmp_path / "a.csv"
     path.write_text("id,text\n" + "".join(f"{i},a story of {i} owls\n" for i in range(200)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scanning, "TABLES", set())
+        patch.setattr(text_data, "TABLES", set())
         patch.setattr(corpora, "DELIMITERS", {})
         before = made(open_corpus(str(path)))
     after = made(open_corpus(str(path)))
@@ -456,5 +296,5 @@ def test_files_of_a_folder_that_are_left_out_are_counted(tmp_path, capsys):
     folder.mkdir()
     (folder / "a.txt").write_text("some text " * 100)
     (folder / "b.csv").write_text("text\nmore text\n")
-    prepare(open_corpus(str(folder)), "bytes", context_length=8, cache=tmp_path / "cache")
+    TextPreparation(open_corpus(str(folder)), "bytes", context_length=8, cache=tmp_path / "cache").run()
     assert "1 of its files, without the ending of a text, are left out" in capsys.readouterr().err

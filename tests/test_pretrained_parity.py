@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minitransformer import pretrained
+from minitransformer import pretrained, settings
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM
@@ -22,7 +22,6 @@ from minitransformer.models.encoder_decoder import EncoderDecoder
 from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.shards import write_shards
-from minitransformer.settings import flat, with_settings
 
 VOCABULARY, LENGTH, TARGET_LENGTH, PADDING = 64, 12, 7, 1
 # A wrong epsilon costs 8e-5 or more, of a class 2.8e-5, a wrong GELU 7e-4; what is right differs by rounding.
@@ -309,11 +308,11 @@ GELUS = {"gelu": "gelu-tanh", "gelu-tanh": "gelu", "geglu-tanh": "geglu"}
 
 def subtle_mistakes(config: ModelConfig) -> Iterator[dict[str, Any]]:
     """What may be read wrongly without that texts look wrong."""
-    yield {"norm_eps": max(10 * flat(config)["norm_eps"], 1e-5)}
+    yield {"norm_eps": max(10 * settings.flat(config)["norm_eps"], 1e-5)}
     if config.feedforward.name in GELUS:
         yield {"feedforward": GELUS[config.feedforward.name]}
     if config.positions.name == "rotary":
-        yield {"rotary_base": 1.01 * flat(config)["rotary_base"]}
+        yield {"rotary_base": 1.01 * settings.flat(config)["rotary_base"]}
     if config.attention_window is not None and config.attention_window < LENGTH:
         yield {"attention_window": config.attention_window + 1}
     if config.attention_softcap is not None:
@@ -328,7 +327,7 @@ def test_the_tolerance_notices_subtle_mistakes(name: str, folder: Path) -> None:
     inputs = Inputs(*padded("none", LENGTH, MEMBERS[name].texts), *padded("none", TARGET_LENGTH))
     expected = inputs.of_ours(right, MEMBERS[name])
     for mistake in subtle_mistakes(right.config):
-        wrong = build_model(with_settings(right.config, mistake)).eval()
+        wrong = build_model(settings.with_settings(right.config, mistake)).eval()
         wrong.load_state_dict(right.state_dict())
         assert error(inputs.of_ours(wrong, MEMBERS[name]), expected) > FLOAT32, mistake
 

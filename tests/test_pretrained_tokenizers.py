@@ -14,13 +14,11 @@ from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
 from minitransformer.generation.streaming import TextStream
+from minitransformer.pretrained.public_tokenizer import PublicTokenizer, characters_of_bytes
+from minitransformer.pretrained.tokenizer_files import described, save_tokenizer
 from minitransformer.pretrained.tokenizers import (
     SPLITS,
-    PublicTokenizer,
-    characters_of_bytes,
-    described,
     load_tokenizer,
-    save_tokenizer,
 )
 from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Bytes, Characters, Tokenizer
 

@@ -135,7 +135,7 @@ def test_the_gradient_norm_of_a_step_is_that_of_its_loss_over_all_micro_batches(
 ) -> None:
     config = configured(probe=("gradient-norm",), grad_accumulation=accumulation, grad_clip=1e-3)
     trainer = probed_trainer(tmp_path / "run", text, config)
-    batches = trainer.learner.objective.training_batches(0)
+    batches = trainer.learner.loader.training_batches(0)
     targets = sum(batch.num_targets for batch in batches)
     loss = sum(trainer.learner.objective.loss_sum(trainer.learner.model, batch) for batch in batches) / targets
     loss.backward()  # type: ignore[union-attr]
@@ -163,7 +163,7 @@ def test_the_update_ratio_is_how_far_the_weights_have_moved(text: Any, tmp_path:
 def test_figures_at_rest_are_for_the_weights_and_in_the_unit_of_the_loss(text: Any, tmp_path: Path) -> None:
     names = ("stream-variance", "skipped-layer", "example-gradient-norm")
     trainer = probed_trainer(tmp_path / "run", text, configured(batch_size=16, dropout=0.5, probe=names))
-    rows: Any = trainer.learner.objective.training_batches(0)[0]
+    rows: Any = trainer.learner.loader.training_batches(0)[0]
 
     def mean_loss(batch: Any) -> Tensor:
         return trainer.learner.objective.loss_sum(trainer.learner.model, batch) / batch.num_targets
@@ -194,11 +194,10 @@ def test_padding_of_targets_changes_no_figure() -> None:
     names = [name for name in ALL if name != "fp16-margin"]  # padding overflows too
 
     def figures(batch: PairBatch) -> dict[str, float | None]:
-        objective: Any = SimpleNamespace(
-            training_batches=lambda step: [batch], loss_sum=lambda model, batch: pair_loss(model, batch, 0.0)
-        )
+        objective = SimpleNamespace(loss_sum=lambda model, batch: pair_loss(model, batch, 0.0))
+        loader: Any = SimpleNamespace(training_batches=lambda step: [batch], objective=objective)
         training = replace(TINY.training, probe=tuple(names))
-        probe: Any = probe_for(training)(model, objective, torch.device("cpu"))
+        probe: Any = probe_for(training)(model, loader, torch.device("cpu"))
         probe.share = 1
         probe.before_step(1)
         return probe._figures

@@ -37,7 +37,7 @@ def texts(path: Path) -> list[str]:
 def test_every_file_of_the_folder_is_a_recipe_named_with_dashes() -> None:
     assert {"pydocs", "shakespeare", "stdlib-code"} <= set(recipes.known())
     for name, description in recipes.descriptions().items():
-        recipe = recipes.load(name)
+        recipe = recipes.load_recipe(name)
         assert len(description) < 80
         assert "\n" not in description
         assert recipe.version() == recipe.version()
@@ -45,18 +45,18 @@ def test_every_file_of_the_folder_is_a_recipe_named_with_dashes() -> None:
 
 def test_an_unknown_recipe_gets_the_nearest_name() -> None:
     with pytest.raises(UserError, match="did you mean 'stdlib-code'"):
-        recipes.load("stdlib_code")
+        recipes.load_recipe("stdlib_code")
 
 
 @pytest.fixture(scope="module")
 def pydocs() -> list[str]:
-    return list(recipes.load("pydocs").documents())
+    return list(recipes.load_recipe("pydocs").documents())
 
 
 def test_pydocs_are_the_same_in_another_process(pydocs: list[str]) -> None:
     code = (
         "import hashlib; from minitransformer.text import recipes\n"
-        "print(hashlib.sha256(repr(list(recipes.load('pydocs').documents())).encode()).hexdigest())"
+        "print(hashlib.sha256(repr(list(recipes.load_recipe('pydocs').documents())).encode()).hexdigest())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -82,7 +82,7 @@ def test_what_belongs_to_one_machine_or_to_the_tests_stays_out() -> None:
 
 
 def test_stdlib_code_is_one_document_a_file() -> None:
-    documents = list(recipes.load("stdlib-code").documents())
+    documents = list(recipes.load_recipe("stdlib-code").documents())
     assert len(documents) > 300
     assert sum("def dumps(obj, *, skipkeys=False" in text for text in documents) == 1
 
@@ -130,7 +130,7 @@ def test_a_recipe_that_fails_half_way_leaves_nothing(own_recipe: Path, work: Pat
 
 
 def test_what_a_killed_recipe_left_is_removed(own_recipe: Path, work: Path) -> None:
-    target = recipes.made_at("two-words", recipes.load("two-words"))
+    target = recipes.made_at("two-words", recipes.load_recipe("two-words"))
     target.parent.mkdir(parents=True)
     (target.parent / f".{target.name}-x.partial").write_text("{")
     assert texts(recipes.make("two-words")) == ["one\n", "two\n"]

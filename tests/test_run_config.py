@@ -12,9 +12,11 @@ import pytest
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
-from minitransformer.settings import all_declared, flat, with_settings
+from minitransformer.settings import all_declared, settings_of, with_settings
+from minitransformer.text.datasets import Pairs
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.finetuning import fine_tuning
+from minitransformer.training.objectives import Masked, Seq2Seq
 from minitransformer.training.presets import PRESETS
 from tests.runs_for_tests import chosen_for
 
@@ -26,7 +28,11 @@ def stored(config: RunConfig) -> dict[str, Any]:
 def in_format_1(config: RunConfig) -> dict[str, Any]:
     """As versions wrote it in which every setting stood flat."""
     parts = {"model": config.model, "data": config.data, "training": config.training}
-    return json.loads(json.dumps({name: flat(part) for name, part in parts.items()}))
+    return json.loads(json.dumps({name: every_setting(part) for name, part in parts.items()}))
+
+
+def every_setting(record: Any) -> dict[str, Any]:
+    return {each.name: value.name if each.family else value for each, value in settings_of(record)}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -38,6 +44,22 @@ def test_settings_of_variants_that_were_not_chosen_fall_away_with_the_flat_forma
     record = in_format_1(RunConfig(ModelConfig(positions="alibi")))
     record["model"] |= {"rotary_base": 500.0, "t5_buckets": 7}
     assert RunConfig.from_json(record, "config.json").model == ModelConfig(positions="alibi")
+
+
+def test_what_stood_in_training_and_belongs_to_an_objective_or_to_pairs_is_found_there() -> None:
+    """As versions of format 1 wrote it: every setting of every objective in training, those of pairs in both parts."""
+    record = in_format_1(PRESETS["transformer-mini"])
+    for name in ("data_kind", "batch_tokens"):
+        del record["data"][name]
+    record["data"] |= {"lowercase": True, "target_data": "x", "too_long": "cut"}
+    record["training"] |= {"batch_tokens": 77, "label_smoothing": 0.2, "mask_probability": 0.3, "mean_span": 4.0}
+    config = RunConfig.from_json(record, "config.json")
+    pairs = Pairs.choose(lowercase=True, target_data="x", too_long="cut", batch_tokens=77)
+    assert (config.data.dataset, config.training.objective) == (pairs, Seq2Seq.choose(label_smoothing=0.2))
+    text = in_format_1(RunConfig(ModelConfig(topology="encoder"), training=TrainingConfig(objective="masked")))
+    del text["data"]["data_kind"]
+    text["training"] |= {"batch_tokens": 77, "label_smoothing": 0.2, "mask_probability": 0.3}
+    assert RunConfig.from_json(text, "config.json").training.objective == Masked.choose(probability=0.3)
 
 
 def test_a_format_of_the_future_is_refused() -> None:
@@ -116,7 +138,7 @@ def test_every_preset_can_be_fine_tuned_at_a_tenth_of_its_rates(preset: str, new
     assert tuned.sequence_length <= min(1024, parent.model.context_length)
     again = fine_tuning(tuned, from_scratch=False, new_data=new_data)
     assert again.training == tuned.training
-    assert tuned.data.lowercase == parent.data.lowercase
+    assert tuned.data.dataset.settings == parent.data.dataset.settings
 
 
 @pytest.mark.parametrize(

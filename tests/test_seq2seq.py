@@ -19,12 +19,15 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Readout, build_model
 from minitransformer.runs import Run
 from minitransformer.text.batches import IGNORE
+from minitransformer.text.datasets import Pairs
+from minitransformer.text.datasets.pair_data import PreparedPairs
 from minitransformer.text.pair_batches import PairBatch
-from minitransformer.text.prepare_pairs import PreparedPairs
+from minitransformer.text.tokenizers import Bytes
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.loader import Loader
 from minitransformer.training.objectives import Seq2Seq
 from minitransformer.training.precision import Precision
-from minitransformer.training.step import validate
+from minitransformer.training.validation import validate
 from tests.runs_for_tests import configured, reading_learner
 
 PAIRS = [(f"{i} and {i + 1}", f"{2 * i + 1}") for i in range(0, 3000, 7)]
@@ -35,7 +38,7 @@ MODEL = ModelConfig(
 )
 TRAINING = TrainingConfig(
     objective="seq2seq",
-    **{"steps": 6, "batch_tokens": 80, "lr": 1e-2, "warmup_steps": 2, "eval_every": 3, "save_every": 2},
+    **{"steps": 6, "lr": 1e-2, "warmup_steps": 2, "eval_every": 3, "save_every": 2},
     **{"log_every": 1, "precision": "fp32"},
 )
 
@@ -46,12 +49,13 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.setenv("MINITRANSFORMER_DATA", str(tmp_path / "work"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in PAIRS))
-    return RunConfig(MODEL, DataConfig(data="pairs.tsv", tokenizer="bytes"), TRAINING)
+    data = DataConfig(data="pairs.tsv", tokenizer="bytes", dataset=Pairs.choose(batch_tokens=80))
+    return RunConfig(MODEL, data, TRAINING)
 
 
 @pytest.fixture
 def prepared(config: RunConfig) -> PreparedPairs:
-    made = Seq2Seq.prepare(config)
+    made = config.prepare()
     assert isinstance(made, PreparedPairs)
     return made
 
@@ -73,7 +77,7 @@ def example(targets: Tensor) -> PairBatch:
 
 
 def objective(label_smoothing: float = 0.0) -> Seq2Seq:
-    return Seq2Seq(None, RunConfig(MODEL, DataConfig(), replace(TRAINING, label_smoothing=label_smoothing)))
+    return Seq2Seq.choose(label_smoothing=label_smoothing).make(Bytes(), MODEL, MODEL.context_length)
 
 
 @given(smoothing=st.sampled_from([0.0, 0.1, 0.5]), seed=st.integers(0, 2**32))
@@ -95,7 +99,7 @@ def test_smoothing_gives_a_share_to_all_tokens_alike_in_training_only(smoothing:
 
 
 def test_the_model_reads_the_source_its_padding_and_the_targets_before(prepared: PreparedPairs) -> None:
-    batch = next(iter(prepared.validation_batches(60)))
+    batch = next(iter(replace(prepared, batch_tokens=60).ordered_batches("validation")))
     model = Fixed(torch.zeros(*batch.targets.shape, VOCABULARY))
     score = objective().score(model, batch)
     assert all(a is b for a, b in zip(model.asked, (batch.source, batch.inputs, batch.source_is_token), strict=True))
@@ -104,7 +108,7 @@ def test_the_model_reads_the_source_its_padding_and_the_targets_before(prepared:
 
 @pytest.mark.parametrize("topology", ["encoder-decoder", "rnn"])
 def test_micro_batches_give_the_gradient_of_the_batch_that_they_divide(prepared: PreparedPairs, topology: str) -> None:
-    batch = max(prepared.validation_batches(200), key=lambda batch: len(batch.source))
+    batch = max(replace(prepared, batch_tokens=200).ordered_batches("validation"), key=lambda batch: len(batch.source))
     model = build_model(replace(MODEL, topology=topology)).double()
     learner, reader = reading_learner(model, objective(0.1), configured(grad_clip=0.0))
     for parts in ([batch], batch.split(3)):
@@ -120,10 +124,10 @@ def test_steps_of_several_micro_batches_go_through_every_pair_once_an_epoch(
     config: RunConfig, prepared: PreparedPairs
 ) -> None:
     config = configured(config, grad_accumulation=3)
-    learner = Seq2Seq(prepared, config)
-    per_epoch = prepared.training_batches(TRAINING.batch_tokens, TRAINING.seed).batches_per_epoch
-    batches = [batch for step in range(-(-per_epoch // 3)) for batch in learner.training_batches(step)][:per_epoch]
-    assert all(len(learner.training_batches(step)) == 3 for step in range(2))
+    loader = Loader.of_run(config, prepared)
+    per_epoch = prepared.training_batches(TRAINING.seed).batches_per_epoch
+    batches = [batch for step in range(-(-per_epoch // 3)) for batch in loader.training_batches(step)][:per_epoch]
+    assert all(len(loader.training_batches(step)) == 3 for step in range(2))
     assert sum(len(batch.source) for batch in batches) == len(prepared.train)
     rows = [row for batch in batches for row in zip(batch.source, batch.source_is_token, strict=True)]
     assert len({tuple(source[is_token].tolist()) for source, is_token in rows}) == len(prepared.train)
@@ -133,8 +137,8 @@ def test_validation_predicts_every_target_once_and_counts_bits_of_target_bytes(
     config: RunConfig, prepared: PreparedPairs
 ) -> None:
     model = build_model(MODEL)
-    learner = Seq2Seq(prepared, configured(config, label_smoothing=0.3))
-    result = validate(model, learner, Precision.named("fp32")(CPU))
+    loader = Loader.of_run(configured(config, label_smoothing=0.3), prepared)
+    result = validate(model, loader, Precision.named("fp32")(CPU))
     nats, count, size = 0.0, 0, 0
     end = prepared.tokenizer.end_of_text
     pairs = prepared.validation
@@ -145,7 +149,7 @@ def test_validation_predicts_every_target_once_and_counts_bits_of_target_bytes(
             surprise = -model(source, inputs).log_softmax(-1).gather(-1, target[..., None])
             nats, count, size = nats + surprise.sum().item(), count + target.numel(), size + len(pairs.targets[i])
     assert result.loss == pytest.approx(nats / count, rel=1e-5)
-    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert result.values["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
 # --- as its users meet it
@@ -181,7 +185,7 @@ def test_a_run_with_two_vocabularies_keeps_both_and_resumes(parallel: list[str])
 def test_lower_case_is_a_property_of_the_run(parallel: list[str]) -> None:
     assert main([*SMALL, *parallel, "--tokenizer", "chars", "--lowercase"]) == 0
     run = Run.open(Path("run"))
-    assert run.config.data.lowercase
+    assert run.config.data.dataset.settings.lowercase
     assert {b"d", b"D"} & set(run.tokenizer.pieces) == {b"d"}
     assert not (run.path / "target-tokenizer.json").exists()
 
@@ -232,5 +236,5 @@ def test_files_of_pairs_are_not_left_unread_by_who_learns_from_text(
     parallel: list[str], capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
     assert main(["--data", "a.en", *flags, "a.de", "--tokenizer", "bytes", "--compile", "off"]) == 2
-    assert "is 'a.de', and nothing would read it" in capsys.readouterr().err
+    assert "target_data belongs to data_kind 'pairs', and data_kind is 'text': leave it out" in capsys.readouterr().err
     assert not Path("runs").exists()

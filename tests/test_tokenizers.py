@@ -286,7 +286,7 @@ def test_a_saved_published_encoding_needs_no_cache_and_no_network(tmp_path: Path
 
 def test_no_tokenizer_needs_torch() -> None:
     code = (
-        "import sys, minitransformer.text.prepare; print(sorted({'torch', 'tiktoken', 'requests'} & set(sys.modules)))"
+        "import sys, minitransformer.text.datasets; print(sorted({'torch', 'tiktoken', 'requests'} & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 from minitransformer.commands import unknown_flags
 from minitransformer.commands.export import Options as ExportOptions
 from minitransformer.commands.sample import Options as SampleOptions
-from minitransformer.commands.train import Options, main
+from minitransformer.commands.train import Flags, main
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
 from minitransformer.runs import Run
+from minitransformer.settings import kinds
 from minitransformer.text.corpora import short_name
-from minitransformer.text.tokenizers import Published, Tokenizer
-from minitransformer.training.config import with_vocabulary
+from minitransformer.text.tokenizers import TiktokenEncoding, Tokenizer
+from minitransformer.training.config import RunConfig, with_vocabulary
 from minitransformer.training.finetuning import check_fits
-from minitransformer.training.objectives import Objective
 from minitransformer.training.presets import PRESETS
 from tests.runs_for_tests import TEXT, configured, unsealed
 
@@ -107,7 +107,7 @@ def test_what_help_says_of_a_vocabulary_is_what_the_tokenizer_finds(tokenizer):
     if tokenizer == "bpe":
         assert kind.usual_vocab_size == kind.default_vocab_size
         return
-    if issubclass(kind, Published) and not all(path.exists() for path in kind._cached().values()):
+    if issubclass(kind, TiktokenEncoding) and not all(path.exists() for path in kind._cached().values()):
         pytest.skip("its ranks are not on this machine")
     characters = "".join(map(chr, [10, *range(32, 96)]))
     assert kind.fit(lambda: iter([characters])).vocab_size == kind.usual_vocab_size
@@ -121,7 +121,7 @@ def test_help_counts_the_parameters_of_presets_by_their_own_tokenizers(here, cap
     )
     (here / "my.txt").write_text("".join(map(chr, [10, *range(32, 96)])) * 40)
     for preset in ("shakespeare", "shakespeare-fast", "nanogpt-cpu"):
-        prepared = Objective.named("causal").prepare(configured(PRESETS[preset], data="my.txt", context_length=64))
+        prepared = configured(PRESETS[preset], data="my.txt", context_length=64).prepare()
         size = count_parameters(with_vocabulary(PRESETS[preset].model, prepared)) / 1e6
         assert counts[preset] == f"{size:.2f}M"
 
@@ -555,11 +555,8 @@ def test_a_flag_like_no_other_and_a_word_too_many_get_one_sentence(here, capsys)
 
 
 def test_what_flags_are_called_elsewhere_are_no_flags_here_and_lead_to_one():
-    known = {
-        *unknown_flags.flag_names(Options),
-        *unknown_flags.flag_names(SampleOptions),
-        *unknown_flags.flag_names(ExportOptions),
-    }
+    of_training = {*unknown_flags.flag_names(Flags), *(name.replace("_", "-") for name in kinds(RunConfig))}
+    known = of_training.union(*map(unknown_flags.flag_names, (SampleOptions, ExportOptions)))
     for name, meant in unknown_flags.ELSEWHERE.items():
-        assert name not in unknown_flags.flag_names(Options)
+        assert name not in of_training
         assert set(meant) <= known, name

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.batches import IGNORE, Batch
+from minitransformer.text.tokenizers import Bytes
 from minitransformer.training.checkpoint import checkpoint_step, checkpoints_in, choose_checkpoint
 from minitransformer.training.divergence import MOST_STEPS_WITHOUT_UPDATE, NonFiniteTraining, are_finite
 from minitransformer.training.learner import Learner
@@ -23,8 +24,17 @@ from minitransformer.training.muon import Muon, jordan, nearest_to_one, orthogon
 from minitransformer.training.objectives import Causal
 from minitransformer.training.optimizers import AdamW, Optimizer, Rates, build_optimizers
 from minitransformer.training.signals import StopRequest
-from minitransformer.training.step import Validation, validate
-from tests.runs_for_tests import TINY, call_after_step, configured, cpu, prepared_text, reading_learner, trainer_for
+from tests.runs_for_tests import (
+    TINY,
+    call_after_step,
+    configured,
+    cpu,
+    loader_of,
+    prepared_text,
+    reading_learner,
+    trainer_for,
+    validation_of,
+)
 
 pytestmark = pytest.mark.unchecked_shapes
 
@@ -52,10 +62,14 @@ def metrics(path):
     return [{k: v for k, v in record.items() if k not in timeless} for record in records]
 
 
+def causal(kind=Causal):
+    return kind.choose().make(Bytes(), TINY.model, TINY.sequence_length)
+
+
 def gradients(model, batches, grad_clip=0.0):
     """The gradient that one step descends along."""
     config = configured(grad_clip=grad_clip)
-    learner, reader = reading_learner(model, Causal(None, config), config)
+    learner, reader = reading_learner(model, causal(), config)
     result = learner.step(batches)
     return reader.gradients[0], result
 
@@ -211,11 +225,11 @@ class TimesNaN(Causal):
 def test_a_loss_or_gradient_that_is_not_finite_changes_neither_weights_nor_averages(precision, broken, first):
     config = configured(optimizer="muon", momentum=0.9, lr=0.1, schedule="constant", warmup_steps=0)
     model = DecoderLM(config.model)
-    learner = Learner(config, model, Causal(None, config), cpu(precision))
+    learner = Learner(config, model, loader_of(causal()), cpu(precision))
     batch = random_batch(2, torch.Generator().manual_seed(0))
 
     def step(objective):
-        learner.objective = objective(None, config)
+        learner.objective = causal(objective)
         return learner.step([batch])
 
     def averages():
@@ -248,7 +262,7 @@ def test_a_step_asks_the_device_for_no_number(precision, optimizer):
             return Batch(self.inputs, self.targets)
 
     config = configured(optimizer=optimizer, dropout=0.1)
-    learner = Learner(config, DecoderLM(config.model), Causal(None, config), cpu(precision))
+    learner = Learner(config, DecoderLM(config.model), loader_of(causal()), cpu(precision))
     random = random_batch(2, torch.Generator().manual_seed(0))
     batch = OnHost(**{field.name: getattr(random, field.name) for field in fields(random)})
     with NoNumber():
@@ -330,27 +344,11 @@ def test_two_seeds_differ_and_one_seed_does_not(text, tmp_path):
     assert not torch.equal(trained("c", 2)["embedding.table.weight"], trained("d", 3)["embedding.table.weight"])
 
 
-def test_validation_predicts_every_token_once_and_counts_bits_of_bytes(text, tmp_path):
-    trainer = trainer_for(tmp_path / "run", text, TINY)
-    result = validate(trainer.learner.model, trainer.learner.objective, trainer.learner.precision)
-    tokens = torch.from_numpy(text.validation.astype("int64"))
-    nats = count = 0.0
-    for start in range(0, len(tokens) - 1, 16):
-        window = tokens[start : start + 17]
-        log_p = trainer.learner.model.eval()(window[None, :-1]).double().log_softmax(-1)[0]
-        nats -= log_p.gather(1, window[1:, None]).sum().item()
-        count += len(window) - 1
-    assert count == len(tokens) - 1
-    assert result.loss == pytest.approx(nats / count, rel=1e-6)
-    assert result.perplexity == pytest.approx(math.exp(nats / count), rel=1e-6)
-    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / text.validation_bytes, rel=1e-6)
-
-
 def test_a_run_stops_early_when_validation_no_longer_improves(text, tmp_path):
     config = configured(lr=1e-12, steps=100, eval_every=1, patience=3, save_every=100, warmup_steps=0)
     trainer = trainer_for(tmp_path / "run", text, config)
     losses = iter([3.0, 2.0, 2.5, 2.1, 2.2, 1.0])
-    trainer._validate = lambda: trainer._note(Validation(next(losses), bits_per_byte=1.0))
+    trainer._validate = lambda: trainer._note(validation_of(next(losses)))
     trainer.train()
     assert trainer.stopped_early
     assert (trainer.progress.step, trainer.progress.best_step) == (5, 2)
@@ -454,13 +452,13 @@ def test_what_is_not_finite_is_null_in_the_metrics(tmp_path):
 def stopped_in_its_first_validation(path, text, config):
     with StopRequest() as stop:
         trainer = trainer_for(path, text, config, stop)
-        batches = trainer.learner.objective.validation_batches
+        batches = trainer.learner.loader.validation_batches
 
         def interrupted():
             signal.raise_signal(signal.SIGTERM)
             return batches()
 
-        trainer.learner.objective.validation_batches = interrupted
+        trainer.learner.loader.validation_batches = interrupted
         trainer.train()
         assert stop.exit_code == 143
     assert trainer.validation is None

@@ -16,12 +16,12 @@ from minitransformer.errors import UserError
 from minitransformer.models.model import build_model
 from minitransformer.training.checkpoint import choose_checkpoint
 from minitransformer.training.config import RunConfig, TrainingConfig
+from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Log, Terminal
 from minitransformer.training.objectives import Objective
 from minitransformer.training.precision import Precision
-from minitransformer.training.step import Validation, validate
-from minitransformer.training.validation import LEAST, Validator, draw_subset, most_tokens
-from tests.runs_for_tests import configured, prepared_text, trainer_for
+from minitransformer.training.validation import LEAST, Validator, draw_subset, most_tokens, validate
+from tests.runs_for_tests import configured, prepared_text, trainer_for, validation_of
 
 pytestmark = pytest.mark.unchecked_shapes
 
@@ -29,7 +29,7 @@ FP32 = Precision.named("fp32")(torch.device("cpu"))
 TOPOLOGIES = {"causal": "decoder", "masked": "encoder", "span-corruption": "encoder-decoder", "seq2seq": "rnn"}
 
 
-def objective_of(name: str, folder: Path, **choices: object) -> Objective:
+def run_of(name: str, folder: Path, **choices: object) -> tuple[RunConfig, Loader]:
     """With a validation split of some dozens of batches."""
     folder.mkdir(exist_ok=True)
     (folder / "text.txt").write_text("".join(f"{i} the quick brown fox counts {i * i}.\n" for i in range(600)))
@@ -39,15 +39,14 @@ def objective_of(name: str, folder: Path, **choices: object) -> Objective:
         **{"data": str(data), "objective": name, "topology": TOPOLOGIES[name], "context_length": 32},
         **{
             "vocab_size": None,
-            "batch_tokens": 64,
             "validation_fraction": 0.2,
-            "positions": "none" if name == "seq2seq" else "rotary",
         },
+        **({"batch_tokens": 64} if name == "seq2seq" else {}),
         **{"validation_tokens": 512, "num_layers": 1, **choices},
     )
-    prepared = Objective.named(name).prepare(config)
+    prepared = config.prepare()
     config = configured(config, vocab_size=prepared.tokenizer.vocab_size)
-    return Objective.named(name)(prepared, config)
+    return config, Loader.of_run(config, prepared)
 
 
 @pytest.fixture
@@ -58,9 +57,9 @@ def work(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(Objective.registry))
 def test_every_objective_reads_the_same_part_each_time_and_all_at_the_end(name, work):
-    objective = objective_of(name, work)
-    model = build_model(objective.config.model)
-    validator = Validator(model, objective, FP32, Log())
+    config, loader = run_of(name, work)
+    model = build_model(config.model)
+    validator = Validator(model, config, loader, FP32, Log())
     assert validator.subset is not None
     assert 512 <= validator.subset.tokens <= 2 * 512
     first, again, whole = validator(whole=False), validator(whole=False), validator(whole=True)
@@ -69,30 +68,47 @@ def test_every_objective_reads_the_same_part_each_time_and_all_at_the_end(name, 
     assert whole.subset_loss == pytest.approx(first.loss, rel=1e-6)
     assert whole.comparable_loss == whole.subset_loss
     assert first.comparable_loss == first.loss
-    alone = validate(model, objective, FP32)
-    assert (whole.loss, whole.bits_per_byte, whole.exact) == (alone.loss, alone.bits_per_byte, alone.exact)
+    alone = validate(model, loader, FP32)
+    assert whole.values == alone.values
     assert alone.subset_loss is None
 
 
 @pytest.mark.parametrize("name", ["causal", "seq2seq"])
 def test_bits_per_byte_of_a_part_are_over_the_bytes_of_its_own_targets(name, work):
-    objective = objective_of(name, work)
-    model, subset = build_model(objective.config.model), draw_subset(objective)
-    batches = [objective.validation_batches().batch(index) for index in subset.batches]
+    config, loader = run_of(name, work)
+    model, subset = build_model(config.model), draw_subset(config, loader)
+    batches = [loader.validation_batches().batch(index) for index in subset.batches]
     size = sum(int(((batch.targets >= 0) & (batch.targets < 256)).sum()) for batch in batches)
-    result = validate(model, objective, FP32, subset, whole=False)
-    nats = sum(objective.score(model, batch).nats.item() for batch in batches)
-    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=2e-3)
+    result = validate(model, loader, FP32, subset, whole=False)
+    nats = sum(loader.objective.score(model, batch).nats.item() for batch in batches)
+    assert result.values["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=2e-3)
+
+
+def test_validation_predicts_every_token_once_and_counts_bits_of_bytes(tmp_path):
+    text = prepared_text(tmp_path)
+    trainer = trainer_for(tmp_path / "run", text, configured())
+    result = validate(trainer.learner.model, trainer.learner.loader, trainer.learner.precision)
+    tokens = torch.from_numpy(text.validation.astype("int64"))
+    nats = count = 0.0
+    for start in range(0, len(tokens) - 1, 16):
+        window = tokens[start : start + 17]
+        log_p = trainer.learner.model.eval()(window[None, :-1]).double().log_softmax(-1)[0]
+        nats -= log_p.gather(1, window[1:, None]).sum().item()
+        count += len(window) - 1
+    assert count == len(tokens) - 1
+    assert result.loss == pytest.approx(nats / count, rel=1e-6)
+    assert result.values["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-6)
+    assert result.values["bits_per_byte"] == pytest.approx(nats / math.log(2) / text.validation_bytes, rel=1e-6)
 
 
 @given(seed=st.integers(0, 99), tokens=st.integers(1, 4000))
 def test_what_is_drawn_is_spread_over_the_split_and_depends_on_the_seed_alone(tmp_path_factory, seed, tokens):
-    objective = causal(tmp_path_factory, seed=seed, validation_tokens=tokens)
-    subset, again = draw_subset(objective), draw_subset(causal(tmp_path_factory, seed=seed, validation_tokens=tokens))
+    config, loader = causal(tmp_path_factory, seed=seed, validation_tokens=tokens)
+    subset, again = draw_subset(config, loader), draw_subset(config, loader)
     assert subset == again
-    count = len(objective.validation_batches())
+    count = len(loader.validation_batches())
     if subset is None:
-        assert tokens > objective.validation_tokens * (count - 1) / count
+        assert tokens > loader.validation_tokens * (count - 1) / count
         return
     assert sorted(set(subset.batches)) == list(subset.batches)
     places = [0, *subset.batches, count]
@@ -105,11 +121,12 @@ TEXTS = {}
 def causal(tmp_path_factory, **choices):
     if "causal" not in TEXTS:
         TEXTS["causal"] = prepared_text(tmp_path_factory.mktemp("long"), "A line of text that is long enough.\n" * 900)
-    return Objective.named("causal")(TEXTS["causal"], configured(**choices))
+    config = configured(**choices)
+    return config, Loader.of_run(config, TEXTS["causal"])
 
 
 def test_two_seeds_read_other_parts(tmp_path_factory):
-    one, other = (draw_subset(causal(tmp_path_factory, seed=seed, validation_tokens=500)) for seed in (1, 2))
+    one, other = (draw_subset(*causal(tmp_path_factory, seed=seed, validation_tokens=500)) for seed in (1, 2))
     assert one.batches != other.batches
 
 
@@ -157,7 +174,7 @@ def test_the_last_validation_is_whole_and_the_best_one_is_told_by_what_all_have_
     assert read[3] >= len(text.validation) - 1
     assert (
         trainer.validation.loss
-        == validate(trainer.learner.model, trainer.learner.objective, trainer.learner.precision).loss
+        == validate(trainer.learner.model, trainer.learner.loader, trainer.learner.precision).loss
     )
     assert trainer.progress.best_step == 8
     assert trainer.progress.best_loss == trainer.validation.subset_loss != trainer.validation.loss
@@ -173,7 +190,7 @@ def test_the_validation_that_ends_a_run_early_is_whole(tmp_path):
         seconds_left = made.seconds_left
 
         def __call__(self, *, whole):
-            return Validation(9.0, subset_loss=2.1) if whole else Validation(next(losses))
+            return validation_of(9.0, subset_loss=2.1) if whole else validation_of(next(losses))
 
     trainer.validator = Losses()
     trainer.train()

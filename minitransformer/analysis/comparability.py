@@ -9,7 +9,7 @@ import numpy as np
 
 from minitransformer.analysis.groups import RunGroup, distinct, seeds_text
 from minitransformer.analysis.known_settings import settings_of_task
-from minitransformer.analysis.verdicts import measure_of
+from minitransformer.evaluation.metrics import metric_called
 from minitransformer.reporting.statistics import FEWEST_SEEDS, Ranking, ranking
 
 
@@ -42,7 +42,7 @@ def comparability(groups: Sequence[RunGroup]) -> Comparability:
             "The runs have different tokenizers: losses and rates per token are not comparable; bits per byte are, "
             "if the data did not change in between."
         )
-        return Comparability(best, remark, lambda metric: measure_of(metric).across_tokenizers)
+        return Comparability(best, remark, lambda metric: metric_called(metric).across_tokenizers)
     remark = (
         "The runs learn different data: their losses are not comparable, and bits per byte say how well each predicts "
         "a text of its own."
@@ -58,7 +58,7 @@ def rank_groups(
     groups: Sequence[RunGroup], metric: str, comparable: bool, smallest: float
 ) -> tuple[Ranking | None, str]:
     """The groups by last values of `metric`, over the seeds that all of them have, and what that says in words."""
-    measure = measure_of(metric)
+    measure = metric_called(metric)
     having = [group for group in groups if all(metric in history.metrics for history in group.histories)]
     if len(groups) < 2:
         return None, "One group of runs: there is nothing to compare it with."

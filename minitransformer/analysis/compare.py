@@ -19,8 +19,9 @@ from minitransformer.analysis.groups import (
 )
 from minitransformer.analysis.history import Abscissa, History
 from minitransformer.analysis.remarks import remarks_on
-from minitransformer.analysis.verdicts import check_smallest_difference, measure_of, pairs_table
+from minitransformer.analysis.verdicts import check_smallest_difference, pairs_table
 from minitransformer.errors import UserError
+from minitransformer.evaluation.metrics import metric_called
 from minitransformer.registry import lookup
 from minitransformer.reporting import figures
 from minitransformer.reporting.figures import Curve
@@ -63,7 +64,7 @@ class RunComparison:
         """The paired differences; None where nothing was paired."""
         if self.ranking is None or not self.ranking.comparisons:
             return None
-        return pairs_table(self.ranking, measure_of(self.metric).label)
+        return pairs_table(self.ranking, metric_called(self.metric).label)
 
     def runs(self) -> Table:
         """One row for each run: where it lies, its group, what differs, and its own results."""
@@ -92,14 +93,14 @@ class RunComparison:
         if len(self.groups) == 1 and self.metric == "validation_loss" and self.curves("loss"):
             names = {"loss": "training", "validation_loss": "validation"}
             return [replace(c, label=label) for name, label in names.items() for c in self.curves(name)], LOSSES
-        return self.curves(self.metric), measure_of(self.metric).label
+        return self.curves(self.metric), metric_called(self.metric).label
 
     def pictures(self) -> list[Picture]:
         """The curves, and the paired differences where there are some."""
         bands = " Bands: 95 % intervals of the mean over seeds." if any(len(g.seeds) > 1 for g in self.groups) else ""
         shown, wanted = [self.shown_curves()], self.losses_comparable and self.metric != "loss"
         if wanted and shown[0][1] != LOSSES:
-            shown.append((self.curves("loss"), measure_of("loss").label))
+            shown.append((self.curves("loss"), metric_called("loss").label))
         pictures = []
         for drawn, label in shown:
             if drawn:
@@ -120,7 +121,7 @@ class RunComparison:
             [pair.difference.mean for pair in pairs],
             [pair.difference.low for pair in pairs],
             [pair.difference.high for pair in pairs],
-            x_label=f"difference of {measure_of(self.metric).label}",
+            x_label=f"difference of {metric_called(self.metric).label}",
             title=title,
             reference=0,
         )
@@ -136,12 +137,12 @@ class RunComparison:
             "last training loss": lambda history: history.last("loss"),
             "bits per byte": lambda history: history.last("bits_per_byte"),
             "accuracy": lambda history: history.last("accuracy"),
-            "exact": lambda history: history.last("exact"),
+            "exact match": lambda history: history.last("exact"),
             "tokens per second": _rate,
             "minutes": _minutes,
         }
         if self.metric not in ("validation_loss", "loss", "bits_per_byte", "accuracy", "exact", "tokens_per_second"):
-            told[f"last {measure_of(self.metric).label}"] = lambda history: history.last(self.metric)
+            told[f"last {metric_called(self.metric).label}"] = lambda history: history.last(self.metric)
         return told
 
 
@@ -167,7 +168,7 @@ def compare(
     judged = comparability(groups)
     chosen = judged.metric if metric is None else known_metric(metric, histories)
     remarks = [*([judged.remark] if judged.remark else []), *repeated, *remarks_on(groups, opened)]
-    least = measure_of(chosen).smallest_difference if smallest_difference is None else smallest_difference
+    least = metric_called(chosen).smallest_difference if smallest_difference is None else smallest_difference
     ranked, verdict = rank_groups(groups, chosen, judged.comparable(chosen), least)
     losses_comparable = judged.comparable("validation_loss")
     return RunComparison(tuple(groups), chosen, by, ranked, verdict, tuple(remarks), losses_comparable)

@@ -19,7 +19,8 @@ from minitransformer.analysis.search_space import Combination, label, value_text
 from minitransformer.analysis.sweep_plan import SweepPlan
 from minitransformer.analysis.trials import prepared_for, shared_machine, train_trial, trial_machine
 from minitransformer.errors import UserError
-from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE, Interval, Ranking, mean_interval, ranking
+from minitransformer.evaluation.metrics import SMALLEST_DIFFERENCE
+from minitransformer.reporting.statistics import Interval, Ranking, mean_interval, ranking
 from minitransformer.tasks.progress import SILENT, TaskProgress
 from minitransformer.tasks.runner import TaskFolder, run_tasks
 from minitransformer.tasks.store import REMEDY

@@ -14,18 +14,18 @@ from minitransformer.analysis.search_space import Combination, Range, SweptSetti
 from minitransformer.analysis.trials import prepared_for
 from minitransformer.analysis.verdicts import check_smallest_difference
 from minitransformer.errors import UserError
+from minitransformer.evaluation.metrics import SMALLEST_DIFFERENCE, Metric
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
-from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE
 from minitransformer.settings import flat, kinds, names_with, with_settings
 from minitransformer.tasks.task import Task
+from minitransformer.text.datasets import PreparedData
 from minitransformer.training.config import (
     RunConfig,
     with_usual_vocabulary,
     with_vocabulary,
 )
-from minitransformer.training.objectives import Objective
-from minitransformer.training.objectives.base import Prepared
+from minitransformer.training.loader import Loader
 
 JUDGED_BY = "the last validation"
 
@@ -92,7 +92,7 @@ class SweepPlan:
         for name in self.varied:
             if name in of_task:
                 raise UserError(f"{name} changes what is learned, and such losses do not compare: sweep something else")
-            if name in of_tokens and self.metric == "validation_loss":
+            if name in of_tokens and not Metric.named(self.metric).across_tokenizers:
                 raise UserError(f"losses do not compare where {name} differs: use --metric bits_per_byte")
             if name in ("steps", "eval_every") and self.halving is not None:
                 raise UserError(f"--halving gives all combinations the same {name}: give one, with --{name}")
@@ -153,18 +153,19 @@ class SweepPlan:
                     count_parameters(model)
                     possible.add(model)
 
-    def prepare(self) -> list[Prepared]:
+    def prepare(self) -> list[PreparedData]:
         """The data of all trials, each kind once. Raises `UserError` for data or combinations that cannot be used."""
-        found: dict[Path, Prepared] = {}
+        found: dict[Path, PreparedData] = {}
         for combination in self.combinations:
             config = self.config(combination, self.seeds[0])
             prepared = prepared_for(config)
             found.setdefault(prepared.folder, prepared)
             config = replace(config, model=with_vocabulary(config.model, prepared))
             with _naming(combination):
-                objective = Objective.named(config.training.objective)(prepared, config)
-            if self.metric == "bits_per_byte" and objective.validation_bytes is None:
-                raise UserError(f"objective {objective.name!r} has no bits per byte: use --metric validation_loss")
+                loader = Loader.of_run(config, prepared)
+            if self.metric == "bits_per_byte" and loader.validation_bytes is None:
+                name = loader.objective.name
+                raise UserError(f"objective {name!r} has no bits per byte: use --metric validation_loss")
         return list(found.values())
 
     @property

@@ -13,8 +13,9 @@ from minitransformer import files
 from minitransformer.analysis.search_space import label, value_text
 from minitransformer.analysis.sweep import Standing, SweepFolder, standings_ranking
 from minitransformer.analysis.sweep_plan import SweepPlan, flags
-from minitransformer.analysis.trials import METRICS
+from minitransformer.analysis.trials import minimised_metrics
 from minitransformer.analysis.verdicts import pairs_table
+from minitransformer.evaluation.metrics import Metric
 from minitransformer.reporting import figures
 from minitransformer.reporting.pages import Link, Page
 from minitransformer.reporting.report import (
@@ -43,7 +44,7 @@ def standings_table(sweep: SweepFolder) -> Table:
     plan = sweep.plan
     names = [setting.name for setting in plan.settings]
     halved = plan.halving is not None
-    columns = [*names, *(["steps"] * halved), METRICS[plan.metric] + " [95 %]" * (len(plan.seeds) > 1)]
+    columns = [*names, *(["steps"] * halved), Metric.named(plan.metric).title + " [95 %]" * (len(plan.seeds) > 1)]
     rows = [
         [
             *(_cell(standing.combination[name]) for name in names),
@@ -102,7 +103,7 @@ def conclusion(sweep: SweepFolder) -> Conclusion:
         if len(standings) > 1:
             ranked = standings_ranking(standings, plan.smallest_difference)
             when = f"At {standings[0].until} steps: " if plan.halving is not None else ""
-            what = f"the last {METRICS[plan.metric]}" + (f" at {standings[0].until} steps" if when else "")
+            what = f"the last {Metric.named(plan.metric).title}" + (f" at {standings[0].until} steps" if when else "")
             pairs = pairs_table(ranked, what, of=ranked.order[0]) if ranked.comparisons else None
             return Conclusion(f"{when}{ranked}", pairs)
     return Conclusion("There was nothing to compare.")
@@ -117,13 +118,13 @@ def train_command(plan: SweepPlan, standing: Standing) -> str:
 def trials_table(sweep: SweepFolder) -> Table:
     """A row for each trial and rung."""
     names = [setting.name for setting in sweep.plan.settings]
-    columns = [*names, "seed", "steps", *METRICS, *BEST, "finite", "run", "seconds"]
+    columns = [*names, "seed", "steps", *minimised_metrics(), *BEST, "finite", "run", "seconds"]
     rows = [
         [
             *(result.task[name] for name in names),
             result.task["seed"],
             result.measured["steps"],
-            *(result.measured[name] for name in (*METRICS, *BEST)),
+            *(result.measured.get(name) for name in (*minimised_metrics(), *BEST)),
             result.measured["finite"],
             result.measured["run"],
             sweep.store.seconds[task_key(result.task)],
@@ -152,13 +153,13 @@ def _picture(plan: SweepPlan, name: str, standings: Sequence[Standing], steps: s
     y = [value for _, value in points]
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in x)
     return Picture(
-        f"{METRICS[plan.metric].capitalize()}{steps} by {name}",
+        f"{Metric.named(plan.metric).title.capitalize()}{steps} by {name}",
         lambda: figures.points(
             x if numeric else [value_text(value) for value in x],  # type: ignore[arg-type]
             y,
             [standing is standings[0] for standing, _ in points],
             x_label=name,
-            y_label=METRICS[plan.metric],
+            y_label=Metric.named(plan.metric).title,
             title=f"{plan.preset}{steps}",
             mark="lowest mean",
             log_x=numeric and _is_wide(x),  # type: ignore[arg-type]
@@ -200,7 +201,8 @@ def _linked(table: Table) -> Table:
 
 
 def _plan(page: Page, plan: SweepPlan) -> None:
-    page.paragraph(f"{method(plan)} Minimised: {METRICS[plan.metric]}, a trial's last, by which `compare` judges too.")
+    minimised = f"Minimised: {Metric.named(plan.metric).title}, a trial's last, by which `compare` judges too."
+    page.paragraph(f"{method(plan)} {minimised}")
     page.table(["setting", "values"], [(setting.name, str(setting)) for setting in plan.settings])
 
 

@@ -12,23 +12,25 @@ from typing import Any
 from minitransformer import files
 from minitransformer.analysis.verdicts import last_value
 from minitransformer.errors import UserError
+from minitransformer.evaluation.metrics import Metric
 from minitransformer.runs import Run, clear, only_writer
 from minitransformer.runs.begin import begin_run
 from minitransformer.runs.trainer import build_trainer, open_log
 from minitransformer.tasks.store import REMEDY
 from minitransformer.tasks.task import Measurement
+from minitransformer.text.datasets import PreparedData
 from minitransformer.training.checkpoint import check_room, checkpoint_step
 from minitransformer.training.config import RunConfig, TrainingConfig, with_vocabulary
 from minitransformer.training.divergence import NonFiniteTraining
 from minitransformer.training.logging import records_until
 from minitransformer.training.machine import Machine, Resolved
-from minitransformer.training.objectives import Objective
-from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.run_machine import SETTINGS, machine_again, machine_for, run_flops
 from minitransformer.training.signals import StopRequest
 
-METRICS = {"validation_loss": "validation loss", "bits_per_byte": "bits per byte"}
-"""what a trial may be judged by, and how it is called"""
+
+def minimised_metrics() -> list[str]:
+    """The metrics of a validation of which a trial may have the lowest."""
+    return [name for name, metric in Metric.registry.items() if metric.in_words and metric.lower_is_better]
 
 
 def shared_machine(configs: Sequence[RunConfig], kept: Resolved | None, swept: Collection[str]) -> Resolved:
@@ -57,11 +59,11 @@ def trial_machine(config: RunConfig, shared: Resolved, swept: Collection[str]) -
 
 
 @cache
-def _prepared(config: RunConfig) -> Prepared:
-    return Objective.named(config.training.objective).prepare(config)
+def _prepared(config: RunConfig) -> PreparedData:
+    return config.prepare()
 
 
-def prepared_for(config: RunConfig) -> Prepared:
+def prepared_for(config: RunConfig) -> PreparedData:
     """The data of a trial, opened once in each process."""
     return _prepared(replace(config, training=TrainingConfig(objective=config.training.objective)))
 
@@ -80,7 +82,7 @@ def train_trial(path: Path, config: RunConfig, until: int, machine: Machine | No
     return {**_outcome(path, until, finite), "text": prepared.folder.name}
 
 
-def _advance(path: Path, config: RunConfig, prepared: Prepared, until: int, machine: Machine) -> bool:
+def _advance(path: Path, config: RunConfig, prepared: PreparedData, until: int, machine: Machine) -> bool:
     """Train the run at `path` until step `until`; False if that ended because nothing was finite any more."""
     found = _found(path, config, machine.resolved)
     if found is None:
@@ -125,7 +127,7 @@ def _outcome(path: Path, until: int, finite: bool) -> Measurement:
     usable = [record for record in known if math.isfinite(record["validation_loss"])]
     best: dict[str, Any] = min(usable, key=lambda record: record["validation_loss"], default={})
     return {
-        **{metric: last_value(records, metric) for metric in METRICS},
+        **{metric: last_value(records, metric) for metric in minimised_metrics()},
         "best_validation_loss": best.get("validation_loss"),
         "best_step": best.get("step"),
         "steps": max((record["step"] for record in records), default=0),

@@ -4,45 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from minitransformer.errors import UserError
-from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE, Ranking, p_text
+from minitransformer.reporting.statistics import Ranking, p_text
 from minitransformer.reporting.tables import Table
 
 Record = Mapping[str, Any]
 """A line of metrics.jsonl: a step, and what was measured after it."""
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What is known of a metric: its name for readers, and whether less of it is better (None: neither is)."""
-
-    label: str
-    lower_is_better: bool | None = None
-    across_tokenizers: bool = False
-    """whether it means the same where texts are cut into other tokens"""
-    smallest_difference: float = 0.0
-    """below which no winner is named, unless the user says otherwise"""
-
-
-MEASURES = {
-    "validation_loss": Measure("validation loss (nats per target)", True, smallest_difference=SMALLEST_DIFFERENCE),
-    "bits_per_byte": Measure(
-        "bits per byte of validation text", True, across_tokenizers=True, smallest_difference=SMALLEST_DIFFERENCE
-    ),
-    "perplexity": Measure("validation perplexity", True),
-    "accuracy": Measure("share of targets guessed", False),
-    "exact": Measure("share of texts that are exact", False, across_tokenizers=True),
-    "loss": Measure("training loss (nats per target)", True, smallest_difference=SMALLEST_DIFFERENCE),
-    "tokens_per_second": Measure("tokens per second", False),
-}
-
-
-def measure_of(metric: str) -> Measure:
-    """What is known of `metric`, which may be one that nobody here has heard of."""
-    return MEASURES.get(metric, Measure(metric.replace("_", " ")))
 
 
 def choice_text(name: str, value: object) -> str:

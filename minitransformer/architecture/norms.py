@@ -15,11 +15,12 @@ from minitransformer.settings import setting
 
 SMALLEST = 1.1754943508222875e-38
 """of the positive numbers that float32 has in full precision"""
+AT_LEAST_SMALLEST = {"at_least": SMALLEST, "must": f"at least {SMALLEST:.1e}, as less is 0 in float32"}
 
 
 def eps_setting() -> Any:
     """The setting that norms share."""
-    return setting(1e-5, flag="norm-eps", at_least=SMALLEST, help="added to the variance")
+    return setting(1e-5, flag="norm-eps", **AT_LEAST_SMALLEST, help="added to the variance")
 
 
 def bias_setting() -> Any:

@@ -18,7 +18,7 @@ from minitransformer.errors import UserError
 from minitransformer.models.config import MODERN, ModelConfig
 from minitransformer.text.batches import SequentialWindows
 from minitransformer.text.corpora import open_corpus
-from minitransformer.text.prepare import PreparedText, prepare
+from minitransformer.text.datasets.text import PreparedText, TextPreparation
 from minitransformer.training.config import DataConfig, RunConfig
 from minitransformer.training.learner import build_learner
 from minitransformer.training.machine import choose_machine
@@ -36,7 +36,8 @@ SEEDS = count()
 def seconds_to_loss(setting: BenchSetting, recipe: str) -> float:
     """Seconds of training until validation is at the target; raises `UserError` where it is not reached."""
     setting = replace(setting, seed=setting.seed + next(SEEDS))
-    prepared = prepare(open_corpus(setting.data), "chars", context_length=setting.shape.context_length, progress=False)
+    corpus, length = open_corpus(setting.data), setting.shape.context_length
+    prepared = TextPreparation(corpus, "chars", context_length=length, progress=False).run()
     setting = replace(setting, shape=replace(setting.shape, vocab_size=prepared.tokenizer.vocab_size))
     return _nanogpt(setting, prepared) if recipe == "nanogpt" else _ours(setting, recipe, prepared)
 

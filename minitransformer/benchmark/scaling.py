@@ -244,7 +244,7 @@ def _prepared(setting: BenchSetting) -> tuple[float, float]:
     """Seconds, and MB at most."""
     from minitransformer.benchmark.subjects.tokenizers import texts_of
     from minitransformer.text.corpora import open_corpus
-    from minitransformer.text.prepare import prepare
+    from minitransformer.text.datasets.text import TextPreparation
 
     with tempfile.TemporaryDirectory(prefix="minitransformer-bench-") as folder:
         path = Path(folder) / "text.txt"
@@ -253,7 +253,8 @@ def _prepared(setting: BenchSetting) -> tuple[float, float]:
             for _ in range(int(setting.megabytes)):
                 file.write(first)
         start = time.perf_counter()
-        prepare(open_corpus(str(path)), "bytes", context_length=64, cache=Path(folder) / "prepared", progress=False)
+        cache = Path(folder) / "prepared"
+        TextPreparation(open_corpus(str(path)), "bytes", context_length=64, cache=cache, progress=False).run()
         return time.perf_counter() - start, peak_megabytes()
 
 

@@ -14,7 +14,7 @@ import torch
 from minitransformer.benchmark.case import BenchSetting
 from minitransformer.benchmark.ours import config_of, training_tokens
 from minitransformer.benchmark.peers import transformers_model
-from minitransformer.text.prepare import PreparedText
+from minitransformer.text.datasets.text import PreparedText
 from minitransformer.text.tokenizers import Bytes
 from minitransformer.training.config import DataConfig, RunConfig
 from minitransformer.training.learner import build_learner

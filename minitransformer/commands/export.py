@@ -20,7 +20,7 @@ from minitransformer.pretrained.families import Family, Obstacle
 from minitransformer.pretrained.formats import families_of, nearest_family
 from minitransformer.pretrained.originals import original_fields, originals_of
 from minitransformer.pretrained.reopened import reference_of, reopened_difference
-from minitransformer.pretrained.tokenizers import special_ids, target_ids
+from minitransformer.pretrained.tokenizer_files import special_ids, target_ids
 from minitransformer.runs import Run
 from minitransformer.settings import kinds
 

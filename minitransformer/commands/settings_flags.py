@@ -10,7 +10,7 @@ import tyro
 from typing_extensions import Doc
 
 from minitransformer.commands import given_flags, parse
-from minitransformer.settings import Declared, all_declared, declared, flat, is_part, with_settings
+from minitransformer.settings import Declared, declared, flat, is_part, kinds, with_settings
 
 Options = TypeVar("Options")
 Record = TypeVar("Record")
@@ -34,7 +34,8 @@ def parse_with_settings(
     does not exist, and for one of a variant that is not chosen.
     """
     wanted = None if {"-h", "--help"} & set(arguments) else given_flags(arguments)
-    known = [each.name for each in all_declared(type(base))]
+    kinds_of = kinds(type(base))
+    known = [*kinds_of, *(f"no_{name}" for name, kind in kinds_of.items() if kind is bool)]
     now = flat(base)
     members: list[tuple[str, Any]] = [("options", options)]
     for number, group in enumerate(_groups(type(base))):

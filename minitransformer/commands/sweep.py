@@ -10,9 +10,10 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import tyro
+from typing_extensions import Doc
 
 from minitransformer import files
 from minitransformer.analysis.search_space import Range, SweptSetting, Values, label
@@ -27,16 +28,16 @@ from minitransformer.analysis.sweep_report import (
     train_command,
     write_sweep_report,
 )
-from minitransformer.analysis.trials import METRICS
+from minitransformer.analysis.trials import minimised_metrics
 from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command, with_files
 from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError, suggestion
+from minitransformer.evaluation.metrics import SMALLEST_DIFFERENCE, Metric
 from minitransformer.processes import processors
 from minitransformer.registry import lookup
 from minitransformer.reporting import plain
 from minitransformer.reporting.report import skipped
-from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE
 from minitransformer.settings import kinds, names_with
 from minitransformer.tasks.progress import TerminalProgress
 from minitransformer.tasks.runner import RESULTS
@@ -53,6 +54,10 @@ PROGRAM = "minitransformer sweep [PRESET]"
 LEAST_WIDTH, MOST_WIDTH = 40, 120
 MOST_ROWS = 40
 """of the table on the terminal; the report has more, and trials.csv all"""
+METRIC = Doc(
+    f"what is minimised, a trial's last: {', '.join(minimised_metrics())}; None is validation_loss, or bits_per_byte "
+    "where the tokens differ"
+)
 ABOUT = """Search hyper-parameters of a preset. Each trial is a run, made as train.py makes it.
 
   --set lr=1e-3,3e-3 --set residual=pre,post   all combinations
@@ -78,8 +83,7 @@ class Flags:
     """of the draws"""
     halving: int | None = None
     """from rung to rung, the best one in this many goes on for this many times the steps; None trains all to the end"""
-    metric: Literal["validation_loss", "bits_per_byte"] | None = None
-    """what is minimised, a trial's last; None is validation_loss, or bits_per_byte where the tokens differ"""
+    metric: Annotated[str | None, METRIC] = None
     smallest_difference: float = SMALLEST_DIFFERENCE
     """between combinations, in nats or bits a byte, below which no winner is named"""
     out: Path | None = None
@@ -135,6 +139,8 @@ def _plan(preset: str, options: Options) -> SweepPlan:
         if names.count(name) > 1:
             raise UserError(f"--set names {name} {names.count(name)} times: give all of its values at once")
     of_tokens = names_with(RunConfig, "changes_tokens")
+    if options.metric is not None:
+        lookup("metric", options.metric, dict.fromkeys(minimised_metrics()))
     tokens_differ = any(s.name in of_tokens and not (isinstance(s, Values) and len(s.values) == 1) for s in settings)
     return SweepPlan(
         preset,
@@ -251,7 +257,8 @@ def _report(sweep: SweepFolder, failures: Sequence[Failure], command: str) -> in
     if not best.values or best.interval is None:
         print("lowest     none: no combination has a finite metric for all of its seeds")
     else:
-        print(_wrapped(f"lowest     {label(best.combination)}: {METRICS[plan.metric]} {outcome_text(best)}", 11))
+        metric = Metric.named(plan.metric).title
+        print(_wrapped(f"lowest     {label(best.combination)}: {metric} {outcome_text(best)}", 11))
         print(_wrapped(f"ranking    {said.text}", 11))
         print(f"repeat     {train_command(plan, best)}")
         print(f"run        {sweep.path(best.combination, best.best_seed(plan.seeds))}")

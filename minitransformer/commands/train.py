@@ -23,6 +23,7 @@ from minitransformer.runs.begin import begin_run, check_fits_run, check_possible
 from minitransformer.runs.resume import changed_settings, check_can_resume, check_same_text, checkpoint_to_resume
 from minitransformer.runs.trainer import build_trainer, open_log
 from minitransformer.text.corpora import named, short_name
+from minitransformer.text.datasets import PreparedData
 from minitransformer.training.checkpoint import check_room, checkpoint_step
 from minitransformer.training.config import RunConfig, with_usual_vocabulary, with_vocabulary
 from minitransformer.training.divergence import NonFiniteTraining
@@ -30,8 +31,6 @@ from minitransformer.training.finetuning import Parent, fine_tuning, prepare_fin
 from minitransformer.training.logging import TensorBoard, Terminal
 from minitransformer.training.loop import Trainer
 from minitransformer.training.machine import Machine
-from minitransformer.training.objectives import Objective
-from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.outcome import describe
 from minitransformer.training.presets import DEFAULT, PRESETS
 from minitransformer.training.run_machine import SETTINGS, machine_again, machine_for
@@ -92,7 +91,7 @@ def _begin(arguments: Sequence[str]) -> int:
         raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume or --init-from")
     config = options.config
     check_possible(config, options.out)
-    prepared = Objective.named(config.training.objective).prepare(config)
+    prepared = config.prepare()
     return _train_new(options, preset, config, prepared)
 
 
@@ -115,7 +114,7 @@ def _train_new(
     options: Options,
     name: str,
     config: RunConfig,
-    prepared: Prepared,
+    prepared: PreparedData,
     parent: Parent | None = None,
     initial: Model | None = None,
 ) -> int:
@@ -161,7 +160,7 @@ def _continue(run: Run, options: Options) -> int:
         print(f"changed    {change}")
     if checkpoint is None:
         print(f"checkpoint none yet: {run.path} begins at step 0", flush=True)
-    prepared = Objective.named(config.training.objective).prepare(config, run.tokenizers)
+    prepared = config.prepare(run.tokenizers)
     _print_data(config, prepared)
     check_same_text(run, config, prepared)
     check_room(run.path, config)
@@ -183,15 +182,15 @@ def _describe_presets() -> str:
     return f"Train a model, resume a run, or fine-tune one.\n\n{about}\n{lines}\n\n{EXPORTED}"
 
 
-def _print_data(config: RunConfig, prepared: Prepared) -> None:
+def _print_data(config: RunConfig, prepared: PreparedData) -> None:
     print(f"data       {named(config.data.data)}\n{prepared.summary()}", flush=True)
 
 
 def _train(
-    run: Run, prepared: Prepared, machine: Machine, *, initial: Path | None = None, checkpoint: Path | None = None
+    run: Run, prepared: PreparedData, machine: Machine, *, initial: Path | None = None, checkpoint: Path | None = None
 ) -> int:
     config = run.config.training
-    tokens = config.steps * Objective.named(config.objective).tokens_per_step(run.config)
+    tokens = config.steps * run.config.tokens_per_step
     print(f"model      {amount(count_parameters(run.config.model))} parameters, {amount(tokens)} tokens to read")
     print(f"machine    {machine.description}")
     print(f"run        {run.path}", flush=True)

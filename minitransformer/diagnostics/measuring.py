@@ -17,7 +17,7 @@ from minitransformer.models.model import Model
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.pair_batches import PairBatch
 from minitransformer.training.config import RunConfig, TrainingConfig
-from minitransformer.training.objectives import Objective
+from minitransformer.training.loader import Loader
 from minitransformer.training.probe import NO_PROBE, Probe
 
 
@@ -72,14 +72,14 @@ class TrainingProbe(Probe):
     share = 1 / 8
 
     def __init__(
-        self, model: nn.Module, objective: Objective, device: torch.device, names: Sequence[str], every: int
+        self, model: nn.Module, loader: Loader, device: torch.device, names: Sequence[str], every: int
     ) -> None:
         self.every, self._due = every, False
         diagnostics = [Diagnostic.named(name)(model) for name in names]
         self._of_step = [one for one in diagnostics if isinstance(one, StepDiagnostic)]
         self._at_rest = [one for one in diagnostics if not isinstance(one, StepDiagnostic)]
         self._figures: dict[str, float | None] = {}
-        self._model, self._objective, self._device = model, objective, device
+        self._model, self._loader, self._device = model, loader, device
 
     def before_step(self, step: int) -> None:
         self._due = step == 1 or step % self.every == 0
@@ -105,7 +105,7 @@ class TrainingProbe(Probe):
     @cached_property
     def _passes(self) -> tuple[Loss, list[Loss], dict[str, Tensor]]:
         """Of the examples together and one by one; and where a decoder has tokens, of which it need not be told."""
-        first: Any = self._objective.training_batches(0)[0].to(self._device)
+        first: Any = self._loader.training_batches(0)[0].to(self._device)
         rows = first.split(1)
         count = max(1, int(self.share * len(rows)))
         batch = first.split(count)[0]
@@ -113,10 +113,10 @@ class TrainingProbe(Probe):
         return partial(self._loss, batch), [partial(self._loss, row) for row in rows[:count]], is_token
 
     def _loss(self, batch: Any) -> Tensor:
-        return self._objective.loss_sum(self._model, batch) / batch.num_targets
+        return self._loader.objective.loss_sum(self._model, batch) / batch.num_targets
 
 
-def probe_for(config: TrainingConfig) -> Callable[[Model, Objective, torch.device], Probe]:
+def probe_for(config: TrainingConfig) -> Callable[[Model, Loader, torch.device], Probe]:
     """What makes the probe that `config` asks for, as a trainer wants it."""
     if not config.probe:
         return lambda *_: NO_PROBE

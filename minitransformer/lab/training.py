@@ -26,14 +26,12 @@ from minitransformer.reporting.figures import Curve
 from minitransformer.settings import kinds, with_settings
 from minitransformer.tasks.task import Measurement, Result, Task
 from minitransformer.text.batches import SequentialWindows
-from minitransformer.text.prepare import PreparedText
+from minitransformer.text.datasets import PreparedData
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.learner import Learner, build_learner
 from minitransformer.training.machine import Machine
-from minitransformer.training.objectives.base import Prepared
-from minitransformer.training.objectives.causal import Causal
 from minitransformer.training.optimizers import AdamW
-from minitransformer.training.step import validate
+from minitransformer.training.validation import validate
 
 BASE = RunConfig(
     ModelConfig(
@@ -108,12 +106,12 @@ class Trained:
         """Nats a target over the whole validation split; infinite if a step was not finite."""
         if not self.course.finite:
             return math.inf
-        return validate(self.model, self.learner.objective, self.learner.precision).loss
+        return validate(self.model, self.learner.loader, self.learner.precision).loss
 
     def held_out(self, rows: int) -> Callable[[], Tensor]:
         """The mean loss of one batch, the first `rows` windows of the validation split, for diagnostics."""
-        model, objective = self.model, self.learner.objective
-        batch = SequentialWindows(objective.prepared.validation, model.config.context_length, rows).batch(0)
+        model, objective, data = self.model, self.learner.objective, self.learner.loader.data
+        batch = SequentialWindows(data.targets("validation"), model.config.context_length, rows).batch(0)
         return lambda: objective.loss_sum(model, batch) / batch.num_targets
 
 
@@ -125,7 +123,7 @@ def final_loss(losses: Sequence[float]) -> float:
 
 def train(
     config: RunConfig,
-    prepared: Prepared,
+    prepared: PreparedData,
     stop: Callable[[Course], bool] = lambda course: False,
 ) -> Trained:
     """The model of `config` after its training, in float32 on the CPU, as the `Trainer` would leave it.
@@ -150,9 +148,9 @@ class TrainingExperiment(Experiment):
     """An experiment whose tasks are training runs: a task gives fields of the configuration, BASE gives the others."""
 
     @cached_property
-    def text(self) -> PreparedText:
+    def text(self) -> PreparedData:
         """The text as token ids, prepared once for all experiments: processes wait for the one that does it."""
-        return Causal.prepare(replace(BASE, data=self._data))
+        return replace(BASE, data=self._data).prepare()
 
     def prepare(self) -> None:
         _ = self.text

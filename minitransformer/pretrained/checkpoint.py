@@ -17,7 +17,8 @@ from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.originals import TOKENIZER_FILES, write_originals
 from minitransformer.pretrained.rules import load_weights, save_weights
 from minitransformer.pretrained.shards import INDEX, SHARDS, WEIGHTS, Renamed, Shards, read_json, write_shards
-from minitransformer.pretrained.tokenizers import CONFIGS, load_tokenizer, save_tokenizer
+from minitransformer.pretrained.tokenizer_files import save_tokenizer
+from minitransformer.pretrained.tokenizers import CONFIGS, load_tokenizer
 from minitransformer.text.tokenizers import Tokenizer
 
 CONFIG, GENERATION = CONFIGS

@@ -143,7 +143,8 @@ class Family(Registered, kind="model_type"):
             if not fits(value, kinds[name]):
                 raise TypeError(f"{name} becomes {shown(value)}")
         # 0 and 1 are numbers in JSON, of which we want some to be floats.
-        return {name: fitted(value, kinds[name]) for name, value in ours.items()}
+        idle = {each.name for each in settings.all_declared(ModelConfig) if not settings.applies(each, ours)}
+        return {name: fitted(value, kinds[name]) for name, value in ours.items() if name not in idle}
 
     @classmethod
     def _fields(cls) -> dict[str, Field]:

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Sequence
-from functools import singledispatch
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from minitransformer.errors import UserError
+from minitransformer.pretrained.public_tokenizer import BYTES, FILE, PublicTokenizer, steps_of
 from minitransformer.pretrained.shards import read_json
 from minitransformer.pretrained.vocabularies import as_its_class_reads_it, content_of_vocabulary
-from minitransformer.text.tokenizers import (
-    BPE,
-    END_OF_TEXT,
-    GPT4_SPLIT,
-    MASKS,
-    Bytes,
-    Characters,
-    Framing,
-    Texts,
-    Tokenizer,
-    check_ids,
-)
+from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Framing, Tokenizer
 
-FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+SETTINGS = "tokenizer_config.json"
 # Where older checkpoints name their special tokens.
 NAMES = "special_tokens_map.json"
 # What a model expects of texts: the second file has the last word, and older checkpoints lack it.
@@ -40,9 +24,8 @@ SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+": GPT4_SPLIT
 }
-# What a text ends with, and what fills rows up, in one family or another.
+# What a text ends with, in one family or another.
 ENDS = ("</s>", END_OF_TEXT, "<|end_of_text|>", "[SEP]")
-PADDINGS = ("<pad>", "[PAD]")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
@@ -98,7 +81,7 @@ def _ids(value: int | list[int] | None) -> list[int]:
 
 def template(described: dict[str, Any] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that a post-processor puts before and after a single text."""
-    for step in _steps(described, "processors"):
+    for step in steps_of(described, "processors"):
         match step["type"]:
             case "BertProcessing" | "RobertaProcessing":
                 return (step["cls"][1],), (step["sep"][1],)
@@ -145,17 +128,6 @@ def _end_of_text(content: dict[str, Any], settings: dict[str, Any], expected: di
     raise UserError(f"{FILE} names no token that ends a text: give its eos_token in {SETTINGS}")
 
 
-def characters_of_bytes() -> dict[str, int]:
-    """The printable character by which GPT-2's files write each byte. Radford et al. 2019, their public code."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-BYTES = characters_of_bytes()
-CHARACTERS = {byte: character for character, byte in BYTES.items()}
-
-
 def byte_level_ranks(content: dict[str, Any]) -> list[bytes] | None:
     """The tokens in the order of their ids, if this is byte-level BPE whose ids are the order of merging."""
     model = content["model"]
@@ -184,7 +156,7 @@ def split_pattern(content: dict[str, Any]) -> str | None:
     """The regular expression that splits text before merging, if that is all that happens to it."""
     if content.get("normalizer") is not None:
         return None
-    steps = _steps(content.get("pre_tokenizer"), "pretokenizers")
+    steps = steps_of(content.get("pre_tokenizer"), "pretokenizers")
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"] and not steps[0].get("add_prefix_space") and steps[0].get("use_regex", True):
         return GPT2_SPLIT
@@ -193,216 +165,3 @@ def split_pattern(content: dict[str, Any]) -> str | None:
     pattern = steps[0]["pattern"].get("Regex")
     isolated = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
     return SPLITS.get(pattern, pattern) if isolated else None
-
-
-def _steps(described: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
-    """The steps of which one is described, or a sequence of them."""
-    if not described:
-        return []
-    steps: list[dict[str, Any]] = described[parts] if described.get("type") == "Sequence" else [described]
-    return steps
-
-
-def piece_of(token: str, decoders: Sequence[dict[str, Any]]) -> bytes:
-    """The bytes that a token stands for inside a text, as the decoders of a tokenizer.json say."""
-    for decoder in decoders:
-        match decoder["type"]:
-            case "ByteLevel" if all(character in BYTES for character in token):
-                return bytes(BYTES[character] for character in token)
-            case "ByteFallback" if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                return bytes.fromhex(token[3:5])
-            case "WordPiece" if token.startswith(decoder["prefix"]):
-                token = token.removeprefix(decoder["prefix"])
-            case "WordPiece":
-                token = " " + token
-            case "Metaspace":
-                token = token.replace(decoder["replacement"], " ")
-            case "BPEDecoder":
-                token = token.replace(decoder["suffix"], " ")
-            case "Replace" if "String" in decoder["pattern"]:
-                token = token.replace(decoder["pattern"]["String"], decoder["content"])
-    return token.encode()
-
-
-class PublicTokenizer(Tokenizer, name="tokenizers"):
-    """Whatever a tokenizer.json describes (WordPiece, unigram, …), run by the `tokenizers` package.
-
-    Text is encoded without the special tokens that a model may want around it: those are in `framing`.
-    """
-
-    def __init__(self, content: dict[str, Any], end_of_text: int, special_tokens: Iterable[str] = ()) -> None:
-        try:
-            from tokenizers import Tokenizer as Implementation
-        except ImportError:
-            raise UserError("this tokenizer takes the tokenizers package: pip install minitransformer[hub]") from None
-        self.content, self.end_of_text = content, end_of_text
-        try:
-            self._implementation = Implementation.from_str(json.dumps(content))
-        except Exception as error:  # the package has no kind of its own
-            raise UserError(f"the tokenizers package cannot run {FILE} ({error}): download it again") from None
-        # Files say how one model wanted its input: cut to its length, padded, and special tokens found in the text.
-        self._implementation.no_truncation()
-        self._implementation.no_padding()
-        self._implementation.encode_special_tokens = True
-        self._implementation.add_special_tokens([self._implementation.id_to_token(end_of_text)])
-        known = self._special_tokens()
-        self._implementation.add_special_tokens([name for name in special_tokens if name not in known])
-        self.special_tokens = self._special_tokens()
-        self.mask_pattern = self._mask_pattern()
-        ids = self._implementation.get_vocab(with_added_tokens=True)
-        self.vocab_size = check_ids(max(ids.values())) + 1
-        self.pieces = [b""] * self.vocab_size
-        decoders = _steps(content.get("decoder"), "decoders")
-        for token, number in ids.items():
-            if token not in self.special_tokens:
-                self.pieces[number] = piece_of(token, decoders)
-
-    def _special_tokens(self) -> dict[str, int]:
-        added = self._implementation.get_added_tokens_decoder().items()
-        return {token.content: number for number, token in added if token.special}
-
-    def _mask_pattern(self) -> re.Pattern[str]:
-        """Masks with the space before them, or after, if the file says that they stand for it too."""
-        added = self._implementation.get_added_tokens_decoder().values()
-        masks = [token for token in added if token.content in MASKS]
-        before = r"\s*" if any(token.lstrip for token in masks) else ""
-        after = r"\s*" if any(token.rstrip for token in masks) else ""
-        return re.compile(f"{before}(?:{Tokenizer.mask_pattern.pattern}){after}")
-
-    @classmethod
-    def fit(cls, texts: Texts, vocab_size: int | None = None) -> Self:
-        raise UserError("a tokenizer of a public checkpoint comes with it: choose bpe, bytes or chars to fit one")
-
-    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        try:
-            return np.array(self._implementation.encode(text, add_special_tokens=False).ids, np.uint32)
-        except (TypeError, UnicodeEncodeError):
-            raise UserError(
-                f"{text[:40]!r} holds half a surrogate pair, which UTF-8 has not: give valid UTF-8"
-            ) from None
-
-    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        text: str = self._implementation.decode(list(ids), skip_special_tokens=skip_special)
-        return text
-
-    def to_json(self) -> dict[str, Any]:
-        return self._described(content=self.content, end_of_text=self.end_of_text)
-
-    @classmethod
-    def _from_json(cls, content: dict[str, Any]) -> Self:
-        return cls(content["content"], content["end_of_text"], content["special_tokens"])
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `tokenizer` into a checkpoint folder, for the `tokenizers` and `transformers` packages to open."""
-    names = {number: name for name, number in tokenizer.special_tokens.items()}
-    ids = special_ids(tokenizer)
-    end = names[tokenizer.end_of_text]
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
-    settings |= {name: names.get(ids[f"{name}_id"], end) for name in ("bos_token", "pad_token")}
-    if masks := [name for name in MASKS if name in tokenizer.special_tokens]:
-        settings["mask_token"] = masks[0]
-    (folder / FILE).write_text(json.dumps(described(tokenizer), ensure_ascii=False), encoding="utf-8")
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The fields of config.json that say how texts begin and end, for every kind of model."""
-    end, ends = tokenizer.end_of_text, list(tokenizer.ends)
-    padding = [tokenizer.special_tokens[name] for name in PADDINGS if name in tokenizer.special_tokens]
-    return {
-        "bos_token_id": next(iter(tokenizer.framing.before), end),
-        "eos_token_id": ends if len(ends) > 1 else end,
-        "pad_token_id": next(iter(padding), end),
-    }
-
-
-def target_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The fields of config.json that say how targets begin and end, for encoder-decoders."""
-    framing = tokenizer.framing
-    ids = {
-        "decoder_start_token_id": tokenizer.target_start,
-        "forced_bos_token_id": framing.first,
-        "forced_eos_token_id": framing.last,
-    }
-    return {**ids, "bad_words_ids": [[token] for token in framing.never]} if framing.never else ids
-
-
-@singledispatch
-def described(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of a tokenizer.json that does what `tokenizer` does."""
-    raise UserError(f"{FILE} has no words for the {tokenizer.name} tokenizer: leave it out")
-
-
-@described.register
-def _(tokenizer: PublicTokenizer) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(tokenizer._implementation.to_str())
-    return content
-
-
-@described.register
-def _(tokenizer: BPE) -> dict[str, Any]:
-    return _byte_level(tokenizer, tokenizer.ranks, tokenizer.pattern)
-
-
-@described.register
-def _(tokenizer: Bytes) -> dict[str, Any]:
-    return _byte_level(tokenizer, tokenizer.pieces[:256], r"[\s\S]+")
-
-
-@described.register
-def _(tokenizer: Characters) -> dict[str, Any]:
-    vocab = {character: number for number, character in enumerate(tokenizer.characters)}
-    split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-    model = {"type": "WordLevel", "vocab": vocab, "unk_token": END_OF_TEXT}
-    return _file(tokenizer, model, split, {"type": "Fuse"})
-
-
-def _byte_level(tokenizer: Tokenizer, ranks: Sequence[bytes], pattern: str) -> dict[str, Any]:
-    spelled = ["".join(CHARACTERS[byte] for byte in token) for token in ranks]
-    vocab = {token: number for number, token in enumerate(spelled)}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    file_pattern = {ours: theirs for theirs, ours in SPLITS.items()}.get(pattern, pattern)
-    split = {"type": "Split", "pattern": {"Regex": file_pattern}, "behavior": "Isolated", "invert": False}
-    model = {"type": "BPE", "vocab": vocab, "merges": list(_merges(spelled, vocab)), "ignore_merges": True}
-    return _file(tokenizer, model, {"type": "Sequence", "pretokenizers": [split, byte_level]}, byte_level)
-
-
-def _merges(tokens: Sequence[str], vocab: dict[str, int]) -> Iterable[list[str]]:
-    """Every pair of tokens that is a token too, in the order of what they become: tiktoken merges all of them."""
-    for token in tokens:
-        pairs = ([token[:i], token[i:]] for i in range(1, len(token)))
-        yield from (pair for pair in pairs if pair[0] in vocab and pair[1] in vocab)
-
-
-def _file(
-    tokenizer: Tokenizer, model: dict[str, Any], pre_tokenizer: dict[str, Any], decoder: dict[str, Any]
-) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    special = sorted(tokenizer.special_tokens.items(), key=lambda entry: entry[1])
-    return {
-        "version": "1.0",
-        "added_tokens": [{"id": number, "content": name, **flags} for name, number in special],
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": _post_processor(tokenizer),
-        "model": model,
-        "decoder": decoder,
-    }
-
-
-def _post_processor(tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """What puts special tokens before and after a text, if there are any."""
-    framing, names = tokenizer.framing, {number: name for name, number in tokenizer.special_tokens.items()}
-    if not framing.length:
-        return None
-    single = [{"Sequence": {"id": "A", "type_id": 0}}]
-    single = [
-        *({"SpecialToken": {"id": names[token], "type_id": 0}} for token in framing.before),
-        *single,
-        *({"SpecialToken": {"id": names[token], "type_id": 0}} for token in framing.after),
-    ]
-    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
-    used = {
-        names[token]: {"id": names[token], "ids": [token], "tokens": [names[token]]} for token in framing.around([])
-    }
-    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": used}

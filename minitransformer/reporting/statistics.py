@@ -20,8 +20,6 @@ LEVEL = 0.95
 """of intervals, and one minus the largest corrected p-value that decides"""
 FEWEST_SEEDS = 5
 """paired seeds from which on a winner is named, or a claim decided"""
-SMALLEST_DIFFERENCE = 0.002
-"""nats (or bits a byte) from which on a difference is worth naming a winner"""
 MOST_RIVALS = 3
 """that are named one by one"""
 

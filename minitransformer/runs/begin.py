@@ -10,11 +10,11 @@ from minitransformer.models.model import Model, count_parameters
 from minitransformer.pretrained.originals import inherit_originals
 from minitransformer.runs.layout import check_free
 from minitransformer.runs.open import Run
+from minitransformer.text.datasets import PreparedData
 from minitransformer.training.config import RunConfig, with_usual_vocabulary
 from minitransformer.training.finetuning import Parent, check_fits
 from minitransformer.training.logging import TensorBoard
 from minitransformer.training.machine import Resolved, choose_device, choose_precision
-from minitransformer.training.objectives.base import Prepared
 
 
 def check_possible(config: RunConfig, out: Path | None) -> None:
@@ -37,7 +37,7 @@ def check_fits_run(source: Run, config: RunConfig) -> None:
 def begin_run(
     path: Path,
     config: RunConfig,
-    prepared: Prepared,
+    prepared: PreparedData,
     machine: Resolved,
     parent: Parent | None = None,
     initial: Model | None = None,

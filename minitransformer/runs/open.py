@@ -26,7 +26,7 @@ from minitransformer.runs.layout import (
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import (
     CHECKPOINTS,
-    check_settings,
+    check_same_settings,
     choose_checkpoint,
     load_model,
     write_checkpoint,
@@ -153,7 +153,7 @@ class Run:
 
     def cased(self, text: str) -> str:
         """`text` as this run reads it: in lower case, where that was asked for."""
-        return text.lower() if self.config.data.lowercase else text
+        return self.config.data.dataset.make().cased(text)
 
     def checkpoint(self, name: str | None = None) -> Path:
         """The whole checkpoint called `name`, by default the best, or the latest if none is called that."""
@@ -163,7 +163,7 @@ class Run:
     def checkpoint_to_continue(self, name: str | None = None) -> Path:
         """The whole checkpoint called `name`, by default the latest; raises `StorageError` for one of another run."""
         chosen = choose_checkpoint(self.checkpoints, name)
-        check_settings(chosen, self.config)
+        check_same_settings(chosen, self.config)
         return chosen
 
     def load_model(self, checkpoint: str | None = None, device: str = "cpu") -> Model:

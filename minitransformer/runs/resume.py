@@ -10,10 +10,10 @@ from minitransformer.errors import StorageError, UserError
 from minitransformer.runs.open import Run
 from minitransformer.settings import flat
 from minitransformer.text.corpora import named
+from minitransformer.text.datasets import PreparedData
 from minitransformer.training.checkpoint import check_weights, checkpoint_step, checkpoints_in, load_progress
 from minitransformer.training.config import RunConfig, fixed_settings
 from minitransformer.training.loop import SAMPLES, sample_heading
-from minitransformer.training.objectives.base import Prepared
 
 
 def check_can_resume(run: Run) -> None:
@@ -23,7 +23,7 @@ def check_can_resume(run: Run) -> None:
         raise UserError(f"{path} was imported, and no training of it can go on: begin one with --init-from {path}")
 
 
-def check_same_text(run: Run, config: RunConfig, prepared: Prepared) -> None:
+def check_same_text(run: Run, config: RunConfig, prepared: PreparedData) -> None:
     """Raises `UserError` unless `prepared`, the data of `config`, is what `run` began with."""
     if prepared.folder.name != run.text:
         raise UserError(

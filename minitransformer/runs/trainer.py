@@ -9,12 +9,12 @@ from minitransformer.diagnostics import probe_for
 from minitransformer.generation.samples import sample_of
 from minitransformer.models.model import Model
 from minitransformer.runs.open import Run
+from minitransformer.text.datasets import PreparedData
 from minitransformer.training.learner import build_learner
+from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Log, Logs, RunFiles, TensorBoard
 from minitransformer.training.loop import Trainer
 from minitransformer.training.machine import Machine
-from minitransformer.training.objectives import Objective
-from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.signals import StopRequest
 
 SAMPLE_TOKENS, EXAMPLES = 120, 4
@@ -22,7 +22,7 @@ SAMPLE_TOKENS, EXAMPLES = 120, 4
 
 def build_trainer(
     run: Run,
-    prepared: Prepared,
+    prepared: PreparedData,
     machine: Machine,
     log: Log,
     stop: StopRequest,
@@ -44,5 +44,5 @@ def open_log(run: Run, done: int, *others: Log) -> Log:
     return Logs(RunFiles(run.path, resume_at=done), *others, *tensorboard)
 
 
-def _sample(run: Run, model: Model, objective: Objective) -> str:
-    return sample_of(model, run.tokenizer, run.target_tokenizer, objective.examples(EXAMPLES), SAMPLE_TOKENS)
+def _sample(run: Run, model: Model, loader: Loader) -> str:
+    return sample_of(model, run.tokenizer, run.target_tokenizer, loader.examples(EXAMPLES), SAMPLE_TOKENS)

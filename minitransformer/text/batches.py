@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +14,50 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from minitransformer.errors import UserError
+from minitransformer.text.token_files import Tokens
 
 IGNORE = -100
 """A target that counts in no loss; torch's cross_entropy ignores it by default."""
 
-Tokens = npt.NDArray[np.integer[Any]]
+
+class TrainingBatch(Protocol):
+    """What the loop must know of a batch, whatever is in it."""
+
+    @property
+    def num_targets(self) -> int:
+        """How many predictions count in the loss."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the model reads."""
+        ...
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self: ...
+
+
+class Batches(Protocol):
+    """Batches by number, each the same whenever it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def batch(self, index: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class MadeBatches:
+    """`count` batches, of which `batch` makes any by its number."""
+
+    count: int
+    batch: Callable[[int], Any]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.batch, range(self.count))
 
 
 @dataclass(frozen=True)

@@ -41,16 +41,11 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Files in a fixed order; a text file is one document, as is a line of JSONL or a row of a table.
-
-    `skipped` counts the files of a folder whose suffix is not text.
-    """
+class Files:
+    """Files in a fixed order, and how messages call them."""
 
     name: str
     files: tuple[Path, ...]
-    field: str = "text"
-    skipped: int = 0
 
     @property
     def size(self) -> int:
@@ -61,6 +56,22 @@ class Corpus:
         """What changes when a file does, without reading one: path, bytes, and the times of its last changes."""
         entries = [(str(path.resolve()), path.stat()) for path in self.files]
         return [(path, entry.st_size, entry.st_mtime_ns, entry.st_ctime_ns) for path, entry in entries]
+
+    def check_unchanged(self, signature: Signature) -> None:
+        """Raises `UserError` if the files have another signature by now."""
+        if self.signature() != signature:
+            raise UserError(f"{self.name} changed while it was read: try again when nothing writes to it")
+
+
+@dataclass(frozen=True)
+class Corpus(Files):
+    """Texts: a text file is one document, as is a line of JSONL or a row of a table.
+
+    `skipped` counts the files of a folder whose suffix is not text.
+    """
+
+    field: str = "text"
+    skipped: int = 0
 
     def pieces(self, on_read: Callable[[int], object] = lambda count: None) -> Iterator[Piece]:
         """All documents in order, each non-empty, in pieces of at most 2 · PIECE characters.

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from minitransformer.text.batches import IGNORE
-from minitransformer.text.token_pairs import Ragged, TokenPairs
+from minitransformer.text.token_files import Ragged, TokenPairs
 
 Integers = npt.NDArray[np.int64]
 

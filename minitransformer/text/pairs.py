@@ -2,64 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
-from minitransformer.text.corpora import LINES, Corpus, Signature, jsonl_documents, kind, read
+from minitransformer.text.corpora import LINES, Files, jsonl_documents, kind, read
 
 TABLES = {".tsv"}
 Pair = tuple[str, str]
+OnRead = Callable[[int], object]
 
 
 @dataclass(frozen=True)
-class PairCorpus:
+class PairCorpus(Files):
     """One file of pairs, or two whose lines belong together.
 
     `fields` are those of a JSONL line that hold source and target; `lowercase` is what is done to both.
     """
 
-    name: str
-    files: tuple[Path, ...]
     fields: Pair = ("source", "target")
     lowercase: bool = False
 
-    def signature(self) -> Signature:
-        """What changes when a file does, without reading one."""
-        return Corpus(self.name, self.files).signature()
-
-    def pairs(self) -> Iterator[Pair]:
+    def pairs(self, on_read: OnRead = lambda count: None) -> Iterator[Pair]:
         """Source and target of every pair in order; those of which a side is blank are left out.
 
+        `on_read` hears how many bytes of the files were read since it last heard.
         Raises `UserError` naming the file, and the byte or line, that cannot be read as pairs.
         """
-        for source, target in self._raw():
+        for source, target in self._raw(on_read):
             if source.strip() and target.strip():
                 yield (source.lower(), target.lower()) if self.lowercase else (source, target)
 
-    def _raw(self) -> Iterator[Pair]:
+    def _raw(self, on_read: OnRead) -> Iterator[Pair]:
         if len(self.files) == 2:
-            return parallel(*self.files)
+            return parallel(*self.files, on_read)
         (path,) = self.files
-        return jsonl_pairs(path, *self.fields) if kind(path) in LINES else table(path)
+        return jsonl_pairs(path, *self.fields, on_read) if kind(path) in LINES else table(path, on_read)
 
 
-def lines(path: Path) -> Iterator[str]:
+def lines(path: Path, on_read: OnRead) -> Iterator[str]:
     """The lines of a file without their ends; the last may lack its newline."""
     rest = ""
-    for text in read(path):
+    for text in read(path, on_read):
         *whole, rest = (rest + text).split("\n")
         yield from (line.removesuffix("\r") for line in whole)
     if rest:
         yield rest
 
 
-def table(path: Path) -> Iterator[Pair]:
+def table(path: Path, on_read: OnRead) -> Iterator[Pair]:
     """The first two columns of a TSV file; empty lines are left out."""
-    for number, line in enumerate(lines(path), start=1):
+    for number, line in enumerate(lines(path, on_read), start=1):
         if not line:
             continue
         source, tab, rest = line.partition("\t")
@@ -68,16 +64,17 @@ def table(path: Path) -> Iterator[Pair]:
         yield source, rest.partition("\t")[0]
 
 
-def jsonl_pairs(path: Path, source_field: str, target_field: str) -> Iterator[Pair]:
+def jsonl_pairs(path: Path, source_field: str, target_field: str, on_read: OnRead) -> Iterator[Pair]:
     """The two fields of every line of a JSONL file."""
-    columns = (jsonl_documents(path, field, lambda count: None) for field in (source_field, target_field))
-    for (source,), (target,) in zip(*columns, strict=True):
+    sources = jsonl_documents(path, source_field, on_read)
+    targets = jsonl_documents(path, target_field, lambda count: None)
+    for (source,), (target,) in zip(sources, targets, strict=True):
         yield source, target
 
 
-def parallel(source_path: Path, target_path: Path) -> Iterator[Pair]:
+def parallel(source_path: Path, target_path: Path, on_read: OnRead) -> Iterator[Pair]:
     """Each line of one file with the line of the other that has its number."""
-    sources, targets = lines(source_path), lines(target_path)
+    sources, targets = lines(source_path, on_read), lines(target_path, on_read)
     for before, (source, target) in enumerate(zip_longest(sources, targets)):
         if source is None or target is None:
             longer = before + sum(1 for _ in chain([None], sources, targets))

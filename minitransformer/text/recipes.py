@@ -34,7 +34,7 @@ def known() -> dict[str, Path]:
     return {file.stem.replace("_", "-"): file for file in files}
 
 
-def load(name: str) -> Recipe:
+def load_recipe(name: str) -> Recipe:
     """The recipe called `name`; raises `UserError` with the nearest name."""
     path = lookup("recipe", name, known())
     spec = importlib.util.spec_from_file_location(f"minitransformer_recipe_{path.stem}", path)
@@ -47,7 +47,7 @@ def load(name: str) -> Recipe:
 
 def descriptions() -> dict[str, str]:
     """One line for each recipe."""
-    return {name: load(name).DESCRIPTION for name in known()}
+    return {name: load_recipe(name).DESCRIPTION for name in known()}
 
 
 def made_at(name: str, recipe: Recipe) -> Path:
@@ -62,7 +62,7 @@ def make(name: str) -> Path:
 
     Raises `UserError` when the recipe cannot get them.
     """
-    recipe = load(name)
+    recipe = load_recipe(name)
     target = made_at(name, recipe)
     if target.exists():
         return target

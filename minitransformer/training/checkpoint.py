@@ -159,7 +159,7 @@ def load_model(checkpoint: Path, config: RunConfig, device: torch.device | str =
 
     Raises `StorageError` for a checkpoint of another run.
     """
-    check_settings(checkpoint, config)
+    check_same_settings(checkpoint, config)
     check_weights(checkpoint, config.model)
     model = build_model(config.model)
     load_model_weights(checkpoint, model)
@@ -209,7 +209,7 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def check_settings(checkpoint: Path, config: RunConfig) -> None:
+def check_same_settings(checkpoint: Path, config: RunConfig) -> None:
     """Raise a `StorageError` if the whole `checkpoint` belongs to a run of other settings than `config`.
 
     Those that resuming may change are not compared; the oldest checkpoints do not know theirs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -10,10 +11,10 @@ from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.records import shown
 from minitransformer.settings import Choice, check_settings, setting
+from minitransformer.text.datasets import BatchShape, DataRequest, Dataset, PreparedData
 from minitransformer.text.recipes import known
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.objectives import Objective
-from minitransformer.training.objectives.base import Prepared
 from minitransformer.training.optimizers import Optimizer, Rates
 from minitransformer.training.precision import Precision
 from minitransformer.training.schedules import Schedule
@@ -38,35 +39,18 @@ FORMAT = 2
 class DataConfig:
     """Which text, and how it becomes tokens."""
 
+    dataset: Choice[Dataset] = Choice(
+        Dataset, "text", flag="data_kind", changes_task=True, help="which follows from the objective"
+    )
     data: str | tuple[str, ...] = setting("pydocs", may_change_on_resume=True, changes_task=True, help=DATA)
     field: str = setting(
         "text", changes_task=True, help="the field of each .jsonl line, table row or array element that holds the text"
-    )
-    target_data: str | None = setting(
-        None, may_change_on_resume=True, changes_task=True, help="pairs: the file whose lines belong to those of data"
     )
     validation_data: str | tuple[str, ...] | None = setting(
         None,
         may_change_on_resume=True,
         changes_task=True,
         help="what to validate on, named as data is; None takes some of data",
-    )
-    validation_target_data: str | None = setting(
-        None,
-        may_change_on_resume=True,
-        changes_task=True,
-        help="pairs: the file whose lines belong to those of validation_data",
-    )
-    source_field: str = setting(
-        "source", changes_task=True, help="pairs: the field of each .jsonl line that holds the source"
-    )
-    target_field: str = setting(
-        "target", changes_task=True, help="pairs: the field of each .jsonl line that holds the target"
-    )
-    lowercase: bool = setting(False, changes_task=True, help="pairs: in lower case only, also what is translated later")
-    separate_vocabularies: bool = setting(False, changes_tokens=True, help="pairs: a vocabulary for each side")
-    too_long: Literal["skip", "cut"] = setting(
-        "skip", changes_task=True, help="pairs: what to do with a side that is longer than the context"
     )
     tokenizer: str = setting("bpe", choices=Tokenizer.registry, changes_tokens=True, help="tokenizer")
     validation_fraction: float = setting(
@@ -85,10 +69,7 @@ class DataConfig:
                 if not value:
                     raise UserError(f"{name} names nothing: give a file, a folder or a recipe")
                 object.__setattr__(self, name, value[0] if len(value) == 1 else value)
-        if self.validation_target_data is not None and self.validation_data is None:
-            raise UserError(
-                f"validation_target_data is {self.validation_target_data!r} without validation_data: name both files"
-            )
+        self.dataset.make().check(self.validation_data)
 
     @property
     def validates(self) -> bool:
@@ -100,14 +81,11 @@ class DataConfig:
 class TrainingConfig:
     """How the weights are learned, how often to look, and on what machine."""
 
-    objective: str = setting(
-        "causal", choices=Objective.registry, changes_task=True, may_change_on_resume=False, help="what is learned"
+    objective: Choice[Objective] = Choice(
+        Objective, "causal", changes_task=True, may_change_on_resume=False, help="what is learned"
     )
     steps: int = setting(1000, at_least=1, help="updates of the weights")
     batch_size: int = setting(16, at_least=1, help="sequences in a micro-batch")
-    batch_tokens: int = setting(
-        2048, at_least=1, help="pairs: tokens in a micro-batch, padding included, on the side that has more"
-    )
     grad_accumulation: int = setting(1, at_least=1, help="micro-batches in a step")
     sequence_length: int | None = setting(
         None,
@@ -126,19 +104,6 @@ class TrainingConfig:
     schedule: Choice[Schedule] = Choice(Schedule, "cosine", help="learning-rate schedule")
     warmup_steps: int = setting(50, at_least=0, help="steps in which the learning rate grows from 0")
     weight_decay: float = setting(0.1, at_least=0, help="decay of matrices (never of biases and norms)")
-    label_smoothing: float = setting(
-        0.0,
-        at_least=0,
-        below=1,
-        help="encoder-decoders: share of the probability that training gives to all tokens alike",
-    )
-    mask_probability: float = setting(
-        0.15, above=0, below=1, changes_task=True, help="masked: share of the tokens that are hidden"
-    )
-    span_density: float = setting(
-        0.15, above=0, below=1, changes_task=True, help="span-corruption: share of the tokens that are cut out"
-    )
-    mean_span: float = setting(3.0, at_least=1, changes_task=True, help="span-corruption: tokens of a span, on average")
     expert_balance: float = setting(
         0.01, at_least=0, help="mixtures of experts: weight of the loss that shares the work among them"
     )
@@ -176,6 +141,7 @@ class TrainingConfig:
         0,
         at_least=0,
         below=1 << 63,
+        must="at least 0 and below 2 to the 63rd",
         observes_only=True,
         may_change_on_resume=False,
         help="of the weights, the batches and dropout",
@@ -208,33 +174,81 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        objective, topology = Objective.named(self.training.objective), self.model.topology
+        objective, topology = self.training.objective.variant, self.model.topology
         possible = [name for name, other in Objective.registry.items() if topology in other.topologies]
         if possible and topology not in objective.topologies:
             raise UserError(
                 f"objective {objective.name!r} cannot train topology {topology!r}: "
                 f"choose --objective {' or '.join(possible)}"
             )
+        self._choose_dataset(objective)
         if not self.data.validates:
             for name in ("patience", "sample_at_eval"):
                 if getattr(self.training, name):
                     raise UserError(f"{name} waits for validations, and validation_fraction 0 has none: give some text")
-        self._check_sequence_length(objective)
+        self._check_sequence_length()
 
-    def _check_sequence_length(self, objective: type[Objective]) -> None:
+    def _choose_dataset(self, objective: type[Objective]) -> None:
+        """The kind of data that `objective` learns from, unless another one was chosen, which is a mistake."""
+        dataset, wanted = self.data.dataset, objective.dataset.choose()
+        if dataset.variant is wanted.variant:
+            return
+        if dataset != DataConfig().dataset:
+            raise _other_dataset(objective, dataset.name)
+        object.__setattr__(self, "data", replace(self.data, dataset=wanted))
+
+    def _check_sequence_length(self) -> None:
         if (length := self.training.sequence_length) is None:
             return
-        if not objective.cuts_text:
+        if not self.data.dataset.variant.cuts_text:
             raise UserError(f"sequence_length is {length}, and pairs are as long as they are: leave it out")
         if length > self.model.context_length:
             raise UserError(
                 f"sequence_length {length} is more than context_length {self.model.context_length}: lower it"
             )
 
+    def implied(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """What follows from the flat settings `changes`: with another objective comes its kind of data."""
+        name = changes.get("objective", self.training.objective.name)
+        objective = Objective.registry.get(name)
+        if objective is None:
+            return {}
+        if changes.get("data_kind", objective.dataset.name) != objective.dataset.name:
+            raise _other_dataset(objective, changes["data_kind"])
+        return {"data_kind": objective.dataset.name}
+
     @property
     def sequence_length(self) -> int:
         """Tokens of a training sequence, at most."""
         return self.training.sequence_length or self.model.context_length
+
+    def batch_shape(self, window: int, whole: bool = False) -> BatchShape:
+        """What a step reads, in windows of so many tokens."""
+        return BatchShape(window, self.training.batch_size, self.training.grad_accumulation, whole)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """How many tokens a step reads, about."""
+        return self.data.dataset.make().tokens_per_step(self.batch_shape(self.sequence_length))
+
+    def prepare(self, tokenizers: Sequence[Tokenizer] = ()) -> PreparedData:
+        """The data of this run as token ids; `tokenizers` are those that it has already, otherwise they are fitted.
+
+        Raises `UserError` for data that cannot be used.
+        """
+        data = self.data
+        request = DataRequest(
+            data.data,
+            data.tokenizer,
+            self.sequence_length,
+            field=data.field,
+            validation_data=data.validation_data,
+            validation_fraction=data.validation_fraction,
+            vocab_size=self.model.vocab_size,
+            special_tokens=self.training.objective.variant.special_tokens,
+            tokenizers=tokenizers,
+        )
+        return data.dataset.make().prepare(request)
 
     def check_trainable(self) -> None:
         """Raises `UserError` for a model that can only be imported: nothing trains its topology."""
@@ -261,6 +275,13 @@ class RunConfig:
         return cls(**{name: settings.from_json(kind, values[name], origin) for name, kind in kinds.items()})
 
 
+def _other_dataset(objective: type[Objective], name: str) -> UserError:
+    return UserError(
+        f"objective {objective.name!r} learns from data of the kind {objective.dataset.name!r}, not {name!r}: "
+        "leave out --data-kind, or choose another --objective"
+    )
+
+
 def as_of_today(record: dict[str, Any], origin: str) -> dict[str, dict[str, Any]]:
     """The parts of the configuration `record`, of any format; raises `UserError` for one that is newer than this."""
     version = record.get("format", 1)
@@ -278,16 +299,20 @@ def from_format_1(record: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
     if older and model.get("qk_norm", "none") == "none":
         model = model | {"qk_norm": "full"}
     training = {"validation_tokens": 0, **training}  # before there was a choice, validations read all of them
+    objective = Objective.registry.get(str(training.get("objective")), TrainingConfig.objective.variant)
+    data = {"data_kind": objective.dataset.name, **record["data"]}
+    if "batch_tokens" in training:
+        data["batch_tokens"] = training.pop("batch_tokens")
     return {
         "model": settings.nested(ModelConfig, model),
-        "data": settings.nested(DataConfig, record["data"]),
+        "data": settings.nested(DataConfig, data),
         "training": settings.nested(TrainingConfig, training),
     }
 
 
 def with_usual_vocabulary(config: RunConfig) -> ModelConfig:
     """The model of `config` before its data is known: about as many tokens as its tokenizer usually finds."""
-    own = Objective.named(config.training.objective).special_tokens
+    own = config.training.objective.variant.special_tokens
     usual = Tokenizer.named(config.data.tokenizer).usual_vocab_size + len(own)
     return replace(config.model, vocab_size=config.model.vocab_size or usual)
 
@@ -308,7 +333,7 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
     return fixed
 
 
-def with_vocabulary(model: ModelConfig, prepared: Prepared) -> ModelConfig:
+def with_vocabulary(model: ModelConfig, prepared: PreparedData) -> ModelConfig:
     """`model` for the tokens that the data has, where it leaves their number open."""
     source, target = prepared.tokenizer, prepared.target_tokenizer
     return replace(

@@ -105,7 +105,7 @@ def sound_checkpoint(checkpoints: Path, learner: Learner, first_loss: float) -> 
 def _next_loss(model: Model, learner: Learner, step: int) -> float:
     """The mean loss of `model` in the step after `step`; NaN if its gradient is not finite."""
     device = learner.machine.device
-    batches = [batch.to(device) for batch in learner.objective.training_batches(step)]
+    batches = [batch.to(device) for batch in learner.loader.training_batches(step)]
     targets, total = sum(batch.num_targets for batch in batches), 0.0
     model.zero_grad(set_to_none=True)
     model.begin_step(step)

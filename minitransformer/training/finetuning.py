@@ -12,13 +12,12 @@ from minitransformer.files import sha256
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import weight_shapes
 from minitransformer.records import whole_record
-from minitransformer.settings import flat
-from minitransformer.text.prepare import TooShort
+from minitransformer.settings import declared, flat
+from minitransformer.text.datasets import PreparedData
+from minitransformer.text.datasets.text import TooShort
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import MODEL
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
-from minitransformer.training.objectives import Objective
-from minitransformer.training.objectives.base import Prepared
 
 # What suits weights that have learned already: a tenth of the rates they were learned at, from scratch, keeps most of
 # it. 3e-4 becomes nanoGPT's 3e-5, and rates of Muon stay rates of Muon (Liu et al. 2025, arXiv 2502.16982, section
@@ -61,14 +60,16 @@ def fine_tuning(parent: RunConfig, *, from_scratch: bool, new_data: bool) -> Run
     `new_data`, what says how the parent's was to be read falls away, but for what its tokenizer depends on.
     """
     training = _gentle(parent.training) if from_scratch else parent.training
-    cuts_text = Objective.named(training.objective).cuts_text
+    cuts_text = parent.data.dataset.variant.cuts_text
     length = min(parent.sequence_length, MOST_TOKENS) if cuts_text else parent.model.context_length
     training = replace(training, sequence_length=None if length == parent.model.context_length else length)
     if not new_data:
         return replace(parent, training=training)
     old = parent.data
-    kept = {name: getattr(old, name) for name in ("tokenizer", "lowercase", "separate_vocabularies", "too_long")}
-    return replace(parent, data=DataConfig(**kept), training=training)
+    reading = old.dataset.settings
+    anew = {each.attribute: each.default for each in declared(type(reading)) if each.about.get("of_files")}
+    dataset = replace(old.dataset, settings=replace(reading, **anew))
+    return replace(parent, data=DataConfig(tokenizer=old.tokenizer, dataset=dataset), training=training)
 
 
 def _gentle(training: TrainingConfig) -> TrainingConfig:
@@ -101,17 +102,16 @@ def check_fits(parent: ModelConfig, model: ModelConfig) -> None:
 
 def prepare_fine_tuning(
     config: RunConfig, usual: RunConfig, tokenizers: Sequence[Tokenizer]
-) -> tuple[RunConfig, Prepared]:
+) -> tuple[RunConfig, PreparedData]:
     """The data of a fine-tune, as the `tokenizers` of its parent encode it, and the configuration that suits it.
 
     Where the text is too short for sequences of the `usual` length, and no other one was asked for, they are as long as
     it allows. Raises `UserError` for data that cannot be used.
     """
-    objective = Objective.named(config.training.objective)
     try:
-        return config, objective.prepare(config, tokenizers)
+        return config, config.prepare(tokenizers)
     except TooShort as error:
         if config.training.sequence_length != usual.training.sequence_length or error.longest < LEAST_TOKENS:
             raise
         config = replace(config, training=replace(config.training, sequence_length=error.longest))
-    return config, objective.prepare(config, tokenizers)
+    return config, config.prepare(tokenizers)

@@ -11,24 +11,25 @@ import numpy as np
 import torch
 
 from minitransformer.models.model import Model, build_model
+from minitransformer.text.batches import TrainingBatch
+from minitransformer.text.datasets import PreparedData
 from minitransformer.training.checkpoint import load_model_weights
 from minitransformer.training.config import RunConfig
 from minitransformer.training.experts import ExpertBalance
+from minitransformer.training.loader import Loader
 from minitransformer.training.machine import Machine, compiled, keep_freed_memory
-from minitransformer.training.objectives import Objective
-from minitransformer.training.objectives.base import Prepared, TrainingBatch
 from minitransformer.training.optimizers import build_optimizers, set_learning_rate
 from minitransformer.training.precision import Precision
 from minitransformer.training.prefetch import prefetched
 from minitransformer.training.probe import NO_PROBE, Probe
 from minitransformer.training.step import StepResult, training_step
 
-MakeProbe = Callable[[Model, Objective, torch.device], Probe]
+MakeProbe = Callable[[Model, Loader, torch.device], Probe]
 
 
 def build_learner(
     config: RunConfig,
-    data: Prepared,
+    data: PreparedData,
     machine: Machine,
     *,
     initial: Path | None = None,
@@ -39,33 +40,34 @@ def build_learner(
     Its weights are drawn by the run's seed and calibrated on its first batch, or are those of the checkpoint `initial`.
     """
     keep_freed_memory()
-    objective = Objective.named(config.training.objective)(data, config)
+    loader = Loader.of_run(config, data)
     torch.manual_seed(config.training.seed)
     model = build_model(config.model).to(machine.device).train()
     if initial is None:
-        model.calibrate(lambda: objective.loss_sum(model, objective.training_batches(0)[0].to(machine.device)))
+        model.calibrate(lambda: loader.objective.loss_sum(model, loader.training_batches(0)[0].to(machine.device)))
     else:
         load_model_weights(initial, model)
-    return Learner(config, model, objective, machine, make_probe(model, objective, machine.device))
+    return Learner(config, model, loader, machine, make_probe(model, loader, machine.device))
 
 
 class Learner:
-    """A model, its objective, and what updates its weights.
+    """A model, the batches and the objective that it learns by, and what updates its weights.
 
     The state after a step is a function of the configuration and the data alone, on a CPU bit for bit.
     """
 
     def __init__(
-        self, config: RunConfig, model: Model, objective: Objective, machine: Machine, probe: Probe = NO_PROBE
+        self, config: RunConfig, model: Model, loader: Loader, machine: Machine, probe: Probe = NO_PROBE
     ) -> None:
         training = config.training
-        self.config, self.model, self.objective, self.machine, self.probe = config, model, objective, machine, probe
+        self.config, self.model, self.machine, self.probe = config, model, machine, probe
+        self.loader, self.objective = loader, loader.objective
         self.fast_model = compiled(model) if machine.compile else model
         self.optimizers = build_optimizers(training.optimizer, model, training.rates)
         self.balance = ExpertBalance(model, training.expert_balance)
         self.precision = Precision.named(machine.precision)(machine.device)
         self.steps_done = 0
-        self._batches = prefetched(objective.training_batches, machine.device)
+        self._batches = prefetched(loader.training_batches, machine.device)
 
     def next_batches(self) -> Sequence[TrainingBatch]:
         """The micro-batches of the next step."""

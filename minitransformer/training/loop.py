@@ -12,12 +12,11 @@ from minitransformer.models.model import Model
 from minitransformer.training import checkpoint
 from minitransformer.training.divergence import MOST_STEPS_WITHOUT_UPDATE, DivergenceWatch
 from minitransformer.training.learner import Learner
+from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Log
-from minitransformer.training.objectives import Objective
 from minitransformer.training.progress import Meter, Progress
 from minitransformer.training.signals import StopRequest
-from minitransformer.training.step import Validation
-from minitransformer.training.validation import Validator
+from minitransformer.training.validation import Validation, Validator
 
 SAMPLES = "samples.txt"
 
@@ -29,12 +28,12 @@ class Trainer:
     """
 
     def __init__(
-        self, folder: Path, learner: Learner, log: Log, stop: StopRequest, sample: Callable[[Model, Objective], str]
+        self, folder: Path, learner: Learner, log: Log, stop: StopRequest, sample: Callable[[Model, Loader], str]
     ) -> None:
         self.folder, self.learner, self.log, self.stop, self.sample = folder, learner, log, stop, sample
         self.config = learner.config.training
         self.progress = Progress()
-        self.validator = Validator(learner.model, learner.objective, learner.precision, log)
+        self.validator = Validator(learner.model, learner.config, learner.loader, learner.precision, log)
         self.validation: Validation | None = None
         self._saved: Progress | None = None
 
@@ -101,7 +100,7 @@ class Trainer:
         return self.config.patience is not None and validations >= self.config.patience
 
     def _validation_due(self) -> bool:
-        return self.learner.objective.validates and self.progress.step > 0 and self._due(self.config.eval_every)
+        return self.learner.loader.validates and self.progress.step > 0 and self._due(self.config.eval_every)
 
     def _finish_validation(self) -> None:
         """Validate if the stop that this run continues from came in the middle of that."""
@@ -130,17 +129,7 @@ class Trainer:
     def _note(self, validation: Validation) -> None:
         self.validation = validation
         self.progress.note(validation.comparable_loss)
-        self.log.record(
-            {
-                "step": self.progress.step,
-                "validation_loss": validation.loss,
-                "perplexity": validation.perplexity,
-                "bits_per_byte": validation.bits_per_byte,
-                "accuracy": validation.accuracy,
-                "exact": validation.exact,
-                "validation_tokens": validation.tokens,
-            }
-        )
+        self.log.record({"step": self.progress.step, **validation.record()})
         self.log.line(f"step {self.progress.step} validation: {validation}")
         if self.config.sample_at_eval:
             self.write_sample()
@@ -151,7 +140,7 @@ class Trainer:
         if best and self.progress.best_step not in (0, self.progress.step):
             model = self._best_model()
             note = f"of the best weights, those of step {self.progress.best_step}:\n"
-        sample = note + self.sample(model, self.learner.objective)
+        sample = note + self.sample(model, self.learner.loader)
         with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
             file.write(f"{sample_heading(self.progress.step)}{sample}\n")
         self.log.line(sample)
@@ -187,7 +176,7 @@ class Trainer:
             self.learner.config,
         )
         # Without validation nobody knows a better one than the last.
-        if self.progress.best_step == self.progress.step or not self.learner.objective.validates:
+        if self.progress.best_step == self.progress.step or not self.learner.loader.validates:
             files.point_to(self._checkpoints / "best", path.name)
         # The weights of a checkpoint made the loss of the step after it.
         also = self.progress.skipped_step - 1

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from minitransformer.architecture.embeddings import LMHead
-from minitransformer.architecture.norms import SMALLEST
+from minitransformer.architecture.norms import AT_LEAST_SMALLEST
 from minitransformer.registry import Registered
 from minitransformer.settings import Chosen, setting
 from minitransformer.training.light import LightAdamW, LightOptimizer
@@ -69,7 +69,7 @@ class AdamW(Optimizer, name="adamw"):
             0.95, flag="beta2", at_least=0, below=1, help="AdamW's decay of the mean of squared gradients"
         )
         eps: float = setting(
-            1e-8, flag="eps", at_least=SMALLEST, help="added to the root of AdamW's mean of squared gradients"
+            1e-8, flag="eps", **AT_LEAST_SMALLEST, help="added to the root of AdamW's mean of squared gradients"
         )
 
     settings: Settings

@@ -8,7 +8,7 @@ from typing import Any
 
 from minitransformer.training.logging import records_until
 from minitransformer.training.progress import Progress
-from minitransformer.training.step import Validation
+from minitransformer.training.validation import Validation
 
 NOTABLE = 0.01
 """nats a target by which validation must have risen, and training fallen, for that to be told"""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from minitransformer.models.config import PRESETS as MODELS
+from minitransformer.text.datasets import Pairs
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.objectives import Seq2Seq
 from minitransformer.training.optimizers import AdamW, MuonWithAdamW
 
 DEFAULT = "gpt-micro"
@@ -30,7 +32,6 @@ NUMBERS = DataConfig(data="numbers", tokenizer="bytes")
 PAIRS = TrainingConfig(
     objective="seq2seq",
     steps=1500,
-    batch_tokens=2048,
     optimizer="muon",
     lr=0.02,
     embedding_lr=0.01,
@@ -67,17 +68,15 @@ PRESETS: dict[str, RunConfig] = {
     # The shape of Wu et al. 2021 (arXiv 2105.14462), with a recipe for minutes rather than hours; the data by flag.
     "multi30k-tiny": RunConfig(
         MODELS["multi30k-tiny"],
-        DataConfig(lowercase=True),
+        DataConfig(dataset=Pairs.choose(lowercase=True)),
         TrainingConfig(
-            objective="seq2seq",
+            objective=Seq2Seq.choose(label_smoothing=0.1),
             steps=3000,
-            batch_tokens=2048,
             optimizer="muon",
             lr=0.02,
             embedding_lr=5e-3,
             schedule="linear",
             warmup_steps=100,
-            label_smoothing=0.1,
             eval_every=500,
             save_every=500,
         ),

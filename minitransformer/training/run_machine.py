@@ -8,7 +8,6 @@ from typing import Any
 from minitransformer.models.model import count_parameters
 from minitransformer.training.config import RunConfig
 from minitransformer.training.machine import Machine, Resolved, choose_machine, keep_machine
-from minitransformer.training.objectives import Objective
 
 SETTINGS = "device", "precision", "compile"
 """what may be "auto" """
@@ -31,7 +30,7 @@ def machine_again(kept: Resolved | None, config: RunConfig, anew: Collection[str
 
 def run_flops(config: RunConfig) -> float:
     """Floating-point operations of the whole run, about."""
-    tokens = config.training.steps * Objective.named(config.training.objective).tokens_per_step(config)
+    tokens = config.training.steps * config.tokens_per_step
     return 6 * count_parameters(config.model) * tokens
 
 
@@ -40,5 +39,5 @@ def _asked(config: RunConfig) -> tuple[str, str, str]:
 
 
 def _work(config: RunConfig) -> dict[str, Any]:
-    fixed_shapes = Objective.named(config.training.objective).fixed_shapes
+    fixed_shapes = config.training.objective.variant.fixed_shapes
     return {"run_flops": run_flops(config), "fixed_shapes": fixed_shapes}

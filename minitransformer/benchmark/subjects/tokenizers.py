@@ -45,7 +45,7 @@ class Encoding(Subject, name="encoding"):
 
 
 def _processors() -> int:
-    from minitransformer.text.preparing import cores
+    from minitransformer.text.threads import cores
 
     return cores()
 
@@ -108,7 +108,7 @@ def _without_possessives(pattern: str) -> str:
 
 
 def _encode_ours(texts: list[str], threads: int) -> Callable[[], object]:
-    from minitransformer.text.preparing import in_order
+    from minitransformer.text.threads import in_order
     from minitransformer.text.tokenizers import BPE
 
     tokenizer = BPE.fit(lambda: islice(iter(texts), 200), VOCABULARY)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from minitransformer.architecture.residual import HybridNorm
 from minitransformer.errors import UserError
+from minitransformer.evaluation.metrics import SMALLEST_DIFFERENCE
 from minitransformer.lab.experiment import Criterion, Findings, select
 from minitransformer.lab.experiments.trainability import PLACEMENTS
 from minitransformer.lab.judging import on_trial
 from minitransformer.lab.training import TrainingExperiment
 from minitransformer.reporting.figures import intervals
-from minitransformer.reporting.statistics import SMALLEST_DIFFERENCE, Ranking, mean_interval, paired_difference, ranking
+from minitransformer.reporting.statistics import Ranking, mean_interval, paired_difference, ranking
 from minitransformer.reporting.tables import Picture, Table
 from minitransformer.tasks.task import Measurement, Result, Task
 

@@ -2,87 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
-from minitransformer.errors import UserError
+from minitransformer.models.config import ModelConfig
 from minitransformer.registry import Registered
-from minitransformer.text.preparing import Tokens
+from minitransformer.text.datasets import Dataset, PreparedData
 from minitransformer.text.tokenizers import Tokenizer
-
-if TYPE_CHECKING:
-    from minitransformer.training.config import DataConfig, RunConfig
-
-
-class TrainingBatch(Protocol):
-    """What the loop must know of a batch, whatever is in it."""
-
-    @property
-    def num_targets(self) -> int:
-        """How many predictions count in the loss."""
-        ...
-
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens the model reads."""
-        ...
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self: ...
-
-
-class Batches(Protocol):
-    """Batches by number, each the same whenever it is asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-    def batch(self, index: int) -> Any: ...
-
-
-@dataclass(frozen=True)
-class MadeBatches:
-    """`count` batches, of which `batch` makes any by its number."""
-
-    count: int
-    batch: Callable[[int], Any]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(self.batch, range(self.count))
-
-
-class Prepared(Protocol):
-    """Data as token ids, in a folder of its own that is named after its content."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def target_tokenizer(self) -> Tokenizer:
-        """Of what the model writes; for most data, `tokenizer`."""
-        ...
-
-    def summary(self) -> str:
-        """Lines for the terminal."""
-        ...
 
 
 @dataclass(frozen=True)
 class Score:
-    """The loss of a batch in nats, summed over its targets; if it is asked, how many of them were guessed.
+    """The loss of a batch in nats, summed over its targets; if it is asked, how many of them were predicted right.
 
-    For whole answers, `exact` says of each text [texts] whether all of it was guessed.
+    Where targets are whole texts, `exact` says of each [texts] whether all of it was predicted.
     """
 
     nats: Tensor
@@ -90,66 +27,46 @@ class Score:
     exact: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class BatchKey:
+    """Which batch this is: what is random in it depends on that alone."""
+
+    seed: int
+    index: int
+    split: str
+
+    def numbers(self, stream: int) -> list[int]:
+        """A seed that no other batch has, of training or of validation, where objectives have streams of their own."""
+        return [self.seed, self.index, stream + 2 * (self.split == "validation")]
+
+
 class Objective(Registered, kind="objective"):
-    """Batches of prepared data, and the loss of a model on them, for runs of some topologies."""
+    """A loss over batches of one kind of data, and what it makes of a batch before that is learned from."""
 
     topologies: ClassVar[frozenset[str]]
+    dataset: ClassVar[type[Dataset]]
     special_tokens: ClassVar[Sequence[str]] = ()
     """tokens that the vocabulary has beside those of the text"""
     fixed_shapes: ClassVar[bool] = True
     """whether all training batches have the same shapes"""
-    cuts_text: ClassVar[bool] = True
-    """whether it learns from sequences of any length that text is cut into"""
+    predicts_text: ClassVar[bool] = True
+    """whether its targets are the text, each token once, so that bits per byte have a meaning"""
+    has_baseline: ClassVar[bool] = False
+    """whether its accuracy is told beside that of the most frequent token"""
+    whole_windows: ClassVar[bool] = False
+    """whether it cannot learn from a window that is shorter than the others"""
 
-    def __init__(self, prepared: Any, config: RunConfig) -> None:
-        self.prepared, self.config = prepared, config
-
-    @classmethod
-    def prepare(cls, config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> Prepared:
-        """The data that `config` names; `tokenizers` are those that a run has already, otherwise they are fitted.
-
-        Raises `UserError` for data that cannot be used.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def tokens_per_step(cls, config: RunConfig) -> int:
-        """How many tokens a step reads, about."""
-        training = config.training
-        return training.batch_size * training.grad_accumulation * config.sequence_length
-
-    def training_batches(self, step: int) -> Sequence[TrainingBatch]:
-        """The micro-batches of a step: the same ones whenever they are asked for."""
-        raise NotImplementedError
-
-    def validation_batches(self) -> Batches:
-        """The whole validation split, once."""
-        raise NotImplementedError
+    def __init__(self, settings: Any, tokenizer: Tokenizer, model: ModelConfig, sequence_length: int) -> None:
+        self.settings, self.tokenizer, self.model, self.sequence_length = settings, tokenizer, model, sequence_length
 
     @property
-    def validates(self) -> bool:
-        """Whether there is a validation split."""
-        return self.validation_tokens > 0
+    def window(self) -> int:
+        """How many tokens of text a training sequence holds."""
+        return self.sequence_length
 
-    @property
-    def validation_tokens(self) -> int:
-        """How many tokens the validation split has."""
-        return len(self.prepared.validation)
-
-    @property
-    def validation_targets(self) -> Tokens:
-        """The ids that `validation_bytes` are the bytes of."""
-        return self.prepared.validation
-
-    @property
-    def validation_bytes(self) -> int | None:
-        """Bytes of text that the targets of validation stand for; None if they stand for no whole text."""
-        return None
-
-    @property
-    def blind_accuracy(self) -> float | None:
-        """Share of the targets of validation that one would guess without looking; None if accuracy is not asked."""
-        return None
+    def make_batch(self, batch: Any, data: PreparedData, key: BatchKey) -> Any:
+        """What is learned from `batch` of `data`."""
+        return batch
 
     def loss_sum(self, model: nn.Module, batch: Any) -> Tensor:
         """What training makes small: in nats, summed over the targets of `batch` that count."""
@@ -159,16 +76,11 @@ class Objective(Registered, kind="objective"):
         """How well `model` predicts the targets of `batch`."""
         raise NotImplementedError
 
-    def examples(self, count: int) -> list[list[int]]:
-        """Some inputs of validation (else of training), for who wants to see what the model makes of them."""
+    def examples(self, data: PreparedData, batch: Any, count: int) -> list[list[int]]:
+        """Some inputs, of which a sample shows what the model makes; `batch` is the first of validation or training."""
         return []
 
 
-def refuse_other_files(data: DataConfig, names: Sequence[str]) -> None:
-    """Raises `UserError` if `data` has a file in one of its fields `names`, which would be left unread in silence."""
-    for name in names:
-        if (value := getattr(data, name)) is not None:
-            raise UserError(
-                f"{name} is {value!r}, and nothing would read it: it is for files of pairs and --objective seq2seq, "
-                "as in the preset transformer-mini"
-            )
+def torch_seed(numbers: Sequence[int]) -> int:
+    """A seed for torch made of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

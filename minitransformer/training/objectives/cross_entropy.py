@@ -1,4 +1,4 @@
-"""Cross-entropy from what a head reads, without the logits of all tokens at once."""
+"""Cross-torch_seed from what a head reads, without the logits of all tokens at once."""
 
 from __future__ import annotations
 

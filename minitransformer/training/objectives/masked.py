@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Self
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,25 +13,22 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from minitransformer.text.batches import IGNORE, Batch, SequentialWindows, ShuffledWindows
-from minitransformer.text.prepare import PreparedText
+from minitransformer.models.config import ModelConfig
+from minitransformer.settings import setting
+from minitransformer.text.batches import IGNORE, Batch
+from minitransformer.text.datasets import PlainText, PreparedData
 from minitransformer.text.tokenizers import MASK, Tokenizer
-from minitransformer.training.objectives.base import MadeBatches, Objective, Score
-from minitransformer.training.objectives.causal import prepare_text
+from minitransformer.training.objectives.base import BatchKey, Objective, Score, torch_seed
 from minitransformer.training.objectives.cross_entropy import score_tokens, summed_loss
 
-if TYPE_CHECKING:
-    from minitransformer.training.config import RunConfig
-
-
 EXCERPT = 24
-TRAINING, VALIDATION = 1, 3
-"""for the seeds, which should not be those of one another's batches, nor of other objectives"""
+STREAM = 1
+"""of random numbers, which no other objective has"""
 
 
 @dataclass(frozen=True)
 class MaskedBatch:
-    """Token ids some of which are hidden, the hidden ones as targets (IGNORE elsewhere), segments if there are two.
+    """Token ids some of which are masked, the masked ones as targets (IGNORE elsewhere), segments if there are two.
 
     `follows` is 1 where the second segment follows the first in the text, and 0 where it comes from elsewhere;
     `is_token` is False at padding (None: there is none).
@@ -65,7 +62,7 @@ class MaskedBatch:
         return type(self)(*changed)
 
 
-def hide(
+def mask_tokens(
     tokens: Int64[Tensor, "batch length"],
     *,
     mask: int,
@@ -83,14 +80,14 @@ def hide(
     chosen = chance < probability
     chosen[:, :keep] = False
     how = torch.rand(tokens.shape, generator=generator)
-    strangers = torch.randint(vocab_size, tokens.shape, generator=generator)
+    random_tokens = torch.randint(vocab_size, tokens.shape, generator=generator)
     inputs = torch.where(chosen & (how < 0.8), mask, tokens)
-    inputs = torch.where(chosen & (how >= 0.9), strangers, inputs)
+    inputs = torch.where(chosen & (how >= 0.9), random_tokens, inputs)
     return inputs, torch.where(chosen, tokens, IGNORE)
 
 
 class Masked(Objective, name="masked"):
-    """−Σ log p(hidden token | all that is not hidden), with other tokens hidden each time a text is seen.
+    """−Σ log p(masked token | all unmasked tokens), with other tokens masked each time a text is seen.
 
     Devlin et al. 2018 (BERT, arXiv 1810.04805), section 3.1; fresh masks: Liu et al. 2019 (RoBERTa, arXiv 1907.11692),
     section 4.1. Around every window stands what the tokenizer says, by default the end-of-text token before it, from
@@ -98,52 +95,49 @@ class Masked(Objective, name="masked"):
     first: half of them do not.
     """
 
+    @dataclass(frozen=True)
+    class Settings:
+        probability: float = setting(
+            0.15, flag="mask_probability", above=0, below=1, changes_task=True, help="share of the tokens to mask"
+        )
+
+    settings: Settings
     topologies = frozenset({"encoder"})
+    dataset = PlainText
     special_tokens = (MASK,)
-    fixed_shapes = False  # the head reads as many tokens as happen to be hidden
-    prepared: PreparedText
+    fixed_shapes = False  # the head reads as many tokens as happen to be masked
+    predicts_text = False
+    has_baseline = True
 
-    def __init__(self, prepared: PreparedText, config: RunConfig) -> None:
-        super().__init__(prepared, config)
-        self.mask, self.framing = prepared.tokenizer.mask, prepared.tokenizer.masked_framing
-        self.length = config.sequence_length - self.framing.length
+    def __init__(self, settings: Settings, tokenizer: Tokenizer, model: ModelConfig, sequence_length: int) -> None:
+        super().__init__(settings, tokenizer, model, sequence_length)
+        self.mask, self.framing = tokenizer.mask, tokenizer.masked_framing
 
-    @classmethod
-    def prepare(cls, config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> PreparedText:
-        return prepare_text(config, tokenizers, cls.special_tokens)
+    @property
+    def window(self) -> int:
+        return self.sequence_length - self.framing.length
 
-    def training_batches(self, step: int) -> list[MaskedBatch]:
-        training = self.config.training
-        rows = training.batch_size * training.grad_accumulation
-        windows = ShuffledWindows(self.prepared.train, self.length, rows, training.seed).batch(step).inputs
-        generator = torch.Generator().manual_seed(_seed(training.seed, step, TRAINING))
-        return self._hidden(windows, self.prepared.train, generator).split(training.batch_size)
-
-    def validation_batches(self) -> MadeBatches:
-        windows = SequentialWindows(self.prepared.validation, self.length, self.config.training.batch_size)
-        return MadeBatches(len(windows), lambda index: self._validation_batch(windows.batch(index), index))
-
-    def _validation_batch(self, batch: Batch, index: int) -> MaskedBatch:
-        # The same tokens are hidden every time, so that validations can be compared.
-        generator = torch.Generator().manual_seed(_seed(self.config.training.seed, index, VALIDATION))
-        hidden = self._hidden(batch.inputs, self.prepared.validation, generator)
+    def make_batch(self, batch: Batch, data: PreparedData, key: BatchKey) -> MaskedBatch:
+        # A validation masks the same tokens every time, so that two of them can be compared.
+        generator = torch.Generator().manual_seed(torch_seed(key.numbers(STREAM)))
+        masked = self._masked(batch.inputs, data.targets(key.split), generator)
         padding = F.pad(batch.targets == IGNORE, (len(self.framing.before), len(self.framing.after)))
         if padding.any():
-            hidden = replace(hidden, targets=hidden.targets.masked_fill(padding, IGNORE), is_token=~padding)
-        return hidden
+            masked = replace(masked, targets=masked.targets.masked_fill(padding, IGNORE), is_token=~padding)
+        return masked
 
-    def _hidden(self, windows: Tensor, tokens: Any, generator: torch.Generator) -> MaskedBatch:
+    def _masked(self, windows: Tensor, tokens: Any, generator: torch.Generator) -> MaskedBatch:
         follows = segments = None
-        if self.config.model.next_sentence:
+        if self.model.next_sentence:
             windows, segments, follows = self._pairs(windows, tokens, generator)
         before, after = (
             windows.new_tensor(ids).expand(len(windows), -1) for ids in (self.framing.before, self.framing.after)
         )
-        inputs, targets = hide(
+        inputs, targets = mask_tokens(
             torch.cat([before, windows], dim=1),
             mask=self.mask,
-            vocab_size=self.prepared.tokenizer.vocab_size,
-            probability=self.config.training.mask_probability,
+            vocab_size=self.tokenizer.vocab_size,
+            probability=self.settings.probability,
             generator=generator,
             keep=before.size(1),
         )
@@ -162,12 +156,6 @@ class Masked(Objective, name="masked"):
         segments[:, len(self.framing.before) + half :] = 1
         return torch.cat([windows[:, :half], second], dim=1), segments, follows
 
-    @cached_property
-    def blind_accuracy(self) -> float:
-        """Of always guessing the token that is the most frequent one in training."""
-        most_frequent = np.bincount(np.asarray(self.prepared.train)).argmax()
-        return float((np.asarray(self.prepared.validation) == most_frequent).mean())
-
     def score(self, model: Any, batch: MaskedBatch) -> Score:
         output = self._output(model, batch, score_tokens)
         nats, right = output if batch.follows is None else output.tokens
@@ -178,25 +166,21 @@ class Masked(Objective, name="masked"):
         if batch.follows is None:
             return output
         loss, follows = output
-        # A window counts as much as its hidden tokens together: the sum of two means, as in BERT.
-        weight = self.config.training.mask_probability * self.length
+        # A window counts as much as its masked tokens together: the sum of two means, as in BERT.
+        weight = self.settings.probability * self.window
         return loss + weight * F.cross_entropy(follows, batch.follows, reduction="sum")
 
     def _output(self, model: Any, batch: MaskedBatch, measure: Callable[..., Any]) -> Any:
-        """What `measure` makes of the hidden tokens; of a model with `next_sentence`, as the first of a pair."""
+        """What `measure` makes of the masked tokens; of a model with `next_sentence`, as the first of a pair."""
         places = batch.targets != IGNORE
         readout = partial(measure, targets=batch.targets[places])
         return model(batch.inputs, is_token=batch.is_token, segments=batch.segments, places=places, readout=readout)
 
-    def examples(self, count: int) -> list[list[int]]:
+    def examples(self, data: PreparedData, batch: MaskedBatch, count: int) -> list[list[int]]:
         """Excerpts from all over the validation text (else of training), each with two masks."""
-        tokens = np.asarray(self.prepared.validation if self.validates else self.prepared.train)
-        length = min(EXCERPT, self.length, len(tokens))
+        tokens = np.asarray(data.targets("validation" if data.num_tokens("validation") else "train"))
+        length = min(EXCERPT, self.window, len(tokens))
         starts = np.linspace(0, len(tokens) - length, count, dtype=np.int64)
         excerpts = tokens[starts[:, None] + np.arange(length)].astype(np.int64)
         excerpts[:, [length // 3, 2 * length // 3]] = self.mask
         return [self.framing.around(excerpt) for excerpt in excerpts.tolist()]
-
-
-def _seed(seed: int, index: int, what: int) -> int:
-    return int(np.random.SeedSequence([seed, index, what]).generate_state(1, np.uint64)[0] >> 1)

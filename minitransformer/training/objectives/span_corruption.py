@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from minitransformer.errors import UserError
-from minitransformer.text.batches import Batch, SequentialWindows, ShuffledWindows
+from minitransformer.models.config import ModelConfig
+from minitransformer.settings import setting
+from minitransformer.text.batches import Batch
+from minitransformer.text.datasets import PlainText, PreparedData
 from minitransformer.text.pair_batches import PairBatch
-from minitransformer.text.prepare import PreparedText
 from minitransformer.text.tokenizers import Tokenizer
-from minitransformer.training.objectives.base import MadeBatches, Objective, Score
-from minitransformer.training.objectives.causal import prepare_text
-from minitransformer.training.objectives.seq2seq import pair_loss, score_pairs
+from minitransformer.training.objectives.base import BatchKey, Objective, Score
+from minitransformer.training.objectives.seq2seq import SmoothedLoss, pair_loss, score_pairs
 
-if TYPE_CHECKING:
-    from minitransformer.training.config import RunConfig
-
+STREAM = 2
+"""of random numbers, which no other objective has"""
 SENTINELS = tuple(f"<|extra_{i}|>" for i in range(100))
 
 
@@ -51,51 +50,45 @@ class SpanCorruption(Objective, name="span-corruption"):
     1910.10683), section 3.1.4, with its 15 % in spans of 3 tokens by default; other spans each time a text is seen.
     """
 
-    topologies = frozenset({"encoder-decoder", "rnn"})
-    special_tokens = SENTINELS
-    prepared: PreparedText
+    @dataclass(frozen=True)
+    class Settings(SmoothedLoss):
+        density: float = setting(
+            0.15, flag="span_density", above=0, below=1, changes_task=True, help="share of the tokens to cut out"
+        )
+        mean_length: float = setting(
+            3.0, flag="mean_span", at_least=1, changes_task=True, help="mean length of a span, in tokens"
+        )
 
-    def __init__(self, prepared: PreparedText, config: RunConfig) -> None:
-        super().__init__(prepared, config)
-        self.framing, self.start = prepared.tokenizer.pair_framing, prepared.tokenizer.target_start
-        # What is left is shorter than the window; what stands around it takes its places too.
-        self.length = config.sequence_length - self.framing.length
-        spans = self.length * config.training.span_density / config.training.mean_span
+    settings: Settings
+    topologies = frozenset({"encoder-decoder", "rnn"})
+    dataset = PlainText
+    special_tokens = SENTINELS
+    predicts_text = False
+    whole_windows = True
+
+    def __init__(self, settings: Settings, tokenizer: Tokenizer, model: ModelConfig, sequence_length: int) -> None:
+        super().__init__(settings, tokenizer, model, sequence_length)
+        self.framing, self.start = tokenizer.pair_framing, tokenizer.target_start
+        spans = self.window * settings.density / settings.mean_length
         if spans > len(SENTINELS):
-            name = "context_length" if config.training.sequence_length is None else "sequence_length"
+            name = "context_length" if sequence_length == model.context_length else "sequence_length"
             raise UserError(
-                f"{name} {config.sequence_length} has {spans:.0f} spans to cut out, and there are "
+                f"{name} {sequence_length} has {spans:.0f} spans to cut out, and there are "
                 f"{len(SENTINELS)} sentinels: lower it, or raise mean_span"
             )
-        self.sentinels = np.array([prepared.tokenizer.special_tokens[name] for name in SENTINELS])
+        self.sentinels = np.array([tokenizer.special_tokens[name] for name in SENTINELS])
 
-    @classmethod
-    def prepare(cls, config: RunConfig, tokenizers: Sequence[Tokenizer] = ()) -> PreparedText:
-        return prepare_text(config, tokenizers, cls.special_tokens)
+    @property
+    def window(self) -> int:
+        # What is left is shorter than the window; what stands around it takes its places too.
+        return self.sequence_length - self.framing.length
 
-    def training_batches(self, step: int) -> list[PairBatch]:
-        training = self.config.training
-        rows = training.batch_size * training.grad_accumulation
-        windows = ShuffledWindows(self.prepared.train, self.length, rows, training.seed).batch(step).inputs.numpy()
-        generator = np.random.default_rng([training.seed, step, 2])
-        size = training.batch_size
-        return [self._corrupted(windows[i : i + size], generator) for i in range(0, rows, size)]
-
-    def validation_batches(self) -> MadeBatches:
-        tokens = self.prepared.validation
-        whole = max(1, (len(tokens) - 1) // self.length) * self.length  # not the last window where that is shorter
-        windows = SequentialWindows(tokens[: whole + 1], self.length, self.config.training.batch_size)
-        return MadeBatches(len(windows), lambda index: self._validation_batch(windows.batch(index), index))
-
-    def _validation_batch(self, batch: Batch, index: int) -> PairBatch:
-        # The same spans are cut every time, so that validations can be compared.
-        return self._corrupted(batch.inputs.numpy(), np.random.default_rng([self.config.training.seed, index, 4]))
-
-    def _corrupted(self, windows: npt.NDArray[np.int64], generator: np.random.Generator) -> PairBatch:
-        training = self.config.training
+    def make_batch(self, batch: Batch, data: PreparedData, key: BatchKey) -> PairBatch:
+        # A validation cuts the same spans every time, so that two of them can be compared.
+        generator = np.random.default_rng(key.numbers(STREAM))
         sources, targets = [], []
-        for window in windows:
-            cut = random_spans(len(window), training.span_density, training.mean_span, generator)
+        for window in batch.inputs.numpy():
+            cut = random_spans(len(window), self.settings.density, self.settings.mean_length, generator)
             sources.append(self.framing.around(self._with_sentinels(window, cut).tolist()))
             targets.append(self.framing.around(self._with_sentinels(window, ~cut).tolist()))
         # Every window loses the same number of tokens in the same number of spans, so there is no padding.
@@ -113,9 +106,8 @@ class SpanCorruption(Objective, name="span-corruption"):
         return score_pairs(model, batch)
 
     def loss_sum(self, model: nn.Module, batch: PairBatch) -> Tensor:
-        return pair_loss(model, batch, self.config.training.label_smoothing)
+        return pair_loss(model, batch, self.settings.label_smoothing)
 
-    def examples(self, count: int) -> list[list[int]]:
-        batches = self.validation_batches() if self.validates else self.training_batches(0)
-        sources = next(iter(batches)).source[:count]
-        return sources.tolist()
+    def examples(self, data: PreparedData, batch: PairBatch, count: int) -> list[list[int]]:
+        sources: list[list[int]] = batch.source[:count].tolist()
+        return sources

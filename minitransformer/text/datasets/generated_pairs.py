@@ -12,11 +12,10 @@ import numpy as np
 
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
+from minitransformer.text.datasets.pair_data import PairData, framed_but_last, split_line, vocabularies
 from minitransformer.text.folders import work_folder
 from minitransformer.text.pairs import Pair
-from minitransformer.text.prepare_pairs import PairData, described, framed_but_last, vocabularies
-from minitransformer.text.preparing import Tokens
-from minitransformer.text.token_pairs import Ragged, TokenPairs
+from minitransformer.text.token_files import Ragged, TokenPairs, Tokens
 from minitransformer.text.tokenizers import Bytes, Tokenizer
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ POOL = 16
 
 Draw = Callable[[random.Random, bool], Pair]
 """A pair from the generator; one that training never has, if asked for"""
-Encoded = tuple[Tokens, Tokens]
+Sides = tuple[Tokens, Tokens]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class GeneratedPairs:
 def _pool(batches: GeneratedPairs, number: int) -> TokenPairs:
     """Fresh pairs for POOL batches or a few more: which ones are left over is left to chance."""
     generator = random.Random(f"{batches.seed} {number}")
-    drawn: list[Encoded] = []
+    drawn: list[Sides] = []
     tokens = 0
     while tokens < POOL * batches.batch_tokens:
         pair = _encoded(batches.draw(generator, False), batches.tokenizer)
@@ -70,17 +69,17 @@ def _pool(batches: GeneratedPairs, number: int) -> TokenPairs:
     return _joined(drawn)
 
 
-def _encoded(pair: Pair, tokenizer: Tokenizer) -> Encoded:
+def _encoded(pair: Pair, tokenizer: Tokenizer) -> Sides:
     source, target = (framed_but_last(tokenizer.encode_array(text), tokenizer) for text in pair)
     return source, target
 
 
-def longest(pair: Encoded) -> int:
+def longest(pair: Sides) -> int:
     """The tokens of the longer side, with its end."""
     return max(map(len, pair)) + 1
 
 
-def _joined(pairs: list[Encoded]) -> TokenPairs:
+def _joined(pairs: list[Sides]) -> TokenPairs:
     sources, targets = (Ragged.join(side, np.dtype("<u4")) for side in zip(*pairs, strict=True))
     return TokenPairs(sources, targets)
 
@@ -100,22 +99,26 @@ class GeneratedData(PairData):
     draw: Draw
     context_length: int
 
-    def training_batches(self, batch_tokens: int, seed: int) -> GeneratedPairs:
-        """Batches of at most `batch_tokens` tokens a side, without end."""
-        return GeneratedPairs(self.draw, self.tokenizer, self.context_length, batch_tokens, seed)
+    def training_batches(self, seed: int) -> GeneratedPairs:
+        return GeneratedPairs(self.draw, self.tokenizer, self.context_length, self.batch_tokens, seed)
+
+    def pairs(self, split: str) -> TokenPairs:
+        if split != "validation":
+            raise UserError(f"{self.name} makes pairs up without end, and there is no whole of them: name a file")
+        return self.validation
 
     def summary(self) -> str:
         """Three lines to print, of less than 80 columns."""
         return (
             f"{vocabularies(self.tokenizer, self.target_tokenizer)}\n"
             f"train      {self.name}: fresh pairs for every batch\n"
-            f"{described('validation', self.validation)}"
+            f"{split_line('validation', self.validation)}"
         )
 
 
 def generates_pairs(name: str) -> bool:
     """Whether `name` is a recipe that makes up pairs."""
-    return name in recipes.known() and hasattr(recipes.load(name), "pair")
+    return name in recipes.known() and hasattr(recipes.load_recipe(name), "pair")
 
 
 def generate_pairs(name: str, tokenizer: Tokenizer | None = None, *, context_length: int) -> GeneratedData:
@@ -123,7 +126,7 @@ def generate_pairs(name: str, tokenizer: Tokenizer | None = None, *, context_len
 
     Raises `UserError` for a recipe without pairs, and when one of validation is longer than the context.
     """
-    recipe = cast(PairRecipe, recipes.load(name))
+    recipe = cast(PairRecipe, recipes.load_recipe(name))
     if not generates_pairs(name):
         raise UserError(f"recipe {name} makes no pairs: choose {', '.join(filter(generates_pairs, recipes.known()))}")
     tokenizer = Bytes() if tokenizer is None else tokenizer

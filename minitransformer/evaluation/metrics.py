@@ -1,0 +1,156 @@
+"""Metrics by name: how each is made from what was counted, and what it means that one is lower than another."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from minitransformer.registry import Registered
+
+SMALLEST_DIFFERENCE = 0.002
+"""nats (or bits a byte) from which on a difference is worth naming a winner"""
+
+
+@dataclass
+class Totals:
+    """What was counted over the batches of a split; None is what its objective does not ask for."""
+
+    nats: float = 0.0
+    targets: int = 0
+    tokens: int = 0
+    """that were read"""
+    correct: int | None = None
+    """of the targets"""
+    texts: int = 0
+    exact: int = 0
+    """of the texts, those of which all targets are correct"""
+    bytes: int | None = None
+    """of the text that the targets are"""
+    majority_baseline: float | None = None
+
+    def add(self, batch: Any, score: Any) -> None:
+        """Count `batch`, of which an objective said `score`."""
+        self.nats += float(score.nats.double())
+        self.targets += batch.num_targets
+        self.tokens += batch.num_tokens
+        if score.correct is not None:
+            self.correct = (self.correct or 0) + int(score.correct)
+        if score.exact is not None:
+            self.texts += len(score.exact)
+            self.exact += int(score.exact.sum())
+
+
+class Metric(Registered, kind="metric"):
+    """A number that models are judged by, under its name in `metrics.jsonl`."""
+
+    label: str
+    """for tables and axes, with its unit"""
+    title: str
+    """for a heading or a sentence"""
+    lower_is_better: bool | None = None
+    """None: neither lower nor higher is"""
+    across_tokenizers: bool = False
+    """whether it means the same where texts are cut into other tokens"""
+    smallest_difference: float = 0.0
+    """below which no winner is named, unless the user says otherwise"""
+    in_words: str = ""
+    """as a format, for a line about one validation"""
+
+    @staticmethod
+    def value(totals: Totals) -> float | None:
+        """From what a validation counted; None where that says nothing of it."""
+        return None
+
+
+class ValidationLoss(Metric, name="validation_loss"):
+    label, title, in_words = "validation loss (nats per target)", "validation loss", "loss {:.4f}"
+    lower_is_better = True
+    smallest_difference = SMALLEST_DIFFERENCE
+
+    @staticmethod
+    def value(totals: Totals) -> float:
+        return totals.nats / totals.targets
+
+
+class Perplexity(Metric, name="perplexity"):
+    label, title, in_words = "validation perplexity", "perplexity", "perplexity {:.2f}"
+    lower_is_better = True
+
+    @staticmethod
+    def value(totals: Totals) -> float:
+        return math.exp(min(totals.nats / totals.targets, 700))
+
+
+class BitsPerByte(Metric, name="bits_per_byte"):
+    """Σ nats / (ln 2 · bytes of the text), which does not depend on how that is cut into tokens."""
+
+    label, title, in_words = "bits per byte of validation text", "bits per byte", "{:.4f} bits per byte"
+    lower_is_better = True
+    across_tokenizers = True
+    smallest_difference = SMALLEST_DIFFERENCE
+
+    @staticmethod
+    def value(totals: Totals) -> float | None:
+        return None if totals.bytes is None else totals.nats / (math.log(2) * totals.bytes)
+
+
+class Accuracy(Metric, name="accuracy"):
+    label, title, in_words = "accuracy (share of targets)", "accuracy", "accuracy {:.1%}"
+    lower_is_better = False
+
+    @staticmethod
+    def value(totals: Totals) -> float | None:
+        return None if totals.correct is None else totals.correct / totals.targets
+
+
+class ExactMatch(Metric, name="exact"):
+    """Share of the texts that are predicted whole, which is what greedy decoding would generate."""
+
+    label, title, in_words = "exact match (share of texts)", "exact match", "exact match {:.1%}"
+    lower_is_better = False
+    across_tokenizers = True
+
+    @staticmethod
+    def value(totals: Totals) -> float | None:
+        return totals.exact / totals.texts if totals.texts else None
+
+
+class MajorityBaseline(Metric, name="majority_baseline"):
+    """The accuracy of always predicting the most frequent token of training."""
+
+    label, title = "majority-class baseline (share of targets)", "majority-class baseline"
+    in_words = "majority-class baseline {:.1%}"
+
+    @staticmethod
+    def value(totals: Totals) -> float | None:
+        return totals.majority_baseline
+
+
+class TrainingLoss(Metric, name="loss"):
+    label, title = "training loss (nats per target)", "training loss"
+    lower_is_better = True
+    smallest_difference = SMALLEST_DIFFERENCE
+
+
+class TokensPerSecond(Metric, name="tokens_per_second"):
+    label = title = "tokens per second"
+    lower_is_better = False
+
+
+class OtherNumber(Metric):
+    """A number of `metrics.jsonl` that no metric is registered for."""
+
+    def __init__(self, name: str) -> None:
+        self.label = self.title = name.replace("_", " ")
+
+
+def metric_called(name: str) -> type[Metric] | Metric:
+    """What is known of the number called `name` in `metrics.jsonl`."""
+    return Metric.registry.get(name) or OtherNumber(name)
+
+
+def values_of(totals: Totals) -> dict[str, float | None]:
+    """Every metric of a validation; None for those that say nothing of it."""
+    told = {name: metric.value for name, metric in Metric.registry.items() if metric.in_words}
+    return {name: value(totals) for name, value in told.items()}

@@ -1,0 +1,206 @@
+"""Files of pairs become token ids: sources and targets, for training and for validation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minitransformer.errors import UserError
+from minitransformer.text.datasets.pair_data import PreparedPairs, framed_but_last
+from minitransformer.text.datasets.pipeline import SPLITS, Preparation
+from minitransformer.text.pairs import Pair, PairCorpus
+from minitransformer.text.threads import cores, in_order, progress_bar
+from minitransformer.text.token_files import Ragged, RaggedWriter, TokenPairs, Tokens
+from minitransformer.text.tokenizers import Tokenizer
+
+SIDES = ("source", "target")
+POLICIES = ("skip", "cut")
+# What a thread encodes at once: enough that the price of a task vanishes.
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class PairScan:
+    """What must be known of pairs before they are encoded."""
+
+    digest: str
+    pairs: int
+    bytes: tuple[int, int]
+    """of sources and of targets"""
+
+
+class EncodedPair(NamedTuple):
+    """A pair as token ids, and its place in [0, 1): a hash, so duplicates stay together and order does not matter."""
+
+    place: float
+    sides: tuple[Tokens, Tokens]
+    too_long: bool
+    bytes: int
+
+
+@dataclass
+class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
+    """Pairs become the sources and targets of two splits.
+
+    A tokenizer is fitted to both sides of `corpus` together, or with `separate` one to each; a ready one is for both
+    sides unless there is a `target_tokenizer`. Without a corpus for validation, those pairs go there whose hash says
+    so, and at least one. Each side must leave room for its end token in `context_length`; pairs with a longer one are
+    left out (`too_long` "skip"), or lose what is too much ("cut").
+    """
+
+    target_tokenizer: Tokenizer | None = None
+    separate: bool = False
+    too_long: str = "skip"
+
+    scan_type = PairScan
+    key = ("pairs",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.too_long not in POLICIES:
+            raise UserError(f"too_long is {self.too_long!r}: choose {' or '.join(map(repr, POLICIES))}")
+
+    def scan_key(self, corpus: PairCorpus) -> list[Any]:
+        return [corpus.fields, corpus.lowercase]
+
+    def scan(self, corpus: PairCorpus, on_read: Callable[[int], object]) -> PairScan:
+        digest, count, sizes = hashlib.sha256(), 0, [0, 0]
+        for pair in corpus.pairs(on_read):
+            count += 1
+            for side, text in enumerate(pair):
+                encoded = text.encode()
+                digest.update(encoded + b"\xff")  # in no UTF-8, so texts cannot run together
+                sizes[side] += len(encoded)
+        return PairScan(digest.hexdigest(), count, (sizes[0], sizes[1]))
+
+    def choose_tokenizers(self) -> tuple[Tokenizer, ...]:
+        source, target = self.tokenizer, self.target_tokenizer
+        if isinstance(source, str):
+            if target is None and self.separate:
+                target = self._fitted(source, 1)
+            source = self._fitted(source, 0) if target is not None else self._fitted(source, 0, 1)
+        source = source.check_vocab_size(self.vocab_size)
+        return (source,) if target is None or target is source else (source, target)
+
+    def _fitted(self, name: str, *sides: int) -> Tokenizer:
+        """The tokenizer called `name` for the texts of `sides`."""
+
+        def side_of(side: int) -> Iterator[str]:
+            return (pair[side] for pair in self.corpus.pairs())
+
+        # One side after the other: a sample of both in turn could have one side only.
+        scan = self.scans[0]
+        size = sum(scan.bytes[side] for side in sides)
+        return self.fitted(name, lambda: map(side_of, sides), size, [scan.digest], self.vocab_size, sides)
+
+    @property
+    def both(self) -> tuple[Tokenizer, Tokenizer]:
+        """The tokenizers of sources and of targets, which may be the same."""
+        return self.tokenizers[0], self.tokenizers[-1]
+
+    def identity(self, division: str) -> list[Any]:
+        corpus, *validation = (scan.digest for scan in self.scans)
+        prints = [member.fingerprint for member in self.both]
+        return [corpus, prints, validation or self.validation_fraction, self.context_length, self.too_long]
+
+    def write(self, division: str, folder: Path) -> dict[str, Any]:
+        counts = dict.fromkeys(POLICIES, 0)
+        with ExitStack() as stack:
+            writers = {
+                split: [
+                    RaggedWriter(folder, f"{split}-{side}", tokenizer, stack)
+                    for side, tokenizer in zip(SIDES, self.both, strict=True)
+                ]
+                for split in SPLITS
+            }
+            for split, pair in self.parts(counts):
+                for writer, tokens in zip(writers[split], pair.sides, strict=True):
+                    writer.add(tokens)
+        return {**counts, **{writer.name: writer.finish() for split in SPLITS for writer in writers[split]}}
+
+    def parts(self, counts: dict[str, int]) -> Iterator[tuple[str, EncodedPair]]:
+        """Each pair that is not left out, with its split; `counts` are of those that are too long."""
+        kept = [self._fitting(self._encoded(*each), counts) for each in zip(self.corpora, self.scans, strict=True)]
+        if len(kept) == 1:
+            yield from divided(kept[0], self.validation_fraction)
+        else:
+            yield from ((split, pair) for split, pairs in zip(SPLITS, kept, strict=True) for pair in pairs)
+
+    def _fitting(self, pairs: Iterable[EncodedPair], counts: dict[str, int]) -> Iterator[EncodedPair]:
+        for pair in pairs:
+            counts[self.too_long] += pair.too_long
+            if self.too_long == "cut" or not pair.too_long:
+                yield pair
+
+    def _encoded(self, corpus: PairCorpus, scan: PairScan) -> Iterator[EncodedPair]:
+        """Every pair in order, encoded on threads."""
+        pairs = corpus.pairs()
+        chunks = iter(lambda: list(islice(pairs, CHUNK)), [])
+        with progress_bar("encoding pairs", sum(scan.bytes), self.progress) as bar:
+            for chunk in in_order(lambda chunk: list(map(self._encode, chunk)), chunks, self.workers or cores()):
+                yield from chunk
+                bar.update(sum(pair.bytes for pair in chunk))
+
+    def _encode(self, pair: Pair) -> EncodedPair:
+        """Both sides as ids, shortened to what the context has room for if that is asked."""
+        sides = [member.encode_array(text) for member, text in zip(self.both, pair, strict=True)]
+        rooms = [self.context_length - member.pair_framing.length for member in self.both]
+        too_long = any(len(side) > room for side, room in zip(sides, rooms, strict=True))
+        if self.too_long == "cut":
+            sides = [side[:room] for side, room in zip(sides, rooms, strict=True)]
+        source, target = (framed_but_last(side, member) for side, member in zip(sides, self.both, strict=True))
+        return EncodedPair(_place(pair), (source, target), too_long, sum(len(text.encode()) for text in pair))
+
+    @classmethod
+    def load(cls, folder: Path, meta: dict[str, Any], tokenizers: Sequence[Tokenizer]) -> PreparedPairs:
+        def pairs_of(split: str) -> TokenPairs:
+            sides = zip((f"{split}-{side}" for side in SIDES), (tokenizers[0], tokenizers[-1]), strict=True)
+            return TokenPairs(*(Ragged.load(folder, name, meta[name], tokenizer) for name, tokenizer in sides))
+
+        train, validation = map(pairs_of, SPLITS)
+        skipped, cut = (int(meta[policy]) for policy in POLICIES)
+        return PreparedPairs(folder, tokenizers[0], tokenizers[-1], validation, train, skipped, cut)
+
+    def fault(self, prepared: PreparedPairs) -> UserError | None:
+        for split in SPLITS if self.validation is not None or self.validation_fraction else SPLITS[:1]:
+            if not len(getattr(prepared, split)):
+                pairs = f"{self.scans[0].pairs} pairs, {prepared.skipped} of them too long"
+                return UserError(
+                    f"{self.corpus.name} leaves no pairs for {split} ({pairs} for {self.context_length} tokens): "
+                    "give more pairs, or choose a greater --context-length"
+                )
+        return None
+
+
+def _place(pair: Pair) -> float:
+    digest = hashlib.blake2b("\0".join(pair).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
+
+
+def divided(pairs: Iterable[EncodedPair], fraction: float) -> Iterator[tuple[str, EncodedPair]]:
+    """Each pair with its split: validation has the places below `fraction`, or the lowest one if there are none.
+
+    Of a fraction of 0 there are none, and all are for training.
+    """
+    if not fraction:
+        yield from (("train", pair) for pair in pairs)
+        return
+    lowest: list[EncodedPair] = []
+    found = False
+    for pair in pairs:
+        if pair.place < fraction:
+            found = True
+            yield "validation", pair
+        elif lowest and pair.place > lowest[0].place:
+            yield "train", pair
+        else:
+            if lowest and pair.place < lowest[0].place:
+                yield from (("train", other) for other in lowest)
+                lowest = []
+            lowest.append(pair)
+    yield from (("train" if found else "validation", pair) for pair in lowest)

@@ -1,0 +1,216 @@
+"""From files to token ids, once: the way that every kind of data takes. Scan, fit a tokenizer, encode, open."""
+
+from __future__ import annotations
+
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from minitransformer.errors import UserError
+from minitransformer.files import sweep, writing
+from minitransformer.records import read_json
+from minitransformer.text.caching import build_once, fit_once, hash_of, note_once
+from minitransformer.text.corpora import Files, Signature
+from minitransformer.text.folders import REMEDY, work_folder
+from minitransformer.text.threads import progress_bar
+from minitransformer.text.tokenizers import Tokenizer
+
+FORMAT = 1
+SPLITS = ("train", "validation")
+# A sample of the corpus is many stretches of this many characters, evenly spread.
+STRETCH = 1 << 14
+META = "meta.json"
+TOKENIZERS = ("tokenizer.json", "target_tokenizer.json")
+
+
+class Scan(Protocol):
+    """What must be known of a corpus before it is encoded; `digest` is that of its content."""
+
+    @property
+    def digest(self) -> str: ...
+
+
+C = TypeVar("C", bound=Files)
+S = TypeVar("S", bound=Scan)
+D = TypeVar("D")
+TextParts = Callable[[], Iterable[Iterator[str]]]
+"""texts to fit a tokenizer to; a sample has its share of each of the iterators"""
+
+
+@dataclass
+class Preparation(ABC, Generic[C, S, D]):
+    """Files on their way to token ids, which `run` goes; a kind of data says what is done at each station.
+
+    `tokenizer` is a registered name, fitted to the files with `vocab_size`, or a ready one, which a vocabulary of
+    `vocab_size` must hold. With a corpus for `validation`, that is the validation split, and all of `corpus` is trained
+    on; otherwise `validation_fraction` of `corpus` validates, which may be 0. `workers` threads encode (default: one
+    per core). What is found out is kept in `cache` (default: the work folder's `prepared/`).
+    """
+
+    corpus: C
+    tokenizer: str | Tokenizer
+    _: KW_ONLY
+    context_length: int
+    vocab_size: int | None = None
+    validation: C | None = None
+    validation_fraction: float = 0.1
+    cache: Path = field(default_factory=lambda: work_folder() / "prepared")
+    workers: int | None = None
+    progress: bool = True
+
+    scan_type: ClassVar[type]
+    key: ClassVar[Sequence[str]] = ()
+    """with which the hashes begin that its files in the cache are named after"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(
+                f"validation_fraction is {self.validation_fraction}: choose one from 0 to below 1, such as 0.1"
+            )
+        if self.validation is not None:
+            self.validation_fraction = 0.0
+
+    @property
+    def corpora(self) -> list[C]:
+        return [self.corpus] if self.validation is None else [self.corpus, self.validation]
+
+    def run(self) -> D:
+        """The data, made by one process and opened by all others that want the same.
+
+        Raises `UserError` for too little text, text that cannot be read or encoded, and when the disk is full.
+        """
+        with writing(self.cache, REMEDY):
+            self.cache.mkdir(parents=True, exist_ok=True)
+            sweep(self.cache)
+            self.signatures = [corpus.signature() for corpus in self.corpora]
+            self.scans: list[S] = list(map(self._remembered_scan, self.corpora, self.signatures))
+            self.tokenizers = self.choose_tokenizers()
+            fault: UserError | None = None
+            for division in self.divisions():
+                folder = self.cache / self._hash(self.identity(division))
+                prepared = build_once(folder, partial(self._build, division), self.open)
+                fault = self.fault(prepared)
+                if fault is None:
+                    return prepared
+        assert fault is not None
+        raise fault
+
+    # What a kind of data says
+
+    @abstractmethod
+    def scan_key(self, corpus: C) -> list[Any]:
+        """What a scan depends on beside the files' signature."""
+
+    @abstractmethod
+    def scan(self, corpus: C, on_read: Callable[[int], object]) -> S:
+        """Reads the whole corpus; `on_read` hears how many bytes of it were read."""
+
+    @abstractmethod
+    def choose_tokenizers(self) -> tuple[Tokenizer, ...]:
+        """One, or those of sources and targets; what must be fitted is."""
+
+    def divisions(self) -> Sequence[str]:
+        """How the corpus can be divided into splits, the best way first."""
+        return ("only",)
+
+    @abstractmethod
+    def identity(self, division: str) -> list[Any]:
+        """All that the token ids depend on."""
+
+    @abstractmethod
+    def write(self, division: str, folder: Path) -> dict[str, Any]:
+        """Encodes the corpora, divided so, into files in `folder`; returns what opening them takes."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, meta: dict[str, Any], tokenizers: Sequence[Tokenizer]) -> D:
+        """What `write` made; raises any error for a folder that is not whole."""
+
+    @abstractmethod
+    def fault(self, prepared: D) -> UserError | None:
+        """What is wrong with data that cannot be learned from."""
+
+    # What all kinds share
+
+    def fitted(self, name: str, texts: TextParts, size: int, digests: Sequence[str], *key: Any) -> Tokenizer:
+        """The tokenizer called `name` for `texts` of `size` bytes, from disk if it was fitted to the same before.
+
+        `key` begins with the number of its tokens, or None for the usual one.
+        """
+        member = Tokenizer.named(name)
+        limit = member.fit_limit
+        if limit and size > limit and self.progress:
+            sampled = f"an even sample of {limit / 1e6:.0f} MB of the {size / 1e6:.0f} MB"
+            print(f"fitting {name} to {sampled}", file=sys.stderr)
+
+        def read() -> Iterator[str]:
+            with progress_bar(f"fitting {name}", size, self.progress) as bar:
+                for part in texts():
+                    counted = _counted(part, bar.update)
+                    yield from counted if limit is None else sample(counted, limit / size)
+
+        def fit() -> Tokenizer:
+            tokenizer = member.fit(read, key[0])
+            self._check_unchanged()
+            return tokenizer
+
+        return fit_once(self.cache / f"tokenizer-{self._hash([*digests, member.name, *key])}.json", fit)
+
+    @classmethod
+    def open(cls, folder: Path) -> D | None:
+        """What was made in `folder`; None if there is nothing, or something that is not whole."""
+        try:
+            meta = read_json(folder / META, REMEDY)
+            names = [name for name in TOKENIZERS if name == TOKENIZERS[0] or (folder / name).exists()]
+            return cls.load(folder, meta, [Tokenizer.load(folder / name) for name in names])
+        except (OSError, ValueError, KeyError, TypeError, UserError):
+            return None
+
+    def _hash(self, content: list[Any]) -> str:
+        return hash_of([*self.key, FORMAT, *content])[:16]
+
+    def _remembered_scan(self, corpus: C, signature: Signature) -> S:
+        """The scan of these files in this state, from disk if they were scanned before."""
+
+        def find() -> S:
+            with progress_bar("reading", corpus.size, self.progress) as bar:
+                scan = self.scan(corpus, bar.update)
+            corpus.check_unchanged(signature)
+            return scan
+
+        note = self.cache / f"scan-{self._hash([signature, *self.scan_key(corpus)])}.json"
+        return note_once(note, self.scan_type, find)
+
+    def _build(self, division: str, folder: Path) -> None:
+        for tokenizer, name in zip(self.tokenizers, TOKENIZERS, strict=False):
+            tokenizer.save(folder / name)
+        meta = self.write(division, folder)
+        self._check_unchanged()
+        (folder / META).write_text(json.dumps({"format": FORMAT, **meta}))
+
+    def _check_unchanged(self) -> None:
+        for corpus, signature in zip(self.corpora, self.signatures, strict=True):
+            corpus.check_unchanged(signature)
+
+
+def _counted(texts: Iterable[str], count: Callable[[int], object]) -> Iterator[str]:
+    for text in texts:
+        yield text
+        count(len(text.encode()))
+
+
+def sample(texts: Iterable[str], share: float) -> Iterator[str]:
+    """About `share` of the characters, in stretches that are evenly spread; the same ones every time."""
+    seen = taken = 0
+    for text in texts:
+        for start in range(0, len(text), STRETCH):
+            stretch = text[start : start + STRETCH]
+            seen += len(stretch)
+            if taken + len(stretch) <= seen * share:
+                taken += len(stretch)
+                yield stretch

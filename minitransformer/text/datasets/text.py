@@ -1,0 +1,343 @@
+"""Text as token ids: two files of them, for training and for validation."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from minitransformer.amounts import size
+from minitransformer.errors import UserError
+from minitransformer.text.corpora import Corpus, Piece, kind, open_corpus
+from minitransformer.text.datasets.base import BatchShape, DataRequest, Dataset, PreparedData
+from minitransformer.text.datasets.pipeline import SPLITS, Preparation
+from minitransformer.text.tables import TABLES
+from minitransformer.text.threads import cores, in_order, progress_bar
+from minitransformer.text.token_files import Tokens, dtype_of, mapped, stored_dtype
+from minitransformer.text.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from minitransformer.text.batches import SequentialWindows
+
+READER = "rows"
+# The division by document stands if validation is at least this part, and at most this multiple, of what was asked.
+TOLERANCE = 2.0
+HOW = {
+    "documents": "split by document",
+    "contiguous": "split in one place",
+    "given": "validation from files of its own",
+    "none": "all to train on",
+}
+"""each way to divide a text, in words"""
+
+
+@dataclass(frozen=True)
+class PreparedText(PreparedData):
+    """The token ids of both splits, each [tokens], mapped from disk, and what they were made from.
+
+    Every document starts with the tokenizer's separator: the end-of-text token, and whatever a model wants before a
+    text. `…_bytes` are UTF-8 bytes of text, special tokens counting none, so that bits per byte = nats summed over a
+    split / ln 2 / its bytes. `split` says how the text was divided: by "documents", "contiguous" in one place, "given"
+    by files of its own, or "none".
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    train: Tokens
+    validation: Tokens
+    train_bytes: int
+    validation_bytes: int
+    train_documents: int
+    validation_documents: int
+    split: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target_tokenizer", self.tokenizer)
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shorter split, of those that there are."""
+        return len(self.train) if self.split == "none" else min(len(self.train), len(self.validation))
+
+    @cached_property
+    def majority_baseline(self) -> float:
+        """Share of validation that is the most frequent token of training."""
+        most_frequent = np.bincount(np.asarray(self.train)).argmax()
+        return float((np.asarray(self.validation) == most_frequent).mean())
+
+    def targets(self, split: str) -> Tokens:
+        return {"train": self.train, "validation": self.validation}[split]
+
+    def num_tokens(self, split: str) -> int:
+        return len(self.targets(split))
+
+    def num_bytes(self, split: str) -> int:
+        return {"train": self.train_bytes, "validation": self.validation_bytes}[split]
+
+    def shuffled_batches(self, shape: BatchShape, seed: int, step: int, change: Callable[[Any], Any]) -> list[Any]:
+        from minitransformer.text.batches import ShuffledWindows  # late: text is prepared before torch is there
+
+        windows = ShuffledWindows(self.train, shape.window, shape.rows * shape.micro_batches, seed)
+        micro_batches: list[Any] = change(windows.batch(step)).split(shape.rows)
+        return micro_batches
+
+    def ordered_batches(self, split: str, shape: BatchShape) -> SequentialWindows:
+        from minitransformer.text.batches import SequentialWindows
+
+        tokens = self.targets(split)
+        if shape.whole:
+            tokens = tokens[: max(1, (len(tokens) - 1) // shape.window) * shape.window + 1]
+        return SequentialWindows(tokens, shape.window, shape.rows)
+
+    def summary(self) -> str:
+        """Three lines to print, of less than 80 columns."""
+        tokenizer, train = self.tokenizer, size(self.train_bytes)
+        lines = [
+            f"tokens     {tokenizer.name} tokenizer, {tokenizer.vocab_size:,} tokens, {HOW[self.split]}",
+            f"train      {len(self.train):,} tokens from {train}, documents: {self.train_documents:,}",
+        ]
+        if self.split == "none":
+            return "\n".join([*lines, "validation none: nothing tells when training goes too far"])
+        validation = f"{len(self.validation):,} tokens from {size(self.validation_bytes)}"
+        return "\n".join([*lines, f"validation {validation}, documents: {self.validation_documents:,}"])
+
+
+class PlainText(Dataset, name="text"):
+    """Running text, one document after the other, and windows that are cut from it."""
+
+    def prepare(self, request: DataRequest) -> PreparedText:
+        validation = request.validation_data
+        return TextPreparation(
+            open_corpus(request.data, request.field),
+            request.tokenizers[0] if request.tokenizers else request.tokenizer,
+            vocab_size=request.vocab_size,
+            validation=None if validation is None else open_corpus(validation, request.field),
+            validation_fraction=request.validation_fraction,
+            context_length=request.context_length,
+            special_tokens=request.special_tokens,
+        ).run()
+
+
+class TooShort(UserError):
+    """Text without one window in each of its parts; the longest that would fit has `longest` tokens."""
+
+    def __init__(self, message: str, longest: int) -> None:
+        super().__init__(message)
+        self.longest = longest
+
+
+@dataclass(frozen=True)
+class TextScan:
+    """What must be known of a corpus before it is encoded."""
+
+    digest: str
+    documents: int
+    characters: int
+    bytes: int
+    validation_bytes: int
+    """of the documents that `is_validation` picks"""
+
+    def balanced(self, fraction: float) -> bool:
+        """Whether dividing by document gives validation about its share; with few documents it may not."""
+        share = self.validation_bytes / self.bytes
+        return self.documents > 1 and fraction / TOLERANCE <= share <= min(fraction * TOLERANCE, (1 + fraction) / 2)
+
+
+class Part(NamedTuple):
+    """A piece, and the split it belongs to; `opens` also where a split begins inside a document."""
+
+    text: str
+    opens: bool
+    validation: bool
+
+
+@dataclass
+class TextPreparation(Preparation[Corpus, TextScan, PreparedText]):
+    """A corpus becomes the tokens of two splits, each with at least one window of `context_length` + 1 of them.
+
+    The tokenizer is given `special_tokens` where it lacks them, which `vocab_size` counts; it is fitted to the whole
+    corpus, validation included. A document goes to validation if a hash of its beginning says so, wherever it stands
+    and however often. Where that is no good (a single document; a share far from `validation_fraction`; a side without
+    one window), the first 1 - `validation_fraction` of the characters train and the rest validate, as in nanoGPT.
+    """
+
+    special_tokens: Sequence[str] = ()
+
+    scan_type = TextScan
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation is not None:
+            check_apart(self.corpus, self.validation)
+        if self.corpus.skipped and self.progress:
+            left_out = f"{self.corpus.skipped:,} of its files, without the ending of a text, are left out"
+            print(f"{self.corpus.name}: {left_out}; tables are named one by one, as by a glob", file=sys.stderr)
+
+    @property
+    def bytes(self) -> int:
+        return sum(scan.bytes for scan in self.scans)
+
+    def scan_key(self, corpus: Corpus) -> list[Any]:
+        # Tables were text before they were read by their rows: what was noted of them then is not this.
+        tables = [READER for path in corpus.files if kind(path) in TABLES][:1]
+        return [corpus.field, self.validation_fraction, *tables]
+
+    def scan(self, corpus: Corpus, on_read: Callable[[int], object]) -> TextScan:
+        digest, documents, characters, size, validation = hashlib.sha256(), 0, 0, 0, 0
+        aside = False
+        for piece in corpus.pieces(on_read):
+            encoded = piece.text.encode()
+            if piece.opens:
+                documents += 1
+                aside = is_validation(piece.text, self.validation_fraction)
+                digest.update(b"\xff")  # in no UTF-8, so documents cannot run together
+            digest.update(encoded)
+            characters += len(piece.text)
+            size += len(encoded)
+            validation += len(encoded) * aside
+        if not documents:
+            raise UserError(f"{corpus.name} is empty: put text there")
+        return TextScan(digest.hexdigest(), documents, characters, size, validation)
+
+    def choose_tokenizers(self) -> tuple[Tokenizer]:
+        tokenizer = self.tokenizer
+        if isinstance(tokenizer, str):
+            ordinary = None if self.vocab_size is None else self.vocab_size - len(self.special_tokens)
+            digests = [scan.digest for scan in self.scans]
+            tokenizer = self.fitted(tokenizer, lambda: [self._texts()], self.bytes, digests, ordinary)
+        return (tokenizer.with_special_tokens(self.special_tokens).check_vocab_size(self.vocab_size),)
+
+    def _texts(self) -> Iterator[str]:
+        return (piece.text for piece in chain.from_iterable(corpus.pieces() for corpus in self.corpora))
+
+    def divisions(self) -> Sequence[str]:
+        if self.validation is not None:
+            return ("given",)
+        if not self.validation_fraction:
+            return ("none",)
+        balanced = self.scans[0].balanced(self.validation_fraction)
+        return ("documents", "contiguous") if balanced else ("contiguous",)
+
+    def identity(self, division: str) -> list[Any]:
+        corpus, *validation = self.scans
+        depends = validation[0].digest if validation else self.validation_fraction
+        return [corpus.digest, self.tokenizers[0].fingerprint, division, depends]
+
+    def write(self, division: str, folder: Path) -> dict[str, Any]:
+        tokenizer = self.tokenizers[0]
+        counts = encode_parts(self.parts(division), tokenizer, folder, self.bytes, self.workers, self.progress)
+        return {"dtype": dtype_of(tokenizer).name, "split": division, **counts}
+
+    def parts(self, division: str) -> Iterator[Part]:
+        """The pieces of the text, divided as `division` says."""
+        match division:
+            case "documents":
+                yield from by_document(self.corpus.pieces(), self.validation_fraction)
+            case "contiguous":
+                share = int(self.scans[0].characters * (1 - self.validation_fraction))
+                yield from contiguous(self.corpus.pieces(), share)
+            case _:
+                for corpus in self.corpora:
+                    yield from (Part(text, opens, corpus is self.validation) for text, opens in corpus.pieces())
+
+    @classmethod
+    def load(cls, folder: Path, meta: dict[str, Any], tokenizers: Sequence[Tokenizer]) -> PreparedText:
+        [tokenizer] = tokenizers
+        dtype = stored_dtype(meta["dtype"], tokenizer)
+        train, validation = (mapped(folder / f"{split}.bin", dtype, meta[split]["tokens"]) for split in SPLITS)
+        counts = {f"{split}_{what}": int(meta[split][what]) for split in SPLITS for what in ("bytes", "documents")}
+        return PreparedText(folder, tokenizer, train, validation, **counts, split=meta["split"])
+
+    def fault(self, prepared: PreparedText) -> TooShort | None:
+        if prepared.shortest > self.context_length:
+            return None
+        short = self.validation if self.validation and len(prepared.train) > self.context_length else self.corpus
+        train, validation = f"train has {len(prepared.train)} tokens", f"validation {len(prepared.validation)}"
+        both = prepared.split != "none"
+        return TooShort(
+            f"{short.name} is too short: {train}{f' and {validation}' if both else ''}, but one window needs "
+            f"{self.context_length + 1}{' in each' if both else ''}: choose a smaller --context-length, or give more "
+            "text",
+            longest=prepared.shortest - 1,
+        )
+
+
+def check_apart(corpus: Corpus, validation: Corpus) -> None:
+    """Raises `UserError` if a file is in both: a model is not judged by what it has seen."""
+    seen = {file.resolve() for file in corpus.files}
+    if both := [file for file in validation.files if file.resolve() in seen]:
+        raise UserError(f"{both[0]} is in --data and in --validation-data: move it, or leave it out of one of them")
+
+
+# --- splitting
+
+
+def is_validation(beginning: str, fraction: float) -> bool:
+    """The side of the document that begins so: a hash, so duplicates stay together and order does not matter."""
+    digest = hashlib.blake2b(beginning.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < fraction * 2**64
+
+
+def by_document(pieces: Iterable[Piece], fraction: float) -> Iterator[Part]:
+    """Each document to the side that the hash of its first piece says."""
+    validation = False
+    for text, opens in pieces:
+        if opens:
+            validation = is_validation(text, fraction)
+        yield Part(text, opens, validation)
+
+
+def contiguous(pieces: Iterable[Piece], train_characters: int) -> Iterator[Part]:
+    """The first `train_characters` to train, the rest to validation, cutting a document where it must be."""
+    left = train_characters
+    begun = False
+    for text, opens in pieces:
+        first, second = text[:left], text[left:]
+        left -= len(first)
+        if first:
+            yield Part(first, opens, False)
+        if second:
+            yield Part(second, opens or not begun, True)
+            begun = True
+
+
+# --- encoding
+
+
+class EncodedPart(NamedTuple):
+    tokens: Tokens
+    bytes: int
+    part: Part
+
+
+def encode_parts(
+    parts: Iterable[Part], tokenizer: Tokenizer, folder: Path, total: int, workers: int | None, progress: bool
+) -> dict[str, dict[str, int]]:
+    """Writes each split's tokens in the order of its parts; counts tokens, bytes of text and documents."""
+    dtype = dtype_of(tokenizer)
+    start = np.array(tokenizer.separator, dtype)
+
+    def encode(part: Part) -> EncodedPart:
+        tokens = tokenizer.encode_array(part.text).astype(dtype)
+        return EncodedPart(np.concatenate([start, tokens]) if part.opens else tokens, len(part.text.encode()), part)
+
+    counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
+    with ExitStack() as stack:
+        files = [stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS]
+        bar = stack.enter_context(progress_bar(f"encoding with {tokenizer.name}", total, progress))
+        for tokens, size, part in in_order(encode, parts, workers or cores(), lambda part: len(part.text)):
+            files[part.validation].write(tokens.data)
+            count = counts[SPLITS[part.validation]]
+            count["tokens"] += len(tokens)
+            count["bytes"] += size
+            count["documents"] += part.opens
+            bar.update(size)
+    return counts

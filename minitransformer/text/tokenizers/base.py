@@ -1,0 +1,237 @@
+"""The interface of tokenizers: text to token ids and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from minitransformer.errors import UserError
+from minitransformer.files import whole_file
+from minitransformer.records import read_json
+from minitransformer.registry import Registered
+from minitransformer.text.tokenizers.framing import Framing
+
+END_OF_TEXT = "<|endoftext|>"
+MASK = "<|mask|>"
+# What public tokenizers call it.
+MASKS = (MASK, "[MASK]", "<mask>")
+FORMAT = 1
+# Several times what the largest published vocabulary has; each takes memory, used or not.
+MOST_TOKENS = 1 << 22
+
+Texts = Callable[[], Iterator[str]]
+
+
+def check_ids(largest: int) -> int:
+    """`largest`, the largest id of a vocabulary; raises `UserError` where it would only cost memory."""
+    if largest >= MOST_TOKENS:
+        raise UserError(f"token id {largest} is larger than any vocabulary: ids are below {MOST_TOKENS:,}")
+    return largest
+
+
+class Tokenizer(Registered, kind="tokenizer"):
+    """Text to ids in [0, vocab_size) and back; a member says what its ordinary ids stand for.
+
+    `pieces[i]` are the bytes that id i stands for; special tokens and the gaps of published
+    vocabularies stand for none. What a text contains is always ordinary: a special token spelled out
+    in it stays text, so no text can end a document by saying so.
+    """
+
+    fit_limit: ClassVar[int | None] = None
+    """How many bytes of text `fit` wants at most; None for all there is."""
+    usual_vocab_size: ClassVar[int] = 4096
+    """How many tokens `fit` finds, or about how many, before there is a text: the size of a model is said by it."""
+    mask_pattern: re.Pattern[str] = re.compile("|".join(map(re.escape, MASKS)))
+    """How a mask is written in a text, with the spaces that it stands for too."""
+    framing = Framing()
+
+    def __init__(self, pieces: Sequence[bytes], special_tokens: dict[str, int] | None = None) -> None:
+        self.special_tokens = {END_OF_TEXT: len(pieces)} if special_tokens is None else dict(special_tokens)
+        ids = sorted(self.special_tokens.values())
+        if END_OF_TEXT not in self.special_tokens or len(set(ids)) < len(ids) or ids[0] < len(pieces):
+            raise UserError(
+                f"special tokens {self.special_tokens} do not fit {len(pieces)} ordinary ones: "
+                f"give {END_OF_TEXT} and every other its own id from {len(pieces)} on"
+            )
+        self.vocab_size: int = check_ids(ids[-1]) + 1
+        self.end_of_text: int = self.special_tokens[END_OF_TEXT]
+        self.pieces = [*pieces, *[b""] * (self.vocab_size - len(pieces))]
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, texts: Texts, vocab_size: int | None = None) -> Self:
+        """A tokenizer for `texts()`; `vocab_size` counts the special tokens, None takes the member's own.
+
+        Raises `UserError` when `vocab_size` is too small for this tokenizer.
+        """
+
+    @abstractmethod
+    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+        """The ids of `text`, shape [tokens]; raises `UserError` for characters that cannot be encoded."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """All that is needed to encode and decode, without network, cache or pickle."""
+
+    @classmethod
+    @abstractmethod
+    def _from_json(cls, content: dict[str, Any]) -> Self: ...
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`."""
+        ids: list[int] = self.encode_array(text).tolist()
+        return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """What a decoder continues: `text` after the tokens that stand before one, or a beginning if there are none."""
+        return [*self.framing.before, *self.encode(text)] or [self.end_of_text]
+
+    @property
+    def masked_framing(self) -> Framing:
+        """What stands around texts with masks: at least a first token, from which classes are told."""
+        return replace(self.framing, before=self.framing.before or (self.end_of_text,))
+
+    @property
+    def pair_framing(self) -> Framing:
+        """What stands around sources and targets: at least their end."""
+        return replace(self.framing, after=self.framing.after or (self.end_of_text,))
+
+    @property
+    def separator(self) -> list[int]:
+        """What stands before each document of a text: the end of the one before, and the beginning of this one."""
+        end = [self.end_of_text]
+        return end if self.framing.before == tuple(end) else [*end, *self.framing.before]
+
+    @property
+    def target_start(self) -> int:
+        """What a decoder reads before the first token of a target."""
+        return self.end_of_text if self.framing.start is None else self.framing.start
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids of which each ends a text."""
+        return (self.end_of_text, *self.framing.other_ends)
+
+    def framed(self, framing: Framing) -> Self:
+        """This tokenizer for a model that expects `framing`; raises `UserError` for ids that it has not."""
+        used = [*framing.before, *framing.after, *framing.other_ends, *framing.never]
+        used += [token for token in (framing.start, framing.first, framing.last) if token is not None]
+        if used and max(used) >= self.vocab_size:
+            raise UserError(
+                f"texts are to be framed by token {max(used)}, and the tokenizer has {self.vocab_size}: "
+                "use the tokenizer that the model was trained with"
+            )
+        other = copy(self)
+        other.__dict__.pop("fingerprint", None)
+        other.framing = framing
+        return other
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one id, for streaming; special tokens have none. Raises `ValueError` outside the vocabulary."""
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token id {token} is outside the vocabulary: ids are 0 to {self.vocab_size - 1}")
+        return self.pieces[token]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`; special tokens contribute none."""
+        return b"".join(map(self.token_bytes, ids))
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of `ids`, U+FFFD where bytes are not UTF-8; special tokens left out, or spelled if not skipped."""
+        if skip_special:
+            return self.decode_bytes(ids).decode(errors="replace")
+        spelled = {token: spelling.encode() for spelling, token in self.special_tokens.items()}
+        return b"".join(spelled.get(i) or self.token_bytes(i) for i in ids).decode(errors="replace")
+
+    @staticmethod
+    def from_json(content: Any) -> Tokenizer:
+        """The tokenizer that `to_json` described; raises `UserError` when `content` describes none."""
+        try:
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']!r} is not {FORMAT}")
+            tokenizer = Tokenizer.named(content["type"])._from_json(content)
+            return tokenizer.framed(Framing(**content["framing"])) if "framing" in content else tokenizer
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
+            raise UserError(f"not a tokenizer: {what}; use a tokenizer.json as training wrote it") from None
+
+    @property
+    def mask(self) -> int:
+        """The id that stands for a masked token; raises `UserError` if there is none."""
+        for name in MASKS:
+            if name in self.special_tokens:
+                return self.special_tokens[name]
+        raise UserError(f"the {self.name} tokenizer has no token for a mask: use one that masked training made")
+
+    def with_special_tokens(self, names: Sequence[str]) -> Tokenizer:
+        """This tokenizer with more special tokens, after all others; those that it has already are left alone."""
+        has_mask = any(name in self.special_tokens for name in MASKS)
+        missing = [name for name in names if name not in self.special_tokens and not (name == MASK and has_mask)]
+        if not missing:
+            return self
+        more = {name: self.vocab_size + i for i, name in enumerate(missing)}
+        return Tokenizer.from_json({**self.to_json(), "special_tokens": {**self.special_tokens, **more}})
+
+    def save(self, path: Path | str) -> None:
+        """Writes `to_json` to `path`, whole or not at all."""
+        with whole_file(Path(path)) as file:
+            file.write(json.dumps(self.to_json(), indent=0).encode())
+
+    @staticmethod
+    def load(path: Path | str) -> Tokenizer:
+        """The tokenizer saved at `path`; raises `UserError` when there is none."""
+        content = read_json(Path(path), "use a tokenizer.json as training wrote it")
+        try:
+            return Tokenizer.from_json(content)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the canonical JSON: equal for tokenizers that encode alike."""
+        canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def check_vocab_size(self, wanted: int | None) -> Self:
+        """Itself; raises `UserError` when a model of `wanted` ids could not hold this vocabulary."""
+        if wanted is not None and wanted < self.vocab_size:
+            raise UserError(
+                f"vocabulary too small: vocab_size is {wanted}, but the {self.name} tokenizer has {self.vocab_size} "
+                f"tokens: set vocab_size to {self.vocab_size} or more, or leave it out"
+            )
+        return self
+
+    def _described(self, **content: Any) -> dict[str, Any]:
+        framing = {} if self.framing == Framing() else {"framing": asdict(self.framing)}
+        return {"format": FORMAT, "type": self.name, "special_tokens": self.special_tokens, **framing, **content}
+
+
+def not_text(error: UnicodeEncodeError) -> UserError:
+    lone = error.object[error.start]
+    return UserError(
+        f"character {lone!r} (U+{ord(lone):04X}) is half a surrogate pair, which UTF-8 has not: give valid UTF-8"
+    )
+
+
+def typed_entry(content: dict[str, Any], key: str, kind: type) -> Any:
+    if not isinstance(content[key], kind):
+        raise TypeError(f"{key!r} is not a {kind.__name__}")
+    return content[key]
+
+
+def special_tokens_in(content: dict[str, Any]) -> dict[str, int]:
+    special = typed_entry(content, "special_tokens", dict)
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in special.values()):
+        raise TypeError("a special token's id is not an integer")
+    return dict(special)

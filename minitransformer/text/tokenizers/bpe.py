@@ -1,0 +1,106 @@
+"""Byte-level byte-pair encoding that is trained here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from minitransformer.errors import UserError
+from minitransformer.records import shown
+from minitransformer.text.tokenizers.base import Texts, Tokenizer, not_text, special_tokens_in, typed_entry
+
+# A bit of everything that a pattern has to keep when it splits a text.
+ALL_KINDS = "It's  two WORDS,\tnaïve 東京 12345 x1\r\n\n 🦊 _-=+ \x07 \u00a0\u2028e\u0301 '"
+# How GPT-4 (cl100k) splits text before merging, in tiktoken's spelling, which cannot backtrack into a stack overflow.
+GPT4_SPLIT = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+
+
+class BPE(Tokenizer, name="bpe"):
+    """Byte-level byte-pair encoding over GPT-4's split, trained by rustbpe and run by tiktoken.
+
+    `ranks` are the tokens in the order of their merging; a token's id is its place in it.
+    Sennrich et al. 2016 (arXiv 1508.07909); on bytes: Radford et al. 2019 (GPT-2), section 2.2.
+    """
+
+    default_vocab_size: ClassVar[int] = 4096
+    # rustbpe keeps every distinct word; more text than this changes few merges and costs memory.
+    fit_limit = 32 << 20
+
+    def __init__(
+        self, ranks: Sequence[bytes], *, pattern: str = GPT4_SPLIT, special_tokens: dict[str, int] | None = None
+    ) -> None:
+        import tiktoken
+
+        if len(set(ranks)) < len(ranks) or not {bytes([value]) for value in range(256)} <= set(ranks):
+            raise ValueError("ranks must be distinct and hold all 256 single bytes")
+        super().__init__(ranks, special_tokens)
+        self.ranks, self.pattern = list(ranks), pattern
+        self._encoding = tiktoken.Encoding(
+            self.name,
+            pat_str=pattern,
+            mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
+            special_tokens=self.special_tokens,
+        )
+        if self.decode_bytes(self._encoded(ALL_KINDS).tolist()) != ALL_KINDS.encode():
+            raise ValueError(f"pattern {shown(pattern)} leaves out parts of a text")
+
+    def _encoded(self, text: str) -> npt.NDArray[np.uint32]:
+        """The ids of `text`; raises `ValueError` where the pattern fails, and for text that UTF-8 has not."""
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except BaseException as error:  # a panic in Rust is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"pattern {shown(self.pattern)} fails ({error})") from None
+
+    @classmethod
+    def train(cls, texts: str | Iterable[str], vocab_size: int) -> Self:
+        """Merges the most frequent pairs of `texts` until there are `vocab_size` tokens, or no pair is left.
+
+        A single text is one document. Raises `UserError` when `vocab_size` cannot hold the 256 bytes and the special
+        tokens, and for a text that UTF-8 cannot spell.
+        """
+        import rustbpe
+
+        minimum = 256 + 1
+        if vocab_size < minimum:
+            raise UserError(
+                f"vocabulary too small: vocab_size is {vocab_size}, but bpe needs {minimum} or more "
+                "(256 bytes and the end-of-text token): set vocab_size higher"
+            )
+        trainer = rustbpe.Tokenizer()
+        # A small buffer: rustbpe holds this many texts at once, and ours may be long.
+        documents = iter([texts] if isinstance(texts, str) else texts)
+        try:
+            trainer.train_from_iterator(documents, vocab_size=vocab_size - 1, buffer_size=64, pattern=GPT4_SPLIT)
+        except UnicodeEncodeError as error:
+            raise not_text(error) from None
+        ranks = sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])
+        return cls([bytes(token) for token, _ in ranks])
+
+    @classmethod
+    def fit(cls, texts: Texts, vocab_size: int | None = None) -> Self:
+        return cls.train(texts(), cls.default_vocab_size if vocab_size is None else vocab_size)
+
+    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+        try:
+            return self._encoded(text)
+        except UnicodeEncodeError as error:
+            raise not_text(error) from None
+        except ValueError as error:
+            raise UserError(f"the tokenizer cannot split this text ({error}): use another one") from None
+
+    def to_json(self) -> dict[str, Any]:
+        # Latin-1 maps byte b to code point b: lossless, and a reader recognises the words.
+        return self._described(pattern=self.pattern, ranks=[token.decode("latin-1") for token in self.ranks])
+
+    @classmethod
+    def _from_json(cls, content: dict[str, Any]) -> Self:
+        ranks = [token.encode("latin-1") for token in typed_entry(content, "ranks", list)]
+        return cls(ranks, pattern=typed_entry(content, "pattern", str), special_tokens=special_tokens_in(content))

@@ -1,0 +1,72 @@
+"""The batches that an objective learns from and is validated on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any
+
+from minitransformer.text.batches import Batches, MadeBatches, TrainingBatch
+from minitransformer.text.datasets import BatchShape, PreparedData
+from minitransformer.text.token_files import Tokens
+from minitransformer.training.config import RunConfig
+from minitransformer.training.objectives import Objective
+from minitransformer.training.objectives.base import BatchKey
+
+
+class Loader:
+    """Batches of prepared data as an objective wants them, each a function of the run's seed and its number alone."""
+
+    def __init__(self, data: PreparedData, objective: Objective, shape: BatchShape, seed: int) -> None:
+        self.data, self.objective, self.shape, self.seed = data, objective, shape, seed
+
+    @classmethod
+    def of_run(cls, config: RunConfig, data: PreparedData) -> Loader:
+        """What the run of `config` reads of `data`."""
+        objective = config.training.objective.make(data.tokenizer, config.model, config.sequence_length)
+        shape = config.batch_shape(objective.window, whole=objective.whole_windows)
+        return cls(data, objective, shape, config.training.seed)
+
+    def training_batches(self, step: int) -> Sequence[TrainingBatch]:
+        """The micro-batches of a step: the same ones whenever they are asked for."""
+        make = partial(self._made, split="train", index=step)
+        batches: Sequence[TrainingBatch] = self.data.shuffled_batches(self.shape, self.seed, step, make)
+        return batches
+
+    def validation_batches(self) -> Batches:
+        """The whole validation split, once."""
+        batches = self.data.ordered_batches("validation", self.shape)
+        return MadeBatches(len(batches), lambda index: self._made(batches.batch(index), "validation", index))
+
+    def _made(self, batch: Any, split: str, index: int) -> Any:
+        return self.objective.make_batch(batch, self.data, BatchKey(self.seed, index, split))
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation split."""
+        return self.validation_tokens > 0
+
+    @property
+    def validation_tokens(self) -> int:
+        """How many tokens the validation split has."""
+        return self.data.num_tokens("validation")
+
+    @property
+    def validation_targets(self) -> Tokens:
+        """The ids that `validation_bytes` are the bytes of."""
+        return self.data.targets("validation")
+
+    @cached_property
+    def validation_bytes(self) -> int | None:
+        """Bytes of text that the targets of validation stand for; None if they stand for no whole text."""
+        return self.data.num_bytes("validation") if self.objective.predicts_text else None
+
+    @property
+    def majority_baseline(self) -> float | None:
+        """Accuracy of always predicting the most frequent token of training; None if accuracy is not asked."""
+        return self.data.majority_baseline if self.objective.has_baseline else None
+
+    def examples(self, count: int) -> list[list[int]]:
+        """Some inputs of validation (else of training), for a sample of what the model makes of them."""
+        batch = next(iter(self.validation_batches() if self.validates else self.training_batches(0)))
+        return self.objective.examples(self.data, batch, count)

@@ -1,0 +1,117 @@
+"""The laws of settings: nested in records and in JSON, flat by name, and refused where they do not belong."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minitransformer.errors import UserError
+from minitransformer.registry import Registered
+from minitransformer.settings import (
+    Declared,
+    all_declared,
+    flat,
+    flattened,
+    from_json,
+    kinds,
+    settings_of,
+    to_json,
+    with_settings,
+)
+from minitransformer.training.config import RunConfig
+from minitransformer.training.presets import PRESETS
+from tests.runs_for_tests import chosen_for
+
+DECLARED = list(all_declared(RunConfig))
+CHOICES = [each for each in DECLARED if each.family is not None]
+OF_VARIANTS = [each for each in DECLARED if each.variant is not None]
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> RunConfig:
+    """A preset with other variants, drawn for every choice that it has, as far as they go together."""
+    config = draw(st.sampled_from(list(PRESETS.values())))
+    for choice in draw(st.permutations(CHOICES)):
+        try:
+            config = with_settings(config, {choice.name: draw(st.sampled_from(list(choice.family.registry)))})
+        except UserError:
+            continue
+    return config
+
+
+def through_json(config: RunConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(to_json(config)))
+
+
+def every_setting(config: RunConfig) -> dict[str, Any]:
+    """Those too that have no effect beside the others."""
+    return {each.name: value.name if each.family else value for each, value in settings_of(config)}
+
+
+@given(configurations())
+def test_what_json_holds_is_what_it_was(config: RunConfig) -> None:
+    for part, again in through_json(config).items():
+        before = getattr(config, part)
+        assert from_json(type(before), again, "config.json") == before
+
+
+@given(configurations())
+def test_json_made_flat_holds_every_setting_by_its_flat_name(config: RunConfig) -> None:
+    parts = [flattened(RunConfig, part) for part in to_json(config).values()]
+    found = {name: value for part in parts for name, value in part.items()}
+    assert found == every_setting(config)
+    assert flat(config).items() <= found.items()
+
+
+@given(st.sampled_from(list(PRESETS.values())), configurations())
+def test_flat_settings_lead_from_any_configuration_to_any_other(start: RunConfig, end: RunConfig) -> None:
+    defaults = {each.name: each.default for each in DECLARED if not (each.family or each.variant)}
+    assert flat(with_settings(start, defaults | flat(end))) == flat(end)
+
+
+@pytest.mark.parametrize("each", OF_VARIANTS, ids=lambda each: f"{each.variant.name} {each.name}")
+def test_a_setting_of_a_variant_that_is_not_chosen_is_refused_by_name(each: Declared) -> None:
+    choice = next(iter(chosen_for(RunConfig, each.name)))
+    default = RunConfig()
+    if each.name in every_setting(default):
+        assert with_settings(default, {each.name: each.default})
+        return
+    with pytest.raises(UserError) as caught:
+        with_settings(default, {each.name: each.default})
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert sentence.startswith(f"{each.name} belongs to {choice} ")
+    assert all(word in sentence for word in ("leave it out", "or choose"))
+
+
+def test_settings_that_share_a_flat_name_have_one_type() -> None:
+    found = defaultdict(set)
+    for each in DECLARED:
+        found[each.name].add(str if each.family else each.kind)
+    assert {name: types for name, types in found.items() if len(types) > 1} == {}
+    assert found.keys() == kinds(RunConfig).keys()
+
+
+@pytest.mark.parametrize("each", DECLARED, ids=lambda each: each.name)
+def test_every_setting_has_a_help_text_of_its_own(each: Declared) -> None:
+    assert each.about.get("help")
+    assert not each.about["help"].startswith(("Muon:", "llama3:"))
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda each: each.name)
+def test_every_variant_of_a_choice_can_be_chosen_by_its_name(choice: Declared) -> None:
+    assert issubclass(choice.family, Registered)
+    for name, variant in choice.family.registry.items():
+        chosen = choice.family.choose(name)
+        assert (chosen.name, chosen.variant) == (name, variant)
+        assert chosen == choice.family.choose(name)
+
+
+def test_an_unknown_setting_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"^unknown setting 'rotary_bas': did you mean 'rotary_base'\?"):
+        with_settings(RunConfig(), {"rotary_bas": 1.0})
