@@ -146,7 +146,8 @@ def _completed(options: Options, given: set[str], run: Run) -> Options:
         if advice.not_followed:
             _note(f"{path} asks for {', '.join(advice.not_followed)}, which nothing here does")
     check_flags(given, vars(options), topology, where)
-    return options
+    # Without chance, several samples are one text several times.
+    return replace(options, num_samples=1) if options.greedy and options.num_beams == 1 else options
 
 
 def _draws(options: Options, model: Model) -> bool:
