@@ -93,7 +93,7 @@ def test_requests_of_one_prompt_read_it_once_and_then_go_on_together(tiny_decode
     for seed in range(3):
         engine.submit([1, 2, 3, 4], SamplingConfig(max_new_tokens=3, seed=seed))
     assert [len(step) for step in run(engine)] == [3, 3, 3]
-    assert read == [(1, 3), (3, 1), (3, 1), (3, 1)]
+    assert read == [(1, 4), (3, 1), (3, 1)]
 
 
 def test_a_long_prompt_is_read_in_chunks_while_others_go_on(tiny_decoder: MakeDecoder) -> None:
@@ -109,7 +109,7 @@ def test_a_long_prompt_is_read_in_chunks_while_others_go_on(tiny_decoder: MakeDe
         [first, long],
         [first, long],
     ]
-    assert read == [4, 4, 2]
+    assert read == [4, 1, 4, 1, 3, 1, 1], "a chunk and a token in turn"
 
 
 def test_a_cancelled_request_leaves_its_row_at_once(tiny_decoder: MakeDecoder) -> None:

@@ -76,7 +76,7 @@ class Rows:
         """The most tokens that a row holds."""
         return self.end - min(self.starts.values(), default=self.end)
 
-    def fill(self, rows: list[int], prefilled: KVCache | None, length: int) -> None:
+    def fill(self, rows: list[int], prefilled: KVCache, length: int) -> None:
         """From here on, these rows hold what `prefilled` has read, `length` tokens for each or for all alike."""
         if self.starts and self._is_aligned():
             self.cache.hold(self._slots[None, : self.end], self._slots[: self.end], self.end)
@@ -85,10 +85,7 @@ class Rows:
         elif length > self.end:
             self._move(length - self.end)
         self.starts.update(dict.fromkeys(rows, self.end - length))
-        if prefilled is None:
-            self.cache.clear(rows)
-        else:
-            self.cache.put(prefilled, rows, self.end - length, self.rows)
+        self.cache.put(prefilled, rows, self.end - length, self.rows)
 
     def free(self, row: int) -> None:
         """The row is not in use."""

@@ -33,6 +33,8 @@ CHUNK = 256
 """tokens of prompts that are read between two steps"""
 CHUNK_ALONE = 1 << 13
 """while nobody waits for a step"""
+Arriving = tuple[list[Request], Callable[[], list[int]]]
+"""Requests, and what tells the tokens that were chosen for them, when their device is done"""
 
 
 class Engine:
@@ -65,7 +67,7 @@ class Engine:
         self._decoding: list[Request] = []
         self._index: Tensor | None = None
         """the rows that are decoded, if not all"""
-        self._arriving: tuple[list[Request], Callable[[], list[int]]] | None = None
+        self._arriving: list[Arriving] = []
 
     def submit(
         self,
@@ -107,8 +109,11 @@ class Engine:
         """
         told = self._tell() if self._unread else []  # a window is made of tokens that are known
         self._give_rows()
-        self._prefill()
-        arriving = self._decode() if self._decoding else None
+        read = self._prefill()
+        arriving = [self._decode()] if self._decoding else []
+        arriving += [self._begin(prompts) for prompts in read]
+        if self._rows.longest() == self.context_length:
+            self._read_anew()
         told += self._tell()
         self._arriving = arriving
         return told if self._newest.is_cuda else self._tell()
@@ -127,9 +132,7 @@ class Engine:
         for request in self._unread:
             groups.setdefault(len(self._window(request)), []).append(request)
         for requests in groups.values():
-            self._prefills.append(
-                PromptReading(self.model, requests, [self._window(request)[:-1] for request in requests])
-            )
+            self._prefills.append(PromptReading(self.model, requests, list(map(self._window, requests))))
         self._unread = []
 
     def _window(self, request: Request) -> list[int]:
@@ -137,28 +140,30 @@ class Engine:
         text = [*request.prompt, *request.tokens]
         return text[-window_length(len(text), self.context_length) :]
 
-    def _prefill(self) -> None:
-        """Read a chunk of the prompts that are waited for, or whole ones where nobody waits for a step."""
+    def _prefill(self) -> list[PromptReading]:
+        """Read a chunk of prompts, or a whole one where nobody waits for a step; returns those that are complete."""
         left = self.chunk
-        while self._prefills and (left > 0 or not self._decoding):
-            prefill = self._prefills[0]
-            if all(request.done for request in prefill.requests):
-                self._prefills.popleft()
-                continue
-            if not prefill.complete:
-                left -= prefill.advance(left if self._decoding else CHUNK_ALONE)
-            if prefill.complete:
-                self._prefills.popleft()
-                self._begin(prefill)
+        read: list[PromptReading] = []
+        while self._prefills and (left > 0 or not (self._decoding or read)):
+            prompts = self._prefills[0]
+            if not all(request.done for request in prompts.requests):
+                left -= prompts.advance(left if self._decoding or read else CHUNK_ALONE)
+                if not prompts.complete:
+                    continue
+                read.append(prompts)
+            self._prefills.popleft()
+        return read
 
-    def _begin(self, prefill: PromptReading) -> None:
-        """The requests of a prefill that is complete are decoded from here on."""
-        requests = [request for request in prefill.requests if not request.done]
+    def _begin(self, prompts: PromptReading) -> Arriving:
+        """Choose the first token of requests whose prompts have been read: they are decoded from here on."""
+        requests = [request for request in prompts.requests if not request.done]
         rows = [self._row_of[request] for request in requests]
-        self._rows.fill(rows, prefill.cache_of(requests), prefill.length)
-        newest = torch.tensor([self._window(request)[-1] for request in requests])
-        self._newest[rows] = newest.to(self._newest.device)
+        cache, logits = prompts.found_for(requests)
+        self._rows.fill(rows, cache, prompts.length)
+        chosen = choose(logits[:, : self.vocab_size], requests)
+        self._newest[rows] = chosen
         self._decode_from_now_on([*self._decoding, *requests])
+        return requests, on_its_way(chosen)
 
     def _decode_from_now_on(self, requests: list[Request]) -> None:
         self._decoding = sorted(requests, key=self._row_of.__getitem__)
@@ -166,8 +171,8 @@ class Engine:
         whole = len(rows) == len(self._newest)
         self._index = None if whole else torch.tensor(rows, device=self._newest.device)
 
-    def _decode(self) -> tuple[list[Request], Callable[[], list[int]]]:
-        """Choose the next token of every request; to be told them may take until the device is done."""
+    def _decode(self) -> Arriving:
+        """Choose the next token of every request that is decoded."""
         requests, index = self._decoding, self._index
         logits = self._rows.decode(self._newest)[:, : self.vocab_size]
         if index is None:
@@ -175,8 +180,6 @@ class Engine:
         else:
             chosen = choose(logits[index], requests)
             self._newest[index] = chosen
-        if self._rows.longest() == self.context_length:
-            self._read_anew()
         return requests, on_its_way(chosen)
 
     def _read_anew(self) -> None:
@@ -189,10 +192,13 @@ class Engine:
 
     def _tell(self) -> list[tuple[Request, int]]:
         """The tokens that were chosen last, if they have not been told yet; requests that end with one leave."""
-        if self._arriving is None:
-            return []
-        (requests, wait), self._arriving = self._arriving, None
-        told = [(one, token) for one, token in zip(requests, wait(), strict=True) if not one.done]
+        arriving, self._arriving = self._arriving, []
+        told = [
+            (request, token)
+            for requests, wait in arriving
+            for request, token in zip(requests, wait(), strict=True)
+            if not request.done
+        ]
         for request, token in told:
             request.take(token)
         self._leave([request for request, _ in told if request.done])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from minitransformer.architecture.cache import KVCache
 from minitransformer.generation.modes import evaluating
@@ -24,7 +26,8 @@ class PromptReading:
         }
         self._tokens = torch.tensor(list(rows), dtype=torch.long, device=next(model.parameters()).device)
         self.length = self._tokens.size(1)
-        self._cache = model.new_cache(self.length) if self.length else None
+        self._cache = model.new_cache(self.length)
+        self._logits = torch.empty(0)
         self._read = 0
 
     @property
@@ -35,13 +38,15 @@ class PromptReading:
         """Read about as many tokens as `most`; returns how many it was."""
         new = min(self.length - self._read, max(1, most // len(self._tokens)))
         with evaluating(self.model):
-            self.model.hidden_states(self._tokens.narrow(1, self._read, new), cache=self._cache)
-        self._read += new
+            hidden = self.model.hidden_states(self._tokens.narrow(1, self._read, new), cache=self._cache)
+            self._read += new
+            if self.complete:
+                self._logits = self.model.head(hidden[:, -1:])[:, 0]
         return new * len(self._tokens)
 
-    def cache_of(self, requests: Sequence[Request]) -> KVCache | None:
-        """What has been read for these requests: a row for each, or one for all alike; None if it is nothing."""
-        if self._cache is not None and len(self._tokens) > 1:
-            rows = [self._row_of[request] for request in requests]
-            self._cache.select(torch.tensor(rows, device=self._tokens.device))
-        return self._cache
+    def found_for(self, requests: Sequence[Request]) -> tuple[KVCache, Float[Tensor, "requests vocab"]]:
+        """What has been read for these requests, a row for each or one for all, and the logits of what follows."""
+        rows = torch.tensor([self._row_of[request] for request in requests], device=self._tokens.device)
+        if len(self._tokens) > 1:
+            self._cache.select(rows)
+        return self._cache, self._logits[rows]
