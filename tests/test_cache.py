@@ -64,9 +64,8 @@ def test_a_cache_knows_the_position_in_each_slot_of_each_row_whatever_was_done_t
         what = data.draw(st.sampled_from(["read", "truncate", "reorder", "clear", "put", "roll"]))
         if what == "read" and length < 9:
             new = data.draw(st.integers(1, 9 - length))
-            is_token = torch.tensor(
-                [data.draw(st.lists(st.booleans(), min_size=new, max_size=new)) for _ in range(rows)]
-            )
+            row_of_tokens = st.lists(st.booleans(), min_size=new, max_size=new)
+            is_token = torch.tensor([data.draw(row_of_tokens) for _ in range(rows)])
             slots = cache.reserve(token_positions(new, is_token), is_token)
             for row, positions in enumerate(expected):
                 count = 0
@@ -94,7 +93,7 @@ def test_a_cache_knows_the_position_in_each_slot_of_each_row_whatever_was_done_t
             filled, slot, other = data.draw(some_rows), data.draw(st.integers(0, 7)), KVCache(1, 2)
             other.reserve(token_positions(2))
             cache.put(other, filled, slot, rows)
-            two: list[int | None] = [*[None] * slot, 0, 1, *[None] * (7 - slot)]
+            two = [*[None] * slot, 0, 1, *[None] * (7 - slot)]
             expected = [list(two) if row in filled else held for row, held in enumerate(expected)]
         elif what == "roll":
             by = data.draw(st.integers(-8, 8))

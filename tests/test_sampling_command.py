@@ -274,8 +274,7 @@ def test_contradictions_in_numbers_are_refused(command: Any) -> None:
         ("--temperature 0 --num-samples 3", "--num-samples would give the same text 3 times at temperature 0"),
     ):
         code, out, err = command("runs/chars", "--prompt", "ab", *arguments.split())
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        assert message in err
+        assert (code, out, err.count("\n"), message in err) == (2, "", 1, True)
 
 
 def test_a_beam_search_writes_the_best_texts_and_draws_nothing(command: Any, runs: Path) -> None:
