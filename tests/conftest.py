@@ -18,7 +18,7 @@ from jaxtyping import install_import_hook
 # Before the first import of what it checks: from here on, every call must have the shapes that its signature says.
 install_import_hook(["minitransformer.architecture", "minitransformer.models"], "beartype.beartype")
 
-from minitransformer.generation import recording  # noqa: E402
+from minitransformer.generation.fast import recording  # noqa: E402
 from minitransformer.models.config import ModelConfig  # noqa: E402
 from minitransformer.models.decoder import DecoderLM  # noqa: E402
 from minitransformer.plugins import load_plugin  # noqa: E402

@@ -58,15 +58,14 @@ def test_a_cache_knows_the_position_in_each_slot_of_each_row_whatever_was_done_t
     data: st.DataObject, rows: int
 ) -> None:
     """Against lists: None is an empty slot, or padding."""
-    cache, length = KVCache(1, 9), 0
+    cache, length, some_rows = KVCache(1, 9), 0, st.lists(st.integers(0, rows - 1), unique=True, min_size=1)
     expected: list[list[int | None]] = [[None] * 9 for _ in range(rows)]
     for _ in range(data.draw(st.integers(1, 6))):
         what = data.draw(st.sampled_from(["read", "truncate", "reorder", "clear", "put", "roll"]))
         if what == "read" and length < 9:
             new = data.draw(st.integers(1, 9 - length))
-            is_token = torch.tensor(
-                [data.draw(st.lists(st.booleans(), min_size=new, max_size=new)) for _ in range(rows)]
-            )
+            row_of_tokens = st.lists(st.booleans(), min_size=new, max_size=new)
+            is_token = torch.tensor([data.draw(row_of_tokens) for _ in range(rows)])
             slots = cache.reserve(token_positions(new, is_token), is_token)
             for row, positions in enumerate(expected):
                 count = 0
@@ -87,14 +86,15 @@ def test_a_cache_knows_the_position_in_each_slot_of_each_row_whatever_was_done_t
             cache.reorder(torch.tensor(chosen))
             expected = [list(expected[row]) for row in chosen]
         elif what == "clear":
-            row = data.draw(st.integers(0, rows - 1))
-            cache.clear(row)
-            expected[row] = [None] * 9
+            cleared = data.draw(some_rows)
+            cache.clear(cleared)
+            expected = [[None] * 9 if row in cleared else held for row, held in enumerate(expected)]
         elif what == "put":
-            row, slot, other = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, 7)), KVCache(1, 2)
+            filled, slot, other = data.draw(some_rows), data.draw(st.integers(0, 7)), KVCache(1, 2)
             other.reserve(token_positions(2))
-            cache.put(other, row, slot, rows)
-            expected[row] = [None] * slot + [0, 1] + [None] * (7 - slot)
+            cache.put(other, filled, slot, rows)
+            two = [*[None] * slot, 0, 1, *[None] * (7 - slot)]
+            expected = [list(two) if row in filled else held for row, held in enumerate(expected)]
         elif what == "roll":
             by = data.draw(st.integers(-8, 8))
             cache.roll(by)

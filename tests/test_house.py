@@ -71,7 +71,7 @@ SILENCED = {"minitransformer.pretrained.checkpoint"}
 LONG_FILES: dict[str, int] = {
     "tests/test_durability.py": 464,
     "tests/test_exchange_commands.py": 420,
-    "tests/test_generation.py": 672,
+    "tests/test_generation.py": 496,
     "tests/test_hostile_files.py": 524,
     "tests/test_pretrained_parity.py": 426,
     "tests/test_pretrained_tokenizers.py": 411,
