@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minitransformer.architecture.cache import LayerCache, Slots
 from minitransformer.architecture.dropout import Dropout
 
-Tokens = Int[Tensor, "batch length"] | Float[Tensor, "batch length d_model"]
+TokensOrEmbeddings = Int[Tensor, "batch length"] | Float[Tensor, "batch length d_model"]
 """What a model reads: tokens, or their embeddings."""
 
 
@@ -39,7 +39,7 @@ class TokenEmbedding(nn.Module):
         self.scale = scale
 
     def forward(
-        self, tokens: Tokens, segments: Int[Tensor, "batch length"] | None = None
+        self, tokens: TokensOrEmbeddings, segments: Int[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch length d_model"]:
         """`segments` are all 0 by default. Of tokens that are embedded already, E[token] · scale is what they are."""
         x = tokens if tokens.is_floating_point() else self._look_up(tokens)

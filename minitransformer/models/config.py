@@ -41,12 +41,12 @@ WITH_ATTENTION = ("topology", tuple(name for name in TOPOLOGIES if name != "rnn"
 """what settings need that have no effect on other topologies"""
 
 
-def size(default: int | None, *, help: str, **about: Any) -> Any:
+def size_setting(default: int | None, *, help: str, **about: Any) -> Any:
     """A setting that counts features or tokens."""
     return setting(default, at_least=1, most=MOST_FEATURES, help=help, **about)
 
 
-def count(default: int | None, *, help: str, **about: Any) -> Any:
+def count_setting(default: int | None, *, help: str, **about: Any) -> Any:
     """A setting that counts modules."""
     return setting(default, at_least=1, most=MOST_MODULES, help=help, **about)
 
@@ -56,38 +56,40 @@ class ModelConfig:
     """The shape of a model and the choice of its parts. Raises `UserError` for a value that no model can have."""
 
     topology: str = setting("decoder", help=f"what the model is: {', '.join(TRAINED)}")
-    d_model: int = size(256, help="features of the residual stream")
-    num_layers: int = count(4, help="transformer blocks, in an encoder-decoder those of the encoder")
-    num_decoder_layers: int | None = count(
+    d_model: int = size_setting(256, help="features of the residual stream")
+    num_layers: int = count_setting(4, help="transformer blocks, in an encoder-decoder those of the encoder")
+    num_decoder_layers: int | None = count_setting(
         None, needs=PAIRS, help="blocks of the decoder of an encoder-decoder; None is num_layers"
     )
-    num_heads: int = size(4, needs=WITH_ATTENTION, help="attention heads")
-    num_kv_heads: int | None = size(
+    num_heads: int = size_setting(4, needs=WITH_ATTENTION, help="attention heads")
+    num_kv_heads: int | None = size_setting(
         None,
         needs=WITH_ATTENTION,
         help="heads of keys and values, shared by the query heads where there are fewer; None is num_heads",
     )
-    head_dim: int | None = size(None, needs=WITH_ATTENTION, help="features of a head; None is d_model / num_heads")
-    d_ff: int | None = size(
+    head_dim: int | None = size_setting(
+        None, needs=WITH_ATTENTION, help="features of a head; None is d_model / num_heads"
+    )
+    d_ff: int | None = size_setting(
         None,
         needs=WITH_ATTENTION,
         help="hidden features of the feed-forward network; None is 4 d_model, or 8/3 d_model if gated",
     )
-    context_length: int = size(256, help="tokens that the model can see at once")
-    vocab_size: int | None = size(
+    context_length: int = size_setting(256, help="tokens that the model can see at once")
+    vocab_size: int | None = size_setting(
         None,
         changes_tokens=True,
         follows_data=True,
         help="tokens of the vocabulary: what BPE is trained to, at least what others have; None is 4096 or theirs",
     )
-    target_vocab_size: int | None = size(
+    target_vocab_size: int | None = size_setting(
         None,
         changes_tokens=True,
         follows_data=True,
         needs=PAIRS,
         help="tokens of the decoder's own vocabulary in an encoder-decoder; None is one vocabulary for both sides",
     )
-    num_segments: int | None = size(
+    num_segments: int | None = size_setting(
         None,
         needs=ENCODERS,
         help="kinds of segments that have an embedding, such as BERT's two sentences; None is no such embedding",
@@ -95,7 +97,7 @@ class ModelConfig:
     next_sentence: bool = setting(
         False, needs=ENCODERS, help="an encoder also says whether its second segment follows the first"
     )
-    num_classes: int | None = size(
+    num_classes: int | None = size_setting(
         None, needs=CLASSIFIERS, help="classes of an encoder-classifier, which is imported: nothing here trains one"
     )
     pooling: str = setting("tanh", choices=POOLING_ACTIVATIONS, needs=CLASSIFIERS, help="activation before the classes")
@@ -112,12 +114,12 @@ class ModelConfig:
     feedforward: Choice[FeedForward] = Choice(
         FeedForward, "gelu-tanh", needs=WITH_ATTENTION, help="feed-forward network"
     )
-    num_experts: int | None = count(
+    num_experts: int | None = count_setting(
         None,
         needs=WITH_ATTENTION,
         help="feed-forward networks in a mixture of experts; None is a single one, without a router",
     )
-    experts_per_token: int = size(2, needs="num_experts", help="experts that see each token")
+    experts_per_token: int = size_setting(2, needs="num_experts", help="experts that see each token")
     bias: bool = setting(False, needs=WITH_ATTENTION, help="biases in linear maps and in LayerNorm")
     qkv_bias: bool | None = setting(None, needs=WITH_ATTENTION, help="biases of queries, keys and values; None is bias")
     attention_output_bias: bool | None = setting(
@@ -131,7 +133,7 @@ class ModelConfig:
     attention_softcap: float | None = setting(
         None, above=0, needs=WITH_ATTENTION, help="bound of the scores, by a tanh; None is no bound"
     )
-    attention_window: int | None = size(
+    attention_window: int | None = size_setting(
         None, needs=WITH_ATTENTION, help="a token sees this many tokens at most, itself included; None is all of them"
     )
     window_pattern: tuple[bool, ...] = setting(
@@ -147,7 +149,7 @@ class ModelConfig:
         True, needs=PAIRS, help="encoder and decoder use the same token embedding, if they have one vocabulary"
     )
     scaled_embeddings: bool = setting(False, help="multiply token embeddings by the square root of d_model")
-    embedding_dim: int | None = size(
+    embedding_dim: int | None = size_setting(
         None,
         help="features of the token embedding, which a linear map brings to d_model; None is d_model, without the map",
     )
