@@ -1,4 +1,4 @@
-"""Several linear maps of one input by a single product, which small maps do not keep all cores busy without."""
+"""Several linear maps of one input as a single matrix product, which uses more cores."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from minitransformer.architecture.attention import project_each
 
 
 def project_together(x: Float[Tensor, "*batch features"], *maps: nn.Linear) -> Sequence[Float[Tensor, "*batch _"]]:
-    """`project_each` by one product in training, where a step has so many rows that joining the weights pays.
+    """`project_each` as one product in training, where there are enough rows to outweigh concatenating the weights.
 
-    Maps that do something else, or that have hooks, are called one by one.
+    Modules that are not plain `nn.Linear`, or that have hooks, are called one by one.
     """
     if not torch.is_grad_enabled() or not all(is_plain(linear) for linear in maps):
         return project_each(x, *maps)
@@ -27,10 +27,10 @@ def project_together(x: Float[Tensor, "*batch features"], *maps: nn.Linear) -> S
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether it does what `nn.Linear` does, and has no hooks."""
+    """Whether `linear` computes what `nn.Linear` does, and has no hooks."""
     return isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward and not has_hooks(linear)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether this very module has hooks, which only a call of it runs."""
+    """Whether `module` itself has forward or backward hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
