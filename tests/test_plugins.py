@@ -107,8 +107,8 @@ def test_a_flag_of_a_plugin_is_listed_under_the_variant_that_it_belongs_to(here:
     ("content", "words"),
     [
         (None, r"the plugin bad\.py cannot be read \(No such file or directory\): name a Python file"),
-        ("def f(:\n", r"the plugin bad\.py cannot be loaded \(SyntaxError: invalid syntax.*line 1\): mend it"),
-        ("1 / 0\n", r"the plugin bad\.py cannot be loaded \(ZeroDivisionError: division by zero\): mend it"),
+        ("def f(:\n", r"the plugin bad\.py cannot be loaded \(SyntaxError: invalid syntax.*line 1\): fix it"),
+        ("1 / 0\n", r"the plugin bad\.py cannot be loaded \(ZeroDivisionError: division by zero\): fix it"),
         (
             "from minitransformer.architecture.residual import PreLN\nclass Mine(PreLN, name='post'): pass\n",
             "there is a residual placement 'post' already: give the other one another name",

@@ -1,4 +1,4 @@
-"""Several linear maps of one input by a single product, which small maps do not keep all cores busy without."""
+"""Several linear maps of one input as a single matrix product, which uses more cores."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from minitransformer.architecture.attention import project_each
 
 
 def project_together(x: Float[Tensor, "*batch features"], *maps: nn.Module) -> Sequence[Float[Tensor, "*batch _"]]:
-    """`project_each` by one product in training, where a step has so many rows that joining the weights pays.
+    """`project_each` as one product in training, where there are enough rows to outweigh concatenating the weights.
 
-    Maps that do something else, or that have hooks, are called one by one.
+    Modules that are not plain `nn.Linear`, or that have hooks, are called one by one.
     """
     linears = [linear for linear in maps if is_plain(linear)]
     if not torch.is_grad_enabled() or len(linears) < len(maps):
@@ -29,10 +29,10 @@ def project_together(x: Float[Tensor, "*batch features"], *maps: nn.Module) -> S
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it does what `nn.Linear` does, and has no hooks."""
+    """Whether `module` computes what `nn.Linear` does, and has no hooks."""
     return type(module).forward is nn.Linear.forward and not has_hooks(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether this very module has hooks, which only a call of it runs."""
+    """Whether `module` itself has forward or backward hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
