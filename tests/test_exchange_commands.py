@@ -17,9 +17,9 @@ import torch
 
 from minitransformer import pretrained
 from minitransformer.commands import sample, train
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import translate
 from minitransformer.generation.fill import fill_masks
-from minitransformer.generation.processors import SamplingConfig
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
