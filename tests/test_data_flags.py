@@ -146,7 +146,9 @@ def test_without_validation_a_run_trains_on_everything_and_its_last_checkpoint_i
 def test_what_waits_for_validations_is_refused_without_them(
     here: Path, capsys: pytest.CaptureFixture[str], flag: tuple[str, ...]
 ) -> None:
-    assert "validation_fraction 0 has none" in refused(capsys, "--data", "my.txt", "--validation-fraction", "0", *flag)
+    assert "needs validation data, and validation_fraction is 0" in refused(
+        capsys, "--data", "my.txt", "--validation-fraction", "0", *flag
+    )
 
 
 def test_a_sweep_without_validation_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,5 +179,5 @@ def test_help_says_what_data_may_be(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for expected in ("one or several", ".csv, .tsv, .parquet or a .json array", "- is standard input"):
+    for expected in ("one or several of", ".csv, .tsv, .parquet or a .json array", "- for standard input"):
         assert expected in words

@@ -169,7 +169,10 @@ def test_without_transformers_the_copy_is_opened_again_by_ours_and_that_is_said(
     run_of(tmp_path / "run", shake, "causal", **GPT2)
     code, out, _ = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
     assert code == 0
-    assert "opened by minitransformer alone, as transformers is not installed, have a relative error of at most 0.0e+00" in out
+    assert (
+        "opened by minitransformer alone, as transformers is not installed, have a relative error of at most 0.0e+00"
+        in out
+    )
 
 
 @pytest.mark.parametrize(

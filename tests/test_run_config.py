@@ -155,5 +155,5 @@ def test_a_sequence_length_that_no_run_can_have_is_refused(choices: dict[str, An
 
 def test_pairs_have_no_sequence_length() -> None:
     preset = PRESETS["transformer-mini"]
-    with pytest.raises(UserError, match="pairs are as long as they are"):
+    with pytest.raises(UserError, match="pairs keep their own length"):
         replace(preset, training=replace(preset.training, sequence_length=16))
