@@ -26,7 +26,7 @@ def summed_loss(
 
     Many logits are computed in chunks of tokens. If gradients are needed, those of hidden states and weights are
     computed in the same pass, so that no logits are stored or recomputed. Hsu et al. 2024 (Liger Kernel,
-     arXiv 2410.10989), section 3.2; Wijmans et al. 2024 (Cut Your Losses, arXiv 2411.09009), section 3.
+    arXiv 2410.10989), section 3.2; Wijmans et al. 2024 (Cut Your Losses, arXiv 2411.09009), section 3.
     Second derivatives are not supported.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
