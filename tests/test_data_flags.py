@@ -85,7 +85,7 @@ def test_one_source_is_written_as_it_always_was(here: Path) -> None:
     assert (record["data"]["data"], record["data"]["validation_data"]) == ("my.txt", "other.txt")
     several = RunConfig(data=DataConfig(data=("a", "b")))
     assert RunConfig.from_json(json.loads(json.dumps(several.to_json())), "config.json") == several
-    with pytest.raises(UserError, match="data names nothing"):
+    with pytest.raises(UserError, match="data is empty"):
         DataConfig(data=())
 
 
@@ -172,7 +172,7 @@ def test_pairs_train_without_validation_and_come_from_one_file(here: Path, capsy
     assert train(*words, "--data", "a.tsv", "--out", "run") == 0
     assert "train      60 pairs" in (out := capsys.readouterr().out)
     assert "validation none" in out
-    assert "pairs come from one file" in refused(capsys, *words, "--data", "a.tsv", "b.tsv")
+    assert "pairs must be in one file" in refused(capsys, *words, "--data", "a.tsv", "b.tsv")
 
 
 def test_help_says_what_data_may_be(capsys: pytest.CaptureFixture[str]) -> None:
