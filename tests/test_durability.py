@@ -77,7 +77,7 @@ def test_of_two_new_runs_with_one_name_one_is_refused(here, capsys):
 
 def test_a_trial_that_another_process_trains_is_refused(here):
     config = configured(data="my.txt")
-    with only_writer(here / "trial"), pytest.raises(UserError, match=r"another process trains .*trial"):
+    with only_writer(here / "trial"), pytest.raises(UserError, match=r"another process is training .*trial"):
         train_trial(here / "trial", config, until=6)
 
 
@@ -260,7 +260,7 @@ def test_a_folder_that_never_became_a_run_can_be_begun_again(here, run, left):
 def test_a_trained_run_that_lost_its_configuration_is_not_begun_again(run, capsys):
     (run / "config.json").unlink()
     before = sorted(run.rglob("*"))
-    assert "exists already" in refused(capsys, "--data", "my.txt", "--out", "run", *SMALL)
+    assert "already exists" in refused(capsys, "--data", "my.txt", "--out", "run", *SMALL)
     assert sorted(run.rglob("*")) == before
 
 
@@ -337,7 +337,7 @@ def test_a_fine_tune_that_could_not_copy_what_its_parent_kept_is_no_run_and_can_
 
 def test_a_folder_of_another_kind_with_original_files_is_not_cleared(here, capsys):
     (here / "llama/original").mkdir(parents=True)
-    assert "exists already" in refused(capsys, "--data", "my.txt", "--out", "llama", *SMALL)
+    assert "already exists" in refused(capsys, "--data", "my.txt", "--out", "llama", *SMALL)
     assert (here / "llama/original").exists()
 
 
@@ -374,7 +374,7 @@ def test_a_changed_digit_in_the_configuration_is_noticed(run, capsys, old, new, 
     code = main(["--resume", "run", "--steps", "9"]) if command == "resume" else sample(["run", "--prompt", "Line"])
     error = capsys.readouterr().err
     assert code == 1
-    assert error.startswith("error: run/config.json is not what training wrote")
+    assert error.startswith("error: run/config.json was changed after training")
     assert error.count("\n") == 1
 
 
@@ -395,7 +395,7 @@ def test_a_whole_configuration_of_another_run_does_not_fit_the_checkpoints(here,
 def test_the_tokenizer_of_another_run_is_noticed(here, run, capsys):
     assert main(["--data", "my.txt", "--out", "other", "--steps", "1", *SMALL, "--tokenizer", "chars"]) == 0
     shutil.copy(here / "other/tokenizer.json", run / "tokenizer.json")
-    assert "tokenizer.json is not what training wrote" in refused(capsys, "--resume", "run", "--steps", "9", code=1)
+    assert "tokenizer.json was changed after training" in refused(capsys, "--resume", "run", "--steps", "9", code=1)
 
 
 def test_a_run_from_before_there_were_checksums_opens_and_goes_on(here, run):
