@@ -67,15 +67,8 @@ COMMAND = {"main", "Options", "Flags"}
 
 # What the rooms still owe: each of these tables only ever gets shorter.
 LONG_FILES: dict[str, int] = {
-    "tests/test_durability.py": 464,
-    "tests/test_exchange_commands.py": 420,
     "tests/test_generation.py": 672,
-    "tests/test_hostile_files.py": 524,
-    "tests/test_pretrained_parity.py": 426,
-    "tests/test_pretrained_tokenizers.py": 411,
     "tests/test_sampling_command.py": 412,
-    "tests/test_train_command.py": 562,
-    "tests/test_training.py": 495,
 }
 LONG_FUNCTIONS: dict[str, int] = {
     "minitransformer/generation/batch.py: generate_each": 44,
