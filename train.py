@@ -1,4 +1,4 @@
-"""Train a model: `python train.py [PRESET] [--flag value]`; `python train.py --help` names them all."""
+"""Train a model: `python train.py [PRESET] [--flag value]`; `python train.py --help` lists every flag."""
 
 import sys
 

@@ -8,20 +8,20 @@ from minitransformer.commands import run_command, start
 from minitransformer.registry import lookup
 
 COMMANDS = {
-    "train": "train a model, or resume a run",
-    "sample": "continue, fill or translate a text with the model of a run",
-    "look": "show attention, predictions and residual norms for a text, as a page",
-    "compare": "runs beside each other: settings, curves, and which differences the seeds bear out",
+    "train": "train a model, resume a run, or fine-tune one",
+    "sample": "generate from the model of a run: continue, fill in masks, translate",
+    "look": "show attention, predictions and residual norms for a text, as an HTML page",
+    "compare": "compare runs: settings, training curves, and significance across seeds",
     "sweep": "search hyper-parameters of a preset: grid, random draws, successive halving",
-    "lab": "experiments on where the norm stands, each with a report",
-    "bench": "speed and memory, beside peers and beside what the machine can do",
-    "import": "make a run of a public checkpoint",
-    "export": "write the model of a run as the transformers library opens it",
+    "lab": "run experiments on norm placement, each with a report",
+    "bench": "measure speed and memory, relative to peers and to the limits of the machine",
+    "import": "turn a public checkpoint into a run",
+    "export": "export the model of a run to the transformers library",
 }
 
 
 def main() -> int:
-    """Hand the rest of the command line to the command that it names."""
+    """Run the command that the first argument names."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: minitransformer COMMAND [--help | options]\n")

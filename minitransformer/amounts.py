@@ -1,24 +1,24 @@
-"""Numbers as a reader wants them: three digits and a unit, and never 0.0 of anything."""
+"""Numbers for people: three significant digits and a unit, never 0.0."""
 
 from __future__ import annotations
 
 
 def amount(number: float) -> str:
-    """How many, such as 812, 768k, 1.84M or 5.5B."""
+    """A count, such as 812, 768k, 1.84M or 5.5B."""
     return _scaled(number, [(1, ""), (1e3, "k"), (1e6, "M"), (1e9, "B"), (1e12, "T")])
 
 
 def size(number: float) -> str:
-    """Of a file, such as 812 bytes, 65.3 kB or 2.43 MB."""
+    """A file size, such as 812 bytes, 65.3 kB or 2.43 MB."""
     return _scaled(number, [(1, " bytes"), (1e3, " kB"), (1e6, " MB"), (1e9, " GB"), (1e12, " TB")])
 
 
 def duration(seconds: float) -> str:
-    """How long, such as 0.5 s, 43 s, 2.2 min or 5.1 h."""
+    """A duration, such as 0.5 s, 43 s, 2.2 min or 5.1 h."""
     return _scaled(seconds, [(1, " s"), (60, " min"), (3600, " h")])
 
 
 def _scaled(number: float, units: list[tuple[float, str]]) -> str:
-    """In the largest unit of which there is at least one, once rounded."""
+    """`number` in the largest unit that rounds to at least 1."""
     value, unit = next((number / one, unit) for one, unit in reversed(units) if one == 1 or number / one >= 0.9995)
     return f"{value:.0f}{unit}" if value >= 999.5 else f"{float(f'{value:.3g}'):g}{unit}"

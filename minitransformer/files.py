@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whatever happens while they are written."""
+"""Atomic writes of files and folders, locks and checksums."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ PARTIAL, REPLACED, CHECKSUM = ".partial", ".replaced", "checksum"
 
 @contextmanager
 def writing(target: Path, remedy: str) -> Iterator[None]:
-    """Turns what a disk may answer to writing `target` into a `StorageError` with the remedy.
+    """Turn an `OSError` while writing `target` into a `StorageError` with the remedy.
 
-    A disk is full, may not be written, is broken, or is no longer there.
+    The disk may be full, read-only, broken, or gone.
     """
     try:
         yield
     except OSError as error:
-        # A pipe or a connection whose other end has left is no disk.
+        # A broken pipe or connection is not a disk error.
         if error.errno is None or isinstance(error, ConnectionError):
             raise
         raise _explained(error, target, remedy) from None
@@ -46,13 +46,13 @@ def _explained(error: OSError, target: Path, remedy: str) -> StorageError:
     if error.errno in NO_SPACE:
         return StorageError(f"no space left while writing {target}: free some, or {remedy}")
     if error.errno in NO_RIGHT:
-        return StorageError(f"{target} may not be written ({error.strerror}): {remedy}")
+        return StorageError(f"{target} cannot be written ({error.strerror}): {remedy}")
     where = "" if error.filename is None else f": {error.filename}"
-    return StorageError(f"{target} could not be written ({error.strerror}{where}): put it back, or {remedy}")
+    return StorageError(f"{target} could not be written ({error.strerror}{where}): restore the folder, or {remedy}")
 
 
 def sync(path: Path) -> None:
-    """Returns when the file or folder at `path` would survive a power cut."""
+    """Flush the file or folder at `path` to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -61,7 +61,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make `path` and the folders above it, where they are missing, to stay."""
+    """Create `path` and its missing parents, flushed to disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -70,7 +70,7 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes `target` when the block ends well, and nothing when it does not."""
+    """A file that becomes `target` if the block succeeds, and is deleted otherwise."""
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-", suffix=PARTIAL)
     try:
@@ -78,7 +78,7 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files for the owner alone; others may have to read these.
+        # mkstemp makes files private to the owner; others may have to read these.
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(name, 0o666 & ~mask)
@@ -90,20 +90,20 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Make `text` the content of `target`."""
+    """Write `text` to `target` atomically."""
     with whole_file(target) as file:
         file.write(text.encode())
 
 
 def write_tensors(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write `tensors` into the safetensors file `target`; raises `OSError` where it cannot be written."""
-    from safetensors import SafetensorError  # late: most of what writes files has no tensors
+    from safetensors import SafetensorError  # late: most callers write no tensors
     from safetensors.torch import save_file
 
     try:
         save_file(tensors, target, metadata)
     except SafetensorError as error:
-        # The number of the system's answer stands in the words of an error that is no OSError.
+        # safetensors reports the OS error number only in its message.
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
@@ -112,10 +112,10 @@ def write_tensors(target: Path, tensors: dict[str, Tensor], metadata: dict[str, 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """An empty folder to fill that becomes `target` when the block ends well, and nothing when it does not.
+    """An empty folder that becomes `target` if the block succeeds, and is deleted otherwise.
 
-    It replaces a folder that stands at `target`, of which one version is on disk at every moment: `restore_replaced`
-    mends a kill between the two renames. Where several processes may want to, call it under a lock.
+    An existing `target` is replaced, and one version is on disk at all times: `restore_replaced`
+    repairs a kill between the two renames. Hold a lock if several processes may write it.
     """
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}-", suffix=PARTIAL))
     replaced = target.with_name(target.name + REPLACED)
@@ -139,7 +139,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def restore_replaced(folder: Path) -> None:
-    """Finish what a kill left of `whole_folder` in `folder`: what was set aside comes back unless its heir is there."""
+    """Repair a `whole_folder` that was killed in `folder`: restore the old version unless the new one is in place."""
     for replaced in folder.glob(f"*{REPLACED}"):
         target = replaced.with_name(replaced.name.removesuffix(REPLACED))
         if target.exists():
@@ -158,9 +158,9 @@ def remove(path: Path) -> None:
 
 
 def acquired(path: Path, *, wait: bool) -> BaseFileLock | None:
-    """The lock in the file `path`, which this process holds until it releases it or ends, however it ends.
+    """Acquire the lock file `path`, held until it is released or the process ends.
 
-    None if another has it, or with `wait` never. Where a disk has no locks, everybody gets in.
+    None if another process holds it and `wait` is False. Without lock support on the disk, it always succeeds.
     """
     from filelock import FileLock, Timeout  # late: commands that only read need no locks
 
@@ -176,18 +176,18 @@ def acquired(path: Path, *, wait: bool) -> BaseFileLock | None:
 
 
 def lock_of(target: Path) -> Path:
-    """The file whose lock is taken by who makes `target`."""
+    """The lock file for writing `target`."""
     return target.with_name(f"{target.name}.lock")
 
 
 @contextmanager
 def locked(target: Path, remedy: str | None = None) -> Iterator[None]:
-    """One process at a time per `target`; with a `remedy`, a folder that cannot be made is a `StorageError`."""
+    """Hold the lock of `target`; with a `remedy`, failure to create its folder is a `StorageError`."""
     with nullcontext() if remedy is None else writing(target.parent, remedy):
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = acquired(lock_of(target), wait=False)
         if lock is None:
-            print(f"waiting for another process to make {target}", file=sys.stderr)
+            print(f"waiting for another process to write {target}", file=sys.stderr)
             lock = acquired(lock_of(target), wait=True)
     assert lock is not None
     try:
@@ -197,9 +197,9 @@ def locked(target: Path, remedy: str | None = None) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Deletes what builders that were killed have left in `folder`, where nobody holds the lock of what they made.
+    """Delete unfinished files of killed processes in `folder`, unless their lock is held.
 
-    Also what they set aside: whatever is made under such a lock can be made again.
+    Replaced versions are deleted too: whatever is written under such a lock can be rebuilt.
     """
     for leftover in [*folder.glob(f"*{PARTIAL}"), *folder.glob(f"*{REPLACED}")]:
         name = leftover.name.removesuffix(REPLACED)
@@ -213,7 +213,7 @@ def sweep(folder: Path) -> None:
 
 
 def point_to(link: Path, target: str) -> None:
-    """Make the symbolic link `link` point to its sibling `target`, in one stroke."""
+    """Atomically point the symbolic link `link` to its sibling `target`."""
     temporary = link.with_name(f".{link.name}-{os.getpid()}{PARTIAL}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
@@ -228,19 +228,19 @@ def sha256(path: Path) -> str:
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """`record`, to be written as JSON, with the SHA-256 of its content as `checksum`."""
+    """`record` with the SHA-256 of its JSON as `checksum`."""
     content = json.dumps(record, sort_keys=True, separators=(",", ":"))
     return {**record, CHECKSUM: hashlib.sha256(content.encode()).hexdigest()}
 
 
 def unsealed(record: Any) -> Any:
-    """`record`, read from JSON, without its checksum, which the oldest files do not have.
+    """`record` without its checksum, which old files lack.
 
-    Raises `ValueError` where the content is not what was sealed.
+    Raises `ValueError` if the checksum does not match.
     """
     if not isinstance(record, dict) or CHECKSUM not in record:
         return record
     content = {name: value for name, value in record.items() if name != CHECKSUM}
     if sealed(content)[CHECKSUM] != record[CHECKSUM]:
-        raise ValueError("its checksum is that of another content")
+        raise ValueError("its checksum does not match its content")
     return content

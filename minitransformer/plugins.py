@@ -1,7 +1,7 @@
-"""Variants from outside the package: Python files that the user names, and packages that are installed.
+"""Variants from outside the package: Python files that the user names, and installed packages.
 
-A plugin registers its classes as every module of ours does, by defining them. It runs with the user's rights, so only
-what the user names on a command line or has installed is ever loaded: nothing from a run folder.
+A plugin registers its classes by defining them, as every module here does. It runs with the user's rights, so only
+plugins named on the command line or installed are loaded, never code from a run folder.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from minitransformer.settings import settings_of
 
 FLAG = "--plugin"
 GROUP = "minitransformer.plugins"
-"""of the entry points by which an installed package offers modules with variants"""
+"""entry-point group by which an installed package offers modules with variants"""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A file of variants, as a run records it: its name, and the SHA-256 of its content."""
+    """A plugin file, as a run records it: its name and the SHA-256 of its content."""
 
     name: str
     sha256: str
@@ -36,11 +36,11 @@ class Plugin:
 
 
 _loaded: dict[str, tuple[Plugin, Path]] = {}
-"""what has been loaded in this process, by the name of its module"""
+"""plugins loaded in this process, by module name"""
 
 
 def load_plugin(path: Path) -> Plugin:
-    """Run the Python file at `path`, whose classes register themselves; again is nothing.
+    """Import the Python file at `path`, whose classes register themselves; a second import does nothing.
 
     Raises `UserError` for a file that cannot be read or run, and for a variant whose name is taken.
     """
@@ -56,7 +56,7 @@ def load_plugin(path: Path) -> Plugin:
         return plugin
     specification = spec_from_file_location(name, path)
     if specification is None or specification.loader is None:
-        raise UserError(f"the plugin {path} is no Python file: its name must end in .py")
+        raise UserError(f"the plugin {path} is not a Python file: its name must end in .py")
     module = module_from_spec(specification)
     sys.modules[name] = module
     try:
@@ -66,7 +66,7 @@ def load_plugin(path: Path) -> Plugin:
     except Exception as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"the plugin {path} cannot be loaded ({what}{line}): mend it") from None
+        raise UserError(f"the plugin {path} cannot be loaded ({what}{line}): fix it") from None
     _loaded[name] = (plugin, path.resolve())
     return plugin
 
@@ -79,12 +79,12 @@ def load_installed_plugins() -> None:
         except Exception as error:
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(
-                f"the installed plugin {entry.name} cannot be loaded ({what}): mend it, or remove it"
+                f"the installed plugin {entry.name} cannot be loaded ({what}): fix it, or remove it"
             ) from None
 
 
 def take_plugins(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The files that `--plugin` names among `arguments`, and the rest of these."""
+    """The files of `--plugin` flags in `arguments`, and the other arguments."""
     paths, rest = [], []
     words = iter(arguments)
     for word in words:
@@ -99,25 +99,24 @@ def take_plugins(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def loaded_files() -> tuple[str, ...]:
-    """The files of the plugins of this process, for one that it starts."""
+    """The plugin files of this process, to be loaded in a child process."""
     return tuple(str(path) for _, path in _loaded.values())
 
 
 def plugins_of(config: Any) -> list[Plugin]:
-    """The plugins whose variants `config` has chosen."""
+    """The plugins that define variants chosen in `config`."""
     modules = {value.variant.__module__ for each, value in settings_of(config) if each.family}
     return [plugin for name, (plugin, _) in _loaded.items() if name in modules]
 
 
 def check_plugins(recorded: Any, origin: str) -> None:
-    """Raises `UserError` unless the plugins that the run in the file `origin` recorded are loaded, as they were."""
+    """Raises `UserError` unless the plugins recorded in the file `origin` are loaded in the same version."""
     loaded = {plugin.name: plugin for plugin, _ in _loaded.values()}
     for record in recorded if isinstance(recorded, list) else ():
         name, digest = record.get("name"), record.get("sha256")
         if name not in loaded:
-            raise UserError(f"{origin} is of a run with the plugin {name}: give it with {FLAG} {name}")
+            raise UserError(f"{origin} needs the plugin {name}: give it with {FLAG} {name}")
         if loaded[name].sha256 != digest:
             raise UserError(
-                f"{origin} is of a run with another version of the plugin {name} (SHA-256 {str(digest)[:12]}…): "
-                "give that version"
+                f"{origin} needs another version of the plugin {name} (SHA-256 {str(digest)[:12]}…): give that version"
             )

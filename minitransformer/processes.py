@@ -1,4 +1,4 @@
-"""Processes beside this one, which end when it ends, however that ends, and with them those that they start."""
+"""Child processes that end with this process, however it ends, together with their own children."""
 
 from __future__ import annotations
 
@@ -16,37 +16,39 @@ from minitransformer.plugins import load_plugin, loaded_files
 
 
 def processors() -> int:
-    """How many processors this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Process:
     """A process that runs `work(remote, *arguments)`, all of it picklable.
 
-    `remote` is the other end of the pipe whose end here is `connection`; the process ends when `work` returns or asks
-    for more from a pipe that is closed. It leaves Ctrl-C to us, and has `environment` before it imports anything.
+    `remote` is the child's end of the pipe `connection`; the process ends when `work` returns or reads
+    from the closed pipe. It ignores Ctrl-C, and `environment` is set before it imports anything.
     """
 
     def __init__(self, work: Callable[..., None], *arguments: object, environment: Mapping[str, str] = {}) -> None:
         context = get_context("spawn")
         self.connection, remote = context.Pipe()
-        # What it is to do may name variants of plugins, which it has to load before it can read that.
+        # Pickled work may refer to classes of plugins, which must be loaded before it is unpickled.
         self._process = context.Process(target=_run, args=(remote, loaded_files(), pickle.dumps((work, arguments))))
-        with _deaf_to_ctrl_c(), _environment(environment):
+        with _block_ctrl_c(), _environment(environment):
             self._process.start()
         remote.close()
 
     def end(self) -> None:
-        """Kill it and those that it started, if they run."""
+        """Kill it and its children, if they run."""
         if self._process.pid is not None and self._process.exitcode is None and hasattr(os, "killpg"):
-            with suppress(ProcessLookupError, PermissionError):  # it has just begun, and leads no group yet
+            with suppress(
+                ProcessLookupError, PermissionError
+            ):  # it has just started, and does not lead a process group yet
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.join()
         self.connection.close()
 
     def ending(self) -> str:
-        """What became of it, as a sentence goes on after "the process": waits until it is over."""
+        """How it ended, to follow "the process" in a sentence; waits for the end."""
         self._process.join()
         code = self._process.exitcode
         if code == -signal.SIGKILL:
@@ -57,16 +59,16 @@ class Process:
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes that start here leave Ctrl-C, which goes to all of a terminal at once, to the one that ends them.
+def _block_ctrl_c() -> Iterator[None]:
+    """Let processes started in the block leave Ctrl-C, which reaches all processes of a terminal, to their parent.
 
-    It is blocked and not ignored: children inherit that too, and one that comes meanwhile is heard afterwards.
+    The signal is blocked, not ignored: children inherit that, and a signal that arrives meanwhile is delivered later.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # a system without them
+    if not hasattr(signal, "pthread_sigmask"):  # not on this system
         yield
         return
-    # The first process would start the tracker, and that lifts the block. The tracker cleans up what killed processes
-    # leave, such as locks, and by default it warns of each.
+    # The first process would start multiprocessing's tracker, which unblocks the signal. It cleans up after killed
+    # processes, and by default warns about each leaked lock.
     warnings = f"{os.environ.get('PYTHONWARNINGS', '')},ignore:resource_tracker".lstrip(",")
     with _environment({"PYTHONWARNINGS": warnings}):
         resource_tracker.ensure_running()
@@ -111,14 +113,14 @@ def _end_with_parent() -> None:
 
 
 def _end_group() -> None:
-    """End this process, and those that it started."""
+    """End this process and its children."""
     if hasattr(os, "killpg"):
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 
 def one_line(error: BaseException) -> str:
-    """What was raised and where, without the rest of the traceback."""
+    """The exception and where it was raised, without the traceback."""
     what = traceback.format_exception_only(error)[-1].splitlines()[0]
     frames = traceback.extract_tb(error.__traceback__)
     return f"{what} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else what

@@ -1,4 +1,4 @@
-"""JSON from disk, and values of the types that a frozen record declares: as expected, or refused in one sentence."""
+"""Read JSON from disk, and check values against the annotated types of a frozen dataclass."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from minitransformer.errors import StorageError
 
 T = TypeVar("T")
 
-# The largest files that we read whole are vocabularies and indices of shards, of some tens of megabytes.
+# The largest files read whole are vocabularies and shard indices, of some tens of megabytes.
 MOST_BYTES = 256 << 20
 MOST_DEPTH = 100
-# Half a surrogate pair may be spelled in JSON, and cannot be encoded, printed or written again.
+# JSON can hold a lone surrogate, which cannot be encoded, printed or written.
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 KINDS: dict[type, str] = {dict: "object", list: "array"}
 WORDS: dict[Any, str] = {
@@ -40,9 +40,9 @@ def shown(value: Any) -> str:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """The value that `content`, UTF-8 if it is bytes, spells in JSON.
+    """The value of the JSON `content`, UTF-8 if it is bytes.
 
-    Raises `ValueError` for what is no JSON, is nested more than `MOST_DEPTH` deep, or holds half a surrogate pair.
+    Raises `ValueError` for invalid JSON, more than `MOST_DEPTH` levels of nesting, or half a surrogate pair.
     """
     text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     try:
@@ -70,21 +70,23 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def read_bytes(path: Path, remedy: str) -> bytes:
-    """The content of the regular file at `path`; raises `StorageError` for any other kind, which could block."""
+    """The content of the regular file at `path`; raises `StorageError` for other kinds, which could block."""
     try:
         entry = path.stat()
         if not stat.S_ISREG(entry.st_mode):
-            raise StorageError(f"{path} is no regular file: {remedy}")
+            raise StorageError(f"{path} is not a regular file: {remedy}")
         if entry.st_size > MOST_BYTES:
             size, most = entry.st_size / 1e6, MOST_BYTES / 1e6
-            raise StorageError(f"{path} has {size:.0f} MB, and at most {most:.0f} MB are read of such a file: {remedy}")
+            raise StorageError(
+                f"{path} has {size:.0f} MB, more than the {most:.0f} MB allowed for such a file: {remedy}"
+            )
         return path.read_bytes()
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
 
 
 def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
-    """The object (or what else `kind` says) in the JSON file at `path`; raises `StorageError` if there is none."""
+    """The object (or another `kind`) in the JSON file at `path`; raises `StorageError` if there is none."""
     content = read_bytes(path, remedy)
     try:
         value = parse_json(content)
@@ -96,9 +98,9 @@ def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
 
 
 def fitted(value: Any, annotation: Any) -> Any:
-    """`value`, as JSON has it, as a field of the type `annotation` holds it: a tuple for a list, a float for 1.
+    """Convert the JSON `value` to the type `annotation`: a list to a tuple, 1 to a float.
 
-    Raises `ValueError` if it is of another type; whole numbers are numbers, and truths are neither.
+    Raises `ValueError` for another type; an int is a float, and a bool is neither.
     """
     origin, options = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
@@ -126,7 +128,7 @@ def fitted(value: Any, annotation: Any) -> Any:
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether a field of the type `annotation` can hold `value`."""
+    """Whether `value` fits the type `annotation`."""
     try:
         fitted(value, annotation)
     except ValueError:
@@ -135,7 +137,7 @@ def fits(value: Any, annotation: Any) -> bool:
 
 
 def in_words(annotation: Any) -> str:
-    """What a field of the type `annotation` holds, for an error message."""
+    """The type `annotation` in words, for an error message."""
     origin, options = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return in_words(options[0])
@@ -145,14 +147,14 @@ def in_words(annotation: Any) -> str:
         return " or ".join(map(repr, options))
     if origin is tuple:
         return "a list"
-    return WORDS.get(origin or annotation, "what belongs there")
+    return WORDS.get(origin or annotation, "a valid value")
 
 
 type_hints = cache(get_type_hints)
 
 
 def checked_fields(kind: type, values: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """`values` for the fields of the record class `kind` as their annotations want them.
+    """Convert `values` to the annotated types of the fields of `kind`.
 
     Raises `StorageError` naming the file `origin`, the field and its value, for a value of another type.
     """
@@ -160,7 +162,7 @@ def checked_fields(kind: type, values: Mapping[str, Any], origin: str) -> dict[s
 
 
 def checked_value(value: Any, annotation: Any, name: str, origin: str) -> Any:
-    """`value` as a field `name` of the type `annotation` holds it; raises `StorageError` for one of another type."""
+    """`value` as the type `annotation` of the field `name`; raises `StorageError` for another type."""
     try:
         return fitted(value, annotation)
     except ValueError:
@@ -169,9 +171,9 @@ def checked_value(value: Any, annotation: Any, name: str, origin: str) -> Any:
 
 
 def whole_record(kind: type[T], value: Any, what: str, origin: str) -> T:
-    """The record of the class `kind` that has the members of the object `value`, from the file `origin`, as its fields.
+    """An instance of the dataclass `kind` from the JSON object `value`, read from the file `origin`.
 
-    Raises `StorageError`, in which the record is that of `what`, for other members, and for values of another type.
+    Raises `StorageError`, which calls it a record of `what`, for wrong members or types.
     """
     record: type = kind
     if not isinstance(value, dict) or value.keys() != type_hints(record).keys():

@@ -1,4 +1,4 @@
-"""Variants found by name: a class registers itself in its class statement, and everything else looks it up."""
+"""Registries of variants: a class registers itself under a name in its class statement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
-    """The entry of `table` called `name`; otherwise a `UserError` that suggests the nearest name."""
+    """The entry `name` of `table`; raises `UserError` with the nearest name."""
     if name in table:
         return table[name]
     raise UserError(f"unknown {kind} {name!r}: {suggestion(name, table)}known are {', '.join(table)}")
@@ -22,8 +22,8 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
 class Registered:
     """Base of a family of interchangeable classes.
 
-    The root of a family says what its members are called, `class Residual(Registered, kind="residual placement")`;
-    a member says its name, `class PreLN(Residual, name="pre")`; `Residual.named("pre")` finds it. A member that has
+    The root of a family names its kind, `class Residual(Registered, kind="residual placement")`;
+    a member gives its name, `class PreLN(Residual, name="pre")`; `Residual.named("pre")` finds it. A member with
     settings declares them in a frozen dataclass `Settings` of its own; the first argument of its `__init__` is one.
     """
 
@@ -41,7 +41,7 @@ class Registered:
             cls.kind, cls.registry = kind, {}
         if name is not None:
             if name in cls.registry:
-                raise UserError(f"there is a {cls.kind} {name!r} already: give the other one another name")
+                raise UserError(f"{cls.kind} {name!r} is already registered: choose another name")
             cls.name = name
             cls.registry[name] = cls
 
@@ -52,6 +52,6 @@ class Registered:
 
     @classmethod
     def choose(cls, variant: str | None = None, /, **settings: Any) -> Chosen[Self]:
-        """This variant, or the one of this family that is called `variant`, with `settings`."""
+        """This variant, or the one of this family named `variant`, with `settings`."""
         chosen = cls if variant is None else cls.named(variant)
         return Chosen(chosen, chosen.Settings(**settings))

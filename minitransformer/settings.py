@@ -1,7 +1,7 @@
-"""Settings as data: declared beside what they set, nested in records and in JSON, flat by name on a command line.
+"""Settings as data: declared in their variant, nested in dataclasses and JSON, flat flags on the command line.
 
-A variant is a class, and its settings are a frozen dataclass in that class. A configuration holds a `Choice` of a
-variant: its value is a `Chosen`, the variant together with its settings.
+A variant is a class whose settings are an inner frozen dataclass. A configuration holds a `Choice` of a
+variant; its value is a `Chosen`, the variant with its settings.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ T = TypeVar("T")
 Variant = TypeVar("Variant", covariant=True)
 
 LARGEST = 3.4028234663852886e38
-"""of the numbers of float32"""
+"""the largest float32"""
 
 
 def setting(default: Any, *, help: str = "", **about: Any) -> Any:
-    """A field of a record of settings.
+    """A dataclass field with metadata.
 
-    `above`, `at_least`, `at_most` and `below` limit a number, and `most` is more than any model has; `must` says the
-    limits in words, where numbers do not. `choices` are the values of a text that is a name. `flag` is its name on a
-    command line, by default the field's behind that of its variant. `needs` names another setting without which it has
-    no effect, or that setting and the values that it needs.
-    What other code must know is said here too: `changes_task` (losses with other values do not compare),
-    `changes_tokens` (they compare in bits per byte), `follows_data` (it is usually found from the data),
-    `of_files` (it says how certain files are read), `observes_only` (no effect on what is computed),
+    `above`, `at_least`, `at_most` and `below` limit a number, `most` bounds it by memory; `must` states the
+    limits in words. `choices` are the values that a string may have. `flag` is its name on the
+    command line, by default the variant's name and the field's. `needs` names another setting without which it has
+    no effect, or that setting and its required values.
+    Metadata for other code: `changes_task` (losses with different values are not comparable),
+    `changes_tokens` (they are comparable in bits per byte), `follows_data` (usually determined by the data),
+    `of_files` (how files are read), `observes_only` (no effect on the results),
     `may_change_on_resume`.
     """
     return field(default=default, metadata={"help": help, **about})
@@ -40,7 +40,7 @@ def setting(default: Any, *, help: str = "", **about: Any) -> Any:
 
 @dataclass(frozen=True)
 class Chosen(Generic[Variant]):
-    """A variant and its settings. Raises `UserError` for a number outside the limits that a setting declares."""
+    """A variant and its settings. Raises `UserError` for a number outside declared limits."""
 
     variant: type[Variant]
     settings: Any
@@ -50,12 +50,12 @@ class Chosen(Generic[Variant]):
 
     @property
     def name(self) -> str:
-        """What the variant is registered as."""
+        """The registered name of the variant."""
         variant: Any = self.variant
         return variant.name
 
     def make(self, *args: Any, **kwargs: Any) -> Variant:
-        """An instance of the variant, which takes its settings first."""
+        """An instance of the variant: `variant(settings, *args, **kwargs)`."""
         variant: Any = self.variant
         return variant(self.settings, *args, **kwargs)
 
@@ -64,7 +64,7 @@ class Chosen(Generic[Variant]):
 
 
 class Choice(Generic[T]):
-    """A field of a frozen record that holds a `Chosen` of the variants of `family`; a name chooses default settings."""
+    """A dataclass field that holds a `Chosen` variant of `family`; assigning a name chooses its default settings."""
 
     def __init__(self, family: type[T], default: str, *, help: str = "", **about: Any) -> None:
         self.family, self.default, self.about = family, default, MappingProxyType({"help": help, **about})
@@ -72,7 +72,7 @@ class Choice(Generic[T]):
     if not TYPE_CHECKING:
 
         def __class_getitem__(cls, family: type) -> Any:
-            """What a record may be made with, for those who check the types of arguments as it runs."""
+            """The type of the constructor argument, for runtime type checkers."""
             return Chosen | str
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -97,21 +97,21 @@ class Choice(Generic[T]):
 
 @dataclass(frozen=True)
 class Declared:
-    """A setting as a record declares it, which is a configuration or belongs to `variant`."""
+    """A setting that a dataclass declares: a configuration, or the settings of `variant`."""
 
     attribute: str
     name: str
-    """by which it is known flat: among all settings, on a command line"""
+    """unique flat name, as on the command line"""
     kind: Any
     default: Any
     about: Mapping[str, Any]
     family: Any = None
-    """of whose variants it is a choice"""
+    """root of the variants, for a choice"""
     variant: Any = None
 
 
 def declared(record: Any, variant: Any = None) -> tuple[Declared, ...]:
-    """The settings that a record class declares, in their order; those of a part of it are that part's."""
+    """The settings that a dataclass declares, in order, without those of nested parts."""
     return _declared(record, variant)
 
 
@@ -130,7 +130,7 @@ def _declared(record: Any, variant: Any) -> tuple[Declared, ...]:
 
 
 def all_declared(record: type, variant: Any = None) -> Iterator[Declared]:
-    """Every setting that a record of this class may hold: of its parts, and of all variants that may be chosen."""
+    """Every setting of a dataclass, including its parts and all variants that may be chosen."""
     for each in declared(record, variant):
         if is_part(each):
             yield from all_declared(each.kind)
@@ -141,22 +141,22 @@ def all_declared(record: type, variant: Any = None) -> Iterator[Declared]:
 
 
 def names_with(record: type, about: str) -> set[str]:
-    """The settings that a record of this class may hold of which `about` is declared, by their flat names."""
+    """The flat names of all settings of a dataclass that have the metadata `about`."""
     return {each.name for each in all_declared(record) if each.about.get(about)}
 
 
 def kinds(record: type) -> dict[str, Any]:
-    """The type of every setting that a record of this class may hold, by its flat name; a choice is a text."""
+    """The type of every setting of a dataclass, by flat name; a choice is a str."""
     return {each.name: str if each.family else each.kind for each in all_declared(record)}
 
 
 def is_part(each: Declared) -> bool:
-    """Whether it is a record of settings in a record."""
+    """Whether it is a nested dataclass of settings."""
     return is_dataclass(each.kind) and each.family is None
 
 
 def settings_of(record: Any, variant: Any = None) -> Iterator[tuple[Declared, Any]]:
-    """Every setting of `record` with its value: those of a choice follow it."""
+    """Every setting of `record` with its value; a choice is followed by its own settings."""
     for each in declared(type(record), variant):
         value = getattr(record, each.attribute)
         if is_part(each):
@@ -168,13 +168,13 @@ def settings_of(record: Any, variant: Any = None) -> Iterator[tuple[Declared, An
 
 
 def flat(record: Any) -> dict[str, Any]:
-    """The settings of `record` that have an effect, by their flat names; a choice is the name of its variant."""
+    """The values of the settings of `record` that have an effect, by flat name; a choice is the name of its variant."""
     every = {each.name: value.name if each.family else value for each, value in settings_of(record)}
     return {name: every[name] for name in _applying(record, every)}
 
 
 def _applying(record: Any, every: Mapping[str, Any], variant: Any = None) -> Iterator[str]:
-    """The names of those settings among `every` one of `record` that have an effect beside the others."""
+    """The names of the settings of `record` that have an effect, given the values `every`."""
     for each in declared(type(record), variant):
         value = getattr(record, each.attribute)
         if is_part(each):
@@ -186,7 +186,7 @@ def _applying(record: Any, every: Mapping[str, Any], variant: Any = None) -> Ite
 
 
 def applies(each: Declared, values: Mapping[str, Any]) -> bool:
-    """Whether what a setting needs is among the flat `values`, or nothing is known of it there."""
+    """Whether the flat `values` satisfy what a setting `needs`, or do not contain it."""
     needs = each.about.get("needs")
     name, possible = needs if isinstance(needs, tuple) else (needs, None)
     if name not in values:
@@ -195,11 +195,11 @@ def applies(each: Declared, values: Mapping[str, Any]) -> bool:
 
 
 def with_settings(record: T, changes: Mapping[str, Any]) -> T:
-    """`record` with the settings `changes`, by their flat names.
+    """`record` with the settings `changes`, by flat name.
 
-    Another variant begins with its own defaults, and with what was set of a setting that it shares with the one before.
-    A method `implied` of `record` says what else follows from `changes`.
-    Raises `UserError` for a name that nothing has or that belongs to a variant that is not chosen, and as records do.
+    Another variant starts from its own defaults, and keeps changed settings that it shares with the previous one.
+    A method `implied` of `record` returns further changes that follow from `changes`.
+    Raises `UserError` for an unknown name, a setting of a variant that is not chosen, and an invalid value.
     """
     left = {**(record.implied(changes) if hasattr(record, "implied") else {}), **changes}
     result = _changed(record, left, None)
@@ -210,7 +210,7 @@ def with_settings(record: T, changes: Mapping[str, Any]) -> T:
 
 
 def _check_needs(record: Any, names: Iterable[str]) -> None:
-    """Raises `UserError` if a setting among `names` is not its default and has no effect beside the others."""
+    """Raises `UserError` if a setting among `names` is not its default and has no effect."""
     values = {each.name: value.name if each.family else value for each, value in settings_of(record)}
     for each, value in settings_of(record):
         if each.name in names and value != each.default and not applies(each, values):
@@ -218,12 +218,12 @@ def _check_needs(record: Any, names: Iterable[str]) -> None:
             name, possible = needs if isinstance(needs, tuple) else (needs, ())
             what = f"{name} {' or '.join(map(repr, possible))}" if possible else name
             raise UserError(
-                f"{each.name} has no effect without {what}, and {name} is {values[name]!r}: leave it out, or give that"
+                f"{each.name} has no effect without {what}, and {name} is {values[name]!r}: leave it out, or set {what}"
             )
 
 
 def _changed(record: Any, left: dict[str, Any], variant: Any) -> Any:
-    """`record` with what of `left` belongs to it, which is taken out."""
+    """`record` with those changes in `left` that belong to it, which are removed from `left`."""
     values: dict[str, Any] = {}
     for each in declared(type(record), variant):
         old = getattr(record, each.attribute)
@@ -264,9 +264,9 @@ def _misplaced(name: str, record: Any) -> UserError:
 
 
 def check_settings(record: Any, variant: Any = None) -> None:
-    """Raises `UserError` if a number in `record` is not finite in float32, or outside the limits that are declared.
+    """Raises `UserError` if a number in `record` is not finite in float32, or outside its declared limits.
 
-    NaN among them: comparisons let it pass, and from one setting it spreads to all weights.
+    NaN would pass comparisons, and spread to all weights.
     """
     for each in declared(type(record), variant):
         value, about = getattr(record, each.attribute), each.about
@@ -293,7 +293,7 @@ def check_settings(record: Any, variant: Any = None) -> None:
 
 
 def to_json(record: Any) -> dict[str, Any]:
-    """`record` in values that JSON has: a choice is an object with the name of its variant and its settings."""
+    """`record` as JSON values: a choice is an object with the variant's name and its settings."""
     result: dict[str, Any] = {}
     for each in declared(type(record)):
         value = getattr(record, each.attribute)
@@ -307,7 +307,7 @@ def to_json(record: Any) -> dict[str, Any]:
 
 
 def nested(record: type, values: Mapping[str, Any], variant: Any = None) -> dict[str, Any]:
-    """Flat settings, as `to_json` nests them; those of variants that are not chosen fall away."""
+    """Flat settings nested as in `to_json`, without those of variants that are not chosen."""
     result: dict[str, Any] = {}
     for each in declared(record, variant):
         if each.family is None:
@@ -323,7 +323,7 @@ def nested(record: type, values: Mapping[str, Any], variant: Any = None) -> dict
 
 
 def flattened(record: type, values: Mapping[str, Any], variant: str | None = None) -> dict[str, Any]:
-    """`to_json` of a record of this class, of any version, as flat settings: known or not, each has the same name."""
+    """The inverse of `nested`, for any version: unknown settings keep their names."""
     known = {(each.variant.name if each.variant else None, each.attribute): each.name for each in all_declared(record)}
     result: dict[str, Any] = {}
     for attribute, value in values.items():
@@ -338,16 +338,16 @@ def flattened(record: type, values: Mapping[str, Any], variant: str | None = Non
 
 
 def from_json(record: type[T], values: Any, origin: str, variant: Any = None) -> T:
-    """The record of this class that `to_json` made `values` of, read from the file `origin`.
+    """The inverse of `to_json`, with `values` read from the file `origin`.
 
-    A setting that is missing has its default.
-    Raises `UserError` for a setting or a variant that nothing here knows and for values that the record refuses,
+    Missing settings have their defaults.
+    Raises `UserError` for an unknown setting or variant and for invalid values,
     `StorageError` for a value of another type.
     """
     members = {each.attribute: each for each in declared(record, variant)}
     if unknown := values.keys() - members.keys():
         what = ", ".join(sorted(unknown))
-        raise UserError(f"{origin} has settings that are unknown here ({what}): update, as a newer version wrote it")
+        raise UserError(f"{origin} has unknown settings ({what}): a newer version wrote it, so update")
     result: dict[str, Any] = {}
     for attribute, value in values.items():
         each = members[attribute]

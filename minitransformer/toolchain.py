@@ -1,4 +1,4 @@
-"""What is installed on this machine: packages that only some commands need, and a compiler with its cache."""
+"""Optional packages, the C++ compiler and its cache on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minitransformer.errors import UserError
 def check_importable(who: str, extra: str, *modules: str, remedy: str = "") -> None:
     """Raises `UserError` for the first of `modules` that cannot be imported: `who` needs it, and `extra` installs it.
 
-    They are imported, as finding them is not enough: what they need themselves may be missing.
+    They are imported rather than found, because their own dependencies may be missing.
     """
     for module in modules:
         try:
@@ -24,10 +24,10 @@ def check_importable(who: str, extra: str, *modules: str, remedy: str = "") -> N
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler of $CXX, or one that is installed, if there is any."""
+    """The C++ compiler in $CXX, or an installed one, if any."""
     return next((name for name in (os.environ.get("CXX", ""), "g++", "clang++") if shutil.which(name)), None)
 
 
 def cache_folder() -> Path:
-    """Where later runs find what was compiled: a folder of the user's, which need not exist."""
+    """The user's cache folder for compiled code, which may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitransformer"

@@ -19,7 +19,7 @@ from jaxtyping import install_import_hook
 # Before the first import of what it checks: from here on, every call must have the shapes that its signature says.
 install_import_hook(["minitransformer.architecture", "minitransformer.models"], "beartype.beartype")
 
-from minitransformer.generation import recording  # noqa: E402
+from minitransformer.generation.fast import recording  # noqa: E402
 from minitransformer.models.config import ModelConfig  # noqa: E402
 from minitransformer.models.decoder import DecoderLM  # noqa: E402
 from minitransformer.plugins import load_plugin  # noqa: E402
@@ -152,8 +152,8 @@ def call(
 ) -> Callable[..., tuple[int, str, str]]:
     """Runs a command with what is piped in; gives code, output and notes."""
 
-    def called(command: Any, *arguments: str, piped: str | None = None) -> tuple[int, str, str]:
-        (tmp_path / "piped").write_text(piped or "")
+    def called(command: Any, *arguments: str, piped: bytes = b"") -> tuple[int, str, str]:
+        (tmp_path / "piped").write_bytes(piped)
         with (tmp_path / "piped").open(encoding="utf-8") as stdin:
             monkeypatch.setattr(sys, "stdin", stdin)
             code = command.main(list(arguments))

@@ -86,16 +86,21 @@ class CacheOfLists:
         self.cache.reorder(torch.tensor(chosen))
         self.rows = [list(self.rows[row]) for row in chosen]
 
+    def some_rows(self, data: st.DataObject) -> list[int]:
+        return data.draw(st.lists(st.integers(0, len(self.rows) - 1), unique=True, min_size=1))
+
     def clear(self, data: st.DataObject) -> None:
-        row = data.draw(st.integers(0, len(self.rows) - 1))
-        self.cache.clear(row)
-        self.rows[row] = [None] * 9
+        cleared = self.some_rows(data)
+        self.cache.clear(cleared)
+        for row in cleared:
+            self.rows[row] = [None] * 9
 
     def put(self, data: st.DataObject) -> None:
-        row, slot, other = data.draw(st.integers(0, len(self.rows) - 1)), data.draw(st.integers(0, 7)), KVCache(1, 2)
+        filled, slot, other = self.some_rows(data), data.draw(st.integers(0, 7)), KVCache(1, 2)
         other.reserve(token_positions(2))
-        self.cache.put(other, row, slot, len(self.rows))
-        self.rows[row] = [None] * slot + [0, 1] + [None] * (7 - slot)
+        self.cache.put(other, filled, slot, len(self.rows))
+        for row in filled:
+            self.rows[row] = [None] * slot + [0, 1] + [None] * (7 - slot)
 
     def roll(self, data: st.DataObject) -> None:
         by = data.draw(st.integers(-8, 8))

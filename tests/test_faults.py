@@ -228,7 +228,7 @@ def test_a_disk_that_may_not_be_written_is_one_sentence_and_can_be_read(
         ended = command(folder, "train", *arguments)
         assert in_one_sentence(ended), ended.output
         assert ended.code == 1
-        assert "may not be written" in ended.output
+        assert "cannot be written" in ended.output
         if arguments is not BEGIN:
             assert command(folder, "sample", "run", "--prompt", "Line", "--max-new-tokens", "3").code == 0
             assert_same(folder, whole)

@@ -89,7 +89,7 @@ def test_what_is_not_changed_by_training_is_the_parents_bit_for_bit(here, parent
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["gpt-mini", "--init-from", "parent"], ["gpt-mini", "model of its own"]),
+        (["gpt-mini", "--init-from", "parent"], ["gpt-mini", "determines the model"]),
         (["--init-from", "parent", "--resume", "parent"], ["--resume", "--init-from", "one of them"]),
         (["--init-from", "parent", "--d-model", "32"], ["d_model 16", "32"]),
         (["--init-from", "parent", "--residual", "post"], ["residual pre", "post"]),

@@ -17,7 +17,7 @@ def test_a_run_without_a_checkpoint_begins_at_its_first_step(here, run, capsys):
     for path in (run / "checkpoints").iterdir():
         files.remove(path)
     assert main(["--resume", "run"]) == 0
-    assert "begins at step 0" in capsys.readouterr().out
+    assert "starts at step 0" in capsys.readouterr().out
     assert metrics(run) == whole[1]
     assert_same_weights(saved_weights(run), whole[0])
 

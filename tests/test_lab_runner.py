@@ -295,7 +295,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was_and_leaves_no_process(mark
     wait_for(lambda: all(ended(pid) for pid in workers(marks)))
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert error.strip() == f"interrupted: 3 of 6 results are in {folder}; the same command goes on from there"
+        assert error.strip() == f"interrupted: 3 of 6 results are in {folder}; the same command continues from there"
     assert times_done(marks) == {f"task-{n}": 1 for n in range(3)}
     (marks / "hold").unlink()
     run = folder_of(marks, folder)

@@ -59,7 +59,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"topology": "encoder-classifier"},
         "topology is 'encoder-classifier' and num_classes None: an encoder-classifier, and no other, has classes, "
-        "and it is imported, as nothing here trains one",
+        "and it can be imported but not trained",
     ),
     (
         {"next_sentence": True},
@@ -69,7 +69,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"head": "transformed", "embedding_dim": 8},
         "head is 'transformed' and embedding_dim 8: only one may precede the logits",
     ),
-    ({"window_pattern": ()}, "window_pattern is empty: say for at least one layer whether it has the window"),
+    ({"window_pattern": ()}, "window_pattern is empty: give True or False for at least one layer"),
 ]
 
 

@@ -152,5 +152,5 @@ def test_a_work_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypa
 
     corpus = written(tmp_path / "a.jsonl", stories(20))
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(UserError, match=r"may not be written .*MINITRANSFORMER_DATA"):
+    with pytest.raises(UserError, match=r"cannot be written .*MINITRANSFORMER_DATA"):
         made(corpus)

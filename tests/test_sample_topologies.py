@@ -18,7 +18,7 @@ from tests.runs_for_tests import Call, untrained_run
 
 def test_masks_of_each_line_are_numbered_and_filled(tmp_path: Path, call: Call, shake: Any) -> None:
     model = untrained_run(tmp_path / "run", shake, "masked", topology="encoder")
-    code, out, _ = call(sample, str(tmp_path / "run"), piped="a <mask> c\nno[MASK]\n")
+    code, out, _ = call(sample, str(tmp_path / "run"), piped=b"a <mask> c\nno[MASK]\n")
     assert code == 0
     first, guesses, second, _ = out.splitlines()
     assert first == "a [1] c"
@@ -45,7 +45,13 @@ def test_lines_are_translated_in_their_order(topology: str, tmp_path: Path, call
     model = untrained_run(tmp_path / "run", shake, "seq2seq", topology=topology)
     lines = ["one", "twenty-two", "3"]
     code, out, _ = call(
-        sample, str(tmp_path / "run"), "--num-beams", "2", "--max-new-tokens", "6", piped="\n".join(lines) + "\n"
+        sample,
+        str(tmp_path / "run"),
+        "--num-beams",
+        "2",
+        "--max-new-tokens",
+        "6",
+        piped="\n".join([*lines, ""]).encode(),
     )
     assert code == 0
     sources = [[*line.encode(), 256] for line in lines]
@@ -92,7 +98,7 @@ def test_a_flag_that_means_nothing_to_a_kind_of_model_is_refused(
     topology: str, flags: str, why: str, tmp_path: Path, call: Call, shake: Any
 ) -> None:
     untrained_run(tmp_path / "run", shake, "masked" if topology == "encoder" else "seq2seq", topology=topology)
-    code, out, err = call(sample, str(tmp_path / "run"), *flags.split(), piped="one <mask>\n")
+    code, out, err = call(sample, str(tmp_path / "run"), *flags.split(), piped=b"one <mask>\n")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: --")
     assert why in err

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from minitransformer.runs import GENERATION, Run
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import write_checkpoint
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from tests.runs_for_tests import Call
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 CONTEXT = 32
@@ -62,24 +64,10 @@ def write_run(path: Path, checkpoints: list[DecoderLM], tokenizer: Tokenizer = T
 
 
 @pytest.fixture
-def command(
-    runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in the folder of `runs`, with the bytes that are piped in; gives code, output and notes."""
-
-    def call(*arguments: str, piped: bytes | None = None) -> tuple[int, str, str]:
-        monkeypatch.chdir(runs)
-        source = os.devnull
-        if piped is not None:
-            source = str(runs / "piped")
-            Path(source).write_bytes(piped)
-        with open(source, encoding="utf-8") as stdin:
-            monkeypatch.setattr(sys, "stdin", stdin)
-            code = sample.main(["--device", "cpu", "--max-new-tokens", "10", *arguments])
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
+def command(runs: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> Call:
+    """Runs the command in the folder of `runs`, with what is piped in; gives code, output and notes."""
+    monkeypatch.chdir(runs)
+    return partial(call, sample, "--device", "cpu", "--max-new-tokens", "10")
 
 
 def continued(runs: Path, prompt: str, checkpoint: str | None = None, **settings: Any) -> list[str]:
@@ -178,7 +166,7 @@ def test_each_line_is_continued_as_if_it_were_the_only_prompt(command: Any, runs
 
 
 def test_a_draft_changes_no_greedy_text_and_its_luck_is_told(command: Any, runs: Path, endless: Path) -> None:
-    greedy = ("runs/chars", "--prompt", "ab", "--temperature", "0", "--num-samples", "2")
+    greedy = ("runs/chars", "--prompt", "ab", "--temperature", "0")
     _, alone, _ = command(*greedy)
     code, out, err = command(*greedy, "--draft", "runs/chars", "--draft-tokens", "3")
     assert (code, out) == (0, alone)
@@ -271,10 +259,10 @@ def test_contradictions_in_numbers_are_refused(command: Any) -> None:
     for arguments, message in (
         ("--num-beams 2 --num-samples 3", "num_samples 3 is more than num_beams 2"),
         ("--min-new-tokens 11", "min_new_tokens 11 is more than max_new_tokens 10"),
+        ("--temperature 0 --num-samples 3", "--num-samples would give the same text 3 times at temperature 0"),
     ):
         code, out, err = command("runs/chars", "--prompt", "ab", *arguments.split())
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        assert message in err
+        assert (code, out, err.count("\n"), message in err) == (2, "", 1, True)
 
 
 def test_a_beam_search_writes_the_best_texts_and_draws_nothing(command: Any, runs: Path) -> None:
@@ -299,9 +287,6 @@ def test_a_beam_search_past_the_context_is_announced(command: Any) -> None:
     code, _, err = command("runs/chars", "--prompt", "ab", "--num-beams", "2", "--max-new-tokens", str(CONTEXT + 4))
     assert (code, err.count("\n")) == (0, 1)
     assert "the oldest half is dropped and the rest is read anew" in err
-
-
-# What the publisher of an import advises
 
 
 @pytest.fixture
@@ -375,11 +360,10 @@ def test_without_a_run_the_way_to_one_is_told(
 
 
 def started(run: Path) -> subprocess.Popen[bytes]:
-    arguments = [sys.executable, str(SCRIPT), str(run), "--prompt", "ab", "--max-new-tokens", "1000000"]
-    arguments += ["--temperature", "0"]
+    flags = ["--prompt", "ab", "--max-new-tokens", "1000000", "--temperature", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
     process = subprocess.Popen(
-        arguments,
+        [sys.executable, str(SCRIPT), str(run), *flags],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

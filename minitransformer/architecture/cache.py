@@ -83,13 +83,13 @@ class LayerCache:
         keys, values = held_keys.index_copy_(2, slots.new, k), held_values.index_copy_(2, slots.new, v)
         return keys.narrow(2, 0, slots.visible), values.narrow(2, 0, slots.visible)
 
-    def put(self, other: LayerCache, row: int, slots: slice, rows: int, room: int) -> None:
-        """The first slots of `other`, of one row, go to `slots` of a row here, of `rows` that have `room` slots."""
+    def put(self, other: LayerCache, rows: list[int], slots: slice, of: int, room: int) -> None:
+        """The first slots of `other`, of one row or of as many, go to `slots` of these rows, of `of` that there are."""
         if other._keys is None or other._values is None:
             return
-        keys, values = self._buffers(other._keys, other._values, rows, room)
+        keys, values = self._buffers(other._keys, other._values, of, room)
         length = slots.stop - slots.start
-        keys[row, :, slots], values[row, :, slots] = other._keys[0, :, :length], other._values[0, :, :length]
+        keys[rows, :, slots], values[rows, :, slots] = other._keys[:, :, :length], other._values[:, :, :length]
 
     def roll(self, slots: int) -> None:
         """What is in a slot goes so many further; what leaves at one end comes back at the other."""
@@ -193,20 +193,23 @@ class KVCache:
         if self._positions is not None:
             self._positions[:, self.length :] = EMPTY
 
-    def put(self, other: KVCache, row: int, slot: int, rows: int) -> None:
-        """What `other`, of one row, has read goes to a row of the `rows` here, from `slot` on, and nothing else."""
-        self.clear(row)
+    def put(self, other: KVCache, rows: list[int], slot: int, of: int) -> None:
+        """What `other`, of one row or of as many, has read goes to these rows of `of` here, from `slot` on.
+
+        They hold nothing else then.
+        """
+        self.clear(rows)
         if other._positions is None:
             return
         here, there = slice(slot, slot + other.length), slice(0, other.length)
-        self._positions_of(rows, other._positions.device)[row, here] = other._positions[0, there]
+        self._positions_of(of, other._positions.device)[rows, here] = other._positions[:, there]
         for cache, source in zip(self._of_tokens, other._of_tokens, strict=True):
-            cache.put(source, row, here, rows, self.max_length)
+            cache.put(source, rows, here, of, self.max_length)
 
-    def clear(self, row: int) -> None:
-        """The row holds no token."""
+    def clear(self, rows: list[int]) -> None:
+        """The rows hold no token."""
         if self._positions is not None:
-            self._positions[row] = EMPTY
+            self._positions[rows] = EMPTY
 
     def roll(self, slots: int) -> None:
         """What is in a slot goes so many further, in all rows."""

@@ -24,17 +24,17 @@ Options = TypeVar("Options")
 
 SEVERAL = ("--data", "--validation-data")
 """flags that take one value or several"""
-PLUGINS = "With --plugin FILE.py, which may be repeated, the variants that the Python file defines are choices too."
+PLUGINS = "--plugin FILE.py (repeatable) adds the variants that a Python file defines to the choices."
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, UserError.exit_code, 130
 
 
 def start(name: str, arguments: Sequence[str]) -> int:
     """Run the command called `name`; returns its exit code."""
-    # Importing torch makes a million objects that stay. To look for garbage among them takes a tenth of a second each
-    # time, some of it before the first answer.
+    # Importing torch creates a million permanent objects. Each garbage collection over them takes a tenth of a second,
+    # some of them before the first output.
     gc.disable()
     try:
-        with _deaf_to_ctrl_c():
+        with _delay_ctrl_c():
             arguments = with_plugins(arguments)
             command = import_module(f"minitransformer.commands.{name}")
     except UserError as error:
@@ -50,7 +50,7 @@ def start(name: str, arguments: Sequence[str]) -> int:
 
 
 def with_plugins(arguments: Sequence[str]) -> list[str]:
-    """`arguments` without the plugins that they name, which are loaded, as are installed ones."""
+    """Load the plugins named in `arguments` and the installed ones; returns the other arguments."""
     load_installed_plugins()
     paths, rest = take_plugins(arguments)
     for path in paths:
@@ -59,9 +59,9 @@ def with_plugins(arguments: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Ctrl-C is heard at the end: libraries in C++ that it finds while they are imported abort."""
-    if not hasattr(signal, "pthread_sigmask"):  # a system without them
+def _delay_ctrl_c() -> Iterator[None]:
+    """Delay Ctrl-C until the end of the block: C++ libraries abort when interrupted during import."""
+    if not hasattr(signal, "pthread_sigmask"):  # not on this system
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -82,7 +82,7 @@ def run_command(command: Callable[[], int | None]) -> int:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has left; without this, Python complains when it flushes standard output at exit.
+        # The reader of our output has closed the pipe; without this, Python reports an error when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
 
@@ -94,7 +94,7 @@ def parse(
     known: Iterable[str] = (),
     **about: str,
 ) -> Options:
-    """`options` from the command line, with flat flags; `known` are more settings that have one.
+    """Parse `options` from flat flags; `known` are further settings that have flags.
 
     Raises `UserError` for a flag that does not exist; a value that does not parse ends the program with exit code 2.
     """
@@ -116,13 +116,13 @@ def parse(
 
 
 def given_flags(arguments: Sequence[str]) -> set[str]:
-    """The fields that the flags among `arguments` set."""
+    """The names of the fields whose flags are among `arguments`."""
     flags = (argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--"))
     return {flag.replace("-", "_") for flag in flags}
 
 
 def joined(arguments: Sequence[str]) -> list[str]:
-    """`arguments` with all values of each flag among `SEVERAL` behind its first: it may also be repeated for each."""
+    """`arguments` with the values of repeated flags, those in `SEVERAL`, joined after the first."""
     result: list[list[str]] = []
     values: dict[str, list[str]] = {}
     taking: list[str] | None = None
@@ -145,7 +145,7 @@ def joined(arguments: Sequence[str]) -> list[str]:
 
 
 def with_files(data: DataConfig) -> DataConfig:
-    """The data of a run, with a file that holds standard input where it was told to read that."""
+    """`data` with `-` replaced by a file that holds standard input."""
     sources: dict[str, Any] = {
         "data": without_standard_input(data.data, data.validation_data),
         "validation_data": without_standard_input(data.validation_data, data.data),
@@ -154,7 +154,7 @@ def with_files(data: DataConfig) -> DataConfig:
 
 
 def piped_text() -> str:
-    """The text on standard input if that is a pipe or a file: a terminal, /dev/null or a closed one holds none."""
+    """The text on standard input if it is a pipe or a file; empty for a terminal, /dev/null or closed input."""
     if sys.stdin is None:
         return ""
     mode = os.fstat(sys.stdin.fileno()).st_mode

@@ -1,4 +1,4 @@
-"""`bench`: how fast this is here, beside its peers and beside what the machine can do."""
+"""`bench`: measure speed and memory, relative to peers and to the limits of the machine."""
 
 from __future__ import annotations
 
@@ -35,43 +35,43 @@ REMEDY = "name another file"
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, how often, and beside whom."""
+    """What to measure, how often, and what to compare with."""
 
     only: tuple[str, ...] = ()
-    """subjects to measure (with --scaling: axes); all without it"""
+    """subjects to measure (with --scaling: axes); default: all"""
     contestants: tuple[str, ...] = ()
-    """patterns of names to measure, such as "ours*"; all without it"""
+    """patterns of the names to measure, such as "ours*"; default: all"""
     shape: Annotated[str, Doc(f"shape of the model: {', '.join(SHAPES)}")] = "nanogpt-cpu"
     against: Path | None = None
-    """checkout of nanoGPT to measure beside ours"""
+    """nanoGPT checkout to compare with"""
     base: str | None = None
-    """contestant that others are compared with; None is a peer, where one can be measured"""
+    """contestant that is the baseline of all ratios; None is a peer, if one is available"""
     rounds: int = 11
-    """measurements of each contestant, interleaved with those of the base"""
+    """measurements per contestant, interleaved with those of the baseline"""
     warmup: int = 2
-    """samples of each before these, which are dropped"""
+    """warm-up measurements per contestant, which are discarded"""
     seconds: float = BenchSetting.seconds
-    """that a sample takes at least; what is shorter is repeated"""
+    """minimum duration of a measurement; shorter work is repeated"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
     data: str = BenchSetting.data
-    """text for tokenizers and for time-to-loss: a recipe or a file"""
+    """text for the tokenizer and time-to-loss subjects: a recipe or a file"""
     megabytes: float = BenchSetting.megabytes
-    """of the text, for tokenizers"""
+    """megabytes of text for the tokenizer subjects"""
     tokens: int = BenchSetting.tokens
-    """to decode; fewer where the context has no room for them"""
+    """number of tokens to generate, capped by the context length"""
     target_loss: float = BenchSetting.target_loss
-    """of time-to-loss, in nats a character"""
+    """validation loss that time-to-loss trains to, in nats per character"""
     scaling: bool = False
-    """instead: how memory and time grow with context, vocabulary, batch and text"""
+    """measure instead how memory and time scale with context, vocabulary, batch and corpus size"""
     minutes: float = 20.0
-    """that all of it may take: as many rounds, contestants, and with --scaling sizes, as fit"""
+    """time limit: rounds, contestants and (with --scaling) sizes are reduced to fit"""
     json: Path | None = None
-    """file for everything that was measured, each sample included"""
+    """file for the results, every single measurement included"""
     plot: Path | None = None
-    """picture (PNG) of the ratios, or with --scaling of the growth"""
+    """PNG plot of the ratios, or with --scaling of the growth"""
     seed: int = 0
-    """of the order within rounds, and of weights and tokens"""
+    """random seed of the order within rounds, the weights and the tokens"""
 
     def plan(self) -> RoundsPlan:
         return RoundsPlan(self.rounds, self.warmup, self.base, seed=self.seed)
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _bench(arguments: Sequence[str]) -> int:
-    about = "Measure speed and memory, beside peers and beside what the machine can do.\n\nSubjects:\n"
+    about = "Measure speed and memory, relative to peers and to the limits of the machine.\n\nSubjects:\n"
     about += "\n".join(f"  {name:20}{subject.about}" for name, subject in sorted(Subject.registry.items()))
     about += "\n\nAxes of --scaling: " + ", ".join(Axis.registry)
     options = parse(Options, arguments, prog="minitransformer bench", description=about)
@@ -92,7 +92,7 @@ def _bench(arguments: Sequence[str]) -> int:
 
 
 def _check(options: Options) -> None:
-    """Raises `UserError` now for what would go wrong after minutes of measuring."""
+    """Raises `UserError` early for options that would fail after minutes of measuring."""
     for name in options.only:
         if options.scaling:
             Axis.named(name)
@@ -109,7 +109,7 @@ def _check(options: Options) -> None:
         raise UserError('--plot needs matplotlib, which is not installed: pip install -e ".[lab]"')
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"{path} cannot be written, as there is no folder {path.parent}: {REMEDY}")
+            raise UserError(f"{path} cannot be written, because {path.parent} does not exist: {REMEDY}")
 
 
 def _setting(options: Options) -> BenchSetting:
@@ -127,7 +127,7 @@ def _setting(options: Options) -> BenchSetting:
     )
 
 
-# --- contestants beside each other
+# --- comparison of contestants
 
 
 def _compare(options: Options) -> int:
@@ -162,7 +162,7 @@ def _compare(options: Options) -> int:
 
 
 def _limits(setting: BenchSetting) -> tuple[Limits | None, str]:
-    """Those of the machine, or why they are not known."""
+    """The limits of the machine, or why they are unknown."""
     try:
         return measure_limits(setting.device), ""
     except ContestantFailed as failure:
@@ -179,20 +179,20 @@ def _cases(options: Options, setting: BenchSetting) -> list[Case]:
             lookup("contestant", pattern, dict.fromkeys(sorted(known)))
     if options.base is not None:
         lookup("contestant", options.base, dict.fromkeys(sorted(known)))
-    chosen = [_chosen(case, options) for case in cases]
+    chosen = [_select(case, options) for case in cases]
     return [case for case in chosen if case.contestants or case.absent]
 
 
-def _chosen(case: Case, options: Options) -> Case:
-    """The case with those contestants alone that were asked for."""
+def _select(case: Case, options: Options) -> Case:
+    """The case with only the selected contestants."""
 
-    def asked(name: str) -> bool:
+    def is_selected(name: str) -> bool:
         return not options.contestants or any(fnmatchcase(name, pattern) for pattern in options.contestants)
 
     return replace(
         case,
-        contestants=tuple(entry for entry in case.contestants if asked(entry.name)),
-        absent=tuple(entry for entry in case.absent if asked(entry.name)),
+        contestants=tuple(entry for entry in case.contestants if is_selected(entry.name)),
+        absent=tuple(entry for entry in case.absent if is_selected(entry.name)),
     )
 
 
@@ -230,7 +230,7 @@ def _save_picture(path: Path, figure: object) -> None:
 
 
 class BenchProgress:
-    """What is being measured: in one line of a terminal, or in a pipe where something else begins."""
+    """The current measurement: one updated line on a terminal, a line for each change in a pipe."""
 
     def __init__(self) -> None:
         self.live = sys.stderr.isatty()
@@ -245,7 +245,7 @@ class BenchProgress:
         self.subject = subject
 
     def show(self, lines: Iterable[str]) -> None:
-        """Results, in place of what was being measured."""
+        """Print results in place of the progress line."""
         self.clear()
         for line in lines:
             print(line, flush=True)

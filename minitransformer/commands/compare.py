@@ -1,4 +1,4 @@
-"""`compare`: runs beside each other, on the terminal, as a page and as a table."""
+"""`compare`: compare runs on the terminal, as an HTML page and as a CSV table."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from minitransformer.reporting.tables import Table
 
 LEAST_WIDTH, MOST_WIDTH = 40, 120
 SMALLEST = Doc(
-    "between groups, in the unit of the metric, below which no winner is named; None is 0.002 for losses and bits "
-    "per byte, and 0 for other numbers"
+    "smallest difference between groups, in the metric's unit, that names a winner; None is 0.002 for losses and bits "
+    "per byte, and 0 for other metrics"
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which runs, and how to show them."""
+    """Which runs to compare, and how to show them."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run folders; those that differ in their seeds only make one group"""
+    """run folders; runs that differ only in their seeds form a group"""
     by: Abscissa = "step"
-    """what the curves run over"""
+    """x-axis of the training curves"""
     metric: str | None = None
-    """a number of metrics.jsonl to compare by; None is validation_loss, or bits_per_byte where losses do not compare"""
+    """metric in metrics.jsonl to compare by; None is validation_loss, or bits_per_byte if tokenizers differ"""
     smallest_difference: Annotated[float | None, SMALLEST] = None
     html: Path | None = None
-    """also write a page, which is one self-contained file"""
+    """also write a self-contained HTML page"""
     csv: Path | None = None
-    """also write a table with one row for each run"""
+    """also write a CSV table with one row per run"""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _compare(arguments: Sequence[str]) -> int:
-    about = "Compare runs: what differs in their settings, how they learned, and which differences the seeds bear out."
+    about = "Compare runs: their settings, their training curves, and which differences are significant across seeds."
     options = parse(Options, arguments, prog="minitransformer compare", description=about)
     comparison = compare(
         options.runs, by=options.by, metric=options.metric, smallest_difference=options.smallest_difference
@@ -86,7 +86,7 @@ def _table(table: Table, width: int) -> str:
 
 
 def _with_plain_names(table: Table) -> Table:
-    """The table with columns that programs can name: no blanks."""
+    """The table with column names without spaces, for programs."""
     return replace(table, columns=[name.replace(" ", "_") for name in table.columns])
 
 

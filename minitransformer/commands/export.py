@@ -1,4 +1,4 @@
-"""`export`: write the model of a run as others open it."""
+"""`export`: write the model of a run in the format of the transformers library."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from minitransformer.pretrained.tokenizer_files import special_ids, target_ids
 from minitransformer.runs import Run
 from minitransformer.settings import kinds
 
-# As a share of the logits: rounding costs about 1e-5, the wrong epsilon or GELU at least 3e-4.
+# Relative error of the logits: rounding gives about 1e-5, a wrong epsilon or GELU at least 3e-4.
 TOLERANCE = 2e-4
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which run, where to, and as what."""
+    """Which run to export, where, and in which format."""
 
     run: tyro.conf.Positional[Path]
     """run folder"""
     to: Path
-    """folder to write, which must not exist yet"""
+    """output folder, which must not exist yet"""
     format: Annotated[
-        str | None, Doc(f"family of checkpoints; None is the first that can hold it: {', '.join(Family.registry)}")
+        str | None, Doc(f"model family; None is the first that can represent the model: {', '.join(Family.registry)}")
     ] = None
     checkpoint: str | None = None
-    """checkpoint of the run; None is the best, or the latest if none is called that"""
+    """checkpoint of the run; None is the best, or else the latest"""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,18 +64,20 @@ def _export(arguments: Sequence[str]) -> int:
     except UserError as error:
         return _removed(options.to, str(error))
     if not difference <= TOLERANCE:
-        return _removed(options.to, f"logits of the copy, opened by {reader}, differ by {difference:.1e} of their size")
+        return _removed(
+            options.to, f"logits of the copy, opened by {reader}, have a relative error of {difference:.1e}"
+        )
     by = reader if reference is not None else f"minitransformer alone, as {reader}"
     print(f"format     {family}")
     print(f"folder     {options.to}")
     if originals is not None:
         print("tokenizer  the files that were imported, unchanged")
-    print(f"checked    logits of the copy, opened by {by}, differ by {difference:.1e} of their size at most")
+    print(f"checked    logits of the copy, opened by {by}, have a relative error of at most {difference:.1e}")
     return DONE
 
 
 def _extra(run: Run) -> dict[str, Any]:
-    """What config.json says of special tokens."""
+    """The special tokens, for config.json."""
     targets = target_ids(run.target_tokenizer) if run.config.model.topology == "encoder-decoder" else {}
     return {**special_ids(run.target_tokenizer), **targets}
 
@@ -92,30 +94,34 @@ def _description() -> str:
     }
     able = "; ".join(f"{name} ({', '.join(families)})" for name, families in formats.items() if families)
     return (
-        "Write the model of a run as the transformers library opens it, and compare the logits of both.\n\n"
-        f"Of the presets, these can be exported as they are: {able}. Imports, and what was trained from them, can be "
-        "exported to the family that they came from. For others, the command says which flags of train.py to give."
+        "Export the model of a run to the transformers library, and compare the logits of both.\n\n"
+        f"Presets that can be exported without changes: {able}. Imported models, and runs fine-tuned from them, can be "
+        "exported to their original family. For other models, the command says which flags of train.py are needed."
     )
 
 
 def _format(config: ModelConfig, wanted: str | None) -> str:
-    """The family to write; raises `UserError` with all that stands in its way, and the flags that go round it."""
+    """The family to write; raises `UserError` with all obstacles, and the flags of train.py that avoid them."""
     if wanted is None:
         family, obstacles = nearest_family(config)
     else:
         family, obstacles = wanted, Family.named(wanted).obstacles(config)
     if not obstacles:
         return family
-    who = "no known format holds this model, and the nearest is" if wanted is None else "this model is none of"
+    who = (
+        "no known format can represent this model; the nearest is"
+        if wanted is None
+        else "this model cannot be exported as"
+    )
     if obstacles[0].setting == "topology":
         raise UserError(f"{who} {family}: {obstacles[0]}")
     flags = " ".join(_flag(obstacle) for obstacle in obstacles)
     why = "; ".join(map(str, obstacles))
-    raise UserError(f"{who} {family}: {why}: train a model with {flags}, which {family} holds")
+    raise UserError(f"{who} {family}: {why}: train a model with {flags}, which {family} can represent")
 
 
 def _flag(obstacle: Obstacle) -> str:
-    """How train.py is told the value that the family holds."""
+    """The flag of train.py for the value that the family has."""
     name, value = obstacle.setting.replace("_", "-"), obstacle.choice
     if kinds(ModelConfig)[obstacle.setting] is bool:
         return f"--{name}" if value else f"--no-{name}"

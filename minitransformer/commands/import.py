@@ -1,4 +1,4 @@
-"""`import`: make a run of a public checkpoint."""
+"""`import`: turn a public checkpoint into a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from minitransformer.training.objectives import Objective
 
 @dataclass(frozen=True)
 class Options:
-    """Which checkpoint becomes a run."""
+    """Which checkpoint to import, and where to."""
 
     checkpoint: tyro.conf.Positional[str]
     """folder with config.json and safetensors, or a name on the Hugging Face hub"""
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _import(arguments: Sequence[str]) -> int:
-    about = "Make a run of a public checkpoint, to sample from, or to train on."
+    about = "Turn a public checkpoint into a run, to sample from or to fine-tune."
     options = parse(Options, arguments, prog="minitransformer import", description=about)
     path = options.out or free_run_path(Path(options.checkpoint).name)
     check_free(path)
@@ -48,9 +48,11 @@ def _import(arguments: Sequence[str]) -> int:
     topology = model.config.topology
     generation = pretrained.generation_config(folder)
     if generation is not None:
-        published(generation, GENERATION, two_sided=topology == "encoder-decoder")  # said now, not at the first sample
+        published(
+            generation, GENERATION, two_sided=topology == "encoder-decoder"
+        )  # report unsupported settings now, not at the first sample
     objectives = [name for name, objective in Objective.registry.items() if topology in objective.topologies]
-    # A rate that public models are often trained at from scratch: fine-tuning takes a tenth of it.
+    # A common learning rate for training from scratch; fine-tuning uses a tenth of it.
     training = TrainingConfig(objective=objectives[0] if objectives else "causal", lr=3e-4)
 
     def add_files(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""`lab`: experiments on where the norm stands, each with a report of what was claimed and what was measured."""
+"""`lab`: experiments on norm placement, each with a report of the published claims and the measurements."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ from minitransformer.toolchain import check_importable
 LIST, ALL = "list", "all"
 WIDTH = 80
 OUTCOME, CLAIM, MEASURED = 13, 34, 29
-"""columns of the table of criteria, in letters, with two blanks between them"""
+"""column widths of the table of criteria, in characters, separated by two spaces"""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which experiment, and how."""
+    """Which experiment to run, and how."""
 
     experiment: tyro.conf.Positional[str]
-    """name of an experiment; or "list", to say what there is; or "all", one after the other"""
+    """name of an experiment, or "list" to list them, or "all" to run every one"""
     quick: bool = False
-    """the reduced form, for a first look: fewer sizes, steps and seeds"""
+    """run a reduced version with fewer sizes, steps and seeds"""
     out: Path | None = None
-    """folder of results and report, where a command that was stopped goes on; None is lab/NAME, or lab/NAME-quick"""
+    """folder for results and report; an interrupted command continues there; None is lab/NAME, or lab/NAME-quick"""
     data: str = ExperimentSettings.data
-    """what training experiments learn from: a recipe or a file, as train.py takes it"""
+    """training data of the experiments: a recipe or a file, as for train.py"""
     processes: int | None = None
-    """how many tasks are measured at a time; None is one for each processor"""
+    """number of parallel processes; None is one per CPU core"""
 
     @property
     def settings(self) -> ExperimentSettings:
         return ExperimentSettings(self.quick, self.data)
 
     def folder(self, name: str) -> Path:
-        """Of the experiment called `name`."""
+        """The folder of the experiment `name`."""
         if self.out is not None:
             return self.out / name if self.experiment == ALL else self.out
         return Path("lab") / (f"{name}-quick" if self.quick else name)
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _lab(arguments: Sequence[str]) -> int:
-    about = "Experiments on where the norm stands. `lab list` says what each asks, and how long it takes."
+    about = "Experiments on norm placement. `lab list` shows the question and the duration of each."
     options = parse(Options, arguments, prog="minitransformer lab", description=about)
     if options.processes is not None and options.processes < 1:
         raise UserError(f"--processes is {options.processes}: give 1 or more, or leave it out")
@@ -95,12 +95,12 @@ def _list() -> int:
         print(f"{experiment.name:{margin}}{title:{WIDTH - margin - len(time)}}{time}")
         for text in (experiment.question, f"Repeats {experiment.source}"):
             print(textwrap.fill(text, WIDTH, initial_indent=" " * margin, subsequent_indent=" " * margin))
-    print("\nminutes are on two processors, for the full form; --quick takes a fraction")
+    print("\ntimes are for the full version on two CPU cores; --quick takes a fraction")
     return DONE
 
 
 def _run(kind: type[Experiment], options: Options) -> int:
-    """Measure, conclude, report."""
+    """Measure, evaluate the criteria, and write the report."""
     _check_installed()
     folder = options.folder(kind.name)
     run = ExperimentFolder(folder, kind(options.settings))
@@ -108,22 +108,22 @@ def _run(kind: type[Experiment], options: Options) -> int:
         run.experiment.prepare()
     print(f"experiment {kind.name}, {kind.title}", flush=True)
     with files.locked(folder / RESULTS, REMEDY):
-        # Opened again, as another process may have added results until the lock was free.
+        # Reopened, since another process may have added results while this one waited for the lock.
         run = ExperimentFolder(folder, kind(options.settings))
         try:
             failures = run.run(options.processes, TerminalProgress(kind.name))
         except KeyboardInterrupt:
-            # Read again: what was just being kept is on disk, but this process may not know it yet.
+            # Reread: a result being written at the interrupt may be on disk, but not in memory.
             covered = coverage(ExperimentFolder(folder, kind(options.settings)), ())
             counts = f"{covered.measured} of {covered.asked} results are in {folder}"
-            print(f"\ninterrupted: {counts}; the same command goes on from there", file=sys.stderr)
+            print(f"\ninterrupted: {counts}; the same command continues from there", file=sys.stderr)
             return INTERRUPTED
         try:
             findings = run.conclude()
         except Exception as error:
             if not failures:
                 raise
-            print(f"failed     {len(failures)} tasks; no report, as the others are too few to conclude from ({error})")
+            print(f"failed     {len(failures)} tasks; no report, since too few results are left ({error})")
             return FAILED
         report = write_lab_report(run, findings, failures)
     _print_criteria(findings.criteria)
@@ -133,20 +133,20 @@ def _run(kind: type[Experiment], options: Options) -> int:
     if covered.skipped_lines:
         print(f"skipped    {skipped(covered.skipped_lines)}")
     if failures:
-        print(f"failed     {len(failures)} tasks; the same command tries them again")
+        print(f"failed     {len(failures)} tasks; the same command retries them")
     print(f"criteria   {summary(findings.criteria)}")
     print(f"report     {report}")
     return DONE if reproduced(findings) and not failures else FAILED
 
 
 def _run_all(options: Options) -> int:
-    """One after the other, whatever becomes of each; the summary says which did not go well."""
+    """Run all experiments, continue after failures, and list those in the summary."""
     _check_installed()
     outcomes = {}
     left_out = _without_data(options)
     if left_out:
         names, (reason, *_) = ", ".join(left_out), left_out.values()
-        print(f"left out   {names}, for want of data: {reason}; --data FILE takes any text\n", flush=True)
+        print(f"left out   {names}, for lack of data: {reason}; --data FILE takes any text\n", flush=True)
     for kind in _in_order():
         if kind.name in left_out:
             continue
@@ -163,11 +163,11 @@ def _run_all(options: Options) -> int:
 
 
 def _without_data(options: Options) -> dict[str, str]:
-    """The experiments that cannot be measured as what they learn from is not to be had, and why."""
+    """The experiments whose training data is unavailable, and why."""
     reasons: dict[Any, str | None] = {}
     left_out = {}
     for kind in _in_order():
-        with suppress(UserError):  # of a folder that holds other things, which is said when its turn comes
+        with suppress(UserError):  # a folder with other contents is reported when the experiment runs
             run = ExperimentFolder(options.folder(kind.name), kind(options.settings))
             if run.is_measured:
                 continue
@@ -187,7 +187,7 @@ def _why_not(experiment: Experiment) -> str | None:
 
 
 def _guarded(kind: type[Experiment], options: Options) -> int:
-    """`_run`, but a defect of one experiment is its own."""
+    """`_run`, but an unexpected exception fails this experiment only."""
     try:
         return _run(kind, options)
     except (UserError, BrokenPipeError):
@@ -198,12 +198,12 @@ def _guarded(kind: type[Experiment], options: Options) -> int:
 
 
 def _check_installed() -> None:
-    """Raises `UserError` now for what would be missing only when all is measured."""
+    """Raises `UserError` early for packages that are needed only for the report."""
     check_importable("the laboratory needs", "lab", "matplotlib.figure", "scipy.stats")
 
 
 def _print_criteria(criteria: Sequence[Criterion]) -> None:
-    """The claims beside what was measured, in 80 columns."""
+    """Print claims and measurements side by side, in 80 columns."""
     print(f"\n{'outcome':{OUTCOME}}  {'claim':{CLAIM}}  measured\n{'-' * WIDTH}")
     for criterion in criteria:
         cells = [

@@ -1,4 +1,4 @@
-"""`look`: one HTML page of what the model of a run does with a text."""
+"""`look`: an HTML page of attention, predictions and residual norms for a text."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from minitransformer.training.machine import choose_device
 
 @dataclass(frozen=True)
 class Options:
-    """Which model looks at which text."""
+    """Which model to inspect, on which text."""
 
     run: tyro.conf.Positional[Path | None] = None
     """run folder; None is the latest below runs/"""
     prompt: str | None = None
-    """the text; an encoder's masks are written <mask>; None is what is piped in"""
+    """input text, with <mask> for an encoder's masks; None reads standard input"""
     target: str | None = None
-    """what an encoder-decoder is made to write; None is what it writes itself"""
+    """target text of an encoder-decoder (teacher forcing); None is its own greedy output"""
     last: int | None = None
-    """read only so many tokens of the prompt, the last ones"""
+    """keep only this many tokens at the end of the prompt"""
     layers: tuple[int, ...] = ()
-    """the layers whose attention is shown, from 0; all without it"""
+    """layers whose attention is shown, counted from 0; default: all"""
     out: Path | None = None
-    """the page; None is look.html in the run folder"""
+    """output file; None is look.html in the run folder"""
     checkpoint: str | None = None
-    """checkpoint of the run, such as step-000500 or latest; None is the best, or the latest if none is called that"""
+    """checkpoint of the run, such as step-000500 or latest; None is the best, or else the latest"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Look; returns the exit code."""
+    """Write the page; returns the exit code."""
     return run_command(lambda: _look(arguments))
 
 
 def _look(arguments: Sequence[str]) -> int:
-    about = "Show attention, predictions and residual norms of a model for a text, as one HTML page."
+    about = "Write an HTML page with a model's attention, predictions and residual norms for a text."
     options = parse(Options, arguments, prog="minitransformer look", description=about)
     run = Run.open(options.run or latest_run())
     prompt = piped_text() if options.prompt is None else options.prompt

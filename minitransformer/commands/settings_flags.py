@@ -1,4 +1,4 @@
-"""A flag for every setting of a configuration, those of all variants that may be chosen among them."""
+"""A flag for every setting of a configuration, including the settings of all variants."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Group:
-    """Settings that `--help` lists under one title."""
+    """Settings that `--help` lists under one heading."""
 
     title: str
     about: str
@@ -28,9 +28,9 @@ class Group:
 def parse_with_settings(
     options: type[Options], arguments: Sequence[str], base: Record, **about: str
 ) -> tuple[Options, Record]:
-    """A command's own `options` from the command line, and `base` with the settings that flags give.
+    """Parse a command's own `options`, and `base` with the settings given as flags.
 
-    Only the flags that are given are parsed, unless all are shown for `--help`. Raises `UserError` for a flag that
+    Only given flags are added to the parser, except for `--help`. Raises `UserError` for a flag that
     does not exist, and for one of a variant that is not chosen.
     """
     wanted = None if {"-h", "--help"} & set(arguments) else given_flags(arguments)
@@ -55,10 +55,11 @@ def _is_given(name: str, flags: set[str]) -> bool:
 
 
 def _groups(record: type) -> list[Group]:
-    """The settings of each part, and then those of each variant of its choices, each flag once."""
+    """The settings of each part, then of each variant that it may choose; each flag once."""
     groups: list[Group] = []
     for part in filter(is_part, declared(record)):
-        groups += _with_variants(Group(part.name, part.kind.__doc__ or "", list(declared(part.kind))))
+        about = (part.kind.__doc__ or "").partition("\n\n")[0]
+        groups += _with_variants(Group(part.name, about, list(declared(part.kind))))
     seen: set[str] = set()
     for group in groups:
         group.settings[:] = [each for each in group.settings if each.name not in seen]
@@ -77,7 +78,7 @@ def _with_variants(group: Group) -> list[Group]:
 
 
 def _flag(each: Declared, now: dict[str, Any]) -> tuple[str, Any, Any]:
-    """The field of a dataclass that becomes the flag of a setting; its default is for `--help` alone."""
+    """The dataclass field for a setting's flag; its default is only shown in `--help`."""
     help, names = each.about.get("help", ""), each.about.get("choices") or (each.family and each.family.registry)
     if names:
         help = f"{help}: {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""`sweep`: hyper-parameters of a preset searched on all processors, with a report of what came out."""
+"""`sweep`: hyper-parameter search over a preset, in parallel, with a report."""
 
 from __future__ import annotations
 
@@ -53,43 +53,43 @@ from minitransformer.training.presets import DEFAULT, PRESETS
 PROGRAM = "minitransformer sweep [PRESET]"
 LEAST_WIDTH, MOST_WIDTH = 40, 120
 MOST_ROWS = 40
-"""of the table on the terminal; the report has more, and trials.csv all"""
+"""rows of the table on the terminal; the report has more, and trials.csv has all"""
 METRIC = Doc(
-    f"what is minimised, a trial's last: {', '.join(minimised_metrics())}; None is validation_loss, or bits_per_byte "
-    "where the tokens differ"
+    f"metric to minimise: {', '.join(minimised_metrics())}; None is validation_loss, or bits_per_byte "
+    "if tokenizers differ"
 )
-ABOUT = """Search hyper-parameters of a preset. Each trial is a run, made as train.py makes it.
+ABOUT = """Search hyper-parameters of a preset. Each trial is a run, as train.py makes it.
 
   --set lr=1e-3,3e-3 --set residual=pre,post   all combinations
   --set lr=1e-4..1e-2 --random 20              20 draws; wide ranges are logarithmic
-  --seeds 0,1,2                                each combination three times
-  --halving 3                                  the best third goes on, and so on
+  --seeds 0,1,2                                three seeds per combination
+  --halving 3                                  successive halving: keep the best third
 
-Names of settings are those of train.py's flags, which say what all trials share.
-What was stopped goes on where it was when the same command is given again."""
+Settings are named as the flags of train.py; flags given here apply to all trials.
+Repeating the command continues an interrupted sweep."""
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What trials differ in, and how they are chosen; the other flags are what all of them share."""
+    """What to vary, and how trials are chosen; all other flags apply to every trial."""
 
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """a setting and its values (lr=1e-3,3e-3) or, to be drawn, its range (lr=1e-4..1e-2); repeat it for others"""
+    """a setting with its values (lr=1e-3,3e-3) or, for --random, its range (lr=1e-4..1e-2)"""
     seeds: str | None = None
-    """seeds of each combination, such as 0,1,2 or 0..4; None is --seed"""
+    """seeds per combination, such as 0,1,2 or 0..4; None is --seed"""
     random: int | None = None
-    """how many combinations to draw; None tries all of them"""
+    """number of combinations to draw; None is the full grid"""
     draw_seed: int = 0
-    """of the draws"""
+    """random seed of the draws"""
     halving: int | None = None
-    """from rung to rung, the best one in this many goes on for this many times the steps; None trains all to the end"""
+    """successive halving: at each rung, the best 1/N of the trials continue for N times the steps; None is off"""
     metric: Annotated[str | None, METRIC] = None
     smallest_difference: float = SMALLEST_DIFFERENCE
-    """between combinations, in nats or bits a byte, below which no winner is named"""
+    """smallest difference between combinations that names a winner, in nats or bits per byte"""
     out: Path | None = None
-    """folder of trials and report, where a sweep that was stopped goes on; None is sweeps/PRESET-SETTINGS"""
+    """folder for trials and report; an interrupted sweep continues there; None is sweeps/PRESET-SETTINGS"""
     processes: int | None = None
-    """how many trials train at a time, on one thread each; None is one for each processor, or one on a GPU"""
+    """number of parallel trials, of one thread each; None is one per CPU core, or one on a GPU"""
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,14 @@ def _sweep(arguments: Sequence[str]) -> int:
         print(f"{prepared.summary()}", flush=True)
     command = shlex.join(["python", "-m", "minitransformer", "sweep", *arguments])
     with files.locked(folder / RESULTS, REMEDY):
-        # Opened again, as another process may have added results until the lock was free.
+        # Reopened, since another process may have added results while this one waited for the lock.
         sweep = SweepFolder(folder, plan)
         try:
             failures = sweep.run(processes, TerminalProgress)
         except KeyboardInterrupt:
-            # Read again: what was just being kept is on disk, but this process may not know it yet.
+            # Reread: a result being written at the interrupt may be on disk, but not in memory.
             counts = f"{len(SweepFolder(folder, plan).results())} results are in {folder}"
-            print(f"\ninterrupted: {counts}; the same command goes on from there", file=sys.stderr)
+            print(f"\ninterrupted: {counts}; the same command continues from there", file=sys.stderr)
             return INTERRUPTED
         return _report(sweep, failures, command)
 
@@ -162,7 +162,7 @@ def _setting(text: str) -> SweptSetting:
     if not values.strip():
         raise UserError(f"--set {text} has no values: write it as --set {name or 'lr'}=VALUE,VALUE")
     if name == "seed":
-        raise UserError("seed is no setting to sweep: name the seeds of every trial with --seeds")
+        raise UserError("seed cannot be swept with --set: give the seeds of every trial with --seeds")
     if name not in kinds(RunConfig):
         nearest = suggestion(name, kinds(RunConfig))
         raise UserError(f"unknown setting {name!r}: {nearest}The names are those of the flags in --help")
@@ -173,21 +173,21 @@ def _setting(text: str) -> SweptSetting:
 
 def _range(name: str, low: Any, high: Any) -> Range:
     if any(isinstance(end, bool) or not isinstance(end, int | float) for end in (low, high)):
-        raise UserError(f"{name} is no number, and has no range {low}..{high}: list its values")
+        raise UserError(f"{name} is not a number, so it has no range {low}..{high}: list its values")
     if not low < high:
-        raise UserError(f"the range {low}..{high} of {name} is empty: its lower end comes first")
+        raise UserError(f"the range {low}..{high} of {name} is empty: give the lower end first")
     return Range(name, low, high)
 
 
 def _value(name: str, word: str) -> Any:
-    """`word` as train.py reads it after the flag of the setting; ends the program as that does."""
+    """`word`, parsed as the value of the setting's flag of train.py; exits on a parse error."""
     hint = kinds(RunConfig)[name]
     if str(hint).startswith("tuple"):
-        raise UserError(f"{name} takes several values at a time, which cannot be swept: give it as a flag")
+        raise UserError(f"{name} is a list, which cannot be swept: give it as a flag")
     if hint in (bool, bool | None):
         known = {"true": True, "false": False} if hint is bool else {"true": True, "false": False, "none": None}
         return lookup(f"value of {name}", word.lower(), known)
-    # A value alone may be no whole configuration: those are made of all settings together.
+    # A single value may not be valid on its own: only whole configurations are checked.
     single = make_dataclass("Single", [(name, hint, field())], frozen=True)
     return getattr(parse(single, [f"--{name.replace('_', '-')}={word}"], prog=PROGRAM), name)
 
@@ -199,11 +199,11 @@ def _seeds(text: str) -> tuple[int, ...]:
             return tuple(range(int(ends[1]), int(ends[2]) + 1))
         return tuple(int(word) for word in text.split(","))
     except ValueError:
-        raise UserError(f"--seeds {text} are no whole numbers: write them as 0,1,2 or 0..4") from None
+        raise UserError(f"--seeds {text} are not integers: write them as 0,1,2 or 0..4") from None
 
 
 def _check(options: Options, plan: SweepPlan) -> int:
-    """Raises `UserError` now for what would fail later; returns the number of processes."""
+    """Raises `UserError` early for options that would fail later; returns the number of processes."""
     check_importable("sweeps need", "lab", "matplotlib.figure", "scipy.stats")
     if options.processes is not None and options.processes < 1:
         raise UserError(f"--processes is {options.processes}: give 1 or more, or leave it out")
@@ -237,9 +237,9 @@ def _width() -> int:
 
 
 def _report(sweep: SweepFolder, failures: Sequence[Failure], command: str) -> int:
-    """Say what came out, and write it down."""
+    """Print the results, and write the report."""
     if not sweep.results():
-        print(f"failed     all {len(failures)} trials; the same command tries them again")
+        print(f"failed     all {len(failures)} trials; the same command retries them")
         return FAILED
     said = conclusion(sweep)
     report = write_sweep_report(sweep, said, failures, command)
@@ -253,7 +253,7 @@ def _report(sweep: SweepFolder, failures: Sequence[Failure], command: str) -> in
     if sweep.store.skipped:
         print(_wrapped(f"skipped    {skipped(sweep.store.skipped)}", 11))
     if failures:
-        print(f"failed     {len(failures)} trials; the same command tries them again")
+        print(f"failed     {len(failures)} trials; the same command retries them")
     if not best.values or best.interval is None:
         print("lowest     none: no combination has a finite metric for all of its seeds")
     else:

@@ -1,4 +1,4 @@
-"""`train`: prepare the text, train a model, and say where the run lies and what to do next."""
+"""`train`: prepare the data, train a model, and print the run folder and the next commands."""
 
 from __future__ import annotations
 
@@ -45,29 +45,29 @@ NEXT = {
     "rnn": TRANSLATE,
 }
 
-EXPORTED = "`minitransformer export --help` says which of them the transformers library opens."
+EXPORTED = "`minitransformer export --help` lists those that can be exported to the transformers library."
 FINE_TUNING = Doc(
-    "fine-tune: a new run that begins with the weights, the model and the tokenizer of the run in this folder, by "
-    "default at a tenth of its learning rates, with at most 20 steps of warm-up, 1000 steps and 1024 tokens a sequence"
+    "fine-tune: start a new run from the model, weights and tokenizer of the run in this folder, by "
+    "default with a tenth of its learning rates, and at most 20 warm-up steps, 1000 steps and 1024 tokens per sequence"
 )
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Which run to make, and where."""
+    """The run folder, and what the run starts from."""
 
     out: Path | None = None
     """folder of the new run; None is runs/PRESET-DATA"""
     resume: Path | None = None
-    """continue the run in this folder; --steps extends it, other settings hold from here on"""
+    """continue the run in this folder; --steps extends it, other flags change it from here on"""
     checkpoint: str | None = None
-    """with --resume: the checkpoint to continue from, None is the latest; with --init-from: None is the best"""
+    """checkpoint to start from; None is the latest with --resume, the best with --init-from"""
     init_from: Annotated[Path | None, FINE_TUNING] = None
 
 
 @dataclass(frozen=True)
 class Options(Flags):
-    """The flags, and the configuration that they make."""
+    """The command's own flags, and the configuration of the run."""
 
     config: RunConfig = field(default_factory=RunConfig)
 
@@ -82,13 +82,13 @@ def _begin(arguments: Sequence[str]) -> int:
     has_preset = bool(arguments) and not arguments[0].startswith("-")
     if (initial := _option(arguments, "--init-from")) is not None:
         if has_preset:
-            raise UserError(f"--init-from {initial} brings a model of its own: leave the preset {arguments[0]!r} out")
+            raise UserError(f"--init-from {initial} determines the model: leave the preset {arguments[0]!r} out")
         return _fine_tune(initial, arguments)
     preset = arguments[0] if has_preset else DEFAULT
     options = _parse(arguments[has_preset:], lookup("preset", preset, PRESETS))
-    print(f"preset     {preset}", flush=True)  # what follows has to load more of torch first
+    print(f"preset     {preset}", flush=True)  # the next line has to wait for more of torch
     if options.checkpoint is not None:
-        raise UserError(f"--checkpoint {options.checkpoint} belongs to a run: name that with --resume or --init-from")
+        raise UserError(f"--checkpoint {options.checkpoint} needs a run: name it with --resume or --init-from")
     config = options.config
     check_possible(config, options.out)
     prepared = config.prepare()
@@ -118,10 +118,10 @@ def _train_new(
     parent: Parent | None = None,
     initial: Model | None = None,
 ) -> int:
-    """Train a new run, which begins with the weights of `initial` if there are any."""
+    """Train a new run, from the weights of `initial` if given."""
     _print_data(config, prepared)
     if initial is not None and (length := config.training.sequence_length) is not None:
-        print(f"sequences  {length:,} tokens, of the {config.model.context_length:,} that the model sees")
+        print(f"sequences  {length:,} tokens, of a context of {config.model.context_length:,}")
     config = replace(config, model=with_vocabulary(config.model, prepared))
     check_room(options.out or Path("runs"), config)
     machine = machine_for(config)
@@ -132,7 +132,7 @@ def _train_new(
 
 
 def _option(arguments: Sequence[str], flag: str) -> Path | None:
-    """The folder that `flag` names: it decides what the other flags' defaults are."""
+    """The folder that `flag` names, which determines the defaults of the other flags."""
     parser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
     parser.add_argument(flag, type=Path, dest="folder")
     return parser.parse_known_args(arguments)[0].folder
@@ -142,12 +142,12 @@ def _resume(path: Path, arguments: Sequence[str]) -> int:
     run = Run.open(path)
     options = _parse(arguments, run.config)
     if options.init_from is not None:
-        raise UserError("--resume goes on with a run, and --init-from begins one: give one of them")
+        raise UserError("--resume continues a run, and --init-from starts one: give one of them")
     check_can_resume(run)
     if options.config.training.tensorboard:
         TensorBoard.check()
     with only_writer(path):
-        return _continue(Run.open(path), options)  # as it stands now that nobody else writes to it
+        return _continue(Run.open(path), options)  # reopened under the lock
 
 
 def _continue(run: Run, options: Options) -> int:
@@ -159,7 +159,7 @@ def _continue(run: Run, options: Options) -> int:
     for change in (*changes, *others):
         print(f"changed    {change}")
     if checkpoint is None:
-        print(f"checkpoint none yet: {run.path} begins at step 0", flush=True)
+        print(f"checkpoint none yet: {run.path} starts at step 0", flush=True)
     prepared = config.prepare(run.tokenizers)
     _print_data(config, prepared)
     check_same_text(run, config, prepared)
@@ -178,7 +178,7 @@ def _parse(arguments: Sequence[str], config: RunConfig) -> Options:
 def _describe_presets() -> str:
     sizes = {name: count_parameters(with_usual_vocabulary(run)) / 1e6 for name, run in PRESETS.items()}
     lines = "\n".join(f"  {name:18}{size:7.2f}M" for name, size in sizes.items())
-    about = f"Presets (default: {DEFAULT}) and their parameters, with the usual vocabulary of their tokenizers:"
+    about = f"Presets (default: {DEFAULT}) and their parameter counts, with the tokenizer's usual vocabulary:"
     return f"Train a model, resume a run, or fine-tune one.\n\n{about}\n{lines}\n\n{EXPORTED}"
 
 
@@ -222,7 +222,7 @@ def _stopped(trainer: Trainer, stop: StopRequest) -> int:
 def _report(trainer: Trainer) -> int:
     path, progress = trainer.folder, trainer.progress
     if trainer.stopped_early:
-        print(f"stopped early at step {progress.step}: no better validation in {progress.validations_since_best}")
+        print(f"stopped early at step {progress.step}: no improvement in {progress.validations_since_best} validations")
     if trainer.validation is not None:
         print(*describe(trainer.validation, progress, path / "metrics.jsonl", trainer.config.eval_every), sep="\n")
     print(f"curves     python -m minitransformer compare {path}")

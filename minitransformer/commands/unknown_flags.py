@@ -1,4 +1,4 @@
-"""What to say of a flag that does not exist: which one was meant."""
+"""Errors for unknown flags, with the nearest known one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from minitransformer.errors import UserError
 
-# What other libraries call it, where the names are not alike. Of several flags, a command has the first that it knows.
+# Names in other libraries that are not similar. Of several flags, the first that the command has is suggested.
 ELSEWHERE = {
     "learning-rate": ("lr",),
     "max-lr": ("lr",),
@@ -76,15 +76,15 @@ ELSEWHERE = {
 
 
 def check_known(options: type[Any], settings: Iterable[str], unknown: Sequence[str]) -> None:
-    """Raises `UserError` for the first flag of the `unknown` words that a command was given: it takes the others."""
+    """Raises `UserError` for the first flag among the `unknown` words, suggesting a known one."""
     if not unknown:
         return
     flag = next((word for word in unknown if word.startswith("--")), None)
     if flag is None:
-        raise UserError(f"nothing takes {unknown[0]!r}: a flag stands before its value, as --help shows")
+        raise UserError(f"unexpected argument {unknown[0]!r}: give it after a flag, as --help shows")
     flag = flag.partition("=")[0]
     nearest = _nearest(flag, [*flag_names(options), *(name.replace("_", "-") for name in settings)])
-    remedy = "look into --help" if nearest is None else f"did you mean {nearest}?"
+    remedy = "see --help" if nearest is None else f"did you mean {nearest}?"
     raise UserError(f"there is no flag {flag}: {remedy}")
 
 
@@ -99,7 +99,7 @@ def _nearest(flag: str, known: Sequence[str]) -> str | None:
 
 
 def flag_names(options: type[Any]) -> Iterator[str]:
-    """The flags of a dataclass and of those in it, without their dashes."""
+    """The flags of a dataclass and of nested ones, without dashes."""
     hints = get_type_hints(options)
     for field in fields(options):
         if is_dataclass(kind := hints[field.name]):

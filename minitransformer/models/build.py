@@ -1,4 +1,4 @@
-"""From a `ModelConfig` to the parts of a model: the only place where the two meet."""
+"""Build the components of a model from its `ModelConfig`; no component reads the configuration itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build_stack(
     partner_layers: int = 0,
     has_memory: bool = False,
 ) -> Stack:
-    """The blocks that `config` describes, with its positions and norms; with `has_memory`, they attend to one.
+    """The blocks that `config` describes, with positions and norms; with `has_memory`, they have cross-attention.
 
     In an encoder-decoder, `partner_layers` are the layers of the other stack.
     """
@@ -55,9 +55,9 @@ def build_stack(
 
 
 def build_embedding(config: ModelConfig, vocab_size: int | None) -> TokenEmbedding:
-    """The embedding of `vocab_size` tokens; raises `UserError` if that is not known yet."""
+    """The token embedding; raises `UserError` if `vocab_size` is None."""
     if vocab_size is None:
-        raise UserError("vocab_size is not set: give the number of tokens that the tokenizer has")
+        raise UserError("vocab_size is not set: give the tokenizer's vocabulary size")
     return TokenEmbedding(
         vocab_size,
         config.d_model,
@@ -68,7 +68,7 @@ def build_embedding(config: ModelConfig, vocab_size: int | None) -> TokenEmbeddi
 
 
 def build_head(config: ModelConfig, embedding: TokenEmbedding) -> nn.Module:
-    """From the output of a stack to logits of the tokens that `embedding` embeds."""
+    """The language-model head, tied to `embedding` if `config` says so."""
     vocab_size, features = embedding.table.weight.shape
     head = LMHead(
         features,

@@ -1,4 +1,4 @@
-"""What a model is made of: one frozen, validated record, and presets by name."""
+"""The configuration of a model: a frozen, validated dataclass, and named presets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from minitransformer.errors import UserError
 from minitransformer.registry import lookup
 from minitransformer.settings import Choice, check_settings, setting
 
-# Each topology and the module that has it, which imports this one.
+# Topologies and the modules that define them; those import this one.
 TOPOLOGIES = {
     "decoder": "decoder",
     "encoder": "encoder",
@@ -27,9 +27,9 @@ TOPOLOGIES = {
     "rnn": "recurrent",
 }
 IMPORTED_ONLY = {"encoder-classifier"}
-"""topologies of public checkpoints that no objective trains"""
+"""topologies that can only be imported: no objective trains them"""
 TRAINED = [name for name in TOPOLOGIES if name not in IMPORTED_ONLY]
-# More than any model has: what is larger is a mistake, and would fill the memory before anything else could say so.
+# Larger values are mistakes, and would exhaust memory before any other check.
 MOST_MODULES, MOST_FEATURES = 10_000, 1 << 27
 HEADS = {"linear": "LMHead", "transformed": "TransformedHead"}
 
@@ -38,7 +38,7 @@ PAIRS = ("topology", ("encoder-decoder", "rnn"))
 ENCODERS = ("topology", ("encoder", "encoder-classifier"))
 CLASSIFIERS = ("topology", ("encoder-classifier",))
 WITH_ATTENTION = ("topology", tuple(name for name in TOPOLOGIES if name != "rnn"))
-"""what settings need that have no effect on other topologies"""
+"""topologies in which a setting has an effect"""
 
 
 def size_setting(default: int | None, *, help: str, **about: Any) -> Any:
@@ -53,62 +53,67 @@ def count_setting(default: int | None, *, help: str, **about: Any) -> Any:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model and the choice of its parts. Raises `UserError` for a value that no model can have."""
+    """The architecture: its dimensions and the variant of each component.
 
-    topology: str = setting("decoder", help=f"what the model is: {', '.join(TRAINED)}")
-    d_model: int = size_setting(256, help="features of the residual stream")
-    num_layers: int = count_setting(4, help="transformer blocks, in an encoder-decoder those of the encoder")
+    Raises `UserError` for an invalid value.
+    """
+
+    topology: str = setting("decoder", help=f"kind of model: {', '.join(TRAINED)}")
+    d_model: int = size_setting(256, help="width of the residual stream")
+    num_layers: int = count_setting(4, help="number of blocks; in an encoder-decoder, of encoder blocks")
     num_decoder_layers: int | None = count_setting(
-        None, needs=PAIRS, help="blocks of the decoder of an encoder-decoder; None is num_layers"
+        None, needs=PAIRS, help="number of decoder blocks of an encoder-decoder; None is num_layers"
     )
-    num_heads: int = size_setting(4, needs=WITH_ATTENTION, help="attention heads")
+    num_heads: int = size_setting(4, needs=WITH_ATTENTION, help="number of attention heads")
     num_kv_heads: int | None = size_setting(
         None,
         needs=WITH_ATTENTION,
-        help="heads of keys and values, shared by the query heads where there are fewer; None is num_heads",
+        help="number of key and value heads (grouped-query attention); None is num_heads",
     )
     head_dim: int | None = size_setting(
-        None, needs=WITH_ATTENTION, help="features of a head; None is d_model / num_heads"
+        None, needs=WITH_ATTENTION, help="dimension of each head; None is d_model / num_heads"
     )
     d_ff: int | None = size_setting(
         None,
         needs=WITH_ATTENTION,
-        help="hidden features of the feed-forward network; None is 4 d_model, or 8/3 d_model if gated",
+        help="hidden dimension of the feed-forward network; None is 4 d_model, or 8/3 d_model if gated",
     )
-    context_length: int = size_setting(256, help="tokens that the model can see at once")
+    context_length: int = size_setting(256, help="maximum number of tokens that the model attends to")
     vocab_size: int | None = size_setting(
         None,
         changes_tokens=True,
         follows_data=True,
-        help="tokens of the vocabulary: what BPE is trained to, at least what others have; None is 4096 or theirs",
+        help="vocabulary size: a BPE is trained to it, other tokenizers must fit into it; None is 4096, or theirs",
     )
     target_vocab_size: int | None = size_setting(
         None,
         changes_tokens=True,
         follows_data=True,
         needs=PAIRS,
-        help="tokens of the decoder's own vocabulary in an encoder-decoder; None is one vocabulary for both sides",
+        help="size of a separate target vocabulary in an encoder-decoder; None is one shared vocabulary",
     )
     num_segments: int | None = size_setting(
         None,
         needs=ENCODERS,
-        help="kinds of segments that have an embedding, such as BERT's two sentences; None is no such embedding",
+        help="number of segment embeddings, such as 2 for BERT's sentence pairs; None is no segment embedding",
     )
-    next_sentence: bool = setting(
-        False, needs=ENCODERS, help="an encoder also says whether its second segment follows the first"
-    )
+    next_sentence: bool = setting(False, needs=ENCODERS, help="add a next-sentence prediction head to an encoder")
     num_classes: int | None = size_setting(
-        None, needs=CLASSIFIERS, help="classes of an encoder-classifier, which is imported: nothing here trains one"
+        None,
+        needs=CLASSIFIERS,
+        help="number of classes of an encoder-classifier, which can only be imported",
     )
-    pooling: str = setting("tanh", choices=POOLING_ACTIVATIONS, needs=CLASSIFIERS, help="activation before the classes")
+    pooling: str = setting(
+        "tanh", choices=POOLING_ACTIVATIONS, needs=CLASSIFIERS, help="activation of the classifier's pooling layer"
+    )
     block: Choice[Block] = Choice(Block, "sequential", needs=WITH_ATTENTION, help="arrangement of the sublayers")
-    residual: Choice[Residual] = Choice(Residual, "pre", needs=WITH_ATTENTION, help="where the norm stands")
-    norm: Choice[Norm] = Choice(Norm, "layer", needs=WITH_ATTENTION, help="norm")
+    residual: Choice[Residual] = Choice(Residual, "pre", needs=WITH_ATTENTION, help="norm placement")
+    norm: Choice[Norm] = Choice(Norm, "layer", needs=WITH_ATTENTION, help="normalisation layer")
     embedding_norm: bool = setting(False, needs=WITH_ATTENTION, help="normalise the embeddings before the first block")
     token_smear: bool = setting(
         False,
         needs=WITH_ATTENTION,
-        help="add to each token's embedding that of the token before it, by a learned gain for each feature",
+        help="add the previous token's embedding to each embedding, with a learned gain per feature",
     )
     positions: Choice[PositionScheme] = Choice(PositionScheme, "rotary", needs=WITH_ATTENTION, help="position scheme")
     feedforward: Choice[FeedForward] = Choice(
@@ -117,46 +122,50 @@ class ModelConfig:
     num_experts: int | None = count_setting(
         None,
         needs=WITH_ATTENTION,
-        help="feed-forward networks in a mixture of experts; None is a single one, without a router",
+        help="number of experts in a mixture of experts; None is one dense feed-forward network",
     )
-    experts_per_token: int = size_setting(2, needs="num_experts", help="experts that see each token")
-    bias: bool = setting(False, needs=WITH_ATTENTION, help="biases in linear maps and in LayerNorm")
-    qkv_bias: bool | None = setting(None, needs=WITH_ATTENTION, help="biases of queries, keys and values; None is bias")
+    experts_per_token: int = size_setting(2, needs="num_experts", help="number of experts that process each token")
+    bias: bool = setting(False, needs=WITH_ATTENTION, help="use biases in linear layers and in LayerNorm")
+    qkv_bias: bool | None = setting(
+        None, needs=WITH_ATTENTION, help="use biases in query, key and value projections; None is as --bias"
+    )
     attention_output_bias: bool | None = setting(
-        None, needs=WITH_ATTENTION, help="biases of attention's output; None is bias"
+        None, needs=WITH_ATTENTION, help="bias of attention's output projection; None is bias"
     )
     qk_norm: str = setting("none", choices=QK_NORMS, needs=WITH_ATTENTION, help="normalise queries and keys")
-    value_norm: bool = setting(False, needs=WITH_ATTENTION, help="normalise values as qk_norm does queries and keys")
+    value_norm: bool = setting(False, needs=WITH_ATTENTION, help="normalise values in the same way as qk_norm")
     attention_scale: float | None = setting(
-        None, above=0, needs=WITH_ATTENTION, help="what scores are multiplied by; None is head_dim^-1/2"
+        None, above=0, needs=WITH_ATTENTION, help="factor of the attention scores; None is head_dim^-1/2"
     )
     attention_softcap: float | None = setting(
-        None, above=0, needs=WITH_ATTENTION, help="bound of the scores, by a tanh; None is no bound"
+        None, above=0, needs=WITH_ATTENTION, help="soft cap c of the scores s: c · tanh(s / c); None is no cap"
     )
     attention_window: int | None = size_setting(
-        None, needs=WITH_ATTENTION, help="a token sees this many tokens at most, itself included; None is all of them"
+        None,
+        needs=WITH_ATTENTION,
+        help="size of the sliding window of attention, own token included; None is full attention",
     )
     window_pattern: tuple[bool, ...] = setting(
-        (True,), needs="attention_window", help="which layers have the window, repeated over all layers"
+        (True,), needs="attention_window", help="which layers use the window; the pattern repeats over all layers"
     )
-    attention_kernel: str = setting("auto", choices=KERNELS, needs=WITH_ATTENTION, help="how attention is computed")
-    head: str = setting("linear", choices=HEADS, help="what predicts tokens")
-    head_bias: bool = setting(False, help="biases of the logits")
-    logit_scale: float = setting(1.0, help="what the head's input is multiplied by")
-    logit_softcap: float | None = setting(None, help="bound of the logits, by a tanh; None is no bound")
-    tied_embeddings: bool = setting(True, help="the head uses the weights of the token embedding")
+    attention_kernel: str = setting("auto", choices=KERNELS, needs=WITH_ATTENTION, help="implementation of attention")
+    head: str = setting("linear", choices=HEADS, help="language-model head")
+    head_bias: bool = setting(False, help="use a bias in the language-model head")
+    logit_scale: float = setting(1.0, help="factor of the head's input")
+    logit_softcap: float | None = setting(None, help="soft cap c of the logits z: c · tanh(z / c); None is no cap")
+    tied_embeddings: bool = setting(True, help="tie the head's weights to the token embedding")
     shared_embeddings: bool = setting(
-        True, needs=PAIRS, help="encoder and decoder use the same token embedding, if they have one vocabulary"
+        True, needs=PAIRS, help="share the token embedding of encoder and decoder, if they have one vocabulary"
     )
-    scaled_embeddings: bool = setting(False, help="multiply token embeddings by the square root of d_model")
+    scaled_embeddings: bool = setting(False, help="scale token embeddings by the square root of d_model")
     embedding_dim: int | None = size_setting(
         None,
-        help="features of the token embedding, which a linear map brings to d_model; None is d_model, without the map",
+        help="width of the token embedding, projected to d_model; None is d_model, without a projection",
     )
     dropout: float = setting(
-        0.0, at_least=0, below=1, help="share of embeddings, attention weights and sublayer outputs that training drops"
+        0.0, at_least=0, below=1, help="dropout probability of embeddings, attention weights and sublayer outputs"
     )
-    init: Choice[Initialisation] = Choice(Initialisation, "gpt2", help="how weights start")
+    init: Choice[Initialisation] = Choice(Initialisation, "gpt2", help="weight initialisation")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -179,36 +188,34 @@ class ModelConfig:
                 f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}: choose a divisor"
             )
         if self.value_norm and self.qk_norm == "none" and not self.residual.variant.has_qkv_norm:
-            raise UserError("value_norm is as qk_norm, and qk_norm is 'none': choose qk_norm 'head' or 'full'")
+            raise UserError("value_norm needs qk_norm, which is 'none': choose qk_norm 'head' or 'full'")
         if not self.window_pattern:
-            raise UserError("window_pattern is empty: say for at least one layer whether it has the window")
+            raise UserError("window_pattern is empty: give True or False for at least one layer")
 
     def _check_parts(self) -> None:
         if self.num_experts is not None and self.experts_per_token > self.num_experts:
             raise UserError(
-                f"experts_per_token {self.experts_per_token} is more than num_experts {self.num_experts}: lower it"
+                f"experts_per_token {self.experts_per_token} is greater than num_experts {self.num_experts}: lower it"
             )
         if self.block.name == "parallel-two-norms" and self.residual.name != "pre":
             raise UserError(
-                f"block 'parallel-two-norms' is Pre-LN, and residual is {self.residual.name!r}: choose 'pre'"
+                f"block 'parallel-two-norms' needs residual 'pre', not {self.residual.name!r}: choose 'pre'"
             )
         if (self.topology == "encoder-classifier") != (self.num_classes is not None):
             raise UserError(
                 f"topology is {self.topology!r} and num_classes {self.num_classes}: "
-                "an encoder-classifier, and no other, has classes, and it is imported, as nothing here trains one"
+                "only an encoder-classifier has classes, and it can be imported but not trained: leave num_classes out"
             )
         if self.next_sentence and (self.num_segments or 0) < 2:
-            raise UserError(
-                f"next_sentence tells two segments apart, and num_segments is {self.num_segments}: make it 2"
-            )
+            raise UserError(f"next_sentence needs two segments, and num_segments is {self.num_segments}: set it to 2")
         if self.head == "transformed" and self.embedding_dim is not None:
             raise UserError(
-                f"head is 'transformed' and embedding_dim {self.embedding_dim}: only one may precede the logits"
+                f"head 'transformed' cannot be combined with embedding_dim {self.embedding_dim}: leave one of them out"
             )
         if self.positions.variant.table_per_position and self.context_length * self.d_model > MOST_FEATURES:
             raise UserError(
                 f"positions {self.positions.name!r} need a table of context_length {self.context_length} times d_model "
-                f"{self.d_model}, which would not fit into memory: lower one, or choose positions without a table"
+                f"{self.d_model}, which does not fit into memory: lower one, or choose positions without a table"
             )
 
     @property
@@ -220,7 +227,7 @@ class ModelConfig:
         return self.num_decoder_layers or self.num_layers
 
     def window_of(self, layer: int) -> int | None:
-        """The attention window of a layer; None if it sees everything."""
+        """The attention window of a layer; None for full attention."""
         return self.attention_window if self.window_pattern[layer % len(self.window_pattern)] else None
 
 

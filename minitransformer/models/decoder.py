@@ -35,10 +35,10 @@ class DecoderLM(Model, name="decoder"):
         positions: Int[Tensor, "#batch length"] | None = None,
         cache: KVCache | ChosenSlots | None = None,
     ) -> Float[Tensor, "batch length d_model"]:
-        """What the head reads: the output of the stack for each of `tokens`, which may be embedded already.
+        """The last hidden states, [batch, length, d_model]; `tokens` are ids or embeddings.
 
-        They attend to each other and to the tokens in `cache`, which then holds them too. `is_token` is False at
-        padding. By default, `positions` count real tokens, on from those in the cache.
+        Tokens attend to each other and to those in `cache`, to which they are added. `is_token` is False at
+        padding. `positions` default to the number of real tokens before each, including those in the cache.
         """
         if positions is None:
             positions = next_positions(tokens, is_token, cache)
@@ -53,7 +53,7 @@ class DecoderLM(Model, name="decoder"):
         cache: KVCache | ChosenSlots | None = None,
         readout: Readout = apply_head,
     ) -> Any:
-        """Logits [batch, length, vocab_size] of the token after each of `tokens`, or what `readout` makes instead.
+        """Logits of the next token, [batch, length, vocab_size], or the result of `readout`.
 
         The other arguments are those of `hidden_states`.
         """

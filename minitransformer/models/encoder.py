@@ -15,7 +15,7 @@ from minitransformer.models.model import Model, Readout, apply_head, next_positi
 
 
 class Encoder(Model):
-    """Embeddings and a stack without causality: what encoders with different heads share."""
+    """Embeddings and a bidirectional stack: the base class of encoders with different heads."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -30,9 +30,9 @@ class Encoder(Model):
         segments: Int[Tensor, "batch length"] | None = None,
         positions: Int[Tensor, "#batch length"] | None = None,
     ) -> Float[Tensor, "batch length d_model"]:
-        """The output of the stack for each of `tokens`, which may be embedded already.
+        """The last hidden states, [batch, length, d_model]; `tokens` are ids or embeddings.
 
-        `is_token` is False at padding; by default, `segments` are 0 and `positions` count real tokens.
+        `is_token` is False at padding. `segments` default to 0, `positions` to the number of real tokens before each.
         """
         if positions is None:
             positions = next_positions(tokens, is_token)
@@ -40,7 +40,7 @@ class Encoder(Model):
 
 
 class EncoderLM(Encoder, name="encoder"):
-    """p(masked token | all tokens that are left). Devlin et al. 2018 (BERT, arXiv 1810.04805), section 3.1."""
+    """p(masked token | unmasked tokens). Devlin et al. 2018 (BERT, arXiv 1810.04805), section 3.1."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -58,10 +58,10 @@ class EncoderLM(Encoder, name="encoder"):
         places: Bool[Tensor, "batch length"] | None = None,
         readout: Readout = apply_head,
     ) -> Any:
-        """Logits of the token that stands at each place, [batch, length, vocab_size].
+        """Logits of the token at each position, [batch, length, vocab_size].
 
-        With `places`, only of those, [places, vocab_size]: all others would be work for nothing where few are masked.
-        With another `readout`, what that makes instead.
+        With `places`, only those positions are computed, [places, vocab_size], since few are masked.
+        With another `readout`, its result.
         """
         hidden = self.hidden_states(tokens, is_token=is_token, segments=segments, positions=positions)
         return readout(self.head, hidden if places is None else hidden[places])
@@ -70,16 +70,16 @@ class EncoderLM(Encoder, name="encoder"):
 
 
 class PretrainingLogits(NamedTuple):
-    """What BERT learns from: of tokens, what `EncoderLM` gives, and logits of whether the second segment follows."""
+    """The outputs of BERT's two pretraining heads: masked tokens and next-sentence prediction."""
 
     tokens: Any
     follows: Float[Tensor, "batch 2"]
 
 
 class EncoderPretraining(EncoderLM, name="encoder-pretraining"):
-    """An encoder with `next_sentence`, which says from the first token whether the second segment follows the first.
+    """An encoder with a next-sentence prediction head on the first token.
 
-    Devlin et al. 2018, section 3.1. `token_logits` gives what it thinks of tokens alone.
+    Devlin et al. 2018, section 3.1. `token_logits` gives the logits of tokens alone.
     """
 
     def forward(
@@ -92,7 +92,7 @@ class EncoderPretraining(EncoderLM, name="encoder-pretraining"):
         places: Bool[Tensor, "batch length"] | None = None,
         readout: Readout = apply_head,
     ) -> PretrainingLogits:
-        """Logits of both heads, those of tokens as in `token_logits`."""
+        """Logits of both heads; for tokens, as in `token_logits`."""
         assert self.next_sentence is not None
         hidden = self.hidden_states(tokens, is_token=is_token, segments=segments, positions=positions)
         tokens_read = readout(self.head, hidden if places is None else hidden[places])
@@ -100,7 +100,7 @@ class EncoderPretraining(EncoderLM, name="encoder-pretraining"):
 
 
 class EncoderClassifier(Encoder, name="encoder-classifier"):
-    """p(class | tokens), from what the encoder makes of the first token. Devlin et al. 2018, section 4.1."""
+    """p(class | tokens), from the hidden state of the first token. Devlin et al. 2018, section 4.1."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

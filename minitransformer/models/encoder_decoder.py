@@ -1,4 +1,4 @@
-"""Encoder-decoders: one text in, another out."""
+"""Encoder-decoder Transformers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class EncoderDecoder(Seq2SeqLM, name="encoder-decoder"):
         is_token: Bool[Tensor, "batch source"] | None = None,
         positions: Int[Tensor, "#batch source"] | None = None,
     ) -> Memory:
-        """What the decoder attends to; `is_token` is False at padding."""
+        """The encoder's output, which the decoder attends to; `is_token` is False at padding."""
         if positions is None:
             positions = next_positions(source, is_token)
         return Memory(self.encoder(self.embedding(source), positions=positions, is_token=is_token), is_token)
@@ -54,10 +54,10 @@ class EncoderDecoder(Seq2SeqLM, name="encoder-decoder"):
         positions: Int[Tensor, "#batch length"] | None = None,
         cache: KVCache | ChosenSlots | None = None,
     ) -> Float[Tensor, "batch length d_model"]:
-        """What the head reads, for each of the target's `tokens`, which may be embedded already.
+        """The decoder's last hidden states, [batch, length, d_model]; `tokens` are target ids or embeddings.
 
-        They attend to `memory`, to each other and to the tokens in `cache`, which then holds them too. `is_token` is
-        False at padding. By default, `positions` count real tokens, on from those in the cache.
+        Tokens attend to `memory`, to each other and to those in `cache`, to which they are added. `is_token` is
+        False at padding. `positions` default to the number of real tokens before each, including those in the cache.
         """
         if positions is None:
             positions = next_positions(tokens, is_token, cache)

@@ -1,4 +1,4 @@
-"""What all models have in common, and the way from a configuration to any of them."""
+"""The base class of all models, and how one is built from its configuration."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from minitransformer.models.config import TOPOLOGIES, ModelConfig
 from minitransformer.registry import Registered
 
 Readout = Callable[[nn.Module, Float[Tensor, "*batch d_model"]], Any]
-"""What a forward pass makes of a head and of what it reads."""
+"""A function of a head and the hidden states that it reads, in place of the logits."""
 
 
 def apply_head(head: nn.Module, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab_size"]:
-    """Logits. A loss is another readout, which need not hold all logits at once."""
+    """The logits. A loss is another readout, which need not materialise all logits at once."""
     return head(hidden)
 
 
 class Model(Registered, nn.Module, kind="topology"):
-    """A whole model, with the configuration that it is made from."""
+    """A whole model with its configuration."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
 
     def initialise(self) -> None:
-        """Draw every weight as the configuration says."""
+        """Initialise every weight as configured."""
         initialise(self, self.config.init.make())
-        self.end_step()  # what holds after every update holds before the first
+        self.end_step()  # an invariant after every step holds before the first one too
 
     def calibrate(self, run: Callable[[], object]) -> None:
-        """What the placement sets by a look at real data, before the first step: `run` passes a batch through.
+        """Let the placement set what depends on data, before the first step: `run` is a forward pass over a batch.
 
-        With dropout, as in the first step; what it drops depends on torch's generators alone.
+        Dropout is active, and depends on torch's generators alone.
         """
         was_training = self.training
         self.train()
@@ -56,12 +56,12 @@ class Model(Registered, nn.Module, kind="topology"):
         self.train(was_training)
 
     def begin_step(self, step: int) -> None:
-        """Tell every module that has a `begin_step` that update `step`, counted from 0, comes next."""
+        """Call `begin_step(step)` of every module that has one, before training step `step`, counted from 0."""
         for begin in self._begin_step:
             begin(step)
 
     def end_step(self) -> None:
-        """Tell every module that has an `end_step(model)`, which may change weights, that an update is done."""
+        """Call `end_step(model)` of every module that has one, after a training step; it may change weights."""
         for end in self._end_step:
             end(self)
 
@@ -74,14 +74,14 @@ class Model(Registered, nn.Module, kind="topology"):
         return _methods_inside(self, "end_step")
 
     def num_parameters(self) -> int:
-        """How many weights there are; tied ones count once."""
+        """The number of parameters; tied ones count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, length: int) -> int:
-        """Floating-point operations of one training step for a token of a sequence of `length` tokens.
+        """FLOPs of one training step per token of a sequence of `length` tokens.
 
-        Six for each weight of a matrix product, twelve for each feature of each score: Chowdhery et al. 2022 (PaLM,
-        arXiv 2204.02311), appendix B. Experts that do not see the token cost nothing.
+        6 per weight of a matrix product, 12 per feature of each attention score: Chowdhery et al. 2022 (PaLM,
+        arXiv 2204.02311), appendix B. Experts that do not process the token are not counted.
         """
         matrices = _matrix_weights(self)
         for mixture in self.modules():
@@ -107,21 +107,21 @@ def next_positions(
     is_token: Bool[Tensor, "batch length"] | None = None,
     cache: KVCache | ChosenSlots | None = None,
 ) -> Int[Tensor, "#batch length"]:
-    """0, 1, 2, … for `tokens`, from the first position after those that `cache` holds; padding is not counted."""
+    """Consecutive positions for `tokens`, starting after those in `cache`; padding is not counted."""
     positions = token_positions(tokens.size(1), is_token, tokens.device)
     return positions if cache is None else positions + cache.next_position()
 
 
 def build_model(config: ModelConfig) -> Model:
-    """The model that `config` describes, with weights that are drawn as it says."""
+    """The model that `config` describes, with initialised weights."""
     import_module(f"minitransformer.models.{TOPOLOGIES[config.topology]}")
     return Model.named("encoder-pretraining" if config.next_sentence else config.topology)(config)
 
 
 class _Unmade(TorchFunctionMode):
-    """Weights that have a shape alone, and are not drawn.
+    """Parameters with a shape only, without storage or initialisation.
 
-    `torch.device("meta")` would do, but for the draws and sums there torch loads its compiler, which takes seconds.
+    `torch.device("meta")` would do, but initialising there loads torch's compiler, which takes seconds.
     """
 
     makers = frozenset({torch.empty, torch.ones, torch.zeros})
@@ -137,16 +137,14 @@ class _Unmade(TorchFunctionMode):
 
 
 def check_size(config: ModelConfig, tensors: int, size: int, origin: str) -> None:
-    """Raises `UserError` if weights of `size` bytes in `tensors` tensors, in `origin`, cannot be those of `config`.
+    """Raises `UserError` if `origin`, of `size` bytes and `tensors` tensors, is too small for `config`.
 
-    A model that is much larger than its weights would fill the memory before it turned out not to fit them.
+    Otherwise a wrong configuration would exhaust memory before the shapes are compared.
     """
     layers = config.num_layers + (config.decoder_layers if config.topology == "encoder-decoder" else 0)
     if layers * (config.num_experts or 1) > tensors:
-        raise UserError(
-            f"{origin} has {tensors} tensors, too few for {layers} layers: its config.json is of another one"
-        )
-    # Eight bits are the least that a weight has on disk.
+        raise UserError(f"{origin} has {tensors} tensors, too few for {layers} layers: config.json is of another model")
+    # A weight takes at least 8 bits on disk.
     if (parameters := count_parameters(config)) > size:
         raise UserError(
             f"{origin} has {size:,} bytes, too few for {parameters:,} weights: config.json is of another model"
@@ -154,12 +152,12 @@ def check_size(config: ModelConfig, tensors: int, size: int, origin: str) -> Non
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """The number of weights of the model that `config` describes, without making them."""
+    """The number of parameters of the model that `config` describes, without allocating them."""
     with _Unmade():
         return build_model(config).num_parameters()
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the weights of the model that `config` describes, without making them."""
+    """The names and shapes of the parameters of the model that `config` describes, without allocating them."""
     with _Unmade():
         return {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}

@@ -1,4 +1,4 @@
-"""The ancestor of the Transformer: recurrent networks on both sides, and attention between them."""
+"""The recurrent encoder-decoder with attention that preceded the Transformer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minitransformer.models.seq2seq import Seq2SeqLM
 
 
 class RecurrentCache:
-    """The state after the tokens already read, and what attention makes of the memory once for all of them."""
+    """The state after the tokens so far, and the attention keys of the memory, projected once."""
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
@@ -26,17 +26,17 @@ class RecurrentCache:
         self.keys: Float[Tensor, "batch source d_model"] | None = None
 
     def keep(self, state: Float[Tensor, "layers batch d_model"], keys: Tensor, new: int) -> None:
-        """Remember the state after `new` more tokens."""
+        """Store the state after `new` more tokens."""
         self.state, self.keys, self.length = state, keys, self.length + new
         assert self.length <= self.max_length, f"{self.length} tokens in a cache for {self.max_length}"
 
     def select(self, rows: Int[Tensor, "selected"]) -> None:
-        """Keep the given rows of the batch, in their order: one may be given several times."""
+        """Keep the given rows of the batch, in this order; rows may repeat."""
         self.reorder(rows)
         self.keys = None if self.keys is None else self.keys[rows]
 
     def reorder(self, rows: Int[Tensor, "batch"]) -> None:
-        """`select` for rows that are exchanged only with rows that attend to the same memory, as beams are."""
+        """`select`, where each row is replaced by one with the same memory, as in beam search."""
         self.state = None if self.state is None else self.state[:, rows]
 
 
@@ -46,8 +46,8 @@ class RecurrentEncoderDecoder(Seq2SeqLM, name="rnn"):
     α attends from sᵢ₋₁, the state of the last layer, to the annotations h of a bidirectional encoder. Bahdanau et al.
     2014 (arXiv 1409.0473), section 3 and appendix A, with torch's GRU, whose reset gate follows the matrix product.
 
-    Of a `ModelConfig`, the numbers of layers, d_model, embeddings, head, dropout and init apply; what says how
-    attention, feed-forward networks, norms, positions and blocks are made is ignored.
+    Of a `ModelConfig`, the numbers of layers, d_model, embeddings, head, dropout and init apply; settings of
+    attention, feed-forward networks, norms, positions and blocks are ignored.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -77,9 +77,9 @@ class RecurrentEncoderDecoder(Seq2SeqLM, name="rnn"):
         is_token: Bool[Tensor, "batch length"] | None = None,
         cache: RecurrentCache | None = None,
     ) -> Float[Tensor, "batch length d_model"]:
-        """What the head reads, for each of the target's `tokens`, which may be embedded already.
+        """The decoder's last hidden states, [batch, length, d_model]; `tokens` are target ids or embeddings.
 
-        They follow those in `cache`. `is_token` is False at padding, which leaves the state as it is.
+        Tokens follow those in `cache`. `is_token` is False at padding, which leaves the state unchanged.
         """
         x = self.dropout(self.target_embedding(tokens))
         if cache is None or cache.state is None or cache.keys is None:
@@ -102,13 +102,13 @@ class RecurrentEncoderDecoder(Seq2SeqLM, name="rnn"):
         return RecurrentCache(max_length or self.config.context_length)
 
     def flops_per_token(self, length: int) -> int:
-        """Six for each weight of a matrix product, and for each feature of each score and of each annotation."""
+        """6 per weight of a matrix product, and per feature of each score and annotation."""
         linears = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
         recurrent = [weight for gru in (self.encoder, self.decoder) for weight in gru.parameters() if weight.dim() == 2]
         return 6 * sum(weight.numel() for weight in linears + recurrent) + 6 * 3 * self.config.d_model * length
 
     def _first_state(self, memory: Memory) -> Float[Tensor, "layers batch d_model"]:
-        """s₀ = tanh(W h⃖₁), for each layer: what the backward encoder ends with. Appendix A.2.2."""
+        """s₀ = tanh(W h⃖₁) for each layer, from the backward encoder's last state. Appendix A.2.2."""
         backward = memory.values[..., self.config.d_model :]
         if memory.is_token is None:
             first = backward[:, 0]
@@ -119,18 +119,18 @@ class RecurrentEncoderDecoder(Seq2SeqLM, name="rnn"):
 
 
 def _gru(features: int, hidden: int, num_layers: int, dropout: float, *, bidirectional: bool = False) -> nn.GRU:
-    between = dropout if num_layers > 1 else 0.0  # torch drops between layers alone, and warns where there is one
+    between = dropout if num_layers > 1 else 0.0  # torch applies it between layers only, and warns if there is one
     return nn.GRU(features, hidden, num_layers, batch_first=True, dropout=between, bidirectional=bidirectional)
 
 
 def _without_padding(
     gru: nn.GRU, x: Float[Tensor, "batch length features"], is_token: Bool[Tensor, "batch length"]
 ) -> Float[Tensor, "batch length outputs"]:
-    """The outputs of `gru` for real tokens as if there were no others, and 0 at padding, wherever that is."""
+    """The outputs of `gru` over real tokens only, and 0 at padding, on either side."""
     tokens_first = (~is_token).byte().argsort(dim=-1, stable=True)
     places = tokens_first.argsort(dim=-1)
     x = x.take_along_dim(tokens_first[..., None], dim=1)
-    lengths = is_token.sum(-1).clamp(min=1).cpu()  # torch packs no empty text
+    lengths = is_token.sum(-1).clamp(min=1).cpu()  # torch cannot pack an empty sequence
     packed = gru(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[0]
     outputs, _ = pad_packed_sequence(packed, batch_first=True, total_length=int(x.size(1)))
     return outputs.take_along_dim(places[..., None], dim=1) * is_token[..., None]

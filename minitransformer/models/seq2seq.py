@@ -1,4 +1,4 @@
-"""What every encoder-decoder is, recurrent or not: the source is encoded once, and the target read beside it."""
+"""The base of encoder-decoders: the source is encoded once, and target tokens are predicted from it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Seq2SeqLM(Model):
     def encode(
         self, source: Int[Tensor, "batch source"], *, is_token: Bool[Tensor, "batch source"] | None = None
     ) -> Memory:
-        """What the decoder attends to; `is_token` is False at padding."""
+        """The encoder's output, which the decoder attends to; `is_token` is False at padding."""
         raise NotImplementedError
 
     def hidden_states(
         self, tokens: TokensOrEmbeddings, memory: Memory, *, is_token: Bool[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch length d_model"]:
-        """What the head reads, for each of the target's `tokens`."""
+        """The decoder's last hidden states, [batch, length, d_model]."""
         raise NotImplementedError
 
     def forward(
@@ -50,7 +50,7 @@ class Seq2SeqLM(Model):
         is_token: Bool[Tensor, "batch length"] | None = None,
         readout: Readout = apply_head,
     ) -> Any:
-        """Logits [batch, length, vocab] of the target token after each of `inputs`, or what `readout` makes instead.
+        """Logits of the next target token, [batch, length, vocab_size], or the result of `readout`.
 
         `inputs` begin with the start token.
         """
