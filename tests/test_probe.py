@@ -61,10 +61,10 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("choices", [{}, {"num_experts": 2}, {"grad_accumulation": 2, "residual": "residual"}], ids=str)
 def test_a_run_with_every_diagnostic_ends_with_the_same_weights(text: Any, tmp_path: Path, choices: Any) -> None:
-    config = configured(dropout=0.3, probe_every=2, steps=5, **choices)
+    config = configured(dropout=0.3, steps=5, **choices)
     plain = trainer_for(tmp_path / "plain", text, config)
     plain.train()
-    probed = probed_trainer(tmp_path / "probed", text, configured(config, probe=ALL))
+    probed = probed_trainer(tmp_path / "probed", text, configured(config, probe=ALL, probe_every=2))
     probed.train()
     assert same(weights_after(plain), weights_after(probed))
     assert plain.progress.best_loss == probed.progress.best_loss
