@@ -34,9 +34,8 @@ from minitransformer.generation.streaming import best_texts, stream_text, texts_
 from minitransformer.generation.weights import Weights
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM
-from minitransformer.models.encoder_decoder import EncoderDecoder
 from minitransformer.models.model import Model
-from minitransformer.models.recurrent import RecurrentEncoderDecoder
+from minitransformer.models.seq2seq import Seq2SeqLM
 from minitransformer.pretrained.originals import class_names
 from minitransformer.runs import GENERATION, Run, latest_run
 from minitransformer.training.machine import choose_device
@@ -277,9 +276,8 @@ def _classify(model: EncoderClassifier, prompt: str, session: Session) -> None:
         _print(", ".join(f"{name} {number.format(value)}" for name, value in ranked) + "\n")
 
 
-@answer.register(EncoderDecoder)
-@answer.register(RecurrentEncoderDecoder)
-def _translate(model: EncoderDecoder | RecurrentEncoderDecoder, prompt: str, session: Session) -> None:
+@answer.register(Seq2SeqLM)
+def _translate(model: Seq2SeqLM, prompt: str, session: Session) -> None:
     """Print what each line becomes: one line for each, or `num_samples` with their number before them."""
     run, options = session.run, session.options
     lines = prompt.splitlines()
