@@ -23,7 +23,6 @@ from minitransformer.generation.processors import (
     SamplingConfig,
 )
 from minitransformer.generation.readers import window_length
-from minitransformer.generation.samples import sample_of
 from minitransformer.models.decoder import DecoderLM
 from tests.placements_for_tests import choosing
 
@@ -215,13 +214,3 @@ def test_a_model_without_finite_logits_is_refused(tiny_decoder: MakeDecoder) -> 
 def test_an_empty_prompt_is_refused(tiny_decoder: MakeDecoder) -> None:
     with pytest.raises(UserError, match="no token"):
         run(tiny_decoder(), [])
-
-
-def test_a_sample_of_a_model_in_training_is_text_and_repeats(tiny_decoder: MakeDecoder, byte_tokenizer: Any) -> None:
-    model = tiny_decoder(vocab_size=257, dropout=0.1).train()
-    assert (
-        sample_of(model, byte_tokenizer, byte_tokenizer, [], 20)
-        == sample_of(model, byte_tokenizer, byte_tokenizer, [], 20)
-        != ""
-    )
-    assert model.training

@@ -14,6 +14,7 @@ from minitransformer.generation.decode import generate
 from minitransformer.generation.processors import (
     SamplingConfig,
 )
+from minitransformer.generation.samples import sample_of
 from minitransformer.generation.streaming import TextStream, stream_text
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.tokenizers import Tokenizer
@@ -103,3 +104,13 @@ def test_a_text_stream_ends_when_every_sample_has_met_its_stop(tiny_decoder: Mak
     texts = ["".join(sample) for sample in zip(*pieces, strict=True)]
     assert texts == [up_to_stop(text, stop) for text in free]
     assert len(pieces) < 60
+
+
+def test_a_sample_of_a_model_in_training_is_text_and_repeats(tiny_decoder: MakeDecoder, byte_tokenizer: Any) -> None:
+    model = tiny_decoder(vocab_size=257, dropout=0.1).train()
+    assert (
+        sample_of(model, byte_tokenizer, byte_tokenizer, [], 20)
+        == sample_of(model, byte_tokenizer, byte_tokenizer, [], 20)
+        != ""
+    )
+    assert model.training
