@@ -137,7 +137,7 @@ def test_contestants_are_chosen_by_patterns(race, capsys):
         (["--rounds", "0"], "--rounds is 0: give 1 or more"),
         (["--minutes", "0"], "--minutes is 0.0: it must be above 0"),
         (["--target-loss", "-1"], "--target-loss is -1.0: it must be above 0"),
-        (["--json", "/no/such/a.json"], "/no/such/a.json cannot be written, as there is no folder /no/such"),
+        (["--json", "/no/such/a.json"], "/no/such/a.json cannot be written, because /no/such does not exist"),
     ],
 )
 def test_mistakes_are_answered_in_a_sentence_before_anything_is_measured(arguments, sentence, capsys):

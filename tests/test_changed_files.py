@@ -30,7 +30,7 @@ def test_a_changed_digit_in_the_configuration_is_noticed(run, capsys, old, new, 
     code = main(["--resume", "run", "--steps", "9"]) if command == "resume" else sample(["run", "--prompt", "Line"])
     error = capsys.readouterr().err
     assert code == 1
-    assert error.startswith("error: run/config.json is not what training wrote")
+    assert error.startswith("error: run/config.json was changed after training")
     assert error.count("\n") == 1
 
 
@@ -51,7 +51,7 @@ def test_a_whole_configuration_of_another_run_does_not_fit_the_checkpoints(here,
 def test_the_tokenizer_of_another_run_is_noticed(here, run, capsys):
     assert main(["--data", "my.txt", "--out", "other", "--steps", "1", *SMALL, "--tokenizer", "chars"]) == 0
     shutil.copy(here / "other/tokenizer.json", run / "tokenizer.json")
-    assert "tokenizer.json is not what training wrote" in refused(capsys, "--resume", "run", "--steps", "9", code=1)
+    assert "tokenizer.json was changed after training" in refused(capsys, "--resume", "run", "--steps", "9", code=1)
 
 
 def test_a_run_from_before_there_were_checksums_opens_and_goes_on(here, run):

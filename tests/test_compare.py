@@ -225,7 +225,7 @@ def test_a_run_whose_settings_were_changed_is_not_compared(make):
     copy = make("one")
     content = (copy / "config.json").read_text()
     (copy / "config.json").write_text(content.replace('"seed": 0', '"seed": 1'))
-    with pytest.raises(StorageError, match="not what training wrote"):
+    with pytest.raises(StorageError, match="was changed after training"):
         compare([copy])
 
 

@@ -68,7 +68,7 @@ def test_one_source_is_written_as_it_always_was(here: Path) -> None:
     assert (record["data"]["data"], record["data"]["validation_data"]) == ("my.txt", "other.txt")
     several = RunConfig(data=DataConfig(data=("a", "b")))
     assert RunConfig.from_json(json.loads(json.dumps(several.to_json())), "config.json") == several
-    with pytest.raises(UserError, match="data names nothing"):
+    with pytest.raises(UserError, match="data is empty"):
         DataConfig(data=())
 
 
@@ -129,7 +129,9 @@ def test_without_validation_a_run_trains_on_everything_and_its_last_checkpoint_i
 def test_what_waits_for_validations_is_refused_without_them(
     here: Path, capsys: pytest.CaptureFixture[str], flag: tuple[str, ...]
 ) -> None:
-    assert "validation_fraction 0 has none" in refused(capsys, "--data", "my.txt", "--validation-fraction", "0", *flag)
+    assert "needs validation data, and validation_fraction is 0" in refused(
+        capsys, "--data", "my.txt", "--validation-fraction", "0", *flag
+    )
 
 
 def test_a_sweep_without_validation_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,12 +155,12 @@ def test_pairs_train_without_validation_and_come_from_one_file(here: Path, capsy
     assert train(*words, "--data", "a.tsv", "--out", "run") == 0
     assert "train      60 pairs" in (out := capsys.readouterr().out)
     assert "validation none" in out
-    assert "pairs come from one file" in refused(capsys, *words, "--data", "a.tsv", "b.tsv")
+    assert "pairs must be in one file" in refused(capsys, *words, "--data", "a.tsv", "b.tsv")
 
 
 def test_help_says_what_data_may_be(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for expected in ("one or several", ".csv, .tsv, .parquet or a .json array", "- is standard input"):
+    for expected in ("one or several of", ".csv, .tsv, .parquet or a .json array", "- for standard input"):
         assert expected in words

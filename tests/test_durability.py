@@ -42,7 +42,7 @@ def test_of_two_new_runs_with_one_name_one_is_refused(here, capsys):
 
 def test_a_trial_that_another_process_trains_is_refused(here):
     config = configured(data="my.txt")
-    with only_writer(here / "trial"), pytest.raises(UserError, match=r"another process trains .*trial"):
+    with only_writer(here / "trial"), pytest.raises(UserError, match=r"another process is training .*trial"):
         train_trial(here / "trial", config, until=6)
 
 

@@ -108,10 +108,10 @@ def test_everything_in_the_way_of_the_nearest_format_is_named_with_flags_that_go
     code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
     assert code == 2
     assert err == (
-        "error: no known format holds this model, and the nearest is qwen3: norm is 'layer', and qwen3 can only hold "
-        "'rms'; feedforward is 'squared-relu', and qwen3 can only hold 'swiglu' or 'geglu-tanh' or 'geglu' or 'reglu'; "
-        "token_smear is True, and qwen3 can only hold False: train a model with --norm rms --feedforward swiglu "
-        "--no-token-smear, which qwen3 holds\n"
+        "error: no known format can represent this model; the nearest is qwen3: norm is 'layer', and qwen3 can only "
+        "hold 'rms'; feedforward is 'squared-relu', and qwen3 can only hold 'swiglu' or 'geglu-tanh' or 'geglu' or "
+        "'reglu'; token_smear is True, and qwen3 can only hold False: train a model with --norm rms --feedforward "
+        "swiglu --no-token-smear, which qwen3 can represent\n"
     )
     (tmp_path / "text.txt").write_text("the dog and the cat " * 200)
     [flags] = re.findall("train a model with (.*), which", err)
@@ -133,8 +133,8 @@ def test_a_format_that_is_asked_for_says_all_that_is_in_its_way(tmp_path: Path, 
     )
     code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--format", "llama")
     assert code == 2
-    assert "this model is none of llama: qk_norm is 'head', and llama can only hold 'none'; attention_window" in err
-    assert "train a model with --qk-norm none --attention-window None, which llama holds" in err
+    assert "cannot be exported as llama: qk_norm is 'head', and llama can only hold 'none'; attention_window" in err
+    assert "train a model with --qk-norm none --attention-window None, which llama can represent" in err
 
 
 def test_the_help_says_which_presets_can_be_exported(capsys: pytest.CaptureFixture[str]) -> None:

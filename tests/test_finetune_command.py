@@ -93,7 +93,7 @@ def test_what_is_not_changed_by_training_is_the_parents_bit_for_bit(here, parent
         (["--init-from", "parent", "--resume", "parent"], ["--resume", "--init-from", "one of them"]),
         (["--init-from", "parent", "--d-model", "32"], ["d_model 16", "32"]),
         (["--init-from", "parent", "--residual", "post"], ["residual pre", "post"]),
-        (["--init-from", "parent", "--tokenizer", "chars"], ["tokenizer of its own"]),
+        (["--init-from", "parent", "--tokenizer", "chars"], ["determines the tokenizer"]),
         (["--init-from", "parent", "--checkpoint", "step-000009"], ["step-000009", "step-000003"]),
         (["--init-from", "parent", "--sequence-length", "5000"], ["5000", "4096"]),
         (["--init-from", "parent", "--data", "tiny.txt"], ["tiny.txt", "too short"]),

@@ -57,7 +57,7 @@ def test_a_whole_number_is_a_number(tmp_path: Path) -> None:
 def test_another_json_object_is_no_run(tmp_path: Path, record: Any) -> None:
     path = run_folder(tmp_path / "run")
     (path / "config.json").write_text(json.dumps(record))
-    said = "is a public checkpoint" if "model_type" in record else "is no configuration of a run (it has no"
+    said = "is a public checkpoint" if "model_type" in record else "is not the configuration of a run (it has no"
     assert said in refused(lambda: Run.open(path))
 
 

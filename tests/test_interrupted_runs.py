@@ -37,7 +37,7 @@ def test_a_folder_that_never_became_a_run_can_be_begun_again(here, run, left):
 def test_a_trained_run_that_lost_its_configuration_is_not_begun_again(run, capsys):
     (run / "config.json").unlink()
     before = sorted(run.rglob("*"))
-    assert "exists already" in refused(capsys, "--data", "my.txt", "--out", "run", *SMALL)
+    assert "already exists" in refused(capsys, "--data", "my.txt", "--out", "run", *SMALL)
     assert sorted(run.rglob("*")) == before
 
 
@@ -114,7 +114,7 @@ def test_a_fine_tune_that_could_not_copy_what_its_parent_kept_is_no_run_and_can_
 
 def test_a_folder_of_another_kind_with_original_files_is_not_cleared(here, capsys):
     (here / "llama/original").mkdir(parents=True)
-    assert "exists already" in refused(capsys, "--data", "my.txt", "--out", "llama", *SMALL)
+    assert "already exists" in refused(capsys, "--data", "my.txt", "--out", "llama", *SMALL)
     assert (here / "llama/original").exists()
 
 

@@ -165,7 +165,7 @@ def test_a_compiled_run_goes_on_without_a_compiler_and_says_so(monkeypatch: pyte
     monkeypatch.setattr(machine, "find_compiler", lambda: None)
     chosen, said = keep_machine(Resolved("cpu", "fp32", True), "auto", "fp32", "auto", run_flops=LONG)
     assert not chosen.compile
-    assert said == ["compile on -> off (it needs a C++ compiler, g++ or clang++, and there is none)"]
+    assert said == ["compile on -> off (there is no C++ compiler, g++ or clang++)"]
 
 
 def test_a_device_that_was_asked_for_and_is_gone_is_no_guess_of_ours() -> None:

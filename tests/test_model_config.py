@@ -30,44 +30,44 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rotary_fraction": 1.5}, "rotary_fraction is 1.5: it must be above 0 and at most 1"),
     (
         {"num_experts": 2, "experts_per_token": 3},
-        "experts_per_token 3 is more than num_experts 2: lower it",
+        "experts_per_token 3 is greater than num_experts 2: lower it",
     ),
     (
         {"block": "parallel-two-norms", "residual": "post"},
-        "block 'parallel-two-norms' is Pre-LN, and residual is 'post': choose 'pre'",
+        "block 'parallel-two-norms' needs residual 'pre', not 'post': choose 'pre'",
     ),
     (
         {"block": "parallel", "residual": "b2t"},
-        "residual 'b2t' adds the input of a block to what its feed-forward network gives, and in a parallel block that "
-        "is Post-LN: choose --block sequential, or --residual post",
+        "residual 'b2t' adds the input of a block to the output of its feed-forward network, and in a parallel block "
+        "that is Post-LN: choose  --block sequential, or --residual post",
     ),
     (
         {"num_layers": 3, "residual": "mix"},
-        "residual 'mix' has Post-LN in the first quarter of the layers, and of 3 layers that is none: "
+        "residual 'mix' has Post-LN in the first quarter of the layers, and 3 layers have none: "
         "choose at least 4, or --residual pre",
     ),
     (
         {"topology": "encoder-decoder", "num_layers": 8, "num_decoder_layers": 2, "residual": "mix"},
-        "residual 'mix' has Post-LN in the first quarter of the layers, and of 2 layers that is none: "
+        "residual 'mix' has Post-LN in the first quarter of the layers, and 2 layers have none: "
         "choose at least 4, or --residual pre",
     ),
     (
         {"norm": "dyt", "residual": "residual-scaled"},
-        "residual 'residual-scaled' makes a stream smaller, which norm 'dyt' does not undo: "
+        "residual 'residual-scaled' scales a stream, which norm 'dyt' does not undo: "
         "choose --residual residual, or another --norm",
     ),
     (
         {"topology": "encoder-classifier"},
-        "topology is 'encoder-classifier' and num_classes None: an encoder-classifier, and no other, has classes, "
-        "and it can be imported but not trained",
+        "topology is 'encoder-classifier' and num_classes None: "
+        "an encoder-classifier needs num_classes, and no other topology has it",
     ),
     (
         {"next_sentence": True},
-        "next_sentence tells two segments apart, and num_segments is None: make it 2",
+        "next_sentence needs two segments, and num_segments is None: set it to 2",
     ),
     (
         {"head": "transformed", "embedding_dim": 8},
-        "head is 'transformed' and embedding_dim 8: only one may precede the logits",
+        "head 'transformed' cannot be combined with embedding_dim 8: leave one of them out",
     ),
     ({"window_pattern": ()}, "window_pattern is empty: give True or False for at least one layer"),
 ]

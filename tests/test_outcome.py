@@ -79,7 +79,7 @@ def test_the_sample_at_the_end_is_of_the_best_weights(tmp_path):
     assert (tmp_path / "run/checkpoints/best").resolve().name == "step-000004"
     assert torch.equal(seen[0].embedding.table.weight, best["embedding.table.weight"])
     assert not torch.equal(trainer.learner.model.embedding.table.weight, best["embedding.table.weight"])
-    assert said == "of the best weights, those of step 4:\nwords"
+    assert said == "from the best weights, of step 4:\nwords"
     assert (tmp_path / "run/samples.txt").read_text() == f"--- step 8\n{said}\n"
 
 
@@ -96,7 +96,7 @@ def test_an_early_stop_reports_and_samples_the_best(tmp_path, monkeypatch, capsy
     options += ["--sample-at-eval"] if sample_at_eval else []
     assert main(["--data", "my.txt", "--out", "run", *shape, *options]) == 0
     out = capsys.readouterr().out
-    assert "of the best weights, those of step 10:" in out
+    assert "from the best weights, of step 10:" in out
     assert "validation loss 2.6000, perplexity 13.46 (last, at step 20)" in out
     assert "best       loss 2.0000 (at step 10); the sample is of its weights" in out
     assert "parted     since step 10 the training loss fell" in out

@@ -216,6 +216,19 @@ def test_the_rooms_of_the_map_are_those_that_the_house_has() -> None:
     assert BASE - {"__init__"} <= set(code_spans(beside))
 
 
+def test_every_name_is_in_the_file_that_the_map_says() -> None:
+    named = re.findall(
+        r"`(\w+)`(?: or `\w+`)?(?: for [\w ]+)? (?:in|of) `([\w/]+\.py)`", MAP.read_text(encoding="utf-8")
+    )
+    assert len(named) > 20
+    missing = [
+        (name, file)
+        for name, file in named
+        if not re.search(rf"^ *(class |def )?{name}\b", (PACKAGE / file).read_text(encoding="utf-8"), re.M)
+    ]
+    assert missing == []
+
+
 def families() -> set[str]:
     """The root of every family of variants in the package."""
     classes = [node for source in MODULES.values() for node in ast.walk(source.tree) if isinstance(node, ast.ClassDef)]

@@ -111,7 +111,7 @@ def test_a_flag_of_a_plugin_is_listed_under_the_variant_that_it_belongs_to(here:
         ("1 / 0\n", r"the plugin bad\.py cannot be loaded \(ZeroDivisionError: division by zero\): fix it"),
         (
             "from minitransformer.architecture.residual import PreLN\nclass Mine(PreLN, name='post'): pass\n",
-            "there is a residual placement 'post' already: give the other one another name",
+            "residual placement 'post' is already registered: choose another name",
         ),
     ],
 )

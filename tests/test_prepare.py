@@ -230,7 +230,7 @@ def test_validation_of_its_own_is_all_of_its_files_and_training_all_of_the_other
     assert documents(prepared, prepared.validation) == held_out
     assert (prepared.train_documents, prepared.validation_documents) == (60, 9)
     assert prepared.validation_bytes == sum(map(len, held_out))
-    assert "files of its own" in prepared.summary()
+    assert "separate files" in prepared.summary()
 
 
 @pytest.mark.parametrize("tokenizer", ["chars", "bpe"])

@@ -63,7 +63,7 @@ def test_text_that_changes_while_it_is_read_is_refused(
             file.write('{"text": "and then"}\n')
 
     monkeypatch.setattr(Corpus, "pieces", growing)
-    with pytest.raises(UserError, match="changed while it was read"):
+    with pytest.raises(UserError, match="changed while being read"):
         made(corpus)
     assert not leftovers(work)
 

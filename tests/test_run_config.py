@@ -94,7 +94,7 @@ def test_an_older_hybridnorm_still_normalises_all_features_together(residual: st
 def test_a_setting_that_nothing_here_knows_is_refused(part: str) -> None:
     record = stored(RunConfig())
     record[part]["telepathy"] = True
-    with pytest.raises(UserError, match=r"^x/config\.json has settings that are unknown here \(telepathy\)"):
+    with pytest.raises(UserError, match=r"^x/config\.json has unknown settings \(telepathy\)"):
         RunConfig.from_json(record, "x/config.json")
 
 
@@ -145,7 +145,7 @@ def test_every_preset_can_be_fine_tuned_at_a_tenth_of_its_rates(preset: str, new
     ("choices", "words"),
     [
         ({"sequence_length": 0}, "sequence_length is 0: it must be at least 1"),
-        ({"sequence_length": 257}, "sequence_length 257 is more than context_length 256"),
+        ({"sequence_length": 257}, "sequence_length 257 is greater than context_length 256"),
     ],
 )
 def test_a_sequence_length_that_no_run_can_have_is_refused(choices: dict[str, Any], words: str) -> None:
@@ -155,5 +155,5 @@ def test_a_sequence_length_that_no_run_can_have_is_refused(choices: dict[str, An
 
 def test_pairs_have_no_sequence_length() -> None:
     preset = PRESETS["transformer-mini"]
-    with pytest.raises(UserError, match="pairs are as long as they are"):
+    with pytest.raises(UserError, match="pairs keep their own length"):
         replace(preset, training=replace(preset.training, sequence_length=16))

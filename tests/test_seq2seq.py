@@ -213,7 +213,10 @@ def test_pairs_that_are_too_long_are_counted_aloud(parallel: list[str], capsys: 
         (["--data", "nowhere.tsv"], "no file"),
         (["--data", "pydocs"], "text, not pairs, in recipe 'pydocs'"),
         (["--data", "a.en", "--target-data", "a.de", "--validation-data", "a.en"], "--validation-target-data"),
-        (["--data", "a.en", "--target-data", "a.de", "--validation-target-data", "a.de"], "without validation_data"),
+        (
+            ["--data", "a.en", "--target-data", "a.de", "--validation-target-data", "a.de"],
+            "but validation_data is missing",
+        ),
         (["--data", "numbers", "--validation-data", "pairs.tsv"], "validation_data is 'pairs.tsv', and nothing"),
         (["--data", "a.en", "--target-data", "a.de", "--context-length", "3"], "too long for 3 tokens"),
         (["--data", "a.en", "--target-data", "a.de", "--topology", "decoder"], "choose --objective causal"),

@@ -134,7 +134,7 @@ def written(tmp_path: Path, name: str, content: bytes) -> str:
         ("a.txt", b"x" * 300_000 + "é".encode()[:1], "not UTF-8 at byte 300000"),
         ("a.txt", b"x" * (corpora.PIECE - 1) + b"\xc3(", f"not UTF-8 at byte {corpora.PIECE - 1} "),
         ("a.txt.gz", b"not packed", "gzip"),
-        ("a.txt.gz", gzip.compress(b"packed " * 999, mtime=0)[:-20], "cut short"),
+        ("a.txt.gz", gzip.compress(b"packed " * 999, mtime=0)[:-20], "truncated"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": 3}', "line 3 has a field 'text' that is not a string"),
         ("a.jsonl", b'{"text": "a"}\n{"body": "b", "n": 1}', "line 2 has no field 'text': its strings are 'body'"),
         ("a.jsonl", b'{"text": "a"}\n["text"]', "line 2 has no field"),
@@ -225,15 +225,15 @@ def test_tables_may_be_packed_and_hold_long_texts(tmp_path: Path) -> None:
         ("a.tsv", b"id\ttext\n1\ta\n2\n", "line 3 has 1 values"),
         ("a.csv", b"id,text\n1,caf\xe9\n", r"not UTF-8 at byte 13 \(0xe9\)"),
         ("a.json", b"", "is empty"),
-        ("a.json", b"  ", "is no JSON array of objects"),
-        ("a.json", b'{"text": "a"}\n{"text": "b"}', "is no JSON array of objects: .*call it .jsonl"),
+        ("a.json", b"  ", "is not a JSON array of objects"),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}', "is not a JSON array of objects: .*rename it to .jsonl"),
         ("a.json", b'[{"text": "a"}, {"body": "b"}]', "element 2 has no field 'text': its strings are 'body'"),
         ("a.json", b'[{"text": "a"}, {"text": 3}]', "element 2 has a field 'text' that is not a string"),
         ("a.json", b'[{"text": "a"}, "b"]', "element 2 is no object"),
         ("a.json", b'[{"text": "a"} {"text": "b"}]', "element 1 is not JSON"),
         ("a.json", b'[{"text": "a"}, {"text": "b"', "element 2 is not JSON"),
         ("a.json", b'[{"text": "a"}', "element 1 is not JSON"),
-        ("a.json", b'[{"text": "a"}] []', "goes on with"),
+        ("a.json", b'[{"text": "a"}] []', "continues with"),
         ("a.json", b'[{"text": "\\ud800"}]', "element 1 holds half a surrogate pair"),
         ("a.json", b'[{"text": "a", "b": ' + b"[" * 200_000, "element 1 is not JSON .*deep"),
         ("a.json", b'[{"text": "caf\xe9"}]', "not UTF-8 at byte 14"),
@@ -271,7 +271,7 @@ def test_a_row_of_parquet_is_a_document(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="row 2 has no field 'text'"):
         documents(path)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match="is no whole Parquet file"):
+    with pytest.raises(UserError, match="is not a complete Parquet file"):
         documents(path)
 
 
@@ -346,7 +346,7 @@ def test_standard_input_that_is_empty_closed_or_asked_for_twice_is_refused(monke
     monkeypatch.setattr(sys, "stdin", Piped(b" \n"))
     with pytest.raises(UserError, match="standard input is empty"):
         without_standard_input("-")
-    with pytest.raises(UserError, match="can be read once"):
+    with pytest.raises(UserError, match="can be read only once"):
         without_standard_input("-", "-")
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(UserError, match="closed"):

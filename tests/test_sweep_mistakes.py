@@ -34,7 +34,7 @@ def in_process(monkeypatch):
         (["--set", "d_model=16,20", "--set", "num_heads=2,8"], ["d_model 20", "num_heads 8", "in the combination"]),
         (["--set", "lr=1e-4..1e-2"], ["lr is a range", "--random"]),
         (["--set", "lr=1e-2..1e-4", "--random", "3"], ["empty"]),
-        (["--set", "residual=a..b", "--random", "3"], ["no number"]),
+        (["--set", "residual=a..b", "--random", "3"], ["not a number"]),
         (["--set", "residual=pre,post", "--random", "3"], ["--random 3", "2 different"]),
         (["--set", "lr=1e-4..1e-2", "--random", "0"], ["--random is 0"]),
         (["--set", "lr=1,2", "--set", "lr=3"], ["lr", "2 times"]),

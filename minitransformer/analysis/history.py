@@ -104,7 +104,7 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = files.unsealed(read_json(file, "restore it, or leave the run out"))
     except ValueError as error:
-        raise StorageError(f"{file} is not what training wrote ({error}): restore it, or leave the run out") from None
+        raise StorageError(f"{file} was changed after training ({error}): restore it, or leave the run out") from None
     whole = all(isinstance(config.get(part), dict) for part in PARTS)
     if not whole or not isinstance(config["training"].get("seed"), int):
         raise UserError(f"{file} is no configuration with {', '.join(PARTS)} and a seed: leave the run out")

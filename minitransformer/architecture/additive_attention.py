@@ -1,4 +1,4 @@
-"""Additive attention, the first of all: a small network scores each key."""
+"""Additive attention (Bahdanau): a small network scores each key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def additive_attention_weights(
     scores = (q[:, :, None] + k[:, None]).tanh() @ v
     if mask is None:
         return scores.softmax(-1)
-    # The lowest finite number instead of -inf: a row without any key then has a softmax, and no NaN in its gradient.
+    # The lowest finite number instead of -inf avoids NaN in the gradient of a row without any key.
     return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0.0)
 
 
@@ -44,7 +44,7 @@ class AdditiveAttention(nn.Module):
         keys: Float[Tensor, "batch key hidden"],
         is_token: Bool[Tensor, "batch key"] | None = None,
     ) -> Float[Tensor, "batch annotation"]:
-        """The context of one state; `keys` are `self.key(annotations)`, the same for every state."""
+        """The context vector of one state; `keys` are `self.key(annotations)`, shared by all states."""
         mask = None if is_token is None else is_token[:, None]
         weights = additive_attention_weights(self.query(state)[:, None], keys, self.score.weight[0], mask=mask)
         return (weights @ annotations)[:, 0]

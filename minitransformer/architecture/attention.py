@@ -1,4 +1,4 @@
-"""Scaled dot-product attention as its equation, and multi-head attention."""
+"""Scaled dot-product attention by its equation, and multi-head attention."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def attention_weights(
 ) -> Float[Tensor, "batch heads query key"]:
     """softmax(Q Kᵀ · scale + bias) over the keys that a query may attend to: each row sums to 1.
 
-    The row of a query that may attend to nothing is 0. Arguments as in `scaled_dot_product_attention`.
+    The row of a fully masked query is 0. Arguments as in `scaled_dot_product_attention`.
     Vaswani et al. 2017 (arXiv 1706.03762), section 3.2.1.
     """
     scale = q.size(-1) ** -0.5 if scale is None else scale
@@ -40,8 +40,8 @@ def attention_weights(
     allowed = allowed_keys(q, k, causal, mask)
     if allowed is None:
         return scores.softmax(-1)
-    # Added, as a mask is small beside the scores. Finite: a row without any key then has a softmax, and no NaN in its
-    # gradient; half of the lowest number: the sum is finite too.
+    # Added to the scores, since the mask is small. Finite, so that a fully masked row has no NaN in its
+    # gradient; half of the lowest number, so that the sum is finite too.
     forbidding = torch.zeros_like(allowed, dtype=scores.dtype).masked_fill(~allowed, torch.finfo(scores.dtype).min / 2)
     weights = (scores + forbidding).softmax(-1)
     return weights if every_query_has_a_key(q, k, causal, mask) else weights.masked_fill(~allowed, 0.0)
@@ -62,7 +62,7 @@ def scaled_dot_product_attention(
     """softmax(Q Kᵀ · scale + bias) V over the keys that `mask` and `causal` allow (True = may attend).
 
     `scale` defaults to head_dim^-1/2; `mask` and `bias` broadcast over the scores. With `causal`, the last query is
-    aligned with the last key. A query that may attend to nothing gets zeros. `heads` is a multiple of `kv_heads`, or a
+    aligned with the last key. A fully masked query gets zeros. `heads` is a multiple of `kv_heads`, or a
     `UserError` is raised: neighbouring query heads share a key head. `softcap` c bounds scaled scores s, before the
     bias, by c · tanh(s / c).
     Vaswani et al. 2017 (arXiv 1706.03762), equation 1; `bias` as in T5 (1910.10683) and ALiBi (2108.12409);
@@ -82,7 +82,7 @@ def allowed_keys(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Boo
 
 
 def every_query_has_a_key(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> bool:
-    """Whether that is certain without a look at the mask."""
+    """Whether this is certain without reading the mask."""
     return mask is None and (not causal or q.size(-2) <= k.size(-2))
 
 
@@ -100,7 +100,7 @@ def check_heads(heads: int, kv_heads: int) -> None:
     """Raises `UserError` where query heads cannot share key heads evenly."""
     if heads % kv_heads:
         raise UserError(
-            f"{heads} query heads cannot share {kv_heads} key and value heads: make the first a multiple of it"
+            f"{heads} query heads cannot share {kv_heads} key and value heads: choose a multiple of {kv_heads}"
         )
 
 
@@ -124,7 +124,7 @@ class AttentionKernel(Protocol):
 
 
 Projection = Callable[..., Sequence[Tensor]]
-"""From x and linear maps to the output of each map."""
+"""Maps x and linear layers to the output of each."""
 
 
 def project_each(x: Float[Tensor, "*batch features"], *maps: nn.Module) -> Sequence[Float[Tensor, "*batch _"]]:
@@ -137,7 +137,7 @@ def identity(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionView:
-    """Who may attend to whom, and from how far: all of a call that is not the content of the tokens.
+    """Mask, bias, rotation and slots: everything in an attention call except the tokens' features.
 
     `slots` are where a cache holds the keys.
     """
@@ -147,12 +147,12 @@ class AttentionView:
     bias: Float[Tensor, "#batch heads query key"] | None = None
     rotate: Callable[[Tensor], Tensor] = identity
     mix_values: Callable[[Tensor], Tensor] = identity
-    """makes the values that are attended to from those of new tokens, [batch, kv_heads, new, head_dim]"""
+    """maps the values of new tokens, [batch, kv_heads, new, head_dim], to those that are attended to"""
     slots: Slots | None = None
 
 
 class PerHead(nn.Module):
-    """A norm of the features of each head, for queries or keys that are not divided into heads yet."""
+    """A norm over the features of each head, for queries or keys before they are split into heads."""
 
     def __init__(self, norm: nn.Module, head_dim: int) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ QK_NORMS: dict[str, Callable[[Callable[[int], nn.Module], int], Callable[[int], 
 class MultiHeadAttention(nn.Module):
     """Concat(head₁, …, head_h) W_O with head_i = Attention(x W_Qᵢ, m W_Kᵢ, m W_Vᵢ), where m is `memory` or x itself.
 
-    Fewer key and value heads than query heads are shared by neighbouring query heads: `num_kv_heads=1` is multi-query
+    Key and value heads are shared by neighbouring query heads if there are fewer: `num_kv_heads=1` is multi-query
     attention (Shazeer 2019, arXiv 1911.02150), others are grouped (Ainslie et al. 2023, arXiv 2305.13245). `make_norm`
     makes a norm for the projected queries, and one for the keys, from their number of features (QK-norm: Henry et al.
     2020, arXiv 2010.04245), `make_value_norm` one for the values (QKV-norm: Zhuo et al. 2025, arXiv 2503.04598).
@@ -220,7 +220,7 @@ class MultiHeadAttention(nn.Module):
         view: AttentionView,
         cache: AttentionCache | None = None,
     ) -> Float[Tensor, "batch query d_model"]:
-        """Attend from `x` to `memory` (to `x` itself by default), and to what `cache` holds."""
+        """Attend from `x` to `memory` (default: `x` itself), and to the cached tokens."""
         q, k, v = self._projections(x, memory, view, cache)
         attended = self.kernel(
             q,

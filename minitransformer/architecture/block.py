@@ -1,4 +1,4 @@
-"""Transformer blocks, and the stack of blocks that is an encoder or a decoder."""
+"""Transformer blocks, and the stack of blocks of an encoder or a decoder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from minitransformer.settings import Chosen
 
 @dataclass(frozen=True)
 class Memory:
-    """What cross-attention attends to: the output of an encoder, and where its real tokens are (None: everywhere)."""
+    """The encoder output that cross-attention attends to, and its padding mask (None: no padding)."""
 
     values: Float[Tensor, "batch length d_model"]
     is_token: Bool[Tensor, "batch length"] | None = None
@@ -35,13 +35,13 @@ class Memory:
         return AttentionView(mask=None if self.is_token is None else padding_mask(self.is_token))
 
     def select(self, rows: Int[Tensor, "selected"]) -> Memory:
-        """The given rows of the batch, in their order."""
+        """The given rows of the batch, in this order."""
         return Memory(self.values[rows], None if self.is_token is None else self.is_token[rows])
 
 
 @dataclass(frozen=True)
 class BlockParts:
-    """What a block is made of; `make_residual` takes the sublayer's name."""
+    """The components of a block; `make_residual` takes the sublayer's name."""
 
     attention: MultiHeadAttention
     feedforward: nn.Module
@@ -52,7 +52,7 @@ class BlockParts:
 
 @dataclass(frozen=True)
 class Branch:
-    """A sublayer by its name, "attention", "cross_attention" or "feedforward", and the connection that it stands in."""
+    """A sublayer, named "attention", "cross_attention" or "feedforward", and its residual connection."""
 
     name: str
     sublayer: nn.Module
@@ -63,7 +63,7 @@ class Block(Registered, nn.Module, kind="block"):
     """How attention and the feed-forward network are arranged, each inside a residual connection."""
 
     is_parallel = False
-    """whether one connection has all sublayers"""
+    """whether all sublayers share one residual connection"""
 
     def __init__(self, settings: Any, parts: BlockParts) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Block(Registered, nn.Module, kind="block"):
         memory: Memory | None = None,
         memory_cache: MemoryCache | None = None,
     ) -> Any:
-        """The stream after this block; `memory` is what a block with cross-attention attends to."""
+        """The residual stream after this block; cross-attention attends to `memory`."""
 
         def attend(x: Tensor, **given: Any) -> Tensor:
             return self.attention(x, view=replace(view, **given) if given else view, cache=cache)
@@ -92,17 +92,17 @@ class Block(Registered, nn.Module, kind="block"):
         return self.arrange(stream, attend, cross_attend)
 
     def arrange(self, stream: Any, attend: Sublayer, cross_attend: Sublayer | None) -> Any:
-        """The stream after the sublayers: self-attention, cross-attention where there is one, feed-forward network."""
+        """The residual stream after self-attention, cross-attention if present, and the feed-forward network."""
         raise NotImplementedError
 
     @property
     def branches(self) -> list[Branch]:
-        """The sublayers in their order, for callers that initialise or inspect them."""
+        """The sublayers in order, for callers that initialise or inspect them."""
         sublayers = {name: getattr(self, name) for name in ("attention", "cross_attention", "feedforward")}
         return [Branch(name, part, self.residual_of(name)) for name, part in sublayers.items() if part is not None]
 
     def residual_of(self, sublayer: str) -> Residual:
-        """The connection that the sublayer of this name stands in."""
+        """The residual connection of the named sublayer."""
         raise NotImplementedError
 
 
@@ -127,7 +127,7 @@ class TransformerBlock(Block, name="sequential"):
 
 
 class ParallelBlock(Block, name="parallel"):
-    """One sublayer that adds all: with Pre-LN, x + Attention(N(x)) + FeedForward(N(x)).
+    """All sublayers in one residual connection: with Pre-LN, x + Attention(N(x)) + FeedForward(N(x)).
 
     Wang and Komatsuzaki 2021 (GPT-J); Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), section 2.
     """
@@ -163,10 +163,10 @@ class ParallelTwoNorms(ParallelBlock, name="parallel-two-norms"):
 
 
 class Stack(nn.Module):
-    """Embeddings with positions, through every block: what all layers share is made once here.
+    """A stack of blocks, with positions, masks and embedding norm, computed once for all layers.
 
-    `residual` is the placement of the blocks. With `causal`, no token sees a later one; in a layer that has one of
-    `windows`, none sees a token that many or more positions away.
+    `residual` is the norm placement. With `causal`, no token attends to a later one; in a layer with one of
+    `windows`, only to tokens fewer positions away.
     """
 
     def __init__(
@@ -202,9 +202,9 @@ class Stack(nn.Module):
         memory: Memory | None = None,
         cache: KVCache | ChosenSlots | None = None,
     ) -> Float[Tensor, "batch length d_model"]:
-        """The output of the last block for `x`, tokens at `positions`, which grow along a row.
+        """The output of the last block for `x` at `positions`, which increase along a row.
 
-        They attend to each other and to what `cache` holds, and from now on it holds them too; `is_token` is False at
+        Tokens attend to each other and to those in `cache`, to which they are added; `is_token` is False at
         padding. Blocks with cross-attention attend to `memory`.
         """
         slots = tokens_as_slots(positions, is_token) if cache is None else cache.reserve(positions, is_token)
@@ -234,7 +234,7 @@ class Stack(nn.Module):
 
     @property
     def connections(self) -> list[Residual]:
-        """Every residual connection, in their order."""
+        """All residual connections, in order."""
         found = [branch.residual for block in self.blocks for branch in block.branches]  # type: ignore[union-attr]
         return list(dict.fromkeys(found))
 

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens already read, in slots, so that decoding reads each token once."""
+"""KV cache: keys and values of past tokens, in slots."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ KeysAndValues = tuple[Float[Tensor, "batch heads key head_dim"], Float[Tensor, "
 EMPTY = -1
 """the position of a slot that holds no token, or padding"""
 FEW = 32
-"""slots that buffers have at least"""
+"""minimum slots of a buffer"""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """The keys that one forward pass attends to, slot by slot, and the slots among them of its own tokens."""
+    """The slots that one forward pass attends to, and those that its own tokens are written to."""
 
     positions: Int[Tensor, "#batch visible"]
-    """of the token in each visible slot, `EMPTY` where there is none"""
+    """position of the token in each visible slot; `EMPTY` for none"""
     new: Int[Tensor, "new"]
-    """the slots that the new tokens go to"""
+    """slots that the new tokens are written to"""
     visible: int
-    """attention sees the first so many slots"""
+    """number of slots, from the first, that attention reads"""
     room: int
-    """slots that the buffers have: no pass sees more without larger ones"""
+    """number of slots in the buffers"""
     full: bool
-    """whether it is certain that no visible slot is empty: then they need no mask"""
+    """whether no visible slot is empty for certain, so that no padding mask is needed"""
     in_order: bool
-    """whether the new tokens are in the last visible slots, in their order: then kernels need no mask for causality"""
+    """whether the new tokens are in the last visible slots, in order, so that no causal mask is needed"""
 
 
 def tokens_as_slots(
     positions: Int[Tensor, "#batch length"], is_token: Bool[Tensor, "batch length"] | None = None
 ) -> Slots:
-    """The slots of tokens that attend to each other alone, without a cache."""
+    """The slots of tokens that attend only to each other, without a cache."""
     length = positions.size(1)
     new = torch.arange(length, device=positions.device)
     return Slots(_held(positions, is_token), new, length, length, full=is_token is None, in_order=True)
@@ -50,10 +50,10 @@ def _held(positions: Tensor, is_token: Tensor | None) -> Tensor:
 
 @runtime_checkable
 class AttentionCache(Protocol):
-    """What one attention layer remembers from one call to the next."""
+    """The cache of one attention layer."""
 
     def update(self, project: Callable[[], KeysAndValues], slots: Slots | None) -> KeysAndValues:
-        """All keys and values to attend to; `project` computes those of this call."""
+        """All keys and values to attend to; `project` computes the new ones."""
         ...
 
 
@@ -72,9 +72,9 @@ class LayerCache:
     def write(
         self, k: Float[Tensor, "batch heads new head_dim"], v: Float[Tensor, "batch heads new value_dim"], slots: Slots
     ) -> KeysAndValues:
-        """Put the keys and values of new tokens into their slots; returns those of all visible slots.
+        """Write the keys and values of new tokens to their slots; returns those of all visible slots.
 
-        The first ones are kept as they are where no more have room: a prompt is not copied before there are more.
+        If the first ones fill the cache's slots, they are stored without a copy.
         """
         if self._keys is None and k.size(2) == slots.room:
             self._keys, self._values = k, v
@@ -84,7 +84,7 @@ class LayerCache:
         return keys.narrow(2, 0, slots.visible), values.narrow(2, 0, slots.visible)
 
     def put(self, other: LayerCache, rows: list[int], slots: slice, of: int, room: int) -> None:
-        """The first slots of `other`, of one row or of as many, go to `slots` of these rows, of `of` that there are."""
+        """Copy the first slots of `other`, of one row or of as many, to `slots` of `rows`, some of `of` rows."""
         if other._keys is None or other._values is None:
             return
         keys, values = self._buffers(other._keys, other._values, of, room)
@@ -92,17 +92,17 @@ class LayerCache:
         keys[rows, :, slots], values[rows, :, slots] = other._keys[:, :, :length], other._values[:, :, :length]
 
     def roll(self, slots: int) -> None:
-        """What is in a slot goes so many further; what leaves at one end comes back at the other."""
+        """Shift the contents by this many slots, cyclically."""
         for buffer in (self._keys, self._values):
             if buffer is not None:
                 buffer.copy_(buffer.roll(slots, 2))
 
     def select(self, rows: Int[Tensor, "selected"]) -> None:
-        """Keep the given rows of the batch, in their order; as many as before are written where the others were."""
+        """Keep the given rows of the batch, in this order; in place if their number is unchanged."""
         self._keys, self._values = _selected(self._keys, rows), _selected(self._values, rows)
 
     def _buffers(self, k: Tensor, v: Tensor, rows: int, room: int) -> tuple[Tensor, Tensor]:
-        """What is held, in buffers of its own for `rows` rows of at least `room` slots."""
+        """The contents, in new buffers for `rows` rows of at least `room` slots."""
         if self._keys is None or self._values is None or not self._has_buffers or self._keys.size(2) < room:
             self._keys, self._values = _with_room(self._keys, k, rows, room), _with_room(self._values, v, rows, room)
             self._has_buffers = True
@@ -110,7 +110,7 @@ class LayerCache:
 
 
 def _with_room(held: Tensor | None, like: Tensor, rows: int, room: int) -> Tensor:
-    """A copy of what is held, in zeros for `rows` rows of `room` slots."""
+    """A zero buffer for `rows` rows of `room` slots, with a copy of the contents."""
     larger = like.new_zeros((rows, like.size(1), room, like.size(3)))
     if held is not None:
         larger[:, :, : held.size(2)] = held
@@ -136,16 +136,16 @@ class MemoryCache:
         return self._kept
 
     def select(self, rows: Int[Tensor, "selected"]) -> None:
-        """Keep the given rows of the batch, in their order."""
+        """Keep the given rows of the batch, in this order."""
         if self._kept is not None:
             self._kept = self._kept[0][rows], self._kept[1][rows]
 
 
 class KVCache:
-    """A `LayerCache` and a `MemoryCache` for each layer, what a stack keeps of the embeddings, and who is in each slot.
+    """A `LayerCache` and a `MemoryCache` per layer, cached embeddings, and the position in each slot.
 
-    Whoever generates makes it; no module keeps it. New tokens go to the slots after those in use, or to those that `at`
-    chooses. The buffers grow with what they hold, so that few tokens cost little.
+    The caller owns it; no module does. New tokens go to the slots after those in use, or to those that `at`
+    chooses. The buffers grow with their contents.
     """
 
     def __init__(self, num_layers: int, max_length: int) -> None:
@@ -154,16 +154,16 @@ class KVCache:
         self.memories = [MemoryCache() for _ in range(num_layers)]
         self.embeddings = LayerCache()
         self.length = 0
-        """slots in use, where nobody chooses"""
+        """slots in use, unless chosen by `at`"""
         self._positions: Int[Tensor, "#rows slots"] | None = None
         self._room, self._full = 0, True
 
     def next_position(self) -> Int[Tensor, "#rows 1"] | int:
-        """The position after the last one that each row holds."""
+        """The next position of each row."""
         return 0 if self._positions is None else self._positions.amax(-1, keepdim=True) + 1
 
     def reserve(self, positions: Int[Tensor, "#batch new"], is_token: Bool[Tensor, "batch new"] | None = None) -> Slots:
-        """The slots of new tokens, which follow those in use."""
+        """Slots for new tokens, after those in use."""
         first, new = self.length, positions.size(1)
         self.length += new
         assert self.length <= self.max_length, f"{self.length} tokens in a cache for {self.max_length}"
@@ -175,29 +175,26 @@ class KVCache:
         return Slots(held, slots, self.length, self._room, full=self._full, in_order=True)
 
     def at(self, slots: Int[Tensor, "new"], visible: int, *, full: bool, in_order: bool) -> ChosenSlots:
-        """This cache for a forward pass whose tokens go to `slots`, and which attends to the first `visible` slots.
+        """This cache for a forward pass that writes its tokens to `slots` and attends to the first `visible` slots.
 
-        The buffers are whole from the start. `full` and `in_order` are the caller's knowledge of what `Slots` says.
+        The buffers have their full size. `full` and `in_order` are as in `Slots`, and asserted by the caller.
         """
         return ChosenSlots(self, slots, visible, full, in_order)
 
     def hold(self, positions: Int[Tensor, "#batch new"], slots: Int[Tensor, "new"], visible: int) -> Tensor:
-        """Note the positions of the tokens that are in `slots` from now on; returns those of all visible slots."""
+        """Store the positions of tokens in `slots`; returns those of all visible slots."""
         held = self._positions_of(positions.size(0), positions.device)
         held.index_copy_(1, slots, positions.expand(held.size(0), -1))
         return held.narrow(1, 0, visible)
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+        """Keep only the first `length` tokens."""
         self.length = min(length, self.length)
         if self._positions is not None:
             self._positions[:, self.length :] = EMPTY
 
     def put(self, other: KVCache, rows: list[int], slot: int, of: int) -> None:
-        """What `other`, of one row or of as many, has read goes to these rows of `of` here, from `slot` on.
-
-        They hold nothing else then.
-        """
+        """Replace `rows`, some of `of`, by the contents of `other`, of one row or of as many, from `slot` on."""
         self.clear(rows)
         if other._positions is None:
             return
@@ -207,32 +204,32 @@ class KVCache:
             cache.put(source, rows, here, of, self.max_length)
 
     def clear(self, rows: list[int]) -> None:
-        """The rows hold no token."""
+        """Empty these rows."""
         if self._positions is not None:
             self._positions[rows] = EMPTY
 
     def roll(self, slots: int) -> None:
-        """What is in a slot goes so many further, in all rows."""
+        """Shift the contents of all rows by this many slots."""
         for cache in self._of_tokens:
             cache.roll(slots)
         if self._positions is not None:
             self._positions.copy_(self._positions.roll(slots, 1))
 
     def select(self, rows: Int[Tensor, "selected"]) -> None:
-        """Keep the given rows of the batch, in their order: one may be given several times."""
+        """Keep the given rows of the batch, in this order; rows may repeat."""
         self.reorder(rows)
         for memory in self.memories:
             memory.select(rows)
 
     def reorder(self, rows: Int[Tensor, "batch"]) -> None:
-        """`select` for rows that are exchanged only with rows that attend to the same memory, as beams are."""
+        """`select`, where each row is replaced by one with the same memory, as in beam search."""
         for cache in self._of_tokens:
             cache.select(rows)
         if self._positions is not None and self._positions.size(0) > 1:
             self._positions = _selected(self._positions, rows)
 
     def _positions_of(self, rows: int, device: torch.device) -> Int[Tensor, "#rows slots"]:
-        """The positions, apart for each of `rows` rows if these can differ."""
+        """The positions, separate for each of `rows` rows if they may differ."""
         if self._positions is None:
             self._positions = torch.full((rows, self.max_length), EMPTY, device=device)
         elif self._positions.size(0) < rows:
@@ -241,13 +238,13 @@ class KVCache:
 
     @property
     def _of_tokens(self) -> list[LayerCache]:
-        """What grows with the tokens that are read."""
+        """The caches that grow with the tokens."""
         return [*self.layers, self.embeddings]
 
 
 @dataclass(frozen=True)
 class ChosenSlots:
-    """A `KVCache` for one forward pass, whose slots the caller has chosen: `KVCache.at`."""
+    """A `KVCache` for one forward pass with slots chosen by the caller: `KVCache.at`."""
 
     cache: KVCache
     new: Int[Tensor, "new"]

@@ -1,4 +1,4 @@
-"""Dropout, for which torch takes longer on a CPU than for the attention whose weights it drops."""
+"""Dropout with fast random numbers on a CPU, where torch's takes longer than attention itself."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 LEVELS = 1 << 16
-"""that a random number of 16 bits may take"""
+"""number of values of a random 16-bit number"""
 
 
 def apply_dropout(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
-    """x with each element 0 with probability p, and otherwise divided by 1 − p, so that its mean stays.
+    """x with each element 0 with probability p, and otherwise divided by 1 − p, which keeps the mean.
 
-    On a CPU, an element costs 16 random bits in place of a random float: p becomes the nearest multiple of 2⁻¹⁶, in
-    the division too. Srivastava et al. 2014 (Dropout, JMLR 15), section 4, scaled while training.
+    On a CPU, an element takes 16 random bits instead of a random float: p becomes the nearest multiple of 2⁻¹⁶, in
+    the division too. Srivastava et al. 2014 (Dropout, JMLR 15), section 4, as inverted dropout.
     """
     if p == 0.0:
         return x
@@ -31,21 +31,21 @@ def apply_dropout(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape
 
 
 class Dropout(nn.Dropout):
-    """`apply_dropout` while training, and nothing otherwise."""
+    """`apply_dropout` in training mode, the identity in eval mode."""
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return apply_dropout(x, self.p) if self.training else x
 
 
 def _random_levels(x: Tensor) -> Tensor:
-    """Integers of 16 bits in the shape of x: four of each number that torch's generator gives."""
+    """Random 16-bit integers in the shape of x, four from each 64-bit random number."""
     count = x.numel()
     numbers = torch.empty(-(-count // 4), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
     return numbers.view(torch.int16)[:count].view(x.shape)
 
 
-# An operator of its own: the numbers are drawn by one call in every way to run a model. It is given x itself, so that
-# no two calls have the same arguments, and each draws for itself.
+# A custom operator, so that compiled models draw the same numbers. It is given x itself, so that
+# calls with equal arguments are not merged.
 _LIBRARY = torch.library.Library("minitransformer_dropout", "DEF")
 _LIBRARY.define("random_levels(Tensor x) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _LIBRARY.impl("random_levels", _random_levels, "CPU")
@@ -55,7 +55,7 @@ torch.library.register_fake(
 
 
 class _Dropped(torch.autograd.Function):
-    """x · keep · scale, which keeps a byte of each element, and no copy of x, for the way back."""
+    """x · keep · scale, which saves one byte per element for the backward pass, and no copy of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:

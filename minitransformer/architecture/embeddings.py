@@ -12,15 +12,15 @@ from minitransformer.architecture.cache import LayerCache, Slots
 from minitransformer.architecture.dropout import Dropout
 
 TokensOrEmbeddings = Int[Tensor, "batch length"] | Float[Tensor, "batch length d_model"]
-"""What a model reads: tokens, or their embeddings."""
+"""Token ids, or their embeddings."""
 
 
 class TokenEmbedding(nn.Module):
     """E[token] · scale, and S[segment] where there are `num_segments`.
 
     The original Transformer scales by √d_model (Vaswani et al. 2017, section 3.4), GPT-2 by 1. Segments: Devlin et al.
-    2018 (BERT, arXiv 1810.04805), section 3. With `embedding_dim`, the table has that many features, which a linear map
-    brings to d_model.
+    2018 (BERT, arXiv 1810.04805), section 3. With `embedding_dim`, the table has that width, which a linear layer
+    projects to d_model.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class TokenEmbedding(nn.Module):
     def forward(
         self, tokens: TokensOrEmbeddings, segments: Int[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch length d_model"]:
-        """`segments` are all 0 by default. Of tokens that are embedded already, E[token] · scale is what they are."""
+        """`segments` default to 0. Tokens given as embeddings replace E[token] · scale."""
         x = tokens if tokens.is_floating_point() else self._look_up(tokens)
         if self.segments is None:
             return x
@@ -53,9 +53,9 @@ class TokenEmbedding(nn.Module):
 
 
 class TokenSmear(nn.Module):
-    """x_t + g ⊙ x_{t−1}: an embedding also says which token stood before, by gains that start at 0 and are learned.
+    """x_t + g ⊙ x_{t−1}: adds the previous token's embedding, with learned gains g, initially 0.
 
-    A token shift of the embeddings alone: Peng et al. 2023 (RWKV, arXiv 2305.13048), section 3.1.
+    A token shift of the embeddings only: Peng et al. 2023 (RWKV, arXiv 2305.13048), section 3.1.
     """
 
     def __init__(self, d_model: int) -> None:
@@ -71,7 +71,7 @@ class TokenSmear(nn.Module):
         slots: Slots,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch new d_model"]:
-        """`x` are the tokens that go to `slots.new`; `cache` keeps those before. An empty slot is nothing before."""
+        """`x` are the tokens of `slots.new`; `cache` holds the previous ones. An empty slot counts as 0."""
         held = x if cache is None else cache.write(x[:, None], x[:, None, :, :0], slots)[0][:, 0]  # keys of one head
         before = (slots.new - 1).clamp(min=0)
         known = (slots.new > 0) & (slots.positions[:, before] >= 0)
@@ -79,7 +79,7 @@ class TokenSmear(nn.Module):
 
 
 class LMHead(nn.Linear):
-    """One logit for each token of the vocabulary: x Wᵀ + b, where W may be the table of the token embedding.
+    """Logits of the vocabulary: x Wᵀ + b, where W may be the table of the token embedding.
 
     Tying the two: Press and Wolf 2016 (arXiv 1608.05859). x is first multiplied by `scale` (Raffel et al. 2019, T5,
     in its public code: d_model^-1/2); `softcap` c turns a logit z into c · tanh(z / c) (Gemma 2, arXiv 2408.00118, 2).

@@ -23,7 +23,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 class FeedForward(Registered, nn.Module, kind="feed-forward network"):
-    """A map of each token's features by itself; `activation` is also that of a head with one."""
+    """A position-wise network; `activation` is also used by the `transformed` head."""
 
     activation: ClassVar[Any] = staticmethod(gelu_tanh)
 
@@ -35,7 +35,7 @@ class FeedForward(Registered, nn.Module, kind="feed-forward network"):
 
     @classmethod
     def default_width(cls, d_model: int) -> int | None:
-        """Hidden features where no number is given; None for a network that has none to count."""
+        """The default hidden dimension; None for a network without one."""
         return None
 
 
@@ -68,7 +68,7 @@ class GatedFeedForward(FeedForward):
 
     @classmethod
     def default_width(cls, d_model: int) -> int:
-        """As many weights as the plain network, in eights."""
+        """8/3 d_model, rounded to a multiple of 8: as many weights as the plain network."""
         return 8 * round(d_model / 3)
 
     def forward(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length d_model"]:
@@ -103,9 +103,10 @@ class MixtureOfExperts(nn.Module):
 
 
 def load_balancing_loss(router_logits: Float[Tensor, "tokens experts"], experts_per_token: int) -> Float[Tensor, ""]:
-    """E Σᵢ fᵢ Pᵢ: the share of choices that fall on expert i, times its mean probability; 1 when all share alike.
+    """E Σᵢ fᵢ Pᵢ: the fraction of tokens routed to expert i, times its mean probability; 1 if balanced.
 
-    Fedus et al. 2021 (Switch, arXiv 2101.03961), equations 4 to 6; with several choices a token, f counts all of them.
+    Fedus et al. 2021 (Switch, arXiv 2101.03961), equations 4 to 6; with several experts per token, f counts all of
+    them.
     """
     experts = router_logits.size(-1)
     chosen = router_logits.topk(experts_per_token).indices.flatten()

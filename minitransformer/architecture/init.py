@@ -1,4 +1,4 @@
-"""How weights start: one initialisation is one class, found by its name."""
+"""Weight initialisations: one class each, registered by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minitransformer.registry import Registered
 
 
 class Initialisation(Registered, kind="initialisation"):
-    """Draws each kind of weight, in place. Biases start at 0 and norms as identity under every scheme."""
+    """Initialises each kind of weight in place. Biases are 0 and norms the identity under every scheme."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -28,7 +28,7 @@ class Initialisation(Registered, kind="initialisation"):
         raise NotImplementedError
 
     def output_projection(self, weight: Tensor, num_sublayers: int) -> None:
-        """The weights through which one of a stack's `num_sublayers` sublayers writes to the residual stream."""
+        """The output projection of one of a stack's `num_sublayers` sublayers."""
         self.linear(weight)
 
     def head(self, weight: Tensor) -> None:
@@ -59,7 +59,7 @@ class Xavier(Initialisation, name="xavier"):
 
 
 class ScaledXavier(Xavier, name="xavier-scaled"):
-    """Xavier's, with output projections 1/√num_sublayers times as large. Shoeybi et al. 2019 (arXiv 1909.08053)."""
+    """Xavier, with output projections scaled by 1/√num_sublayers. Shoeybi et al. 2019 (arXiv 1909.08053)."""
 
     def output_projection(self, weight: Tensor, num_sublayers: int) -> None:
         nn.init.xavier_uniform_(weight, gain=num_sublayers**-0.5)
@@ -78,19 +78,19 @@ class Small(Initialisation, name="small"):
 
 
 class ZeroOutput(GPT2, name="zero-output"):
-    """GPT-2's, but every sublayer starts as zero, the stack as identity. Zhang et al. 2019 (arXiv 1901.09321)."""
+    """GPT-2, with zero output projections: the stack starts as the identity. Zhang et al. 2019 (arXiv 1901.09321)."""
 
     def output_projection(self, weight: Tensor, num_sublayers: int) -> None:
         nn.init.zeros_(weight)
 
 
 def initialise(model: nn.Module, scheme: Initialisation) -> None:
-    """Draw every linear map and embedding of `model` by `scheme`, times what its residual placement asks.
+    """Initialise every linear layer and embedding of `model` by `scheme`, scaled by its residual placement.
 
-    Depth makes outputs smaller once: where a placement has gains of its own, a scheme draws as for a single sublayer.
-    Other parameters start as the constructor of their variant makes them. At the end, every other module with a method
-    `reset_parameters` is asked for it, inner modules first: it may also change what was drawn inside it. Raises
-    `UserError` for parameters of a module that is no variant and has no such method.
+    Depth scaling is applied once: if the placement has branch gains, `scheme` initialises as for a single sublayer.
+    Other parameters keep the values of their constructor. At the end, every other module with a method
+    `reset_parameters` is called, inner modules first, and may also change weights inside it. Raises
+    `UserError` for parameters of a module that is not a variant and has no such method.
     """
     branches = [branch for module in model.modules() if isinstance(module, Block) for branch in module.branches]
     num_sublayers = {
@@ -108,11 +108,11 @@ def initialise(model: nn.Module, scheme: Initialisation) -> None:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
         elif list(module.parameters(recurse=False)) and not isinstance(module, Registered | Residual.Shared):
-            raise UserError(f"no rule starts the weights of {module}: give it a method reset_parameters")
+            raise UserError(f"nothing initialises the weights of {module}: give it a method reset_parameters")
 
 
 def _draw(module: nn.Module, scheme: Initialisation, tables: set[int], num_sublayers: dict[nn.Module, int]) -> bool:
-    """Draw the weights of `module`, if it is of a kind that a scheme draws; its biases start at 0."""
+    """Initialise `module` if `scheme` covers its kind; biases are 0."""
     match module:
         case nn.Embedding():
             scheme.embedding(module.weight)

@@ -1,4 +1,4 @@
-"""Attention kernels for speed: each computes the numbers of `scaled_dot_product_attention`, which is the plain form."""
+"""Fast attention kernels, equivalent to `scaled_dot_product_attention`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minitransformer.architecture.attention import (
 )
 
 QUERIES_AT_ONCE = 128
-"""of `blockwise_attention`: fewer leave out more keys, in smaller and slower products (measured)"""
+"""block sizes of `blockwise_attention`: smaller ones skip more keys, in slower products (measured)"""
 
 
 def blockwise_attention(
@@ -32,9 +32,9 @@ def blockwise_attention(
     bias: Float[Tensor, "... #query #key"] | None = None,
     **settings: Any,
 ) -> Float[Tensor, "batch heads query value_dim"]:
-    """`scaled_dot_product_attention` for some queries at a time, without the keys that come after all of these.
+    """`scaled_dot_product_attention` by blocks of queries, without the keys after each block.
 
-    For many queries with `causal`, that is little more than half of the work; otherwise it is the same.
+    For many queries with `causal`, this takes little more than half of the work.
     """
     queries, keys = q.size(-2), k.size(-2)
     if not causal or queries == 1 or queries > keys:
@@ -59,7 +59,7 @@ def blockwise_attention(
 
 
 def _part(limits: Tensor | None, first: int, last: int, visible: int) -> Tensor | None:
-    """Of a mask or a bias, what some queries and keys have to do with; one row or column may stand for all."""
+    """The part of a mask or bias for a block of queries and keys; dimensions of size 1 broadcast."""
     if limits is None:
         return None
     limits = limits[..., :visible]
@@ -78,13 +78,13 @@ def fused_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads query value_dim"]:
-    """`scaled_dot_product_attention` by torch's fused kernels, which have no `softcap`: that is computed by hand."""
+    """`scaled_dot_product_attention` by torch's fused kernels, which lack `softcap`: that is computed by hand."""
     if softcap is not None:
         return scaled_dot_product_attention(
             q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout=dropout
         )
     if q.size(-2) == 1:
-        causal = False  # nothing is later than the last key
+        causal = False  # a single query at the last position attends to all keys
     # torch aligns `is_causal` with the first key, which is right only for as many queries as keys.
     is_causal = causal and mask is None and bias is None and q.size(-2) == k.size(-2)
     attn_mask = None if is_causal else _mask_or_bias(q, k, causal, mask, bias)
@@ -103,7 +103,7 @@ def fused_attention(
 
 
 def _mask_or_bias(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """Mask, causality and bias as the one argument that torch has for them, of two dimensions at least."""
+    """Mask, causality and bias combined as torch's `attn_mask`, of at least two dimensions."""
     allowed = allowed_keys(q, k, causal, mask)
     if bias is not None:
         bias = bias.to(q.dtype)
@@ -123,9 +123,9 @@ def fastest_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads query value_dim"]:
-    """Whichever of the kernels is the fastest one for these tensors: by a rule, as a resumed run has to go on alike."""
-    # Measured: torch's fused kernel for CPUs is five times slower than by hand in bfloat16, has no dropout, and takes
-    # longer to train with few keys.
+    """The fastest kernel for these tensors, by a fixed rule, so that a resumed run continues exactly."""
+    # Measured: torch's fused CPU kernel is five times slower than by hand in bfloat16, has no dropout, and is
+    # slower to train with few keys.
     few_to_train = torch.is_grad_enabled() and k.size(-2) <= QUERIES_AT_ONCE
     by_hand = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or dropout > 0 or few_to_train)
     kernel: AttentionKernel = blockwise_attention if by_hand else fused_attention

@@ -1,11 +1,11 @@
-"""The linear maps of a transformer that play a role of their own."""
+"""Linear layers with a special role."""
 
 from torch import nn
 
 
 class ScoreProjection(nn.Linear):
-    """A linear map that only says where to look, such as that of queries and keys; initialisations ask for it."""
+    """A linear layer that only determines attention scores or routing; initialisations check for it."""
 
 
 class OutputProjection(nn.Linear):
-    """The last linear map of a sublayer, whose output is added to the residual stream; initialisations ask for it."""
+    """The last linear layer of a sublayer, which writes to the residual stream; initialisations check for it."""

@@ -9,7 +9,7 @@ from torch import Tensor
 def causal_mask(
     queries: Int[Tensor, "#batch query"], keys: Int[Tensor, "#batch key"]
 ) -> Bool[Tensor, "#batch 1 query key"]:
-    """A query at position p may attend to keys at positions up to p: its own, and those before it.
+    """A query at position p may attend to keys at positions up to p.
 
     Vaswani et al. 2017 (arXiv 1706.03762), section 3.2.3.
     """
@@ -27,5 +27,5 @@ def sliding_window_mask(
 
 
 def padding_mask(is_token: Bool[Tensor, "#batch key"]) -> Bool[Tensor, "#batch 1 1 key"]:
-    """No query may attend to padding, or to a slot that is empty; `is_token` is True at real tokens."""
+    """No query may attend to padding or to an empty slot; `is_token` is True at real tokens."""
     return is_token[:, None, None, :]

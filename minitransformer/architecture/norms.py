@@ -1,4 +1,4 @@
-"""Normalisation of the features of each token, by hand and by torch's fused kernels."""
+"""Normalisation layers, by hand and by torch's fused kernels."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from minitransformer.registry import Registered
 from minitransformer.settings import setting
 
 SMALLEST = 1.1754943508222875e-38
-"""of the positive numbers that float32 has in full precision"""
+"""smallest normal float32"""
 AT_LEAST_SMALLEST = {"at_least": SMALLEST, "must": f"at least {SMALLEST:.1e}, as less is 0 in float32"}
 
 
 def eps_setting() -> Any:
     """The setting that norms share."""
-    return setting(1e-5, flag="norm-eps", **AT_LEAST_SMALLEST, help="added to the variance")
+    return setting(1e-5, flag="norm-eps", **AT_LEAST_SMALLEST, help="ε, added to the variance")
 
 
 def bias_setting() -> Any:
     """The setting of norms that can have biases."""
-    return setting(
-        None, flag="norm-bias", help="whether the norm has biases; None is as the model's linear maps, by bias"
-    )
+    return setting(None, flag="norm-bias", help="use biases in the norm; None is bias")
 
 
 def layer_norm(
@@ -55,14 +53,14 @@ def fused_rms_norm(
     """`rms_norm` by torch's fused kernel."""
     if x.dtype == weight.dtype or x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, eps)
-    # Elsewhere autocast widens x by itself; on a CPU, torch would warn, and compute by a slower kernel.
+    # Elsewhere autocast converts x to float32; on a CPU, torch would warn and use a slower kernel.
     return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
 class Norm(Registered, nn.Module, kind="norm"):
-    """A norm over the last dimension with learnable gains, which starts as identity.
+    """A norm over the last dimension with learnable gains, initially the identity.
 
-    `bias` says whether the model around it has biases, for norms that leave theirs to it.
+    `bias` is the model's setting, for norms without one of their own.
     """
 
     undoes_scale = True
@@ -78,7 +76,7 @@ class Norm(Registered, nn.Module, kind="norm"):
 
 
 def has_bias(own: bool | None, bias: bool) -> bool:
-    """Whether a norm has biases: as its own setting says, or else as the model around it has."""
+    """Whether a norm has biases: by its own setting, or else by the model's."""
     return bias if own is None else own
 
 
@@ -115,7 +113,7 @@ class RMSNorm(Norm, name="rms"):
 
 
 class DyT(Norm, name="dyt"):
-    """γ tanh(a x) + b with one learnable a, from ½: no norm, but in the place of one; it has no eps.
+    """γ tanh(a x) + b with one learnable a, initially ½: a replacement of a norm, without eps.
 
     Zhu et al. 2025 (Dynamic Tanh, arXiv 2503.10622), equation 1.
     """

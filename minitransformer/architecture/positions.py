@@ -1,7 +1,7 @@
-"""How a model knows where a token stands: one scheme is one class, found by its name.
+"""Position schemes: one class each, registered by name.
 
-Position can enter in three places, and each scheme uses one of them: it is added to the embeddings (`embed`), it
-rotates queries and keys (`rotation`), or it is added to the attention scores (`score_bias`).
+Positions enter a model in one of three places: they are added to the embeddings (`embed`), they
+rotate queries and keys (`rotation`), or they are added to the attention scores (`score_bias`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minitransformer.settings import Choice, setting
 def token_positions(
     length: int, is_token: Bool[Tensor, "batch length"] | None = None, device: torch.device | None = None
 ) -> Int[Tensor, "#batch length"]:
-    """0, 1, 2, … for each token; where `is_token` is given, only real tokens count, so that padding shifts nothing."""
+    """0, 1, 2, … for each token; with `is_token`, padding is not counted."""
     if is_token is None:
         return torch.arange(length, device=device)[None]
     return (is_token.long().cumsum(-1) - 1).clamp(min=0)
@@ -32,7 +32,7 @@ def token_positions(
 
 @dataclass(frozen=True)
 class PositionSpace:
-    """The stack that a position scheme is for: its sizes, and whether keys may lie behind only."""
+    """The dimensions and causality of the stack that a position scheme is for."""
 
     d_model: int
     num_heads: int
@@ -42,10 +42,10 @@ class PositionSpace:
 
 
 class PositionScheme(Registered, nn.Module, kind="position scheme"):
-    """A scheme for stacks of the given `PositionSpace`."""
+    """A position scheme for a stack with the given `PositionSpace`."""
 
     table_per_position = False
-    """whether it holds d_model numbers for each position of the context"""
+    """whether it has a table of context_length × d_model"""
 
     def __init__(self, settings: Any, space: PositionSpace) -> None:
         super().__init__()
@@ -53,26 +53,26 @@ class PositionScheme(Registered, nn.Module, kind="position scheme"):
     def embed(
         self, x: Float[Tensor, "batch length d_model"], positions: Int[Tensor, "#batch length"]
     ) -> Float[Tensor, "batch length d_model"]:
-        """The token embeddings, with their positions where the scheme puts them there."""
+        """The token embeddings, with positions if the scheme adds them here."""
         return x
 
     def rotation(self, positions: Int[Tensor, "#batch length"]) -> Callable[[Tensor], Tensor]:
-        """The map that this call's queries and keys, [batch, heads, length, head_dim], go through in every layer."""
+        """The map applied to queries and keys, [batch, heads, length, head_dim], in every layer."""
         return identity
 
     def score_bias(
         self, query_positions: Int[Tensor, "#batch query"], key_positions: Int[Tensor, "#batch key"]
     ) -> Float[Tensor, "#batch heads query key"] | None:
-        """What is added to the attention scores of every layer."""
+        """The bias added to the attention scores of every layer."""
         return None
 
 
 def row_of_each(
     look_up: Callable[[Tensor], Tensor], positions: Int[Tensor, "#batch length"], max_length: int
 ) -> Float[Tensor, "#batch length d_model"]:
-    """What `look_up` finds in a table of `max_length` rows; raises `UserError` for a position that has none.
+    """The rows of a table of `max_length` positions by `look_up`; raises `UserError` for a position beyond it.
 
-    On a GPU, which would have to be waited for, only more positions than there are rows are looked at.
+    On a GPU, to avoid synchronising, only the number of positions is checked.
     """
     if positions.is_cuda and positions.size(1) > max_length and (positions >= max_length).any():
         raise _past_the_context(positions, max_length)
@@ -86,7 +86,7 @@ def _past_the_context(positions: Tensor, max_length: int) -> UserError:
     missing = int(positions[(positions >= max_length) | (positions < 0)][0])
     return UserError(
         f"there is no position {missing}, as context_length is {max_length} (positions are 0 to {max_length - 1}): "
-        "give fewer tokens at a time, or take a model with a longer context"
+        "give fewer tokens, or use a model with a longer context"
     )
 
 
@@ -150,29 +150,29 @@ def rotate_half(
 ) -> Float[Tensor, "batch heads length head_dim"]:
     """x ⊙ cos + swap(x) ⊙ sin, where swap exchanges the halves of each head; sin is negative in the first half.
 
-    That turns the pair (x[i], x[i + head_dim/2]) by its angle, for every i: the half-split layout of public weights.
+    This rotates each pair (x[i], x[i + head_dim/2]) by its angle: the half-split layout of public weights.
     """
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).to(x.dtype)
 
 
 class RotaryScaling(Registered, kind="rotary scaling"):
-    """A change of the frequencies by which rotary positions turn, for contexts longer than a model was trained with."""
+    """A rescaling of the rotary frequencies, for contexts longer than in training."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
     def rescale(self, frequencies: Float[Tensor, "half"]) -> Float[Tensor, "half"]:
-        """The changed frequencies, in radians a position."""
+        """The rescaled frequencies, in radians per position."""
         return frequencies
 
 
 class NoRotaryScaling(RotaryScaling, name="none"):
-    """The frequencies as they are."""
+    """Unscaled frequencies."""
 
 
 def factor_setting() -> Any:
     """The setting that scalings share."""
-    return setting(1.0, flag="rotary-factor", above=0, help="how many times slower the scaled frequencies turn")
+    return setting(1.0, flag="rotary-factor", above=0, help="divisor of the scaled frequencies")
 
 
 class PositionInterpolation(RotaryScaling, name="linear"):
@@ -189,23 +189,27 @@ class PositionInterpolation(RotaryScaling, name="linear"):
 
 
 class Llama3Scaling(RotaryScaling, name="llama3"):
-    """Low frequencies divided by `factor`, high ones as they are, and a linear mix of both between them.
+    """Low frequencies divided by `factor`, high ones unchanged, with linear interpolation in between.
 
-    A frequency is low if it turns less than `low_freq_factor` times in `original_length` positions, and high from
-    `high_freq_factor` turns on. Llama 3 (arXiv 2407.21783), its public code.
+    A frequency is low below `low_freq_factor` rotations in `original_length` positions, and high from
+    `high_freq_factor` rotations. Llama 3 (arXiv 2407.21783), its public code.
     """
 
     @dataclass(frozen=True)
     class Settings:
         factor: float = factor_setting()
         low_freq_factor: float = setting(
-            1.0, flag="rotary-low-freq-factor", help="turns in the original length below which a frequency is low"
+            1.0,
+            flag="rotary-low-freq-factor",
+            help="rotations within the original length below which a frequency is low",
         )
         high_freq_factor: float = setting(
-            4.0, flag="rotary-high-freq-factor", help="turns in the original length from which a frequency is high"
+            4.0,
+            flag="rotary-high-freq-factor",
+            help="rotations within the original length above which a frequency is high",
         )
         original_length: int = setting(
-            8192, flag="rotary-original-length", at_least=1, help="context length that the model was trained with"
+            8192, flag="rotary-original-length", at_least=1, help="context length of the original training"
         )
 
     settings: Settings
@@ -219,44 +223,42 @@ class Llama3Scaling(RotaryScaling, name="llama3"):
 
 
 class Rotary(PositionScheme, name="rotary"):
-    """R(p) q · R(p') k depends on p − p' alone, where R(p) turns the i-th pair of features by p · base^(−2i/head_dim).
+    """R(p) q · R(p') k depends on p − p' alone, where R(p) rotates feature pair i by p · base^(−2i/head_dim).
 
-    Su et al. 2021 (arXiv 2104.09864), section 3.2.2. Only the first `fraction` of a head's features are rotated (Black
-    et al. 2022, GPT-NeoX, arXiv 2204.06745, section 2.1), by frequencies that `scaling` changes.
+    Su et al. 2021 (arXiv 2104.09864), section 3.2.2. Only the first `fraction` of each head's features is rotated
+    (Black et al. 2022, GPT-NeoX, arXiv 2204.06745, section 2.1), with frequencies rescaled by `scaling`.
     """
 
     @dataclass(frozen=True)
     class Settings:
-        base: float = setting(
-            10000.0, above=0, help="the slowest pair of features turns about once in 2π times this many positions"
-        )
-        fraction: float = setting(1.0, above=0, at_most=1, help="share of each head's features that are rotated")
-        scaling: Choice[RotaryScaling] = Choice(RotaryScaling, "none", help="change of the rotary frequencies")
+        base: float = setting(10000.0, above=0, help="base of the rotation frequencies base^(−2i/head_dim)")
+        fraction: float = setting(1.0, above=0, at_most=1, help="fraction of each head's features that is rotated")
+        scaling: Choice[RotaryScaling] = Choice(RotaryScaling, "none", help="rescaling of the rotary frequencies")
 
     def __init__(self, settings: Settings, space: PositionSpace) -> None:
         super().__init__(settings, space)
-        self.turned = int(space.head_dim * settings.fraction)
-        if self.turned % 2 or not self.turned:
+        self.rotated = int(space.head_dim * settings.fraction)
+        if self.rotated % 2 or not self.rotated:
             raise UserError(
-                f"rotary positions turn pairs of features, but head_dim {space.head_dim} times rotary_fraction "
-                f"{settings.fraction} is {self.turned}: make it even"
+                f"rotary positions rotate pairs of features, but head_dim {space.head_dim} times rotary_fraction "
+                f"{settings.fraction} is {self.rotated}: make it even"
             )
-        self.whole_head = self.turned == space.head_dim
+        self.whole_head = self.rotated == space.head_dim
         self.base, self.scaling = settings.base, settings.scaling.make()
 
     def rotation(self, positions: Int[Tensor, "#batch length"]) -> Callable[[Tensor], Tensor]:
-        # Made here rather than kept in a buffer, which a model in bfloat16 would round: far positions need the digits.
-        pairs = torch.arange(0, self.turned, 2, dtype=torch.float32, device=positions.device)
-        angles = positions[:, None, :, None] * self.scaling.rescale(self.base ** (-pairs / self.turned))
+        # Computed here, since a buffer of a bfloat16 model would be rounded, and large positions need the precision.
+        pairs = torch.arange(0, self.rotated, 2, dtype=torch.float32, device=positions.device)
+        angles = positions[:, None, :, None] * self.scaling.rescale(self.base ** (-pairs / self.rotated))
         cos, sin = angles.cos(), angles.sin()
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         if self.whole_head:
             return lambda x: rotate_half(x, cos, sin)
-        return lambda x: torch.cat([rotate_half(x[..., : self.turned], cos, sin), x[..., self.turned :]], dim=-1)
+        return lambda x: torch.cat([rotate_half(x[..., : self.rotated], cos, sin), x[..., self.rotated :]], dim=-1)
 
 
 def alibi_slopes(num_heads: int) -> Float[Tensor, "heads"]:
-    """2^(−8i/n) for n heads, a power of two; the missing ones of another count from every second slope of 2n.
+    """2^(−8i/n) for n heads, a power of two; for other n, with every second slope of the next power of two.
 
     Press et al. 2021 (arXiv 2108.12409), section 3; for other head counts, the code that the authors published.
     """
@@ -283,7 +285,7 @@ class ALiBi(PositionScheme, name="alibi"):
 def t5_bucket(
     offset: Int[Tensor, "*shape"], *, causal: bool, num_buckets: int, max_distance: int
 ) -> Int[Tensor, "*shape"]:
-    """The bucket of key position − query position: one for each small distance, then logarithmically wider ones.
+    """The bucket of key position − query position: one per small distance, then logarithmically wider ones.
 
     Without causality, the upper half of the buckets is for keys ahead. Raffel et al. 2019 (arXiv 1910.10683), 2.1.
     """
@@ -308,8 +310,8 @@ class T5Relative(PositionScheme, name="t5"):
 
     @dataclass(frozen=True)
     class Settings:
-        buckets: int = setting(32, at_least=1, most=1 << 27, help="buckets of distances, each with its bias")
-        max_distance: int = setting(128, at_least=1, most=1 << 27, help="distances from here on share a bucket")
+        buckets: int = setting(32, at_least=1, most=1 << 27, help="number of distance buckets, each with a bias")
+        max_distance: int = setting(128, at_least=1, most=1 << 27, help="distance from which all share the last bucket")
 
     def __init__(self, settings: Settings, space: PositionSpace) -> None:
         super().__init__(settings, space)

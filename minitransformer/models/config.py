@@ -204,7 +204,7 @@ class ModelConfig:
         if (self.topology == "encoder-classifier") != (self.num_classes is not None):
             raise UserError(
                 f"topology is {self.topology!r} and num_classes {self.num_classes}: "
-                "only an encoder-classifier has classes, and it can be imported but not trained: leave num_classes out"
+                "an encoder-classifier needs num_classes, and no other topology has it"
             )
         if self.next_sentence and (self.num_segments or 0) < 2:
             raise UserError(f"next_sentence needs two segments, and num_segments is {self.num_segments}: set it to 2")

@@ -1,4 +1,4 @@
-"""Run folders: what a training run leaves behind, and what every other command starts from."""
+"""Run folders: the output of training, and the input of every other command."""
 
 from minitransformer.runs.layout import (
     GENERATION,

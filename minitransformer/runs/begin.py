@@ -1,4 +1,4 @@
-"""A new run, from scratch or with the weights of another one."""
+"""Starting a run, from scratch or from the weights of another one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from minitransformer.training.machine import Resolved, choose_device, choose_pre
 
 
 def check_possible(config: RunConfig, out: Path | None) -> None:
-    """Raises `UserError` now for what cannot work: not after minutes of preparing text."""
+    """Raises `UserError` early for an impossible run, before minutes of data preparation."""
     if out is not None:
         check_free(out)
     if config.training.tensorboard:
@@ -28,10 +28,10 @@ def check_possible(config: RunConfig, out: Path | None) -> None:
 
 
 def check_fits_run(source: Run, config: RunConfig) -> None:
-    """Raises `UserError` unless a run of `config` can begin with the weights and the tokenizer of `source`."""
+    """Raises `UserError` unless a run of `config` can start from the weights and the tokenizer of `source`."""
     check_fits(source.config.model, config.model)
     if config.data.tokenizer != source.config.data.tokenizer:
-        raise UserError(f"--init-from {source.path} has a tokenizer of its own: leave --tokenizer out")
+        raise UserError(f"--init-from {source.path} determines the tokenizer: leave --tokenizer out")
 
 
 def begin_run(
@@ -42,7 +42,7 @@ def begin_run(
     parent: Parent | None = None,
     initial: Model | None = None,
 ) -> Run:
-    """The folder of a new run of `config`, whose vocabulary is known; `initial` are the weights of its `parent`."""
+    """Create the folder of a new run of `config`, with known vocabulary; `initial` are the weights of its `parent`."""
     inherit = partial(inherit_originals, None if parent is None else Path(parent.path))
     tokenizers = prepared.tokenizer, prepared.target_tokenizer
     return Run.create(path, config, *tokenizers, prepared.folder.name, machine, parent, initial, inherit)

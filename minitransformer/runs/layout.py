@@ -1,4 +1,4 @@
-"""The folders of runs: their names and places, who may write to them, and where they come from."""
+"""Run folders: names, locks and provenance."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REMEDY = "choose an --out on another disk"
 
 
 def provenance() -> dict[str, str]:
-    """Which code made a run, on what, by which command."""
+    """The code version, the machine and the command that made a run."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -45,7 +45,7 @@ def provenance() -> dict[str, str]:
 
 
 def latest_run(root: Path = Path("runs")) -> Path:
-    """The run below `root` that was written to last; raises `UserError` if there is none."""
+    """The most recently written run in `root`; raises `UserError` if there is none."""
     found = [path.parent for path in root.glob(f"*/{CONFIG}")]
     if not found:
         raise UserError(f"there is no run in {root}/: train one with `python train.py`, or name its folder")
@@ -53,13 +53,13 @@ def latest_run(root: Path = Path("runs")) -> Path:
 
 
 def free_run_path(name: str, root: Path = Path("runs")) -> Path:
-    """A path below `root` that nothing has yet: `name`, or `name` with a number."""
+    """An unused path in `root`: `name`, or `name` with a number."""
     candidates = [root / name, *(root / f"{name}-{i}" for i in range(2, 10_000))]
     return next(path for path in candidates if not path.exists())
 
 
 def claimed_run_path(name: str, root: Path = Path("runs")) -> Path:
-    """A new empty folder that no other process gets: that of `free_run_path`."""
+    """Create a new folder at `free_run_path`, exclusively for this process."""
     with files.writing(root, REMEDY):
         files.make_folder(root)
         while True:
@@ -70,26 +70,26 @@ def claimed_run_path(name: str, root: Path = Path("runs")) -> Path:
 
 
 def check_free(path: Path) -> None:
-    """Raise a `UserError` unless a run may begin at `path`.
+    """Raise a `UserError` unless a run may start at `path`.
 
-    It may where nothing is, and where another has ended before its folder was that of a run.
+    It may if there is nothing, or only the remains of a run that ended before its folder was complete.
     """
     if (path / CONFIG).exists():
-        raise UserError(f"{path} exists already: choose another --out, or continue the run with --resume {path}")
+        raise UserError(f"{path} already exists: choose another --out, or continue the run with --resume {path}")
     if not path.exists():
         return
     own = {LOCK, TOKENIZER, TARGET_TOKENIZER, CHECKPOINTS}
     with files.writing(path, REMEDY):
         names = {child.name for child in path.iterdir() if child.suffix != files.PARTIAL} if path.is_dir() else {""}
-        if LOCK in names:  # public checkpoints have files of these names, too
+        if LOCK in names:  # public checkpoints have files of these names too
             own |= {ORIGINALS, GENERATION}
         begun = any(checkpoint_step(checkpoint) > 0 for checkpoint in checkpoints_in(path / CHECKPOINTS))
     if begun or not names <= own:
-        raise UserError(f"{path} exists already, and is not a run: choose another --out")
+        raise UserError(f"{path} already exists and is not a run: choose another --out")
 
 
 def clear(path: Path) -> None:
-    """Remove all that is in the folder of a run but its lock."""
+    """Remove everything in a run folder except its lock."""
     for child in path.iterdir():
         if child.name != LOCK:
             files.remove(child)
@@ -97,9 +97,9 @@ def clear(path: Path) -> None:
 
 @contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """No other process writes to the run at `path` meanwhile; what a killed one left there is cleared away before.
+    """Hold the write lock of the run at `path`, and first remove temporary files of killed processes.
 
-    Raises `UserError` if another process trains the run now. Reading needs no lock.
+    Raises `UserError` if another process is training the run. Reading needs no lock.
     """
     with files.writing(path, REMEDY):
         files.make_folder(path)
@@ -108,9 +108,9 @@ def only_writer(path: Path) -> Iterator[None]:
         lock = files.acquired(lock_file, wait=False)
         if lock is None:
             who = f" (pid {holder})" if holder.isdecimal() else ""
-            raise UserError(f"another process trains {path}{who}: wait until it ends, or stop it")
+            raise UserError(f"another process is training {path}{who}: wait until it ends, or stop it")
     try:
-        with suppress(OSError):  # a courtesy to those who are refused
+        with suppress(OSError):  # the pid is only for the error message of others
             lock_file.write_text(f"{os.getpid()}\n")
         with files.writing(path, REMEDY):
             for folder in (path, path / CHECKPOINTS):

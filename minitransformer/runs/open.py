@@ -1,4 +1,4 @@
-"""A run folder as an object: written when a run begins, and opened by every other command."""
+"""A run folder as an object: created when a run starts, and opened by every other command."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class Run:
     config: RunConfig
     tokenizer: Tokenizer
     target_tokenizer: Tokenizer
-    """of what the model writes: `tokenizer` itself, unless it has a vocabulary of its own"""
+    """tokenizer of the model's output: `tokenizer` itself, unless the target vocabulary is separate"""
     text: str
-    """which prepared text it learns, so that resuming notices another"""
+    """hash of its prepared data, which is checked on resume"""
     machine: Resolved | None = None
-    """what it trains on and how; None where nothing was trained, or an older version did it"""
+    """its device, precision and compilation; None for imports and old runs"""
     parent: Parent | None = None
-    """whose weights it began with; None from scratch"""
+    """the checkpoint that it started from; None from scratch"""
 
     @classmethod
     def create(
@@ -68,11 +68,11 @@ class Run:
         initial: Model | None = None,
         add_files: Callable[[Path], object] = lambda path: None,
     ) -> Run:
-        """A new run folder; `config.json` is written last, and makes it one.
+        """Create a run folder; `config.json` is written last, and completes it.
 
-        A run that does not begin with random weights has those of `initial` as its checkpoint of step 0; `add_files`
-        writes into the folder what an import came with. Raises `UserError` where something is at `path` already, and
-        `StorageError` where it cannot be written.
+        The weights in `initial`, if given, become the checkpoint of step 0; `add_files`
+        adds an import's further files to the folder. Raises `UserError` if `path` already exists, and
+        `StorageError` if it cannot be written.
         """
         check_free(path)
         run = cls(path, config, tokenizer, target_tokenizer, text, machine, parent)
@@ -89,9 +89,9 @@ class Run:
         return run.reconfigured(config)
 
     def reconfigured(self, config: RunConfig, machine: Resolved | None = None) -> Run:
-        """This run with another configuration, which is written down with the code and the command behind it.
+        """This run with another configuration, which is saved with the provenance of the change.
 
-        `machine` replaces what it was trained on until now.
+        `machine` replaces its device, precision and compilation.
         """
         run = replace(self, config=config, machine=machine or self.machine)
         origins = {"machine": run.machine, "parent": run.parent}
@@ -107,27 +107,25 @@ class Run:
 
     @classmethod
     def open(cls, path: Path) -> Run:
-        """The run in the folder `path`; raises `UserError` if it is none, and `StorageError` if it is damaged."""
+        """Open the run folder `path`; raises `UserError` if it is not a run, and `StorageError` if it is damaged."""
         if not (path / CONFIG).is_file():
-            raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give a folder that training has made")
-        sealed = read_json(path / CONFIG, "restore it, or train anew")
+            raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give the output folder of train.py")
+        sealed = read_json(path / CONFIG, "restore it, or train again")
         if "model_type" in sealed and "model" not in sealed:
-            raise UserError(
-                f"{path} is a public checkpoint and no run: make one of it by `minitransformer import {path}`"
-            )
+            raise UserError(f"{path} is a public checkpoint, not a run: import it with `minitransformer import {path}`")
         try:
             record = files.unsealed(sealed)
         except ValueError as error:
             raise StorageError(
-                f"{path / CONFIG} is not what training wrote ({error}): restore it, or, if you changed it and mean it, "
-                f'take out its "{files.CHECKSUM}"'
+                f"{path / CONFIG} was changed after training ({error}): restore it, or, if the change is intended, "
+                f'remove its "{files.CHECKSUM}"'
             ) from None
         check_plugins(record.get("plugins"), str(path / CONFIG))
         config = RunConfig.from_json(record, str(path / CONFIG))
         digests = record.get("sha256")
         for name in (TOKENIZER, TARGET_TOKENIZER):
             if isinstance(digests, dict) and name in digests and _digest(path / name) != digests[name]:
-                raise StorageError(f"{path / name} is not what training wrote: restore it, or train anew")
+                raise StorageError(f"{path / name} was changed after training: restore it, or train again")
         tokenizer = Tokenizer.load(path / TOKENIZER)
         own = path / TARGET_TOKENIZER
         target_tokenizer = Tokenizer.load(own) if own.exists() else tokenizer
@@ -137,13 +135,13 @@ class Run:
 
     @property
     def tokenizers(self) -> list[Tokenizer]:
-        """Of what the model reads and, if that has another vocabulary, of what it writes."""
+        """The tokenizer, and the target tokenizer if the target vocabulary is separate."""
         both = [self.tokenizer, self.target_tokenizer]
         return both if self.target_tokenizer is not self.tokenizer else both[:1]
 
     @property
     def generation_config(self) -> dict[str, Any] | None:
-        """How the publisher of an import would have it generate, if that is known; raises `UserError` if damaged."""
+        """The generation settings published with an imported model, if any; raises `UserError` if damaged."""
         path = self.path / GENERATION
         return read_json(path, "restore it, or import the checkpoint again") if path.is_file() else None
 
@@ -152,22 +150,22 @@ class Run:
         return self.path / CHECKPOINTS
 
     def cased(self, text: str) -> str:
-        """`text` as this run reads it: in lower case, where that was asked for."""
+        """`text`, lower-cased if the run's data is."""
         return self.config.data.dataset.make().cased(text)
 
     def checkpoint(self, name: str | None = None) -> Path:
-        """The whole checkpoint called `name`, by default the best, or the latest if none is called that."""
+        """The checkpoint `name`, by default the best, or else the latest."""
         best = self.checkpoints / "best"
         return self.checkpoint_to_continue("best" if name is None and (best.exists() or best.is_symlink()) else name)
 
     def checkpoint_to_continue(self, name: str | None = None) -> Path:
-        """The whole checkpoint called `name`, by default the latest; raises `StorageError` for one of another run."""
+        """The checkpoint `name`, by default the latest; raises `StorageError` for one of another run."""
         chosen = choose_checkpoint(self.checkpoints, name)
         check_same_settings(chosen, self.config)
         return chosen
 
     def load_model(self, checkpoint: str | None = None, device: str = "cpu") -> Model:
-        """The model of this run, ready to be evaluated, from `checkpoint`: by default the best one."""
+        """The model of this run in eval mode, from `checkpoint`, by default the best."""
         return load_model(self.checkpoint(checkpoint), self.config, device)
 
 

@@ -1,4 +1,4 @@
-"""The trainer of a run folder, with its logs, its samples and its measurements."""
+"""The trainer of a run folder, with its logs, samples and diagnostics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build_trainer(
     initial: Path | None = None,
     checkpoint: Path | None = None,
 ) -> Trainer:
-    """The trainer of `run`: from scratch, with the weights of the checkpoint `initial`, or as `checkpoint` left it."""
+    """The trainer of `run`: from scratch, from the weights of `initial`, or resumed from `checkpoint`."""
     learner = build_learner(run.config, prepared, machine, initial=initial, make_probe=probe_for(run.config.training))
     trainer = Trainer(run.path, learner, log, stop, partial(_sample, run))
     if checkpoint is not None:
@@ -39,7 +39,7 @@ def build_trainer(
 
 
 def open_log(run: Run, done: int, *others: Log) -> Log:
-    """The files of `run`, which continues after `done` steps, the `others`, and TensorBoard if it was asked for."""
+    """The log files of `run` from step `done` on, the `others`, and TensorBoard if enabled."""
     tensorboard = [TensorBoard(run.path)] if run.config.training.tensorboard else []
     return Logs(RunFiles(run.path, resume_at=done), *others, *tensorboard)
 

@@ -1,1 +1,1 @@
-"""From the user's `--data` to a batch of token ids; only `batches` imports torch."""
+"""From `--data` to batches of token ids; only `batches` imports torch."""

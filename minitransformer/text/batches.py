@@ -1,4 +1,4 @@
-"""Windows of a token file: in random order to train on, one after the other to evaluate on."""
+"""Windows of a token file: shuffled for training, sequential for evaluation."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from minitransformer.errors import UserError
 from minitransformer.text.token_files import Tokens
 
 IGNORE = -100
-"""A target that counts in no loss; torch's cross_entropy ignores it by default."""
+"""Target that the loss ignores, as torch's cross_entropy does by default."""
 
 
 class TrainingBatch(Protocol):
-    """What the loop must know of a batch, whatever is in it."""
+    """What the training loop needs of a batch."""
 
     @property
     def num_targets(self) -> int:
-        """How many predictions count in the loss."""
+        """Number of targets in the loss."""
         ...
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens the model reads."""
+        """Number of input tokens."""
         ...
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self: ...
 
 
 class Batches(Protocol):
-    """Batches by number, each the same whenever it is asked for."""
+    """Deterministic batches by index."""
 
     def __len__(self) -> int: ...
 
@@ -48,7 +48,7 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class MadeBatches:
-    """`count` batches, of which `batch` makes any by its number."""
+    """`count` batches, made by `batch` from their index."""
 
     count: int
     batch: Callable[[int], Any]
@@ -62,7 +62,7 @@ class MadeBatches:
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids, and for each position the id that follows it, or IGNORE."""
+    """Token ids, and for each position the next id, or IGNORE."""
 
     inputs: Int64[Tensor, "batch length"]
     targets: Int64[Tensor, "batch length"]
@@ -89,10 +89,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class ShuffledWindows:
-    """Epochs of windows of `tokens` [tokens]: side by side from a random beginning, in random order.
+    """Epochs of adjacent windows of `tokens` [tokens] from a random offset, in random order.
 
-    So every token is learned from as often as any other, but for up to two windows at the ends of an epoch.
-    Raises `UserError` when `tokens` holds not one window of `context_length` + 1.
+    Every token is a target equally often, except up to two windows at the ends of an epoch.
+    Raises `UserError` when `tokens` is shorter than one window of `context_length` + 1.
     """
 
     tokens: Tokens
@@ -103,7 +103,7 @@ class ShuffledWindows:
     def __post_init__(self) -> None:
         if len(self.tokens) <= self.context_length:
             raise UserError(
-                f"{len(self.tokens)} tokens hold no window of {self.context_length + 1}: "
+                f"{len(self.tokens)} tokens are too few for a window of {self.context_length + 1}: "
                 "choose a smaller --context-length, or give more text"
             )
 
@@ -112,7 +112,7 @@ class ShuffledWindows:
         return max(1, (len(self.tokens) - 1) // self.context_length - 1)
 
     def batch(self, index: int) -> Batch:
-        """Batch number `index`: a function of seed and index alone, so a run resumes, or skips, at any of them."""
+        """Batch number `index`, which depends on the seed and the index alone, so that a run can resume anywhere."""
         epochs, places = np.divmod(index * self.batch_size + np.arange(self.batch_size), self.windows_per_epoch)
         starts = np.empty((self.batch_size, 1), np.int64)
         for epoch in np.unique(epochs):
@@ -124,9 +124,9 @@ class ShuffledWindows:
         return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
 
 
-@lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+@lru_cache(maxsize=2)  # a batch may span two epochs
 def _epoch_starts(count: int, length: int, room: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Where the windows of an epoch begin, in the order in which they come: the first of them below `room`."""
+    """The starts of an epoch's windows in their random order; the lowest is below `room`."""
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
     beginning = generator.integers(room)
     return beginning + length * generator.permutation(count)
@@ -134,7 +134,7 @@ def _epoch_starts(count: int, length: int, room: int, seed: int, epoch: int) -> 
 
 @dataclass(frozen=True)
 class SequentialWindows:
-    """All of `tokens` [tokens] once, in order, in windows side by side: every token but the first is one target.
+    """All of `tokens` [tokens] once, in order, in adjacent windows: every token but the first is a target once.
 
     The last batch may have fewer rows, and its last row is padded with targets of IGNORE (inputs: the last token).
     """
@@ -144,14 +144,14 @@ class SequentialWindows:
     batch_size: int
 
     def __len__(self) -> int:
-        """How many batches."""
+        """Number of batches."""
         return max(0, -(-(len(self.tokens) - 1) // (self.context_length * self.batch_size)))
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self.batch, range(len(self)))
 
     def batch(self, index: int) -> Batch:
-        """Batch number `index`, so that several processes can share the work."""
+        """Batch number `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
         span = self.context_length * self.batch_size

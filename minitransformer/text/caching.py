@@ -1,4 +1,4 @@
-"""Work that is kept on disk and never done twice: notes, tokenizers and whole folders, each checked when it is read."""
+"""A cache on disk of records, tokenizers and folders, with checksums that are verified on reading."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from minitransformer.text.threads import cores, in_order
 from minitransformer.text.tokenizers import Tokenizer
 
 SUMS = "sha256.json"
-"""in a prepared folder: the digest of each of its files"""
+"""file with the digests of a prepared folder's files"""
 BLOCK = 1 << 26
-"""bytes that one core hashes at a time"""
+"""bytes per hashed block"""
 T = TypeVar("T")
 
 
@@ -28,7 +28,7 @@ def hash_of(content: Any) -> str:
 
 
 def digest_of(path: Path) -> str:
-    """The SHA-256 of the SHA-256 of each block of the file at `path`, so that every core can take one."""
+    """The SHA-256 of the SHA-256s of the blocks of a file, which are hashed in parallel."""
     size = path.stat().st_size
 
     def block(start: int) -> bytes:
@@ -41,12 +41,12 @@ def digest_of(path: Path) -> str:
 
 
 def write_sums(folder: Path) -> None:
-    """Write down the digests of all files in `folder`."""
+    """Write the digests of all files in `folder`."""
     write_text(folder / SUMS, json.dumps(sealed({path.name: digest_of(path) for path in sorted(folder.iterdir())})))
 
 
 def is_damaged(folder: Path) -> bool:
-    """Whether a file of the prepared `folder` is not what was written; the oldest folders do not know, and are not."""
+    """Whether a file of the prepared `folder` fails its checksum; old folders have none."""
     try:
         if not (folder / SUMS).exists():
             return False
@@ -57,9 +57,9 @@ def is_damaged(folder: Path) -> bool:
 
 
 def build_once(folder: Path, build: Callable[[Path], None], load: Callable[[Path], T | None]) -> T:
-    """What `load` finds in `folder`, built by one process while any other that wants the same waits.
+    """Load `folder`; if it is missing, one process builds it while others wait.
 
-    A folder with a file that is not what was written is built again.
+    A folder with a damaged file is rebuilt.
     """
 
     def found() -> T | None:
@@ -79,7 +79,7 @@ def build_once(folder: Path, build: Callable[[Path], None], load: Callable[[Path
 
 
 def fit_once(path: Path, fit: Callable[[], Tokenizer]) -> Tokenizer:
-    """The tokenizer in the file at `path`, unless it is not what was written; fitted now if there is none."""
+    """The tokenizer in the file at `path`; fitted if the file is missing or damaged."""
     sums = path.with_suffix(".sha256")
     with locked(path):
         with suppress(UserError, OSError):
@@ -92,7 +92,7 @@ def fit_once(path: Path, fit: Callable[[], Tokenizer]) -> Tokenizer:
 
 
 def note_once(path: Path, kind: type[T], find: Callable[[], T]) -> T:
-    """The `kind` of dataclass in the file at `path`, unless it is not what was written; found now if there is none."""
+    """The dataclass `kind` in the file at `path`; computed by `find` if the file is missing or damaged."""
     with suppress(UserError, ValueError):
         return whole_record(kind, unsealed(read_json(path, "make it anew")), "a text", str(path))
     content = find()

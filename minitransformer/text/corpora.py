@@ -1,4 +1,4 @@
-"""What `--data` names, as a stream of documents in pieces of bounded size."""
+"""The documents that `--data` names, streamed in pieces of bounded size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minitransformer.errors import UserError
 from minitransformer.text import recipes
 from minitransformer.text.tables import ARRAYS, DELIMITERS, PARQUET, TABLES, array, parquet, separated, text_of
 
-# Threads hold a few pieces each: this bounds memory, and at this size the price of a task vanishes.
+# Threads hold a few pieces each, so this bounds memory; it is large enough for negligible overhead per task.
 PIECE = 1 << 18
 PROSE = {".txt", ".md"}
 LINES = {".jsonl"}
@@ -34,7 +34,7 @@ Signature = list[tuple[str, int, int, int]]
 
 
 class Piece(NamedTuple):
-    """A stretch of a document; `opens` marks its first."""
+    """A part of a document; `opens` marks the first one."""
 
     text: str
     opens: bool
@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Files:
-    """Files in a fixed order, and how messages call them."""
+    """Files in a fixed order, and their name in messages."""
 
     name: str
     files: tuple[Path, ...]
@@ -53,19 +53,19 @@ class Files:
         return sum(path.stat().st_size for path in self.files)
 
     def signature(self) -> Signature:
-        """What changes when a file does, without reading one: path, bytes, and the times of its last changes."""
+        """Path, size and modification times, which change with the files."""
         entries = [(str(path.resolve()), path.stat()) for path in self.files]
         return [(path, entry.st_size, entry.st_mtime_ns, entry.st_ctime_ns) for path, entry in entries]
 
     def check_unchanged(self, signature: Signature) -> None:
-        """Raises `UserError` if the files have another signature by now."""
+        """Raises `UserError` if the files have changed."""
         if self.signature() != signature:
-            raise UserError(f"{self.name} changed while it was read: try again when nothing writes to it")
+            raise UserError(f"{self.name} changed while being read: try again when nothing writes to it")
 
 
 @dataclass(frozen=True)
 class Corpus(Files):
-    """Texts: a text file is one document, as is a line of JSONL or a row of a table.
+    """Documents: one per text file, JSONL line or table row.
 
     `skipped` counts the files of a folder whose suffix is not text.
     """
@@ -76,8 +76,8 @@ class Corpus(Files):
     def pieces(self, on_read: Callable[[int], object] = lambda count: None) -> Iterator[Piece]:
         """All documents in order, each non-empty, in pieces of at most 2 · PIECE characters.
 
-        `on_read` hears how many bytes of the files were read since it last heard.
-        Raises `UserError` naming the file, and the byte or line, that is not text.
+        `on_read` is called with the number of bytes read since its last call.
+        Raises `UserError` with the file, and the byte or line, that is not text.
         """
         for path in self.files:
             for document in documents(path, self.field, on_read):
@@ -88,18 +88,18 @@ class Corpus(Files):
 
 
 def kind(path: Path) -> str:
-    """The suffix that says how to read `path`, that of the packed file if it is packed."""
+    """The suffix that determines how `path` is read, without .gz."""
     return (Path(path.stem) if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
 def cut(texts: Iterator[str] | list[str], size: int) -> Iterator[str]:
-    """`texts`, joined and cut into pieces of about `size` characters whose encodings join to that of the whole.
+    """`texts`, joined and cut into pieces of about `size` characters whose encodings concatenate to that of the whole.
 
     The cut is before a whitespace that follows a letter or digit. There GPT-4's split pattern, and GPT-2's and
     GPT-4o's, end one match and begin the next: a match that holds a letter or digit never goes on into whitespace,
     and no lookahead is open at its end. (After a newline it would not be so: GPT-2 takes the last of several
     whitespaces by itself, unless the text ends there, and GPT-4o joins `!`, newline and `/`.)
-    Text without such a place is cut between any two characters.
+    Text without such a position is cut between any two characters.
     """
     rest = ""
     for text in texts:
@@ -116,7 +116,7 @@ def cut(texts: Iterator[str] | list[str], size: int) -> Iterator[str]:
 
 
 def _blocks(path: Path, on_read: Callable[[int], object]) -> Iterator[bytes]:
-    """The bytes of a file, unpacked if it ends in .gz, without a byte-order mark."""
+    """The bytes of a file, decompressed if it ends in .gz, without a byte-order mark."""
     try:
         with path.open("rb") as raw:
             packed = path.suffix.lower() == ".gz"
@@ -132,14 +132,14 @@ def _blocks(path: Path, on_read: Callable[[int], object]) -> Iterator[bytes]:
                 at, first = raw.tell(), False
     except OSError as error:
         if isinstance(error, gzip.BadGzipFile):
-            raise UserError(f"{path} is not in gzip format: pack it again, or remove the .gz from its name") from None
+            raise UserError(f"{path} is not in gzip format: compress it again, or remove .gz from its name") from None
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     except (EOFError, zlib.error):
-        raise UserError(f"{path} is damaged or cut short: pack it again") from None
+        raise UserError(f"{path} is damaged or truncated: compress it again") from None
 
 
 def read(path: Path, on_read: Callable[[int], object] = lambda count: None) -> Iterator[str]:
-    """The text of a file in stretches; raises `UserError` with the offset of the first byte that is not UTF-8."""
+    """The text of a file in parts; raises `UserError` with the offset of the first byte that is not UTF-8."""
     decode, before = codecs.getincrementaldecoder("utf-8")(), 0
     for last, block in _with_end(_blocks(path, on_read)):
         pending = len(decode.getstate()[0])
@@ -163,7 +163,7 @@ def _undecodable(path: Path, offset: int, value: int) -> UserError:
 
 
 def jsonl_documents(path: Path, field: str, on_read: Callable[[int], object]) -> Iterator[list[str]]:
-    """The field's text of every line; empty lines and texts are left out; a line is held whole."""
+    """The field's text of every line, without empty lines and texts."""
     for number, line in enumerate(_lines(read(path, on_read)), start=1):
         if not line.strip():
             continue
@@ -175,7 +175,7 @@ def jsonl_documents(path: Path, field: str, on_read: Callable[[int], object]) ->
 
 
 def documents(path: Path, field: str, on_read: Callable[[int], object]) -> Iterator[Iterator[str] | list[str]]:
-    """The documents in a file, each in stretches: its whole text, or the field of each of its rows."""
+    """The documents in a file, each in parts: its whole text, or the field of each row."""
     suffix = kind(path)
     if suffix in LINES:
         yield from jsonl_documents(path, field, on_read)
@@ -203,12 +203,12 @@ def _lines(texts: Iterator[str]) -> Iterator[str]:
 
 
 def open_corpus(data: str | Sequence[str], field: str = "text") -> Corpus:
-    """The corpus that `data` names: a recipe (made now if it must be), else a file, a folder, or a glob, or several.
+    """The corpus that `data` names: one or several recipes (made if necessary), files, folders or globs.
 
-    A folder is searched whole, without hidden files, for the suffixes above (each also with .gz); files named one by
-    one or by a glob are taken as they are, and tables are read by `field` as lines of JSONL are. A file that is named
-    twice is read once. A path that is spelled like a recipe is reached with `./`.
-    Raises `UserError` when nothing is there to read.
+    Folders are searched recursively, without hidden files, for the suffixes above (each also with .gz); files named
+    directly or by a glob are always read, and tables are read by `field` as JSONL is. A file that is named
+    twice is read once. A path with the name of a recipe needs `./`.
+    Raises `UserError` when there is nothing to read.
     """
     names = [data] if isinstance(data, str) else list(data)
     parts = [_opened(name, field) for name in names]
@@ -217,26 +217,28 @@ def open_corpus(data: str | Sequence[str], field: str = "text") -> Corpus:
     if len(parts) == 1:
         return parts[0]
     if made := [name for name in names if name in recipes.known() and field != "text"]:
-        raise UserError(f"recipe {made[0]} has the field 'text', and --field is {field!r}: learn from one of them only")
+        raise UserError(
+            f"recipe {made[0]} has the field 'text', and --field is {field!r}: name data with the same field"
+        )
     files = {file.resolve(): file for part in parts for file in part.files}
     return Corpus(named(names), tuple(files.values()), field, sum(part.skipped for part in parts))
 
 
 def named(data: str | Sequence[str]) -> str:
-    """How messages call what `--data` names."""
+    """The name of `--data` in messages."""
     names = [data] if isinstance(data, str) else list(data)
     return ", ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more"
 
 
 def short_name(data: str | Sequence[str]) -> str:
-    """A name for runs on the recipes, files, folders or globs `data`: the last telling part of the first."""
+    """A short name for runs on `data`: the last meaningful part of the first path."""
     names = [data] if isinstance(data, str) else list(data)
     name = _bare(names[0])
     return name if len(names) == 1 else f"{name}-and-{len(names) - 1}-more"
 
 
 def _bare(data: str) -> str:
-    """The last part of `data` that says something, without endings and wildcards."""
+    """The last meaningful part of a path, without suffixes and wildcards."""
     for part in reversed(Path(data if data.strip("./") else os.path.abspath(data)).parts):
         name = re.sub(r"(\.[A-Za-z]\w*)+$", "", re.sub(r"[*?\[\]]+", "", part))
         if name := re.sub(r"[^\w.+-]+", "-", name).strip(".-"):
@@ -264,7 +266,7 @@ def _opened(data: str, field: str) -> Corpus:
         if not files:
             raise UserError(f"no file matches {data!r}: check the pattern, and quote it against the shell")
     elif path.exists():
-        raise UserError(f"{data} is neither a file nor a folder: pipe what it gives into --data -")
+        raise UserError(f"{data} is neither a file nor a folder: pipe its content into --data -")
     else:
         raise UserError(_missing(data))
     try:
@@ -283,7 +285,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = (Path(parent, name) for name in sorted(names) if not name.startswith("."))
-        # A pipe would be waited for without end, and a link may lead nowhere.
+        # Reading a pipe could block, and a link may be broken.
         yield from (path for path in paths if path.is_file())
 
 

@@ -1,4 +1,4 @@
-"""Where recipes are, and where what is made from text is kept."""
+"""The folders of recipes and of prepared data."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ REMEDY = "set MINITRANSFORMER_DATA to another folder"
 
 
 def recipe_folder() -> Path:
-    """The folder of the recipes: inside an installed package, or `data/` beside the package in a checkout."""
+    """The folder of recipes: in the installed package, or `data/` in a checkout."""
     installed = PACKAGE / "recipes"
     return installed if installed.is_dir() else PACKAGE.parent / "data"
 
 
 def work_folder() -> Path:
-    """Where recipes and prepared tokens are kept.
+    """The folder for recipes' output and prepared data.
 
     `MINITRANSFORMER_DATA` if set; else a checkout's `data/` if writable; else `~/.cache/minitransformer`.
     """

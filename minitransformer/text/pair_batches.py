@@ -1,4 +1,4 @@
-"""Batches of pairs of similar length: in random order to train on, one after the other to evaluate on."""
+"""Batches of pairs of similar length: shuffled for training, sequential for evaluation."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Sources, and for each position of the inputs the target token that follows it, or IGNORE.
+    """Sources, target inputs, and for each input position the next target token, or IGNORE.
 
-    Inputs begin with the start token; sources and targets end with the end token.
+    Inputs start with the start token; sources and targets end with the end token.
     """
 
     source: Int64[Tensor, "batch source"]
@@ -53,7 +53,7 @@ class PairBatch:
 
 
 class Gathered(NamedTuple):
-    """Texts side by side, [b, longest + 1] each: ids (0 where there is none), where they are, and the place after."""
+    """Padded texts, [b, longest + 1] each: ids (0 at padding), which are tokens, and the position after each text."""
 
     ids: Integers
     is_token: npt.NDArray[np.bool_]
@@ -71,7 +71,7 @@ def gathered(texts: Ragged, rows: Integers) -> Gathered:
 
 
 def batch_of(pairs: TokenPairs, rows: Integers, source_end: int, target_end: int, start: int | None) -> PairBatch:
-    """The pairs `rows` [b], each side ended by its end token; inputs begin with `start`, or the targets' end token."""
+    """The pairs `rows` [b] with end tokens; inputs start with `start`, or the targets' end token."""
     first = target_end if start is None else start
     source, target = gathered(pairs.sources, rows), gathered(pairs.targets, rows)
     return PairBatch(
@@ -83,10 +83,10 @@ def batch_of(pairs: TokenPairs, rows: Integers, source_end: int, target_end: int
 
 
 class Layout(NamedTuple):
-    """Pairs longest first, and the batches that they make in this order."""
+    """Pairs sorted by length, longest first, and their batches."""
 
     lengths: Integers
-    """[pairs], of each pair in its own place: the tokens of its longer side, with its end"""
+    """[pairs]: number of tokens of each pair's longer side, end token included"""
     order: Integers
     """[pairs]"""
     ends: Integers
@@ -95,7 +95,7 @@ class Layout(NamedTuple):
 
 @lru_cache(maxsize=4)
 def layout(pairs: TokenPairs, batch_tokens: int) -> Layout:
-    """As many pairs in a batch as `batch_tokens` holds of its longest, which is its first, and one in any case."""
+    """Batches of as many pairs as fit into `batch_tokens` when padded to the longest, and at least one."""
     lengths = np.maximum(pairs.sources.lengths, pairs.targets.lengths) + 1
     order = np.argsort(-lengths, kind="stable")
     falling = lengths[order].tolist()
@@ -107,10 +107,10 @@ def layout(pairs: TokenPairs, batch_tokens: int) -> Layout:
 
 @dataclass(frozen=True)
 class ShuffledPairs:
-    """Epochs of all `pairs`, those of about the same length together, batches in random order.
+    """Epochs of all `pairs` in batches of similar length, in random order.
 
-    Rows × the longest side, with its end token, are at most `batch_tokens`, unless a single pair is longer. Each epoch
-    has as many batches as any other, but pairs of one length meet other ones, and batches come in another order.
+    Rows × longest side, end token included, is at most `batch_tokens`, unless a single pair is longer. Each epoch
+    has the same number of batches, with pairs of equal length and the order of batches reshuffled.
     Vaswani et al. 2017, section 5.1: "sentence pairs were batched together by approximate sequence length".
     """
 
@@ -135,7 +135,7 @@ class ShuffledPairs:
 
 @lru_cache(maxsize=2)
 def _epoch(pairs: TokenPairs, batch_tokens: int, seed: int, epoch: int) -> tuple[Integers, Integers]:
-    """The pairs longest first, in random order where they are as long, and the order of their batches."""
+    """The pairs by length, longest first, shuffled among equals, and the order of their batches."""
     lengths, _, ends = layout(pairs, batch_tokens)
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
     shuffled = generator.permutation(len(pairs))

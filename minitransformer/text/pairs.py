@@ -1,4 +1,4 @@
-"""Texts that belong together, such as a sentence and its translation, as a stream of pairs."""
+"""Source-target pairs, such as a sentence and its translation, as a stream."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ OnRead = Callable[[int], object]
 
 @dataclass(frozen=True)
 class PairCorpus(Files):
-    """One file of pairs, or two whose lines belong together.
+    """One file of pairs, or two parallel files.
 
-    `fields` are those of a JSONL line that hold source and target; `lowercase` is what is done to both.
+    `fields` are the JSONL fields of source and target; `lowercase` applies to both.
     """
 
     fields: Pair = ("source", "target")
     lowercase: bool = False
 
     def pairs(self, on_read: OnRead = lambda count: None) -> Iterator[Pair]:
-        """Source and target of every pair in order; those of which a side is blank are left out.
+        """Source and target of every pair in order, without pairs with a blank side.
 
-        `on_read` hears how many bytes of the files were read since it last heard.
-        Raises `UserError` naming the file, and the byte or line, that cannot be read as pairs.
+        `on_read` is called with the number of bytes read since its last call.
+        Raises `UserError` with the file, and the byte or line, that cannot be read as pairs.
         """
         for source, target in self._raw(on_read):
             if source.strip() and target.strip():
@@ -44,7 +44,7 @@ class PairCorpus(Files):
 
 
 def lines(path: Path, on_read: OnRead) -> Iterator[str]:
-    """The lines of a file without their ends; the last may lack its newline."""
+    """The lines of a file without newlines."""
     rest = ""
     for text in read(path, on_read):
         *whole, rest = (rest + text).split("\n")
@@ -54,7 +54,7 @@ def lines(path: Path, on_read: OnRead) -> Iterator[str]:
 
 
 def table(path: Path, on_read: OnRead) -> Iterator[Pair]:
-    """The first two columns of a TSV file; empty lines are left out."""
+    """The first two columns of a TSV file, without empty lines."""
     for number, line in enumerate(lines(path, on_read), start=1):
         if not line:
             continue
@@ -73,7 +73,7 @@ def jsonl_pairs(path: Path, source_field: str, target_field: str, on_read: OnRea
 
 
 def parallel(source_path: Path, target_path: Path, on_read: OnRead) -> Iterator[Pair]:
-    """Each line of one file with the line of the other that has its number."""
+    """The lines of two files in parallel."""
     sources, targets = lines(source_path, on_read), lines(target_path, on_read)
     for before, (source, target) in enumerate(zip_longest(sources, targets)):
         if source is None or target is None:
@@ -81,7 +81,7 @@ def parallel(source_path: Path, target_path: Path, on_read: OnRead) -> Iterator[
             counts = (before, longer) if source is None else (longer, before)
             raise UserError(
                 f"{source_path} has {counts[0]} lines and {target_path} has {counts[1]}: "
-                "give files whose lines belong together one by one"
+                "give parallel files, whose lines correspond one to one"
             )
         yield source, target
 
@@ -94,21 +94,21 @@ def open_pairs(
     target_field: str = "target",
     lowercase: bool = False,
 ) -> PairCorpus:
-    """The pairs of `data`, a .tsv or .jsonl file, or any text file whose lines belong to those of `target_data`.
+    """The pairs of `data`, a .tsv or .jsonl file, or a text file parallel to `target_data`.
 
-    Each may be packed (.gz). Raises `UserError` when there is no such file, nothing in it, or no way to read it.
+    Files may be compressed (.gz). Raises `UserError` for a missing, empty or unreadable file.
     """
     files = tuple(Path(name).expanduser() for name in (data, target_data) if name is not None)
     for name, path in zip((data, target_data), files, strict=False):
         if not path.is_file():
             what = "text, not pairs, in recipe" if name in recipes.known() else "no file"
-            raise UserError(f"{what} {name!r}: pairs come from a .tsv, a .jsonl, or two files of parallel lines")
+            raise UserError(f"{what} {name!r}: give a .tsv, a .jsonl, or two parallel files")
     if target_data is None and kind(files[0]) not in TABLES | LINES:
         raise UserError(
-            f"{data} alone holds no pairs: name the file of its targets too (--target-data, --validation-target-data), "
+            f"{data} alone has no pairs: give the file of its targets too (--target-data, --validation-target-data), "
             "or give a .tsv or .jsonl"
         )
     corpus = PairCorpus(data, files, (source_field, target_field), lowercase)
     if next(corpus.pairs(), None) is None:
-        raise UserError(f"{data} is empty: put pairs there, of which no side is blank")
+        raise UserError(f"{data} is empty: put pairs there without blank sides")
     return corpus

@@ -1,4 +1,4 @@
-"""Named datasets: each file in `data/` makes one, once."""
+"""Recipes: named datasets, each made once by a file in `data/`."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from minitransformer.text.folders import REMEDY, recipe_folder, work_folder
 
 
 class Recipe(Protocol):
-    """What a file in `data/` defines."""
+    """The interface of a file in `data/`."""
 
     DESCRIPTION: str
 
     def version(self) -> str:
-        """What the documents depend on besides the recipe's source; cheap."""
+        """What the documents depend on besides the recipe's source code; cheap."""
 
     def documents(self) -> Iterator[str]:
-        """The documents, in an order that depends on nothing else."""
+        """The documents, in a deterministic order."""
 
 
 def known() -> dict[str, Path]:
-    """Name to file: `stdlib-code` is made by `stdlib_code.py`."""
+    """Recipes by name: `stdlib-code` is `stdlib_code.py`."""
     files = sorted(recipe_folder().glob("[a-z]*.py"))
     return {file.stem.replace("_", "-"): file for file in files}
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe called `name`; raises `UserError` with the nearest name."""
+    """The recipe `name`; raises `UserError` with the nearest name."""
     path = lookup("recipe", name, known())
     spec = importlib.util.spec_from_file_location(f"minitransformer_recipe_{path.stem}", path)
     assert spec is not None
@@ -46,19 +46,19 @@ def load_recipe(name: str) -> Recipe:
 
 
 def descriptions() -> dict[str, str]:
-    """One line for each recipe."""
+    """A one-line description of each recipe."""
     return {name: load_recipe(name).DESCRIPTION for name in known()}
 
 
 def made_at(name: str, recipe: Recipe) -> Path:
-    """The file of this recipe's documents; its name changes with whatever changes them."""
+    """The file of this recipe's documents, named by a hash of what they depend on."""
     source = known()[name].read_bytes()
     version = hashlib.sha256(source + recipe.version().encode()).hexdigest()[:12]
     return work_folder() / name / f"{version}.jsonl"
 
 
 def make(name: str) -> Path:
-    """The recipe's documents as JSONL with the field `text`, made now if they were not made before.
+    """The recipe's documents as JSONL with the field `text`, made on first use.
 
     Raises `UserError` when the recipe cannot get them.
     """
@@ -67,7 +67,7 @@ def make(name: str) -> Path:
     if target.exists():
         return target
     with writing(target, REMEDY), locked(target):
-        # Under the lock whatever is partial was left by a process that is dead.
+        # Under the lock, partial files are those of a dead process.
         for partial in target.parent.glob(f".{target.name}-*.partial"):
             partial.unlink()
         if not target.exists():

@@ -1,4 +1,4 @@
-"""Text that is piped in, kept as a file: it is read more than once, and again when a run goes on."""
+"""Standard input, stored in a file, since it is read several times and again on resume."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ Sources = str | tuple[str, ...] | None
 
 
 def names_standard_input(sources: Sources) -> bool:
-    """Whether `-` is among what a field such as `--data` names."""
+    """Whether `-` is among the sources of a field such as `--data`."""
     return sources is not None and NAME in ((sources,) if isinstance(sources, str) else sources)
 
 
 def without_standard_input(sources: Sources, others: Sources = None) -> Sources:
-    """`sources` with the path of a file that holds standard input, read to its end, in the place of `-`.
+    """`sources` with `-` replaced by the path of a file that holds standard input.
 
-    Raises `UserError` if `others` want it too, if it is empty, or if the disk is full.
+    Raises `UserError` if `others` contain `-` too, if it is empty, or if the disk is full.
     """
     if not names_standard_input(sources):
         return sources
     if names_standard_input(others):
-        raise UserError("--data and --validation-data are both -, and standard input can be read once: name a file")
+        raise UserError(
+            "--data and --validation-data are both -, but standard input can be read only once: name a file"
+        )
     path = str(_kept())
     return path if isinstance(sources, str) else tuple(path if source == NAME else source for source in sources or ())
 
 
 def _kept() -> Path:
-    """The file, named after its content: lines of JSON if its first line is an object, else plain text."""
+    """Standard input as a file named by its hash: .jsonl if the first line is a JSON object, else plain text."""
     if sys.stdin is None:
         raise UserError("--data - reads standard input, which is closed: pipe text in, or name a file")
     if sys.stdin.isatty():

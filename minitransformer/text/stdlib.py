@@ -9,14 +9,14 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-# Tests, what others installed, and generated tables: none is written to be read.
+# Tests, installed packages and generated tables are not written to be read.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "encodings", "pydoc_data"}
-# These name the machine that Python was built on.
+# These contain the machine that Python was built on.
 OF_THE_MACHINE = ("_sysconfigdata", "config-")
 
 
 def modules() -> Iterator[tuple[str, Path]]:
-    """Dotted name and file of each module, in the order of the names."""
+    """Dotted name and file of each module, sorted by name."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, Path] = {}
     for folder, folders, files in os.walk(root):
@@ -30,6 +30,6 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def version() -> str:
-    """Changes with the Python version and with what a distribution left out or patched."""
+    """Changes with the Python version and with a distribution's patches."""
     listing = "\n".join(f"{name} {path.stat().st_size}" for name, path in modules())
     return f"{platform.python_version()} {hashlib.sha256(listing.encode()).hexdigest()}"

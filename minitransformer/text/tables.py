@@ -1,4 +1,4 @@
-"""Documents in files that hold more than a text each: one field of every row of CSV, TSV, Parquet or a JSON array."""
+"""Documents in one field of every row of CSV, TSV, Parquet or a JSON array."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ARRAYS = {".json"}
 PARQUET = {".parquet"}
 TABLES = {*DELIMITERS, *ARRAYS, *PARQUET}
 ROWS = 1024
-"""of a Parquet file that are held at a time"""
+"""rows of a Parquet file in memory at a time"""
 SPACES = " \t\n\r"
 
 
 def text_of(record: Any, field: str, path: Path, unit: str, number: int) -> str:
-    """The text in `field` of a record; raises `UserError` saying where it stands (`unit` `number`) if there is none."""
+    """The text in `field` of a record; raises `UserError` with its location (`unit` `number`) if there is none."""
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         found = f"has no field {field!r}" if text is None else f"has a field {field!r} that is not a string"
@@ -37,11 +37,11 @@ def text_of(record: Any, field: str, path: Path, unit: str, number: int) -> str:
 
 
 def separated(lines: Iterator[str], path: Path, field: str) -> Iterator[str]:
-    """The field's text of every row of a CSV or TSV file whose first row names the columns; `lines` have their ends.
+    """The field's text of every row of a CSV or TSV file with a header; `lines` keep their newlines.
 
-    Raises `UserError` naming the line where quotes, or the number of values, are not those of such a file.
+    Raises `UserError` with the line of wrong quotes or a wrong number of values.
     """
-    # The module has one limit for all, far below the length of a document.
+    # The csv module has one global limit, far below the length of a document.
     csv.field_size_limit(sys.maxsize)
     suffix = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
     rows = csv.reader(lines, delimiter=DELIMITERS[suffix.lower()], strict=True)
@@ -52,7 +52,7 @@ def separated(lines: Iterator[str], path: Path, field: str) -> Iterator[str]:
             if len(row) != len(header):
                 raise UserError(
                     f"{path} line {rows.line_num} has {len(row)} values, and its first line names {len(header)} "
-                    "columns: give each row all of them, and quote those that hold separators"
+                    "columns: give each row as many values, and quote values that contain separators"
                 )
             yield text_of({field: row[place]}, field, path, "line", rows.line_num)
     except csv.Error as error:
@@ -62,7 +62,7 @@ def separated(lines: Iterator[str], path: Path, field: str) -> Iterator[str]:
 
 
 def _column(header: Sequence[str], field: str, path: Path) -> int:
-    """Where the column called `field` stands."""
+    """The index of the column `field`."""
     if header.count(field) != 1:
         how_many = "no column" if field not in header else f"{header.count(field)} columns"
         names = ", ".join(map(repr, header[:20]))
@@ -71,14 +71,14 @@ def _column(header: Sequence[str], field: str, path: Path) -> int:
 
 
 def array(texts: Iterator[str], path: Path, field: str) -> Iterator[str]:
-    """The field's text of every object of a JSON array, of which one is held at a time."""
+    """The field's text of every object of a JSON array, read one by one."""
     reader = _Elements(texts, path)
     for number, record in enumerate(reader.elements(), start=1):
         yield text_of(record, field, path, "element", number)
 
 
 class _Elements:
-    """The objects of a JSON array that comes in stretches."""
+    """An incremental parser of a JSON array of objects."""
 
     def __init__(self, texts: Iterator[str], path: Path) -> None:
         self.texts, self.path = texts, path
@@ -87,7 +87,7 @@ class _Elements:
     def elements(self) -> Iterator[dict[str, Any]]:
         if self._next() != "[":
             raise UserError(
-                f"{self.path} is no JSON array of objects: if each of its lines is an object, call it .jsonl; "
+                f"{self.path} is not a JSON array of objects: if each of its lines is an object, rename it to .jsonl; "
                 "otherwise write it as one of these"
             )
         self.place += 1
@@ -95,7 +95,7 @@ class _Elements:
         while after != "]":
             number += 1
             if after != "{":
-                raise UserError(f"{self.path} element {number} is no object: give an array of objects")
+                raise UserError(f"{self.path} element {number} is not an object: give an array of objects")
             yield self._object(number)
             after = self._next()
             if after not in (",", "]"):
@@ -105,10 +105,10 @@ class _Elements:
                 after = self._next()
         self.place += 1
         if rest := self._next():
-            raise UserError(f"{self.path} goes on with {shown(rest)} after its array: write one array alone")
+            raise UserError(f"{self.path} continues with {shown(rest)} after its array: write a single array")
 
     def _next(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next character other than whitespace; empty at the end."""
         while True:
             while self.place < len(self.buffer):
                 if self.buffer[self.place] not in SPACES:
@@ -118,7 +118,7 @@ class _Elements:
                 return ""
 
     def _more(self) -> bool:
-        """Whether there was more to read; at least as much again as is held, so that long objects are tried rarely."""
+        """Read at least as much again as is buffered, so that long objects are rarely re-parsed; False at the end."""
         held = self.buffer[self.place :]
         parts, size = [held], 0
         for text in self.texts:
@@ -151,7 +151,7 @@ def parquet(path: Path, field: str, on_read: Callable[[int], object]) -> Iterato
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(
-            f"{path} is read by pyarrow, which is not installed: pip install pyarrow, or convert it to .jsonl"
+            f"{path} needs pyarrow, which is not installed: pip install pyarrow, or convert it to .jsonl"
         ) from None
     try:
         with ParquetFile(path) as file:
@@ -167,4 +167,4 @@ def parquet(path: Path, field: str, on_read: Callable[[int], object]) -> Iterato
                 told = size * number // total
     except (ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is no whole Parquet file ({reason}): write it again, or give .jsonl") from None
+        raise UserError(f"{path} is not a complete Parquet file ({reason}): write it again, or give .jsonl") from None

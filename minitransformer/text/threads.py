@@ -1,4 +1,4 @@
-"""Work on several threads, in order and with a progress bar."""
+"""Ordered parallel work on threads, with a progress bar."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 AHEAD = 1 << 20
-"""characters for each thread, of what is begun before it is asked for"""
+"""characters per thread that are processed ahead"""
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def cores() -> int:
-    """The cores this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_order(
     function: Callable[[T], R], items: Iterable[T], workers: int, size: Callable[[T], int] = lambda item: AHEAD
 ) -> Iterator[R]:
-    """`map` on threads that runs only a little ahead, so that memory holds a few items however many there are.
+    """`map` on threads with bounded read-ahead, so that memory holds few items.
 
-    Small ones are more, as `size` tells, so that no thread waits for the others while one has a large item.
+    The bound is on the total `size`, so that threads stay busy beside a large item.
     """
     if workers == 1:
         yield from map(function, items)
@@ -47,7 +47,7 @@ def in_order(
 
 
 def progress_bar(description: str, total: int, progress: bool) -> Any:
-    """A bar that counts bytes, on a terminal and if `progress` is asked for."""
+    """A progress bar in bytes, on a terminal and with `progress`."""
     from tqdm import tqdm
 
     # disable=None: a bar on a terminal, nothing in a pipe.

@@ -1,4 +1,4 @@
-"""Token ids in files that are mapped into memory: one long text, or texts of any length one after the other."""
+"""Memory-mapped files of token ids: one long text, or a ragged array of texts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ OFFSET = np.dtype("<i8")
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
-    """The smallest type that holds all ids."""
+    """The smallest dtype for all ids."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
 def stored_dtype(name: Any, tokenizer: Tokenizer) -> np.dtype[Any]:
-    """That of `tokenizer`; raises `ValueError` if the note of a folder has the name of another one."""
+    """The dtype of `tokenizer`; raises `ValueError` if the stored name differs."""
     dtype = dtype_of(tokenizer)
     if name != dtype.name:
         raise ValueError(f"tokens are {name!r}, not {dtype.name}")
@@ -33,7 +33,7 @@ def stored_dtype(name: Any, tokenizer: Tokenizer) -> np.dtype[Any]:
 
 
 def mapped(path: Path, dtype: np.dtype[Any], count: int) -> Any:
-    """The `count` numbers in the file at `path`, read when they are asked for; `ValueError` for another count."""
+    """The `count` numbers in the file at `path`, memory-mapped; raises `ValueError` for another count."""
     if path.stat().st_size != count * dtype.itemsize:
         raise ValueError(f"{path} does not hold {count} numbers")
     # An empty file cannot be mapped.
@@ -41,14 +41,14 @@ def mapped(path: Path, dtype: np.dtype[Any], count: int) -> Any:
 
 
 def count_bytes(tokenizer: Tokenizer, tokens: Tokens) -> int:
-    """The bytes of text that `tokens` [tokens] stand for."""
+    """Number of bytes of text in `tokens` [tokens]."""
     sizes = np.array([len(piece) for piece in tokenizer.pieces])
     return int(sizes @ np.bincount(tokens, minlength=len(sizes)))
 
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
-    """Texts of any length one after the other: text i is `tokens[offsets[i] : offsets[i + 1]]`."""
+    """A ragged array of texts: text i is `tokens[offsets[i] : offsets[i + 1]]`."""
 
     tokens: Tokens
     """[tokens]"""
@@ -57,13 +57,13 @@ class Ragged:
 
     @classmethod
     def join(cls, texts: Iterable[npt.NDArray[Any]], dtype: np.dtype[Any]) -> Ragged:
-        """`texts`, each [its tokens]."""
+        """Concatenate `texts`, each [tokens]."""
         kept = [np.empty(0, dtype), *(text.astype(dtype) for text in texts)]
         return cls(np.concatenate(kept), np.cumsum([len(text) for text in kept], dtype=np.int64))
 
     @classmethod
     def load(cls, folder: Path, name: str, meta: dict[str, Any], tokenizer: Tokenizer) -> Ragged:
-        """What a `RaggedWriter` called `name` wrote into `folder`; `meta` is what its `finish` gave."""
+        """Load what the `RaggedWriter` `name` wrote to `folder`; `meta` is the result of its `finish`."""
         tokens = mapped(folder / f"{name}.bin", stored_dtype(meta["dtype"], tokenizer), meta["tokens"])
         return cls(tokens, mapped(folder / f"{name}-offsets.bin", OFFSET, meta["texts"] + 1))
 
@@ -80,7 +80,7 @@ class Ragged:
 
 
 class RaggedWriter:
-    """Writes texts one after the other into a file, and at the end where each begins into another."""
+    """Writes texts to one file, and finally their offsets to another."""
 
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, stack: ExitStack) -> None:
         self.name = name
@@ -99,7 +99,7 @@ class RaggedWriter:
 
 @dataclass(frozen=True, eq=False)
 class TokenPairs:
-    """Sources and their targets, without the start token, and without the last token of each."""
+    """Sources and targets, without start token and without the last token of each."""
 
     sources: Ragged
     targets: Ragged

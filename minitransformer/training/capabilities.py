@@ -1,4 +1,4 @@
-"""Which arithmetic a processor has units for. Nothing here is timed: the same processor always gets the same answer."""
+"""Which precisions a device supports in hardware. Nothing is timed, so the answer is deterministic."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ FIRST_WITH_FLOAT16, FIRST_WITH_BFLOAT16 = (7, 0), (8, 0)
 
 
 def fastest_precision(device: torch.device) -> tuple[str, str]:
-    """The precision that `device` is built to multiply fastest, and by what, in words."""
+    """The fastest precision in the hardware of `device`, and why, in words."""
     if device.type == "cuda":
         if _capability(device) >= FIRST_WITH_BFLOAT16:
-            return "bf16", "this GPU has units for it"
+            return "bf16", "this GPU supports it"
         if _capability(device) >= FIRST_WITH_FLOAT16:
-            return "fp16", "this GPU has units for it, and none for bf16"
-        return "fp32", "this GPU has units for nothing smaller"
+            return "fp16", "this GPU supports it, but not bf16"
+        return "fp32", "this GPU supports no lower precision"
     if device.type == "cpu":
         units = cpu_bfloat16_units()
         return ("bf16", f"this processor has {units}") if units else ("fp32", "this processor has no bf16 units")
@@ -23,7 +23,7 @@ def fastest_precision(device: torch.device) -> tuple[str, str]:
 
 
 def why_not_fast(device: torch.device, precision: str) -> str | None:
-    """Why `device` would compute in `precision` only by detours, or not at all, in words; None if it has the units."""
+    """Why `device` can only emulate `precision`, or not use it at all; None if its hardware supports it."""
     what = "GPU" if device.type == "cuda" else "machine"
     missing = f"this {what} has no {precision} units"
     if precision == "fp32":
@@ -35,11 +35,11 @@ def why_not_fast(device: torch.device, precision: str) -> str | None:
 
 
 def cpu_bfloat16_units() -> str | None:
-    """The instructions by which this CPU multiplies bfloat16 matrices; None if it has none that torch uses."""
+    """The instruction set for bfloat16 matrix products on this CPU; None if there is none that torch uses."""
     if not torch.backends.mkldnn.is_available():
         return None
     for name, is_supported in (("AMX-BF16", "_is_amx_tile_supported"), ("AVX512-BF16", "_is_avx512_bf16_supported")):
-        # torch has no public name for these in all of its versions.
+        # These are private in some versions of torch.
         if getattr(torch.cpu, is_supported, lambda: False)():
             return name
     return None

@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are whole or absent, each with the SHA-256 of its files."""
+"""Checkpoints: folders written atomically, with the SHA-256 of each file."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from minitransformer.records import read_json
 from minitransformer.training.config import RunConfig, fixed_settings
 
 MODEL, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
-# In the folder of a run, whose lock only the process that writes there holds.
+# In a run folder, which is locked by the process that writes to it.
 CHECKPOINTS, LOCK = "checkpoints", "train.lock"
-# What a checkpoint takes beside its tensors.
+# The size of a checkpoint without its tensors.
 MARGIN = 1_000_000
 
 
 def check_room(path: Path, config: RunConfig) -> None:
     """Raise a `StorageError` if the disk of `path` cannot hold the checkpoints of a run."""
-    # Weights and AdamW's two moments, in float32; the best one and one being written stand beside the last ones.
+    # Weights and AdamW's two moments, in float32; plus the best checkpoint and one being written.
     needed = 3 * 4 * count_parameters(config.model) * (config.training.keep_last + 2) + 10_000_000
     folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
@@ -51,7 +51,7 @@ def _check_room_for(folder: Path, name: str, tensors: Mapping[str, Tensor], trai
     free = shutil.disk_usage(folder).free
     if free < needed:
         whole = [path.name for path in checkpoints_in(folder)]
-        # Without one, as in an import, the folder may be no run yet.
+        # Without one, as in an import, the folder may not be a run yet.
         go_on = f"and continue the run with --resume {folder.parent} ({whole[-1]} is the last one)" if whole else ""
         raise StorageError(
             f"checkpoint {name} needs {size(needed)} and {folder} has {size(free)} free: "
@@ -72,16 +72,16 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """How many steps were done when `checkpoint` was written."""
+    """The number of training steps before `checkpoint`."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def write_checkpoint(
     folder: Path, step: int, model: nn.Module, trainer_state: dict[str, Any], config: RunConfig | None = None
 ) -> Path:
-    """Write `folder`/step-NNNNNN and point `latest` to it; `config` is what the model was trained with.
+    """Write `folder`/step-NNNNNN and point `latest` to it; `config` is the configuration of the run.
 
-    Raises `StorageError` where the disk has no room for it, and `OSError` where it cannot be written.
+    Raises `StorageError` if the disk is too full, and `OSError` if it cannot be written.
     """
     path, tensors = folder / checkpoint_name(step), unique_tensors(model)
     _check_room_for(folder, path.name, tensors, trainer_state)
@@ -102,14 +102,14 @@ def _write_state(state: dict[str, Any], path: Path) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            # It speaks of positions in the file; what the disk answered came before it.
+            # torch reports a file position; the cause is the OSError before it.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and stored buffers of `model`, tied ones under their first name only."""
+    """The parameters and persistent buffers of `model`; tied ones under their first name only."""
     seen: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -120,7 +120,7 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_weights(checkpoint: Path, config: ModelConfig) -> None:
-    """Raise a `UserError` if the weights of `checkpoint` are far fewer than a model of `config` has."""
+    """Raise a `UserError` if `checkpoint` is far too small for a model of `config`."""
     path = checkpoint / MODEL
     with _safetensors(path), safe_open(path, "pt") as stored:
         count = len(stored.keys())
@@ -132,11 +132,13 @@ def _safetensors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path} is no whole safetensors file ({error}): choose another --checkpoint") from None
+        raise StorageError(
+            f"{path} is not a complete safetensors file ({error}): choose another --checkpoint"
+        ) from None
 
 
 def load_model_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Fill `model` with the weights of a checkpoint, which must hold exactly what the model has."""
+    """Load the weights of a checkpoint into `model`; names and shapes must match exactly."""
     with _safetensors(checkpoint / MODEL):
         stored = load_file(checkpoint / MODEL)
     wanted = unique_tensors(model)
@@ -155,7 +157,7 @@ def load_model_weights(checkpoint: Path, model: nn.Module) -> None:
 
 
 def load_model(checkpoint: Path, config: RunConfig, device: torch.device | str = "cpu") -> Model:
-    """The model of the run of `config`, ready to be evaluated, with the weights of `checkpoint`.
+    """The model of `config` in eval mode, with the weights of `checkpoint`.
 
     Raises `StorageError` for a checkpoint of another run.
     """
@@ -167,38 +169,38 @@ def load_model(checkpoint: Path, config: RunConfig, device: torch.device | str =
 
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's part of a checkpoint; no code in it is run."""
+    """The trainer's state in a checkpoint; loading executes no code."""
     try:
         state = torch.load(checkpoint / TRAINER, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         raise StorageError(f"{checkpoint / TRAINER} cannot be read ({reason}): choose another --checkpoint") from None
-    # Of weights that training is to begin with, there is none yet.
+    # Initial weights have no trainer state yet.
     if not isinstance(state, dict) or (state and not state.keys() >= {"optimizers", "precision", "progress"}):
-        raise StorageError(f"{checkpoint / TRAINER} holds no state of a trainer: choose another --checkpoint")
+        raise StorageError(f"{checkpoint / TRAINER} holds no trainer state: choose another --checkpoint")
     return state
 
 
 def load_progress(checkpoint: Path) -> dict[str, Any]:
-    """How far training had come in a checkpoint; empty for weights that a run begins with."""
+    """The training progress in a checkpoint; empty for initial weights."""
     return load_trainer_state(checkpoint).get("progress", {})
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is what its manifest says, and so is every file.
+    """What is wrong with a checkpoint, in words; None if the manifest and every checksum match.
 
-    Raises `StorageError` for a file that is there and may not be read.
+    Raises `StorageError` for a file without read permission.
     """
     for path in (checkpoint / name for name in (MANIFEST, MODEL, TRAINER)):
         if path.exists() and not os.access(path, os.R_OK):
-            raise StorageError(f"{path} may not be read: ask its owner for the right to")
+            raise StorageError(f"{path} cannot be read: ask its owner for permission")
     try:
         manifest = files.unsealed(read_json(checkpoint / MANIFEST, "choose another --checkpoint"))
         digests, step = dict(manifest["sha256"]), manifest["step"]
     except (ValueError, KeyError, TypeError, UserError):
         return f"{MANIFEST} is missing or damaged"
     if step != checkpoint_step(checkpoint):
-        return f"{MANIFEST} is that of step {step}"
+        return f"{MANIFEST} belongs to step {step}"
     for name in (MODEL, TRAINER):
         if name not in digests:
             return f"{MANIFEST} has no checksum of {name}"
@@ -210,9 +212,9 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def check_same_settings(checkpoint: Path, config: RunConfig) -> None:
-    """Raise a `StorageError` if the whole `checkpoint` belongs to a run of other settings than `config`.
+    """Raise a `StorageError` if `checkpoint` was trained with other settings than `config`.
 
-    Those that resuming may change are not compared; the oldest checkpoints do not know theirs.
+    Settings that may change on resume are not compared; old checkpoints do not record theirs.
     """
     manifest = checkpoint / MANIFEST
     record = read_json(manifest, "choose another --checkpoint")
@@ -228,39 +230,39 @@ def check_same_settings(checkpoint: Path, config: RunConfig) -> None:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest step first, whole or not; a link to a folder elsewhere is none."""
+    """The checkpoints in `folder` by step, complete or not; links to other folders are left out."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,18}", path.name, re.ASCII)]
     found = [path for path in found if path.is_dir() and not path.is_symlink()]
     return sorted(found, key=checkpoint_step)
 
 
 def choose_checkpoint(folder: Path, name: str | None = None) -> Path:
-    """The whole checkpoint called `name`, by default the latest; if that is damaged, the error offers another."""
+    """The checkpoint `name`, by default the latest; raises `StorageError` with an alternative if it is damaged."""
     _restore(folder)
     candidates = checkpoints_in(folder)
     if name is not None:
         chosen = (folder / name).resolve()
         if chosen not in [path.resolve() for path in candidates]:
             known = ", ".join(path.name for path in candidates) or "none"
-            raise UserError(f"{folder.parent} has no checkpoint {name!r}: there is {known}")
+            raise UserError(f"{folder.parent} has no checkpoint {name!r}: choose from {known}")
     elif candidates:
         latest = (folder / "latest").resolve()
         chosen = latest if latest in [path.resolve() for path in candidates] else candidates[-1].resolve()
     else:
-        raise UserError(f"{folder.parent} has no whole checkpoint: train it first, or choose another run")
+        raise UserError(f"{folder.parent} has no complete checkpoint: train it first, or choose another run")
     fault = damage(chosen)
     if fault is None:
         return chosen
     others = [path.name for path in candidates if path.name != chosen.name and damage(path) is None]
-    remedy = f"use --checkpoint {others[-1]} instead" if others else "there is no other one: train the run anew"
+    remedy = f"use --checkpoint {others[-1]} instead" if others else "there is no other one: train the run again"
     raise StorageError(f"checkpoint {chosen.name} of {folder.parent} is damaged ({fault}): {remedy}")
 
 
 def _restore(folder: Path) -> None:
-    """Bring back a checkpoint that a kill left set aside; who trains the run now does that without us."""
+    """Restore a checkpoint that was being replaced at a kill, unless the run is being trained now."""
     if not any(folder.glob(f"*{files.REPLACED}")):
         return
-    with suppress(OSError):  # a disk that may not be written, say
+    with suppress(OSError):  # such as a read-only disk
         lock = files.acquired(folder.parent / LOCK, wait=False)
         if lock is not None:
             try:
@@ -270,9 +272,9 @@ def _restore(folder: Path) -> None:
 
 
 def remove_old_checkpoints(folder: Path, keep_last: int, *, also_before: int = 0) -> None:
-    """Remove all checkpoints but the newest `keep_last`, the best and the latest.
+    """Remove all checkpoints except the newest `keep_last`, the best and the latest.
 
-    The newest from before step `also_before` stays, too.
+    The newest one before step `also_before` is kept too.
     """
     kept = {(folder / link).resolve().name for link in ("best", "latest") if (folder / link).exists()}
     kept |= {path.name for path in [p for p in checkpoints_in(folder) if checkpoint_step(p) < also_before][-1:]}

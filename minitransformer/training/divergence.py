@@ -1,4 +1,4 @@
-"""When training diverges: how that is noticed, and which checkpoint it can go on from."""
+"""Detecting divergence of training, and finding a checkpoint to continue from."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from minitransformer.training.config import TrainingConfig
 from minitransformer.training.learner import Learner
 from minitransformer.training.progress import Progress
 
-# float16 needs some steps to find its loss scale; nothing that recovers needs more.
+# float16 needs some skipped steps to find its loss scale; more never recover.
 MOST_STEPS_WITHOUT_UPDATE = 20
 NOISE = 1.02
-"""by which the losses of two batches, or of two draws of dropout, may differ"""
+"""tolerance for losses on different batches or dropout masks"""
 
 
 class NonFiniteTraining(Exception):
-    """The loss or its gradient was infinite or NaN for many steps in a row, or an update made the weights so."""
+    """The loss or gradient was infinite or NaN for many steps in a row, or the weights became so."""
 
 
 class DivergenceWatch:
-    """Notes which steps of a run were skipped, as their loss or gradient was infinite or NaN, and ends the run in time.
+    """Counts the steps that were skipped because the loss or gradient was infinite or NaN, and stops the run.
 
-    Its checks raise `NonFiniteTraining`, which says what to do.
+    Its checks raise `NonFiniteTraining` with a remedy.
     """
 
     def __init__(self, folder: Path, learner: Learner, progress: Progress) -> None:
@@ -54,7 +54,7 @@ class DivergenceWatch:
                 self.progress.first_loss = loss if self.progress.first_loss == math.inf else self.progress.first_loss
 
     def check(self) -> None:
-        """Raises if a step was skipped and the weights are lost, or too many steps in a row were."""
+        """Raises if a step was skipped and the weights are not finite, or too many steps in a row were skipped."""
         if self._steps_without_update:
             self.check_finite()
         if self._steps_without_update >= MOST_STEPS_WITHOUT_UPDATE:
@@ -64,14 +64,14 @@ class DivergenceWatch:
             )
 
     def check_finite(self) -> None:
-        """Raises if a weight is not finite, or a tensor that the optimizers keep of one."""
+        """Raises if a weight or an optimizer state is not finite."""
         kept = list(unique_tensors(self.learner.model).values())
         for optimizer in self.learner.optimizers:
             kept += [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
         if not are_finite([tensor for tensor in kept if tensor.is_floating_point()]):
             raise self._diverged(
-                f"after step {self.progress.step} there are infinite or NaN numbers in the weights, or in what the "
-                "optimizer keeps of them; these are not saved"
+                f"after step {self.progress.step}, the weights or the optimizer state are infinite or NaN, "
+                "and are not saved"
             )
 
     def _diverged(self, what: str) -> NonFiniteTraining:
@@ -81,16 +81,16 @@ class DivergenceWatch:
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no number in `tensors`, which are on one device, is infinite or NaN; waits for the device once."""
+    """Whether all numbers in `tensors`, on one device, are finite; synchronises once."""
     if torch.stack(torch._foreach_norm(list(tensors))).isfinite().all():
         return True
     return all(tensor.isfinite().all() for tensor in tensors)  # the norm of large numbers overflows
 
 
 def sound_checkpoint(checkpoints: Path, learner: Learner, first_loss: float) -> Path | None:
-    """The newest whole checkpoint in `checkpoints` that training can go on from; None if there is none.
+    """The newest checkpoint in `checkpoints` that training can continue from; None if there is none.
 
-    Its next step has a finite gradient and a loss no larger than `first_loss` nats a target, what the run began with.
+    Its next step has a finite gradient and a loss of at most `first_loss`, the run's first, in nats per target.
     """
     model = build_model(learner.config.model).to(learner.machine.device)
     for path in reversed(checkpoints_in(checkpoints)):
@@ -119,17 +119,17 @@ def _next_loss(model: Model, learner: Learner, step: int) -> float:
 
 
 def remedy(folder: Path, training: TrainingConfig, sound: Path | None, precision: str) -> str:
-    """What to do after training diverged, with the checkpoint to go on from, if there is a sound one."""
+    """What to do after divergence, with the checkpoint to continue from, if there is a usable one."""
     rates = " ".join(f"--{name.replace('_', '-')} {rate:g}" for name, rate in _lower_rates(training).items())
     other = "" if precision == "fp32" else ", or in another --precision, such as fp32"
     if sound is None:
-        return f"no checkpoint is sound: begin anew with lower rates, such as {rates}{other}"
+        return f"no checkpoint is usable: train again with lower learning rates, such as {rates}{other}"
     path = shlex.quote(str(folder))
-    return f"go on from before it: python train.py --resume {path} --checkpoint {sound.name} {rates}{other}"
+    return f"continue from before it: python train.py --resume {path} --checkpoint {sound.name} {rates}{other}"
 
 
 def _lower_rates(training: TrainingConfig) -> dict[str, float]:
-    """A tenth of the learning rates that were given, and at most the default one."""
+    """A tenth of the given learning rates, and at most the default ones."""
     given = {name: getattr(training, name) for name in ("lr", "embedding_lr", "head_lr")}
     rates = {name: min(rate / 10, TrainingConfig.lr) for name, rate in given.items() if rate is not None}
     return {**rates, "min_lr": 0.0} if training.min_lr > rates["lr"] else rates

@@ -1,4 +1,4 @@
-"""Fine-tuning: a run that begins with the weights of another one, its parent."""
+"""Fine-tuning: a run that starts from the weights of another one, its parent."""
 
 from __future__ import annotations
 
@@ -19,29 +19,28 @@ from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import MODEL
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 
-# What suits weights that have learned already: a tenth of the rates they were learned at, from scratch, keeps most of
-# it. 3e-4 becomes nanoGPT's 3e-5, and rates of Muon stay rates of Muon (Liu et al. 2025, arXiv 2502.16982, section
-# 3.5: what Muon has trained, Muon fine-tunes best).
+# A tenth of the learning rates of pretraining preserves most of what was learned. 3e-4 becomes nanoGPT's 3e-5; runs
+# trained by Muon are fine-tuned by Muon (Liu et al. 2025, arXiv 2502.16982, section 3.5).
 SHARE_OF_RATES = 0.1
 MOST_WARMUP_STEPS, MOST_STEPS, MOST_TOKENS = 20, 1000, 1024
 LEAST_TOKENS = 8
-"""of a sequence: shorter texts are refused"""
+"""minimum tokens per sequence; shorter texts are refused"""
 WEIGHTLESS = {"dropout", "attention_kernel", "init"}
-"""settings of a model that may be others in a fine-tune, as they change no answer of the weights"""
+"""model settings that a fine-tune may change, because they do not change the outputs"""
 
 
 @dataclass(frozen=True)
 class Parent:
-    """Whose weights a run began with."""
+    """The checkpoint that a run started from."""
 
     path: str
     checkpoint: str
     sha256: str
-    """of the file of the weights"""
+    """SHA-256 of the weights file"""
 
     @classmethod
     def of(cls, run: Path, checkpoint: Path) -> Parent:
-        """The parent whose weights are those of `checkpoint`, in the folder `run`."""
+        """The parent for `checkpoint` of the run folder `run`."""
         return cls(str(run), checkpoint.name, sha256(checkpoint / MODEL))
 
     def to_json(self) -> dict[str, Any]:
@@ -49,15 +48,15 @@ class Parent:
 
     @classmethod
     def from_json(cls, record: Any, origin: str) -> Parent | None:
-        """What the file `origin` holds in `record`: None for a run from scratch. Raises `StorageError` for others."""
+        """The parent in `record`, from the file `origin`; None for a run from scratch. Raises `StorageError`."""
         return None if record is None else whole_record(cls, record, "its parent", origin)
 
 
 def fine_tuning(parent: RunConfig, *, from_scratch: bool, new_data: bool) -> RunConfig:
-    """The defaults of a run that begins with the weights of `parent`.
+    """The default configuration for fine-tuning `parent`.
 
-    Rates that are of a fine-tune already, where the parent was not trained `from_scratch`, stay as they are. With
-    `new_data`, what says how the parent's was to be read falls away, but for what its tokenizer depends on.
+    Learning rates are kept if the parent is itself a fine-tune, not trained `from_scratch`. With
+    `new_data`, settings for reading the parent's data are reset, except those that the tokenizer depends on.
     """
     training = _gentle(parent.training) if from_scratch else parent.training
     cuts_text = parent.data.dataset.variant.cuts_text
@@ -84,7 +83,7 @@ def _gentle(training: TrainingConfig) -> TrainingConfig:
 
 
 def check_fits(parent: ModelConfig, model: ModelConfig) -> None:
-    """Raises `UserError` unless a `model` can begin with the weights of a `parent`, and says the same with them."""
+    """Raises `UserError` unless `model` can load the weights of `parent` and computes the same."""
     before, after = flat(parent), flat(model)
     for name in before | after:
         old, new = before.get(name), after.get(name)
@@ -103,10 +102,10 @@ def check_fits(parent: ModelConfig, model: ModelConfig) -> None:
 def prepare_fine_tuning(
     config: RunConfig, usual: RunConfig, tokenizers: Sequence[Tokenizer]
 ) -> tuple[RunConfig, PreparedData]:
-    """The data of a fine-tune, as the `tokenizers` of its parent encode it, and the configuration that suits it.
+    """The data of a fine-tune, encoded by its parent's `tokenizers`, and the adapted configuration.
 
-    Where the text is too short for sequences of the `usual` length, and no other one was asked for, they are as long as
-    it allows. Raises `UserError` for data that cannot be used.
+    If the text is too short for sequences of the `usual` length, and none was requested, sequences are as long as
+    it allows. Raises `UserError` for unusable data.
     """
     try:
         return config, config.prepare(tokenizers)

@@ -1,7 +1,7 @@
-"""Products of linear maps in 8 bits, which GPUs since Ada and Hopper multiply twice as fast as 16.
+"""Linear layers in FP8, which GPUs since Ada and Hopper multiply twice as fast as 16 bits.
 
-Micikevicius et al. 2022, FP8 Formats for Deep Learning (arXiv 2209.05433): E4M3, which is finer, for what goes
-forwards, E5M2, which reaches further, for gradients. Each tensor is scaled so that its largest element becomes the
+Micikevicius et al. 2022, FP8 Formats for Deep Learning (arXiv 2209.05433): E4M3, with more precision, in the
+forward pass, E5M2, with more range, for gradients. Each tensor is scaled so that its largest element becomes the
 largest number of its format.
 """
 
@@ -17,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 FORWARDS, BACKWARDS = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
-"""of which the kernels ask every size to be"""
+"""sizes must be multiples of this for the kernels"""
 
 
 class Float8Products(TorchFunctionMode):
-    """Within it, `F.linear` multiplies in 8 bits and gives bfloat16, where the sizes allow it."""
+    """Within it, `F.linear` multiplies in FP8 and returns bfloat16, where the sizes allow it."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -33,7 +33,7 @@ class Float8Products(TorchFunctionMode):
 def linear(
     x: Float[Tensor, "*batch in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None
 ) -> Float[Tensor, "*batch out"]:
-    """x Wᵀ + b, with x and W in 8 bits, and so are the factors of their gradients."""
+    """x Wᵀ + b with x, W and the factors of their gradients in FP8."""
     product = _Product.apply(x, weight)
     return product if bias is None else product + bias.to(product.dtype)
 
@@ -41,7 +41,7 @@ def linear(
 def quantised(
     x: Float[Tensor, "rows columns"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, ""]]:
-    """x / scale in 8 bits, stored by rows, and `scale`."""
+    """x / scale in FP8, row-major, and `scale`."""
     scale = x.abs().amax().float().clamp(min=1e-30) / torch.finfo(dtype).max
     return (x / scale).to(dtype).contiguous(), scale
 
@@ -51,7 +51,7 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ, which keeps a byte of each element for the way back."""
+    """x Wᵀ, which saves one byte per element for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class _Product(torch.autograd.Function):
         stored, weight_scale = quantised(weight, FORWARDS)
         ctx.save_for_backward(rows, rows_scale, stored, weight_scale)
         ctx.dtypes = x.dtype, weight.dtype
-        # On a CPU, torch makes it of operations that autocast would round to bfloat16 once more.
+        # On a CPU, torch composes it of operations that autocast would round to bfloat16 again.
         with torch.autocast(x.device.type, enabled=False):
             product = _multiplied(rows, rows_scale, stored.t(), weight_scale, torch.bfloat16, fast=True)
         return product.view(*x.shape[:-1], -1)
@@ -77,7 +77,7 @@ class _Product(torch.autograd.Function):
 def _multiplied(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool = False
 ) -> Tensor:
-    """a b, where a is stored by rows and b by columns; `fast` adds up in fewer bits on a GPU."""
+    """a b, where a is row-major and b column-major; `fast` accumulates in lower precision on a GPU."""
     return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast)
 
 

@@ -1,4 +1,4 @@
-"""What a training step needs, assembled once: every run, experiment, trial and benchmark trains by it."""
+"""The learner: everything that a training step needs, for every run, experiment, trial and benchmark."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def build_learner(
     initial: Path | None = None,
     make_probe: MakeProbe = lambda *_: NO_PROBE,
 ) -> Learner:
-    """The learner of a run of `config`, whose vocabulary is known, before its first step.
+    """The learner of `config`, with known vocabulary, before its first step.
 
-    Its weights are drawn by the run's seed and calibrated on its first batch, or are those of the checkpoint `initial`.
+    Weights are initialised by the run's seed and calibrated on its first batch, or loaded from `initial`.
     """
     keep_freed_memory()
     loader = Loader.of_run(config, data)
@@ -51,9 +51,9 @@ def build_learner(
 
 
 class Learner:
-    """A model, the batches and the objective that it learns by, and what updates its weights.
+    """A model with its batches, objective, optimizers and precision.
 
-    The state after a step is a function of the configuration and the data alone, on a CPU bit for bit.
+    The state after a step depends on the configuration and the data alone, bit for bit on a CPU.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Learner:
         return self._batches(self.steps_done)
 
     def step(self, batches: Sequence[TrainingBatch]) -> StepResult:
-        """Update the weights once, by the gradient of the mean loss over all targets of `batches`."""
+        """One optimizer step on the mean loss over all targets of `batches`."""
         step, training = self.steps_done, self.config.training
         self.probe.before_step(step + 1)
         torch.manual_seed(step_seed(training.seed, step))
@@ -96,11 +96,11 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """That of the last step, for most of the weights."""
+        """The learning rate of the first parameter group in the last step."""
         return self.optimizers[0].param_groups[0]["lr"]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on, but for the weights, which a checkpoint has in a file of their own."""
+        """All state that the next step depends on, except the weights, which checkpoints store separately."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "precision": self.precision.state_dict(),
@@ -108,7 +108,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; settings of the optimizers that were changed since keep their new values."""
+        """Continue from `state`; changed optimizer settings keep their new values."""
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
@@ -119,5 +119,5 @@ class Learner:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of everything random in `step`: with it, no generator's state has to survive an interruption."""
+    """The random seed of `step`, so that no generator's state has to be saved."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])

@@ -1,4 +1,4 @@
-"""torch's optimizers without torch's compiler, which they load on the way: that takes as long as loading torch."""
+"""torch's optimizers without importing torch's compiler, which takes as long as importing torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def _bare(method: Callable[..., Any]) -> Callable[..., Any]:
-    """What torch has wrapped to hide it from the compiler, which is never given an optimizer here."""
+    """Unwrap a method that torch disables for the compiler, which never sees an optimizer here."""
     return getattr(method, "__wrapped__", method)
 
 
@@ -18,7 +18,7 @@ class LightOptimizer(torch.optim.Optimizer):
     """`torch.optim.Optimizer`, with the same methods."""
 
     found_inf: Tensor | None = None
-    """1 on the device of the weights if the next step is to change nothing, as torch's fused optimizers call it"""
+    """1, on the weights' device, to skip the next step; the name is that of torch's fused optimizers"""
 
     add_param_group = _bare(torch.optim.Optimizer.add_param_group)
     state_dict = _bare(torch.optim.Optimizer.state_dict)

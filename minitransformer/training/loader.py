@@ -1,4 +1,4 @@
-"""The batches that an objective learns from and is validated on."""
+"""Training and validation batches of an objective."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from minitransformer.training.objectives.base import BatchKey
 
 
 class Loader:
-    """Batches of prepared data as an objective wants them, each a function of the run's seed and its number alone."""
+    """Batches of prepared data, transformed by the objective; each depends on the seed and its index alone."""
 
     def __init__(self, data: PreparedData, objective: Objective, shape: BatchShape, seed: int) -> None:
         self.data, self.objective, self.shape, self.seed = data, objective, shape, seed
 
     @classmethod
     def of_run(cls, config: RunConfig, data: PreparedData) -> Loader:
-        """What the run of `config` reads of `data`."""
+        """The loader for the run of `config`."""
         objective = config.training.objective.make(data.tokenizer, config.model, config.sequence_length)
         shape = config.batch_shape(objective.window, whole=objective.whole_windows)
         return cls(data, objective, shape, config.training.seed)
 
     def training_batches(self, step: int) -> Sequence[TrainingBatch]:
-        """The micro-batches of a step: the same ones whenever they are asked for."""
+        """The micro-batches of a step, deterministically."""
         make = partial(self._made, split="train", index=step)
         batches: Sequence[TrainingBatch] = self.data.shuffled_batches(self.shape, self.seed, step, make)
         return batches
@@ -48,25 +48,25 @@ class Loader:
 
     @property
     def validation_tokens(self) -> int:
-        """How many tokens the validation split has."""
+        """Number of tokens in the validation split."""
         return self.data.num_tokens("validation")
 
     @property
     def validation_targets(self) -> Tokens:
-        """The ids that `validation_bytes` are the bytes of."""
+        """The target ids that `validation_bytes` counts."""
         return self.data.targets("validation")
 
     @cached_property
     def validation_bytes(self) -> int | None:
-        """Bytes of text that the targets of validation stand for; None if they stand for no whole text."""
+        """Bytes of text in the validation targets; None if they are not a whole text."""
         return self.data.num_bytes("validation") if self.objective.predicts_text else None
 
     @property
     def majority_baseline(self) -> float | None:
-        """Accuracy of always predicting the most frequent token of training; None if accuracy is not asked."""
+        """Accuracy of always predicting the most frequent training token; None if accuracy is not measured."""
         return self.data.majority_baseline if self.objective.has_baseline else None
 
     def examples(self, count: int) -> list[list[int]]:
-        """Some inputs of validation (else of training), for a sample of what the model makes of them."""
+        """Some validation (or else training) inputs to generate samples from."""
         batch = next(iter(self.validation_batches() if self.validates else self.training_batches(0)))
         return self.objective.examples(self.data, batch, count)

@@ -1,4 +1,4 @@
-"""What a run says while it trains: to its files, to the terminal or a pipe, and to TensorBoard."""
+"""Logs of a run: files, terminal or pipe, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from minitransformer.toolchain import check_importable
 
 
 class Log:
-    """Hears of every record of numbers and every line of words; this one keeps silent."""
+    """Receives every record of metrics and every line of text; this base class discards them."""
 
     def record(self, numbers: dict[str, Any]) -> None:
-        """Numbers at a step: `numbers["step"]`, and `loss`, `validation_loss` or others."""
+        """Metrics of a step: `numbers["step"]`, and `loss`, `validation_loss` or others."""
 
     def line(self, text: str) -> None:
-        """A line for the reader."""
+        """A line of text for the user."""
 
     def advance(self, step: int) -> None:
         """`step` steps are done."""
@@ -35,13 +35,13 @@ class Log:
         """`done` of `total` batches of a validation are done."""
 
     def forget_validation(self, step: int) -> None:
-        """The validation at `step`, which no checkpoint knows, happens again."""
+        """Discard the validation at `step`, which no checkpoint includes and which is repeated."""
 
     def sync(self) -> None:
-        """What was said so far is to survive a power cut."""
+        """Flush everything to disk."""
 
     def close(self) -> None:
-        """Nothing more will be said."""
+        """Close the log."""
 
 
 class Logs(Log):
@@ -80,12 +80,12 @@ class Logs(Log):
 
 
 class RunFiles(Log):
-    """`metrics.jsonl`, one record a line, and `train.log`, the lines with the time of day."""
+    """`metrics.jsonl`, one record per line, and `train.log`, with timestamps."""
 
     def __init__(self, folder: Path, *, resume_at: int) -> None:
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
-            # What came after the checkpoint, or was cut off in the middle of a line, happens again.
+            # Records after the checkpoint, and truncated lines, are written again.
             self._keep(records_until(self.path, resume_at))
         self.metrics = self.path.open("a", encoding="utf-8")
         self.words = (folder / "train.log").open("a", encoding="utf-8")
@@ -103,7 +103,7 @@ class RunFiles(Log):
         self.metrics = self.path.open("a", encoding="utf-8")
 
     def record(self, numbers: dict[str, Any]) -> None:
-        # JSON has no infinity and no NaN.
+        # JSON has no infinity or NaN.
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
         self.metrics.write(json.dumps(known, allow_nan=False) + "\n")
         self.metrics.flush()
@@ -122,14 +122,16 @@ class RunFiles(Log):
 
 
 def records_until(metrics: Path, step: int) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl` up to `step`; lines that are none are left out."""
-    text = read_bytes(metrics, "move it away, and the run goes on without its past").decode(errors="replace")
+    """The records of a `metrics.jsonl` up to `step`, without invalid lines."""
+    text = read_bytes(metrics, "move it away, and the run continues without its earlier records").decode(
+        errors="replace"
+    )
     records = map(parse_record, text.split("\n"))
     return [record for record in records if record is not None and record["step"] <= step]
 
 
 def parse_record(line: str) -> dict[str, Any] | None:
-    """The record in a line of `metrics.jsonl`; None if there is none, as after a crash or a change by hand."""
+    """The record in a line of `metrics.jsonl`; None for an invalid line, as after a crash or an edit."""
     try:
         record = parse_json(line)
     except ValueError:
@@ -138,14 +140,14 @@ def parse_record(line: str) -> dict[str, Any] | None:
 
 
 class Terminal(Log):
-    """A live bar on a terminal; in a pipe, a line for each record."""
+    """A progress bar on a terminal; in a pipe, a line per record."""
 
     def __init__(self, *, steps: int, done: int) -> None:
         self.bar: Any = None
         self.validation_bar: Any = None
         self._end, self._news = 0.0, ""
         if sys.stdout.isatty():
-            # tqdm's own estimate of the time left would not know of validations.
+            # tqdm's own time estimate would ignore validations.
             layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
             self.bar = tqdm(total=steps, initial=done, bar_format=layout, dynamic_ncols=True, file=sys.stdout)
 
@@ -198,7 +200,7 @@ class Terminal(Log):
 
 
 class TensorBoard(Log):
-    """Every number as a scalar, in the run folder; TensorBoard has no word for one that is missing."""
+    """Every metric as a scalar, in the run folder; missing ones are skipped."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter

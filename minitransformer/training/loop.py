@@ -1,4 +1,4 @@
-"""The training loop: step, log, validate, save, until the last step or a request to stop."""
+"""The training loop: step, log, validate and save, until the last step or a request to stop."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SAMPLES = "samples.txt"
 
 
 class Trainer:
-    """Drives `learner`, and writes down what happens in `folder`.
+    """Runs `learner`, and writes logs, samples and checkpoints to `folder`.
 
-    A run that is interrupted anywhere and restored from a checkpoint ends as if it had not been.
+    A run that is interrupted and restored from a checkpoint ends as if it had not been interrupted.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class Trainer:
         self._saved: Progress | None = None
 
     def train(self, until: int | None = None) -> None:
-        """Step until the last one, an early stop, or a request to stop; the state at the end is always saved.
+        """Train until the last step, early stopping, or a request to stop; the final state is always saved.
 
-        With `until`, the pause after that step is such a stop, planned: the schedule is that of all steps.
-        Raises `NonFiniteTraining` where training diverges; nothing that is not finite is saved.
+        `until` stops after that step; the learning-rate schedule is still that of all steps.
+        Raises `NonFiniteTraining` if training diverges; non-finite states are not saved.
         """
         last = self.config.steps if until is None else min(until, self.config.steps)
         self._meter = Meter(self.learner, self.progress)
@@ -74,11 +74,11 @@ class Trainer:
         self.log.advance(self.progress.step)
 
     def _read(self) -> None:
-        """Wait for the device."""
+        """Synchronise with the device, and read the losses."""
         self._divergence.note(self._meter.read())
 
     def _reading_due(self) -> bool:
-        """Whether to wait for the device, which may be some steps behind."""
+        """Whether to synchronise with the device, which may be some steps behind."""
         config = self.config
         return any(map(self._due, (config.log_every, config.eval_every, config.save_every, MOST_STEPS_WITHOUT_UPDATE)))
 
@@ -103,7 +103,7 @@ class Trainer:
         return self.learner.loader.validates and self.progress.step > 0 and self._due(self.config.eval_every)
 
     def _finish_validation(self) -> None:
-        """Validate if the stop that this run continues from came in the middle of that."""
+        """Repeat a validation during which the run was stopped."""
         if self._validation_due() and self.progress.validated_step != self.progress.step:
             self.log.forget_validation(self.progress.step)
             self._validate()
@@ -117,7 +117,7 @@ class Trainer:
             self._note(validation)
 
     def _validated(self) -> Validation:
-        """Over the whole split if no other validation comes after this one."""
+        """The metrics; over the whole split in the last validation."""
         if self.progress.step == self.config.steps:
             return self.validator(whole=True)
         validation = self.validator(whole=False)
@@ -135,11 +135,11 @@ class Trainer:
             self.write_sample()
 
     def write_sample(self, *, best: bool = False) -> str:
-        """A sample of the model as it stands, or of its best weights, also kept in `samples.txt`."""
+        """A sample from the current or the best weights, also written to `samples.txt`."""
         model, note = self.learner.model, ""
         if best and self.progress.best_step not in (0, self.progress.step):
             model = self._best_model()
-            note = f"of the best weights, those of step {self.progress.best_step}:\n"
+            note = f"from the best weights, of step {self.progress.best_step}:\n"
         sample = note + self.sample(model, self.learner.loader)
         with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
             file.write(f"{sample_heading(self.progress.step)}{sample}\n")
@@ -147,7 +147,7 @@ class Trainer:
         return sample
 
     def write_last_sample(self) -> None:
-        """A sample of the best weights, unless the last validation has written one of just these."""
+        """A sample from the best weights, unless the last validation has just written one."""
         if not (self.config.sample_at_eval and self.progress.best_step == self.progress.step):
             self.write_sample(best=True)
 
@@ -167,7 +167,7 @@ class Trainer:
         if self._saved == self.progress:
             return
         self._divergence.check_finite()
-        self.log.sync()  # first, so that no checkpoint stands for more than the records show
+        self.log.sync()  # first, so that no checkpoint is ahead of the logs
         path = checkpoint.write_checkpoint(
             self._checkpoints,
             self.progress.step,
@@ -175,32 +175,32 @@ class Trainer:
             {**self.learner.state_dict(), "progress": asdict(self.progress)},
             self.learner.config,
         )
-        # Without validation nobody knows a better one than the last.
+        # Without validation, the last checkpoint counts as the best.
         if self.progress.best_step == self.progress.step or not self.learner.loader.validates:
             files.point_to(self._checkpoints / "best", path.name)
-        # The weights of a checkpoint made the loss of the step after it.
+        # The loss of a step belongs to the weights before it.
         also = self.progress.skipped_step - 1
         checkpoint.remove_old_checkpoints(self._checkpoints, self.config.keep_last, also_before=also)
         self._saved = replace(self.progress)
 
     def restore(self, chosen: Path) -> None:
-        """Continue from the checkpoint `chosen`; settings that were changed since keep their new values."""
+        """Continue from the checkpoint `chosen`; changed settings keep their new values."""
         checkpoint.load_model_weights(chosen, self.learner.model)
         state = checkpoint.load_trainer_state(chosen)
-        # It may be an older one; a stop before the next one is saved must not let the run go on from another.
+        # It may be an older one; after a stop before the next save, the run must continue from it again.
         files.point_to(self._checkpoints / "latest", chosen.name)
         if not state:
-            return  # the weights that a run begins with, of which nothing is trained yet
+            return  # initial weights, without training state
         self.progress = Progress(**state["progress"])
-        # Older checkpoints have the number of the step in their progress alone.
+        # Old checkpoints store the step in their progress only.
         self.learner.load_state_dict({"step": self.progress.step, **state})
         self._saved = replace(self.progress)
-        # A kill may have come between a checkpoint and the link to it.
+        # A kill may have come between writing a checkpoint and its link.
         best = self._checkpoints / checkpoint.checkpoint_name(self.progress.best_step)
         if self.progress.best_step and best.exists():
             files.point_to(self._checkpoints / "best", best.name)
 
 
 def sample_heading(step: int) -> str:
-    """The line above the sample of `step` in `samples.txt`."""
+    """The heading of the sample of `step` in `samples.txt`."""
     return f"--- step {step}\n"

@@ -1,4 +1,4 @@
-"""Which device, arithmetic and compiler a run uses, with the reason in words."""
+"""The device, precision and compilation of a run, with the reasons in words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from minitransformer.toolchain import cache_folder, find_compiler
 from minitransformer.training.capabilities import fastest_precision, why_not_fast
 from minitransformer.training.precision import Precision
 
-# Compiling costs about half a minute on a CPU, so a run must be this many times longer before it pays.
+# Compiling takes about half a minute on a CPU; it pays for runs longer than this.
 COMPILE_PAYS_AFTER_FLOPS = {"cpu": 6e13, "cuda": 1e16}
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -29,10 +29,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 @dataclass(frozen=True)
 class Resolved:
-    """What every "auto" came to. A run writes it into its `config.json` and keeps it when it is resumed."""
+    """The resolved values of "auto", stored in `config.json` and kept on resume."""
 
     device: str
-    """its type, such as cuda"""
+    """device type, such as cuda"""
     precision: str
     compile: bool
 
@@ -41,7 +41,7 @@ class Resolved:
 
     @classmethod
     def from_json(cls, record: Any, origin: str) -> Resolved | None:
-        """What the file `origin` holds in `record`: None in one of an older version; `StorageError` for others."""
+        """The values in `record`, from the file `origin`; None in old files. Raises `StorageError` if damaged."""
         if record is None:
             return None
         resolved = whole_record(cls, record, "its machine", origin)
@@ -51,7 +51,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was chosen, and one line that says why."""
+    """The resolved device, precision and compilation, and a line that explains them."""
 
     device: torch.device
     precision: str
@@ -66,9 +66,9 @@ class Machine:
 def choose_machine(
     device: str, precision: str, compile: str, *, run_flops: float, fixed_shapes: bool = True
 ) -> Machine:
-    """Resolve every "auto" by what this machine has, for a run of `run_flops` floating-point operations.
+    """Resolve every "auto" on this machine, for a run of `run_flops` floating-point operations.
 
-    Where batches have many shapes, compiling takes longer and gains less: then it is left to who asks for it.
+    Batches of many shapes compile slowly for little gain: then "auto" does not compile.
     """
     chosen = choose_device(device)
     name, why = choose_precision(chosen, precision)
@@ -85,10 +85,10 @@ def keep_machine(
     fixed_shapes: bool = True,
     anew: Collection[str] = (),
 ) -> tuple[Machine, list[str]]:
-    """The machine of a run that goes on as it was `kept`, and in words what differs from that here.
+    """The machine of a resumed run, as `kept`, and the differences on this machine, in words.
 
-    `device`, `precision` and `compile` are what the run asks for, and `anew` names those that were changed since.
-    Raises `UserError` for what is asked for and impossible.
+    `device`, `precision` and `compile` are the settings of the run; `anew` names those that were changed.
+    Raises `UserError` for impossible settings.
     """
     chosen = _kept_device(kept, device, anew)
     name, why = choose_precision(chosen, precision)
@@ -133,7 +133,7 @@ def _described(device: torch.device, precision: tuple[str, str], compiled: tuple
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`, or for "auto" the fastest kind there is; a `UserError` if there is none such."""
+    """The device `name`, or for "auto" the fastest available; raises `UserError` if it is unavailable."""
     if name == "auto":
         kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         return torch.device(next(kind for kind, there in kinds.items() if there))
@@ -147,9 +147,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(device: torch.device, name: str) -> tuple[str, str]:
-    """The precision called `name`, or for "auto" the one that `device` has units for; and why, in words.
+    """The precision `name`, or for "auto" the fastest that `device` supports; and why, in words.
 
-    Raises `UserError` for one that is impossible on `device`.
+    Raises `UserError` if `device` cannot use it.
     """
     if name == "auto":
         return fastest_precision(device)
@@ -164,7 +164,7 @@ def _choose_compile(
     if choice == "off":
         return False, "as asked"
     if device.type == "cpu" and find_compiler() is None:
-        return False, "it needs a C++ compiler, g++ or clang++, and there is none"
+        return False, "there is no C++ compiler, g++ or clang++"
     if device.type not in COMPILE_PAYS_AFTER_FLOPS:
         return (True, "as asked") if choice == "on" else (False, f"not on {device.type}")
     if choice == "on":
@@ -178,11 +178,11 @@ def _choose_compile(
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second that `device` reaches in a matrix product which takes it some milliseconds.
+    """FLOP/s that `device` reaches in a matrix product of some milliseconds.
 
-    It steers nothing: a run only says which share of it it reaches.
+    It is only used to report utilisation (MFU).
     """
-    # How often numbers are drawn depends on the time that passes: none of them come from the generator of a run.
+    # The number of draws depends on timing, so they must not use the generator of a run.
     generator = torch.Generator(device).manual_seed(0)
     size, best = 128, 0.0
     while best < 0.005 and size < 8192:
@@ -193,25 +193,25 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 peak_flops = cache(measured_flops)
-"""the same, measured once in a process"""
+"""`measured_flops`, once per process"""
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """`model` by torch.compile, which keeps what it makes in the user's cache: later runs begin within seconds."""
+    """`model` under torch.compile, cached in the user's folder, so that later runs start within seconds."""
     folder = cache_folder() / "inductor"
-    with suppress(OSError):  # torch has a folder of its own, which does not outlive the machine's next start
+    with suppress(OSError):  # torch's own folder does not survive a reboot
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    # A GPU's products are timed in many ways; a CUDA graph would write its next output over this one.
+    # Autotuning pays on a GPU; a CUDA graph would overwrite its previous output.
     on_gpu = next(model.parameters(), torch.empty(0)).is_cuda
     return torch.compile(model, mode="max-autotune-no-cudagraphs" if on_gpu else None)  # type: ignore[return-value]
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one: by default, large tensors are fetched anew, page by page."""
+    """Have glibc reuse the memory that a step frees: by default, large tensors are page-faulted in again each time."""
     if not sys.platform.startswith("linux"):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries lack it
     if mallopt is not None and mallopt(M_MMAP_THRESHOLD, 1 << 30):
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 

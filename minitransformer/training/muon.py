@@ -1,4 +1,4 @@
-"""Muon: momentum whose every direction counts the same."""
+"""Muon: orthogonalised momentum."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from minitransformer.training.light import LightOptimizer
 
 Quintic = tuple[float, float, float]
-"""(a, b, c) of a x + b x³ + c x⁵"""
+"""coefficients (a, b, c) of a x + b x³ + c x⁵"""
 SMALLEST = 5e-4
-"""singular value, of a matrix of norm 1, that `polar_express` means to bring near 1"""
+"""smallest singular value, of a matrix of norm 1, that `polar_express` brings near 1"""
 ROOM = 1.01
-"""for rounding: above the interval that a polynomial of `polar_express` is made for, it soon grows without bound"""
+"""margin for rounding: above its interval, a polynomial of `polar_express` soon diverges"""
 
 
 def jordan(steps: int) -> list[Quintic]:
-    """The same polynomial in every step, which takes values between 0 and 1 to between 0.7 and 1.2 in five.
+    """The same polynomial in every step; five steps map (0, 1) to about (0.7, 1.2).
 
-    Jordan et al. 2024 (Muon), whose public code has these coefficients.
+    Jordan et al. 2024 (Muon), public code.
     """
     return [(3.4445, -4.7750, 2.0315)] * steps
 
 
 def polar_express(steps: int) -> list[Quintic]:
-    """In each step, the polynomial that takes what the ones before leave between `SMALLEST` and 1 the nearest to 1.
+    """In each step, the minimax polynomial that maps the current interval, initially [`SMALLEST`, 1], closest to 1.
 
     Amsel et al. 2025 (Polar Express, arXiv 2505.16932), section 3.
     """
@@ -39,13 +39,13 @@ def polar_express(steps: int) -> list[Quintic]:
         (a, b, c), error = nearest_to_one(lowest, highest)
         quintics.append((a / ROOM, b / ROOM**3, c / ROOM**5))  # of x / ROOM
         lowest, highest = 1 - error, 1 + error
-    return [*quintics[:-1], (a, b, c)]  # nothing comes after the last, which needs no room
+    return [*quintics[:-1], (a, b, c)]  # no step follows the last, so it needs no margin
 
 
 def nearest_to_one(lowest: float, highest: float) -> tuple[Quintic, float]:
-    """The odd polynomial of degree five that is the nearest to 1 between two numbers, and how far from 1 it is at most.
+    """The odd polynomial of degree 5 closest to 1 on an interval (minimax), and its maximum error.
 
-    That far it is at four points, the ends among them, below and above in turn: Remez' exchange finds the other two.
+    The error equioscillates at four points, among them both ends; the Remez exchange finds the other two.
     """
     if highest - lowest < 1e-4:  # where the system is singular: the limit
         return (15 / 8, -10 / 8, 3 / 8), 0.0
@@ -68,7 +68,7 @@ NEWTON_SCHULZ: dict[str, Callable[[int], list[Quintic]]] = {"jordan": jordan, "p
 def orthogonalise(
     matrices: Float[Tensor, "count rows columns"], quintics: Sequence[Quintic]
 ) -> Float[Tensor, "count rows columns"]:
-    """Roughly U Vᵀ for each matrix U S Vᵀ, whose singular values the polynomials, one after the other, take near 1.
+    """Approximately U Vᵀ for each matrix U S Vᵀ: the polynomials map the singular values close to 1.
 
     Newton-Schulz iteration: a X + b (X Xᵀ) X + c (X Xᵀ)² X has the singular values a s + b s³ + c s⁵.
     """
@@ -84,8 +84,8 @@ def orthogonalise(
 class Muon(LightOptimizer):
     """W ← (1 − lr · decay) W − lr · √max(1, rows/columns) · orthogonalise(Nesterov momentum), for matrices.
 
-    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. Torch's own works in bfloat16 on every device, which
-    most processors only emulate; this one works in float32 but on CUDA, on all matrices of a shape at once.
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. torch's own uses bfloat16 on every device, which
+    most CPUs only emulate; this one uses float32 except on CUDA, for all matrices of a shape at once.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Muon(LightOptimizer):
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         averages = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
         skip = self.found_inf if self.found_inf is not None else torch.zeros((), device=parameters[0].device)
-        # Where the step is skipped, an average moves towards itself, and the update is 0.
+        # In a skipped step, the average is unchanged and the update is 0.
         gradients = [torch.where(skip > 0, a, g) for a, g in zip(averages, gradients, strict=True)]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         stacked = torch.stack(torch._foreach_lerp(gradients, averages, group["momentum"]))

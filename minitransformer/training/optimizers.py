@@ -1,4 +1,4 @@
-"""Optimizers by name. Each divides the weights of a model: matrices, embeddings (with the head), and vectors."""
+"""Optimizers by name. Parameters are grouped into matrices, embeddings, the head, and vectors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minitransformer.training.muon import NEWTON_SCHULZ, Muon
 
 @dataclass(frozen=True)
 class Rates:
-    """Peak learning rates, `embedding_lr` for embeddings and vectors, and the decay of matrices."""
+    """Peak learning rates, with `embedding_lr` for embeddings and vectors, and the weight decay of matrices."""
 
     lr: float
     embedding_lr: float
@@ -27,12 +27,12 @@ class Rates:
 
 @dataclass(frozen=True)
 class ParameterGroups:
-    """The trainable weights of a model by kind, each once."""
+    """The trainable parameters of a model by kind, each once."""
 
     matrices: list[nn.Parameter]
     embeddings: list[nn.Parameter]
     head: list[nn.Parameter]
-    """of its own, where it is not tied to an embedding"""
+    """an untied head"""
     vectors: list[nn.Parameter]
 
     @classmethod
@@ -49,27 +49,29 @@ class ParameterGroups:
 
 
 class Optimizer(Registered, kind="optimizer"):
-    """What descends along the gradient: one or several of torch's optimizers, which share the weights of a model."""
+    """One or several of torch's optimizers, which share the parameters of a model."""
 
     def __init__(self, settings: Any, rates: Rates) -> None:
         self.settings, self.rates = settings, rates
 
     def build(self, weights: ParameterGroups) -> list[LightOptimizer]:
-        """The optimizers, each with its weights and their peak learning rates."""
+        """The optimizers, with their parameter groups and peak learning rates."""
         raise NotImplementedError
 
 
 class AdamW(Optimizer, name="adamw"):
-    """AdamW for all, fused; only matrices and embeddings decay. Loshchilov and Hutter 2017 (arXiv 1711.05101)."""
+    """AdamW, with weight decay of matrices and embeddings only. Loshchilov and Hutter 2017 (arXiv 1711.05101)."""
 
     @dataclass(frozen=True)
     class Settings:
-        beta1: float = setting(0.9, flag="beta1", at_least=0, below=1, help="AdamW's decay of the mean of gradients")
+        beta1: float = setting(
+            0.9, flag="beta1", at_least=0, below=1, help="AdamW's β₁, the decay of the gradient mean"
+        )
         beta2: float = setting(
-            0.95, flag="beta2", at_least=0, below=1, help="AdamW's decay of the mean of squared gradients"
+            0.95, flag="beta2", at_least=0, below=1, help="AdamW's β₂, the decay of the mean squared gradient"
         )
         eps: float = setting(
-            1e-8, flag="eps", **AT_LEAST_SMALLEST, help="added to the root of AdamW's mean of squared gradients"
+            1e-8, flag="eps", **AT_LEAST_SMALLEST, help="AdamW's ε, added to the root of the mean squared gradient"
         )
 
     settings: Settings
@@ -85,24 +87,22 @@ class AdamW(Optimizer, name="adamw"):
         return [self.adamw(groups)]
 
     def adamw(self, groups: list[dict[str, object]]) -> LightOptimizer:
-        """torch's AdamW for `groups`, by its fused kernel."""
+        """torch's fused AdamW for `groups`."""
         betas = (self.settings.beta1, self.settings.beta2)
         return LightAdamW(groups, betas=betas, eps=self.settings.eps, fused=True)
 
 
 class MuonWithAdamW(AdamW, name="muon"):
-    """Muon for matrices, which alone decay; AdamW for embeddings, the head and vectors. Jordan et al. 2024."""
+    """Muon for matrices, with weight decay; AdamW for embeddings, the head and vectors, without. Jordan et al. 2024."""
 
     @dataclass(frozen=True)
     class Settings(AdamW.Settings):
-        momentum: float = setting(
-            0.95, flag="momentum", at_least=0, below=1, help="Muon's decay of the mean of gradients"
-        )
+        momentum: float = setting(0.95, flag="momentum", at_least=0, below=1, help="momentum of Muon")
         newton_schulz: str = setting(
             "jordan", flag="newton-schulz", choices=NEWTON_SCHULZ, help="coefficients of the Newton-Schulz iteration"
         )
         newton_schulz_steps: int = setting(
-            5, flag="newton-schulz-steps", at_least=1, help="iterations towards an orthogonal update; fewer are cheaper"
+            5, flag="newton-schulz-steps", at_least=1, help="number of Newton-Schulz iterations"
         )
 
     settings: Settings
@@ -124,7 +124,7 @@ class MuonWithAdamW(AdamW, name="muon"):
 
 
 def build_optimizers(optimizer: Chosen[Optimizer], model: nn.Module, rates: Rates) -> list[LightOptimizer]:
-    """The optimizers of `model`; each group remembers its peak learning rate."""
+    """The optimizers of `model`; each parameter group stores its peak learning rate."""
     optimizers = optimizer.make(rates).build(ParameterGroups.of(model))
     for each in optimizers:
         for group in each.param_groups:

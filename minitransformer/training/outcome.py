@@ -1,4 +1,4 @@
-"""What came of a training run, in words: its last validation, its best one, and whether the two have parted."""
+"""Summary of a training run: its last and best validation, and whether it overfits."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from minitransformer.training.progress import Progress
 from minitransformer.training.validation import Validation
 
 NOTABLE = 0.01
-"""nats a target by which validation must have risen, and training fallen, for that to be told"""
+"""rise of the validation loss and fall of the training loss, in nats per target, that count as overfitting"""
 
 
 def describe(validation: Validation, progress: Progress, metrics: Path, window: int) -> list[str]:
-    """Lines for the terminal; training losses are means over `window` steps of those in `metrics`, a metrics.jsonl."""
+    """Lines for the terminal; training losses are means over `window` steps in `metrics`, a metrics.jsonl."""
     if progress.best_step == progress.step:
         return [f"validation {validation} (best at step {progress.step})"]
     lines = [f"validation {validation} (last, at step {progress.step})"]
@@ -38,6 +38,6 @@ def describe(validation: Validation, progress: Progress, metrics: Path, window: 
 
 
 def _training_loss(records: list[dict[str, Any]], step: int, window: int) -> float:
-    """The mean of what was logged in the `window` steps up to `step`; NaN if nothing was."""
+    """The mean logged loss in the `window` steps up to `step`; NaN if none was logged."""
     near = [record["loss"] for record in records if step - window < record["step"] <= step and record.get("loss")]
     return sum(near) / len(near) if near else math.nan

@@ -1,4 +1,4 @@
-"""Arithmetic of a training step: full or mixed precision, one class each."""
+"""Full and mixed precision, one class each."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from minitransformer.training.float8 import Float8Products
 from minitransformer.training.light import LightOptimizer
 
 FIRST_WITH_FLOAT8 = (8, 9)
-"""capability of the first GPUs that multiply 8 bits: Ada, before Hopper"""
+"""compute capability of the first GPUs with FP8: Ada"""
 
 
 class Precision(Registered, kind="precision"):
-    """Weights, gradients and optimizer stay in float32; what `autocast` encloses may be computed in less."""
+    """Weights, gradients and optimizer states are float32; within `autocast`, lower precision may be used."""
 
     dtype = torch.float32
 
     @classmethod
     def why_not(cls, device: torch.device) -> str | None:
-        """Why `device` cannot compute in it, in words, if that is so."""
+        """Why `device` does not support it, in words; None if it does."""
         return None
 
     def __init__(self, device: torch.device) -> None:
@@ -39,11 +39,11 @@ class Precision(Registered, kind="precision"):
         loss.backward()
 
     def unscale(self, optimizers: list[LightOptimizer]) -> None:
-        """Make the gradients those of the loss itself."""
+        """Undo the scaling of the gradients."""
 
     def update(self, optimizers: list[LightOptimizer], *, skip: Tensor) -> None:
-        """One step of each optimizer, which changes nothing if `skip` is 1: only the device knows, and nobody waits."""
-        # torch's fused AdamW for MPS does not look at `found_inf`.
+        """One step of each optimizer, skipped if `skip` is 1, without synchronising with the device."""
+        # torch's fused AdamW for MPS ignores `found_inf`.
         if self.device.type == "mps" and skip:
             return
         for optimizer in optimizers:
@@ -71,7 +71,7 @@ class BF16(Precision, name="bf16"):
 
 
 class FP8(BF16, name="fp8"):
-    """As bf16, with the products of linear maps in 8 bits. Micikevicius et al. 2022 (arXiv 2209.05433)."""
+    """As bf16, with the products of linear layers in FP8. Micikevicius et al. 2022 (arXiv 2209.05433)."""
 
     @classmethod
     def why_not(cls, device: torch.device) -> str | None:
@@ -106,11 +106,11 @@ class FP16(Precision, name="fp16"):
 
     def update(self, optimizers: list[LightOptimizer], *, skip: Tensor) -> None:
         super().update(optimizers, skip=skip)
-        self.scaler.update()  # lowers the scale where it saw an infinite gradient
+        self.scaler.update()  # lowers the scale after an infinite gradient
 
     def state_dict(self) -> dict[str, Any]:
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:  # a run that has computed in another precision until now has no scale
+        if state:  # a run in another precision so far has no scale
             self.scaler.load_state_dict(state)

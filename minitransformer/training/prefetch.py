@@ -1,4 +1,4 @@
-"""The batches of the next step, made while a device works on this one."""
+"""Prefetching of the next step's batches while the device computes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ BatchesOf = Callable[[int], Sequence[Any]]
 
 
 def prefetched(batches_of: BatchesOf, device: torch.device) -> BatchesOf:
-    """`batches_of`, ahead of time where another processor than ours trains; for CUDA, where it can fetch them itself.
+    """`batches_of` with prefetching if training runs on an accelerator; in pinned memory for CUDA.
 
-    On a CPU, whoever makes the next batches would only take the time of this step.
+    On a CPU, prefetching would only compete with the current step.
     """
     if device.type == "cpu":
         return batches_of
@@ -26,7 +26,7 @@ def prefetched(batches_of: BatchesOf, device: torch.device) -> BatchesOf:
 
 
 class Ahead:
-    """`batches_of`, which a thread asks for the step after each that is asked for."""
+    """`batches_of`, with a thread that prepares the step after each requested one."""
 
     def __init__(self, batches_of: BatchesOf) -> None:
         self.batches_of = batches_of
@@ -41,6 +41,6 @@ class Ahead:
 
 
 def pinned(batch: Any) -> Any:
-    """`batch`, whose tensors a GPU can copy while both sides go on; what it lacks, it lacks as before."""
+    """`batch` in pinned memory, for asynchronous copies; missing tensors stay None."""
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return replace(batch, **{name: value.pin_memory() for name, value in tensors.items() if isinstance(value, Tensor)})

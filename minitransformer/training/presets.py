@@ -1,4 +1,4 @@
-"""Whole runs by name: a model with the data and the training that suit it."""
+"""Presets: complete run configurations by name."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PRESETS: dict[str, RunConfig] = {
     "gpt-mini": RunConfig(MODELS["gpt-mini"], training=LONGER),
     "gpt-small": RunConfig(MODELS["gpt-small"], training=LONGER),
     "gpt-medium": RunConfig(MODELS["gpt-medium"], training=LONGER),
-    # GPT-2's shape with the batch of half a million tokens and the rates that nanoGPT reproduces it with.
+    # GPT-2's shape, with the batch of half a million tokens and the learning rates of nanoGPT's reproduction.
     "gpt2-124m": RunConfig(
         MODELS["gpt2-124m"],
         DataConfig(tokenizer="gpt2"),
@@ -65,7 +65,7 @@ PRESETS: dict[str, RunConfig] = {
     ),
     "transformer-mini": RunConfig(MODELS["transformer-mini"], NUMBERS, PAIRS),
     "rnn-attention": RunConfig(MODELS["rnn-attention"], NUMBERS, replace(PAIRS, optimizer="adamw", lr=2e-3)),
-    # The shape of Wu et al. 2021 (arXiv 2105.14462), with a recipe for minutes rather than hours; the data by flag.
+    # The shape of Wu et al. 2021 (arXiv 2105.14462), with a recipe for minutes, not hours; data is given by flag.
     "multi30k-tiny": RunConfig(
         MODELS["multi30k-tiny"],
         DataConfig(dataset=Pairs.choose(lowercase=True)),

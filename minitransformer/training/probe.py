@@ -1,4 +1,4 @@
-"""Looking on while a model trains."""
+"""The interface of diagnostics during training."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from torch import Tensor
 
 
 class Probe:
-    """Sees every step and changes none; this one does not look."""
+    """Called at every step, without effect on training; this base class measures nothing."""
 
     def before_step(self, step: int) -> None:
-        """`step`, counted from 1, comes next."""
+        """Called before `step`, counted from 1."""
 
     def before_update(self) -> None:
-        """Its gradients are complete, in the unit of the loss and not clipped; its weights are still the old ones."""
+        """Called with complete gradients, unscaled and not clipped, before the weights change."""
 
     def after_update(self, grad_norm: Tensor) -> dict[str, float | None]:
-        """It is done, and this was the norm of its gradient before clipping: what to write down, if anything."""
+        """Called after the step with the gradient norm before clipping; returns the figures to log."""
         return {}
 
 

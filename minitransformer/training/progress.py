@@ -1,4 +1,4 @@
-"""How far a run has come, and what happened since its last record."""
+"""The progress of a run, and the metrics since its last record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minitransformer.training.step import StepResult
 
 @dataclass
 class Progress:
-    """How far a run has come: part of every checkpoint."""
+    """The progress of a run, saved in every checkpoint."""
 
     step: int = 0
     tokens: int = 0
@@ -27,10 +27,10 @@ class Progress:
     validations_since_best: int = 0
     first_loss: float = math.inf
     skipped_step: int = 0
-    """the first step whose loss or gradient was not finite, since validation was last better than ever; 0 for none"""
+    """the first step with a non-finite loss or gradient since the best validation; 0 for none"""
 
     def note(self, validation_loss: float) -> None:
-        """A validation at this step had this loss, which others of the run may be compared with."""
+        """Record the loss of a validation at this step, comparable with the others of the run."""
         self.validated_step = self.step
         if not validation_loss < self.best_loss:
             self.validations_since_best += 1
@@ -41,11 +41,11 @@ class Progress:
 
 
 class Meter:
-    """Loss, gradient norm and speed between two records; what steps found out stays on the device until it is read."""
+    """Loss, gradient norm and speed between two records; results stay on the device until `read`."""
 
     def __init__(self, learner: Learner, progress: Progress) -> None:
         self.learner, self.progress = learner, progress
-        # Now, before the first step, the device has room for the matrices of the measurement.
+        # Before the first step, the device has memory for the measurement's matrices.
         self._peak_flops = peak_flops(learner.machine.device, learner.precision.dtype)
         self._flops_per_token = learner.model.flops_per_token(learner.config.sequence_length)
         self._unread: list[Tensor] = []
@@ -57,11 +57,11 @@ class Meter:
         self._grad_norms: list[float] = []
 
     def add(self, result: StepResult) -> None:
-        """Note a step, without waiting for the device."""
+        """Add a step, without synchronising with the device."""
         self._unread.append(torch.stack([result.loss, result.grad_norm, result.finite.to(result.loss.dtype)]))
 
     def read(self) -> list[float | None]:
-        """Wait for the device; the loss of each step since the last reading, None if that was skipped."""
+        """Synchronise with the device; returns the loss of each step since the last call, None if it was skipped."""
         figures = torch.stack(self._unread).tolist() if self._unread else []
         self._unread = []
         self._losses += [loss for loss, _, finite in figures if finite]
@@ -69,7 +69,7 @@ class Meter:
         return [loss if finite else None for loss, _, finite in figures]
 
     def record(self) -> dict[str, Any]:
-        """What happened since the last record, as far as it was read; the next one begins here."""
+        """The metrics since the last record, as far as read; starts the next record."""
         steps, tokens, seconds = self.progress.step, self.progress.tokens, self.progress.seconds
         first_step, first_token, first_second = self._first
         tokens_per_second = (tokens - first_token) / (seconds - first_second)
@@ -92,5 +92,5 @@ class Meter:
 
 
 def _mean(values: list[float]) -> float | None:
-    """Their mean; None for no values, which JSON can say and NaN it cannot."""
+    """The mean; None for no values, as JSON has no NaN."""
     return sum(values) / len(values) if values else None

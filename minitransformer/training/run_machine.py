@@ -1,4 +1,4 @@
-"""The machine of a run: resolved once when it begins, and kept whenever it goes on."""
+"""The machine of a run: resolved when it starts, and kept on resume."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from minitransformer.training.config import RunConfig
 from minitransformer.training.machine import Machine, Resolved, choose_machine, keep_machine
 
 SETTINGS = "device", "precision", "compile"
-"""what may be "auto" """
+"""settings that may be "auto" """
 
 
 def machine_for(config: RunConfig) -> Machine:
-    """The machine of a run that begins as `config`, whose vocabulary is known."""
+    """The machine of a new run of `config`, with known vocabulary."""
     return choose_machine(*_asked(config), **_work(config))
 
 
 def machine_again(kept: Resolved | None, config: RunConfig, anew: Collection[str]) -> tuple[Machine, list[str]]:
-    """The machine of a run that goes on as `config`, and in words what differs from what was `kept`.
+    """The machine of a run resumed as `config`, and the differences from `kept`, in words.
 
-    `anew` names the settings that ask for something else since. An older version has kept nothing.
+    `anew` names the settings that were changed. Old runs have kept nothing.
     """
     if kept is None:
         return machine_for(config), []
@@ -29,7 +29,7 @@ def machine_again(kept: Resolved | None, config: RunConfig, anew: Collection[str
 
 
 def run_flops(config: RunConfig) -> float:
-    """Floating-point operations of the whole run, about."""
+    """Approximate floating-point operations of the whole run."""
     tokens = config.training.steps * config.tokens_per_step
     return 6 * count_parameters(config.model) * tokens
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: from progress after warm-up, 0 to 1, to the multiplier of the peak learning rate."""
+"""Learning-rate schedules: the multiplier of the peak learning rate as a function of progress after warm-up."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from minitransformer.settings import setting
 
 
 class Schedule(Registered, kind="learning-rate schedule"):
-    """What follows the linear warm-up."""
+    """A learning-rate schedule after the linear warm-up."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
     def multiplier(self, progress: float, step: int, warmup_steps: int) -> float:
-        """Of the peak learning rate at `step`; `progress`, 0 to 1, counts from the end of the warm-up."""
+        """The multiplier of the peak at `step`; `progress`, 0 to 1, starts at the end of the warm-up."""
         raise NotImplementedError
 
     def with_warmup(self, step: int, *, steps: int, warmup_steps: int, floor: float) -> float:
-        """The multiplier at `step` of `steps`, counted from 0: a linear warm-up, then from 1 to `floor`."""
+        """The multiplier at `step` of `steps`, counted from 0: linear warm-up, then from 1 to `floor`."""
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
@@ -43,12 +43,12 @@ class Linear(Schedule, name="linear"):
 
 
 class WarmupStableDecay(Schedule, name="wsd"):
-    """1, then linearly to 0 over the last `decay` of the steps. Hu et al. 2024 (arXiv 2404.06395), section 4."""
+    """1, then linear decay to 0 over the last `decay` of the steps. Hu et al. 2024 (arXiv 2404.06395), section 4."""
 
     @dataclass(frozen=True)
     class Settings:
         decay: float = setting(
-            0.2, above=0, at_most=1, help="share of the steps after warm-up in which the rate decays"
+            0.2, above=0, at_most=1, help="fraction of the steps after warm-up in which the learning rate decays"
         )
 
     def multiplier(self, progress: float, step: int, warmup_steps: int) -> float:

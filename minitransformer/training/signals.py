@@ -10,11 +10,11 @@ from typing import Any
 
 
 class Interrupted(BaseException):
-    """Raised inside `StopRequest.interruptible` blocks, where nothing is lost by leaving at once."""
+    """Raised inside `StopRequest.interruptible` blocks, which are safe to abort."""
 
 
 class StopRequest:
-    """While it is entered, the first signal asks to stop and a second one interrupts at once, as without it."""
+    """While entered, the first signal requests a stop, and a second one interrupts at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -32,7 +32,7 @@ class StopRequest:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Work that may be left in the middle."""
+        """Work that may be aborted."""
         self._may_interrupt = True
         try:
             yield

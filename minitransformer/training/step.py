@@ -1,4 +1,4 @@
-"""One update of the weights."""
+"""One training step."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from minitransformer.training.probe import NO_PROBE, Probe
 
 @dataclass(frozen=True)
 class StepResult:
-    """The mean loss in nats a target, the norm of its gradient before clipping, and whether both were finite.
+    """The mean loss in nats per target, the gradient norm before clipping, and whether both are finite.
 
-    To read one of them is to wait for the device. `measured` is what a probe found out, if it looked.
+    Reading them synchronises with the device. `measured` are the figures of the probe, if any.
     """
 
     loss: Tensor
@@ -41,13 +41,13 @@ def training_step(
     balance: ExpertBalance,
     probe: Probe = NO_PROBE,
 ) -> StepResult:
-    """Descend along the gradient of the mean loss over the targets of all micro-batches together.
+    """One optimizer step on the mean loss over the targets of all micro-batches.
 
-    The sum over each micro-batch is divided by the number of targets in all of them, so that k micro-batches give what
-    one batch would; experts are balanced beside it. If the loss or a gradient is infinite or NaN, the weights stay as
-    they are.
+    The sum over each micro-batch is divided by the number of targets in all of them, so that k micro-batches equal
+    one batch; the load-balancing loss of experts is added. If the loss or a gradient is infinite or NaN, the step is
+    skipped.
     """
-    counts = [batch.num_targets for batch in micro_batches]  # before they go to the device, which would be waited for
+    counts = [batch.num_targets for batch in micro_batches]  # on the CPU, to avoid synchronising with the device
     targets = sum(counts)
     total = torch.zeros((), device=precision.device)
     for batch, count in zip(micro_batches, counts, strict=True):

@@ -1,4 +1,4 @@
-"""How good a model is on the validation split, how much of that is read how often, and how long that takes."""
+"""Validation: metrics on the validation split or on a fixed subset of it, and the time that it takes."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from minitransformer.training.logging import Log
 from minitransformer.training.precision import Precision
 
 SHARE = 10
-"""validation reads this part of the tokens that are trained on in between, unless it is told how many"""
+"""default tokens per validation, relative to the training tokens between validations"""
 LEAST = 8192
-"""tokens, as fewer say too little"""
+"""minimum tokens per validation"""
 FASTER = 3
-"""than a training step is a validation of as many tokens, about: it has no backward pass"""
+"""approximate speed-up of validation over training per token: there is no backward pass"""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The metrics of a model on a split, by name; None for those that say nothing of it.
+    """The metrics of a model on a split, by name; None where a metric does not apply.
 
-    Where the whole split was read and other validations read a subset, `subset_loss` is the loss of that.
+    If the whole split was read, `subset_loss` is the loss on the subset of the other validations.
     """
 
     values: Mapping[str, float | None]
     tokens: int = 0
-    """that were read"""
+    """tokens that were read"""
     subset_loss: float | None = None
 
     @property
     def loss(self) -> float:
-        """Nats a target."""
+        """The loss in nats per target."""
         loss = self.values["validation_loss"]
         assert loss is not None
         return loss
 
     @property
     def comparable_loss(self) -> float:
-        """What other validations of the run may be compared with: the loss of what all of them read."""
+        """The loss on the tokens that every validation of the run reads."""
         return self.loss if self.subset_loss is None else self.subset_loss
 
     def record(self) -> dict[str, float | None]:
-        """Its numbers, as `metrics.jsonl` has them."""
+        """The metrics, as in `metrics.jsonl`."""
         return {**self.values, "validation_tokens": self.tokens}
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Subset:
-    """Some of the batches of a validation split, the tokens in them, and the bytes of text that their targets are."""
+    """Some batches of a validation split, their tokens, and the bytes of text in their targets."""
 
     batches: Sequence[int]
     tokens: int
@@ -80,9 +80,9 @@ def validate(
     whole: bool = True,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Validation:
-    """The metrics over every target of the validation split, each predicted once; of `subset` alone if not `whole`.
+    """The metrics over every target of the validation split, or of `subset` if not `whole`.
 
-    `advance` hears how many of how many batches are done.
+    `advance` is called with the number of finished and of all batches.
     """
     was_training = model.training
     model.eval()
@@ -105,7 +105,7 @@ def validate(
 
 
 def most_tokens(config: RunConfig) -> int | None:
-    """About how many tokens a validation reads that is not the last one; None for all."""
+    """Approximate tokens per validation except the last; None for the whole split."""
     training = config.training
     if training.validation_tokens is not None:
         return training.validation_tokens or None
@@ -113,9 +113,9 @@ def most_tokens(config: RunConfig) -> int | None:
 
 
 def draw_subset(config: RunConfig, loader: Loader) -> Subset | None:
-    """What every validation of a run reads, at least: one batch of each of equal parts, drawn by the run's seed.
+    """The subset that every validation of a run reads: one random batch from each of equal parts of the split.
 
-    It is the same for the same configuration. None if that is the whole split.
+    It is the same for the same configuration. None if it is the whole split.
     """
     batches = loader.validation_batches()
     most, count = most_tokens(config), len(batches)
@@ -131,18 +131,18 @@ def draw_subset(config: RunConfig, loader: Loader) -> Subset | None:
 
 
 def _bytes(loader: Loader, batches: Sequence[Any]) -> int | None:
-    """Of the text that the targets are; None if they are none."""
+    """Bytes of text in the targets; None if the targets are not the text."""
     size = loader.validation_bytes
     if size is None:
         return None
     count = partial(count_bytes, loader.data.target_tokenizer)
     drawn = np.concatenate([batch.targets[batch.targets != IGNORE].numpy() for batch in batches]).astype(np.uint32)
-    # A published tokenizer may change a text, so that its tokens are not as many bytes.
+    # A public tokenizer may normalise the text, which changes its number of bytes.
     return round(size * count(drawn) / count(loader.validation_targets))
 
 
 class Validator:
-    """Reads a subset of the validation split, or all of it, and remembers how long a token takes."""
+    """Validates on a subset of the split or all of it, and records the time per token."""
 
     def __init__(self, model: nn.Module, config: RunConfig, loader: Loader, precision: Precision, log: Log) -> None:
         self.subset = draw_subset(config, loader)
@@ -157,14 +157,14 @@ class Validator:
         return validation
 
     def seconds_left(self, step: int, config: RunConfig, tokens_per_second: float) -> float:
-        """Of the validations from `step` on, with those after that step; known before the first from training."""
+        """Seconds for the validations from `step` on; before the first one, estimated from training."""
         training = config.training
         more = (training.steps - 1) // training.eval_every - (step - 1) // training.eval_every
         tokens = more * (self.tokens if self.subset is None else self.subset.tokens) + self.tokens
         return tokens * (self._seconds_per_token or 1 / (FASTER * tokens_per_second))
 
     def __str__(self) -> str:
-        """A line to print; "" where all is read each time."""
+        """A line to print; "" if every validation reads the whole split."""
         if self.subset is None:
             return ""
-        return f"validation {self.tokens:,} tokens, of which {self.subset.tokens:,} at each validation, all at the end"
+        return f"validation {self.tokens:,} tokens, {self.subset.tokens:,} of them at each validation, all at the end"

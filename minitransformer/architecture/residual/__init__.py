@@ -1,4 +1,4 @@
-"""Where the norm stands around a sublayer: every residual placement is one class, found by its name."""
+"""Norm placements: residual connections with their norms, one class each, registered by name."""
 
 from minitransformer.architecture.residual.base import BranchGains, Place, Residual, Surroundings
 from minitransformer.architecture.residual.depth_scaled import GPAS, Admin, DeepNorm, Keel, LayerNormScaling

@@ -1,4 +1,4 @@
-"""Where the norm stands around a sublayer: the interface of residual placements."""
+"""The interface of residual placements: a residual connection and its norms."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from minitransformer.architecture.norms import Norm
 from minitransformer.registry import Registered
 
 Sublayer = Callable[..., Tensor]
-"""A sublayer f, as a function of what it reads. One with self-attention attends, if called as `f(x, mix_values=g)`, to
-g(V) in place of its values V, [batch, kv_heads, new, head_dim]; a cache keeps g(V)."""
+"""A sublayer f, as a function of its input. Self-attention, called as `f(x, mix_values=g)`, attends to
+g(V) instead of its values V, [batch, kv_heads, new, head_dim]; the cache stores g(V)."""
 MakeNorm = Callable[[], nn.Module]
 RMS_EPS = 1e-6
-"""added to mean squares where a placement divides by their root, outside of the model's norms"""
+"""ε of RMS norms inside a placement"""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a residual connection stands, for placements that are not the same everywhere.
+    """The location of a residual connection, for placements that depend on it.
 
-    `sublayer` is "attention", "cross_attention", "feedforward", or "parallel" for all of them in one. In an
+    `sublayer` is "attention", "cross_attention", "feedforward", or "parallel" for all in one. In an
     encoder-decoder, `partner_layers` are the layers of the other stack, and the decoder's has a memory.
     """
 
@@ -38,7 +38,7 @@ class Place:
 
     @property
     def index(self) -> int:
-        """How many connections of the stack stand before this one."""
+        """The number of connections before this one in the stack."""
         if self.sublayer == "parallel":
             return self.layer
         sublayers = ("attention", "cross_attention", "feedforward") if self.has_memory else ("attention", "feedforward")
@@ -46,33 +46,33 @@ class Place:
 
     @property
     def num_sublayers(self) -> int:
-        """Sublayers of the whole stack."""
+        """Number of sublayers in the stack."""
         return (3 if self.has_memory else 2) * self.num_layers
 
     @property
     def num_connections(self) -> int:
-        """Residual connections of the whole stack: as many as sublayers, or one a layer where that is for all."""
+        """Number of residual connections in the stack: one per sublayer, or one per layer in parallel blocks."""
         return self.num_layers if self.sublayer == "parallel" else self.num_sublayers
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a model has around its connections, for placements that do not go with all of it."""
+    """The parts of the model that a placement may be incompatible with."""
 
     num_layers: int
-    """of its smallest stack"""
+    """layers of its smallest stack"""
     is_parallel: bool
-    """whether one connection has all sublayers of a block"""
+    """whether all sublayers of a block share one connection"""
     norm: type[Norm]
 
 
 @dataclass(frozen=True)
 class BranchGains:
-    """What a placement multiplies the initial weights of its sublayer with, in place of what an initialisation does by
+    """Factors of the initial weights of a sublayer, replacing the initialisation's scaling by
     the number of sublayers.
 
-    `scores` is for the matrices that only say where to look (queries, keys, routers), `values` for all others, through
-    which the output grows.
+    `scores` is for `ScoreProjection`s (queries, keys, routers), `values` for all others, which determine the
+    size of the output.
     """
 
     scores: float = 1.0
@@ -82,47 +82,47 @@ class BranchGains:
 class Residual(Registered, nn.Module, kind="residual placement"):
     """One residual connection around one sublayer.
 
-    Every connection owns the norms that its equation names; the stack owns those of the embeddings and of the end,
-    where `has_embedding_norm` and `has_final_norm` say that there is one. With `has_qkv_norm`, attention normalises its
-    queries, keys and values: as the model says, or as `asks_for` does where the model says nothing.
+    Every connection owns the norms of its equation; the stack owns the embedding norm and the final norm,
+    if `has_embedding_norm` and `has_final_norm`. With `has_qkv_norm`, attention normalises its
+    queries, keys and values: by the model's settings, or by default as in `asks_for`.
 
-    Parameters start as the constructor makes them; linear maps and embeddings are drawn by the model's initialisation,
+    Parameters keep their constructor's values; linear layers and embeddings are initialised by the model,
     after which a method `reset_parameters` may change them. A placement, or any other module, that depends on the
     training step has a method `begin_step(step)`, and one that changes weights after each update `end_step(model)`: see
     `Model`.
     """
 
     class Shared(nn.Module):
-        """What a placement has once for a whole stack: how its stream begins and ends, and parameters of its own.
+        """The part of a placement shared by a whole stack: how the stream starts and ends, and shared parameters.
 
-        `stream` is what flows from one connection to the next: x for most placements; otherwise a tuple, in which
-        `open` may also hand parameters to all connections. A placement that needs more has a class `Shared` of its own.
-        `places` are those of all connections of the stack, in their order.
+        `stream` is passed from one connection to the next: x for most placements; otherwise a tuple, in which
+        `open` may also pass parameters to all connections. A placement that needs more defines its own `Shared`.
+        `places` are those of all connections of the stack, in order.
         """
 
         def __init__(self, settings: Any, places: Sequence[Place]) -> None:
             super().__init__()
 
         def open(self, x: Tensor) -> Any:
-            """The stream that enters the first sublayer, from the embeddings."""
+            """The stream into the first sublayer, from the embeddings."""
             return x
 
         def state(self, stream: Any) -> Tensor:
-            """x: the part of the stream that the next sublayer reads, for callers that inspect it."""
+            """x, the part of the stream that the next sublayer reads, for callers that inspect it."""
             return stream
 
         def close(self, stream: Any, final_norm: nn.Module) -> Tensor:
-            """The output of the stack, from the stream that leaves the last sublayer."""
+            """The output of the stack, from the stream after the last sublayer."""
             return final_norm(stream)
 
         def calibrate(self, connections: Sequence[Residual], run: Callable[[], object]) -> None:
-            """Set what depends on real data, before the first step: `run` passes a batch through all `connections`."""
+            """Set what depends on data, before the first step: `run` is a forward pass through all `connections`."""
 
     has_embedding_norm = False
     has_final_norm = False
     has_qkv_norm = False
     asks_for: ClassVar[Mapping[str, Any]] = {}
-    """choices of a model's other parts that its authors made with it, for who compares it as they published it"""
+    """other settings of the model that its authors used with it, for faithful comparisons"""
 
     def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
         super().__init__()
@@ -131,18 +131,18 @@ class Residual(Registered, nn.Module, kind="residual placement"):
         self.dropout = Dropout(dropout)
 
     def forward(self, stream: Any, sublayer: Sublayer) -> Any:
-        """The stream after this sublayer: the equation of the placement."""
+        """The stream after this sublayer, by the equation of the placement."""
         raise NotImplementedError
 
     @classmethod
     def make_final_norm(cls, settings: Any, make_norm: MakeNorm) -> nn.Module:
-        """What `Shared.close` is given."""
+        """The final norm, passed to `Shared.close`."""
         return make_norm() if cls.has_final_norm else nn.Identity()
 
     @classmethod
     def check(cls, settings: Any, around: Surroundings) -> None:
-        """Raises `UserError` for a model in which this would be another placement, or no equation at all."""
+        """Raises `UserError` for a model in which this placement is undefined or equals another one."""
 
     def branch_gains(self) -> BranchGains | None:
-        """What this placement asks of the initial weights of the sublayer here; None is nothing."""
+        """Factors of the initial weights of this sublayer; None for none."""
         return None

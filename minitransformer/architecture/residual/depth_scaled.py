@@ -16,11 +16,11 @@ from minitransformer.architecture.residual.base import BranchGains, MakeNorm, Pl
 
 
 class DeepNorm(Residual, name="deepnorm"):
-    """x ← N(α x + f(x)); values, outputs and feed-forward matrices start β times as large, queries and keys do not.
+    """x ← N(α x + f(x)); initial values, outputs and feed-forward weights are scaled by β.
 
-    A stack of L layers alone: α = (2L)^¼, β = (8L)^-¼. An encoder of N beside a decoder of M: α = 0.81 (N⁴M)^¹⁄₁₆,
-    β = 0.87 (N⁴M)^-¹⁄₁₆; that decoder: α = (3M)^¼, β = (12M)^-¼. Wang et al. 2022 (arXiv 2203.00555), figure 2; the
-    authors' code (torchscale) has 1.15 in place of 0.87, the exponent's sign lost on the way.
+    A single stack of L layers: α = (2L)^¼, β = (8L)^-¼. An encoder of N layers with a decoder of M: α = 0.81
+    (N⁴M)^¹⁄₁₆, β = 0.87 (N⁴M)^-¹⁄₁₆; that decoder: α = (3M)^¼, β = (12M)^-¼. Wang et al. 2022 (arXiv 2203.00555),
+    figure 2; the authors' code (torchscale) has 1.15 instead of 0.87, with the exponent's sign lost.
     """
 
     def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
@@ -48,9 +48,9 @@ class DeepNorm(Residual, name="deepnorm"):
 class Admin(Residual, name="admin"):
     """x ← N(ω ⊙ x + f(x)), where ω starts as the standard deviation that Pre-LN's stream would have here.
 
-    `calibrate` finds it in one forward pass, with dropout: ω₁ = 1 and ω_{k+1}² = Var(ω_k ⊙ x_k) + Var f_k(x_k), so that
-    ω₂ is small where the embeddings are. Without it, ω is 1, as in Post-LN; then ω learns. Liu et al. 2020 (arXiv
-    2004.08249), section 4.2, with the variances of the authors' code (LiyuanLucasLiu/Transformer-Clinic).
+    `calibrate` determines it in one forward pass, with dropout: ω₁ = 1 and ω_{k+1}² = Var(ω_k ⊙ x_k) + Var f_k(x_k), so
+    that ω₂ is small if the embeddings are. Without it, ω is 1, as in Post-LN; afterwards ω is learned. Liu et al. 2020
+    (arXiv 2004.08249), section 4.2, with the variances of the authors' code (LiyuanLucasLiu/Transformer-Clinic).
     """
 
     class Shared(Residual.Shared):
@@ -103,8 +103,8 @@ class LayerNormScaling(Residual, name="lns"):
 class Keel(Residual, name="keel"):
     """x ← N₂(α x + f(N₁(x))), where α is the number of residual connections of the stack.
 
-    That is two a layer, three with cross-attention, and one in parallel blocks, whose sublayers share it. The first
-    block is like all others here; whether the paper treats it apart was not verified. Chen and Wei 2026 (arXiv
+    That is two per layer, three with cross-attention, and one in parallel blocks, whose sublayers share it. The first
+    block is like all others here; whether the paper treats it differently was not verified. Chen and Wei 2026 (arXiv
     2601.19895).
     """
 
@@ -120,8 +120,8 @@ class Keel(Residual, name="keel"):
 class GPAS(Residual, name="gpas"):
     """x ← x + f(N(x)), then x ← x − SiLU(g_l) · sg(x) with sg the stop-gradient: x shrinks, and its gradient does not.
 
-    The gate g_l is learned, from 0, and both sublayers of layer l share it; one norm after the last block. Chen et al.
-    2025 (arXiv 2506.22049), section 3, on top of Pre-LN, as the authors' code has it (dandingsky/GPAS).
+    The gate g_l is learned, initially 0, and shared by both sublayers of layer l; one norm after the last block. Chen
+    et al. 2025 (arXiv 2506.22049), section 3, on top of Pre-LN, as in the authors' code (dandingsky/GPAS).
     """
 
     has_final_norm = True

@@ -1,4 +1,4 @@
-"""Placements by which a layer reads what earlier layers computed, and not their sum alone.
+"""Placements in which a layer reads the outputs of individual earlier layers, not only their sum.
 
 Notation: f is the sublayer (attention or feed-forward), N the norm.
 """
@@ -19,7 +19,7 @@ Outputs = tuple[Tensor, ...]
 
 
 def attend_over_depth(query: Tensor | None, outputs: Outputs) -> Tensor:
-    """Σ_i α_i v_i with α = softmax_i(query · v_i / RMS(v_i)), for each token by itself; without a query, the only v."""
+    """Σ_i α_i v_i with α = softmax_i(query · v_i / RMS(v_i)), for each token; without a query, the only v."""
     if query is None:
         return outputs[0]
     v = torch.stack(outputs)  # depth, batch, length, d_model
@@ -30,10 +30,10 @@ def attend_over_depth(query: Tensor | None, outputs: Outputs) -> Tensor:
 class AttentionResiduals(Residual, name="attention-residuals"):
     """h_k = Σ_{i<k} α_i v_i with α = softmax_i(q_k · v_i / RMS(v_i)), v_k = f(N(h_k)), where v₀ are the embeddings.
 
-    The output is N of one more such sum, over all v. Queries q_k [d_model] are learned, and start at 0: the mean. The
-    first sublayer reads v₀ and has none. Kimi Team 2026 (arXiv 2603.15031), section 3, in its full form; the gain of
-    their norm of v_i is left out, as the query can absorb it. Checked against the equations and pseudocode that they
-    publish; there is no whole model among them.
+    The output is N of one more such sum, over all v. Queries q_k [d_model] are learned, initially 0, which gives the
+    mean. The first sublayer reads v₀ and has none. Kimi Team 2026 (arXiv 2603.15031), section 3, full version; the gain
+    of their norm of v_i is left out, as the query can absorb it. Checked against the equations and pseudocode that they
+    publish, which include no complete model.
     """
 
     has_final_norm = True
@@ -63,9 +63,9 @@ class AttentionResiduals(Residual, name="attention-residuals"):
 
 
 class ValueResidual(Residual, name="value-residual"):
-    """x ← x + f(N(x)), where self-attention has λ₁ V₁ + λ₂ V in place of its values V, and V₁ are those of layer 1.
+    """x ← x + f(N(x)), with self-attention over the values λ₁ V₁ + λ₂ V, where V₁ are those of layer 1.
 
-    λ₁ = λ₂ = ½, as in the authors' code, or both are learned from there in every layer. One norm after the last block;
+    λ₁ = λ₂ = ½, as in the authors' code, or both are learned per layer, initially ½. One norm after the last block;
     cross-attention is as in Pre-LN. Zhou et al. 2024 (ResFormer, arXiv 2410.17897), section 3; each layer caches the
     values that it attends to, so decoding needs no other cache.
     """
@@ -74,7 +74,7 @@ class ValueResidual(Residual, name="value-residual"):
 
     @dataclass(frozen=True)
     class Settings:
-        learned: bool = setting(False, help="learn both weights of each layer, from ½")
+        learned: bool = setting(False, help="learn λ₁ and λ₂ in each layer, initially ½")
 
     class Shared(Residual.Shared):
         def open(self, x: Tensor) -> tuple[Tensor, None]:

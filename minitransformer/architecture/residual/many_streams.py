@@ -20,18 +20,18 @@ from minitransformer.settings import setting
 class MHCLite(Residual, name="mhc-lite"):
     """X ← H X + 2 σ(w)ᵀ f(N(σ(r) X)), where H = Σ_k softmax(h)_k P_k over all permutations P_k of the n streams.
 
-    So H is doubly stochastic. r and w [n] and h [n!] are of a token: s · (vec X / RMS(vec X)) W + b, with W from 0, s
-    from 0.01, and b such that H starts near the identity while the k-th sublayer of the stack reads and writes stream
-    k mod n the most. All streams start as x; the output is N of their sum. Yang and Gao 2026 (mHC-lite, arXiv
-    2601.05732), as the authors' code has it (FFTYYY/mhc-lite), but for three things: that code draws which stream is
-    read the most, sums N of each stream, and has a gain before W, which W can absorb.
+    H is doubly stochastic. r and w [n] and h [n!] are computed per token: s · (vec X / RMS(vec X)) W + b, with initial
+    W = 0, s = 0.01, and b such that H is near the identity and the k-th sublayer reads and writes mostly stream
+    k mod n. All streams start as x; the output is N of their sum. Yang and Gao 2026 (mHC-lite, arXiv
+    2601.05732), as in the authors' code (FFTYYY/mhc-lite), except that it draws which stream is
+    read most, sums N of each stream, and has a gain before W, which W can absorb.
     """
 
     has_final_norm = True
 
     @dataclass(frozen=True)
     class Settings:
-        streams: int = setting(4, at_least=2, at_most=6, help="parallel residual streams n, of which all n! are mixed")
+        streams: int = setting(4, at_least=2, at_most=6, help="number n of parallel residual streams")
 
     class Shared(Residual.Shared):
         def __init__(self, settings: MHCLite.Settings, places: Sequence[Place]) -> None:

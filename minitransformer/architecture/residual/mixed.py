@@ -1,4 +1,4 @@
-"""Placements that differ from layer to layer, or between attention and the feed-forward network.
+"""Placements that differ between layers, or between attention and the feed-forward network.
 
 Notation: x is the residual stream, f the sublayer (attention or feed-forward), N the norm.
 """
@@ -17,7 +17,7 @@ from minitransformer.errors import UserError
 class MixLN(Residual, name="mix"):
     """Post-LN in the first quarter of the layers, Pre-LN in the others, and one norm after the last block.
 
-    Fewer than four layers have no such quarter, and are refused. Li et al. 2024 (arXiv 2412.13795), section 3.2.
+    Fewer than four layers are refused. Li et al. 2024 (arXiv 2412.13795), section 3.2.
     """
 
     has_final_norm = True
@@ -27,8 +27,8 @@ class MixLN(Residual, name="mix"):
     def check(cls, settings: Any, around: Surroundings) -> None:
         if 0 < cls.post_share * around.num_layers < 1:
             raise UserError(
-                f"residual {cls.name!r} has Post-LN in the first quarter of the layers, and of {around.num_layers} "
-                "layers that is none: choose at least 4, or --residual pre"
+                f"residual {cls.name!r} has Post-LN in the first quarter of the layers, and {around.num_layers} "
+                "layers have none: choose at least 4, or --residual pre"
             )
 
     def __init__(self, settings: Any, make_norm: MakeNorm, dropout: float, place: Place) -> None:
@@ -43,8 +43,8 @@ class MixLN(Residual, name="mix"):
 class HybridNorm(Residual, name="hybrid"):
     """x ← x + f(x) around attention, which normalises its queries, keys and values; x ← N(x) + f(N(x)) around others.
 
-    One norm after the last block. Zhuo et al. 2025 (arXiv 2503.04598), section 3.2; their code normalises each head by
-    itself, and starts with Megatron's weights.
+    One norm after the last block. Zhuo et al. 2025 (arXiv 2503.04598), section 3.2; their code normalises each head
+    separately, and uses Megatron's initialisation.
     """
 
     has_final_norm = True
@@ -78,7 +78,7 @@ class HybridNormStar(Residual, name="hybrid-star"):
 class B2TConnection(Residual, name="b2t"):
     """Post-LN, but the feed-forward network adds the block's input b too: x ← N(b + x + f(x)).
 
-    The stream is (b, x). Matrices start L^-½ times as large in a stack of L layers, as in the authors' code.
+    The stream is (b, x). Initial weights are scaled by L^-½ in a stack of L layers, as in the authors' code.
     Takase et al. 2022 (arXiv 2206.00330), section 4.
     """
 
@@ -104,7 +104,7 @@ class B2TConnection(Residual, name="b2t"):
     def check(cls, settings: Any, around: Surroundings) -> None:
         if around.is_parallel:
             raise UserError(
-                f"residual {cls.name!r} adds the input of a block to what its feed-forward network gives, and in a "
+                f"residual {cls.name!r} adds the input of a block to the output of its feed-forward network, and in a "
                 "parallel block that is Post-LN: choose --block sequential, or --residual post"
             )
 

@@ -1,4 +1,4 @@
-"""Placements with one stream, whose connections are all alike.
+"""Placements with one stream and identical connections.
 
 Notation: x is the residual stream, f the sublayer (attention or feed-forward), N the norm.
 """
@@ -50,7 +50,7 @@ class PeriLN(SandwichLN, name="peri"):
 class OLMo2(Residual, name="olmo2"):
     """x ← x + N(f(x)), and one norm after the last block. OLMo 2 (arXiv 2501.00656), section 3.2.
 
-    Nothing bounds what attention reads: use it with `qk_norm`, as the paper does, whose code (OLMo-core) normalises the
+    Attention's input is unbounded: use it with `qk_norm`, as the paper does; its code (OLMo-core) normalises the
     features of all heads together.
     """
 

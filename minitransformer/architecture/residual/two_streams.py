@@ -1,4 +1,4 @@
-"""Placements with two streams: x, which is normalised on its way, and y, the plain sum of all branches.
+"""Placements with two streams: x, which is normalised in every connection, and y, the plain sum of all branches.
 
 Notation: f is the sublayer (attention or feed-forward), o its output, N the norm.
 """
@@ -20,7 +20,7 @@ Streams = tuple[Tensor, Tensor]
 
 
 class TwoStreams(Residual.Shared):
-    """Both streams begin as x."""
+    """Both streams start as x."""
 
     def open(self, x: Tensor) -> Streams:
         return x, x
@@ -32,8 +32,8 @@ class TwoStreams(Residual.Shared):
 class ResiDual(Residual, name="residual"):
     """o = f(x); x ← N(x + o) beside y ← y + η o, from y = η x; the output is x + N(y).
 
-    η changes no result, as N(η y) = N(y), but in half precision a small one keeps y from overflowing. The eps of the
-    last norm is a hundredth of that of all others, small enough for that: 1e-7 beside 1e-5 in the authors' code
+    η does not change the result, as N(η y) = N(y), but a small η keeps y from overflowing in half precision. The eps of
+    the last norm is a hundredth of the others, small enough for this: 1e-7 and 1e-5 in the authors' code
     (microsoft/ResiDual). Xie et al. 2023 (arXiv 2304.14802), section 2.
     """
 
@@ -41,7 +41,9 @@ class ResiDual(Residual, name="residual"):
 
     @dataclass(frozen=True)
     class Settings:
-        eta: float = setting(1.0, above=0, at_most=1, help="η, which keeps the plain sum small in half precision")
+        eta: float = setting(
+            1.0, above=0, at_most=1, help="scale η of the plain sum, against overflow in half precision"
+        )
 
     class Shared(TwoStreams):
         def __init__(self, settings: ResiDual.Settings, places: Sequence[Place]) -> None:
@@ -75,7 +77,7 @@ class ResiDual(Residual, name="residual"):
     def check(cls, settings: Settings, around: Surroundings) -> None:
         if settings.eta != 1 and not around.norm.undoes_scale:
             raise UserError(
-                f"residual {cls.name!r} makes a stream smaller, which norm {around.norm.name!r} does not undo: "
+                f"residual {cls.name!r} scales a stream, which norm {around.norm.name!r} does not undo: "
                 "choose --residual residual, or another --norm"
             )
 
@@ -85,14 +87,16 @@ class ScaledResiDual(ResiDual, name="residual-scaled"):
 
     @dataclass(frozen=True)
     class Settings(ResiDual.Settings):
-        eta: float = setting(0.05, above=0, at_most=1, help="η, which keeps the plain sum small in half precision")
+        eta: float = setting(
+            0.05, above=0, at_most=1, help="scale η of the plain sum, against overflow in half precision"
+        )
 
 
 class SiameseNorm(Residual, name="siamese"):
     """x ← N₁(x), o = f(N₃(x + N₂(y))); x ← x + o / √(2l) beside y ← y + o in layer l, counted from 1, from y = x.
 
     The output is N₃(N₁(x) + N₂(y)): a Post-LN stream beside a Pre-LN stream, and each sublayer reads and writes both.
-    Li et al. 2026 (arXiv 2602.08064), as the authors' code for DeiT has it (Qwen-Applications/SiameseNorm).
+    Li et al. 2026 (arXiv 2602.08064), as in the authors' code for DeiT (Qwen-Applications/SiameseNorm).
     """
 
     has_final_norm = True

@@ -1,4 +1,4 @@
-"""Kinds of data: each becomes token ids on disk by one pipeline, and yields batches of them."""
+"""Datasets: each kind of data is tokenized by the same pipeline, and yields batches."""
 
 from minitransformer.text.datasets.base import BatchShape, DataRequest, Dataset, PreparedData
 from minitransformer.text.datasets.pairs import Pairs

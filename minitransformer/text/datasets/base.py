@@ -1,4 +1,4 @@
-"""What a kind of data is: how it becomes token ids, and which batches it yields."""
+"""The interface of datasets: tokenization and batches."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Names = str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class DataRequest:
-    """Which data is wanted, as `DataConfig` names it, and for what model.
+    """Which data to prepare, as in `DataConfig`, and for which model.
 
-    `tokenizers` are those that a run has already, of what it reads and of what it writes; without them `tokenizer` is
-    fitted, and has `special_tokens` beside those of the text.
+    `tokenizers` are those of an existing run, of its input and its output; without them `tokenizer` is
+    fitted, with additional `special_tokens`.
     """
 
     data: Names
@@ -40,9 +40,9 @@ class DataRequest:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How much a step reads: `micro_batches`, of `rows` windows of `window` tokens where data has no rows of its own.
+    """The size of a step: `micro_batches` of `rows` windows of `window` tokens, unless the dataset decides itself.
 
-    With `whole`, validation leaves its last window out where that is shorter.
+    With `whole`, validation omits a shorter last window.
     """
 
     window: int
@@ -52,22 +52,22 @@ class BatchShape:
 
 
 class PreparedData(ABC):
-    """Data as token ids, in a folder of its own that is named after its content, in two splits."""
+    """Tokenized data in two splits, in a folder named after its content."""
 
     folder: Path
     tokenizer: Tokenizer
     target_tokenizer: Tokenizer
-    """of what the model writes; for most data, `tokenizer` itself"""
+    """tokenizer of the model's output; for most data, `tokenizer` itself"""
 
     @abstractmethod
     def summary(self) -> str:
-        """Lines for the terminal, of less than 80 columns."""
+        """Lines for the terminal, under 80 columns."""
 
     @abstractmethod
     def shuffled_batches(self, shape: BatchShape, seed: int, step: int, change: Callable[[Any], Any]) -> list[Any]:
-        """The micro-batches of a training step: a function of seed and step alone.
+        """The micro-batches of a training step, which depend on seed and step alone.
 
-        `change` is what an objective makes of a batch, before that is cut into micro-batches.
+        `change` is the objective's transformation of a batch before it is split into micro-batches.
         """
 
     @abstractmethod
@@ -76,53 +76,53 @@ class PreparedData(ABC):
 
     @abstractmethod
     def num_tokens(self, split: str) -> int:
-        """How many tokens the split has; 0 if there is no such split."""
+        """Number of tokens in the split; 0 if there is no such split."""
 
     @abstractmethod
     def num_bytes(self, split: str) -> int:
-        """UTF-8 bytes of the text that `targets` are, so that bits per byte = nats summed over it / ln 2 / these."""
+        """UTF-8 bytes of the text in `targets`: bits per byte = total nats / ln 2 / num_bytes."""
 
     @property
     def majority_baseline(self) -> float | None:
-        """Accuracy on validation of always predicting the most frequent token of training, where that is known."""
+        """Validation accuracy of always predicting the most frequent training token, if known."""
         return None
 
     @abstractmethod
     def targets(self, split: str) -> Tokens:
-        """[tokens] that a model is to write, where it is to write the text itself."""
+        """[tokens] of the targets, where these are the text itself."""
 
 
 class Dataset(Registered, kind="dataset"):
     """A kind of data."""
 
     cuts_text: ClassVar[bool] = True
-    """whether its sequences are windows of any length that text is cut into"""
+    """whether its sequences are windows of running text, of any length"""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
     def prepare(self, request: DataRequest) -> PreparedData:
-        """The data as token ids, from disk if it was prepared before; raises `UserError` for data that is no good."""
+        """The tokenized data, cached on disk; raises `UserError` for unusable data."""
         raise NotImplementedError
 
     def prepare_whole(self, request: DataRequest) -> PreparedData:
-        """All of `data` as the split "train", and nothing to validate on, as for an evaluation."""
+        """All of `data` as the split "train", without validation, as for an evaluation."""
         return self.prepare(replace(request, validation_data=None, validation_fraction=0.0))
 
     def check(self, validation_data: Names | None) -> None:
-        """Raises `UserError` for settings that do not go together, or not with what to validate on."""
+        """Raises `UserError` for settings that contradict each other or `validation_data`."""
 
     def tokens_per_step(self, shape: BatchShape) -> int:
-        """How many tokens a step reads, about."""
+        """Approximate number of tokens per step."""
         return shape.rows * shape.micro_batches * shape.window
 
     def cased(self, text: str) -> str:
-        """`text` as the data has it: in lower case, where that was asked for."""
+        """`text`, lower-cased if the data is."""
         return text
 
 
 def one_file(names: Names) -> str:
-    """The only one of `names`; raises `UserError` if there are several."""
+    """The single file in `names`; raises `UserError` if there are several."""
     if isinstance(names, tuple):
-        raise UserError(f"pairs come from one file, and there are {', '.join(names)}: join them into one")
+        raise UserError(f"pairs must be in one file, not {', '.join(names)}: join them into one")
     return names

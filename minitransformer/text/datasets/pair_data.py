@@ -1,4 +1,4 @@
-"""Pairs of texts as token ids, and their batches, wherever the pairs come from."""
+"""Tokenized pairs of texts, and their batches."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 class NumberedBatches(Protocol):
-    """Batches without end, each a function of its number."""
+    """Endless batches, each a function of its index."""
 
     def batch(self, index: int) -> PairBatch: ...
 
 
 @dataclass(frozen=True)
 class PairData(PreparedData):
-    """Pairs to learn from, whether they lie in a folder or are made up: what training and validation ask of both.
+    """The interface of stored and generated pairs, for training and validation.
 
-    `target_tokenizer` is the same object as `tokenizer` where the sides share one. The folder's name changes with
-    whatever changes the pairs.
+    `target_tokenizer` is the same object as `tokenizer` if the sides share one. The folder's name changes with
+    the pairs.
     """
 
     folder: Path
@@ -38,23 +38,23 @@ class PairData(PreparedData):
     target_tokenizer: Tokenizer
     validation: TokenPairs
     batch_tokens: int = field(default=2048, kw_only=True)
-    """of a batch, padding included, on the side that has more"""
+    """tokens per batch, padding included, on the longer side"""
 
     @property
     def ends(self) -> tuple[int, int]:
-        """The last tokens of sources and of targets."""
+        """The end tokens of sources and targets."""
         return self.tokenizer.pair_framing.after[-1], self.target_tokenizer.pair_framing.after[-1]
 
     @abstractmethod
     def training_batches(self, seed: int) -> NumberedBatches:
-        """Batches without end."""
+        """Endless training batches."""
 
     def shuffled_batches(self, shape: BatchShape, seed: int, step: int, change: Callable[[Any], Any]) -> list[Any]:
         batches, count = self.training_batches(seed), shape.micro_batches
         return [change(batches.batch(step * count + i)) for i in range(count)]
 
     def ordered_batches(self, split: str, shape: BatchShape | None = None) -> SequentialPairs:
-        from minitransformer.text.pair_batches import SequentialPairs  # late: text is prepared before torch is there
+        from minitransformer.text.pair_batches import SequentialPairs  # late: text is prepared before torch is imported
 
         start = self.target_tokenizer.target_start
         return SequentialPairs(self.pairs(split), self.batch_tokens, *self.ends, start=start)
@@ -76,9 +76,9 @@ class PairData(PreparedData):
 
 @dataclass(frozen=True)
 class PreparedPairs(PairData):
-    """The token ids of both splits, mapped from disk.
+    """The token ids of both splits, memory-mapped.
 
-    Of the pairs with a side that is too long for the context, `skipped` are in no split, and `cut` are, shortened.
+    Of the pairs that are too long for the context, `skipped` were left out and `cut` truncated.
     """
 
     train: TokenPairs
@@ -94,7 +94,7 @@ class PreparedPairs(PairData):
         return ShuffledPairs(self.train, self.batch_tokens, *self.ends, seed, self.target_tokenizer.target_start)
 
     def summary(self) -> str:
-        """Three or four lines to print, of less than 80 columns."""
+        """Three or four lines to print, under 80 columns."""
         lines = [vocabularies(self.tokenizer, self.target_tokenizer)]
         lines += [split_line(split, self.pairs(split)) for split in SPLITS]
         if self.skipped or self.cut:
@@ -111,14 +111,14 @@ def vocabularies(tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> str:
 
 
 def split_line(split: str, pairs: TokenPairs) -> str:
-    """The line of a summary that says how much a split holds."""
+    """The summary line for the size of a split."""
     if not len(pairs):
-        return f"{split:10} none: nothing tells when training goes too far"
+        return f"{split:10} none: overfitting goes unnoticed"
     source, target = len(pairs.sources.tokens), len(pairs.targets.tokens)
     return f"{split:10} {len(pairs):,} pairs of {source:,} and {target:,} tokens"
 
 
 def framed_but_last(tokens: Tokens, tokenizer: Tokenizer) -> Tokens:
-    """`tokens` [tokens] with all that stands around them but the last token, which batches add."""
+    """`tokens` [tokens] with their framing except the last token, which batches add."""
     framing = tokenizer.pair_framing
     return tokens if framing.length == 1 else np.array(framing.around(tokens.tolist())[:-1], tokens.dtype)

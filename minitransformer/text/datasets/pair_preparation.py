@@ -1,4 +1,4 @@
-"""Files of pairs become token ids: sources and targets, for training and for validation."""
+"""Tokenization of files of pairs: sources and targets, in a training and a validation split."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from minitransformer.text.tokenizers import Tokenizer
 
 SIDES = ("source", "target")
 POLICIES = ("skip", "cut")
-# What a thread encodes at once: enough that the price of a task vanishes.
+# Pairs per task of a thread, enough for negligible overhead.
 CHUNK = 1024
 
 
 @dataclass(frozen=True)
 class PairScan:
-    """What must be known of pairs before they are encoded."""
+    """Statistics of a pair corpus, needed before encoding."""
 
     digest: str
     pairs: int
     bytes: tuple[int, int]
-    """of sources and of targets"""
+    """bytes of sources and of targets"""
 
 
 class EncodedPair(NamedTuple):
-    """A pair as token ids, and its place in [0, 1): a hash, so duplicates stay together and order does not matter."""
+    """A tokenized pair, and its hash in [0, 1), so that duplicates are in one split and order does not matter."""
 
     place: float
     sides: tuple[Tokens, Tokens]
@@ -45,12 +45,12 @@ class EncodedPair(NamedTuple):
 
 @dataclass
 class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
-    """Pairs become the sources and targets of two splits.
+    """Tokenize pairs into the sources and targets of two splits.
 
-    A tokenizer is fitted to both sides of `corpus` together, or with `separate` one to each; a ready one is for both
-    sides unless there is a `target_tokenizer`. Without a corpus for validation, those pairs go there whose hash says
-    so, and at least one. Each side must leave room for its end token in `context_length`; pairs with a longer one are
-    left out (`too_long` "skip"), or lose what is too much ("cut").
+    One tokenizer is fitted to both sides of `corpus`, or with `separate` one to each; a given one is for both
+    sides unless there is a `target_tokenizer`. Without a validation corpus, pairs are split by their hash, with
+    at least one for validation. Each side, end token included, must fit into `context_length`; longer pairs are
+    left out (`too_long` "skip") or truncated ("cut").
     """
 
     target_tokenizer: Tokenizer | None = None
@@ -74,7 +74,7 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
             count += 1
             for side, text in enumerate(pair):
                 encoded = text.encode()
-                digest.update(encoded + b"\xff")  # in no UTF-8, so texts cannot run together
+                digest.update(encoded + b"\xff")  # not in UTF-8, so it separates texts
                 sizes[side] += len(encoded)
         return PairScan(digest.hexdigest(), count, (sizes[0], sizes[1]))
 
@@ -88,12 +88,12 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
         return (source,) if target is None or target is source else (source, target)
 
     def _fitted(self, name: str, *sides: int) -> Tokenizer:
-        """The tokenizer called `name` for the texts of `sides`."""
+        """The tokenizer `name`, fitted to the texts of `sides`."""
 
         def side_of(side: int) -> Iterator[str]:
             return (pair[side] for pair in self.corpus.pairs())
 
-        # One side after the other: a sample of both in turn could have one side only.
+        # One side after the other: an even sample of alternating sides could miss one.
         scan = self.scans[0]
         size = sum(scan.bytes[side] for side in sides)
         return self.fitted(name, lambda: map(side_of, sides), size, [scan.digest], self.vocab_size, sides)
@@ -124,7 +124,7 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
         return {**counts, **{writer.name: writer.finish() for split in SPLITS for writer in writers[split]}}
 
     def parts(self, counts: dict[str, int]) -> Iterator[tuple[str, EncodedPair]]:
-        """Each pair that is not left out, with its split; `counts` are of those that are too long."""
+        """Each remaining pair with its split; `counts` is updated with those that are too long."""
         kept = [self._fitting(self._encoded(*each), counts) for each in zip(self.corpora, self.scans, strict=True)]
         if len(kept) == 1:
             yield from divided(kept[0], self.validation_fraction)
@@ -138,7 +138,7 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
                 yield pair
 
     def _encoded(self, corpus: PairCorpus, scan: PairScan) -> Iterator[EncodedPair]:
-        """Every pair in order, encoded on threads."""
+        """Every pair in order, encoded in parallel threads."""
         pairs = corpus.pairs()
         chunks = iter(lambda: list(islice(pairs, CHUNK)), [])
         with progress_bar("encoding pairs", sum(scan.bytes), self.progress) as bar:
@@ -147,7 +147,7 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
                 bar.update(sum(pair.bytes for pair in chunk))
 
     def _encode(self, pair: Pair) -> EncodedPair:
-        """Both sides as ids, shortened to what the context has room for if that is asked."""
+        """Both sides as ids, truncated to the context with `too_long` "cut"."""
         sides = [member.encode_array(text) for member, text in zip(self.both, pair, strict=True)]
         rooms = [self.context_length - member.pair_framing.length for member in self.both]
         too_long = any(len(side) > room for side, room in zip(sides, rooms, strict=True))
@@ -183,9 +183,9 @@ def _place(pair: Pair) -> float:
 
 
 def divided(pairs: Iterable[EncodedPair], fraction: float) -> Iterator[tuple[str, EncodedPair]]:
-    """Each pair with its split: validation has the places below `fraction`, or the lowest one if there are none.
+    """Each pair with its split: validation has the hashes below `fraction`, or else the lowest one.
 
-    Of a fraction of 0 there are none, and all are for training.
+    With a fraction of 0, all are for training.
     """
     if not fraction:
         yield from (("train", pair) for pair in pairs)

@@ -1,4 +1,4 @@
-"""From files to token ids, once: the way that every kind of data takes. Scan, fit a tokenizer, encode, open."""
+"""The pipeline of every dataset, from files to cached token ids: scan, fit a tokenizer, encode, open."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from minitransformer.text.tokenizers import Tokenizer
 
 FORMAT = 1
 SPLITS = ("train", "validation")
-# A sample of the corpus is many stretches of this many characters, evenly spread.
+# A sample of the corpus consists of evenly spread parts of this many characters.
 STRETCH = 1 << 14
 META = "meta.json"
 TOKENIZERS = ("tokenizer.json", "target_tokenizer.json")
 
 
 class Scan(Protocol):
-    """What must be known of a corpus before it is encoded; `digest` is that of its content."""
+    """Statistics of a corpus, needed before encoding; `digest` is the hash of its content."""
 
     @property
     def digest(self) -> str: ...
@@ -39,17 +39,17 @@ C = TypeVar("C", bound=Files)
 S = TypeVar("S", bound=Scan)
 D = TypeVar("D")
 TextParts = Callable[[], Iterable[Iterator[str]]]
-"""texts to fit a tokenizer to; a sample has its share of each of the iterators"""
+"""texts to fit a tokenizer to; each iterator is sampled in proportion"""
 
 
 @dataclass
 class Preparation(ABC, Generic[C, S, D]):
-    """Files on their way to token ids, which `run` goes; a kind of data says what is done at each station.
+    """The pipeline from files to token ids, executed by `run`; subclasses define the steps.
 
-    `tokenizer` is a registered name, fitted to the files with `vocab_size`, or a ready one, which a vocabulary of
-    `vocab_size` must hold. With a corpus for `validation`, that is the validation split, and all of `corpus` is trained
-    on; otherwise `validation_fraction` of `corpus` validates, which may be 0. `workers` threads encode (default: one
-    per core). What is found out is kept in `cache` (default: the work folder's `prepared/`).
+    `tokenizer` is a registered name, to be fitted with `vocab_size`, or a tokenizer, which must fit into
+    `vocab_size`. A corpus for `validation` is the validation split, and all of `corpus` is trained
+    on; otherwise `validation_fraction` of `corpus`, which may be 0, is held out. `workers` threads encode (default: one
+    per core). Results are cached in `cache` (default: the work folder's `prepared/`).
     """
 
     corpus: C
@@ -65,12 +65,12 @@ class Preparation(ABC, Generic[C, S, D]):
 
     scan_type: ClassVar[type]
     key: ClassVar[Sequence[str]] = ()
-    """with which the hashes begin that its files in the cache are named after"""
+    """prefix of the cache keys"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_fraction < 1:
             raise UserError(
-                f"validation_fraction is {self.validation_fraction}: choose one from 0 to below 1, such as 0.1"
+                f"validation_fraction is {self.validation_fraction}: it must be at least 0 and below 1, such as 0.1"
             )
         if self.validation is not None:
             self.validation_fraction = 0.0
@@ -80,9 +80,9 @@ class Preparation(ABC, Generic[C, S, D]):
         return [self.corpus] if self.validation is None else [self.corpus, self.validation]
 
     def run(self) -> D:
-        """The data, made by one process and opened by all others that want the same.
+        """The prepared data, built by one process and opened by all others.
 
-        Raises `UserError` for too little text, text that cannot be read or encoded, and when the disk is full.
+        Raises `UserError` for too little text, unreadable text, and a full disk.
         """
         with writing(self.cache, REMEDY):
             self.cache.mkdir(parents=True, exist_ok=True)
@@ -100,47 +100,47 @@ class Preparation(ABC, Generic[C, S, D]):
         assert fault is not None
         raise fault
 
-    # What a kind of data says
+    # Defined by subclasses
 
     @abstractmethod
     def scan_key(self, corpus: C) -> list[Any]:
-        """What a scan depends on beside the files' signature."""
+        """What a scan depends on besides the files' signature."""
 
     @abstractmethod
     def scan(self, corpus: C, on_read: Callable[[int], object]) -> S:
-        """Reads the whole corpus; `on_read` hears how many bytes of it were read."""
+        """Read the whole corpus; `on_read` is called with numbers of bytes read."""
 
     @abstractmethod
     def choose_tokenizers(self) -> tuple[Tokenizer, ...]:
-        """One, or those of sources and targets; what must be fitted is."""
+        """One tokenizer, or those of sources and targets, fitted if necessary."""
 
     def divisions(self) -> Sequence[str]:
-        """How the corpus can be divided into splits, the best way first."""
+        """The ways to split the corpus, in order of preference."""
         return ("only",)
 
     @abstractmethod
     def identity(self, division: str) -> list[Any]:
-        """All that the token ids depend on."""
+        """Everything that the token ids depend on."""
 
     @abstractmethod
     def write(self, division: str, folder: Path) -> dict[str, Any]:
-        """Encodes the corpora, divided so, into files in `folder`; returns what opening them takes."""
+        """Encode the split corpora into files in `folder`; returns the metadata for `load`."""
 
     @classmethod
     @abstractmethod
     def load(cls, folder: Path, meta: dict[str, Any], tokenizers: Sequence[Tokenizer]) -> D:
-        """What `write` made; raises any error for a folder that is not whole."""
+        """Load the result of `write`; raises any error for an incomplete folder."""
 
     @abstractmethod
     def fault(self, prepared: D) -> UserError | None:
-        """What is wrong with data that cannot be learned from."""
+        """An error for unusable data; None if it is usable."""
 
-    # What all kinds share
+    # Shared by all datasets
 
     def fitted(self, name: str, texts: TextParts, size: int, digests: Sequence[str], *key: Any) -> Tokenizer:
-        """The tokenizer called `name` for `texts` of `size` bytes, from disk if it was fitted to the same before.
+        """The tokenizer `name` for `texts` of `size` bytes, cached on disk.
 
-        `key` begins with the number of its tokens, or None for the usual one.
+        `key` starts with its vocabulary size, or None for the default.
         """
         member = Tokenizer.named(name)
         limit = member.fit_limit
@@ -163,7 +163,7 @@ class Preparation(ABC, Generic[C, S, D]):
 
     @classmethod
     def open(cls, folder: Path) -> D | None:
-        """What was made in `folder`; None if there is nothing, or something that is not whole."""
+        """The data in `folder`; None if it is missing or incomplete."""
         try:
             meta = read_json(folder / META, REMEDY)
             names = [name for name in TOKENIZERS if name == TOKENIZERS[0] or (folder / name).exists()]
@@ -175,7 +175,7 @@ class Preparation(ABC, Generic[C, S, D]):
         return hash_of([*self.key, FORMAT, *content])[:16]
 
     def _remembered_scan(self, corpus: C, signature: Signature) -> S:
-        """The scan of these files in this state, from disk if they were scanned before."""
+        """The scan of these files in this state, cached on disk."""
 
         def find() -> S:
             with progress_bar("reading", corpus.size, self.progress) as bar:
@@ -205,7 +205,7 @@ def _counted(texts: Iterable[str], count: Callable[[int], object]) -> Iterator[s
 
 
 def sample(texts: Iterable[str], share: float) -> Iterator[str]:
-    """About `share` of the characters, in stretches that are evenly spread; the same ones every time."""
+    """About a fraction `share` of the characters, in evenly spread parts, deterministically."""
     seen = taken = 0
     for text in texts:
         for start in range(0, len(text), STRETCH):

@@ -1,4 +1,4 @@
-"""Text as token ids: two files of them, for training and for validation."""
+"""Tokenized running text, in a training and a validation split."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
     from minitransformer.text.batches import SequentialWindows
 
 READER = "rows"
-# The division by document stands if validation is at least this part, and at most this multiple, of what was asked.
+# Splitting by document is accepted if validation is between this fraction and this multiple of what was asked.
 TOLERANCE = 2.0
 HOW = {
     "documents": "split by document",
-    "contiguous": "split in one place",
-    "given": "validation from files of its own",
-    "none": "all to train on",
+    "contiguous": "split at one position",
+    "given": "validation from separate files",
+    "none": "no validation split",
 }
-"""each way to divide a text, in words"""
+"""each way to split a text, in words"""
 
 
 @dataclass(frozen=True)
 class PreparedText(PreparedData):
-    """The token ids of both splits, each [tokens], mapped from disk, and what they were made from.
+    """The token ids of both splits, each [tokens], memory-mapped, and their origin.
 
-    Every document starts with the tokenizer's separator: the end-of-text token, and whatever a model wants before a
-    text. `…_bytes` are UTF-8 bytes of text, special tokens counting none, so that bits per byte = nats summed over a
-    split / ln 2 / its bytes. `split` says how the text was divided: by "documents", "contiguous" in one place, "given"
-    by files of its own, or "none".
+    Every document starts with the tokenizer's separator: the end-of-text token, and the model's prefix of a
+    text. `…_bytes` are UTF-8 bytes of text, without special tokens, so that bits per byte = nats summed over a
+    split / ln 2 / its bytes. `split` says how the text was split: by "documents", "contiguous" at one position, "given"
+    by separate files, or "none".
     """
 
     folder: Path
@@ -64,12 +64,12 @@ class PreparedText(PreparedData):
 
     @property
     def shortest(self) -> int:
-        """Tokens of the shorter split, of those that there are."""
+        """Number of tokens of the shorter split."""
         return len(self.train) if self.split == "none" else min(len(self.train), len(self.validation))
 
     @cached_property
     def majority_baseline(self) -> float:
-        """Share of validation that is the most frequent token of training."""
+        """Fraction of validation tokens that equal the most frequent training token."""
         most_frequent = np.bincount(np.asarray(self.train)).argmax()
         return float((np.asarray(self.validation) == most_frequent).mean())
 
@@ -83,7 +83,7 @@ class PreparedText(PreparedData):
         return {"train": self.train_bytes, "validation": self.validation_bytes}[split]
 
     def shuffled_batches(self, shape: BatchShape, seed: int, step: int, change: Callable[[Any], Any]) -> list[Any]:
-        from minitransformer.text.batches import ShuffledWindows  # late: text is prepared before torch is there
+        from minitransformer.text.batches import ShuffledWindows  # late: text is prepared before torch is imported
 
         windows = ShuffledWindows(self.train, shape.window, shape.rows * shape.micro_batches, seed)
         micro_batches: list[Any] = change(windows.batch(step)).split(shape.rows)
@@ -98,20 +98,20 @@ class PreparedText(PreparedData):
         return SequentialWindows(tokens, shape.window, shape.rows)
 
     def summary(self) -> str:
-        """Three lines to print, of less than 80 columns."""
+        """Three lines to print, under 80 columns."""
         tokenizer, train = self.tokenizer, size(self.train_bytes)
         lines = [
             f"tokens     {tokenizer.name} tokenizer, {tokenizer.vocab_size:,} tokens, {HOW[self.split]}",
             f"train      {len(self.train):,} tokens from {train}, documents: {self.train_documents:,}",
         ]
         if self.split == "none":
-            return "\n".join([*lines, "validation none: nothing tells when training goes too far"])
+            return "\n".join([*lines, "validation none: overfitting goes unnoticed"])
         validation = f"{len(self.validation):,} tokens from {size(self.validation_bytes)}"
         return "\n".join([*lines, f"validation {validation}, documents: {self.validation_documents:,}"])
 
 
 class PlainText(Dataset, name="text"):
-    """Running text, one document after the other, and windows that are cut from it."""
+    """Running text: concatenated documents, cut into windows."""
 
     def prepare(self, request: DataRequest) -> PreparedText:
         validation = request.validation_data
@@ -127,7 +127,7 @@ class PlainText(Dataset, name="text"):
 
 
 class TooShort(UserError):
-    """Text without one window in each of its parts; the longest that would fit has `longest` tokens."""
+    """Text too short for a window in each split; the longest that fits has `longest` tokens."""
 
     def __init__(self, message: str, longest: int) -> None:
         super().__init__(message)
@@ -136,23 +136,23 @@ class TooShort(UserError):
 
 @dataclass(frozen=True)
 class TextScan:
-    """What must be known of a corpus before it is encoded."""
+    """Statistics of a corpus, needed before encoding."""
 
     digest: str
     documents: int
     characters: int
     bytes: int
     validation_bytes: int
-    """of the documents that `is_validation` picks"""
+    """size of the documents that `is_validation` selects"""
 
     def balanced(self, fraction: float) -> bool:
-        """Whether dividing by document gives validation about its share; with few documents it may not."""
+        """Whether splitting by document gives validation about `fraction`; with few documents it may not."""
         share = self.validation_bytes / self.bytes
         return self.documents > 1 and fraction / TOLERANCE <= share <= min(fraction * TOLERANCE, (1 + fraction) / 2)
 
 
 class Part(NamedTuple):
-    """A piece, and the split it belongs to; `opens` also where a split begins inside a document."""
+    """A piece and its split; `opens` also where a split starts inside a document."""
 
     text: str
     opens: bool
@@ -161,12 +161,13 @@ class Part(NamedTuple):
 
 @dataclass
 class TextPreparation(Preparation[Corpus, TextScan, PreparedText]):
-    """A corpus becomes the tokens of two splits, each with at least one window of `context_length` + 1 of them.
+    """Tokenize a corpus into two splits, each with at least one window of `context_length` + 1 tokens.
 
-    The tokenizer is given `special_tokens` where it lacks them, which `vocab_size` counts; it is fitted to the whole
-    corpus, validation included. A document goes to validation if a hash of its beginning says so, wherever it stands
-    and however often. Where that is no good (a single document; a share far from `validation_fraction`; a side without
-    one window), the first 1 - `validation_fraction` of the characters train and the rest validate, as in nanoGPT.
+    Missing `special_tokens` are added to the tokenizer, and count in `vocab_size`; it is fitted to the whole
+    corpus, validation included. Documents are split by a hash of their beginning, independent of their order
+    and repetition. If that fails (a single document; far from `validation_fraction`; a split without
+    one window), the first 1 - `validation_fraction` of the characters are for training, the rest for validation, as in
+    nanoGPT.
     """
 
     special_tokens: Sequence[str] = ()
@@ -178,15 +179,15 @@ class TextPreparation(Preparation[Corpus, TextScan, PreparedText]):
         if self.validation is not None:
             check_apart(self.corpus, self.validation)
         if self.corpus.skipped and self.progress:
-            left_out = f"{self.corpus.skipped:,} of its files, without the ending of a text, are left out"
-            print(f"{self.corpus.name}: {left_out}; tables are named one by one, as by a glob", file=sys.stderr)
+            left_out = f"{self.corpus.skipped:,} of its files without a text suffix are left out"
+            print(f"{self.corpus.name}: {left_out}; tables must be named directly or by a glob", file=sys.stderr)
 
     @property
     def bytes(self) -> int:
         return sum(scan.bytes for scan in self.scans)
 
     def scan_key(self, corpus: Corpus) -> list[Any]:
-        # Tables were text before they were read by their rows: what was noted of them then is not this.
+        # Old versions read tables as plain text: their scans must not be reused.
         tables = [READER for path in corpus.files if kind(path) in TABLES][:1]
         return [corpus.field, self.validation_fraction, *tables]
 
@@ -198,7 +199,7 @@ class TextPreparation(Preparation[Corpus, TextScan, PreparedText]):
             if piece.opens:
                 documents += 1
                 aside = is_validation(piece.text, self.validation_fraction)
-                digest.update(b"\xff")  # in no UTF-8, so documents cannot run together
+                digest.update(b"\xff")  # not in UTF-8, so it separates documents
             digest.update(encoded)
             characters += len(piece.text)
             size += len(encoded)
@@ -237,7 +238,7 @@ class TextPreparation(Preparation[Corpus, TextScan, PreparedText]):
         return {"dtype": dtype_of(tokenizer).name, "split": division, **counts}
 
     def parts(self, division: str) -> Iterator[Part]:
-        """The pieces of the text, divided as `division` says."""
+        """The pieces of the text, split by `division`."""
         match division:
             case "documents":
                 yield from by_document(self.corpus.pieces(), self.validation_fraction)
@@ -271,7 +272,7 @@ class TextPreparation(Preparation[Corpus, TextScan, PreparedText]):
 
 
 def check_apart(corpus: Corpus, validation: Corpus) -> None:
-    """Raises `UserError` if a file is in both: a model is not judged by what it has seen."""
+    """Raises `UserError` if a file is in both the training and the validation data."""
     seen = {file.resolve() for file in corpus.files}
     if both := [file for file in validation.files if file.resolve() in seen]:
         raise UserError(f"{both[0]} is in --data and in --validation-data: move it, or leave it out of one of them")
@@ -281,13 +282,13 @@ def check_apart(corpus: Corpus, validation: Corpus) -> None:
 
 
 def is_validation(beginning: str, fraction: float) -> bool:
-    """The side of the document that begins so: a hash, so duplicates stay together and order does not matter."""
+    """Whether the document with this beginning is for validation, by a hash, so that duplicates are in one split."""
     digest = hashlib.blake2b(beginning.encode(), digest_size=8).digest()
     return int.from_bytes(digest) < fraction * 2**64
 
 
 def by_document(pieces: Iterable[Piece], fraction: float) -> Iterator[Part]:
-    """Each document to the side that the hash of its first piece says."""
+    """Split documents by the hash of their first piece."""
     validation = False
     for text, opens in pieces:
         if opens:
@@ -296,7 +297,7 @@ def by_document(pieces: Iterable[Piece], fraction: float) -> Iterator[Part]:
 
 
 def contiguous(pieces: Iterable[Piece], train_characters: int) -> Iterator[Part]:
-    """The first `train_characters` to train, the rest to validation, cutting a document where it must be."""
+    """The first `train_characters` for training, the rest for validation, even within a document."""
     left = train_characters
     begun = False
     for text, opens in pieces:
@@ -321,7 +322,7 @@ class EncodedPart(NamedTuple):
 def encode_parts(
     parts: Iterable[Part], tokenizer: Tokenizer, folder: Path, total: int, workers: int | None, progress: bool
 ) -> dict[str, dict[str, int]]:
-    """Writes each split's tokens in the order of its parts; counts tokens, bytes of text and documents."""
+    """Write each split's tokens in order; counts tokens, bytes of text and documents."""
     dtype = dtype_of(tokenizer)
     start = np.array(tokenizer.separator, dtype)
 

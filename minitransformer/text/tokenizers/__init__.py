@@ -1,4 +1,4 @@
-"""Text to token ids and back: trained byte-level BPE, raw bytes, characters, and tiktoken's published encodings."""
+"""Tokenizers: trained byte-level BPE, raw bytes, characters, and tiktoken's published encodings."""
 
 from minitransformer.text.tokenizers.base import END_OF_TEXT, MASK, MASKS, Texts, Tokenizer, check_ids
 from minitransformer.text.tokenizers.basic import Bytes, Characters

@@ -1,4 +1,4 @@
-"""The interface of tokenizers: text to token ids and back."""
+"""The interface of tokenizers."""
 
 from __future__ import annotations
 
@@ -24,36 +24,35 @@ from minitransformer.text.tokenizers.framing import Framing
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"
-# What public tokenizers call it.
+# The name in public tokenizers.
 MASKS = (MASK, "[MASK]", "<mask>")
 FORMAT = 1
-# Several times what the largest published vocabulary has; each takes memory, used or not.
+# Several times the largest published vocabulary; each id takes memory, used or not.
 MOST_TOKENS = 1 << 22
 
 Texts = Callable[[], Iterator[str]]
 
 
 def check_ids(largest: int) -> int:
-    """`largest`, the largest id of a vocabulary; raises `UserError` where it would only cost memory."""
+    """`largest`, the largest id of a vocabulary; raises `UserError` if it is implausible."""
     if largest >= MOST_TOKENS:
         raise UserError(f"token id {largest} is larger than any vocabulary: ids are below {MOST_TOKENS:,}")
     return largest
 
 
 class Tokenizer(Registered, kind="tokenizer"):
-    """Text to ids in [0, vocab_size) and back; a member says what its ordinary ids stand for.
+    """Converts text to ids in [0, vocab_size) and back.
 
-    `pieces[i]` are the bytes that id i stands for; special tokens and the gaps of published
-    vocabularies stand for none. What a text contains is always ordinary: a special token spelled out
-    in it stays text, so no text can end a document by saying so.
+    `pieces[i]` are the bytes of id i, empty for special tokens and gaps of published vocabularies. Special tokens
+    spelled out in a text are encoded as ordinary text, so that no text can end a document.
     """
 
     fit_limit: ClassVar[int | None] = None
-    """How many bytes of text `fit` wants at most; None for all there is."""
+    """maximum bytes of text for `fit`; None for no limit"""
     usual_vocab_size: ClassVar[int] = 4096
-    """How many tokens `fit` finds, or about how many, before there is a text: the size of a model is said by it."""
+    """typical vocabulary size after `fit`, for the parameter counts in --help"""
     mask_pattern: re.Pattern[str] = re.compile("|".join(map(re.escape, MASKS)))
-    """How a mask is written in a text, with the spaces that it stands for too."""
+    """pattern of a mask in a text, including the spaces that it replaces"""
     framing = Framing()
 
     def __init__(self, pieces: Sequence[bytes], special_tokens: dict[str, int] | None = None) -> None:
@@ -71,7 +70,7 @@ class Tokenizer(Registered, kind="tokenizer"):
     @classmethod
     @abstractmethod
     def fit(cls, texts: Texts, vocab_size: int | None = None) -> Self:
-        """A tokenizer for `texts()`; `vocab_size` counts the special tokens, None takes the member's own.
+        """A tokenizer fitted to `texts()`; `vocab_size` includes special tokens, None is the default.
 
         Raises `UserError` when `vocab_size` is too small for this tokenizer.
         """
@@ -82,7 +81,7 @@ class Tokenizer(Registered, kind="tokenizer"):
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """All that is needed to encode and decode, without network, cache or pickle."""
+        """Everything needed to encode and decode, without network, cache or pickle."""
 
     @classmethod
     @abstractmethod
@@ -94,42 +93,42 @@ class Tokenizer(Registered, kind="tokenizer"):
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """What a decoder continues: `text` after the tokens that stand before one, or a beginning if there are none."""
+        """The prompt of a decoder: `text` after the framing prefix, or a beginning-of-text token if both are empty."""
         return [*self.framing.before, *self.encode(text)] or [self.end_of_text]
 
     @property
     def masked_framing(self) -> Framing:
-        """What stands around texts with masks: at least a first token, from which classes are told."""
+        """The framing of masked texts: at least a first token, from which classes are predicted."""
         return replace(self.framing, before=self.framing.before or (self.end_of_text,))
 
     @property
     def pair_framing(self) -> Framing:
-        """What stands around sources and targets: at least their end."""
+        """The framing of sources and targets: at least the end token."""
         return replace(self.framing, after=self.framing.after or (self.end_of_text,))
 
     @property
     def separator(self) -> list[int]:
-        """What stands before each document of a text: the end of the one before, and the beginning of this one."""
+        """The tokens between documents: the end of one and the prefix of the next."""
         end = [self.end_of_text]
         return end if self.framing.before == tuple(end) else [*end, *self.framing.before]
 
     @property
     def target_start(self) -> int:
-        """What a decoder reads before the first token of a target."""
+        """The decoder start token of targets."""
         return self.end_of_text if self.framing.start is None else self.framing.start
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The ids of which each ends a text."""
+        """The ids that end a text."""
         return (self.end_of_text, *self.framing.other_ends)
 
     def framed(self, framing: Framing) -> Self:
-        """This tokenizer for a model that expects `framing`; raises `UserError` for ids that it has not."""
+        """This tokenizer with `framing`; raises `UserError` for ids outside its vocabulary."""
         used = [*framing.before, *framing.after, *framing.other_ends, *framing.never]
         used += [token for token in (framing.start, framing.first, framing.last) if token is not None]
         if used and max(used) >= self.vocab_size:
             raise UserError(
-                f"texts are to be framed by token {max(used)}, and the tokenizer has {self.vocab_size}: "
+                f"the framing uses token {max(used)}, but the tokenizer has only {self.vocab_size}: "
                 "use the tokenizer that the model was trained with"
             )
         other = copy(self)
@@ -156,7 +155,7 @@ class Tokenizer(Registered, kind="tokenizer"):
 
     @staticmethod
     def from_json(content: Any) -> Tokenizer:
-        """The tokenizer that `to_json` described; raises `UserError` when `content` describes none."""
+        """The inverse of `to_json`; raises `UserError` for invalid `content`."""
         try:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r} is not {FORMAT}")
@@ -168,14 +167,14 @@ class Tokenizer(Registered, kind="tokenizer"):
 
     @property
     def mask(self) -> int:
-        """The id that stands for a masked token; raises `UserError` if there is none."""
+        """The id of the mask token; raises `UserError` if there is none."""
         for name in MASKS:
             if name in self.special_tokens:
                 return self.special_tokens[name]
-        raise UserError(f"the {self.name} tokenizer has no token for a mask: use one that masked training made")
+        raise UserError(f"the {self.name} tokenizer has no mask token: use the tokenizer of a masked-language model")
 
     def with_special_tokens(self, names: Sequence[str]) -> Tokenizer:
-        """This tokenizer with more special tokens, after all others; those that it has already are left alone."""
+        """This tokenizer with additional special tokens after all others; existing ones are kept."""
         has_mask = any(name in self.special_tokens for name in MASKS)
         missing = [name for name in names if name not in self.special_tokens and not (name == MASK and has_mask)]
         if not missing:
@@ -184,7 +183,7 @@ class Tokenizer(Registered, kind="tokenizer"):
         return Tokenizer.from_json({**self.to_json(), "special_tokens": {**self.special_tokens, **more}})
 
     def save(self, path: Path | str) -> None:
-        """Writes `to_json` to `path`, whole or not at all."""
+        """Write `to_json` to `path`, atomically."""
         with whole_file(Path(path)) as file:
             file.write(json.dumps(self.to_json(), indent=0).encode())
 
@@ -199,12 +198,12 @@ class Tokenizer(Registered, kind="tokenizer"):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the canonical JSON: equal for tokenizers that encode alike."""
+        """SHA-256 of the canonical JSON: equal for equivalent tokenizers."""
         canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def check_vocab_size(self, wanted: int | None) -> Self:
-        """Itself; raises `UserError` when a model of `wanted` ids could not hold this vocabulary."""
+        """Itself; raises `UserError` if it does not fit into a vocabulary of `wanted` ids."""
         if wanted is not None and wanted < self.vocab_size:
             raise UserError(
                 f"vocabulary too small: vocab_size is {wanted}, but the {self.name} tokenizer has {self.vocab_size} "
@@ -220,7 +219,7 @@ class Tokenizer(Registered, kind="tokenizer"):
 def not_text(error: UnicodeEncodeError) -> UserError:
     lone = error.object[error.start]
     return UserError(
-        f"character {lone!r} (U+{ord(lone):04X}) is half a surrogate pair, which UTF-8 has not: give valid UTF-8"
+        f"character {lone!r} (U+{ord(lone):04X}) is half a surrogate pair, which UTF-8 cannot encode: give valid UTF-8"
     )
 
 

@@ -40,7 +40,7 @@ class Bytes(Tokenizer, name="bytes"):
 
 
 class Characters(Tokenizer, name="chars"):
-    """One id for each character of the training text, in code point order."""
+    """One id per character of the training text, in code point order."""
 
     usual_vocab_size = 66  # Tiny Shakespeare's
 
@@ -51,7 +51,7 @@ class Characters(Tokenizer, name="chars"):
         self.characters = characters
         points = self._points(characters)
         self._unknown = len(points)
-        # One row more than the highest code point: every higher one is looked up there, and is unknown.
+        # One row more than the highest code point: higher ones are clamped to it, and unknown.
         self._ids = np.full(int(points.max(initial=0)) + 2, self._unknown, np.uint32)
         self._ids[points] = np.arange(len(points))
 

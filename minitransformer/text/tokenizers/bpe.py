@@ -1,4 +1,4 @@
-"""Byte-level byte-pair encoding that is trained here."""
+"""Trained byte-level byte-pair encoding."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from minitransformer.errors import UserError
 from minitransformer.records import shown
 from minitransformer.text.tokenizers.base import Texts, Tokenizer, not_text, special_tokens_in, typed_entry
 
-# A bit of everything that a pattern has to keep when it splits a text.
+# A sample of everything that a split pattern must preserve.
 ALL_KINDS = "It's  two WORDS,\tnaïve 東京 12345 x1\r\n\n 🦊 _-=+ \x07 \u00a0\u2028e\u0301 '"
-# How GPT-4 (cl100k) splits text before merging, in tiktoken's spelling, which cannot backtrack into a stack overflow.
+# GPT-4's (cl100k) split pattern in tiktoken's form, whose backtracking cannot overflow the stack.
 GPT4_SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
@@ -22,14 +22,14 @@ GPT4_SPLIT = (
 
 
 class BPE(Tokenizer, name="bpe"):
-    """Byte-level byte-pair encoding over GPT-4's split, trained by rustbpe and run by tiktoken.
+    """Byte-level byte-pair encoding with GPT-4's split pattern, trained by rustbpe and run by tiktoken.
 
-    `ranks` are the tokens in the order of their merging; a token's id is its place in it.
+    `ranks` are the tokens in merge order; a token's id is its index.
     Sennrich et al. 2016 (arXiv 1508.07909); on bytes: Radford et al. 2019 (GPT-2), section 2.2.
     """
 
     default_vocab_size: ClassVar[int] = 4096
-    # rustbpe keeps every distinct word; more text than this changes few merges and costs memory.
+    # rustbpe stores every distinct word; more text than this changes few merges and costs memory.
     fit_limit = 32 << 20
 
     def __init__(
@@ -51,20 +51,20 @@ class BPE(Tokenizer, name="bpe"):
             raise ValueError(f"pattern {shown(pattern)} leaves out parts of a text")
 
     def _encoded(self, text: str) -> npt.NDArray[np.uint32]:
-        """The ids of `text`; raises `ValueError` where the pattern fails, and for text that UTF-8 has not."""
+        """The ids of `text`; raises `ValueError` if the pattern fails, and for text that is not valid UTF-8."""
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except BaseException as error:  # a panic in Rust is no Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             if type(error).__name__ != "PanicException":
                 raise
             raise ValueError(f"pattern {shown(self.pattern)} fails ({error})") from None
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int) -> Self:
-        """Merges the most frequent pairs of `texts` until there are `vocab_size` tokens, or no pair is left.
+        """Merge the most frequent pairs of `texts` until there are `vocab_size` tokens, or no pair is left.
 
-        A single text is one document. Raises `UserError` when `vocab_size` cannot hold the 256 bytes and the special
-        tokens, and for a text that UTF-8 cannot spell.
+        A single text is one document. Raises `UserError` if `vocab_size` is too small for the 256 bytes and the special
+        tokens, and for text that is not valid UTF-8.
         """
         import rustbpe
 
@@ -75,7 +75,7 @@ class BPE(Tokenizer, name="bpe"):
                 "(256 bytes and the end-of-text token): set vocab_size higher"
             )
         trainer = rustbpe.Tokenizer()
-        # A small buffer: rustbpe holds this many texts at once, and ours may be long.
+        # A small buffer, since rustbpe holds this many texts at once, and they may be long.
         documents = iter([texts] if isinstance(texts, str) else texts)
         try:
             trainer.train_from_iterator(documents, vocab_size=vocab_size - 1, buffer_size=64, pattern=GPT4_SPLIT)
@@ -97,7 +97,7 @@ class BPE(Tokenizer, name="bpe"):
             raise UserError(f"the tokenizer cannot split this text ({error}): use another one") from None
 
     def to_json(self) -> dict[str, Any]:
-        # Latin-1 maps byte b to code point b: lossless, and a reader recognises the words.
+        # Latin-1 maps byte b to code point b: lossless and readable.
         return self._described(pattern=self.pattern, ranks=[token.decode("latin-1") for token in self.ranks])
 
     @classmethod

@@ -15,7 +15,7 @@ from minitransformer.text.tokenizers.bpe import BPE
 
 
 class TiktokenEncoding(BPE):
-    """An encoding that tiktoken publishes; a saved one carries its ranks and needs no network."""
+    """A published tiktoken encoding; a saved one includes its ranks and needs no network."""
 
     default_vocab_size = 0
     fit_limit = 0
@@ -29,7 +29,7 @@ class TiktokenEncoding(BPE):
         cls._fetch()
         try:
             encoding = tiktoken.get_encoding(cls.name)
-        except Exception as error:  # tiktoken raises what requests, the file system and its own checks raise
+        except Exception as error:  # from requests, the file system or tiktoken's own checks
             raise cls._unavailable(error) from None
         ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.__getitem__)
         special_tokens = dict(encoding._special_tokens)
@@ -37,7 +37,7 @@ class TiktokenEncoding(BPE):
 
     @classmethod
     def _cached(cls) -> dict[str, Path]:
-        """Where tiktoken looks for each file: under the sha1 of its address."""
+        """tiktoken's cache paths: each file under the SHA-1 of its URL."""
         folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
         cache = Path(folder or Path(tempfile.gettempdir(), "data-gym-cache"))
         addresses = [cls.host + file for file in cls.files]
@@ -45,7 +45,7 @@ class TiktokenEncoding(BPE):
 
     @classmethod
     def _fetch(cls) -> None:
-        """Fills tiktoken's cache ourselves, because its own download has no time limit."""
+        """Fill tiktoken's cache, because its own download has no time limit."""
         from urllib.request import urlopen
 
         for address, path in cls._cached().items():

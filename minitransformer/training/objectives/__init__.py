@@ -1,4 +1,4 @@
-"""What a model learns: one objective is one class, which makes the batches and their loss."""
+"""Training objectives: one class each, with its batches and loss."""
 
 from minitransformer.training.objectives.base import Objective, Score
 from minitransformer.training.objectives.causal import Causal

@@ -17,9 +17,9 @@ from minitransformer.text.tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class Score:
-    """The loss of a batch in nats, summed over its targets; if it is asked, how many of them were predicted right.
+    """The loss of a batch in nats, summed over its targets, and optionally the number of correct predictions.
 
-    Where targets are whole texts, `exact` says of each [texts] whether all of it was predicted.
+    Where targets are whole texts, `exact` [texts] says whether each is an exact match.
     """
 
     nats: Tensor
@@ -29,58 +29,58 @@ class Score:
 
 @dataclass(frozen=True)
 class BatchKey:
-    """Which batch this is: what is random in it depends on that alone."""
+    """Identifies a batch; its randomness depends on this key alone."""
 
     seed: int
     index: int
     split: str
 
     def numbers(self, stream: int) -> list[int]:
-        """A seed that no other batch has, of training or of validation, where objectives have streams of their own."""
+        """A unique random seed of this batch, for the random `stream` of an objective."""
         return [self.seed, self.index, stream + 2 * (self.split == "validation")]
 
 
 class Objective(Registered, kind="objective"):
-    """A loss over batches of one kind of data, and what it makes of a batch before that is learned from."""
+    """A loss over batches of one kind of data, and how it transforms them."""
 
     topologies: ClassVar[frozenset[str]]
     dataset: ClassVar[type[Dataset]]
     special_tokens: ClassVar[Sequence[str]] = ()
-    """tokens that the vocabulary has beside those of the text"""
+    """special tokens that it adds to the vocabulary"""
     fixed_shapes: ClassVar[bool] = True
     """whether all training batches have the same shapes"""
     predicts_text: ClassVar[bool] = True
-    """whether its targets are the text, each token once, so that bits per byte have a meaning"""
+    """whether its targets are every token of the text once, so that bits per byte is defined"""
     has_baseline: ClassVar[bool] = False
-    """whether its accuracy is told beside that of the most frequent token"""
+    """whether its accuracy is reported with the majority-class baseline"""
     whole_windows: ClassVar[bool] = False
-    """whether it cannot learn from a window that is shorter than the others"""
+    """whether it needs windows of full length"""
 
     def __init__(self, settings: Any, tokenizer: Tokenizer, model: ModelConfig, sequence_length: int) -> None:
         self.settings, self.tokenizer, self.model, self.sequence_length = settings, tokenizer, model, sequence_length
 
     @property
     def window(self) -> int:
-        """How many tokens of text a training sequence holds."""
+        """Number of text tokens in a training sequence."""
         return self.sequence_length
 
     def make_batch(self, batch: Any, data: PreparedData, key: BatchKey) -> Any:
-        """What is learned from `batch` of `data`."""
+        """The training batch made from `batch` of `data`, such as with masks."""
         return batch
 
     def loss_sum(self, model: nn.Module, batch: Any) -> Tensor:
-        """What training makes small: in nats, summed over the targets of `batch` that count."""
+        """The training loss in nats, summed over the targets of `batch`."""
         return self.score(model, batch).nats
 
     def score(self, model: nn.Module, batch: Any) -> Score:
-        """How well `model` predicts the targets of `batch`."""
+        """The evaluation of `model` on `batch`."""
         raise NotImplementedError
 
     def examples(self, data: PreparedData, batch: Any, count: int) -> list[list[int]]:
-        """Some inputs, of which a sample shows what the model makes; `batch` is the first of validation or training."""
+        """Some inputs to generate samples from; `batch` is the first of validation or training."""
         return []
 
 
 def torch_seed(numbers: Sequence[int]) -> int:
-    """A seed for torch made of several numbers."""
+    """A seed for torch, derived from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,4 +1,4 @@
-"""Cross-torch_seed from what a head reads, without the logits of all tokens at once."""
+"""Cross-entropy from hidden states, without materialising all logits at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minitransformer.text.batches import IGNORE
 
-# Below this number, logits are too few to cut: what they take is little beside the rest of a step.
+# Below this number of logits, chunking saves little memory.
 FEWEST_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
@@ -22,12 +22,12 @@ def summed_loss(
     *,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """−Σ log softmax(head(hidden))[target] over the targets that are not IGNORE, which are smoothed if that is asked.
+    """−Σ log softmax(head(hidden))[target] over targets that are not IGNORE, with optional label smoothing.
 
-    Where there would be many logits, they are made for some tokens at a time. Where gradients are wanted, those of
-    hidden states and weights are found with them, so that no logits are kept or made twice. Hsu et al. 2024 (Liger
-    Kernel, arXiv 2410.10989), section 3.2; Wijmans et al. 2024 (Cut Your Losses, arXiv 2411.09009), section 3.
-    A gradient of these gradients cannot be taken.
+    Many logits are computed in chunks of tokens. If gradients are needed, those of hidden states and weights are
+    computed in the same pass, so that no logits are stored or recomputed. Hsu et al. 2024 (Liger Kernel,
+    arXiv 2410.10989), section 3.2; Wijmans et al. 2024 (Cut Your Losses, arXiv 2411.09009), section 3.
+    Second derivatives are not supported.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     size = tokens_at_once(head, hidden)
@@ -43,7 +43,7 @@ def summed_loss(
 def score_tokens(
     head: nn.Module, hidden: Float[Tensor, "*batch d_model"], targets: Int64[Tensor, "*batch"]
 ) -> tuple[Float[Tensor, ""], Bool[Tensor, "*batch"]]:
-    """`summed_loss`, and whether each target has the highest logit; as many logits at once, and for no gradients."""
+    """`summed_loss`, and whether each target has the highest logit; in the same chunks, without gradients."""
     size = tokens_at_once(head, hidden)
     nats, right = [], []
     for x, y in zip(hidden.flatten(0, -2).split(size), targets.flatten().split(size), strict=True):
@@ -54,10 +54,10 @@ def score_tokens(
 
 
 def tokens_at_once(head: nn.Module, hidden: Float[Tensor, "*batch d_model"]) -> int:
-    """For how many tokens logits are made together.
+    """Number of tokens per chunk of logits.
 
-    As many as a hidden state has features: then logits take the memory of the head's weight, whose gradient is there
-    anyway, and adding such gradients up costs little beside the products. More, if that makes FEWEST_LOGITS only.
+    It is d_model: then a chunk takes the memory of the head's weight, whose gradient is allocated
+    anyway, and accumulating such gradients is cheap. More, if a chunk would have fewer than FEWEST_LOGITS.
     """
     outputs = max([1, *(weight.size(0) for weight in head.parameters())])
     fewest = FEWEST_LOGITS["cuda" if hidden.is_cuda else "cpu"]
@@ -69,7 +69,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0
 
 
 class _LossInChunks(torch.autograd.Function):
-    """The loss, which knows its gradients from the beginning: a backward pass only multiplies them."""
+    """The loss with its gradients from the forward pass; the backward pass only scales them."""
 
     @staticmethod
     def forward(

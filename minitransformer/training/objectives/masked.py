@@ -1,4 +1,4 @@
-"""Filling in masked tokens, and telling whether one sentence follows another."""
+"""Masked language modelling and next-sentence prediction."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from minitransformer.training.objectives.cross_entropy import score_tokens, summ
 
 EXCERPT = 24
 STREAM = 1
-"""of random numbers, which no other objective has"""
+"""the objective's stream of random numbers"""
 
 
 @dataclass(frozen=True)
 class MaskedBatch:
-    """Token ids some of which are masked, the masked ones as targets (IGNORE elsewhere), segments if there are two.
+    """Token ids with masks, the masked tokens as targets (IGNORE elsewhere), and segments if there are two.
 
     `follows` is 1 where the second segment follows the first in the text, and 0 where it comes from elsewhere;
     `is_token` is False at padding (None: there is none).
@@ -71,9 +71,9 @@ def mask_tokens(
     generator: torch.Generator,
     keep: int = 0,
 ) -> tuple[Int64[Tensor, "batch length"], Int64[Tensor, "batch length"]]:
-    """Inputs with a share `probability` of the tokens chosen, and those as targets.
+    """Inputs with tokens chosen with `probability`, and the chosen tokens as targets.
 
-    Of the chosen, 80 % become `mask`, 10 % any token below `vocab_size`, and 10 % stay. The first `keep` tokens of each
+    Of those, 80 % become `mask`, 10 % a random token below `vocab_size`, and 10 % stay. The first `keep` tokens of each
     row are never chosen. Devlin et al. 2018 (arXiv 1810.04805), section 3.1.
     """
     chance = torch.rand(tokens.shape, generator=generator)
@@ -87,25 +87,30 @@ def mask_tokens(
 
 
 class Masked(Objective, name="masked"):
-    """−Σ log p(masked token | all unmasked tokens), with other tokens masked each time a text is seen.
+    """−Σ log p(masked token | unmasked tokens), with fresh masks in every epoch.
 
     Devlin et al. 2018 (BERT, arXiv 1810.04805), section 3.1; fresh masks: Liu et al. 2019 (RoBERTa, arXiv 1907.11692),
-    section 4.1. Around every window stands what the tokenizer says, by default the end-of-text token before it, from
-    which classes are told. A model with `next_sentence` also learns whether the second half of a window follows the
-    first: half of them do not.
+    section 4.1. Every window is framed by the tokenizer, by default by a first end-of-text token, from which classes
+    are predicted. A model with `next_sentence` also learns whether the second half of a window follows the first: half
+    of them are replaced.
     """
 
     @dataclass(frozen=True)
     class Settings:
         probability: float = setting(
-            0.15, flag="mask_probability", above=0, below=1, changes_task=True, help="share of the tokens to mask"
+            0.15,
+            flag="mask_probability",
+            above=0,
+            below=1,
+            changes_task=True,
+            help="fraction of the tokens that are masked",
         )
 
     settings: Settings
     topologies = frozenset({"encoder"})
     dataset = PlainText
     special_tokens = (MASK,)
-    fixed_shapes = False  # the head reads as many tokens as happen to be masked
+    fixed_shapes = False  # the number of masked tokens varies
     predicts_text = False
     has_baseline = True
 
@@ -118,7 +123,7 @@ class Masked(Objective, name="masked"):
         return self.sequence_length - self.framing.length
 
     def make_batch(self, batch: Batch, data: PreparedData, key: BatchKey) -> MaskedBatch:
-        # A validation masks the same tokens every time, so that two of them can be compared.
+        # Validation always masks the same tokens, so that results are comparable.
         generator = torch.Generator().manual_seed(torch_seed(key.numbers(STREAM)))
         masked = self._masked(batch.inputs, data.targets(key.split), generator)
         padding = F.pad(batch.targets == IGNORE, (len(self.framing.before), len(self.framing.after)))
@@ -145,7 +150,7 @@ class Masked(Objective, name="masked"):
         return MaskedBatch(torch.cat([inputs, after], dim=1), targets, segments, follows)
 
     def _pairs(self, windows: Tensor, tokens: Any, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Windows whose second half is, in half of them, from another place; their segments, and which are whole."""
+        """Windows, half of them with a second half from elsewhere; their segments, and which are intact."""
         rows, half = len(windows), windows.size(1) // 2
         follows = torch.randint(2, (rows,), generator=generator)
         rest = windows.size(1) - half
@@ -166,12 +171,12 @@ class Masked(Objective, name="masked"):
         if batch.follows is None:
             return output
         loss, follows = output
-        # A window counts as much as its masked tokens together: the sum of two means, as in BERT.
+        # The sum of the mean losses of both heads, as in BERT.
         weight = self.settings.probability * self.window
         return loss + weight * F.cross_entropy(follows, batch.follows, reduction="sum")
 
     def _output(self, model: Any, batch: MaskedBatch, measure: Callable[..., Any]) -> Any:
-        """What `measure` makes of the masked tokens; of a model with `next_sentence`, as the first of a pair."""
+        """The result of `measure` on the masked tokens; with `next_sentence`, as the first of a pair."""
         places = batch.targets != IGNORE
         readout = partial(measure, targets=batch.targets[places])
         return model(batch.inputs, is_token=batch.is_token, segments=batch.segments, places=places, readout=readout)

@@ -1,4 +1,4 @@
-"""Turning one text into another."""
+"""Sequence-to-sequence training with teacher forcing."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class SmoothedLoss:
     """The settings of `pair_loss`."""
 
     label_smoothing: float = setting(
-        0.0, flag="label_smoothing", at_least=0, below=1, help="label smoothing of the training loss"
+        0.0, flag="label_smoothing", at_least=0, below=1, help="label smoothing ε of the training loss"
     )
 
 
 class Seq2Seq(Objective, name="seq2seq"):
     """−Σ log p(target token | target before it, source): teacher forcing.
 
-    In training, with label smoothing ε: 1 − ε of the probability for the true token, ε for all alike (Szegedy et al.
-    2015, arXiv 1512.00567, section 7; Vaswani et al. 2017, section 5.4). Validation measures without smoothing.
+    Training uses label smoothing ε: 1 − ε for the target, ε spread uniformly over the vocabulary (Szegedy et al.
+    2015, arXiv 1512.00567, section 7; Vaswani et al. 2017, section 5.4). Validation does not.
     """
 
     @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class Seq2Seq(Objective, name="seq2seq"):
 
 
 def pair_loss(model: Any, batch: PairBatch, label_smoothing: float) -> Tensor:
-    """−Σ log p of the targets, smoothed, each predicted from the source and the true tokens before it."""
+    """−Σ log p of the targets by teacher forcing, with label smoothing."""
     readout = partial(summed_loss, targets=batch.targets, label_smoothing=label_smoothing)
     return model(batch.source, batch.inputs, source_is_token=batch.source_is_token, readout=readout)
 
 
 def score_pairs(model: Any, batch: PairBatch) -> Score:
-    """How well `model` predicts the targets, each from the source and the true tokens before it.
+    """The loss, accuracy and exact matches of `model` by teacher forcing.
 
-    An exact match is what greedy decoding would generate: as long as it is right, it sees the true tokens too.
+    An exact match equals greedy decoding, which sees the same prefix as long as it is correct.
     """
     readout = partial(score_tokens, targets=batch.targets)
     nats, right = model(batch.source, batch.inputs, source_is_token=batch.source_is_token, readout=readout)

@@ -1,4 +1,4 @@
-"""Restoring spans that were cut out of a text."""
+"""Span corruption (T5)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from minitransformer.training.objectives.base import BatchKey, Objective, Score
 from minitransformer.training.objectives.seq2seq import SmoothedLoss, pair_loss, score_pairs
 
 STREAM = 2
-"""of random numbers, which no other objective has"""
+"""the objective's stream of random numbers"""
 SENTINELS = tuple(f"<|extra_{i}|>" for i in range(100))
 
 
 def random_composition(total: int, parts: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-    """`parts` whole numbers of at least 1 that sum to `total`, each way of doing so as likely as any other."""
+    """A uniformly random composition of `total` into `parts` positive integers."""
     cuts = np.sort(generator.choice(total - 1, parts - 1, replace=False)) + 1
     return np.diff(np.concatenate([[0], cuts, [total]]))
 
@@ -33,9 +33,9 @@ def random_composition(total: int, parts: int, generator: np.random.Generator) -
 def random_spans(
     length: int, density: float, mean_span: float, generator: np.random.Generator
 ) -> npt.NDArray[np.bool_]:
-    """Which of `length` tokens are cut out: a share `density`, in spans of `mean_span` tokens on average.
+    """Mask of the corrupted among `length` tokens: a fraction `density`, in spans of mean length `mean_span`.
 
-    Raffel et al. 2019 (T5, arXiv 1910.10683), section 3.1.4. The first token always stays.
+    Raffel et al. 2019 (T5, arXiv 1910.10683), section 3.1.4. The first token is never corrupted.
     """
     noise = min(max(round(length * density), 1), length - 1)
     spans = min(max(round(noise / mean_span), 1), noise, length - noise)
@@ -44,19 +44,24 @@ def random_spans(
 
 
 class SpanCorruption(Objective, name="span-corruption"):
-    """−Σ log p(what was cut out | what is left): a sentinel replaces each span, and stands before it in the target.
+    """−Σ log p(corrupted spans | remaining text): a sentinel replaces each span, and precedes it in the target.
 
     "Thank you <X> me to your party <Y> week." → "<X> for inviting <Y> last <end>". Raffel et al. 2019 (T5, arXiv
-    1910.10683), section 3.1.4, with its 15 % in spans of 3 tokens by default; other spans each time a text is seen.
+    1910.10683), section 3.1.4, by default 15 % in spans of 3 tokens, as there; fresh spans in every epoch.
     """
 
     @dataclass(frozen=True)
     class Settings(SmoothedLoss):
         density: float = setting(
-            0.15, flag="span_density", above=0, below=1, changes_task=True, help="share of the tokens to cut out"
+            0.15,
+            flag="span_density",
+            above=0,
+            below=1,
+            changes_task=True,
+            help="fraction of the tokens that are corrupted",
         )
         mean_length: float = setting(
-            3.0, flag="mean_span", at_least=1, changes_task=True, help="mean length of a span, in tokens"
+            3.0, flag="mean_span", at_least=1, changes_task=True, help="mean span length, in tokens"
         )
 
     settings: Settings
@@ -73,31 +78,31 @@ class SpanCorruption(Objective, name="span-corruption"):
         if spans > len(SENTINELS):
             name = "context_length" if sequence_length == model.context_length else "sequence_length"
             raise UserError(
-                f"{name} {sequence_length} has {spans:.0f} spans to cut out, and there are "
+                f"{name} {sequence_length} gives {spans:.0f} corrupted spans, and there are only "
                 f"{len(SENTINELS)} sentinels: lower it, or raise mean_span"
             )
         self.sentinels = np.array([tokenizer.special_tokens[name] for name in SENTINELS])
 
     @property
     def window(self) -> int:
-        # What is left is shorter than the window; what stands around it takes its places too.
+        # The corrupted text is shorter than the window; framing tokens count too.
         return self.sequence_length - self.framing.length
 
     def make_batch(self, batch: Batch, data: PreparedData, key: BatchKey) -> PairBatch:
-        # A validation cuts the same spans every time, so that two of them can be compared.
+        # Validation always corrupts the same spans, so that results are comparable.
         generator = np.random.default_rng(key.numbers(STREAM))
         sources, targets = [], []
         for window in batch.inputs.numpy():
             cut = random_spans(len(window), self.settings.density, self.settings.mean_length, generator)
             sources.append(self.framing.around(self._with_sentinels(window, cut).tolist()))
             targets.append(self.framing.around(self._with_sentinels(window, ~cut).tolist()))
-        # Every window loses the same number of tokens in the same number of spans, so there is no padding.
+        # Every window has the same number of corrupted tokens and spans, so there is no padding.
         source, target = torch.tensor(sources), torch.tensor(targets)
         inputs = torch.cat([target.new_full((len(target), 1), self.start), target[:, :-1]], dim=1)
         return PairBatch(source, torch.ones_like(source, dtype=torch.bool), inputs, target)
 
     def _with_sentinels(self, window: npt.NDArray[np.int64], cut: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-        """`window` with each run of `cut` tokens replaced by the next sentinel."""
+        """`window` with each span of `cut` tokens replaced by the next sentinel."""
         begins = cut & ~np.concatenate([[False], cut[:-1]])
         replaced = np.where(begins, self.sentinels[begins.cumsum() - 1], window)
         return replaced[~cut | begins]
