@@ -6,7 +6,6 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -18,22 +17,11 @@ from jaxtyping import install_import_hook
 # Before the first import of what it checks: from here on, every call must have the shapes that its signature says.
 install_import_hook(["minitransformer.architecture", "minitransformer.models"], "beartype.beartype")
 
-from minitransformer.generation import recording  # noqa: E402
+from minitransformer.generation.fast import recording  # noqa: E402
 from minitransformer.models.config import ModelConfig  # noqa: E402
 from minitransformer.models.decoder import DecoderLM  # noqa: E402
-from minitransformer.plugins import load_plugin  # noqa: E402
 from minitransformer.settings import with_settings  # noqa: E402
 from tests.late_for_tests import late  # noqa: E402
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--plugin", action="append", default=[], help="a file whose variants the laws run over, too")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for path in config.getoption("--plugin"):
-        load_plugin(Path(path))
-
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.errors import UserError
-from minitransformer.generation import batch, readers, recording
-from minitransformer.generation.batch import RowsReader, generate_each
-from minitransformer.generation.decode import generate
+from minitransformer.generation.batch import Rows
+from minitransformer.generation.decode import generate, generate_each
+from minitransformer.generation.fast import recording, steps
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.streaming import stream_text, texts_in_batches
 from minitransformer.models.decoder import DecoderLM
@@ -74,8 +74,8 @@ def test_rows_that_begin_at_different_times_know_nothing_of_each_other(
 def test_rows_that_look_at_more_slots_the_further_they_are_write_the_same(
     tiny_decoder: MakeDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "FEW_SLOTS", 4)
-    for module in (batch, recording):
+    monkeypatch.setattr(recording, "FEW_SLOTS", 4)
+    for module in (steps, recording):
         monkeypatch.setattr(module, "has_fixed_shapes", lambda device: True)
     monkeypatch.setattr(recording, "captured", recording.traced)
     model = tiny_decoder(context_length=20)
@@ -95,10 +95,8 @@ def test_what_looks_back_looks_at_the_text_of_its_own_row(tiny_decoder: MakeDeco
 
 def test_a_row_is_given_to_the_next_prompt_at_once(tiny_decoder: MakeDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
-    step = RowsReader.__call__
-    monkeypatch.setattr(
-        RowsReader, "__call__", lambda self, tokens: (steps.append(list(tokens)), step(self, tokens))[1]
-    )
+    step = Rows.decode
+    monkeypatch.setattr(Rows, "decode", lambda self, tokens: (steps.append(tokens.tolist()), step(self, tokens))[1])
     lengths = {0: 2, 1: 6, 2: 4}
     written: dict[int, int] = {}
 
@@ -109,8 +107,7 @@ def test_a_row_is_given_to_the_next_prompt_at_once(tiny_decoder: MakeDecoder, mo
     model, sampling = tiny_decoder(), SamplingConfig(max_new_tokens=50, seed=0)
     order = [number for number, _ in generate_each(model, [[1], [2], [3]], sampling, batch_size=2, over=over)]
     assert order == [0, 2, 1], "both of the last two end in step 6"
-    assert len(steps) == 6, "2 and then 4 tokens in one row, beside 6 in the other"
-    assert steps[2][0] == 3
+    assert len(steps) == 5, "2 and then 4 tokens in one row, beside 6 in the other, of which prompts give the first"
 
 
 def test_an_empty_prompt_is_refused(tiny_decoder: MakeDecoder) -> None:

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minitransformer.errors import UserError
-from minitransformer.generation.batch import generate_each
 from minitransformer.generation.beam import beam_search
-from minitransformer.generation.decode import generate, padded, search, translate
+from minitransformer.generation.decode import generate, generate_each, padded, search, translate
 from minitransformer.generation.fill import fill_masks
 from minitransformer.generation.processors import NEVER, MinLength, NoRepeatNGram, SamplingConfig
 from minitransformer.generation.speculation import Draft, speculate

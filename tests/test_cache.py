@@ -53,56 +53,76 @@ def test_a_cache_keeps_the_type_of_the_keys_and_copies_neither_a_prompt_nor_what
     assert second.data_ptr() == third.data_ptr()
 
 
+class CacheOfLists:
+    """A cache of 9 slots, and the position in each slot of each row by hand: None is an empty slot, or padding."""
+
+    def __init__(self, rows: int) -> None:
+        self.cache, self.length = KVCache(1, 9), 0
+        self.rows: list[list[int | None]] = [[None] * 9 for _ in range(rows)]
+
+    def read(self, data: st.DataObject) -> None:
+        if self.length == 9:
+            return
+        new = data.draw(st.integers(1, 9 - self.length))
+        is_token = torch.tensor([data.draw(st.lists(st.booleans(), min_size=new, max_size=new)) for _ in self.rows])
+        slots = self.cache.reserve(token_positions(new, is_token), is_token)
+        for row, positions in enumerate(self.rows):
+            count = 0
+            for slot in range(new):
+                positions[self.length + slot] = count if is_token[row, slot] else None
+                count += int(is_token[row, slot])
+        self.length += new
+        assert not slots.full
+        assert slots.positions.tolist() == [as_stored(positions[: self.length]) for positions in self.rows]
+
+    def truncate(self, data: st.DataObject) -> None:
+        self.length = min(self.length, data.draw(st.integers(0, 9)))
+        self.cache.truncate(self.length)
+        self.rows = [positions[: self.length] + [None] * (9 - self.length) for positions in self.rows]
+
+    def reorder(self, data: st.DataObject) -> None:
+        count = len(self.rows)
+        chosen = data.draw(st.lists(st.integers(0, count - 1), min_size=count, max_size=count))
+        self.cache.reorder(torch.tensor(chosen))
+        self.rows = [list(self.rows[row]) for row in chosen]
+
+    def some_rows(self, data: st.DataObject) -> list[int]:
+        return data.draw(st.lists(st.integers(0, len(self.rows) - 1), unique=True, min_size=1))
+
+    def clear(self, data: st.DataObject) -> None:
+        cleared = self.some_rows(data)
+        self.cache.clear(cleared)
+        for row in cleared:
+            self.rows[row] = [None] * 9
+
+    def put(self, data: st.DataObject) -> None:
+        filled, slot, other = self.some_rows(data), data.draw(st.integers(0, 7)), KVCache(1, 2)
+        other.reserve(token_positions(2))
+        self.cache.put(other, filled, slot, len(self.rows))
+        for row in filled:
+            self.rows[row] = [None] * slot + [0, 1] + [None] * (7 - slot)
+
+    def roll(self, data: st.DataObject) -> None:
+        by = data.draw(st.integers(-8, 8))
+        self.cache.roll(by)
+        self.rows = [positions[-by:] + positions[:-by] for positions in self.rows]
+
+
+def as_stored(positions: list[int | None]) -> list[int]:
+    return [EMPTY if position is None else position for position in positions]
+
+
 @given(st.data(), st.integers(1, 3))
 def test_a_cache_knows_the_position_in_each_slot_of_each_row_whatever_was_done_to_it(
     data: st.DataObject, rows: int
 ) -> None:
-    """Against lists: None is an empty slot, or padding."""
-    cache, length = KVCache(1, 9), 0
-    expected: list[list[int | None]] = [[None] * 9 for _ in range(rows)]
+    both = CacheOfLists(rows)
     for _ in range(data.draw(st.integers(1, 6))):
-        what = data.draw(st.sampled_from(["read", "truncate", "reorder", "clear", "put", "roll"]))
-        if what == "read" and length < 9:
-            new = data.draw(st.integers(1, 9 - length))
-            is_token = torch.tensor(
-                [data.draw(st.lists(st.booleans(), min_size=new, max_size=new)) for _ in range(rows)]
-            )
-            slots = cache.reserve(token_positions(new, is_token), is_token)
-            for row, positions in enumerate(expected):
-                count = 0
-                for slot in range(new):
-                    positions[length + slot] = count if is_token[row, slot] else None
-                    count += int(is_token[row, slot])
-            length += new
-            assert not slots.full
-            assert slots.positions.tolist() == [
-                [EMPTY if position is None else position for position in positions[:length]] for positions in expected
-            ]
-        elif what == "truncate":
-            length = min(length, data.draw(st.integers(0, 9)))
-            cache.truncate(length)
-            expected = [positions[:length] + [None] * (9 - length) for positions in expected]
-        elif what == "reorder":
-            chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows))
-            cache.reorder(torch.tensor(chosen))
-            expected = [list(expected[row]) for row in chosen]
-        elif what == "clear":
-            row = data.draw(st.integers(0, rows - 1))
-            cache.clear(row)
-            expected[row] = [None] * 9
-        elif what == "put":
-            row, slot, other = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, 7)), KVCache(1, 2)
-            other.reserve(token_positions(2))
-            cache.put(other, row, slot, rows)
-            expected[row] = [None] * slot + [0, 1] + [None] * (7 - slot)
-        elif what == "roll":
-            by = data.draw(st.integers(-8, 8))
-            cache.roll(by)
-            expected = [positions[-by:] + positions[:-by] for positions in expected]
-    held = cache.at(torch.tensor([0]), 9, full=False, in_order=False).reserve(torch.full((rows, 1), 5))
-    assert held.positions.tolist() == [[5, *[EMPTY if p is None else p for p in row[1:]]] for row in expected]
-    after = [1 + max(5, *[-1 if p is None else p for p in row[1:]]) for row in expected]
-    assert cache.next_position().flatten().tolist() == after  # type: ignore[union-attr]
+        getattr(both, data.draw(st.sampled_from(["read", "truncate", "reorder", "clear", "put", "roll"])))(data)
+    held = both.cache.at(torch.tensor([0]), 9, full=False, in_order=False).reserve(torch.full((rows, 1), 5))
+    assert held.positions.tolist() == [[5, *as_stored(row[1:])] for row in both.rows]
+    after = [1 + max(5, *[-1 if p is None else p for p in row[1:]]) for row in both.rows]
+    assert both.cache.next_position().flatten().tolist() == after  # type: ignore[union-attr]
 
 
 def test_a_truncated_cache_goes_on_from_there(tiny_decoder: Any) -> None:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from minitransformer.architecture import cache
-from minitransformer.generation import recording
-from minitransformer.generation.batch import generate_each
-from minitransformer.generation.decode import generate
+from minitransformer.generation.decode import generate, generate_each
+from minitransformer.generation.fast import recording
+from minitransformer.generation.fast.rows import RowLinear
 from minitransformer.generation.processors import SamplingConfig
-from minitransformer.generation.recording import RowLinear
 from minitransformer.generation.speculation import Draft, speculate
 from minitransformer.models.decoder import DecoderLM
 

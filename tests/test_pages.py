@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -136,7 +138,8 @@ def rezero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [example] = [code for _, code in BLOCK.findall(README.read_text(encoding="utf-8")) if "(PreLN, name=" in code]
     (tmp_path / "rezero.py").write_text(example, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Residual, "registry", dict(Residual.registry))
+    others = {name: member for name, member in Residual.registry.items() if name != "rezero"}
+    monkeypatch.setattr(Residual, "registry", others)
     monkeypatch.setattr(plugins, "_loaded", {})
 
 
@@ -153,6 +156,27 @@ def test_every_command_that_a_page_prints_is_understood(command: str, monkeypatc
     understood.get(module.__name__.rpartition(".")[2], lambda: stop_after_parsing(module, monkeypatch))()
     with pytest.raises(Parsed):
         module.main(with_plugins(arguments))
+
+
+TESTS = README.read_text(encoding="utf-8") + MAP.read_text(encoding="utf-8")
+PYTEST = sorted(set(re.findall(r"^    python -m pytest (.*?)  +#", TESTS, re.M)))
+
+
+def test_every_test_file_that_a_command_names_exists() -> None:
+    named = {word for line in PYTEST for word in shlex.split(line) if word.startswith("tests/")}
+    assert named
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [line for line in PYTEST if "plugin" in line])
+@pytest.mark.usefixtures("rezero")
+def test_the_laws_are_found_for_a_plugin_by_the_command_that_is_printed(line: str, tmp_path: Path) -> None:
+    words = shlex.split(line.replace("rezero.py", str(tmp_path / "rezero.py")))
+    program = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", *words]
+    collected = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
+    assert collected.returncode == 0, collected.stderr
+    assert re.search(r"test_residual\.py: \d\d", collected.stdout)
 
 
 def stop_after_parsing(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +214,19 @@ def test_the_rooms_of_the_map_are_those_that_the_house_has() -> None:
     assert found == ROOMS
     beside = section(MAP, "Rooms").split("Beside the rooms stand", 1)[1]
     assert BASE - {"__init__"} <= set(code_spans(beside))
+
+
+def test_every_name_is_in_the_file_that_the_map_says() -> None:
+    named = re.findall(
+        r"`(\w+)`(?: or `\w+`)?(?: for [\w ]+)? (?:in|of) `([\w/]+\.py)`", MAP.read_text(encoding="utf-8")
+    )
+    assert len(named) > 20
+    missing = [
+        (name, file)
+        for name, file in named
+        if not re.search(rf"^ *(class |def )?{name}\b", (PACKAGE / file).read_text(encoding="utf-8"), re.M)
+    ]
+    assert missing == []
 
 
 def families() -> set[str]:

@@ -136,3 +136,21 @@ def test_the_laws_run_over_the_readmes_placement(here: Path) -> None:
     assert laws.returncode == 0, laws.stdout[-3000:]
     assert int(re.search(r"(\d+) passed", laws.stdout + " 0 passed")[1]) >= 0  # type: ignore[index]
     shutil.rmtree(ROOT / ".pytest_cache", ignore_errors=True)
+
+
+def test_one_file_adds_a_variant_of_every_family(here: Path) -> None:
+    plugin = f"--plugin={ROOT / 'tests/plugins/one_of_each.py'}"
+    trained = train(
+        plugin,
+        *("--feedforward=mish", "--norm=p-norm", "--norm-eps=1e-6", "--positions=last-first", "--last-first-every=3"),
+        *("--init=gpt2-half", "--optimizer=adamw-without-decay", "--schedule=power", "--power-exponent=3"),
+        *("--objective=causal-tempered", "--causal-tempered-scale=0.5"),
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert "tokens per target" in trained.stdout
+    record = json.loads((here / "run/config.json").read_text())
+    assert record["training"]["objective"] == {"name": "causal-tempered", "scale": 0.5}
+    written = run("sample", "run", plugin, "--prompt", "A fox", "--max-new-tokens", "4")
+    assert written.returncode == 0, written.stderr
+    assert "mine" in run("lab", plugin, "list").stdout
+    assert "gpt2-cousin" in run("export", plugin, "--help").stdout

@@ -264,7 +264,7 @@ class Weighed(nn.Module):
 
 @every_placement
 @pytest.mark.parametrize("sublayer", SUBLAYERS)
-def test_dropout_changes_what_a_sublayer_adds_and_nothing_where_that_is_0(name: str, sublayer: str) -> None:
+def test_dropout_changes_what_a_sublayer_adds_and_nothing_where_that_is_0(name: str, sublayer: str, shake: Any) -> None:
     connections = late(Connections(name, features=64, dropout=0.5))
     connection = connections.residuals[SUBLAYERS.index(sublayer)]
     stream, branch = connections.shared.open(torch.randn(2, 3, 64)), torch.randn(2, 3, 64)
@@ -274,6 +274,7 @@ def test_dropout_changes_what_a_sublayer_adds_and_nothing_where_that_is_0(name: 
         return connections.shared.state(stream_after)
 
     assert torch.equal(after(torch.zeros_like, True), after(torch.zeros_like, False))
+    shake(connections)  # a placement may start without its branches
     assert not torch.equal(after(lambda x: branch, True), after(lambda x: branch, False))
 
 

@@ -178,7 +178,7 @@ def test_each_line_is_continued_as_if_it_were_the_only_prompt(command: Any, runs
 
 
 def test_a_draft_changes_no_greedy_text_and_its_luck_is_told(command: Any, runs: Path, endless: Path) -> None:
-    greedy = ("runs/chars", "--prompt", "ab", "--temperature", "0", "--num-samples", "2")
+    greedy = ("runs/chars", "--prompt", "ab", "--temperature", "0")
     _, alone, _ = command(*greedy)
     code, out, err = command(*greedy, "--draft", "runs/chars", "--draft-tokens", "3")
     assert (code, out) == (0, alone)
@@ -271,10 +271,10 @@ def test_contradictions_in_numbers_are_refused(command: Any) -> None:
     for arguments, message in (
         ("--num-beams 2 --num-samples 3", "num_samples 3 is more than num_beams 2"),
         ("--min-new-tokens 11", "min_new_tokens 11 is more than max_new_tokens 10"),
+        ("--temperature 0 --num-samples 3", "--num-samples would give the same text 3 times at temperature 0"),
     ):
         code, out, err = command("runs/chars", "--prompt", "ab", *arguments.split())
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        assert message in err
+        assert (code, out, err.count("\n"), message in err) == (2, "", 1, True)
 
 
 def test_a_beam_search_writes_the_best_texts_and_draws_nothing(command: Any, runs: Path) -> None:

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
-from minitransformer.generation.decode import draw_by_weight, generate, own_generators
+from minitransformer.generation.decode import generate
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.readers import CachedReader, window_length
+from minitransformer.generation.sampling import draw_by_weight, own_generators
 from minitransformer.generation.speculation import Draft, accept, speculate
 from minitransformer.generation.streaming import stream_text
 from minitransformer.models.decoder import DecoderLM

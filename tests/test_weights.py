@@ -12,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from minitransformer.architecture.embeddings import HeadAround
 from minitransformer.errors import UserError
-from minitransformer.generation import kernel, weights
 from minitransformer.generation.decode import generate
+from minitransformer.generation.fast import row_kernel, rows
+from minitransformer.generation.fast.rows import KernelLinear, with_row_kernel
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.readers import CachedReader
-from minitransformer.generation.weights import BFloat16, Float32, Int8, StoredLinear, Weights
+from minitransformer.generation.weights import BFloat16, Float32, Int8, Weights
 from minitransformer.models.decoder import DecoderLM
 
 MakeDecoder = Callable[..., DecoderLM]
@@ -30,22 +32,28 @@ sizes = st.integers(1, 90)
 def compiled() -> None:
     """Skips where no kernel can be compiled."""
     try:
-        kernel.prepare(lambda line: None)
-    except kernel.CannotCompile as reason:
+        row_kernel.prepare(lambda line: None)
+    except row_kernel.CannotCompile as reason:
         pytest.skip(str(reason))
 
 
 @pytest.fixture
 def with_kernel(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models use the kernel too."""
-    monkeypatch.setattr(weights, "FEW_WEIGHTS", 0)
+    monkeypatch.setattr(rows, "FEW_WEIGHTS", 0)
 
 
 def restored(kind: type[Weights], weight: torch.Tensor) -> torch.Tensor:
     """The matrix that the stored one stands for."""
-    made = kind(weight)
-    wide = made.stored.to(weight.dtype)
-    return wide if made.scale is None else wide * made.scale[:, None]
+    stored, scale = kind.store(weight)
+    wide = stored.to(weight.dtype)
+    return wide if scale is None else wide * scale[:, None]
+
+
+def stored_map(kind: type[Weights], weight: torch.Tensor, bias: torch.Tensor | None = None) -> Weights:
+    linear = nn.Linear(weight.size(1), weight.size(0), bias=bias is not None)
+    linear.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+    return kind(linear)
 
 
 # What is stored
@@ -64,7 +72,7 @@ def test_int8_changes_a_weight_by_half_of_a_127th_of_the_largest_of_its_row(
     weight = torch.randn(out, features, dtype=torch.float64) * size
     largest = weight.abs().amax(-1, keepdim=True)
     assert ((restored(Int8, weight) - weight).abs() <= largest / 254 * (1 + 1e-6)).all()
-    assert (Int8(weight).stored.abs().amax(-1) == 127).all()
+    assert (Int8.store(weight)[0].abs().amax(-1) == 127).all()
 
 
 def test_a_row_of_zeros_stays_one() -> None:
@@ -83,8 +91,7 @@ def test_the_kernel_multiplies_with_what_is_stored(
     x = torch.randn(2, rows, features)[:, ::2]  # whose rows do not follow each other in memory
     with torch.no_grad():
         expected = x @ restored(kind, linear.weight).t() + (linear.bias if bias else 0)
-        stored = weights._stored(linear, kind(linear.weight), kernel=True)
-        torch.testing.assert_close(stored(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(KernelLinear(kind(linear))(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", FEWER_BYTES)
@@ -96,7 +103,7 @@ def test_torchs_kernels_multiply_with_what_is_stored_but_for_rounded_rows(
     exact = x.double() @ restored(kind, weight).double().t()
     # A share of 2^-8 of each product and of the sum, at most, for rounding the row, the scale and the result.
     most = 3 * 2**-8 * (x.abs().double() @ restored(kind, weight).double().abs().t()) + 1e-5
-    assert ((kind(weight).product(x) - exact).abs() <= most).all()
+    assert ((stored_map(kind, weight).product(x) - exact).abs() <= most).all()
 
 
 def test_the_kernel_leaves_the_arithmetic_of_the_process_as_it_was(compiled: None) -> None:
@@ -135,7 +142,7 @@ def test_logits_stay_close_to_those_of_fp32(
     tokens = torch.randint(11, (2, 12))
     with torch.no_grad():
         expected = model(tokens)
-        difference = kind.applied(model)(tokens) - expected
+        difference = with_row_kernel(kind.applied(model))(tokens) - expected
     assert 0 < difference.square().mean().sqrt() < tolerance * expected.std()
 
 
@@ -144,7 +151,7 @@ def test_logits_stay_close_to_those_of_fp32(
 def test_cached_decoding_is_uncached_decoding_with_stored_weights(
     tiny_decoder: MakeDecoder, with_kernel: None, choices: dict[str, object], kind: type[Weights]
 ) -> None:
-    model = kind.applied(tiny_decoder(context_length=8, **choices).float())
+    model = with_row_kernel(kind.applied(tiny_decoder(context_length=8, **choices).float()))
     tokens = torch.randint(11, (1, 8))
     with torch.no_grad():
         reader, expected = CachedReader(model, 8), model(tokens)
@@ -157,22 +164,22 @@ def test_fp32_is_the_model_up_to_rounding(
     tiny_decoder: MakeDecoder, with_kernel: None, choices: dict[str, object]
 ) -> None:
     model = tiny_decoder(d_model=32, **choices).float()
-    stored = Float32.applied(model)
-    assert any(isinstance(module, StoredLinear) and module.kernel for module in stored.modules())
-    for rows in (1, 2, 9):
-        tokens = torch.randint(11, (rows, 3))
+    stored = with_row_kernel(model)
+    assert any(isinstance(module, KernelLinear) for module in stored.modules())
+    for batch in (1, 2, 9):
+        tokens = torch.randint(11, (batch, 3))
         with torch.no_grad():
             torch.testing.assert_close(stored(tokens), model(tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_fp32_weights_are_not_copied(tiny_decoder: MakeDecoder, with_kernel: None) -> None:
     model = tiny_decoder().float()
-    assert Float32.applied(model).head.weights.stored.data_ptr() == model.head.weight.data_ptr()
+    assert with_row_kernel(model).head.product.weights.stored.data_ptr() == model.head.weight.data_ptr()
 
 
 def test_in_fp32_a_small_model_is_left_as_it_is(tiny_decoder: MakeDecoder) -> None:
     model = tiny_decoder().float()
-    assert Float32.applied(model, pytest.fail) is model
+    assert with_row_kernel(Float32.applied(model), pytest.fail) is model
 
 
 @pytest.mark.parametrize("kind", FEWER_BYTES)
@@ -182,13 +189,30 @@ def test_every_linear_map_is_stored_and_the_model_stays_as_it_was(
     model = tiny_decoder(tied_embeddings=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     stored = kind.applied(model)
-    kept = [type(module) for module in stored.modules() if isinstance(module, nn.Linear)]
-    assert kept
-    assert all(issubclass(kind, StoredLinear) for kind in kept)
-    assert isinstance(stored.head, type(model.head))
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert linear
+    assert not any(isinstance(module, nn.Linear) for module in stored.modules())
+    assert sum(isinstance(module, kind) for module in stored.modules()) == len(linear)
+    assert isinstance(stored.head, HeadAround)
     assert stored.embedding.table.weight.data_ptr() == model.embedding.table.weight.data_ptr()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(isinstance(module, StoredLinear) for module in model.modules())
+    assert not any(isinstance(module, Weights) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", FEWER_BYTES)
+def test_stored_weights_are_saved_and_loaded_like_any(tiny_decoder: MakeDecoder, kind: type[Weights]) -> None:
+    stored = kind.applied(tiny_decoder(d_model=32, bias=True).float())
+    other = kind.applied(tiny_decoder(d_model=32, bias=True, num_kv_heads=None).float())
+    tokens = torch.randint(11, (1, 5))
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.zero_()
+        assert not torch.equal(other(tokens), stored(tokens))
+        other.load_state_dict(stored.state_dict())
+        assert torch.equal(other(tokens), stored(tokens))
+    assert {weight.dtype for name, weight in stored.state_dict().items() if name.endswith("stored")} == {
+        torch.bfloat16 if kind is BFloat16 else torch.int8
+    }
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
@@ -202,7 +226,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
 @pytest.fixture
 def nothing_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(weights, "FEW_WEIGHTS", 0)
+    monkeypatch.setattr(rows, "FEW_WEIGHTS", 0)
     monkeypatch.delenv("CXX", raising=False)
     return tmp_path
 
@@ -213,8 +237,8 @@ def test_without_a_compiler_torch_multiplies_and_one_line_says_so(
     monkeypatch.setenv("PATH", "")
     said: list[str] = []
     small = tiny_decoder().float()
-    assert Float32.applied(small, pytest.fail) is small
-    model = Int8.applied(small, said.append)
+    assert with_row_kernel(small, pytest.fail) is small
+    model = with_row_kernel(Int8.applied(small), said.append)
     assert said == ["int8 weights are multiplied by torch's own kernels, as there is no C++ compiler, g++ or clang++"]
     assert len(list(generate(model, [1], SamplingConfig(max_new_tokens=5, seed=0)))) == 5
 
@@ -227,7 +251,7 @@ def test_a_compiler_that_fails_is_no_compiler(
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     said: list[str] = []
-    BFloat16.applied(tiny_decoder().float(), said.append)
+    with_row_kernel(BFloat16.applied(tiny_decoder().float()), said.append)
     assert said[-1].endswith(f"as {broken} cannot compile it (error: no such header)")
     assert not list(nothing_compiled.rglob("*.so"))
 
@@ -236,15 +260,15 @@ def test_a_cache_that_cannot_be_written_is_said(
     tiny_decoder: MakeDecoder, nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
-    monkeypatch.setattr(kernel, "find_compiler", lambda: "c++")
+    monkeypatch.setattr(row_kernel, "find_compiler", lambda: "c++")
     said: list[str] = []
-    BFloat16.applied(tiny_decoder().float(), said.append)
+    with_row_kernel(BFloat16.applied(tiny_decoder().float()), said.append)
     assert "cannot be written (Not a directory)" in said[-1]
 
 
 def test_small_models_compile_nothing(tiny_decoder: MakeDecoder, tmp_path: Path) -> None:
     said: list[str] = []
-    Int8.applied(tiny_decoder().float(), said.append)
+    with_row_kernel(Int8.applied(tiny_decoder().float()), said.append)
     assert said == [
         "int8 weights are multiplied by torch's own kernels, as compiling another does not pay for so small a model"
     ]

@@ -15,7 +15,7 @@ from minitransformer.analysis.look_record import AttentionMaps, LookRequest, Map
 from minitransformer.architecture.additive_attention import AdditiveAttention, additive_attention_weights
 from minitransformer.architecture.block import Stack
 from minitransformer.diagnostics.attention_maps import captured_attention
-from minitransformer.generation.decode import evaluating
+from minitransformer.generation.modes import evaluating
 
 
 @dataclass(frozen=True)

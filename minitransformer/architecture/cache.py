@@ -83,13 +83,13 @@ class LayerCache:
         keys, values = held_keys.index_copy_(2, slots.new, k), held_values.index_copy_(2, slots.new, v)
         return keys.narrow(2, 0, slots.visible), values.narrow(2, 0, slots.visible)
 
-    def put(self, other: LayerCache, row: int, slots: slice, rows: int, room: int) -> None:
-        """Copy the first slots of `other`, of one row, to `slots` of `row`, one of `rows` rows with `room` slots."""
+    def put(self, other: LayerCache, rows: list[int], slots: slice, of: int, room: int) -> None:
+        """Copy the first slots of `other`, of one row or of as many, to `slots` of `rows`, some of `of` rows."""
         if other._keys is None or other._values is None:
             return
-        keys, values = self._buffers(other._keys, other._values, rows, room)
+        keys, values = self._buffers(other._keys, other._values, of, room)
         length = slots.stop - slots.start
-        keys[row, :, slots], values[row, :, slots] = other._keys[0, :, :length], other._values[0, :, :length]
+        keys[rows, :, slots], values[rows, :, slots] = other._keys[:, :, :length], other._values[:, :, :length]
 
     def roll(self, slots: int) -> None:
         """Shift the contents by this many slots, cyclically."""
@@ -193,20 +193,20 @@ class KVCache:
         if self._positions is not None:
             self._positions[:, self.length :] = EMPTY
 
-    def put(self, other: KVCache, row: int, slot: int, rows: int) -> None:
-        """Replace `row`, one of `rows`, by the contents of the one-row cache `other`, from `slot` on."""
-        self.clear(row)
+    def put(self, other: KVCache, rows: list[int], slot: int, of: int) -> None:
+        """Replace `rows`, some of `of`, by the contents of `other`, of one row or of as many, from `slot` on."""
+        self.clear(rows)
         if other._positions is None:
             return
         here, there = slice(slot, slot + other.length), slice(0, other.length)
-        self._positions_of(rows, other._positions.device)[row, here] = other._positions[0, there]
+        self._positions_of(of, other._positions.device)[rows, here] = other._positions[:, there]
         for cache, source in zip(self._of_tokens, other._of_tokens, strict=True):
-            cache.put(source, row, here, rows, self.max_length)
+            cache.put(source, rows, here, of, self.max_length)
 
-    def clear(self, row: int) -> None:
-        """Empty the row."""
+    def clear(self, rows: list[int]) -> None:
+        """Empty these rows."""
         if self._positions is not None:
-            self._positions[row] = EMPTY
+            self._positions[rows] = EMPTY
 
     def roll(self, slots: int) -> None:
         """Shift the contents of all rows by this many slots."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minitransformer.architecture.cache import LayerCache, Slots
 from minitransformer.architecture.dropout import Dropout
 
-Tokens = Int[Tensor, "batch length"] | Float[Tensor, "batch length d_model"]
+TokensOrEmbeddings = Int[Tensor, "batch length"] | Float[Tensor, "batch length d_model"]
 """Token ids, or their embeddings."""
 
 
@@ -39,7 +39,7 @@ class TokenEmbedding(nn.Module):
         self.scale = scale
 
     def forward(
-        self, tokens: Tokens, segments: Int[Tensor, "batch length"] | None = None
+        self, tokens: TokensOrEmbeddings, segments: Int[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch length d_model"]:
         """`segments` default to 0. Tokens given as embeddings replace E[token] · scale."""
         x = tokens if tokens.is_floating_point() else self._look_up(tokens)
@@ -101,8 +101,27 @@ class LMHead(nn.Linear):
         self.scale, self.softcap = scale, softcap
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch vocab"]:
-        logits = super().forward(x if self.scale == 1.0 else x * self.scale)
-        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+        return _scaled_logits(super().forward, x, self.scale, self.softcap)
+
+    def around(self, product: nn.Module) -> HeadAround:
+        """This head with another module in place of x Wᵀ + b."""
+        return HeadAround(product, self.scale, self.softcap)
+
+
+class HeadAround(nn.Module):
+    """An `LMHead` with `product` in place of x Wᵀ + b."""
+
+    def __init__(self, product: nn.Module, scale: float, softcap: float | None) -> None:
+        super().__init__()
+        self.product, self.scale, self.softcap = product, scale, softcap
+
+    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch vocab"]:
+        return _scaled_logits(self.product, x, self.scale, self.softcap)
+
+
+def _scaled_logits(product: Callable[[Tensor], Tensor], x: Tensor, scale: float, softcap: float | None) -> Tensor:
+    logits = product(x if scale == 1.0 else x * scale)
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
 class TransformedHead(nn.Module):

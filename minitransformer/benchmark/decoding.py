@@ -15,6 +15,7 @@ from minitransformer.benchmark.case import BenchSetting
 from minitransformer.benchmark.ours import model_of
 from minitransformer.benchmark.peers import transformers_model
 from minitransformer.generation.decode import generate
+from minitransformer.generation.fast.rows import with_row_kernel
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.readers import CachedReader
 from minitransformer.generation.weights import Weights
@@ -95,7 +96,7 @@ def transformers_prefill(setting: BenchSetting, precision: str, tokens: int, bat
 
 
 def _ours(setting: BenchSetting, precision: str) -> Any:
-    return Weights.named(precision).applied(model_of(setting).eval())
+    return with_row_kernel(Weights.named(precision).applied(model_of(setting).eval()))
 
 
 def _nanogpt(setting: BenchSetting, precision: str) -> Any:

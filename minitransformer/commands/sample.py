@@ -23,6 +23,7 @@ from minitransformer.commands import DONE, given_flags, parse, piped_text, run_c
 from minitransformer.commands.sampling_flags import check_flags
 from minitransformer.errors import UserError
 from minitransformer.generation.classes import classify
+from minitransformer.generation.fast.rows import with_row_kernel
 from minitransformer.generation.fill import MASK, encode_with_masks
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.published import published
@@ -108,10 +109,10 @@ def _sample(arguments: Sequence[str]) -> int:
     draft_run = None if options.draft is None else _draft_run(options.draft, run)
     device = str(choose_device(options.device))
     weights = Weights.named(options.weights)
-    model = weights.applied(run.load_model(options.checkpoint, device=device), _note)
+    model = with_row_kernel(weights.applied(run.load_model(options.checkpoint, device=device)), _note)
     draft = None
     if draft_run is not None:
-        draft = Draft(weights.applied(_decoder(draft_run, model, device)), options.draft_tokens)
+        draft = Draft(with_row_kernel(weights.applied(_decoder(draft_run, model, device))), options.draft_tokens)
     if options.run is None:
         _note(f"the model is that of {path}")
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
@@ -145,7 +146,8 @@ def _completed(options: Options, given: set[str], run: Run) -> Options:
         if advice.not_followed:
             _note(f"{path} asks for {', '.join(advice.not_followed)}, which nothing here does")
     check_flags(given, vars(options), topology, where)
-    return options
+    # Without chance, several samples are one text several times.
+    return replace(options, num_samples=1) if options.greedy and options.num_beams == 1 else options
 
 
 def _draws(options: Options, model: Model) -> bool:

@@ -55,6 +55,9 @@ def _idle(values: Mapping[str, Any], topology: str) -> Iterator[Idle]:
             out = "leave it out, or give a --temperature above 0"
             why = f"changes nothing at temperature 0, which takes the likeliest token: {out}"
             yield Idle(DRAWING, why, "temperature")
+            if values["num_samples"] > 1:
+                why = f"would give the same text {values['num_samples']} times at temperature 0: {out}"
+                yield Idle(("num_samples",), why, "temperature")
     if values["draft"] is None:
         yield Idle(("draft_tokens",), "is for a draft: name its run with --draft")
     yield from _idle_of_decoders(values, beams) if topology == "decoder" else _idle_of_translators(values)

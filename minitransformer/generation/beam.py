@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minitransformer.generation.processors import NEVER, LogitsProcessor, SamplingConfig, at_least_float32, check_finite
 from minitransformer.generation.readers import Reader
+from minitransformer.generation.sampling import processed
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,7 @@ def beam_search(
         logits = at_least_float32(read(search.tokens)[:, :vocab_size])
         if step == 0:
             check_finite(logits)
-        log_p = logits.log_softmax(-1)
-        for process in processors:
-            log_p = process(log_p, search.tokens)
+        log_p = processed(logits.log_softmax(-1), processors, search.tokens)
         read.reorder(search.advance(log_p))
         if search.done():
             break

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from minitransformer.generation.decode import evaluating
+from minitransformer.generation.modes import evaluating
 from minitransformer.models.encoder import EncoderClassifier
 
 

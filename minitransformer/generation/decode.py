@@ -1,81 +1,35 @@
-"""The loop that decodes: read what is new, process the logits, choose a token for each sample, again."""
+"""From a prompt, or a source, to tokens: `generate`, `search` and `translate`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from minitransformer.errors import UserError
+from minitransformer.generation.arriving import on_host
 from minitransformer.generation.beam import beam_search
-from minitransformer.generation.processors import (
-    Forced,
-    LogitsProcessor,
-    Never,
-    SamplingConfig,
-    at_least_float32,
-    check_finite,
-    check_no_beams,
-)
+from minitransformer.generation.engine import Engine
+from minitransformer.generation.fast.steps import recorded_steps
+from minitransformer.generation.modes import evaluating
+from minitransformer.generation.processors import Forced, LogitsProcessor, Never, SamplingConfig, check_no_beams
 from minitransformer.generation.readers import CachedReader, Reader, TargetReader, UncachedReader
+from minitransformer.generation.sampling import (
+    Request,
+    check_prompt,
+    choose,
+    own_generators,
+    seeded,
+    uniform_numbers,
+)
 from minitransformer.models.decoder import DecoderLM
 
 
-def uniform_draws(samples: int, steps: int, generator: torch.Generator) -> Float[Tensor, "samples steps"]:
-    """Numbers in [0, 1): each sample has its own stream, whatever the number of samples and of steps."""
-    return torch.stack([torch.rand(steps, generator=own) for own in own_generators(samples, generator)])
-
-
-def own_generators(samples: int, generator: torch.Generator) -> list[torch.Generator]:
-    """A stream of random numbers for each sample, the same ones whatever the number of samples."""
-    seeds = torch.randint(2**63 - 1, (samples,), generator=generator).tolist()
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def seeded(generator: torch.Generator | None, sampling: SamplingConfig) -> torch.Generator:
-    """`generator`, by default one on the CPU with the seed of `sampling`, or with a new one if it has none."""
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
-    return generator
-
-
-def draw(logits: Float[Tensor, "samples vocab"], uniform: Float[Tensor, "samples"]) -> Int[Tensor, "samples"]:
-    """A token by the softmax of its logits: `draw_by_weight` of them."""
-    return draw_by_weight(logits.softmax(-1), uniform)
-
-
-def draw_by_weight(
-    weights: Float[Tensor, "samples vocab"], uniform: Float[Tensor, "samples"]
-) -> Int[Tensor, "samples"]:
-    """The token at which the cumulative weight first exceeds the share `uniform` of all: i with probability ∝ wᵢ.
-
-    One random number for each sample, where `torch.multinomial` takes one for each token of the vocabulary.
-    """
-    cumulative = weights.cumsum(-1)
-    # Times the total, which rounding keeps from being 1: below it, so the token found exists and is not impossible.
-    share = uniform.unsqueeze(1) * cumulative.narrow(1, -1, 1)
-    return torch.searchsorted(cumulative, share, right=True).squeeze(1)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Generator[None, None, None]:
-    """`model` is in eval mode meanwhile."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@torch.inference_mode()
 def generate(
     model: DecoderLM,
     prompt: Sequence[int],
@@ -90,16 +44,50 @@ def generate(
 
     Ends after `max_new_tokens` steps, or when every sample has produced one of `ends`; a sample that has goes on giving
     it. Only tokens below `vocab_size` are drawn (default: all that the model has). Random numbers come from `generator`
-    (on the CPU), by default one with the seed of `sampling`; torch's global one is not touched. The model is in eval
-    mode meanwhile. `cached=False` gives the same tokens, slowly. `sampling.stop` is for who turns tokens into text.
+    (on the CPU), by default one with the seed of `sampling`; torch's global one is not touched. `cached=False` gives
+    the same tokens, slowly. `sampling.stop` is for callers that turn tokens into text.
     """
+    check_no_beams(sampling)
     check_prompt(prompt)
-    device = next(model.parameters()).device
-    prompts = torch.tensor(prompt, device=device).expand(sampling.num_samples, -1)
-    with evaluating(model):
-        max_tokens = len(prompt) + sampling.max_new_tokens
-        read: Reader = CachedReader(model, max_tokens) if cached else UncachedReader(model)
-        yield from decode(read, prompts, sampling, generator=generator, ends=ends, vocab_size=vocab_size)
+    streams = own_generators(sampling.num_samples, seeded(generator, sampling))
+    if not cached:
+        requests = [Request(prompt, sampling, uniform_numbers(numbers), ends) for numbers in streams]
+        yield from decode(UncachedReader(model), requests, model, vocab_size)
+        return
+    slots = len(prompt) + sampling.max_new_tokens
+    engine = Engine(model, len(streams), slots, vocab_size=vocab_size, make_steps=recorded_steps)
+    requests = [engine.submit(prompt, sampling, ends=ends, numbers=numbers) for numbers in streams]
+    while not engine.idle:
+        if engine.step():
+            yield [request.tokens[-1] for request in requests]
+
+
+def generate_each(
+    model: DecoderLM,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    *,
+    batch_size: int,
+    ends: Sequence[int] = (),
+    vocab_size: int | None = None,
+    over: Callable[[int, int], bool] = lambda number, token: False,
+) -> Iterator[tuple[int, list[int]]]:
+    """For each prompt, its number and the tokens that follow it, in the order in which they end.
+
+    Each is what `generate` gives for this prompt alone with the same seed, up to the rounding of sums, with one of
+    `ends` as its last token if it has come. `over` is told the number and each new token, and may end the text.
+    """
+    slots = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    rows = min(batch_size, len(prompts))
+    engine = Engine(model, rows, slots, vocab_size=vocab_size, make_steps=recorded_steps)
+    numbers = {
+        engine.submit(prompt, sampling, ends=ends, stops=partial(over, number)): number
+        for number, prompt in enumerate(prompts)
+    }
+    while not engine.idle:
+        for request, _ in engine.step():
+            if request.done:
+                yield numbers[request], request.tokens
 
 
 @torch.inference_mode()
@@ -131,90 +119,35 @@ def search(
     return [hypothesis.tokens for hypothesis in found[: sampling.num_samples]]
 
 
-def check_prompt(prompt: Sequence[int]) -> None:
-    """Raises `UserError` for a prompt without a token, after which nothing can be predicted."""
-    if not prompt:
-        raise UserError("the prompt has no token: begin with the end-of-text token")
-
-
+@torch.inference_mode()
 def decode(
-    read: Reader,
-    prompts: Int[Tensor, "samples length"],
-    sampling: SamplingConfig,
-    *,
-    generator: torch.Generator | None = None,
-    ends: Sequence[int] = (),
-    vocab_size: int | None = None,
-    rules: Sequence[LogitsProcessor] = (),
+    read: Reader, requests: Sequence[Request], model: nn.Module, vocab_size: int | None = None
 ) -> Generator[list[int], None, None]:
-    """`generate` for any reader: the tokens that follow the prompts, each sample's own.
+    """The plain loop of an engine: one token for each request a step, until all are done, as `read` sees whole texts.
 
-    Raises `UserError` where a beam search is asked for: that is `search`. `rules` decide beside `sampling` which tokens
-    are possible.
+    The prompts are of one length. `model` is in eval mode meanwhile.
     """
-    check_no_beams(sampling)
-    uniform = uniform_draws(prompts.size(0), sampling.max_new_tokens, seeded(generator, sampling)).to(prompts.device)
-    processors = sampling.processors(prompts.size(1), ends, rules)
-    last, ended = [0] * prompts.size(0), [False] * prompts.size(0)
-    for new in on_host(_choices(read, prompts, uniform, processors, sampling, vocab_size), prompts.is_cuda):
-        new = [before if over else token for token, before, over in zip(new, last, ended, strict=True)]
-        ended = [token in ends for token in new]
-        last = new
-        yield new
-        if all(ended):
-            return
+    device = next(model.parameters()).device
+    with evaluating(model):
+        for step in on_host(_choices(read, requests, device, vocab_size), device.type == "cuda"):
+            for request, token in zip(requests, step, strict=True):
+                if not request.done:
+                    request.take(token)
+            yield [request.tokens[-1] for request in requests]
+            if all(request.done for request in requests):
+                return
 
 
 def _choices(
-    read: Reader,
-    prompts: Int[Tensor, "samples length"],
-    uniform: Float[Tensor, "samples steps"],
-    processors: Sequence[LogitsProcessor],
-    sampling: SamplingConfig,
-    vocab_size: int | None,
+    read: Reader, requests: Sequence[Request], device: torch.device, vocab_size: int | None
 ) -> Iterator[Int[Tensor, "samples"]]:
     """The tokens of each step, on the device, which need not have drawn them yet."""
-    tokens = torch.cat([prompts, torch.zeros_like(uniform, dtype=prompts.dtype)], dim=1)
-    for step, numbers in enumerate(uniform.unbind(1)):
-        so_far = tokens.narrow(1, 0, prompts.size(1) + step)  # an index takes Python twice as long
-        logits = at_least_float32(read(so_far)[:, :vocab_size])
-        if step == 0:
-            check_finite(logits)
-        for process in processors:
-            logits = process(logits, so_far)
-        chosen = logits.argmax(-1) if sampling.greedy else draw(logits, numbers)
-        tokens[:, so_far.size(1)] = chosen
+    prompts, most = torch.tensor([list(request.prompt) for request in requests]), requests[0].sampling.max_new_tokens
+    tokens = torch.cat([prompts, prompts.new_zeros(len(requests), most)], dim=1).to(device)
+    for length in range(prompts.size(1), tokens.size(1)):
+        chosen = choose(read(tokens.narrow(1, 0, length))[:, :vocab_size], requests)
+        tokens[:, length] = chosen
         yield chosen
-
-
-def on_host(tensors: Iterable[Tensor], asynchronous: bool) -> Iterator[list[int]]:
-    """Their numbers. Those of an asynchronous device are read when it has the next one to work on, and never idles."""
-    before: Callable[[], list[int]] | None = None
-    for tensor in tensors:
-        if not asynchronous:
-            yield tensor.tolist()
-            continue
-        arriving = _on_its_way(tensor)
-        if before:
-            yield before()
-        before = arriving
-    if before:
-        yield before()
-
-
-def _on_its_way(tensor: Tensor) -> Callable[[], list[int]]:
-    """Begins to copy what `tensor` will hold; waits for that alone when called."""
-    numbers = tensor.to("cpu", non_blocking=True)
-    arrived = torch.cuda.Event() if tensor.is_cuda else None
-    if arrived:
-        arrived.record()
-
-    def wait() -> list[int]:
-        if arrived:
-            arrived.synchronize()
-        return numbers.tolist()
-
-    return wait
 
 
 @torch.inference_mode()
@@ -246,9 +179,11 @@ def translate(
     with evaluating(model):
         read = TargetReader(model, model.encode(source, is_token=is_token).select(rows))
         if sampling.num_beams == 1:
-            prompts = torch.full((len(rows), 1), start, device=device)
-            steps = decode(read, prompts, limited, generator=generator, ends=ends, vocab_size=vocab_size, rules=rules)
-            drawn = [list(tokens) for tokens in zip(*steps, strict=True)]
+            streams = own_generators(len(rows), seeded(generator, sampling))
+            requests = [Request([start], limited, uniform_numbers(own), ends, rules=rules) for own in streams]
+            for _ in decode(read, requests, model, vocab_size):
+                pass
+            drawn = [request.tokens for request in requests]
             targets = [drawn[i : i + copies] for i in range(0, len(drawn), copies)]
         else:
             prompts = torch.full((len(sources), 1), start, device=device)

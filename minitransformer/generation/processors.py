@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -30,7 +30,12 @@ def check_finite(logits: Tensor) -> None:
 
 
 class LogitsProcessor(Protocol):
-    """A map of the logits of the next token; `tokens` are those before it, the prompt's included."""
+    """A map of the logits of the next token.
+
+    `tokens` are those before it, the prompt's included, for a processor that `looks_back`; otherwise there may be none.
+    """
+
+    looks_back: ClassVar[bool]
 
     def __call__(
         self, logits: Float[Tensor, "samples vocab"], tokens: Int[Tensor, "samples length"]
@@ -45,6 +50,7 @@ class RepetitionPenalty:
     and a negative logit becomes smaller as well.
     """
 
+    looks_back: ClassVar[bool] = True
     penalty: float
 
     def __call__(
@@ -59,6 +65,7 @@ class RepetitionPenalty:
 class NoRepeatNGram:
     """No token that would complete an n-gram which occurred already. Paulus et al. 2017 (arXiv 1705.04304), 2.5."""
 
+    looks_back: ClassVar[bool] = True
     n: int
 
     def __call__(
@@ -78,6 +85,7 @@ class NoRepeatNGram:
 class MinLength:
     """None of `ends`, which end a text, before there are `length` tokens."""
 
+    looks_back: ClassVar[bool] = True
     length: int
     ends: Sequence[int]
 
@@ -93,6 +101,7 @@ class MinLength:
 class Never:
     """None of `banned`."""
 
+    looks_back: ClassVar[bool] = False
     banned: Sequence[int]
 
     def __call__(
@@ -105,6 +114,7 @@ class Never:
 class Forced:
     """After `length` tokens, `token` and no other."""
 
+    looks_back: ClassVar[bool] = True
     length: int
     token: int
 
@@ -122,6 +132,7 @@ class Forced:
 class Temperature:
     """p ∝ exp(logit / temperature): below 1 the likely become likelier, towards 0 only the likeliest remains."""
 
+    looks_back: ClassVar[bool] = False
     temperature: float
 
     def __call__(
@@ -136,6 +147,7 @@ class Temperature:
 class TopK:
     """Only the `k` likeliest tokens remain, and those as likely as the last of them. Fan et al. 2018 (1805.04833)."""
 
+    looks_back: ClassVar[bool] = False
     k: int
 
     def __call__(
@@ -154,6 +166,7 @@ class TopP:
     Holtzman et al. 2019 (arXiv 1904.09751), section 3.1. The likeliest token always remains.
     """
 
+    looks_back: ClassVar[bool] = False
     p: float
 
     def __call__(
@@ -173,6 +186,7 @@ class MinP:
     Nguyen et al. 2024 (arXiv 2407.01082), section 3.
     """
 
+    looks_back: ClassVar[bool] = False
     min_p: float
 
     def __call__(
@@ -244,11 +258,6 @@ class SamplingConfig:
     def greedy(self) -> bool:
         """Whether the likeliest token is taken every time."""
         return self.temperature == 0
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether processors look at the tokens so far, which each text has its own of."""
-        return self.repetition_penalty != 1 or self.no_repeat_ngram is not None or self.min_new_tokens > 0
 
     def processors(
         self, prompt_length: int, ends: Sequence[int], rules: Sequence[LogitsProcessor] = ()

@@ -17,11 +17,9 @@ from torch import Tensor
 
 from minitransformer.architecture.block import Memory
 from minitransformer.architecture.cache import ChosenSlots, KVCache
-from minitransformer.generation.recording import Step, for_single_rows, has_fixed_shapes, recorded
+from minitransformer.generation.fast.recording import Step, has_fixed_shapes, recorded, slots_visible
+from minitransformer.generation.fast.rows import for_single_rows
 from minitransformer.models.decoder import DecoderLM
-
-FEW_SLOTS = 512
-"""that it costs little to look at"""
 
 
 def window_length(total: int, context_length: int) -> int:
@@ -33,18 +31,6 @@ def window_length(total: int, context_length: int) -> int:
         return total
     after_a_drop = context_length // 2 + 1
     return after_a_drop + (total - context_length - 1) % (context_length + 1 - after_a_drop)
-
-
-def slots_visible(length: int, most: int, fixed: bool) -> int:
-    """How many of `most` slots attention looks at when `length` are in use: these, where recordings take any size.
-
-    Where their shapes are `fixed`, up to a quarter more, or `FEW_SLOTS`: all would cost a short text as much as the
-    longest.
-    """
-    if not fixed:
-        return length
-    step = max(FEW_SLOTS, (1 << length.bit_length()) // 8)
-    return min(most, -(-length // step) * step)
 
 
 class Reader(Protocol):

@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitransformer.errors import UserError
-from minitransformer.generation.decode import check_prompt, draw_by_weight, evaluating, own_generators, seeded
+from minitransformer.generation.modes import evaluating
 from minitransformer.generation.processors import SamplingConfig, at_least_float32, check_finite, check_no_beams
 from minitransformer.generation.readers import CachedReader, window_length
+from minitransformer.generation.sampling import check_prompt, draw_by_weight, own_generators, processed, seeded
 from minitransformer.models.decoder import DecoderLM
 
 
@@ -168,9 +169,7 @@ class _Speculator:
         self, logits: Float[Tensor, "1 all"], tokens: Int[Tensor, "1 length"]
     ) -> Float[Tensor, "1 vocab"]:
         """The probabilities from which the token after `tokens` is drawn; greedily, the likeliest has all."""
-        logits = at_least_float32(logits[:, : self.vocab_size])
-        for process in self.processors:
-            logits = process(logits, tokens)
+        logits = processed(at_least_float32(logits[:, : self.vocab_size]), self.processors, tokens)
         if self.sampling.greedy:
             return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
         return logits.softmax(-1)

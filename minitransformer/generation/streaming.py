@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from minitransformer.generation.batch import generate_each
-from minitransformer.generation.decode import generate, search
+from minitransformer.generation.decode import generate, generate_each, search
 from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.speculation import Draft, speculate
 from minitransformer.models.decoder import DecoderLM

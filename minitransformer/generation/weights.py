@@ -1,57 +1,56 @@
-"""How weights are stored, and read, while a model decodes.
+"""How the matrices of linear maps are stored while a model decodes.
 
 A step for one token reads every weight once and does one multiplication with it: how long it takes depends on how many
-bytes the weights have, and on how fast these are read. Only matrices of linear maps are stored otherwise; embeddings,
-norms, biases, caches and all that is computed stay as they are.
+bytes the weights have. Embeddings, norms, biases, caches and all that is computed stay as they are.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from functools import cache
 from typing import ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.generation import kernel
-from minitransformer.generation.recording import with_modules
+from minitransformer.models.surgery import replaced
 from minitransformer.registry import Registered
 
 M = TypeVar("M", bound=nn.Module)
-FEW_WEIGHTS = 1 << 21
-"""models with fewer fit into caches, and gain nothing from the kernel (measured)"""
 
 
-class Weights(Registered, kind="weights"):
-    """A way to store the W of x Wᵀ: as `stored`, times a `scale` for each of its rows."""
+class Weights(Registered, nn.Module, kind="weights"):
+    """x Wᵀ + b, where W is stored as `stored`, times a `scale` for each of its rows."""
 
     stored: Tensor
-    scale: Tensor | None = None
+    scale: Tensor | None
     few_rows: ClassVar[int] = 64
-    """up to so many, our kernel is faster than torch's (measured, with weights that are widened for these)"""
+    """up to so many, it pays to widen weights on their way from memory (measured on CPUs)"""
 
-    def __init__(self, weight: Float[Tensor, "out in"]) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        stored, scale = self.store(linear.weight.detach())
+        self.register_buffer("stored", stored)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        product = self.product(x)
+        return product if self.bias is None else product + self.bias
+
+    @classmethod
+    def store(cls, weight: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor | None]:
+        """`stored` and `scale` for a matrix."""
         raise NotImplementedError
 
     def product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """x Wᵀ by torch's own kernels."""
+        """x Wᵀ."""
         raise NotImplementedError
 
     @classmethod
-    def applied(cls, model: M, report: Callable[[str], None] = lambda line: None) -> M:
-        """`model` with its matrices stored in this way, for evaluation only; it shares its other weights.
-
-        On CPUs, rows are multiplied by a kernel of our own (`row_product.cpp`) where one can be compiled and pays.
-        That depends on the machine and the model alone, so that the same seed gives the same text, however long it is.
-        `report` is told what is done, if it is not that.
-        """
-        why_not = _why_no_kernel(model, report)
-        if why_not:
-            report(f"{cls.name} weights are multiplied by torch's own kernels, as {why_not}")
-        return _with_stored(model, cls, kernel=not why_not)
+    def applied(cls, model: M) -> M:
+        """`model` with its matrices stored in this way; it shares its other weights."""
+        return replaced(model, ".*", cls)
 
 
 class Float32(Weights, name="fp32"):
@@ -59,22 +58,24 @@ class Float32(Weights, name="fp32"):
 
     few_rows = 8
 
-    def __init__(self, weight: Float[Tensor, "out in"]) -> None:
-        self.stored = weight
+    @classmethod
+    def store(cls, weight: Float[Tensor, "out in"]) -> tuple[Tensor, None]:
+        return weight, None
 
     def product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return x @ self.stored.t()
 
     @classmethod
-    def applied(cls, model: M, report: Callable[[str], None] = lambda line: None) -> M:
-        return model if _why_no_kernel(model, report) else _with_stored(model, cls, kernel=True)
+    def applied(cls, model: M) -> M:
+        return model
 
 
 class BFloat16(Weights, name="bf16"):
     """Half the bytes. Each weight is rounded to 8 significant bits: it changes by a share of 2^-8 at most."""
 
-    def __init__(self, weight: Float[Tensor, "out in"]) -> None:
-        self.stored = weight.bfloat16()
+    @classmethod
+    def store(cls, weight: Float[Tensor, "out in"]) -> tuple[Tensor, None]:
+        return weight.bfloat16(), None
 
     def product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         # Measured: for more rows than one, a CPU without such instructions multiplies float32 faster.
@@ -90,9 +91,10 @@ class Int8(Weights, name="int8"):
     alone: what they are multiplied with is not rounded to 8 bits.
     """
 
-    def __init__(self, weight: Float[Tensor, "out in"]) -> None:
-        self.scale = weight.abs().amax(-1).clamp(min=torch.finfo(weight.dtype).tiny) / 127
-        self.stored = (weight / self.scale[:, None]).round().to(torch.int8)
+    @classmethod
+    def store(cls, weight: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor]:
+        scale = weight.abs().amax(-1).clamp(min=torch.finfo(weight.dtype).tiny) / 127
+        return (weight / scale[:, None]).round().to(torch.int8), scale
 
     def product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         assert self.scale is not None
@@ -103,56 +105,3 @@ class Int8(Weights, name="int8"):
             product = torch.ops.aten._weight_int8pack_mm(rows, self.stored, self.scale.bfloat16())
             return product.to(x.dtype).view(*x.shape[:-1], -1)
         return (x @ self.stored.t().to(x.dtype)) * self.scale
-
-
-class StoredLinear(nn.Linear):
-    """x Wᵀ + b with W as `weights` store it; with `kernel`, by the kernel that is there then."""
-
-    weights: Weights
-    kernel: bool
-
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        if self.kernel and x.dtype == torch.float32 and x.numel() <= self.weights.few_rows * x.size(-1):
-            product = torch.ops.minitransformer.row_product
-            return product(x.contiguous(), self.weights.stored, self.weights.scale, self.bias)
-        plain = self.weights.product(x)
-        return plain if self.bias is None else plain + self.bias
-
-
-def _with_stored(model: M, kind: type[Weights], kernel: bool) -> M:
-    def replace(module: nn.Module) -> nn.Module | None:
-        return _stored(module, kind(module.weight.detach()), kernel) if isinstance(module, nn.Linear) else None
-
-    return with_modules(model, replace)
-
-
-def _stored(linear: nn.Linear, weights: Weights, kernel: bool) -> nn.Linear:
-    clone = copy.copy(linear)
-    clone.__class__ = _storing(type(linear))  # type: ignore[arg-type]
-    bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-    clone._parameters = {"bias": bias}
-    clone.weights, clone.kernel = weights, kernel  # type: ignore[assignment]
-    return clone
-
-
-@cache
-def _storing(kind: type[nn.Linear]) -> type[nn.Linear]:
-    """`kind`, which may do more than its product, such as a head, with the product of `StoredLinear`."""
-    bases = (StoredLinear,) if kind is nn.Linear else (kind, StoredLinear)
-    return type(kind.__name__, bases, {})
-
-
-def _why_no_kernel(model: nn.Module, report: Callable[[str], None]) -> str | None:
-    """Why rows are not multiplied by our own kernel, in words that follow "as", or None if they are."""
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if any(linear.weight.device.type != "cpu" for linear in linears):
-        return "ours is for CPUs"
-    if any(linear.weight.dtype != torch.float32 for linear in linears):
-        return "ours is for models in float32"
-    if sum(linear.weight.numel() for linear in linears) < FEW_WEIGHTS:
-        return "compiling another does not pay for so small a model"
-    try:
-        kernel.prepare(report)
-    except kernel.CannotCompile as reason:
-        return str(reason)
-    return None

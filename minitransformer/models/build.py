@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import nn
@@ -38,14 +39,7 @@ def build_stack(
         return config.residual.make(partial(_norm, config), config.dropout, place)
 
     def make_block(layer: int) -> Block:
-        parts = BlockParts(
-            attention=_attention(config),
-            cross_attention=_attention(config) if has_memory else None,
-            feedforward=_feedforward(config),
-            make_residual=partial(make_residual, layer),
-            make_norm=partial(_norm, config),
-        )
-        return config.block.make(parts)
+        return config.block.make(_block_parts(config, partial(make_residual, layer), has_memory=has_memory))
 
     return Stack(
         [make_block(layer) for layer in range(num_layers)],
@@ -90,6 +84,16 @@ def build_head(config: ModelConfig, embedding: TokenEmbedding) -> nn.Module:
         return head
     activation = config.feedforward.variant.activation
     return TransformedHead(config.d_model, head, activation=activation, norm=_norm(config))
+
+
+def _block_parts(config: ModelConfig, make_residual: Callable[[str], Residual], *, has_memory: bool) -> BlockParts:
+    return BlockParts(
+        attention=_attention(config),
+        cross_attention=_attention(config) if has_memory else None,
+        feedforward=_feedforward(config),
+        make_residual=make_residual,
+        make_norm=partial(_norm, config),
+    )
 
 
 def _norm(config: ModelConfig, features: int | None = None) -> Norm:

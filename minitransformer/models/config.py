@@ -41,12 +41,12 @@ WITH_ATTENTION = ("topology", tuple(name for name in TOPOLOGIES if name != "rnn"
 """topologies in which a setting has an effect"""
 
 
-def size(default: int | None, *, help: str, **about: Any) -> Any:
+def size_setting(default: int | None, *, help: str, **about: Any) -> Any:
     """A setting that counts features or tokens."""
     return setting(default, at_least=1, most=MOST_FEATURES, help=help, **about)
 
 
-def count(default: int | None, *, help: str, **about: Any) -> Any:
+def count_setting(default: int | None, *, help: str, **about: Any) -> Any:
     """A setting that counts modules."""
     return setting(default, at_least=1, most=MOST_MODULES, help=help, **about)
 
@@ -59,44 +59,46 @@ class ModelConfig:
     """
 
     topology: str = setting("decoder", help=f"kind of model: {', '.join(TRAINED)}")
-    d_model: int = size(256, help="width of the residual stream")
-    num_layers: int = count(4, help="number of blocks; in an encoder-decoder, of encoder blocks")
-    num_decoder_layers: int | None = count(
+    d_model: int = size_setting(256, help="width of the residual stream")
+    num_layers: int = count_setting(4, help="number of blocks; in an encoder-decoder, of encoder blocks")
+    num_decoder_layers: int | None = count_setting(
         None, needs=PAIRS, help="number of decoder blocks of an encoder-decoder; None is num_layers"
     )
-    num_heads: int = size(4, needs=WITH_ATTENTION, help="number of attention heads")
-    num_kv_heads: int | None = size(
+    num_heads: int = size_setting(4, needs=WITH_ATTENTION, help="number of attention heads")
+    num_kv_heads: int | None = size_setting(
         None,
         needs=WITH_ATTENTION,
         help="number of key and value heads (grouped-query attention); None is num_heads",
     )
-    head_dim: int | None = size(None, needs=WITH_ATTENTION, help="dimension of each head; None is d_model / num_heads")
-    d_ff: int | None = size(
+    head_dim: int | None = size_setting(
+        None, needs=WITH_ATTENTION, help="dimension of each head; None is d_model / num_heads"
+    )
+    d_ff: int | None = size_setting(
         None,
         needs=WITH_ATTENTION,
         help="hidden dimension of the feed-forward network; None is 4 d_model, or 8/3 d_model if gated",
     )
-    context_length: int = size(256, help="maximum number of tokens that the model attends to")
-    vocab_size: int | None = size(
+    context_length: int = size_setting(256, help="maximum number of tokens that the model attends to")
+    vocab_size: int | None = size_setting(
         None,
         changes_tokens=True,
         follows_data=True,
         help="vocabulary size: a BPE is trained to it, other tokenizers must fit into it; None is 4096, or theirs",
     )
-    target_vocab_size: int | None = size(
+    target_vocab_size: int | None = size_setting(
         None,
         changes_tokens=True,
         follows_data=True,
         needs=PAIRS,
         help="size of a separate target vocabulary in an encoder-decoder; None is one shared vocabulary",
     )
-    num_segments: int | None = size(
+    num_segments: int | None = size_setting(
         None,
         needs=ENCODERS,
         help="number of segment embeddings, such as 2 for BERT's sentence pairs; None is no segment embedding",
     )
     next_sentence: bool = setting(False, needs=ENCODERS, help="add a next-sentence prediction head to an encoder")
-    num_classes: int | None = size(
+    num_classes: int | None = size_setting(
         None,
         needs=CLASSIFIERS,
         help="number of classes of an encoder-classifier, which can only be imported",
@@ -117,12 +119,12 @@ class ModelConfig:
     feedforward: Choice[FeedForward] = Choice(
         FeedForward, "gelu-tanh", needs=WITH_ATTENTION, help="feed-forward network"
     )
-    num_experts: int | None = count(
+    num_experts: int | None = count_setting(
         None,
         needs=WITH_ATTENTION,
         help="number of experts in a mixture of experts; None is one dense feed-forward network",
     )
-    experts_per_token: int = size(2, needs="num_experts", help="number of experts that process each token")
+    experts_per_token: int = size_setting(2, needs="num_experts", help="number of experts that process each token")
     bias: bool = setting(False, needs=WITH_ATTENTION, help="use biases in linear layers and in LayerNorm")
     qkv_bias: bool | None = setting(
         None, needs=WITH_ATTENTION, help="use biases in query, key and value projections; None is as --bias"
@@ -138,7 +140,7 @@ class ModelConfig:
     attention_softcap: float | None = setting(
         None, above=0, needs=WITH_ATTENTION, help="soft cap c of the scores s: c · tanh(s / c); None is no cap"
     )
-    attention_window: int | None = size(
+    attention_window: int | None = size_setting(
         None,
         needs=WITH_ATTENTION,
         help="size of the sliding window of attention, own token included; None is full attention",
@@ -156,7 +158,7 @@ class ModelConfig:
         True, needs=PAIRS, help="share the token embedding of encoder and decoder, if they have one vocabulary"
     )
     scaled_embeddings: bool = setting(False, help="scale token embeddings by the square root of d_model")
-    embedding_dim: int | None = size(
+    embedding_dim: int | None = size_setting(
         None,
         help="width of the token embedding, projected to d_model; None is d_model, without a projection",
     )

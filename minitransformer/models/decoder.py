@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitransformer.architecture.cache import ChosenSlots, KVCache
-from minitransformer.architecture.embeddings import Tokens
+from minitransformer.architecture.embeddings import TokensOrEmbeddings
 from minitransformer.models.build import build_embedding, build_head, build_stack
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, Readout, apply_head, next_positions
@@ -29,7 +29,7 @@ class DecoderLM(Model, name="decoder"):
 
     def hidden_states(
         self,
-        tokens: Tokens,
+        tokens: TokensOrEmbeddings,
         *,
         is_token: Bool[Tensor, "batch length"] | None = None,
         positions: Int[Tensor, "#batch length"] | None = None,
@@ -46,7 +46,7 @@ class DecoderLM(Model, name="decoder"):
 
     def forward(
         self,
-        tokens: Tokens,
+        tokens: TokensOrEmbeddings,
         *,
         is_token: Bool[Tensor, "batch length"] | None = None,
         positions: Int[Tensor, "#batch length"] | None = None,

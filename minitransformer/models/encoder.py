@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minitransformer.architecture.embeddings import ClassificationHead, Tokens
+from minitransformer.architecture.embeddings import ClassificationHead, TokensOrEmbeddings
 from minitransformer.models.build import build_embedding, build_head, build_stack
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, Readout, apply_head, next_positions
@@ -24,7 +24,7 @@ class Encoder(Model):
 
     def hidden_states(
         self,
-        tokens: Tokens,
+        tokens: TokensOrEmbeddings,
         *,
         is_token: Bool[Tensor, "batch length"] | None = None,
         segments: Int[Tensor, "batch length"] | None = None,
@@ -50,7 +50,7 @@ class EncoderLM(Encoder, name="encoder"):
 
     def token_logits(
         self,
-        tokens: Tokens,
+        tokens: TokensOrEmbeddings,
         *,
         is_token: Bool[Tensor, "batch length"] | None = None,
         segments: Int[Tensor, "batch length"] | None = None,
@@ -84,7 +84,7 @@ class EncoderPretraining(EncoderLM, name="encoder-pretraining"):
 
     def forward(
         self,
-        tokens: Tokens,
+        tokens: TokensOrEmbeddings,
         *,
         is_token: Bool[Tensor, "batch length"] | None = None,
         segments: Int[Tensor, "batch length"] | None = None,
@@ -112,7 +112,7 @@ class EncoderClassifier(Encoder, name="encoder-classifier"):
 
     def forward(
         self,
-        tokens: Tokens,
+        tokens: TokensOrEmbeddings,
         *,
         is_token: Bool[Tensor, "batch length"] | None = None,
         segments: Int[Tensor, "batch length"] | None = None,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minitransformer.architecture.block import Memory
 from minitransformer.architecture.cache import ChosenSlots, KVCache
-from minitransformer.architecture.embeddings import Tokens
+from minitransformer.architecture.embeddings import TokensOrEmbeddings
 from minitransformer.models.build import build_embedding, build_head, build_stack
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, Readout, apply_head, next_positions
@@ -53,7 +53,7 @@ class EncoderDecoder(Model, name="encoder-decoder"):
 
     def hidden_states(
         self,
-        tokens: Tokens,
+        tokens: TokensOrEmbeddings,
         memory: Memory,
         *,
         is_token: Bool[Tensor, "batch length"] | None = None,

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from minitransformer.architecture.attention import MultiHeadAttention
 from minitransformer.architecture.block import Stack
 from minitransformer.architecture.cache import ChosenSlots, KVCache
-from minitransformer.architecture.embeddings import Tokens
+from minitransformer.architecture.embeddings import TokensOrEmbeddings
 from minitransformer.architecture.feedforward import MixtureOfExperts
 from minitransformer.architecture.init import initialise
 from minitransformer.architecture.positions import token_positions
@@ -103,7 +103,9 @@ def _matrix_weights(module: nn.Module) -> int:
 
 
 def next_positions(
-    tokens: Tokens, is_token: Bool[Tensor, "batch length"] | None = None, cache: KVCache | ChosenSlots | None = None
+    tokens: TokensOrEmbeddings,
+    is_token: Bool[Tensor, "batch length"] | None = None,
+    cache: KVCache | ChosenSlots | None = None,
 ) -> Int[Tensor, "#batch length"]:
     """Consecutive positions for `tokens`, starting after those in `cache`; padding is not counted."""
     positions = token_positions(tokens.size(1), is_token, tokens.device)

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from minitransformer.architecture.additive_attention import AdditiveAttention
 from minitransformer.architecture.block import Memory
 from minitransformer.architecture.dropout import Dropout
-from minitransformer.architecture.embeddings import Tokens
+from minitransformer.architecture.embeddings import TokensOrEmbeddings
 from minitransformer.models.build import build_embedding, build_head
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, Readout, apply_head
@@ -77,7 +77,7 @@ class RecurrentEncoderDecoder(Model, name="rnn"):
 
     def hidden_states(
         self,
-        tokens: Tokens,
+        tokens: TokensOrEmbeddings,
         memory: Memory,
         *,
         is_token: Bool[Tensor, "batch length"] | None = None,

@@ -51,7 +51,7 @@ FIXED = {
 NEXT_SENTENCE = "BertForPreTraining"
 
 
-class BERT(Family, name="bert"):
+class BERTFamily(Family, name="bert"):
     """Devlin et al. 2018 (arXiv 1810.04805)."""
 
     architectures = {"encoder": "BertForMaskedLM", "encoder-classifier": "BertForSequenceClassification"}
@@ -94,16 +94,16 @@ class BERT(Family, name="bert"):
         return {"architectures": [NEXT_SENTENCE]} if config.next_sentence else {}
 
 
-class RoBERTa(BERT, name="roberta"):
+class RoBERTaFamily(BERTFamily, name="roberta"):
     """Liu et al. 2019 (arXiv 1907.11692). Its positions count from 2: the padding token's id, and one."""
 
     architectures = {"encoder": "RobertaForMaskedLM", "encoder-classifier": "RobertaForSequenceClassification"}
     fields = {
-        **{name: field for name, field in BERT.fields.items() if name != "max_position_embeddings"},
+        **{name: field for name, field in BERTFamily.fields.items() if name != "max_position_embeddings"},
         # Its head for masked tokens has this one, whatever the blocks have.
         "hidden_act": Field("feedforward", {"gelu": "gelu"}, "gelu"),
     }
-    required = {**BERT.required, "pad_token_id": 1}
+    required = {**BERTFamily.required, "pad_token_id": 1}
     prefix = "roberta."
     rules = (
         *encoder_rules("roberta."),
@@ -128,7 +128,7 @@ class RoBERTa(BERT, name="roberta"):
 LAYER = "distilbert.transformer.layer.{layer}."
 
 
-class DistilBERT(Family, name="distilbert"):
+class DistilBERTFamily(Family, name="distilbert"):
     """Sanh et al. 2019 (arXiv 1910.01108): BERT without segments."""
 
     architectures = {"encoder": "DistilBertForMaskedLM", "encoder-classifier": "DistilBertForSequenceClassification"}

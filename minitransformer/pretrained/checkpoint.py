@@ -12,11 +12,18 @@ from torch.overrides import TorchFunctionMode
 from minitransformer import files
 from minitransformer.errors import UserError
 from minitransformer.models.model import Model, build_model, check_size
-from minitransformer.pretrained import bert, gpt, llama, seq2seq  # noqa: F401  (each registers its families)
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.originals import TOKENIZER_FILES, write_originals
 from minitransformer.pretrained.rules import load_weights, save_weights
-from minitransformer.pretrained.shards import INDEX, SHARDS, WEIGHTS, Renamed, Shards, read_json, write_shards
+from minitransformer.pretrained.shards import (
+    INDEX,
+    SHARDS,
+    WEIGHTS,
+    Renamed,
+    Shards,
+    read_checkpoint_json,
+    write_shards,
+)
 from minitransformer.pretrained.tokenizer_files import save_tokenizer
 from minitransformer.pretrained.tokenizers import CONFIGS, load_tokenizer
 from minitransformer.text.tokenizers import Tokenizer
@@ -51,7 +58,7 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     folder = checkpoint_folder(name)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}: give the folder of a checkpoint")
-    hf = read_json(folder / CONFIG)
+    hf = read_checkpoint_json(folder / CONFIG)
     if not isinstance(hf.get("model_type"), str):
         raise UserError(f"{folder / CONFIG} has no model_type: give the folder of a checkpoint")
     if hf["model_type"] not in Family.registry:  # a name that is nearly this one would be another model
@@ -71,7 +78,7 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
 def generation_config(name: str | Path) -> dict[str, Any] | None:
     """How the publisher would have the checkpoint called `name` generate, if there is a file that says so."""
     path = checkpoint_folder(name) / GENERATION
-    return read_json(path) if path.is_file() else None
+    return read_checkpoint_json(path) if path.is_file() else None
 
 
 def save(

@@ -21,7 +21,7 @@ BLOCK = "stack.blocks.{layer}."
 QKV = (BLOCK + "attention.query", BLOCK + "attention.key", BLOCK + "attention.value")
 
 
-class GPT2(Family, name="gpt2"):
+class GPT2Family(Family, name="gpt2"):
     """Radford et al. 2019."""
 
     architectures = {"decoder": "GPT2LMHeadModel"}
@@ -58,7 +58,7 @@ class GPT2(Family, name="gpt2"):
     ignored = (r"\.attn\.(masked_)?bias$",)
 
 
-class GPTJ(Family, name="gptj"):
+class GPTJFamily(Family, name="gptj"):
     """Wang and Komatsuzaki 2021: attention and feed-forward network in parallel."""
 
     architectures = {"decoder": "GPTJForCausalLM"}
@@ -111,7 +111,7 @@ class GPTJ(Family, name="gptj"):
         return {"rotary_dim": int(head_dim * config.positions.settings.fraction)}
 
 
-class GPTNeoX(Family, name="gpt_neox"):
+class GPTNeoXFamily(Family, name="gpt_neox"):
     """Black et al. 2022 (arXiv 2204.06745), and Pythia."""
 
     architectures = {"decoder": "GPTNeoXForCausalLM"}
@@ -156,7 +156,7 @@ class GPTNeoX(Family, name="gpt_neox"):
         return {**write_partial_rope(config), **older, "attention_bias": config.qkv_bias is not False}
 
 
-class OPT(Family, name="opt"):
+class OPTFamily(Family, name="opt"):
     """Zhang et al. 2022 (arXiv 2205.01068): Pre-LN, but Post-LN in its model of 350 million."""
 
     architectures = {"decoder": "OPTForCausalLM"}
@@ -202,7 +202,7 @@ class OPT(Family, name="opt"):
         return {"word_embed_proj_dim": config.embedding_dim or config.d_model}
 
 
-class Bloom(Family, name="bloom"):
+class BloomFamily(Family, name="bloom"):
     """BigScience 2022 (arXiv 2211.05100)."""
 
     architectures = {"decoder": "BloomForCausalLM"}
@@ -239,7 +239,7 @@ class Bloom(Family, name="bloom"):
     )
 
 
-class Falcon(Family, name="falcon"):
+class FalconFamily(Family, name="falcon"):
     """Almazrouei et al. 2023 (arXiv 2311.16867), its members with rotary positions."""
 
     architectures = {"decoder": "FalconForCausalLM"}

@@ -43,7 +43,7 @@ SHAPE = {
 }
 
 
-class Llama(Family, name="llama"):
+class LlamaFamily(Family, name="llama"):
     """Touvron et al. 2023 (arXiv 2302.13971), Llama 2 and 3, and what was tuned from them."""
 
     architectures = {"decoder": "LlamaForCausalLM"}
@@ -70,12 +70,12 @@ class Llama(Family, name="llama"):
         return {**write_rope(config), "attention_bias": attention, "mlp_bias": config.bias}
 
 
-class Mistral(Llama, name="mistral"):
+class MistralFamily(LlamaFamily, name="mistral"):
     """Jiang et al. 2023 (arXiv 2310.06825): Llama with a sliding window."""
 
     architectures = {"decoder": "MistralForCausalLM"}
-    fields = {**Llama.fields, "sliding_window": Field("attention_window", default=4096, nullable=True)}
-    fixed = {**Llama.fixed, "bias": False}
+    fields = {**LlamaFamily.fields, "sliding_window": Field("attention_window", default=4096, nullable=True)}
+    fixed = {**LlamaFamily.fixed, "bias": False}
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
@@ -86,12 +86,12 @@ class Mistral(Llama, name="mistral"):
         return write_rope(config)
 
 
-class Mixtral(Mistral, name="mixtral"):
+class MixtralFamily(MistralFamily, name="mixtral"):
     """Jiang et al. 2024 (arXiv 2401.04088): Mistral with experts."""
 
     architectures = {"decoder": "MixtralForCausalLM"}
     fields = {
-        **Mistral.fields,
+        **MistralFamily.fields,
         "rms_norm_eps": Field("norm_eps", default=1e-5),
         "sliding_window": "attention_window",
         "num_local_experts": Field("num_experts", default=8),
@@ -128,7 +128,7 @@ def write_windows(config: ModelConfig) -> HF:
     }
 
 
-class Qwen2(Family, name="qwen2"):
+class Qwen2Family(Family, name="qwen2"):
     """Yang et al. 2024 (arXiv 2407.10671): biases of queries, keys and values."""
 
     architectures = {"decoder": "Qwen2ForCausalLM"}
@@ -139,8 +139,8 @@ class Qwen2(Family, name="qwen2"):
         "tie_word_embeddings": Field("tied_embeddings", default=False),
     }
     fixed = {"residual": "pre", "norm": "rms", "positions": "rotary", "bias": False, "qkv_bias": True}
-    rules = Llama.rules
-    ignored = Llama.ignored
+    rules = LlamaFamily.rules
+    ignored = LlamaFamily.ignored
     prefix = "model."
 
     @classmethod
@@ -155,14 +155,14 @@ class Qwen2(Family, name="qwen2"):
         return {**write_rope(config), **write_windows(config), "use_sliding_window": used}
 
 
-class Qwen3(Qwen2, name="qwen3"):
+class Qwen3Family(Qwen2Family, name="qwen3"):
     """Yang et al. 2025 (arXiv 2505.09388): a norm of each head's queries and keys instead of the biases."""
 
     architectures = {"decoder": "Qwen3ForCausalLM"}
-    fields = {**Qwen2.fields, "head_dim": Field("head_dim", default=128)}
+    fields = {**Qwen2Family.fields, "head_dim": Field("head_dim", default=128)}
     fixed = {"residual": "pre", "norm": "rms", "positions": "rotary", "bias": False, "qk_norm": "head"}
     rules = (
-        *Llama.rules,
+        *LlamaFamily.rules,
         Rule(THEIRS + "self_attn.q_norm", BLOCK + "attention.query_norm.norm"),
         Rule(THEIRS + "self_attn.k_norm", BLOCK + "attention.key_norm.norm"),
     )
@@ -177,12 +177,12 @@ class Qwen3(Qwen2, name="qwen3"):
         return {**super().write(config), "attention_bias": bool(config.qkv_bias)}
 
 
-class OLMo2(Llama, name="olmo2"):
+class OLMo2Family(LlamaFamily, name="olmo2"):
     """OLMo 2 (arXiv 2501.00656): norms after the sublayers, and of whole queries and keys."""
 
     architectures = {"decoder": "Olmo2ForCausalLM"}
     fields = {
-        **{name: field for name, field in Llama.fields.items() if name != "head_dim"},
+        **{name: field for name, field in LlamaFamily.fields.items() if name != "head_dim"},
         "rms_norm_eps": Field("norm_eps", default=1e-5),
     }
     fixed = {"residual": "olmo2", "norm": "rms", "positions": "rotary", "qk_norm": "full", "bias": False}
@@ -197,7 +197,7 @@ class OLMo2(Llama, name="olmo2"):
     )
 
 
-class Gemma2(Family, name="gemma2"):
+class Gemma2Family(Family, name="gemma2"):
     """Gemma 2 (arXiv 2408.00118)."""
 
     architectures = {"decoder": "Gemma2ForCausalLM"}
@@ -226,7 +226,7 @@ class Gemma2(Family, name="gemma2"):
         Rule(THEIRS + "pre_feedforward_layernorm", BLOCK + "feedforward_residual.norm"),
         Rule(THEIRS + "post_feedforward_layernorm", BLOCK + "feedforward_residual.output_norm"),
     )
-    ignored = Llama.ignored
+    ignored = LlamaFamily.ignored
     prefix = "model."
 
     @classmethod
@@ -247,7 +247,7 @@ class Gemma2(Family, name="gemma2"):
         }
 
 
-class StableLM(Family, name="stablelm"):
+class StableLMFamily(Family, name="stablelm"):
     """Bellagente et al. 2024 (arXiv 2402.17834): Llama's tensors with LayerNorm."""
 
     architectures = {"decoder": "StableLmForCausalLM"}
@@ -261,8 +261,8 @@ class StableLM(Family, name="stablelm"):
     }
     fixed = {"residual": "pre", "norm": "layer", "norm_bias": True, "positions": "rotary", "bias": False}
     required = {"qk_layernorm": False}
-    rules = (*Llama.rules, Rule(THEIRS + "input_layernorm", BLOCK + "residual.norm"))
-    ignored = Llama.ignored
+    rules = (*LlamaFamily.rules, Rule(THEIRS + "input_layernorm", BLOCK + "residual.norm"))
+    ignored = LlamaFamily.ignored
     prefix = "model."
 
     @classmethod

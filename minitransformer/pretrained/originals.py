@@ -8,7 +8,7 @@ from typing import Any
 
 from minitransformer.errors import UserError
 from minitransformer.pretrained.public_tokenizer import FILE
-from minitransformer.pretrained.shards import read_json
+from minitransformer.pretrained.shards import read_checkpoint_json
 from minitransformer.pretrained.tokenizers import CONFIGS, NAMES, SETTINGS, load_tokenizer
 from minitransformer.pretrained.vocabularies import FILES, SENTENCEPIECE
 from minitransformer.text.tokenizers import Tokenizer
@@ -49,14 +49,14 @@ def write_originals(originals: Path, folder: Path) -> None:
 
 def original_fields(originals: Path) -> dict[str, Any]:
     """What config.json says of special tokens and of the names of classes."""
-    hf = read_json(originals / CONFIGS[0])
+    hf = read_checkpoint_json(originals / CONFIGS[0])
     return {name: value for name, value in hf.items() if name.endswith("_token_id") or name in NAMED}
 
 
 def class_names(run: Path, count: int) -> list[str]:
     """The names of a classifier's classes, which are numbers where an import did not come with `count` names."""
     config = run / FOLDER / CONFIGS[0]
-    labels = read_json(config).get("id2label") if config.is_file() else None
+    labels = read_checkpoint_json(config).get("id2label") if config.is_file() else None
     known = labels if isinstance(labels, dict) else {}
     return [str(known.get(str(number), number)) for number in range(count)]
 

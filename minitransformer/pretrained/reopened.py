@@ -15,14 +15,14 @@ from minitransformer.errors import UserError
 from minitransformer.models.encoder import EncoderLM
 from minitransformer.models.model import Model
 from minitransformer.pretrained.checkpoint import CONFIG, load
-from minitransformer.pretrained.shards import read_json
+from minitransformer.pretrained.shards import read_checkpoint_json
 
 LENGTH = 16
 
 
 def reference_of(folder: Path) -> tuple[type[nn.Module] | None, str]:
     """The class of `transformers` for a folder, and the library's name and version; None and why there is none."""
-    [architecture] = read_json(folder / CONFIG)["architectures"]
+    [architecture] = read_checkpoint_json(folder / CONFIG)["architectures"]
     try:
         import transformers
 
@@ -39,7 +39,7 @@ def reopened_difference(model: Model, folder: Path) -> float:
     It is a share of their root mean square, in float32. Raises `UserError` if the copy cannot be opened.
     """
     reference, _ = reference_of(folder)
-    tokens = _tokens(model, read_json(folder / CONFIG).get("pad_token_id"))
+    tokens = _tokens(model, read_checkpoint_json(folder / CONFIG).get("pad_token_id"))
     inputs = (tokens, tokens) if model.config.topology == "encoder-decoder" else (tokens,)
     logits = _logits_of(model.float().eval())(*inputs)
     copied = _logits_of(load(folder)[0])(*inputs) if reference is None else _reference_logits(reference, folder, inputs)

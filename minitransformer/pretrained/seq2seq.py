@@ -40,7 +40,7 @@ T5_ACTIVATION = Field(
 )
 
 
-class T5(Family, name="t5"):
+class T5Family(Family, name="t5"):
     """Raffel et al. 2019 (arXiv 1910.10683), and its version 1.1: gated, with a head of its own."""
 
     architectures = {"encoder-decoder": "T5ForConditionalGeneration"}
@@ -98,12 +98,12 @@ def has_no_head(hf: HF) -> bool:
     return not hf["has_head"] if "has_head" in hf else bool(hf.get("tie_word_embeddings", True))
 
 
-class MT5(T5, name="mt5"):
+class MT5Family(T5Family, name="mt5"):
     """Xue et al. 2020 (arXiv 2010.11934): T5's version 1.1, which never scales what its head reads."""
 
     architectures = {"encoder-decoder": "MT5ForConditionalGeneration"}
-    fields = {**T5.fields, "feed_forward_proj": replace(T5_ACTIVATION, default="gated-gelu")}
-    fixed = {**T5.fixed, "logit_scale": 1.0}
+    fields = {**T5Family.fields, "feed_forward_proj": replace(T5_ACTIVATION, default="gated-gelu")}
+    fixed = {**T5Family.fixed, "logit_scale": 1.0}
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
@@ -160,7 +160,7 @@ BART_FIELDS: dict[str, Field | str] = {
 BART_FIXED = {"residual": "post", "norm": "layer", "norm_eps": 1e-5, "bias": True, "head_bias": True}
 
 
-class BART(Family, name="bart"):
+class BARTFamily(Family, name="bart"):
     """Lewis et al. 2019 (arXiv 1910.13461). Its positions count from 2."""
 
     architectures = {"encoder-decoder": "BartForConditionalGeneration"}
@@ -189,7 +189,7 @@ class BART(Family, name="bart"):
         }
 
 
-class Marian(BART, name="marian"):
+class MarianFamily(BARTFamily, name="marian"):
     """Junczys-Dowmunt et al. 2018 (arXiv 1804.00344): the models of OPUS-MT."""
 
     architectures = {"encoder-decoder": "MarianMTModel"}

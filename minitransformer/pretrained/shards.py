@@ -103,7 +103,7 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int =
 
 def _places(index: Path) -> dict[str, str]:
     """Which shard holds each tensor; raises `StorageError` for what is no name of a file in the folder of `index`."""
-    places = read_json(index).get("weight_map")
+    places = read_checkpoint_json(index).get("weight_map")
     if not isinstance(places, dict):
         raise StorageError(f"{index} is damaged (it has no object weight_map): download it again")
     for shard in places.values():
@@ -112,7 +112,7 @@ def _places(index: Path) -> dict[str, str]:
     return places
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_checkpoint_json(path: Path) -> dict[str, Any]:
     """The object in the file at `path`; raises `StorageError` if it holds none."""
     content: dict[str, Any] = records.read_json(path, "download it again")
     return content

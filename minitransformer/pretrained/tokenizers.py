@@ -8,7 +8,7 @@ from typing import Any
 
 from minitransformer.errors import UserError
 from minitransformer.pretrained.public_tokenizer import BYTES, FILE, PublicTokenizer, steps_of
-from minitransformer.pretrained.shards import read_json
+from minitransformer.pretrained.shards import read_checkpoint_json
 from minitransformer.pretrained.vocabularies import as_its_class_reads_it, content_of_vocabulary
 from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Framing, Tokenizer
 
@@ -45,14 +45,14 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
 
 def _merged(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     """The fields of all these files that are there and say something; the last one that does has the last word."""
-    contents = [read_json(folder / name) for name in names if (folder / name).is_file()]
+    contents = [read_checkpoint_json(folder / name) for name in names if (folder / name).is_file()]
     return {field: value for content in contents for field, value in content.items() if value is not None}
 
 
 def _content(folder: Path, settings: dict[str, Any], model_type: str) -> dict[str, Any] | None:
     if not (folder / FILE).is_file():
         return content_of_vocabulary(folder, settings, model_type)
-    return as_its_class_reads_it(read_json(folder / FILE), settings, model_type)
+    return as_its_class_reads_it(read_checkpoint_json(folder / FILE), settings, model_type)
 
 
 def framing_of(content: dict[str, Any], expected: dict[str, Any], tokenizer: Tokenizer) -> Framing:

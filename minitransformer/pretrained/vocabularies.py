@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minitransformer.errors import UserError
-from minitransformer.pretrained.shards import read_json
+from minitransformer.pretrained.shards import read_checkpoint_json
 from minitransformer.text.tokenizers import END_OF_TEXT
 
 VOCABULARY, MERGES, WORDS, ADDED = "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json"
@@ -51,7 +51,7 @@ def how_to_make_one(name: str) -> str:
 
 
 def _byte_level(folder: Path, settings: dict[str, Any], model_type: str) -> dict[str, Any]:
-    vocabulary = read_json(folder / VOCABULARY)
+    vocabulary = read_checkpoint_json(folder / VOCABULARY)
     merges = [line for line in _lines(folder / MERGES) if line and not line.startswith("#version")]
     byte_level = {**BYTE_LEVEL, "add_prefix_space": bool(settings.get("add_prefix_space", False))}
     special = _special(folder, vocabulary, settings, BETWEEN_ANGLES)
@@ -129,7 +129,7 @@ def _special(
     folder: Path, vocabulary: dict[str, int], settings: dict[str, Any], usual: Iterable[str]
 ) -> list[dict[str, Any]]:
     """The special tokens: those with usual names, those that the settings name, and those that were added."""
-    added = read_json(folder / ADDED) if (folder / ADDED).is_file() else {}
+    added = read_checkpoint_json(folder / ADDED) if (folder / ADDED).is_file() else {}
     ids: dict[str, int] = {**vocabulary, **added}
     named = [_spelled(value) for name, value in settings.items() if name.endswith("_token") and value]
     names = dict.fromkeys([*(name for name in (*usual, *named) if name in ids), *added])

@@ -14,28 +14,26 @@ of a step by one call, for fixed shapes.
 
 from __future__ import annotations
 
-import copy
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.architecture.attention import MultiHeadAttention
-from minitransformer.models.joined import has_hooks, is_plain
+from minitransformer.generation.fast.rows import count_matrix_weights
+from minitransformer.generation.fast.threads import run_with_one_thread
+from minitransformer.models.joined import has_hooks
 
 SOON = 8
 """steps"""
 FEW_PRODUCTS = 1 << 21
 """that one thread does about as fast as several (measured), and several times as fast if another process is at work"""
-MANY_WEIGHTS = 1 << 17
-"""of which a product with one row takes much longer than to call it"""
-M = TypeVar("M", bound=nn.Module)
+FEW_SLOTS = 512
+"""that it costs little to look at"""
 Step = Callable[..., Tensor]
 
 
@@ -60,12 +58,24 @@ def has_fixed_shapes(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def slots_visible(length: int, most: int, fixed: bool) -> int:
+    """How many of `most` slots attention looks at when `length` are in use: these, where recordings take any size.
+
+    Where their shapes are `fixed`, up to a quarter more, or `FEW_SLOTS`: all would cost a short text as much as the
+    longest.
+    """
+    if not fixed:
+        return length
+    step = max(FEW_SLOTS, (1 << length.bit_length()) // 8)
+    return min(most, -(-length // step) * step)
+
+
 class Recorded:
     """`step`, a function of tensors that does the same whatever they hold; recorded when shapes come again soon.
 
     What comes now and then, such as reading a window anew, is not worth a recording. One is made for each shape of the
     first tensor, and holds for any size of the others, unless `fixed`: then it is a CUDA graph. `products` counts what
-    there is to do for such tensors; `onednn` says whether replays may use that library.
+    there is to do for such tensors.
     """
 
     def __init__(
@@ -73,10 +83,9 @@ class Recorded:
         step: Step,
         products: Callable[..., int] = lambda *tensors: 0,
         *,
-        onednn: bool = True,
         fixed: bool = False,
     ) -> None:
-        self.step, self.products, self.onednn, self.fixed = step, products, onednn, fixed
+        self.step, self.products, self.fixed = step, products, fixed
         self._recordings: dict[tuple[int, ...], Step] = {}
         self._steps = 0
         self._seen: dict[tuple[int, ...], int] = {}
@@ -93,19 +102,14 @@ class Recorded:
         return self._replayed(self._recordings[shapes], tensors)
 
     def _replayed(self, replay: Step, tensors: Sequence[Tensor]) -> Tensor:
-        # Each is a context manager of its own in torch; three of them would take longer than a matrix product.
-        threads, onednn = torch.get_num_threads(), torch._C._get_mkldnn_enabled()
         optimizing = torch._C._get_graph_executor_optimize()
-        torch.set_num_threads(1 if self.products(*tensors) < FEW_PRODUCTS else threads)
-        torch._C._set_mkldnn_enabled(onednn and self.onednn)
-        # To optimise a recording takes as long as hundreds of replays gain by it.
+        # To optimise a recording takes as long as hundreds of replays gain by it. The switch is the thread's own.
         torch._C._set_graph_executor_optimize(False)
         try:
-            return replay(*tensors)
+            few = self.products(*tensors) < FEW_PRODUCTS
+            return run_with_one_thread(replay, *tensors) if few else replay(*tensors)
         finally:
             torch._C._set_graph_executor_optimize(optimizing)
-            torch._C._set_mkldnn_enabled(onednn)
-            torch.set_num_threads(threads)
 
 
 def traced(step: Step, tensors: Sequence[Tensor]) -> Step:
@@ -130,7 +134,7 @@ def captured(step: Step, tensors: Sequence[Tensor]) -> Step:
         step(*inputs)  # what libraries do the first time cannot be captured
     torch.cuda.current_stream().wait_stream(aside)
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = step(*inputs)
     except RuntimeError:
         return step
@@ -151,92 +155,10 @@ def recorded(step: Step, model: nn.Module) -> Step:
     """
     if any(map(has_hooks, model.modules())):
         return step
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    weights = count_matrix_weights(model)
     scored = sum(2 * module.query.out_features for module in model.modules() if isinstance(module, MultiHeadAttention))
 
     def products(tokens: Tensor, slots: Tensor, visible: Tensor, *others: Tensor) -> int:
         return tokens.numel() * (weights + scored * visible.size(-1))
 
-    # Measured: of what float32 models do for a token, oneDNN only does GELU, in several times the time of torch.
-    onednn = not all(getattr(linear, "kernel", False) or _is_float32(linear) for linear in linears)
-    return Recorded(step, products, onednn=onednn, fixed=has_fixed_shapes(next(model.parameters()).device))
-
-
-def _is_float32(linear: nn.Linear) -> bool:
-    weight = linear._parameters.get("weight")
-    return weight is not None and weight.dtype == torch.float32
-
-
-def for_single_rows(model: M) -> M:
-    """A copy of `model`, with the same weights, whose linear maps are fast for one row; made for evaluation only."""
-    return with_modules(model, _for_single_rows)
-
-
-def _for_single_rows(module: nn.Module) -> nn.Module | None:
-    if isinstance(module, nn.Linear) and is_plain(module):
-        return RowLinear(module)
-    if isinstance(module, MultiHeadAttention):
-        maps = [module.query, module.key, module.value]
-        if all(map(is_plain, maps)) and sum(linear.weight.numel() for linear in maps) <= MANY_WEIGHTS:
-            attention = _with_parts(module, _for_single_rows)
-            attention.project = RowProjection(maps)
-            return attention
-    return None
-
-
-def with_modules(model: M, replace: Callable[[nn.Module], nn.Module | None]) -> M:
-    """A copy of `model`, with the same weights as constants, in which some modules have a replacement."""
-    replaced = replace(model)
-    return _with_parts(model, replace) if replaced is None else replaced  # type: ignore[return-value]
-
-
-def _with_parts(model: M, replace: Callable[[nn.Module], nn.Module | None]) -> M:
-    clone = copy.copy(model)
-    # What requires a gradient cannot be a constant of a recording.
-    clone._parameters = {name: _constant(weight) for name, weight in model._parameters.items()}
-    clone._modules = {name: child and with_modules(child, replace) for name, child in model._modules.items()}
-    return clone
-
-
-def _constant(weight: Tensor | None) -> nn.Parameter | None:
-    return None if weight is None else nn.Parameter(weight.detach(), requires_grad=False)
-
-
-class RowLinear(nn.Linear):
-    """x Wᵀ + b, fast for a single row; the outputs of several maps one after another."""
-
-    def __init__(self, *maps: nn.Linear) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's, which would draw weights
-        weight, bias = maps[0].weight.detach(), _constant(maps[0].bias)
-        if len(maps) > 1:
-            weight = torch.cat([linear.weight.detach() for linear in maps])
-            bias = None if bias is None else _constant(torch.cat([linear.bias for linear in maps]))
-        self.out_features, self.in_features = weight.shape
-        # Measured on CPUs: a row times a wide matrix is up to 1.8 times as fast if the matrix is stored by columns, and
-        # large matrices are faster still with a vector.
-        if weight.device.type == "cpu" and weight.size(0) > weight.size(1):
-            weight = weight.t().contiguous().t()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.transposed = weight.t()
-        self.register_parameter("bias", bias)
-        self.large = weight.numel() > MANY_WEIGHTS
-
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        if self.large and x.numel() == self.weight.size(1):
-            product = torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-        else:
-            product = x @ self.transposed
-        return product if self.bias is None else product + self.bias
-
-
-class RowProjection(nn.Module):
-    """Queries, keys and values of `maps` by one product: for few features, calling it takes the longest."""
-
-    def __init__(self, maps: Sequence[nn.Linear]) -> None:
-        super().__init__()
-        self.together, self.sizes = RowLinear(*maps), [linear.out_features for linear in maps]
-
-    def forward(self, x: Float[Tensor, "*batch in"], *maps: nn.Linear) -> Sequence[Float[Tensor, "*batch _"]]:
-        """As `project_each` of the `maps` that this was made from."""
-        return self.together(x).split(self.sizes, dim=-1)
+    return Recorded(step, products, fixed=has_fixed_shapes(next(model.parameters()).device))

@@ -1,0 +1,160 @@
+"""Linear maps that are fast for the few rows that a step of decoding has, made for evaluation only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minitransformer.architecture.attention import MultiHeadAttention
+from minitransformer.architecture.embeddings import LMHead
+from minitransformer.generation.fast import row_kernel
+from minitransformer.generation.weights import Float32, Weights
+from minitransformer.models.joined import has_hooks, is_plain
+from minitransformer.models.surgery import copied, is_linear_map
+
+FEW_WEIGHTS = 1 << 21
+"""models with fewer fit into caches, and gain nothing from the kernel (measured)"""
+MANY_WEIGHTS = 1 << 17
+"""of which a product with one row takes much longer than to call it"""
+FEW_NUMBERS = 1 << 13
+"""that torch's own GELU takes less time for than oneDNN's (measured)"""
+M = TypeVar("M", bound=nn.Module)
+
+
+def with_row_kernel(model: M, report: Callable[[str], None] = lambda line: None) -> M:
+    """A copy of `model`, with the same weights, whose linear maps multiply few rows by the kernel of `row_product.cpp`.
+
+    On CPUs, where it can be compiled and pays; otherwise `model` itself. That depends on the machine and the model
+    alone, so that the same seed gives the same text, however long it is. `report` is told what users should know.
+    """
+    why_not = _why_no_kernel(model, report)
+    if why_not is None:
+        return copied(model, lambda name, module: _with_kernel(module))
+    for stored in sorted({module.name for module in model.modules() if isinstance(module, Weights)}):
+        report(f"{stored} weights are multiplied by torch's own kernels, as {why_not}")
+    return model
+
+
+def _with_kernel(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, Weights):
+        return KernelLinear(module)
+    if not is_linear_map(module) or has_hooks(module):
+        return None
+    assert isinstance(module, nn.Linear)
+    fast = KernelLinear(Float32(module))
+    return module.around(fast) if isinstance(module, LMHead) else fast
+
+
+class KernelLinear(nn.Module):
+    """x Wᵀ + b by our own kernel for few rows of float32, and as `weights` do it for more."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.weights, self.in_features, self.out_features = weights, weights.in_features, weights.out_features
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        weights = self.weights
+        if x.dtype == torch.float32 and x.numel() <= weights.few_rows * x.size(-1):
+            product = torch.ops.minitransformer.row_product
+            return product(x.contiguous(), weights.stored, weights.scale, weights.bias)
+        return weights(x)
+
+
+def _why_no_kernel(model: nn.Module, report: Callable[[str], None]) -> str | None:
+    """Why rows are not multiplied by our own kernel, in words that follow "as", or None if they are."""
+    if any(weight.device.type != "cpu" for weight in model.parameters()):
+        return "ours is for CPUs"
+    if any(weight.dtype != torch.float32 for weight in model.parameters()):
+        return "ours is for models in float32"
+    if count_matrix_weights(model) < FEW_WEIGHTS:
+        return "compiling another does not pay for so small a model"
+    try:
+        row_kernel.prepare(report)
+    except row_kernel.CannotCompile as reason:
+        return str(reason)
+    return None
+
+
+def count_matrix_weights(model: nn.Module) -> int:
+    """The number of weights that a token is multiplied with, in all linear maps."""
+    maps = [module for module in model.modules() if isinstance(module, nn.Linear | Weights)]
+    return sum(linear.in_features * linear.out_features for linear in maps)
+
+
+def for_single_rows(model: M) -> M:
+    """A copy of `model`, with the same weights as constants, whose linear maps are fast for one row."""
+    rows = copied(model, lambda name, module: RowLinear(module) if is_plain(module) else None)
+    for module in list(rows.modules()):
+        # What requires a gradient cannot be a constant of a recording.
+        module._parameters = {name: _constant(weight) for name, weight in module._parameters.items()}
+        if isinstance(module, MultiHeadAttention):
+            _join_projections(module)
+        if getattr(module, "activation", None) is F.gelu:
+            module.activation = gelu_by_columns  # type: ignore[assignment]
+    return rows
+
+
+def _join_projections(attention: MultiHeadAttention) -> None:
+    maps = [attention.query, attention.key, attention.value]
+    small = sum(linear.out_features * linear.in_features for linear in maps) <= MANY_WEIGHTS
+    if small and all(isinstance(linear, RowLinear) for linear in maps):
+        attention.project = RowProjection(maps)
+
+
+def _constant(weight: Tensor | None) -> nn.Parameter | None:
+    return None if weight is None else nn.Parameter(weight.detach(), requires_grad=False)
+
+
+class RowLinear(nn.Linear):
+    """x Wᵀ + b, fast for a single row; the outputs of several maps one after another."""
+
+    def __init__(self, *maps: nn.Linear) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would draw weights
+        weight, bias = maps[0].weight.detach(), _constant(maps[0].bias)
+        if len(maps) > 1:
+            weight = torch.cat([linear.weight.detach() for linear in maps])
+            bias = None if bias is None else _constant(torch.cat([linear.bias for linear in maps]))
+        self.out_features, self.in_features = weight.shape
+        # Measured on CPUs: a row times a wide matrix is up to 1.8 times as fast if the matrix is stored by columns, and
+        # large matrices are faster still with a vector.
+        if weight.device.type == "cpu" and weight.size(0) > weight.size(1):
+            weight = weight.t().contiguous().t()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.transposed = weight.t()
+        self.register_parameter("bias", bias)
+        self.large = weight.numel() > MANY_WEIGHTS
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if self.large and x.numel() == self.weight.size(1):
+            product = torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+        else:
+            product = x @ self.transposed
+        return product if self.bias is None else product + self.bias
+
+
+class RowProjection(nn.Module):
+    """Queries, keys and values of `maps` by one product: for few features, calling it takes the longest."""
+
+    def __init__(self, maps: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.together, self.sizes = RowLinear(*maps), [linear.out_features for linear in maps]
+
+    def forward(self, x: Float[Tensor, "*batch in"], *maps: nn.Module) -> Sequence[Float[Tensor, "*batch _"]]:
+        """As `project_each` of the `maps` that this was made from."""
+        return self.together(x).split(self.sizes, dim=-1)
+
+
+def gelu_by_columns(x: Tensor) -> Tensor:
+    """`F.gelu`, for few numbers of float32 without oneDNN, which takes several times as long as torch (measured).
+
+    torch leaves to oneDNN what lies in memory row by row, and does itself what lies column by column.
+    """
+    numbers = x.nbytes // x.itemsize  # which no recording takes for a size that it has to ask for
+    if x.device.type == "cpu" and x.dtype == torch.float32 and numbers <= FEW_NUMBERS and numbers % 2 == 0:
+        return F.gelu(x.view(2, -1).t()).t().view_as(x) if x.is_contiguous() else F.gelu(x)
+    return F.gelu(x)

@@ -1,0 +1,164 @@
+"""Where logits become tokens: requests, each with its own sampling settings and random numbers, and `choose`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minitransformer.errors import UserError
+from minitransformer.generation.processors import LogitsProcessor, SamplingConfig, at_least_float32, check_finite
+
+NUMBERS_AT_ONCE = 256
+
+
+def never(token: int) -> bool:
+    """The stop condition of a text that only its end-of-text tokens and its length end."""
+    return False
+
+
+@dataclass(eq=False)
+class Request:
+    """A text under way: a prompt, how to go on from it, and the new tokens so far.
+
+    `stops` is told each new token, and may end the text. `numbers` are the random numbers of this text alone. `rules`
+    decide beside `sampling` which tokens are possible.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingConfig
+    numbers: Iterator[float]
+    ends: Sequence[int] = ()
+    stops: Callable[[int], bool] = never
+    rules: Sequence[LogitsProcessor] = ()
+    tokens: list[int] = field(default_factory=list)
+    done: bool = False
+    chosen: int = 0
+    """tokens so far, those that a device has not told yet included"""
+
+    def __post_init__(self) -> None:
+        self.processors = self.sampling.processors(len(self.prompt), self.ends, self.rules)
+        self.looks_back = any(process.looks_back for process in self.processors)
+        self._alike = (id(self.sampling), id(self.rules))
+        self._text: Tensor | None = None
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What requests have in common whose logits are processed together."""
+        return (*self._alike, *self.ends, len(self.prompt), self.chosen) if self.looks_back else self._alike
+
+    def text(self, device: torch.device) -> Int[Tensor, "length"]:
+        """The prompt and the tokens so far, for processors that look back at them."""
+        if self._text is None:
+            # One more than fits: a device may be a token ahead of what is known of it.
+            room = torch.zeros(self.sampling.max_new_tokens + 1, dtype=torch.long)
+            self._text = torch.cat([torch.tensor(self.prompt), room]).to(device)
+        return self._text[: len(self.prompt) + self.chosen]
+
+    def note(self, chosen: Int[Tensor, "requests"], row: int) -> None:
+        """One token more has been chosen, which its device may not have told yet."""
+        if self._text is not None:
+            self._text[len(self.prompt) + self.chosen] = chosen[row]
+        self.chosen += 1
+
+    def take(self, token: int) -> None:
+        """The next of the chosen tokens is known."""
+        self.tokens.append(token)
+        stopped = self.stops(token)
+        self.done = stopped or token in self.ends or len(self.tokens) == self.sampling.max_new_tokens
+
+
+def check_prompt(prompt: Sequence[int]) -> None:
+    """Raises `UserError` for a prompt without a token, after which nothing can be predicted."""
+    if not prompt:
+        raise UserError("the prompt has no token: begin with the end-of-text token")
+
+
+def choose(logits: Float[Tensor, "requests vocab"], requests: Sequence[Request]) -> Int[Tensor, "requests"]:
+    """The next token of each request, by its own settings and random numbers.
+
+    Raises `UserError` if a model has gone wrong so far that there is no first token.
+    """
+    logits = at_least_float32(logits)
+    if 0 in {request.chosen for request in requests}:
+        check_finite(logits)
+    if len({request.alike for request in requests}) == 1:
+        chosen = _choose_alike(logits, requests)
+    else:
+        chosen = torch.empty(len(requests), dtype=torch.long, device=logits.device)
+        for rows in _alike(requests):
+            chosen[rows] = _choose_alike(logits[rows], [requests[row] for row in rows])
+    for row, request in enumerate(requests):
+        request.note(chosen, row)
+    return chosen
+
+
+def _alike(requests: Sequence[Request]) -> list[list[int]]:
+    """The rows of requests whose logits are processed together."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for row, request in enumerate(requests):
+        groups.setdefault(request.alike, []).append(row)
+    return list(groups.values())
+
+
+def _choose_alike(logits: Float[Tensor, "requests vocab"], requests: Sequence[Request]) -> Int[Tensor, "requests"]:
+    first, device = requests[0], logits.device
+    if first.processors:
+        texts = [request.text(device) for request in requests] if first.looks_back else []
+        tokens = torch.stack(texts) if texts else torch.empty(len(requests), 0, dtype=torch.long, device=device)
+        logits = processed(logits, first.processors, tokens)
+    if first.sampling.greedy:
+        return logits.argmax(-1)
+    uniform = torch.tensor([next(request.numbers) for request in requests])
+    return draw(logits, uniform.to(device, non_blocking=True) if logits.is_cuda else uniform)
+
+
+def processed(
+    logits: Float[Tensor, "samples vocab"], processors: Sequence[LogitsProcessor], tokens: Int[Tensor, "samples length"]
+) -> Float[Tensor, "samples vocab"]:
+    """The logits after all processors, in their order."""
+    for process in processors:
+        logits = process(logits, tokens)
+    return logits
+
+
+def draw(logits: Float[Tensor, "samples vocab"], uniform: Float[Tensor, "samples"]) -> Int[Tensor, "samples"]:
+    """A token by the softmax of its logits: `draw_by_weight` of them."""
+    return draw_by_weight(logits.softmax(-1), uniform)
+
+
+def draw_by_weight(
+    weights: Float[Tensor, "samples vocab"], uniform: Float[Tensor, "samples"]
+) -> Int[Tensor, "samples"]:
+    """The token at which the cumulative weight first exceeds the share `uniform` of all: i with probability ∝ wᵢ.
+
+    One random number for each sample, where `torch.multinomial` takes one for each token of the vocabulary.
+    """
+    cumulative = weights.cumsum(-1)
+    # Times the total, which rounding keeps from being 1: below it, so the token found exists and is not impossible.
+    share = uniform.unsqueeze(1) * cumulative.narrow(1, -1, 1)
+    return torch.searchsorted(cumulative, share, right=True).squeeze(1)
+
+
+def own_generators(samples: int, generator: torch.Generator) -> list[torch.Generator]:
+    """A stream of random numbers for each sample, the same ones whatever the number of samples."""
+    seeds = torch.randint(2**63 - 1, (samples,), generator=generator).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def seeded(generator: torch.Generator | None, sampling: SamplingConfig) -> torch.Generator:
+    """`generator`, by default one on the CPU with the seed of `sampling`, or with a new one if it has none."""
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+    return generator
+
+
+def uniform_numbers(generator: torch.Generator) -> Iterator[float]:
+    """Numbers in [0, 1), without an end."""
+    while True:
+        yield from torch.rand(NUMBERS_AT_ONCE, generator=generator).tolist()
