@@ -137,7 +137,7 @@ def test_what_waits_for_validations_is_refused_without_them(
 def test_a_sweep_without_validation_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["gpt-nano", "--data", "my.txt", "--set", "lr=1e-3,3e-3", "--validation-fraction", "0", *SMALL]
     assert sweep.main(words) == 2
-    assert "nothing to choose a winner by" in capsys.readouterr().err
+    assert "no validation data to choose a winner by" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("preset", ["bert-mini", "t5-mini"])

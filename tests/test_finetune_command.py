@@ -73,7 +73,7 @@ def test_a_short_text_fine_tunes_a_model_of_a_long_context(here, parent, capsys)
     (here / "short.txt").write_text(TEXT[:900])
     assert tuned("--data", "short.txt", "--steps", "1", "--out", "tuned") == 0
     config = Run.open(here / "tuned").config
-    assert "sequences  90 tokens, of the 4,096 that the model sees\n" in capsys.readouterr().out
+    assert "sequences  90 tokens, of a context of 4,096\n" in capsys.readouterr().out
     assert (config.model.context_length, config.training.sequence_length) == (4096, 90)
     (here / "my.txt").write_text(TEXT * 10)
     assert tuned("--steps", "1", "--out", "long") == 0

@@ -52,7 +52,7 @@ def in_process(monkeypatch):
         (["--set", "lr=1,2", "--smallest-difference", "-1"], ["--smallest-difference is -1"]),
         (["--set", "lr=1,2", "--device", "abacus"], ["abacus", "cpu"]),
         (["--set", "lr=1,2", "--out", "my.txt"], ["my.txt", "file"]),
-        (["--set", "lr=1,2", "--out", "."], ["other things", "--out"]),
+        (["--set", "lr=1,2", "--out", "."], ["other contents", "--out"]),
     ],
 )
 def test_a_mistake_is_one_sentence_before_anything_starts(here, in_process, capsys, arguments, words):
