@@ -17,11 +17,9 @@ from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
 from minitransformer.generation.arriving import on_host
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.fast import recording, steps
-from minitransformer.generation.processors import (
-    SamplingConfig,
-)
 from minitransformer.generation.readers import window_length
 from minitransformer.models.decoder import DecoderLM
 from tests.placements_for_tests import choosing

@@ -13,14 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
-from minitransformer.generation.processors import (
-    MinP,
-    RepetitionPenalty,
-    SamplingConfig,
-    Temperature,
-    TopK,
-    TopP,
-)
+from minitransformer.generation.config import SamplingConfig
+from minitransformer.generation.processors import MinP, RepetitionPenalty, Temperature, TopK, TopP
 from minitransformer.generation.sampling import draw, own_generators, uniform_numbers
 from minitransformer.models.decoder import DecoderLM
 
@@ -58,18 +52,18 @@ def test_repetition_penalty_is_ctrls(row: list[float], data: st.DataObject, pena
     expected = [
         logit if i not in tokens else logit / penalty if logit > 0 else logit * penalty for i, logit in enumerate(row)
     ]
-    assert processed(RepetitionPenalty(penalty), row, tokens) == pytest.approx(expected)
+    assert processed(RepetitionPenalty.choose(penalty=penalty).make(), row, tokens) == pytest.approx(expected)
 
 
 @given(logit_rows, st.floats(0.05, 5))
 def test_temperature_divides_the_logarithms_of_probabilities(row: list[float], temperature: float) -> None:
     expected = probabilities([logit / temperature for logit in row])
-    assert probabilities(processed(Temperature(temperature), row)) == pytest.approx(expected)
+    assert probabilities(processed(Temperature.choose(temperature=temperature).make(), row)) == pytest.approx(expected)
 
 
 @given(logit_rows, st.sampled_from([1e-3, 1e-30, 1e-46, 5e-324]))
 def test_the_limit_of_temperature_zero_is_greedy(row: list[float], temperature: float) -> None:
-    logits = Temperature(temperature)(torch.tensor([row]), NO_TOKENS)
+    logits = Temperature.choose(temperature=temperature).make()(torch.tensor([row]), NO_TOKENS)
     likeliest = [i for i, logit in enumerate(row) if logit == max(row)]
     expected = torch.zeros(len(row))
     expected[likeliest] = 1 / len(likeliest)
@@ -79,7 +73,7 @@ def test_the_limit_of_temperature_zero_is_greedy(row: list[float], temperature: 
 @given(logit_rows, st.integers(1, 15))
 def test_top_k_keeps_the_k_likeliest_and_their_ties(row: list[float], k: int) -> None:
     last = sorted(row, reverse=True)[: min(k, len(row))][-1]
-    result = processed(TopK(k), row)
+    result = processed(TopK.choose(k=k).make(), row)
     assert kept(result) == {i for i, logit in enumerate(row) if logit >= last}
     assert all(result[i] == row[i] for i in kept(result))
 
@@ -87,7 +81,7 @@ def test_top_k_keeps_the_k_likeliest_and_their_ties(row: list[float], k: int) ->
 @given(logit_rows, st.floats(0.01, 0.999))
 def test_top_p_keeps_the_smallest_set_that_reaches_p(row: list[float], p: float) -> None:
     probability = probabilities(row)
-    nucleus = kept(processed(TopP(p), row))
+    nucleus = kept(processed(TopP.choose(p=p).make(), row))
     mass = sum(probability[i] for i in nucleus)
     assert nucleus
     assert mass >= p - 1e-9, "the set does not reach p"
@@ -102,7 +96,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(row: list[float], p: float)
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(row: list[float], min_p: float) -> None:
     probability = probabilities(row)
     share = [value / max(probability) for value in probability]
-    result = kept(processed(MinP(min_p), row))
+    result = kept(processed(MinP.choose(p=min_p).make(), row))
     assert {i for i in range(len(row)) if share[i] > min_p + 1e-9} <= result
     assert result <= {i for i in range(len(row)) if share[i] >= min_p - 1e-9}
 
@@ -120,17 +114,22 @@ def test_something_always_remains_to_be_drawn(
 ) -> None:
     logits = torch.tensor([row])
     tokens = torch.zeros(1, 1, dtype=torch.long)
-    for process in SamplingConfig(temperature, k, p, min_p, penalty).processors(1, []):
+    sampling = SamplingConfig(temperature=temperature, top_k=k, top_p=p, min_p=min_p, repetition_penalty=penalty)
+    for process in sampling.make_processors(1, []):
         logits = process(logits, tokens)
     total = logits.softmax(-1).sum()
     torch.testing.assert_close(total, torch.tensor(1.0))
 
 
 def test_processors_stand_in_the_order_that_users_know() -> None:
-    every = SamplingConfig(temperature=0.5, top_k=5, top_p=0.5, min_p=0.1, repetition_penalty=1.2)
-    assert every.processors(1, []) == [RepetitionPenalty(1.2), Temperature(0.5), TopK(5), TopP(0.5), MinP(0.1)]
-    assert SamplingConfig(temperature=1, top_p=1, min_p=0).processors(1, []) == []
-    assert SamplingConfig(temperature=0, top_k=5, repetition_penalty=1.2).processors(1, []) == [RepetitionPenalty(1.2)]
+    def made(**settings: Any) -> list[tuple[str, Any]]:
+        processors = SamplingConfig(**settings).make_processors(1, [])
+        return [(process.name, *vars(process.settings).values()) for process in processors]
+
+    every = made(min_p=0.1, top_p=0.5, top_k=5, temperature=0.5, repetition_penalty=1.2)
+    assert every == [("repetition-penalty", 1.2), ("temperature", 0.5), ("top-k", 5), ("top-p", 0.5), ("min-p", 0.1)]
+    assert made(temperature=1, top_p=1, min_p=0) == []
+    assert made(temperature=0, top_k=5, repetition_penalty=1.2) == [("repetition-penalty", 1.2)]
 
 
 @pytest.mark.parametrize(

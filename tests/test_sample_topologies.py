@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from minitransformer.commands import sample
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import translate
 from minitransformer.generation.fill import fill_masks
-from minitransformer.generation.processors import SamplingConfig
 from minitransformer.text.tokenizers import MASK, Bytes
 from tests.runs_for_tests import Call, untrained_run
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from minitransformer.commands import sample
-from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.streaming import best_texts, stream_text
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
@@ -72,7 +72,7 @@ def command(runs: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> Call:
 
 def continued(runs: Path, prompt: str, checkpoint: str | None = None, **settings: Any) -> list[str]:
     run = Run.open(runs / "runs" / "chars")
-    options = replace(sample.Options(max_new_tokens=10, seed=7), **settings)
+    options = SamplingConfig(**{"max_new_tokens": 10, "seed": 7, **settings})
     ids = run.tokenizer.encode(prompt) or [run.tokenizer.end_of_text]
     steps = stream_text(run.load_model(checkpoint), run.tokenizer, ids, options)
     return [prompt + "".join(pieces) for pieces in zip(*steps, strict=True)]

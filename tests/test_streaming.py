@@ -10,10 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
-from minitransformer.generation.processors import (
-    SamplingConfig,
-)
 from minitransformer.generation.samples import sample_of
 from minitransformer.generation.streaming import TextStream, stream_text
 from minitransformer.models.decoder import DecoderLM

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from minitransformer.analysis.look_record import Look, LookRequest, MapPlan, Prediction, Text
 from minitransformer.analysis.watched import watched
 from minitransformer.errors import UserError
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.fill import encode_with_masks
-from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.samples import translations
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM

@@ -7,9 +7,9 @@ from functools import singledispatch
 
 import torch
 
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate, translate
 from minitransformer.generation.fill import fill_masks
-from minitransformer.generation.processors import SamplingConfig
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderLM
 from minitransformer.models.model import Model
