@@ -1,4 +1,4 @@
-"""E8: how close training comes to breaking."""
+"""E8: stability of training at high learning rates."""
 
 from __future__ import annotations
 
