@@ -32,8 +32,8 @@ def setting(default: Any, *, help: str = "", **about: Any) -> Any:
     no effect, or that setting and its required values.
     Metadata for other code: `changes_task` (losses with different values are not comparable),
     `changes_tokens` (they are comparable in bits per byte), `follows_data` (usually determined by the data),
-    `of_files` (how files are read), `observes_only` (no effect on the results),
-    `may_change_on_resume`.
+    `of_files` (how files are read), `observes_only` (no effect on the results), `repeatable` (its flag may be given
+    several times), `may_change_on_resume`.
     """
     return field(default=default, metadata={"help": help, **about})
 

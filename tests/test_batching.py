@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.errors import UserError
 from minitransformer.generation.batch import Rows
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate, generate_each
 from minitransformer.generation.fast import recording, steps
-from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.streaming import stream_text, texts_in_batches
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.tokenizers import Tokenizer

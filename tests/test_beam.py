@@ -14,9 +14,10 @@ from torch import Tensor
 
 from minitransformer.errors import UserError
 from minitransformer.generation.beam import beam_search
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate, generate_each, padded, search, translate
 from minitransformer.generation.fill import fill_masks
-from minitransformer.generation.processors import NEVER, MinLength, NoRepeatNGram, SamplingConfig
+from minitransformer.generation.processors import NEVER, MinLength, NoRepeatNGram
 from minitransformer.generation.speculation import Draft, speculate
 from minitransformer.generation.streaming import best_texts
 from minitransformer.models.config import ModelConfig
@@ -154,7 +155,7 @@ def test_a_model_that_predicts_nothing_finite_is_refused_by_a_beam_search_too(ti
     n=st.integers(1, 4),
 )
 def test_no_n_gram_is_completed_twice(texts: list[list[int]], n: int) -> None:
-    logits = NoRepeatNGram(n)(torch.zeros(len(texts), 4), torch.tensor(texts))
+    logits = NoRepeatNGram.choose(n=n).make()(torch.zeros(len(texts), 4), torch.tensor(texts))
     for row, text in enumerate(texts):
         occurred = {tuple(text[i : i + n]) for i in range(len(text) - n + 1)}
         forbidden = {token for token in range(4) if (*text[len(text) - n + 1 :], token) in occurred}
@@ -163,8 +164,8 @@ def test_no_n_gram_is_completed_twice(texts: list[list[int]], n: int) -> None:
 
 def test_a_text_does_not_end_before_its_least_length() -> None:
     logits, tokens = torch.zeros(1, 4), torch.zeros(1, 5, dtype=torch.long)
-    assert MinLength(6, [END])(logits, tokens).tolist() == [[0, 0, 0, NEVER]]
-    assert MinLength(5, [END])(logits, tokens).tolist() == [[0, 0, 0, 0]]
+    assert MinLength.choose(new_tokens=6).make(0, [END])(logits, tokens).tolist() == [[0, 0, 0, NEVER]]
+    assert MinLength.choose(new_tokens=5).make(0, [END])(logits, tokens).tolist() == [[0, 0, 0, 0]]
 
 
 @pytest.fixture(scope="module")

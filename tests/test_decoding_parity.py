@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from minitransformer import pretrained
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate, search, translate
-from minitransformer.generation.processors import SamplingConfig
 from minitransformer.models.decoder import DecoderLM
-from tests.test_pretrained_parity import folder, public, transformers  # noqa: F401  (two of them are fixtures)
+from tests.members_for_tests import public
+from tests.test_pretrained_parity import folder, transformers  # noqa: F401  (fixtures)
 
 START, END, NEW_TOKENS = 2, 7, 10
 # What the library calls each of our settings.
@@ -87,9 +88,9 @@ def test_decoders_write_what_the_reference_writes(
     model, path = public(name, folder)
     ours = pretrained.load(path)[0].double()
     assert isinstance(ours, DecoderLM)
-    sampling = SamplingConfig(0, max_new_tokens=NEW_TOKENS, **settings)
+    sampling = SamplingConfig(temperature=0, max_new_tokens=NEW_TOKENS, **settings)
     prompt = [9, 8, 30, 12]
-    likely = [token for [token] in generate(ours, prompt, SamplingConfig(0, max_new_tokens=NEW_TOKENS))]
+    likely = [token for [token] in generate(ours, prompt, SamplingConfig(temperature=0, max_new_tokens=NEW_TOKENS))]
     for ends in ([END], [likely[0], likely[3], END], []):
         expected = theirs(model.double(), torch.tensor([prompt]), settings, ends or None)
         if sampling.num_beams == 1:

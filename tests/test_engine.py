@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
 from minitransformer.generation.batch import plain_steps
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.engine import Engine
 from minitransformer.generation.fast.steps import recorded_steps
-from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.sampling import Request
 from minitransformer.models.decoder import DecoderLM
 

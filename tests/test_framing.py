@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from minitransformer import pretrained
 from minitransformer.commands import sample
 from minitransformer.errors import UserError
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.fill import encode_with_masks, fill_masks
-from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.samples import sample_of, translations
 from minitransformer.models.model import Model
 from minitransformer.pretrained.tokenizer_files import save_tokenizer

@@ -1,15 +1,14 @@
-"""Logits processors do what their papers say, the decode loop is exact, and streams never show what is not certain."""
+"""The decode loop: cached decoding is uncached decoding, and the seed decides the text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import islice, pairwise
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,195 +17,14 @@ from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
 from minitransformer.generation.arriving import on_host
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.fast import recording, steps
-from minitransformer.generation.processors import (
-    MinP,
-    RepetitionPenalty,
-    SamplingConfig,
-    Temperature,
-    TopK,
-    TopP,
-)
 from minitransformer.generation.readers import window_length
-from minitransformer.generation.samples import sample_of
-from minitransformer.generation.sampling import draw, own_generators, uniform_numbers
-from minitransformer.generation.streaming import TextStream, stream_text
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.text.tokenizers import Tokenizer
 from tests.placements_for_tests import choosing
 
 MakeDecoder = Callable[..., DecoderLM]
-NO_TOKENS = torch.zeros(1, 0, dtype=torch.long)
-# Quarters make ties likely and sums exact enough to compare.
-logit_rows = st.lists(st.integers(-20, 20).map(lambda n: n / 4), min_size=1, max_size=12)
-
-
-def processed(processor: Any, row: list[float], tokens: list[int] | None = None) -> list[float]:
-    logits = torch.tensor([row], dtype=torch.float64)
-    before = logits.clone()
-    result = processor(logits, NO_TOKENS if tokens is None else torch.tensor([tokens]))[0].tolist()
-    assert torch.equal(logits, before), "a processor changed its input"
-    return result
-
-
-def probabilities(row: list[float]) -> list[float]:
-    highest = max(row)
-    weights = [math.exp(logit - highest) for logit in row]
-    return [weight / sum(weights) for weight in weights]
-
-
-def kept(row: list[float]) -> set[int]:
-    return {i for i, logit in enumerate(row) if logit != -math.inf}
-
-
-# Processors
-
-
-@given(logit_rows, st.data(), st.floats(0.1, 5))
-def test_repetition_penalty_is_ctrls(row: list[float], data: st.DataObject, penalty: float) -> None:
-    tokens = data.draw(st.lists(st.integers(0, len(row) - 1), min_size=1, max_size=20))
-    expected = [
-        logit if i not in tokens else logit / penalty if logit > 0 else logit * penalty for i, logit in enumerate(row)
-    ]
-    assert processed(RepetitionPenalty(penalty), row, tokens) == pytest.approx(expected)
-
-
-@given(logit_rows, st.floats(0.05, 5))
-def test_temperature_divides_the_logarithms_of_probabilities(row: list[float], temperature: float) -> None:
-    expected = probabilities([logit / temperature for logit in row])
-    assert probabilities(processed(Temperature(temperature), row)) == pytest.approx(expected)
-
-
-@given(logit_rows, st.sampled_from([1e-3, 1e-30, 1e-46, 5e-324]))
-def test_the_limit_of_temperature_zero_is_greedy(row: list[float], temperature: float) -> None:
-    logits = Temperature(temperature)(torch.tensor([row]), NO_TOKENS)
-    likeliest = [i for i, logit in enumerate(row) if logit == max(row)]
-    expected = torch.zeros(len(row))
-    expected[likeliest] = 1 / len(likeliest)
-    torch.testing.assert_close(logits.softmax(-1)[0], expected)
-
-
-@given(logit_rows, st.integers(1, 15))
-def test_top_k_keeps_the_k_likeliest_and_their_ties(row: list[float], k: int) -> None:
-    last = sorted(row, reverse=True)[: min(k, len(row))][-1]
-    result = processed(TopK(k), row)
-    assert kept(result) == {i for i, logit in enumerate(row) if logit >= last}
-    assert all(result[i] == row[i] for i in kept(result))
-
-
-@given(logit_rows, st.floats(0.01, 0.999))
-def test_top_p_keeps_the_smallest_set_that_reaches_p(row: list[float], p: float) -> None:
-    probability = probabilities(row)
-    nucleus = kept(processed(TopP(p), row))
-    mass = sum(probability[i] for i in nucleus)
-    assert nucleus
-    assert mass >= p - 1e-9, "the set does not reach p"
-    assert mass - min(probability[i] for i in nucleus) < p + 1e-9, "one token less would do"
-    outside = set(range(len(row))) - nucleus
-    assert all(probability[i] <= min(probability[j] for j in nucleus) + 1e-12 for i in outside), (
-        "likelier ones left out"
-    )
-
-
-@given(logit_rows, st.floats(0.001, 1))
-def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(row: list[float], min_p: float) -> None:
-    probability = probabilities(row)
-    share = [value / max(probability) for value in probability]
-    result = kept(processed(MinP(min_p), row))
-    assert {i for i in range(len(row)) if share[i] > min_p + 1e-9} <= result
-    assert result <= {i for i in range(len(row)) if share[i] >= min_p - 1e-9}
-
-
-@given(
-    logit_rows,
-    st.floats(0.01, 3),
-    st.none() | st.integers(1, 5),
-    st.none() | st.floats(0.01, 1),
-    st.none() | st.floats(0, 1),
-    st.floats(0.5, 2),
-)
-def test_something_always_remains_to_be_drawn(
-    row: list[float], temperature: float, k: int | None, p: float | None, min_p: float | None, penalty: float
-) -> None:
-    logits = torch.tensor([row])
-    tokens = torch.zeros(1, 1, dtype=torch.long)
-    for process in SamplingConfig(temperature, k, p, min_p, penalty).processors(1, []):
-        logits = process(logits, tokens)
-    total = logits.softmax(-1).sum()
-    torch.testing.assert_close(total, torch.tensor(1.0))
-
-
-def test_processors_stand_in_the_order_that_users_know() -> None:
-    every = SamplingConfig(temperature=0.5, top_k=5, top_p=0.5, min_p=0.1, repetition_penalty=1.2)
-    assert every.processors(1, []) == [RepetitionPenalty(1.2), Temperature(0.5), TopK(5), TopP(0.5), MinP(0.1)]
-    assert SamplingConfig(temperature=1, top_p=1, min_p=0).processors(1, []) == []
-    assert SamplingConfig(temperature=0, top_k=5, repetition_penalty=1.2).processors(1, []) == [RepetitionPenalty(1.2)]
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("temperature", -0.1),
-        ("temperature", math.nan),
-        ("temperature", math.inf),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("top_p", math.nan),
-        ("min_p", -0.1),
-        ("min_p", 1.1),
-        ("top_k", 0),
-        ("repetition_penalty", 0.0),
-        ("repetition_penalty", math.nan),
-        ("max_new_tokens", 0),
-        ("num_samples", 0),
-        ("seed", -1),
-        ("stop", ("",)),
-    ],
-)
-def test_a_setting_without_meaning_is_refused_by_name_and_value(field: str, value: Any) -> None:
-    with pytest.raises(UserError, match="stop string is empty" if field == "stop" else rf"{field} is {value}"):
-        SamplingConfig(**{field: value})
-
-
-# Drawing
-
-
-def test_tokens_are_drawn_as_often_as_the_model_says() -> None:
-    probability = torch.tensor([0.5, 0.25, 0.0, 0.15, 0.07, 0.03])
-    trials = 20_000
-    uniform = torch.rand(trials, generator=torch.Generator().manual_seed(1))
-    tokens = draw(probability.log().expand(trials, -1), uniform)
-    counts = torch.bincount(tokens, minlength=6).float()
-    assert counts[2] == 0, "an impossible token was drawn"
-    possible = probability > 0
-    expected = probability[possible] * trials
-    chi_square = ((counts[possible] - expected) ** 2 / expected).sum().item()
-    assert chi_square < 18.47, "beyond the 99.9 % point of 4 degrees of freedom"
-
-
-@given(st.integers(1, 2000), st.integers(0, 2**32))
-def test_no_number_draws_an_impossible_token(vocab: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(1, vocab, generator=generator) * 10
-    logits[torch.rand(1, vocab, generator=generator) < 0.5] = -math.inf
-    logits[0, 0] = -math.inf
-    logits[0, vocab // 2] = 0
-    for number in (0.0, 1 - 2**-24):
-        token = draw(logits, torch.tensor([number])).item()
-        assert logits.softmax(-1)[0, int(token)] > 0
-
-
-def test_every_sample_has_its_own_numbers_whatever_their_count_and_length() -> None:
-    long, short = (
-        [list(islice(uniform_numbers(own), steps)) for own in own_generators(samples, torch.Generator().manual_seed(5))]
-        for samples, steps in ((4, 600), (2, 30))
-    )
-    assert [numbers[:30] for numbers in long[:2]] == short
-    assert len({number for numbers in long for number in numbers}) > 2390
-
-
-# The window
 
 
 @given(st.integers(1, 20), st.integers(1, 100))
@@ -217,9 +35,6 @@ def test_the_window_drops_the_oldest_half_when_it_is_full(context: int, total: i
             window = window[(context + 1) // 2 :]
         window.append(token)
     assert window_length(total, context) == len(window)
-
-
-# The loop
 
 
 def run(model: DecoderLM, prompt: list[int], *, cached: bool = True, **settings: Any) -> list[list[int]]:
@@ -397,100 +212,3 @@ def test_a_model_without_finite_logits_is_refused(tiny_decoder: MakeDecoder) -> 
 def test_an_empty_prompt_is_refused(tiny_decoder: MakeDecoder) -> None:
     with pytest.raises(UserError, match="no token"):
         run(tiny_decoder(), [])
-
-
-# Streams
-
-
-def streamed(content: bytes, cuts: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
-    stream = TextStream(stop)
-    edges = [0, *sorted(cut % (len(content) + 1) for cut in cuts), len(content)]
-    pieces = [stream.feed(content[a:b]) for a, b in pairwise(edges)]
-    return [*pieces, stream.finish()], stream
-
-
-cut_points = st.lists(st.integers(0, 200), max_size=30)
-
-
-@given(st.text(max_size=40), cut_points)
-@example("🙂é漢", list(range(20)))
-def test_a_stream_shows_whole_characters_and_all_of_them(text: str, cuts: list[int]) -> None:
-    pieces, _ = streamed(text.encode(), cuts)
-    assert "".join(pieces) == text
-    assert "�" in text or not any("�" in piece for piece in pieces)
-
-
-@given(st.binary(max_size=40), cut_points)
-@example(b"\xf0\x9f\x99", [1, 2])
-@example(b"\xf0\x9f\x99a\xff\xe2\x82", [1, 2, 3, 4, 5, 6])
-def test_a_stream_of_any_bytes_is_their_decoding(content: bytes, cuts: list[int]) -> None:
-    assert "".join(streamed(content, cuts)[0]) == content.decode(errors="replace")
-
-
-def up_to_stop(text: str, stop: tuple[str, ...]) -> str:
-    """The slow statement: read one character more at a time until a stop string is complete."""
-    for end in range(len(text) + 1):
-        complete = [text[:end].removesuffix(s) for s in stop if text[:end].endswith(s)]
-        if complete:
-            return min(complete, key=len)
-    return text
-
-
-@given(
-    st.text("abé", max_size=20), st.lists(st.text("abé", min_size=1, max_size=5), min_size=1, max_size=3), cut_points
-)
-@example("aab", ["ab"], [1, 2])
-@example("abcd", ["abcd", "bc"], [])
-def test_a_stop_string_and_what_follows_is_never_shown(text: str, stops: list[str], cuts: list[int]) -> None:
-    stop = tuple(stops)
-    pieces, stream = streamed(text.encode(), cuts, stop)
-    expected = up_to_stop(text, stop)
-    assert "".join(pieces) == expected
-    assert stream.stopped == any(s in text for s in stop)
-    # Nothing shown was ever taken back: all that a stream says early is right.
-    assert all(expected.startswith("".join(pieces[:n])) for n in range(len(pieces)))
-
-
-def test_text_is_held_back_only_while_it_may_be_a_stop_string() -> None:
-    stream = TextStream(["\n\nUser:"])
-    pieces = [stream.feed(piece.encode()) for piece in ("Hi", "\n", "\nUs", "ed", "\n\nUser", ":", "more")]
-    assert pieces == ["Hi", "", "", "\n\nUsed", "", "", ""]
-    assert stream.finish() == ""
-
-
-@pytest.fixture
-def byte_tokenizer() -> Any:
-    return Tokenizer.named("bytes").fit(lambda: iter(["abc"]))
-
-
-def test_a_text_stream_is_the_decoding_of_the_tokens(tiny_decoder: MakeDecoder, byte_tokenizer: Any) -> None:
-    model = tiny_decoder(vocab_size=300, d_model=16)
-    sampling = SamplingConfig(temperature=1.0, num_samples=3, max_new_tokens=40, seed=2)
-    end = byte_tokenizer.end_of_text
-    steps = generate(model, [65], sampling, ends=[end], vocab_size=byte_tokenizer.vocab_size)
-    expected = [byte_tokenizer.decode(sample) for sample in zip(*steps, strict=True)]
-    pieces = list(stream_text(model, byte_tokenizer, [65], sampling))
-    assert ["".join(sample) for sample in zip(*pieces, strict=True)] == expected
-    assert len(set(expected)) == 3
-
-
-def test_a_text_stream_ends_when_every_sample_has_met_its_stop(tiny_decoder: MakeDecoder, byte_tokenizer: Any) -> None:
-    model = tiny_decoder(vocab_size=257)
-    sampling = SamplingConfig(temperature=3.0, num_samples=2, max_new_tokens=3000, seed=2)
-    free = ["".join(sample) for sample in zip(*stream_text(model, byte_tokenizer, [65], sampling), strict=True)]
-    stop = (free[0][5:7], free[1][8:11])
-    stopped = SamplingConfig(temperature=3.0, num_samples=2, max_new_tokens=3000, seed=2, stop=stop)
-    pieces = list(stream_text(model, byte_tokenizer, [65], stopped))
-    texts = ["".join(sample) for sample in zip(*pieces, strict=True)]
-    assert texts == [up_to_stop(text, stop) for text in free]
-    assert len(pieces) < 60
-
-
-def test_a_sample_of_a_model_in_training_is_text_and_repeats(tiny_decoder: MakeDecoder, byte_tokenizer: Any) -> None:
-    model = tiny_decoder(vocab_size=257, dropout=0.1).train()
-    assert (
-        sample_of(model, byte_tokenizer, byte_tokenizer, [], 20)
-        == sample_of(model, byte_tokenizer, byte_tokenizer, [], 20)
-        != ""
-    )
-    assert model.training

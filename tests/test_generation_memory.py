@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from minitransformer.architecture import cache
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate, generate_each
 from minitransformer.generation.fast import recording
 from minitransformer.generation.fast.rows import RowLinear
-from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.speculation import Draft, speculate
 from minitransformer.models.decoder import DecoderLM
 
@@ -89,7 +89,7 @@ def test_what_a_text_was_decoded_with_is_gone_when_it_ends(
 MANY_TEXTS = """
 import torch
 from minitransformer.generation.decode import generate
-from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
 

@@ -17,16 +17,11 @@ from minitransformer.models.model import build_model
 from minitransformer.settings import flat
 from minitransformer.tasks.task import Result
 from minitransformer.training.logging import Log
-from tests.runs_for_tests import TEXT, TINY, configured, prepared_text, trainer_for
+from tests.runs_for_tests import TEXT, TINY, configured, trainer_for
 
 pytestmark = pytest.mark.unchecked_shapes
 
 NAMES = ("E5", "E6", "E7", "E8", "E9")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return prepared_text(tmp_path_factory.mktemp("text"))
 
 
 class Steps(Log):

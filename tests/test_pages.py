@@ -18,6 +18,7 @@ from minitransformer import plugins
 from minitransformer.__main__ import COMMANDS
 from minitransformer.architecture.residual import Residual
 from minitransformer.commands import train, with_plugins
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.settings import kinds
 from minitransformer.training.config import RunConfig
 from tests.test_house import BASE, MODULES, ROOMS
@@ -98,9 +99,10 @@ def test_every_name_in_code_font_is_a_name_of_the_code(page: Path) -> None:
 
 @PAGES
 def test_every_flag_that_a_page_names_is_one_of_a_command(page: Path) -> None:
-    files = [*PACKAGE.glob("commands/*.py"), PACKAGE / "generation/processors.py"]
+    files = PACKAGE.glob("commands/*.py")
     fields = re.findall(r"^    (\w+):", "\n".join(file.read_text(encoding="utf-8") for file in files), re.M)
-    known = {name.replace("_", "-") for name in (*kinds(RunConfig), *fields)} | {"help", "plugin", *OTHERS}
+    settings = {*kinds(RunConfig), *SamplingConfig().flat, *fields}
+    known = {name.replace("_", "-") for name in settings} | {"help", "plugin", *OTHERS}
     named = set(re.findall(r"`[^`\n]*?--([a-z][\w-]*)", prose(page)))
     assert {flag for flag in named if flag.removeprefix("no-") not in known} == set()
 
@@ -152,6 +154,7 @@ def test_every_command_that_a_page_prints_is_understood(command: str, monkeypatc
     understood: dict[str, Callable[[], None]] = {
         "train": lambda: monkeypatch.setattr(module, "with_files", stop),
         "sweep": lambda: monkeypatch.setattr(module, "_check", stop),
+        "sample": lambda: monkeypatch.setattr(module, "_check_together", stop),
     }
     understood.get(module.__name__.rpartition(".")[2], lambda: stop_after_parsing(module, monkeypatch))()
     with pytest.raises(Parsed):

@@ -103,6 +103,40 @@ def test_a_flag_of_a_plugin_is_listed_under_the_variant_that_it_belongs_to(here:
     assert "rezero_start belongs to residual 'rezero', and residual is 'pre'" in refused.stderr
 
 
+PROCESSOR = """
+from dataclasses import dataclass
+from minitransformer.generation.processors import Processor
+from minitransformer.settings import setting
+
+class Favour(Processor, name="favour"):
+    "The logit of one byte is higher by `strength`."
+
+    @dataclass(frozen=True)
+    class Settings:
+        byte: int = setting(120, at_least=0, at_most=255, help="which one")
+        strength: float = setting(0.0, at_least=0, help="how much")
+
+    def __call__(self, logits, tokens):
+        logits = logits.clone()
+        logits[:, self.settings.byte] += self.settings.strength
+        return logits
+"""
+
+
+def test_a_sampling_processor_of_a_plugin_is_a_flag_and_changes_what_is_generated(here: Path) -> None:
+    (here / "mine.py").write_text(PROCESSOR, encoding="utf-8")
+    assert train().returncode == 0
+    flags = ("run", "--prompt", "A fox", "--plugin", "mine.py", "--max-new-tokens", "3", "--temperature")
+    for temperature in ("0", "1"):
+        favoured = run("sample", *flags, temperature, "--favour-strength", "1000", "--favour-byte", "33")
+        assert favoured.stdout == "A fox!!!\n", favoured.stderr
+    assert "xxx" not in run("sample", *flags, "1").stdout, "without its flag, it has no effect"
+    refused = run("sample", *flags, "1", "--favour-strength", "-1")
+    assert (refused.returncode, refused.stderr) == (2, "error: favour_strength is -1.0: it must be at least 0\n")
+    help = " ".join(run("sample", "--plugin", "mine.py", "--help").stdout.replace("│", " ").split())
+    assert re.search(r"sampling options.*--favour-byte INT which one \(default: 120\).*beam search options", help)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -27,7 +27,7 @@ from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.reopened import reopened_difference
 from minitransformer.settings import with_settings
-from tests.test_pretrained_parity import FLOAT32, MEMBERS, VOCABULARY
+from tests.members_for_tests import FLOAT32, MEMBERS, VOCABULARY
 
 library = pytest.importorskip("transformers")
 Changes = dict[str, Any]

@@ -13,7 +13,7 @@ from minitransformer.architecture.positions import Rotary
 from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
 from minitransformer.models.model import build_model
-from minitransformer.pretrained import Family
+from minitransformer.pretrained.families import Family
 from minitransformer.settings import with_settings
 
 GPT2 = {"vocab_size": 11, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from minitransformer.commands import sample
-from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.streaming import best_texts, stream_text
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
@@ -25,6 +26,7 @@ from minitransformer.runs import GENERATION, Run
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import write_checkpoint
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from tests.runs_for_tests import Call
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 CONTEXT = 32
@@ -62,29 +64,15 @@ def write_run(path: Path, checkpoints: list[DecoderLM], tokenizer: Tokenizer = T
 
 
 @pytest.fixture
-def command(
-    runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in the folder of `runs`, with the bytes that are piped in; gives code, output and notes."""
-
-    def call(*arguments: str, piped: bytes | None = None) -> tuple[int, str, str]:
-        monkeypatch.chdir(runs)
-        source = os.devnull
-        if piped is not None:
-            source = str(runs / "piped")
-            Path(source).write_bytes(piped)
-        with open(source, encoding="utf-8") as stdin:
-            monkeypatch.setattr(sys, "stdin", stdin)
-            code = sample.main(["--device", "cpu", "--max-new-tokens", "10", *arguments])
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
+def command(runs: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> Call:
+    """Runs the command in the folder of `runs`, with what is piped in; gives code, output and notes."""
+    monkeypatch.chdir(runs)
+    return partial(call, sample, "--device", "cpu", "--max-new-tokens", "10")
 
 
 def continued(runs: Path, prompt: str, checkpoint: str | None = None, **settings: Any) -> list[str]:
     run = Run.open(runs / "runs" / "chars")
-    options = replace(sample.Options(max_new_tokens=10, seed=7), **settings)
+    options = SamplingConfig(**{"max_new_tokens": 10, "seed": 7, **settings})
     ids = run.tokenizer.encode(prompt) or [run.tokenizer.end_of_text]
     steps = stream_text(run.load_model(checkpoint), run.tokenizer, ids, options)
     return [prompt + "".join(pieces) for pieces in zip(*steps, strict=True)]
@@ -301,9 +289,6 @@ def test_a_beam_search_past_the_context_is_announced(command: Any) -> None:
     assert "the oldest half is dropped and the rest is read anew" in err
 
 
-# What the publisher of an import advises
-
-
 @pytest.fixture
 def advised(runs: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Writes what `generation_config.json` of runs/chars says; it is gone afterwards."""
@@ -375,11 +360,10 @@ def test_without_a_run_the_way_to_one_is_told(
 
 
 def started(run: Path) -> subprocess.Popen[bytes]:
-    arguments = [sys.executable, str(SCRIPT), str(run), "--prompt", "ab", "--max-new-tokens", "1000000"]
-    arguments += ["--temperature", "0"]
+    flags = ["--prompt", "ab", "--max-new-tokens", "1000000", "--temperature", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
     process = subprocess.Popen(
-        arguments,
+        [sys.executable, str(SCRIPT), str(run), *flags],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
-from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.readers import CachedReader, window_length
 from minitransformer.generation.sampling import draw_by_weight, own_generators
 from minitransformer.generation.speculation import Draft, accept, speculate
@@ -116,7 +116,7 @@ def test_greedy_decoding_with_a_draft_writes_what_the_model_alone_writes(
 def slowly(model: DecoderLM, draft: Draft, prompt: list[int], sampling: SamplingConfig, end: int) -> list[int]:
     """One text by algorithm 1 of the paper: no cache, everything read anew for every token."""
     [numbers] = own_generators(1, torch.Generator().manual_seed(sampling.seed or 0))
-    processors = sampling.processors(len(prompt), [end])
+    processors = sampling.make_processors(len(prompt), [end])
 
     def probabilities(judge: DecoderLM, tokens: list[int]) -> torch.Tensor:
         rows = torch.tensor([tokens])
@@ -186,7 +186,7 @@ def probabilities_of_texts(
         for beginning, probability in beginnings.items():
             tokens = torch.tensor([[*prompt, *beginning]])
             logits = model(tokens)[:, -1]
-            for process in sampling.processors(len(prompt), [end]):
+            for process in sampling.make_processors(len(prompt), [end]):
                 logits = process(logits, tokens)
             for token, share in enumerate(logits.softmax(-1)[0].tolist()):
                 (whole if token == end else longer)[(*beginning, token)] = probability * share

@@ -46,8 +46,8 @@ pytestmark = pytest.mark.unchecked_shapes
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    return working_folder(tmp_path, monkeypatch)
+def here(here, monkeypatch):
+    return working_folder(here, monkeypatch)
 
 
 @pytest.fixture

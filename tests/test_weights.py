@@ -14,10 +14,10 @@ from torch import nn
 
 from minitransformer.architecture.embeddings import HeadAround
 from minitransformer.errors import UserError
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.fast import row_kernel, rows
 from minitransformer.generation.fast.rows import KernelLinear, with_row_kernel
-from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.readers import CachedReader
 from minitransformer.generation.weights import BFloat16, Float32, Int8, Weights
 from minitransformer.models.decoder import DecoderLM

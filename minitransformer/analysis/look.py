@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from minitransformer.analysis.look_record import Look, LookRequest, MapPlan, Prediction, Text
 from minitransformer.analysis.watched import watched
 from minitransformer.errors import UserError
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.fill import encode_with_masks
-from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.samples import translations
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM
-from minitransformer.models.encoder_decoder import EncoderDecoder
 from minitransformer.models.model import Model
 from minitransformer.models.recurrent import RecurrentEncoderDecoder
+from minitransformer.models.seq2seq import Seq2SeqLM
 from minitransformer.text.tokenizers import Tokenizer
 
 MAX_WEIGHTS = 2**24
@@ -121,11 +121,10 @@ def masked_one_by_one(
     return torch.cat(logits)
 
 
-@look_at.register(EncoderDecoder)
-@look_at.register(RecurrentEncoderDecoder)
+@look_at.register(Seq2SeqLM)
 @torch.inference_mode()
 def _encoder_decoder(
-    model: EncoderDecoder | RecurrentEncoderDecoder,
+    model: Seq2SeqLM,
     request: LookRequest,
     tokenizer: Tokenizer,
     target_tokenizer: Tokenizer,
@@ -169,7 +168,7 @@ def _target(model: Any, source: Sequence[int], request: LookRequest, tokenizer: 
     return target, "The target is the model's own output by greedy decoding."
 
 
-def _plans(model: EncoderDecoder | RecurrentEncoderDecoder) -> list[MapPlan]:
+def _plans(model: Seq2SeqLM) -> list[MapPlan]:
     config = model.config
     if isinstance(model, RecurrentEncoderDecoder):
         return [MapPlan("Alignment", "attention", "target", "source", 1)]

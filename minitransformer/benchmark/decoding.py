@@ -14,9 +14,9 @@ from torch import Tensor
 from minitransformer.benchmark.case import BenchSetting
 from minitransformer.benchmark.ours import model_of
 from minitransformer.benchmark.peers import transformers_model
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.fast.rows import with_row_kernel
-from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.readers import CachedReader
 from minitransformer.generation.weights import Weights
 

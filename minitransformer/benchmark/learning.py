@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minitransformer.benchmark.case import BenchSetting
 from minitransformer.benchmark.ours import config_of, synchronise
-from minitransformer.benchmark.stepping import NANOGPT_STEPS, Step, nanogpt_steps
+from minitransformer.benchmark.stepping import NANOGPT_STEPS, TrainingStep, nanogpt_steps
 from minitransformer.errors import UserError
 from minitransformer.models.config import MODERN, ModelConfig
 from minitransformer.text.batches import SequentialWindows
@@ -85,7 +85,7 @@ def _modern(config: ModelConfig) -> ModelConfig:
 
 
 def _until_reached(
-    setting: BenchSetting, steps: int, prepared: PreparedText, model: nn.Module, step: Step, logits: Logits
+    setting: BenchSetting, steps: int, prepared: PreparedText, model: nn.Module, step: TrainingStep, logits: Logits
 ) -> float:
     """Seconds of the steps until the loss is reached; the schedule ends after `steps`."""
     clock, look = _Clock(setting.device), FIRST_LOOK

@@ -22,10 +22,10 @@ from minitransformer.training.machine import Machine
 from minitransformer.training.presets import PRESETS
 
 NANOGPT_STEPS = 2000
-Step = Callable[[], object]
+TrainingStep = Callable[[], object]
 
 
-def our_step(setting: BenchSetting, precision: str, compiled: bool) -> Step:
+def our_step(setting: BenchSetting, precision: str, compiled: bool) -> TrainingStep:
     """Our training step, from the batch to the update."""
     recipe = replace(PRESETS["nanogpt-cpu"].training, batch_size=setting.shape.batch_size, seed=setting.seed)
     config = RunConfig(config_of(setting.shape), DataConfig(tokenizer="bytes"), recipe)
@@ -36,14 +36,14 @@ def our_step(setting: BenchSetting, precision: str, compiled: bool) -> Step:
     return lambda: learner.step(learner.next_batches())
 
 
-def nanogpt_step(setting: BenchSetting, compiled: bool) -> Step:
+def nanogpt_step(setting: BenchSetting, compiled: bool) -> TrainingStep:
     """A training step as in nanoGPT's `train.py`: its optimizer and batches; bf16 on a GPU, float32 on a CPU."""
     assert setting.against is not None
     torch.manual_seed(setting.seed)
     return nanogpt_steps(setting, training_tokens(setting), compiled)[1]
 
 
-def nanogpt_steps(setting: BenchSetting, tokens: np.ndarray, compiled: bool) -> tuple[torch.nn.Module, Step]:
+def nanogpt_steps(setting: BenchSetting, tokens: np.ndarray, compiled: bool) -> tuple[torch.nn.Module, TrainingStep]:
     """Its model and a training step on `tokens`, with the learning rates of its README's CPU run."""
     assert setting.against is not None
     cuda = setting.device.startswith("cuda")
@@ -89,7 +89,7 @@ def _nanogpt_batch(tokens: np.ndarray, setting: BenchSetting) -> tuple[torch.Ten
     return inputs.to(setting.device, non_blocking=True), targets.to(setting.device, non_blocking=True)
 
 
-def transformers_step(setting: BenchSetting, precision: str) -> Step:
+def transformers_step(setting: BenchSetting, precision: str) -> TrainingStep:
     """A step of transformers' GPT-2 in a plain loop with AdamW; its loss is its own."""
     torch.manual_seed(setting.seed)
     model = transformers_model(setting.shape, setting.device).train()

@@ -36,8 +36,8 @@ class Worker:
         self._process = Process(_serve, prepare)
 
     def cost(self, deadline: float = math.inf) -> Cost | None:
-        """The cost of a unit of its work, once prepared; raises `ContestantFailed`, and `TimeUp` after `deadline`, a time
-        of `time.monotonic`."""
+        """The cost of a unit of its work, once prepared; raises `ContestantFailed`, and `TimeUp` after
+        `deadline`, a time of `time.monotonic`."""
         return self._receive(deadline)
 
     def sample(self, deadline: float = math.inf) -> float:

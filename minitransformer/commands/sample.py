@@ -8,24 +8,25 @@ from __future__ import annotations
 import io
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import singledispatch
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import torch
 import tyro
 from typing_extensions import Doc
 
-from minitransformer.commands import DONE, given_flags, parse, piped_text, run_command, utf8_text
-from minitransformer.commands.sampling_flags import check_flags
+from minitransformer.commands import DONE, given_flags, piped_text, run_command, utf8_text
+from minitransformer.commands.sampling_flags import check_flags, sampling_groups
+from minitransformer.commands.settings_flags import parse_groups
 from minitransformer.errors import UserError
 from minitransformer.generation.classes import classify
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.fast.rows import with_row_kernel
 from minitransformer.generation.fill import MASK, encode_with_masks
-from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.published import published
 from minitransformer.generation.readers import window_length
 from minitransformer.generation.samples import filled_text, translations
@@ -34,19 +35,24 @@ from minitransformer.generation.streaming import best_texts, stream_text, texts_
 from minitransformer.generation.weights import Weights
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM
-from minitransformer.models.encoder_decoder import EncoderDecoder
 from minitransformer.models.model import Model
-from minitransformer.models.recurrent import RecurrentEncoderDecoder
+from minitransformer.models.seq2seq import Seq2SeqLM
 from minitransformer.pretrained.originals import class_names
 from minitransformer.runs import GENERATION, Run, latest_run
 from minitransformer.training.machine import choose_device
 
 SEPARATOR = "-" * 40
+ABOUT = {
+    "prog": "sample.py",
+    "description": "Continue a prompt, fill in masks, translate or classify lines, with the model of a run. The "
+    f"defaults of an imported checkpoint are those of its {GENERATION}, where it has one.",
+    "title": "model and prompt",
+}
 
 
 @dataclass(frozen=True)
-class Options(SamplingConfig):
-    """Which model continues which prompt, and how."""
+class Options:
+    """Which model continues which prompt, and how it is loaded."""
 
     run: tyro.conf.Positional[Path | None] = None
     """run folder; None is the latest below runs/"""
@@ -54,8 +60,6 @@ class Options(SamplingConfig):
     """text to continue, to fill (masks are written <mask>) or to translate; None is what is piped in"""
     prompt_file: Path | None = None
     """file with that text, which is taken as it is"""
-    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """text that ends a sample, and is not part of it; may be given several times"""
     lines: bool = False
     """each line of the prompt is one of its own, and what follows it is one line too, in which \\n is a new line"""
     batch_size: int = 32
@@ -73,19 +77,12 @@ class Options(SamplingConfig):
     """auto, cpu, cuda or mps"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.prompt is not None and self.prompt_file is not None:
             raise UserError("there are two prompts, --prompt and --prompt-file: give one of them")
         if self.interactive and (self.prompt is not None or self.prompt_file is not None):
             raise UserError("--interactive asks for its prompts: leave --prompt and --prompt-file out")
-        if self.min_new_tokens > self.max_new_tokens:
-            raise UserError(
-                f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}: lower it"
-            )
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}: it must be at least 1")
-        if self.lines and (self.num_samples > 1 or self.draft is not None or self.interactive):
-            raise UserError("--lines writes one text for each line: leave --num-samples, --draft and --interactive out")
         Weights.named(self.weights)
 
 
@@ -95,14 +92,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _sample(arguments: Sequence[str]) -> int:
-    about = (
-        "Continue a prompt, fill in masks, translate or classify lines, with the model of a run. The defaults of an "
-        f"imported checkpoint are those of its {GENERATION}, where it has one."
-    )
-    options = parse(Options, arguments, prog="sample.py", description=about)
+    options, settings = parse_groups(Options, arguments, sampling_groups(), SamplingConfig().flat, **ABOUT)
+    _check_together(options, SamplingConfig(**settings))
     path = options.run or latest_run()
     run = Run.open(path)
-    options = _completed(options, given_flags(arguments), run)
+    sampling = _completed(options, settings, given_flags(arguments), run)
     prompt = "" if options.interactive else _prompt(options)
     # What cannot be encoded is said before a model is loaded.
     run.tokenizer.encode(MASK.sub("", run.cased(prompt)))
@@ -115,12 +109,12 @@ def _sample(arguments: Sequence[str]) -> int:
         draft = Draft(with_row_kernel(weights.applied(_decoder(draft_run, model, device))), options.draft_tokens)
     if options.run is None:
         _note(f"the model is that of {path}")
-    seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-    if options.seed is None and _draws(options, model):
+    seed = secrets.randbelow(2**31) if sampling.seed is None else sampling.seed
+    if sampling.seed is None and _draws(sampling, model):
         _note(f"--seed {seed} gives this text again")
     generator = torch.Generator().manual_seed(seed)
     _tolerate_characters()
-    session = Session(run, options, seed, generator, draft)
+    session = Session(run, options, sampling, seed, generator, draft)
     if options.interactive:
         _converse(model, session)
     else:
@@ -131,8 +125,17 @@ def _sample(arguments: Sequence[str]) -> int:
     return DONE
 
 
-def _completed(options: Options, given: set[str], run: Run) -> Options:
-    """`options` with what the publisher of the run's model advises where no flag was given; refuses idle flags."""
+def _check_together(options: Options, sampling: SamplingConfig) -> None:
+    """Raises `UserError` for settings that contradict each other."""
+    fewest, most = sampling.flat["min_new_tokens"], sampling.max_new_tokens
+    if fewest > most:
+        raise UserError(f"min_new_tokens {fewest} is more than max_new_tokens {most}: lower it")
+    if options.lines and (sampling.num_samples > 1 or options.draft is not None or options.interactive):
+        raise UserError("--lines writes one text for each line: leave --num-samples, --draft and --interactive out")
+
+
+def _completed(options: Options, settings: Mapping[str, Any], given: set[str], run: Run) -> SamplingConfig:
+    """`settings`, and what the publisher of the run's model advises where no flag was given; refuses idle flags."""
     content, topology = run.generation_config, run.config.model.topology
     where = {}
     if content is not None and topology != "encoder":
@@ -140,19 +143,21 @@ def _completed(options: Options, given: set[str], run: Run) -> Options:
         advice = published(content, path, two_sided=topology != "decoder")
         taken = {name: value for name, value in advice.settings.items() if name not in given}
         where = dict.fromkeys(taken, path)
-        options = replace(options, **taken)
+        settings = {**settings, **taken}
         if taken:
             _note(f"by {path}, unless flags say otherwise: " + ", ".join(f"{name} {taken[name]}" for name in taken))
         if advice.not_followed:
             _note(f"{path} asks for {', '.join(advice.not_followed)}, which nothing here does")
-    check_flags(given, vars(options), topology, where)
+    sampling = SamplingConfig(**settings)
+    _check_together(options, sampling)
+    check_flags(given, {**vars(options), **sampling.flat}, topology, where)
     # Without chance, several samples are one text several times.
-    return replace(options, num_samples=1) if options.greedy and options.num_beams == 1 else options
+    return replace(sampling, num_samples=1) if sampling.greedy and sampling.num_beams == 1 else sampling
 
 
-def _draws(options: Options, model: Model) -> bool:
+def _draws(sampling: SamplingConfig, model: Model) -> bool:
     """Whether what is written depends on chance."""
-    return options.num_beams == 1 and not options.greedy and not isinstance(model, EncoderLM)
+    return sampling.num_beams == 1 and not sampling.greedy and not isinstance(model, EncoderLM)
 
 
 def _draft_run(path: Path, run: Run) -> Run:
@@ -180,6 +185,7 @@ class Session:
 
     run: Run
     options: Options
+    sampling: SamplingConfig
     seed: int
     generator: torch.Generator
     draft: Draft | None = None
@@ -212,21 +218,21 @@ def _prompt(options: Options) -> str:
 @answer.register
 def _continue(model: DecoderLM, prompt: str, session: Session) -> None:
     """Print the prompt and the first sample as it comes, then the others, with a line between them."""
-    tokenizer, options = session.run.tokenizer, session.options
-    if options.lines:
+    tokenizer, sampling = session.run.tokenizer, session.sampling
+    if session.options.lines:
         _continue_lines(model, prompt.splitlines(), session)
         return
     prompt_ids = tokenizer.encode_prompt(prompt)
-    _note_context(len(prompt_ids), options.max_new_tokens, model.config.context_length)
-    if options.num_beams > 1:
-        found = best_texts(model, tokenizer, prompt_ids, options)
+    _note_context(len(prompt_ids), sampling.max_new_tokens, model.config.context_length)
+    if sampling.num_beams > 1:
+        found = best_texts(model, tokenizer, prompt_ids, sampling)
         for number, text in enumerate(found):
             _print(f"{SEPARATOR}\n{prompt}{text}" if number else prompt + text)
             _end_line(prompt + text)
         return
-    texts = [prompt] * options.num_samples
+    texts = [prompt] * sampling.num_samples
     _print(prompt)
-    for pieces in stream_text(model, tokenizer, prompt_ids, options, generator=session.generator, draft=session.draft):
+    for pieces in stream_text(model, tokenizer, prompt_ids, sampling, generator=session.generator, draft=session.draft):
         _print(pieces[0])
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     _end_line(texts[0])
@@ -237,16 +243,15 @@ def _continue(model: DecoderLM, prompt: str, session: Session) -> None:
 
 def _continue_lines(model: DecoderLM, prompts: Sequence[str], session: Session) -> None:
     """Print each prompt with what follows it, as `--prompt` would with the same seed, in one line."""
-    tokenizer, options = session.run.tokenizer, session.options
+    tokenizer, sampling = session.run.tokenizer, replace(session.sampling, seed=session.seed)
     prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     longest = max(map(len, prompt_ids), default=0)
-    _note_context(longest, options.max_new_tokens, model.config.context_length)
-    sampling = replace(options, seed=session.seed)
+    _note_context(longest, sampling.max_new_tokens, model.config.context_length)
     texts: Iterator[str]
-    if options.num_beams > 1:
-        texts = (best_texts(model, tokenizer, ids, options)[0] for ids in prompt_ids)
+    if sampling.num_beams > 1:
+        texts = (best_texts(model, tokenizer, ids, sampling)[0] for ids in prompt_ids)
     else:
-        texts = texts_in_batches(model, tokenizer, prompt_ids, sampling, options.batch_size)
+        texts = texts_in_batches(model, tokenizer, prompt_ids, sampling, session.options.batch_size)
     for prompt, text in zip(prompts, texts, strict=True):
         _print((prompt + text).replace("\\", r"\\").replace("\n", r"\n") + "\n")
 
@@ -277,17 +282,16 @@ def _classify(model: EncoderClassifier, prompt: str, session: Session) -> None:
         _print(", ".join(f"{name} {number.format(value)}" for name, value in ranked) + "\n")
 
 
-@answer.register(EncoderDecoder)
-@answer.register(RecurrentEncoderDecoder)
-def _translate(model: EncoderDecoder | RecurrentEncoderDecoder, prompt: str, session: Session) -> None:
+@answer.register(Seq2SeqLM)
+def _translate(model: Seq2SeqLM, prompt: str, session: Session) -> None:
     """Print what each line becomes: one line for each, or `num_samples` with their number before them."""
-    run, options = session.run, session.options
+    run, options, sampling = session.run, session.options, session.sampling
     lines = prompt.splitlines()
     for begin in range(0, len(lines), options.batch_size):
         sources = [_source(model, run, line) for line in lines[begin : begin + options.batch_size]]
-        for texts in translations(model, sources, options, run.target_tokenizer, session.generator):
+        for texts in translations(model, sources, sampling, run.target_tokenizer, session.generator):
             for number, tokens in enumerate(texts, start=1):
-                before = f"{number}\t" if options.num_samples > 1 else ""
+                before = f"{number}\t" if sampling.num_samples > 1 else ""
                 _print(f"{before}{run.target_tokenizer.decode(tokens)}\n")
 
 

@@ -1,4 +1,4 @@
-"""Which flags of `sample` can change nothing beside the others.
+"""The sampling flags of `sample`, and which of its flags can change nothing beside the others.
 
 A flag that would be ignored is a mistake, and said: what it was meant to do would silently not happen.
 """
@@ -6,15 +6,26 @@ A flag that would be ignored is a mistake, and said: what it was meant to do wou
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+from minitransformer.commands.settings_flags import Group
 from minitransformer.errors import UserError
-from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.config import SamplingConfig, own_settings, processor_settings
 
-DRAWING = ("top_k", "top_p", "min_p", "seed")
 OF_BEAMS = ("length_penalty", "early_stopping")
-OF_TEXTS = (*(field.name for field in fields(SamplingConfig)), "lines", "batch_size", "draft", "draft_tokens")
+OF_LINES = ("lines", "batch_size", "draft", "draft_tokens")
+
+
+def sampling_groups() -> list[Group]:
+    """The flags of `SamplingConfig` as `--help` lists them, those of processors from plugins included."""
+    beams = [each for each in own_settings() if each.name in ("num_beams", *OF_BEAMS)]
+    texts = [each for each in own_settings() if each not in beams]
+    return [
+        Group("generation", "How long the text may become, and how many there are.", texts),
+        Group("sampling", "How the next token is chosen, in the order of application.", list(processor_settings())),
+        Group("beam search", "Several continuations at a time, instead of sampling.", beams),
+    ]
 
 
 @dataclass(frozen=True)
@@ -42,19 +53,23 @@ def check_flags(given: set[str], values: Mapping[str, Any], topology: str, where
 
 def _idle(values: Mapping[str, Any], topology: str) -> Iterator[Idle]:
     beams = values["num_beams"] > 1
+    drawing = {"seed", *(each.name for each in processor_settings(keeps_likeliest=True))}
     if topology == "encoder":
-        yield Idle(OF_TEXTS, "is for models that write texts, and this one fills in masks: leave it out")
+        yield Idle(
+            (*SamplingConfig().flat, *OF_LINES),
+            "is for models that generate texts, and this one fills in masks: leave it out",
+        )
         return
     if beams:
         out = "leave it out, or give --num-beams 1"
-        yield Idle(("temperature", *DRAWING), f"has no part in a beam search, which draws nothing: {out}", "num_beams")
+        yield Idle(drawing, f"has no part in a beam search, which draws nothing: {out}", "num_beams")
         yield Idle(("draft",), f"guesses the tokens of one text, and a beam search follows several: {out}", "num_beams")
     else:
         yield Idle(OF_BEAMS, "is for a beam search: give --num-beams 2 or more")
         if values["temperature"] == 0:
             out = "leave it out, or give a --temperature above 0"
             why = f"changes nothing at temperature 0, which takes the likeliest token: {out}"
-            yield Idle(DRAWING, why, "temperature")
+            yield Idle(drawing - {"temperature"}, why, "temperature")
             if values["num_samples"] > 1:
                 why = f"would give the same text {values['num_samples']} times at temperature 0: {out}"
                 yield Idle(("num_samples",), why, "temperature")

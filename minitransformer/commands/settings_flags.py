@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -10,7 +10,7 @@ import tyro
 from typing_extensions import Doc
 
 from minitransformer.commands import given_flags, parse
-from minitransformer.settings import Declared, declared, flat, is_part, kinds, with_settings
+from minitransformer.settings import Declared, declared, flat, is_part, with_settings
 
 Options = TypeVar("Options")
 Record = TypeVar("Record")
@@ -30,15 +30,31 @@ def parse_with_settings(
 ) -> tuple[Options, Record]:
     """Parse a command's own `options`, and `base` with the settings given as flags.
 
-    Only given flags are added to the parser, except for `--help`. Raises `UserError` for a flag that
-    does not exist, and for one of a variant that is not chosen.
+    Raises `UserError` for a flag that does not exist, and for one of a variant that is not chosen.
+    """
+    parsed, given = parse_groups(options, arguments, _groups(type(base)), flat(base), **about)
+    return parsed, with_settings(base, given)
+
+
+def parse_groups(
+    options: type[Options],
+    arguments: Sequence[str],
+    groups: Sequence[Group],
+    now: Mapping[str, Any],
+    *,
+    title: str = "options",
+    **about: str,
+) -> tuple[Options, dict[str, Any]]:
+    """Parse a command's own `options`, and the settings in `groups` that are given as flags, by flat name.
+
+    Only given flags are added to the parser, except for `--help`, which lists the command's own under `title`, and
+    shows the defaults `now`. Raises `UserError` for a flag that does not exist.
     """
     wanted = None if {"-h", "--help"} & set(arguments) else given_flags(arguments)
-    kinds_of = kinds(type(base))
-    known = [*kinds_of, *(f"no_{name}" for name, kind in kinds_of.items() if kind is bool)]
-    now = flat(base)
-    members: list[tuple[str, Any]] = [("options", options)]
-    for number, group in enumerate(_groups(type(base))):
+    settings = [each for group in groups for each in group.settings]
+    known = [each.name for each in settings] + [f"no_{each.name}" for each in settings if each.kind is bool]
+    members: list[tuple[str, Any]] = [("options", Annotated[options, tyro.conf.arg(name=title)])]
+    for number, group in enumerate(groups):
         shown = [each for each in group.settings if wanted is None or _is_given(each.name, wanted)]
         if shown:
             kind = make_dataclass(f"Group{number}", [_flag(each, now) for each in shown], frozen=True)
@@ -47,7 +63,7 @@ def parse_with_settings(
     parsed: Any = parse(make_dataclass("Flags", members, frozen=True), arguments, known=known, **about)
     values = {name: value for title, _ in members[1:] for name, value in vars(getattr(parsed, title)).items()}
     given = {name: value for name, value in values.items() if _is_given(name, given_flags(arguments))}
-    return parsed.options, with_settings(base, given)
+    return parsed.options, given
 
 
 def _is_given(name: str, flags: set[str]) -> bool:
@@ -77,11 +93,13 @@ def _with_variants(group: Group) -> list[Group]:
     return groups
 
 
-def _flag(each: Declared, now: dict[str, Any]) -> tuple[str, Any, Any]:
+def _flag(each: Declared, now: Mapping[str, Any]) -> tuple[str, Any, Any]:
     """The dataclass field for a setting's flag; its default is only shown in `--help`."""
     help, names = each.about.get("help", ""), each.about.get("choices") or (each.family and each.family.registry)
     if names:
         help = f"{help}: {', '.join(names)}"
     kind: Any = str if each.family else each.kind
+    if each.about.get("repeatable"):
+        kind = Annotated[kind, tyro.conf.UseAppendAction]
     default = now.get(each.name, each.default.name if each.family else each.default)
     return each.name, Annotated[kind, Doc(help)], field(default=default)

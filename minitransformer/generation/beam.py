@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minitransformer.generation.processors import NEVER, LogitsProcessor, SamplingConfig, at_least_float32, check_finite
+from minitransformer.generation.config import SamplingConfig
+from minitransformer.generation.processors import NEVER, Processor, at_least_float32, check_finite
 from minitransformer.generation.readers import Reader
 from minitransformer.generation.sampling import processed
 
@@ -28,7 +29,7 @@ def beam_search(
     prompt: Int[Tensor, "texts length"],
     sampling: SamplingConfig,
     *,
-    processors: Sequence[LogitsProcessor] = (),
+    processors: Sequence[Processor] = (),
     ends: Sequence[int],
     vocab_size: int | None = None,
     stops: Callable[[Sequence[int]], bool] | None = None,

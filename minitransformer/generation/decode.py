@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from minitransformer.generation.arriving import on_host
 from minitransformer.generation.beam import beam_search
+from minitransformer.generation.config import SamplingConfig, check_no_beams
 from minitransformer.generation.engine import Engine
 from minitransformer.generation.fast.steps import recorded_steps
 from minitransformer.generation.modes import evaluating
-from minitransformer.generation.processors import Forced, LogitsProcessor, Never, SamplingConfig, check_no_beams
+from minitransformer.generation.processors import ForceToken, Processor, SuppressTokens
 from minitransformer.generation.readers import CachedReader, Reader, TargetReader, UncachedReader
 from minitransformer.generation.sampling import (
     Request,
@@ -109,7 +110,7 @@ def search(
     """
     check_prompt(prompt)
     prompts = torch.tensor([prompt], device=next(model.parameters()).device)
-    processors = sampling.processors(len(prompt), ends)
+    processors = sampling.make_processors(len(prompt), ends)
     with evaluating(model):
         max_tokens = len(prompt) + sampling.max_new_tokens
         read: Reader = CachedReader(model, max_tokens) if cached else UncachedReader(model)
@@ -187,16 +188,16 @@ def translate(
             targets = [drawn[i : i + copies] for i in range(0, len(drawn), copies)]
         else:
             prompts = torch.full((len(sources), 1), start, device=device)
-            processors = limited.processors(1, ends, rules)
+            processors = limited.make_processors(1, ends, rules)
             found = beam_search(read, prompts, limited, processors=processors, ends=ends, vocab_size=vocab_size)
             targets = [[hypothesis.tokens for hypothesis in text[: sampling.num_samples]] for text in found]
     return [[_before(ends, tokens) for tokens in text] for text in targets]
 
 
-def _rules(forced: dict[int, int | None], never: Sequence[int]) -> list[LogitsProcessor]:
+def _rules(forced: dict[int, int | None], never: Sequence[int]) -> list[Processor]:
     """`forced` says after how many tokens which one must come, if any."""
-    banned = [Never(never)] if never else []
-    return [*banned, *(Forced(length, token) for length, token in forced.items() if token is not None)]
+    banned = [SuppressTokens(never)] if never else []
+    return [*banned, *(ForceToken(length, token) for length, token in forced.items() if token is not None)]
 
 
 def _before(ends: Sequence[int], tokens: list[int]) -> list[int]:

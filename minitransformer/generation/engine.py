@@ -15,8 +15,8 @@ from torch import Tensor
 from minitransformer.errors import UserError
 from minitransformer.generation.arriving import on_its_way
 from minitransformer.generation.batch import MakeStep, Rows, plain_steps
+from minitransformer.generation.config import SamplingConfig, check_no_beams
 from minitransformer.generation.prefill import PromptReading
-from minitransformer.generation.processors import SamplingConfig, check_no_beams
 from minitransformer.generation.readers import window_length
 from minitransformer.generation.sampling import (
     Request,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minitransformer.errors import UserError
-from minitransformer.generation.processors import SamplingConfig
+from minitransformer.generation.config import SamplingConfig, processor_settings
 
 # What we call each field of which the values mean the same here.
 SAME = {
@@ -26,7 +26,6 @@ SAME = {
 }
 WHOLE = {"top_k", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "num_return_sequences", "num_beams"}
 OFF_AT_ZERO = {"top_k", "no_repeat_ngram_size"}
-DRAWING = ("temperature", "top_k", "top_p", "min_p")
 # Fields that would change what is generated, with the value at which they do not.
 NOT_FOLLOWED = {
     "typical_p": 1.0,
@@ -68,17 +67,24 @@ def published(content: Mapping[str, Any], name: str, *, two_sided: bool) -> Publ
         settings |= _of_targets(content) if two_sided else _of_continuations(content)
         missing = [field for field, idle in NOT_FOLLOWED.items() if content.get(field) not in (None, [], idle)]
         draws = _flag(content, "do_sample")
+        undrawn = _without_drawing(settings)
         if settings.get("num_beams", 1) > 1:
             missing += ["do_sample"] if draws else []
-            settings = {ours: value for ours, value in settings.items() if ours not in DRAWING}
+            settings = undrawn
         elif draws:
             settings = {"temperature": 1.0, **settings}
         elif draws is False:
-            settings = {"temperature": 0.0, **{key: value for key, value in settings.items() if key not in DRAWING}}
+            settings = {**undrawn, "temperature": 0.0}
         SamplingConfig(**settings)
     except (UserError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{name}: {error}") from None
     return Published(settings, missing)
+
+
+def _without_drawing(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `settings` that have an effect where nothing is drawn."""
+    drawing = {each.name for each in processor_settings(keeps_likeliest=True)}
+    return {name: value for name, value in settings.items() if name not in drawing}
 
 
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitransformer.errors import UserError
-from minitransformer.generation.processors import LogitsProcessor, SamplingConfig, at_least_float32, check_finite
+from minitransformer.generation.config import SamplingConfig
+from minitransformer.generation.processors import Processor, at_least_float32, check_finite
 
 NUMBERS_AT_ONCE = 256
 
@@ -34,14 +35,14 @@ class Request:
     numbers: Iterator[float]
     ends: Sequence[int] = ()
     stops: Callable[[int], bool] = never
-    rules: Sequence[LogitsProcessor] = ()
+    rules: Sequence[Processor] = ()
     tokens: list[int] = field(default_factory=list)
     done: bool = False
     chosen: int = 0
     """tokens so far, those that a device has not told yet included"""
 
     def __post_init__(self) -> None:
-        self.processors = self.sampling.processors(len(self.prompt), self.ends, self.rules)
+        self.processors = self.sampling.make_processors(len(self.prompt), self.ends, self.rules)
         self.looks_back = any(process.looks_back for process in self.processors)
         self._alike = (id(self.sampling), id(self.rules))
         self._text: Tensor | None = None
@@ -118,7 +119,7 @@ def _choose_alike(logits: Float[Tensor, "requests vocab"], requests: Sequence[Re
 
 
 def processed(
-    logits: Float[Tensor, "samples vocab"], processors: Sequence[LogitsProcessor], tokens: Int[Tensor, "samples length"]
+    logits: Float[Tensor, "samples vocab"], processors: Sequence[Processor], tokens: Int[Tensor, "samples length"]
 ) -> Float[Tensor, "samples vocab"]:
     """The logits after all processors, in their order."""
     for process in processors:

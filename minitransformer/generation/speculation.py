@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitransformer.errors import UserError
+from minitransformer.generation.config import SamplingConfig, check_no_beams
 from minitransformer.generation.modes import evaluating
-from minitransformer.generation.processors import SamplingConfig, at_least_float32, check_finite, check_no_beams
+from minitransformer.generation.processors import at_least_float32, check_finite
 from minitransformer.generation.readers import CachedReader, window_length
 from minitransformer.generation.sampling import check_prompt, draw_by_weight, own_generators, processed, seeded
 from minitransformer.models.decoder import DecoderLM
@@ -102,7 +103,7 @@ class _Speculator:
     ) -> None:
         self.model, self.draft, self.ends, self.sampling, self.vocab_size = model, draft, ends, sampling, vocab_size
         self.prompt = torch.tensor([prompt], device=next(model.parameters()).device)
-        self.processors = sampling.processors(len(prompt), ends)
+        self.processors = sampling.make_processors(len(prompt), ends)
         most = len(prompt) + sampling.max_new_tokens + draft.tokens
         self.target_reader, self.draft_reader = CachedReader(model, most), CachedReader(draft.model, most)
 

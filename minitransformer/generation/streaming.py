@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate, generate_each, search
-from minitransformer.generation.processors import SamplingConfig
 from minitransformer.generation.speculation import Draft, speculate
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.tokenizers import Tokenizer

@@ -93,7 +93,7 @@ class Statement:
     published_norms: Mapping[str, str] = field(default_factory=dict)
     """norms of the paper that are not part of the equation"""
     starts: Mapping[str, StartingWeight] = field(default_factory=dict)
-    """initial values of weights that are not random, by the last part of their names; 1 for other vectors and scalars"""
+    """initial values of weights that are not random, by the last part of their names; 1 for other vectors, scalars"""
 
 
 STATEMENTS: dict[str, Statement] = {}

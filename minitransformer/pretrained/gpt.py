@@ -62,17 +62,7 @@ class GPTJFamily(Family, name="gptj"):
     """Wang and Komatsuzaki 2021: attention and feed-forward network in parallel."""
 
     architectures = {"decoder": "GPTJForCausalLM"}
-    fields = {
-        "vocab_size": "vocab_size",
-        "n_positions": "context_length",
-        "n_embd": "d_model",
-        "n_layer": "num_layers",
-        "n_head": "num_heads",
-        "n_inner": "d_ff",
-        "layer_norm_epsilon": Field("norm_eps", default=1e-5),
-        "activation_function": Field("feedforward", ACTIVATIONS, "gelu_new"),
-        "tie_word_embeddings": Field("tied_embeddings", default=False),
-    }
+    fields = {**GPT2Family.fields, "tie_word_embeddings": Field("tied_embeddings", default=False)}
     fixed = {
         "residual": "pre",
         "norm": "layer",
@@ -96,7 +86,7 @@ class GPTJFamily(Family, name="gptj"):
         Rule("transformer.ln_f", "stack.final_norm"),
         Rule("lm_head", "head"),
     )
-    ignored = (r"\.attn\.(masked_)?bias$",)
+    ignored = GPT2Family.ignored
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:

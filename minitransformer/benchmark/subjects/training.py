@@ -13,8 +13,6 @@ from minitransformer.toolchain import find_compiler
 MEMORY_STEPS = 2
 """the second step has the optimizer state"""
 
-Entry = tuple[str, Callable[..., Any], dict[str, Any]]
-
 
 class Training(Subject, name="training"):
     """Training throughput of whole steps: batch, loss, gradient, update."""

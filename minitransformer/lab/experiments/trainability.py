@@ -78,7 +78,7 @@ class Trainability(TrainingExperiment, name="E7"):
         def is_hopeless(course: Course) -> bool:
             return len(course.losses) >= PATIENCE and final_loss(course.losses) > blind
 
-        return self.record(self.train(task, lost))
+        return self.record(self.train(task, is_hopeless))
 
     def conclude(self, results: Sequence[Result]) -> Findings:
         names, depths, warmups = (
