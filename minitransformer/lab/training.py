@@ -72,7 +72,7 @@ LAST = 25
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingCurve:
     """A training curve: the mean loss in nats per target, and the gradient norm before clipping, of each step."""
 
     losses: list[float]
@@ -94,7 +94,7 @@ class Trained:
     """A trained model with its data, training curve and diagnostics."""
 
     learner: Learner
-    course: Course
+    training_curve: TrainingCurve
     probed: list[dict[str, float | None]]
 
     @property
@@ -104,7 +104,7 @@ class Trained:
 
     def validation_loss(self) -> float:
         """Nats per target over the whole validation split; infinite if training diverged."""
-        if not self.course.finite:
+        if not self.training_curve.finite:
             return math.inf
         return validate(self.model, self.learner.loader, self.learner.precision).loss
 
@@ -124,23 +124,23 @@ def final_loss(losses: Sequence[float]) -> float:
 def train(
     config: RunConfig,
     prepared: PreparedData,
-    stop: Callable[[Course], bool] = lambda course: False,
+    stop: Callable[[TrainingCurve], bool] = lambda training_curve: False,
 ) -> Trained:
     """Train the model of `config` in float32 on the CPU, exactly as the `Trainer` would.
 
     Training ends at the first non-finite loss or gradient, or if `stop`, called after each step, returns True.
     """
     learner = build_learner(config, prepared, CPU, make_probe=probe_for(config.training))
-    course, probed = Course([], []), []
+    training_curve, probed = TrainingCurve([], []), []
     for step in range(1, config.training.steps + 1):
         result = learner.step(learner.next_batches())
         if result.measured:
             probed.append({"step": step, **result.measured})
-        course.losses.append(result.loss.item())
-        course.grad_norms.append(result.grad_norm.item())
-        if not result.finite or stop(course):
+        training_curve.losses.append(result.loss.item())
+        training_curve.grad_norms.append(result.grad_norm.item())
+        if not result.finite or stop(training_curve):
             break
-    return Trained(learner, course, probed)
+    return Trained(learner, training_curve, probed)
 
 
 class TrainingExperiment(Experiment):
@@ -166,7 +166,7 @@ class TrainingExperiment(Experiment):
         base = replace(BASE, data=self._data)
         return with_settings(base, {"vocab_size": self.text.tokenizer.vocab_size, **choices})
 
-    def train(self, task: Task, stop: Callable[[Course], bool] = lambda course: False) -> Trained:
+    def train(self, task: Task, stop: Callable[[TrainingCurve], bool] = lambda training_curve: False) -> Trained:
         """Train the model of `task`."""
         return train(self.configured(task), self.text, stop)
 
@@ -174,10 +174,10 @@ class TrainingExperiment(Experiment):
         """The record of a training run: training curve, diagnostics of its layers, and configuration."""
         config = trained.learner.config.to_json()
         return {
-            "losses": [round(loss, 4) for loss in trained.course.losses],
-            "grad_norms": [float(f"{norm:.4g}") for norm in trained.course.grad_norms],
-            "finite": trained.course.finite,
-            "last_loss": trained.course.last_loss,
+            "losses": [round(loss, 4) for loss in trained.training_curve.losses],
+            "grad_norms": [float(f"{norm:.4g}") for norm in trained.training_curve.grad_norms],
+            "finite": trained.training_curve.finite,
+            "last_loss": trained.training_curve.last_loss,
             "probed": trained.probed,
             "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
         }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from minitransformer.lab.experiment import Claim, Findings, select
 from minitransformer.lab.judging import on_trial
-from minitransformer.lab.training import STUCK, Course, TrainingExperiment, final_loss
+from minitransformer.lab.training import STUCK, TrainingCurve, TrainingExperiment, final_loss
 from minitransformer.reporting.figures import heatmap
 from minitransformer.reporting.tables import Picture, Table
 from minitransformer.tasks.task import Measurement, Result, Task
@@ -75,8 +75,8 @@ class Trainability(TrainingExperiment, name="E7"):
     def measure(self, task: Task) -> Measurement:
         blind = math.log(self.text.tokenizer.vocab_size)
 
-        def is_hopeless(course: Course) -> bool:
-            return len(course.losses) >= PATIENCE and final_loss(course.losses) > blind
+        def is_hopeless(training_curve: TrainingCurve) -> bool:
+            return len(training_curve.losses) >= PATIENCE and final_loss(training_curve.losses) > blind
 
         return self.record(self.train(task, is_hopeless))
 
