@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -102,3 +104,49 @@ def tiny_decoder(shake: Callable[[torch.nn.Module], DecoderLM]) -> Callable[...,
         return shake(DecoderLM(with_settings(ModelConfig(), {**sizes, **choices}))).double().eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A prepared text of 200 lines."""
+    from tests.runs_for_tests import prepared_text
+
+    return prepared_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a text to train on."""
+    from tests.runs_for_tests import TEXT
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINITRANSFORMER_DATA", str(tmp_path / "work"))
+    (tmp_path / "my.txt").write_text(TEXT)
+    return tmp_path
+
+
+@pytest.fixture
+def run(here: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A run of six steps in `here`, with a checkpoint every two."""
+    from tests.runs_for_tests import train
+
+    assert train("--out", "run", "--save-every", "2") == 0
+    capsys.readouterr()
+    return here / "run"
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command with what is piped in; gives code, output and notes."""
+
+    def called(command: Any, *arguments: str, piped: bytes = b"") -> tuple[int, str, str]:
+        (tmp_path / "piped").write_bytes(piped)
+        with (tmp_path / "piped").open(encoding="utf-8") as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            code = command.main(list(arguments))
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return called

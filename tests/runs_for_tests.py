@@ -1,4 +1,4 @@
-"""Small runs on real code: a text, a configuration, and the trainer between them."""
+"""Small runs on real code: a text, a configuration, the trainer between them, and what `train.py` makes of them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from minitransformer.commands import train as command
 from minitransformer.evaluation.metrics import Totals, values_of
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model
+from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
 from minitransformer.settings import all_declared, with_settings
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.datasets.text import PreparedText, TextPreparation
+from minitransformer.text.tokenizers import MASK, Bytes
+from minitransformer.training.checkpoint import write_checkpoint
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.learner import Learner, build_learner
 from minitransformer.training.loader import Loader
@@ -144,3 +148,56 @@ def unsealed(path: Path) -> dict[str, Any]:
     record: dict[str, Any] = json.loads(path.read_text())
     del record["checksum"]
     return record
+
+
+SHAPE = ["--d-model", "16", "--num-layers", "1", "--num-heads", "2", "--context-length", "16", "--tokenizer", "bytes"]
+SMALL = [*SHAPE, "--batch-size", "2", "--warmup-steps", "2", "--compile", "off", "--precision", "fp32"]
+"""flags of a run of seconds"""
+Call = Callable[..., tuple[int, str, str]]
+"""a command with its flags; gives code, output and notes"""
+
+
+def train(*arguments: str, steps: int = 6) -> int:
+    return command.main([*arguments, "--data", "my.txt", "--steps", str(steps), *SMALL])
+
+
+def refused(capsys: Any, *arguments: str, code: int = 2, main: Callable[[list[str]], int] = command.main) -> str:
+    """The one sentence that a mistake gets, or with code 1 a failure."""
+    capsys.readouterr()
+    assert main(list(arguments)) == code
+    error: str = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+def weights_after(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.learner.model.state_dict().items()}
+
+
+def saved_weights(run: Path, checkpoint: str = "latest") -> dict[str, Tensor]:
+    return load_file(run / "checkpoints" / checkpoint / "model.safetensors")
+
+
+def assert_same_weights(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), f"{name} differs"
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run, without what depends on time."""
+    timeless = ("tokens_per_second", "mfu", "seconds", "seconds_left")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in timeless} for record in records]
+
+
+def untrained_run(path: Path, shake: Any, objective: str, **choices: Any) -> Model:
+    """A run folder of an untrained model with shaken weights."""
+    tokenizer = Bytes().with_special_tokens([MASK])
+    sizes = {"d_model": 16, "num_layers": 1, "num_heads": 2, "context_length": 24, "vocab_size": tokenizer.vocab_size}
+    model: Model = shake(build_model(ModelConfig(**{**sizes, **choices}))).eval()
+    config = RunConfig(model.config, DataConfig(tokenizer="bytes"), TrainingConfig(objective=objective))
+    run = Run.create(path, config, tokenizer, tokenizer)
+    write_checkpoint(run.checkpoints, 0, model, {})
+    return model

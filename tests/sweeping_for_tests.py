@@ -3,41 +3,26 @@
 import json
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
 from minitransformer.analysis import trials
 from minitransformer.analysis.search_space import Values
 from minitransformer.commands import sweep as command
 from minitransformer.tasks import pool
+from tests.runs_for_tests import SMALL as SMALL_RUN
 from tests.runs_for_tests import TEXT as LONG_TEXT
+from tests.runs_for_tests import assert_same_weights, saved_weights
+from tests.runs_for_tests import refused as refused_by
 
 ROOT = Path(__file__).parent.parent
-SHAPE = ["--d-model", "16", "--num-layers", "1", "--num-heads", "2", "--context-length", "16", "--tokenizer", "bytes"]
-SMALL = [
-    *SHAPE,
-    "--batch-size",
-    "2",
-    "--warmup-steps",
-    "2",
-    "--compile",
-    "off",
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-]
+SMALL = [*SMALL_RUN, "--device", "cpu"]
 TEXT = LONG_TEXT[:2400]
 LR, RESIDUAL = Values("lr", (1e-3, 3e-3)), Values("residual", ("pre", "post"))
 
 
-def working_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MINITRANSFORMER_DATA", str(tmp_path / "work"))
+def working_folder(here, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     trials._prepared.cache_clear()
-    (tmp_path / "my.txt").write_text(TEXT)
-    return tmp_path
+    (here / "my.txt").write_text(TEXT)
+    return here
 
 
 def trials_in_process(monkeypatch):
@@ -59,11 +44,7 @@ def sweep(*arguments, steps=6):
 
 def refused(capsys, *arguments):
     """The one sentence that a mistake gets."""
-    assert command.main(list(arguments)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1, error
-    return error
+    return refused_by(capsys, *arguments, main=command.main)
 
 
 def results(folder):
@@ -73,15 +54,9 @@ def results(folder):
     return records
 
 
-def weights(run):
-    return load_file(run / "checkpoints/latest/model.safetensors")
-
-
 def assert_same_run(left, right):
     """The same weights, the same validations, the same best checkpoint."""
-    ours, theirs = weights(left), weights(right)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(saved_weights(left), saved_weights(right))
     validations = [
         [line for line in (run / "metrics.jsonl").read_text().splitlines() if "validation_loss" in line]
         for run in (left, right)

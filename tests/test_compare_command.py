@@ -46,7 +46,7 @@ def test_the_page_is_one_file_with_pictures_and_escaped_names(placements, tmp_pa
 
 
 def test_the_page_of_a_single_run_is_written(make):
-    assert "nothing to compare it with" in comparison_page(compare([make("a")]), "command", Path())
+    assert "there is nothing to compare" in comparison_page(compare([make("a")]), "command", Path())
 
 
 def test_the_page_leads_to_its_runs_and_its_table(placements, tmp_path, capsys):
@@ -73,7 +73,7 @@ def test_it_is_said_where_validations_have_read_a_part(make):
     with (path / "metrics.jsonl").open("a") as file:
         for step, tokens in ((13, 100), (14, 1000)):
             file.write(json.dumps({"step": step, "validation_loss": 1.0, "validation_tokens": tokens}) + "\n")
-    assert any("those before it (and so perhaps the best) a part" in remark for remark in compare([path]).remarks)
+    assert any("earlier ones (and so perhaps the best) a subset" in remark for remark in compare([path]).remarks)
 
 
 def test_the_table_has_one_row_for_each_run(placements, tmp_path, capsys):
@@ -133,6 +133,6 @@ def test_precisions_that_auto_came_to_are_said_where_they_differ(make):
         record = unsealed(path / "config.json")
         record["machine"] = {"device": "cpu", "precision": precision, "compile": False}
         (path / "config.json").write_text(json.dumps(record))
-    said = "The runs were computed in different precisions on different machines: bf16, fp32."
+    said = "The runs were trained in different precisions on different machines: bf16, fp32."
     assert said in compare(paths).remarks
     assert said not in compare(paths[:1]).remarks

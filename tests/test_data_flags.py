@@ -6,7 +6,6 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,44 +14,28 @@ from minitransformer.commands.train import main
 from minitransformer.errors import UserError
 from minitransformer.runs import Run
 from minitransformer.training.config import DataConfig, RunConfig
-from tests.runs_for_tests import TEXT
+from tests.runs_for_tests import SMALL, TEXT, metrics
+from tests.runs_for_tests import refused as refused_by_train
 
 pytestmark = pytest.mark.unchecked_shapes
 
-SMALL = [
-    *("--d-model", "16", "--num-layers", "1", "--num-heads", "2", "--context-length", "16", "--tokenizer", "bytes"),
-    *("--batch-size", "2", "--warmup-steps", "2", "--compile", "off", "--precision", "fp32"),
-]
-
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MINITRANSFORMER_DATA", str(tmp_path / "work"))
-    (tmp_path / "my.txt").write_text(TEXT)
-    (tmp_path / "other.txt").write_text(TEXT.upper())
-    return tmp_path
+def here(here: Path) -> Path:
+    (here / "other.txt").write_text(TEXT.upper())
+    return here
 
 
 def train(*arguments: str, steps: int = 4) -> int:
     return main([*arguments, "--steps", str(steps), *SMALL])
 
 
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    return refused_by_train(capsys, *arguments, "--steps", "4", *SMALL)
+
+
 def pipe(monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    assert train(*arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1, error
-    return error
-
-
-def metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +137,7 @@ def test_what_waits_for_validations_is_refused_without_them(
 def test_a_sweep_without_validation_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["gpt-nano", "--data", "my.txt", "--set", "lr=1e-3,3e-3", "--validation-fraction", "0", *SMALL]
     assert sweep.main(words) == 2
-    assert "nothing to choose a winner by" in capsys.readouterr().err
+    assert "no validation data to choose a winner by" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("preset", ["bert-mini", "t5-mini"])

@@ -13,7 +13,8 @@ from minitransformer import pretrained
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate, search, translate
 from minitransformer.models.decoder import DecoderLM
-from tests.test_pretrained_parity import folder, public, transformers  # noqa: F401  (two of them are fixtures)
+from tests.members_for_tests import public
+from tests.test_pretrained_parity import folder, transformers  # noqa: F401  (fixtures)
 
 START, END, NEW_TOKENS = 2, 7, 10
 # What the library calls each of our settings.

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.settings import with_settings
 from tests.placements_for_tests import EVERY_PLACEMENT
-from tests.texts_for_tests import with_padding, without_padding
+from tests.texts_for_tests import close, texts, with_padding, without_padding
 
 SIZES = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context_length": 32, "vocab_size": 11}
 LENGTH = 6
@@ -33,21 +32,10 @@ both_topologies = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def tiny(shake: Any) -> Any:
     def make(**choices: Any) -> Model:
-        return (
-            shake(build_model(with_settings(ModelConfig(), {**SIZES, "topology": "encoder", **choices})))
-            .double()
-            .eval()
-        )
+        config = with_settings(ModelConfig(), {**SIZES, "topology": "encoder", **choices})
+        return shake(build_model(config)).double().eval()
 
     return make
-
-
-def texts(rows: int = 1, length: int = LENGTH) -> Tensor:
-    return torch.randint(0, 11, (rows, length))
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @both_topologies

@@ -14,7 +14,7 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.encoder_decoder import EncoderDecoder
 from minitransformer.settings import with_settings
 from tests.placements_for_tests import EVERY_PLACEMENT
-from tests.texts_for_tests import with_another_end, with_padding, without_padding
+from tests.texts_for_tests import close, texts, with_another_end, with_padding, without_padding
 
 SIZES = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context_length": 32, "vocab_size": 11}
 LENGTH = 6
@@ -33,21 +33,10 @@ every_variant = pytest.mark.parametrize("choices", VARIANTS, ids=str)
 @pytest.fixture(scope="module")
 def tiny(shake: Any) -> Any:
     def make(**choices: Any) -> EncoderDecoder:
-        return (
-            shake(EncoderDecoder(with_settings(ModelConfig(), {**SIZES, "topology": "encoder-decoder", **choices})))
-            .double()
-            .eval()
-        )
+        config = with_settings(ModelConfig(), {**SIZES, "topology": "encoder-decoder", **choices})
+        return shake(EncoderDecoder(config)).double().eval()
 
     return make
-
-
-def texts(rows: int = 1, length: int = LENGTH) -> Tensor:
-    return torch.randint(0, 11, (rows, length))
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def step_by_step(model: EncoderDecoder, tokens: Tensor, memory: Memory, cache: Any) -> Tensor:

@@ -18,8 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.faults_for_tests import KILLED, Commands, Ended, all_files, commands, flip
-from tests.runs_for_tests import TEXT
-from tests.test_train_command import SMALL
+from tests.runs_for_tests import SMALL, TEXT
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 

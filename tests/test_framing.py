@@ -319,7 +319,7 @@ def test_any_framing_is_saved_and_restored(framing: Framing) -> None:
 
 @pytest.mark.parametrize("framing", [{"before": "ab"}, {"start": [1]}, {"ever": [1]}, {"after": [-1]}, {"start": 900}])
 def test_damaged_framing_is_one_sentence(framing: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"not a tokenizer|are to be framed by token 900"):
+    with pytest.raises(UserError, match=r"not a tokenizer|framing uses token 900"):
         Tokenizer.from_json({**Bytes().to_json(), "framing": framing})
 
 
@@ -359,7 +359,7 @@ def test_a_start_that_the_tokenizer_lacks_is_refused(opened: Any, tmp_path: Path
     for file in opened("t5").folder.glob("token*.json"):
         (tmp_path / file.name).write_text(file.read_text())
     (tmp_path / "config.json").write_text('{"is_encoder_decoder": true, "decoder_start_token_id": 9999}')
-    with pytest.raises(UserError, match=r"framed by token 9999, and the tokenizer has"):
+    with pytest.raises(UserError, match=r"framing uses token 9999, but the tokenizer has"):
         load_tokenizer(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The decode loop is exact, past the context, too."""
+"""The decode loop: cached decoding is uncached decoding, and the seed decides the text."""
 
 from __future__ import annotations
 
@@ -35,9 +35,6 @@ def test_the_window_drops_the_oldest_half_when_it_is_full(context: int, total: i
             window = window[(context + 1) // 2 :]
         window.append(token)
     assert window_length(total, context) == len(window)
-
-
-# The loop
 
 
 def run(model: DecoderLM, prompt: list[int], *, cached: bool = True, **settings: Any) -> list[list[int]]:

@@ -143,7 +143,7 @@ def test_a_weight_that_no_rule_names_is_an_error() -> None:
             super().__init__()
             self.gain = nn.Parameter(torch.ones(3))
 
-    with pytest.raises(UserError, match="no rule starts the weights of Gain"):
+    with pytest.raises(UserError, match="nothing initialises the weights of Gain"):
         initialise(nn.Sequential(nn.Linear(3, 3), Gain()), GPT2.choose().make())
 
 

@@ -251,7 +251,7 @@ def test_all_goes_on_after_one_that_fails_and_sums_up(here, capsys, only_toys):
     [
         (["toi"], ["'toi'", "'toy'"]),
         (["toy", "--processes", "0"], ["--processes", "0"]),
-        (["toy", "--out", "marks"], ["marks", "other things", "--out"]),
+        (["toy", "--out", "marks"], ["marks", "other contents", "--out"]),
         (["toy-mendable", "--data", "x", "--processes", "1"], ["there are no numbers: bring some"]),
     ],
 )

@@ -245,7 +245,7 @@ def test_a_folder_of_another_sweep_is_refused(marks, folder, kind, settings, wor
 
 
 def test_a_folder_with_other_things_and_a_damaged_one_are_refused(marks, folder):
-    with pytest.raises(UserError, match="holds other things"):
+    with pytest.raises(UserError, match="has other contents"):
         ExperimentFolder(ROOT, Toy(ExperimentSettings()))
     with pytest.raises(UserError, match="is a file"):
         ExperimentFolder(Path(__file__), Toy(ExperimentSettings()))

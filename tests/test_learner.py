@@ -17,14 +17,9 @@ from minitransformer.training import progress, validation
 from minitransformer.training.checkpoint import choose_checkpoint, load_trainer_state, write_checkpoint
 from minitransformer.training.learner import Learner
 from minitransformer.training.loop import Trainer
-from tests.runs_for_tests import TINY, configured, learner_for, prepared_text, trainer_for
+from tests.runs_for_tests import TINY, configured, learner_for, trainer_for
 
 pytestmark = pytest.mark.unchecked_shapes
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return prepared_text(tmp_path_factory.mktemp("text"))
 
 
 def steps(learner: Learner, count: int) -> list[float]:

@@ -104,7 +104,7 @@ def test_without_a_target_it_is_what_the_model_itself_finds_likeliest(topology: 
     written = [prediction for prediction in look.predictions if prediction.token != END]
     assert written
     assert all(prediction.token == prediction.guesses[0][0] for prediction in written)
-    assert "itself writes" in look.remarks[0]
+    assert "model's own output" in look.remarks[0]
 
 
 def test_the_classes_of_a_classifier_are_said(make_model: MakeModel) -> None:
@@ -172,13 +172,13 @@ def test_the_last_tokens_of_a_prompt_are_read_alone(make_model: MakeModel) -> No
     ("topology", "prompt", "choices", "message"),
     [
         ("decoder", "", {}, "the prompt is empty"),
-        ("decoder", "x" * 33, {}, "the prompt has 33 tokens, and the model sees 32 .* --last 32"),
-        ("encoder", "x" * 32, {}, "the prompt has 32 tokens, and the model sees 31 .* --last 31"),
-        ("encoder-decoder", "x" * 32, {}, "the prompt has 32 tokens, and the model sees 31"),
-        ("encoder-decoder", "x", {"target": "y" * 32}, "the target has 32 tokens, and the model writes 31"),
-        ("encoder-decoder", "a\nb", {}, "one line, and this has 2"),
-        ("encoder-decoder", "", {}, "one line, and this has 0"),
-        ("decoder", "x", {"target": "y"}, "--target is for models that translate, and this one is of topology 'decod"),
+        ("decoder", "x" * 33, {}, "the prompt has 33 tokens, and the model reads at most 32: .* --last 32"),
+        ("encoder", "x" * 32, {}, "the prompt has 32 tokens, and the model reads at most 31: .* --last 31"),
+        ("encoder-decoder", "x" * 32, {}, "the prompt has 32 tokens, and the model reads at most 31"),
+        ("encoder-decoder", "x", {"target": "y" * 32}, "the target has 32 tokens, and the model generates at most 31"),
+        ("encoder-decoder", "a\nb", {}, "one line, not 2"),
+        ("encoder-decoder", "", {}, "one line, not 0"),
+        ("decoder", "x", {"target": "y"}, "--target needs an encoder-decoder, not topology 'decod"),
         ("decoder", "x", {"layers": (0, 2)}, "there is no layer 2: the layers of this model are 0 to 1"),
         ("decoder", "x", {"last": 0}, "last is 0"),
     ],

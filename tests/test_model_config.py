@@ -39,7 +39,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"block": "parallel", "residual": "b2t"},
         "residual 'b2t' adds the input of a block to the output of its feed-forward network, and in a parallel block "
-        "that is Post-LN: choose  --block sequential, or --residual post",
+        "that is Post-LN: choose --block sequential, or --residual post",
     ),
     (
         {"num_layers": 3, "residual": "mix"},

@@ -98,7 +98,7 @@ def test_files_of_different_length_are_refused_with_both_counts(tmp_path: Path, 
         ("a.tsv", b"", r"a\.tsv is empty"),
         ("a.tsv", b" \t \n", r"a\.tsv is empty"),
         ("a.tsv.gz", b"", r"a\.tsv\.gz is empty"),
-        ("a.txt", b"un\tone\n", r"a\.txt alone holds no pairs: .*--target-data"),
+        ("a.txt", b"un\tone\n", r"a\.txt alone has no pairs: .*--target-data"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -20,16 +20,11 @@ from minitransformer.runs import Run
 from minitransformer.text.datasets.text import PreparedText
 from minitransformer.training.optimizers import Optimizer, Rates, build_optimizers
 from tests.placements_for_tests import OURS, choosing
-from tests.runs_for_tests import configured, prepared_text, trainer_for
+from tests.runs_for_tests import configured, trainer_for
 
 SETTINGS = Rates(lr=1e-2, embedding_lr=1e-2, head_lr=1e-2, weight_decay=0.0)
 every_placement = pytest.mark.parametrize("name", list(Residual.registry))
 every_topology = pytest.mark.parametrize("topology", ["decoder", "encoder", "encoder-decoder"])
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> PreparedText:
-    return prepared_text(tmp_path_factory.mktemp("text"))
 
 
 def model_of(name: str, topology: str, **choices: Any) -> Model:

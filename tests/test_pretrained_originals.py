@@ -14,7 +14,7 @@ import torch
 from minitransformer.commands import sample, train
 from minitransformer.pretrained.originals import FOLDER, class_names
 from minitransformer.pretrained.tokenizers import load_tokenizer
-from tests.test_pretrained_tokenizers import like_bert, like_gpt2, like_llama3
+from tests.tokenizers_for_tests import like_bert, like_gpt2, like_llama3
 
 library = pytest.importorskip("transformers")
 importing, export = (import_module(f"minitransformer.commands.{name}") for name in ("import", "export"))

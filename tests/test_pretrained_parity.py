@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,151 +21,12 @@ from minitransformer.models.encoder_decoder import EncoderDecoder
 from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.shards import write_shards
+from tests.members_for_tests import FLOAT32, LENGTH, MEMBERS, PADDING, TARGET_LENGTH, VOCABULARY, Member, public
 
-VOCABULARY, LENGTH, TARGET_LENGTH, PADDING = 64, 12, 7, 1
-# A wrong epsilon costs 8e-5 or more, of a class 2.8e-5, a wrong GELU 7e-4; what is right differs by rounding.
-FLOAT32 = 2e-5
 # The reference computes norms and rotations in float32, whatever the weights are.
 FLOAT64 = 1e-5
 
 
-@dataclass(frozen=True)
-class Member:
-    """A tiny model of a family: its class in `transformers`, and the configuration that it is made from."""
-
-    architecture: str
-    choices: dict[str, Any] = field(default_factory=dict)
-    counts_tokens: bool = False
-    """its positions count real tokens; those of others count places, padding included"""
-
-    @property
-    def texts(self) -> int:
-        """How many are compared: one has far fewer logits of classes than of tokens."""
-        return 48 if "Classification" in self.architecture else 3
-
-    @property
-    def two_sided(self) -> bool:
-        return "Conditional" in self.architecture or "Marian" in self.architecture
-
-
-BERT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 16,
-}
-ROBERTA = {**BERT, "max_position_embeddings": 18, "type_vocab_size": 1, "pad_token_id": PADDING}
-DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 16}
-T5 = {"d_model": 32, "d_kv": 6, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
-BART = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 3,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "max_position_embeddings": 16,
-}
-MARIAN = {**BART, "pad_token_id": 63, "decoder_start_token_id": 63, "activation_function": "swish"}
-GPT2 = {"n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
-NEOX = {**BERT, "max_position_embeddings": 64}
-LLAMA = {**NEOX, "num_key_value_heads": 2}
-# A quarter of a head turns: with fewer heads, enough of it that the base of the rotation matters.
-STABLELM = {**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 1}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-OPT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "ffn_dim": 48,
-    "max_position_embeddings": 16,
-    "word_embed_proj_dim": 32,
-}
-FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-MEMBERS: dict[str, Member] = {
-    "bert": Member("BertForMaskedLM", BERT),
-    "bert with both heads": Member("BertForPreTraining", BERT),
-    "bert classifier": Member("BertForSequenceClassification", {**BERT, "num_labels": 3}),
-    "roberta": Member("RobertaForMaskedLM", ROBERTA, counts_tokens=True),
-    "roberta classifier": Member("RobertaForSequenceClassification", {**ROBERTA, "num_labels": 3}, counts_tokens=True),
-    "distilbert": Member("DistilBertForMaskedLM", DISTILBERT),
-    "distilbert classifier": Member("DistilBertForSequenceClassification", {**DISTILBERT, "num_labels": 1}),
-    "t5": Member(
-        "T5ForConditionalGeneration",
-        {**T5, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 10},
-    ),
-    "t5 of equal sides": Member("T5ForConditionalGeneration", {**T5, "num_decoder_layers": 2}),
-    "mt5": Member("MT5ForConditionalGeneration", T5),
-    "t5 1.1": Member(
-        "T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-    ),
-    "bart": Member("BartForConditionalGeneration", BART),
-    "bart scaled": Member("BartForConditionalGeneration", {**BART, "scale_embedding": True}),
-    "marian": Member("MarianMTModel", {**MARIAN, "scale_embedding": True}),
-    "marian unscaled": Member("MarianMTModel", {**MARIAN, "activation_function": "relu"}),
-    "gpt2": Member("GPT2LMHeadModel", GPT2),
-    "gpt2 untied": Member("GPT2LMHeadModel", {**GPT2, "n_inner": 48, "tie_word_embeddings": False}),
-    "gptj": Member("GPTJForCausalLM", {**GPT2, "rotary_dim": 6}),
-    "gptj all turned": Member("GPTJForCausalLM", {**GPT2, "rotary_dim": 8}),
-    "gpt-neox": Member("GPTNeoXForCausalLM", {**NEOX, "num_attention_heads": 2}),
-    "gpt-neox sequential": Member("GPTNeoXForCausalLM", {**NEOX, "use_parallel_residual": False, "rotary_pct": 0.5}),
-    "gpt-neox unbiased": Member("GPTNeoXForCausalLM", {**NEOX, "num_attention_heads": 2, "attention_bias": False}),
-    "opt": Member("OPTForCausalLM", OPT, counts_tokens=True),
-    "opt-350m": Member(
-        "OPTForCausalLM", {**OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}, counts_tokens=True
-    ),
-    "bloom": Member("BloomForCausalLM", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, counts_tokens=True),
-    "bloom of 6 heads": Member("BloomForCausalLM", {"hidden_size": 48, "n_layer": 2, "n_head": 6}, counts_tokens=True),
-    "falcon-7b": Member("FalconForCausalLM", {**FALCON, "multi_query": True}),
-    "falcon-40b": Member("FalconForCausalLM", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon-11b": Member(
-        "FalconForCausalLM",
-        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
-    ),
-    "falcon sequential": Member(
-        "FalconForCausalLM", {**FALCON, "multi_query": False, "parallel_attn": False, "bias": True}
-    ),
-    "llama": Member("LlamaForCausalLM", LLAMA),
-    "llama 3": Member(
-        "LlamaForCausalLM", {**LLAMA, "head_dim": 10, "tie_word_embeddings": True, "rope_parameters": LLAMA3}
-    ),
-    "llama biased": Member(
-        "LlamaForCausalLM",
-        {
-            **LLAMA,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
-        },
-    ),
-    "mistral": Member("MistralForCausalLM", {**LLAMA, "sliding_window": 5}),
-    "mistral without window": Member("MistralForCausalLM", {**LLAMA, "sliding_window": None, "head_dim": 6}),
-    "mixtral": Member("MixtralForCausalLM", {**LLAMA, "num_local_experts": 4, "experts_implementation": "eager"}),
-    "qwen2": Member("Qwen2ForCausalLM", LLAMA),
-    "qwen2 windowed": Member(
-        "Qwen2ForCausalLM", {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-    ),
-    "qwen3": Member("Qwen3ForCausalLM", {**LLAMA, "head_dim": 10}),
-    "qwen3 biased": Member("Qwen3ForCausalLM", {**LLAMA, "attention_bias": True, "tie_word_embeddings": True}),
-    "olmo2": Member("Olmo2ForCausalLM", LLAMA),
-    "gemma2": Member("Gemma2ForCausalLM", {**LLAMA, "head_dim": 10, "sliding_window": 5, "query_pre_attn_scalar": 12}),
-    "gemma2 uncapped": Member(
-        "Gemma2ForCausalLM",
-        {**LLAMA, "head_dim": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None},
-    ),
-    "stablelm": Member("StableLmForCausalLM", {**STABLELM, "use_qkv_bias": True}),
-    "stablelm parallel": Member("StableLmForCausalLM", {**STABLELM, "use_parallel_residual": True}),
-}
 every_member = pytest.mark.parametrize("name", MEMBERS)
 
 
@@ -181,38 +41,6 @@ def transformers() -> Any:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("public")
-
-
-@cache
-def public(name: str, folder: Path) -> tuple[nn.Module, Path]:
-    """A member with random weights, and the folder that `transformers` keeps it in."""
-    import transformers
-
-    member = MEMBERS[name]
-    model_class = getattr(transformers, member.architecture)
-    config = model_class.config_class(vocab_size=VOCABULARY, attn_implementation="eager", **member.choices)
-    # What a test draws next must not depend on whether the member was there already.
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = model_class(config).eval()
-        if name in (
-            "t5 1.1",
-            "mt5",
-        ):  # the library ties the head of every new T5, and unties it for files that have one
-            model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
-        _shake(model)
-    model.save_pretrained(folder / name)
-    return model, folder / name
-
-
-@torch.no_grad()
-def _shake(model: nn.Module) -> None:
-    """Draw all weights, so that no gain is 1 and no bias is 0; sinusoids stay what they are."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in tensors:
-        if name == "final_logits_bias" or (tensor.requires_grad and "sinusoid" not in name):
-            offset = tensor.mean() if tensor.dim() == 1 else 0.0
-            tensor.normal_(std=0.2).add_(offset)
 
 
 def padded(side: str, length: int, texts: int = 3) -> tuple[Tensor, Tensor]:
@@ -267,6 +95,8 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 
 # The library has no other attention for these, and takes its softmax in float32, where doubles at padding become NaN.
 BY_HAND_ALONE = ("bloom", "gemma2")
+
+
 SIDES = {"none": ("none", "none"), "right": ("right", "right"), "left": ("left", "left"), "both": ("right", "left")}
 
 

@@ -11,113 +11,42 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from minitransformer.errors import UserError
 from minitransformer.generation.streaming import TextStream
 from minitransformer.pretrained.public_tokenizer import PublicTokenizer, characters_of_bytes
 from minitransformer.pretrained.tokenizer_files import described, save_tokenizer
-from minitransformer.pretrained.tokenizers import (
-    SPLITS,
-    load_tokenizer,
-)
+from minitransformer.pretrained.tokenizers import load_tokenizer
 from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Bytes, Characters, Tokenizer
+from tests.tokenizers_for_tests import (
+    PROSE,
+    byte_level,
+    like_bert,
+    like_gpt2,
+    like_llama2,
+    like_llama3,
+    like_qwen2,
+    like_t5,
+)
 
 library = pytest.importorskip("tokenizers")
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
 
-PROSE = [
-    "The quick brown fox jumps over the lazy dog, doesn't it?  She'll say I've 12345 reasons.\n\n\tIndented text",
-    "def f(x):\n    return x + 1  # naïve café, Größe, 東京, 🦊🦊 and ﬁligree\r\n",
-    "Sphinx of black quartz, judge my vow. THE END. The end of the theory then there",
-] * 4
-LLAMA3 = next(iter(SPLITS))
+
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def trained(model: Any, trainer: Any, **parts: Any) -> Any:
-    tokenizer = library.Tokenizer(model)
-    for name, part in parts.items():
-        setattr(tokenizer, name, part)
-    tokenizer.train_from_iterator(PROSE, trainer)
-    return tokenizer
-
-
-def byte_level(pre_tokenizer: Any, special: str = "<|endoftext|>", **parts: Any) -> Any:
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    parts = {"pre_tokenizer": pre_tokenizer, "decoder": decoders.ByteLevel(), **parts}
-    tokenizer = trained(models.BPE(), trainer, **parts)
-    tokenizer.add_special_tokens([special, "<|other|>"])
-    return tokenizer
-
-
-def like_gpt2() -> Any:
-    return byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
-
-
-def like_llama3() -> Any:
-    steps = [
-        pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-    tokenizer = byte_level(pre_tokenizers.Sequence(steps), "<|end_of_text|>")
-    begin = ("<|other|>", tokenizer.token_to_id("<|other|>"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<|other|> $A", special_tokens=[begin])
-    return tokenizer
-
-
-def like_qwen2() -> Any:
-    return byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), normalizer=normalizers.NFC())
-
-
-def like_bert() -> Any:
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = trained(
-        models.WordPiece(unk_token="[UNK]"),
-        trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False),
-        normalizer=normalizers.BertNormalizer(lowercase=True),
-        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
-        decoder=decoders.WordPiece(),
-    )
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=64)
-    return tokenizer
-
-
-def like_t5() -> Any:
-    special = ["<pad>", "</s>", "<unk>"]
-    tokenizer = trained(
-        models.Unigram(),
-        trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False),
-        pre_tokenizer=pre_tokenizers.Metaspace(),
-        decoder=decoders.Metaspace(),
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return tokenizer
-
-
-def like_llama2() -> Any:
-    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
-    special = ["<unk>", "<s>", "</s>"]
-    tokenizer = trained(
-        models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True),
-        trainers.BpeTrainer(vocab_size=400, special_tokens=[*special, *fallback], show_progress=False),
-        normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
-        decoder=decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        ),
-    )
-    content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in special]
-    return library.Tokenizer.from_str(json.dumps(content))
 
 
 KINDS: dict[str, Callable[[], Any]] = {
     kind.__name__: kind for kind in (like_gpt2, like_llama3, like_qwen2, like_bert, like_t5, like_llama2)
 }
+
+
 ENDS = {"like_gpt2": "<|endoftext|>", "like_llama3": "<|end_of_text|>", "like_qwen2": "<|endoftext|>"}
+
+
 ENDS |= {"like_bert": "[SEP]", "like_t5": "</s>", "like_llama2": "</s>"}
+
+
 TEXTS = [*PROSE[:3], "", " ", "  \n\n \t x", "'S 'll 1234567", "unseen: ψ Ж 𝄞 é e\u0301", "<|other|> [MASK] </s> text"]
 
 
@@ -150,6 +79,8 @@ def as_text(implementation: Any, text: str) -> list[int]:
 
 # Enough repetition for merges, and every class of characters that splits tell apart.
 CHARACTERS = st.sampled_from("abcdehinorst THE'lv 0123456789\n\r\t,.!é東🦊ſ<|>")
+
+
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -340,12 +271,12 @@ def test_half_a_surrogate_pair_is_refused(ours: dict[str, Tokenizer]) -> None:
 def test_a_public_tokenizer_takes_a_package(ours: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
     content = ours["like_bert"].to_json()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"takes the tokenizers package: pip install minitransformer\[hub\]"):
+    with pytest.raises(UserError, match=r"needs the tokenizers package: pip install minitransformer\[hub\]"):
         Tokenizer.from_json(content)
 
 
 def test_a_public_tokenizer_is_not_fitted() -> None:
-    with pytest.raises(UserError, match="comes with it: choose bpe, bytes or chars"):
+    with pytest.raises(UserError, match="cannot be trained here: choose bpe, bytes or chars"):
         PublicTokenizer.fit(lambda: iter(PROSE))
 
 

@@ -31,14 +31,9 @@ from minitransformer.training.loop import Trainer
 from minitransformer.training.objectives.seq2seq import pair_loss
 from minitransformer.training.probe import NO_PROBE
 from minitransformer.training.signals import StopRequest
-from tests.runs_for_tests import TEXT, TINY, call_after_step, configured, prepared_text, trainer_for
+from tests.runs_for_tests import TEXT, TINY, call_after_step, configured, trainer_for, weights_after
 
 ALL = tuple(Diagnostic.registry)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return prepared_text(tmp_path_factory.mktemp("text"))
 
 
 def probed_trainer(path: Path, text: Any, config: RunConfig, stop: StopRequest | None = None, at: int = 0) -> Trainer:
@@ -60,22 +55,18 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
             yield {key.removeprefix("probe/"): value for key, value in record.items()}
 
 
-def weights_of(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.learner.model.state_dict().items()}
-
-
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.mark.parametrize("choices", [{}, {"num_experts": 2}, {"grad_accumulation": 2, "residual": "residual"}], ids=str)
 def test_a_run_with_every_diagnostic_ends_with_the_same_weights(text: Any, tmp_path: Path, choices: Any) -> None:
-    config = configured(dropout=0.3, probe_every=2, steps=5, **choices)
+    config = configured(dropout=0.3, steps=5, **choices)
     plain = trainer_for(tmp_path / "plain", text, config)
     plain.train()
-    probed = probed_trainer(tmp_path / "probed", text, configured(config, probe=ALL))
+    probed = probed_trainer(tmp_path / "probed", text, configured(config, probe=ALL, probe_every=2))
     probed.train()
-    assert same(weights_of(plain), weights_of(probed))
+    assert same(weights_after(plain), weights_after(probed))
     assert plain.progress.best_loss == probed.progress.best_loss
 
 
@@ -99,7 +90,7 @@ def test_a_probed_run_that_is_resumed_ends_as_if_it_had_not_been_interrupted(tex
     second = probed_trainer(tmp_path / "parts", text, config, at=7)
     second.restore(choose_checkpoint(tmp_path / "parts/checkpoints"))
     second.train()
-    assert same(weights_of(whole), weights_of(second))
+    assert same(weights_after(whole), weights_after(second))
     assert list(records(tmp_path / "whole")) == list(records(tmp_path / "parts"))
 
 
@@ -150,9 +141,9 @@ def test_the_gradient_norm_of_a_step_is_that_of_its_loss_over_all_micro_batches(
 
 def test_the_update_ratio_is_how_far_the_weights_have_moved(text: Any, tmp_path: Path) -> None:
     trainer = probed_trainer(tmp_path / "run", text, configured(probe=("update-ratio",)))
-    before = weights_of(trainer)
+    before = weights_after(trainer)
     measured = step_of(trainer)
-    after = weights_of(trainer)
+    after = weights_after(trainer)
     names = [name for name in before if name.startswith("stack.blocks.1.feedforward.")]
     old, new = (np.concatenate([weights[name].numpy().ravel() for name in names]) for weights in (before, after))
     found = measured["update-ratio/stack.1.feedforward"]

@@ -1,8 +1,9 @@
-"""Logits processors do what their papers say, and tokens are drawn as often as they should be."""
+"""Logits processors do what their papers say, and tokens are drawn as often as the model says."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -15,8 +16,14 @@ from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.processors import MinP, RepetitionPenalty, Temperature, TopK, TopP
 from minitransformer.generation.sampling import draw, own_generators, uniform_numbers
+from minitransformer.models.decoder import DecoderLM
+
+MakeDecoder = Callable[..., DecoderLM]
+
 
 NO_TOKENS = torch.zeros(1, 0, dtype=torch.long)
+
+
 # Quarters make ties likely and sums exact enough to compare.
 logit_rows = st.lists(st.integers(-20, 20).map(lambda n: n / 4), min_size=1, max_size=12)
 
@@ -148,9 +155,6 @@ def test_processors_stand_in_the_order_that_users_know() -> None:
 def test_a_setting_without_meaning_is_refused_by_name_and_value(field: str, value: Any) -> None:
     with pytest.raises(UserError, match="stop string is empty" if field == "stop" else rf"{field} is {value}"):
         SamplingConfig(**{field: value})
-
-
-# Drawing
 
 
 def test_tokens_are_drawn_as_often_as_the_model_says() -> None:

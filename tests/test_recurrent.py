@@ -17,6 +17,7 @@ from minitransformer.architecture.init import Initialisation
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import build_model, count_parameters
 from minitransformer.models.recurrent import RecurrentEncoderDecoder
+from tests.texts_for_tests import close, texts
 
 D, LENGTH = 8, 6
 SIZES = {"topology": "rnn", "d_model": D, "num_layers": 1, "context_length": 32, "vocab_size": 11}
@@ -37,10 +38,6 @@ def tiny(shake: Any) -> Any:
     return make
 
 
-def texts(rows: int = 1, length: int = LENGTH) -> Tensor:
-    return torch.randint(0, 11, (rows, length))
-
-
 def padded(tokens: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
     """`tokens` with anything around them, and where they are."""
     inside = slice(left, left + tokens.size(1))
@@ -49,10 +46,6 @@ def padded(tokens: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
     is_token = torch.zeros_like(wide).bool()
     is_token[:, inside] = True
     return wide, is_token
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 # Attention

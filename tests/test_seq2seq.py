@@ -208,7 +208,7 @@ def test_pairs_that_are_too_long_are_counted_aloud(parallel: list[str], capsys: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--data", "a.en"], "a.en alone holds no pairs"),
+        (["--data", "a.en"], "a.en alone has no pairs"),
         (["--data", "a.en", "--target-data", "short.de"], "429 lines and short.de has 1:"),
         (["--data", "nowhere.tsv"], "no file"),
         (["--data", "pydocs"], "text, not pairs, in recipe 'pydocs'"),
@@ -217,7 +217,7 @@ def test_pairs_that_are_too_long_are_counted_aloud(parallel: list[str], capsys: 
             ["--data", "a.en", "--target-data", "a.de", "--validation-target-data", "a.de"],
             "but validation_data is missing",
         ),
-        (["--data", "numbers", "--validation-data", "pairs.tsv"], "validation_data is 'pairs.tsv', and nothing"),
+        (["--data", "numbers", "--validation-data", "pairs.tsv"], "validation_data is 'pairs.tsv', but"),
         (["--data", "a.en", "--target-data", "a.de", "--context-length", "3"], "too long for 3 tokens"),
         (["--data", "a.en", "--target-data", "a.de", "--topology", "decoder"], "choose --objective causal"),
     ],

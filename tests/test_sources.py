@@ -229,7 +229,7 @@ def test_tables_may_be_packed_and_hold_long_texts(tmp_path: Path) -> None:
         ("a.json", b'{"text": "a"}\n{"text": "b"}', "is not a JSON array of objects: .*rename it to .jsonl"),
         ("a.json", b'[{"text": "a"}, {"body": "b"}]', "element 2 has no field 'text': its strings are 'body'"),
         ("a.json", b'[{"text": "a"}, {"text": 3}]', "element 2 has a field 'text' that is not a string"),
-        ("a.json", b'[{"text": "a"}, "b"]', "element 2 is no object"),
+        ("a.json", b'[{"text": "a"}, "b"]', "element 2 is not an object"),
         ("a.json", b'[{"text": "a"} {"text": "b"}]', "element 1 is not JSON"),
         ("a.json", b'[{"text": "a"}, {"text": "b"', "element 2 is not JSON"),
         ("a.json", b'[{"text": "a"}', "element 1 is not JSON"),
@@ -248,7 +248,7 @@ def test_rows_that_cannot_be_read_are_named(tmp_path: Path, name: str, content: 
 
 def test_parquet_without_pyarrow_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"a\.parquet is read by pyarrow, .*pip install pyarrow, or convert it"):
+    with pytest.raises(UserError, match=r"a\.parquet needs pyarrow, .*pip install pyarrow, or convert it"):
         documents(written(tmp_path, "a.parquet", b"PAR1 and so on"))
 
 

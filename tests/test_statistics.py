@@ -95,7 +95,7 @@ def test_what_seeds_share_cancels_in_a_paired_difference(pair, shared):
 
 
 def test_one_pair_is_refused_in_a_sentence():
-    with pytest.raises(UserError, match="two seeds or more"):
+    with pytest.raises(UserError, match="two or more seeds"):
         paired_difference([1.0], [2.0])
 
 

@@ -1,4 +1,4 @@
-"""Streams of text never show what is not certain."""
+"""Streams of text show whole characters, and nothing that is not certain."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ pytestmark = pytest.mark.unchecked_shapes
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    return working_folder(tmp_path, monkeypatch)
+def here(here, monkeypatch):
+    return working_folder(here, monkeypatch)
 
 
 @pytest.fixture
@@ -236,7 +236,9 @@ FAR = Standing({"lr": 3}, 10, (2.01, 2.1, 2.22, 2.1, 2.0), (), ())
 
 def test_a_winner_is_named_only_where_the_seeds_bear_it_out():
     assert str(standings_ranking([SURE, FAR])).startswith("lr 1 is best")
-    assert str(standings_ranking([SURE, CLOSE, FAR])) == "No winner: at 95 %, the seeds do not tell lr 1 from lr 2."
+    assert (
+        str(standings_ranking([SURE, CLOSE, FAR])) == "No winner: at 95 %, lr 1 and lr 2 do not differ significantly."
+    )
     for seeds in (1, 2, 4):
         few = [replace(standing, values=standing.values[:seeds]) for standing in (SURE, FAR)]
         assert "fewer than the 5" in str(standings_ranking(few))

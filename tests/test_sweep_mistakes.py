@@ -12,8 +12,8 @@ pytestmark = pytest.mark.unchecked_shapes
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    return working_folder(tmp_path, monkeypatch)
+def here(here, monkeypatch):
+    return working_folder(here, monkeypatch)
 
 
 @pytest.fixture
@@ -35,13 +35,13 @@ def in_process(monkeypatch):
         (["--set", "lr=1e-4..1e-2"], ["lr is a range", "--random"]),
         (["--set", "lr=1e-2..1e-4", "--random", "3"], ["empty"]),
         (["--set", "residual=a..b", "--random", "3"], ["not a number"]),
-        (["--set", "residual=pre,post", "--random", "3"], ["--random 3", "2 different"]),
+        (["--set", "residual=pre,post", "--random", "3"], ["--random 3", "2 distinct"]),
         (["--set", "lr=1e-4..1e-2", "--random", "0"], ["--random is 0"]),
         (["--set", "lr=1,2", "--set", "lr=3"], ["lr", "2 times"]),
         (["--set", "seed=1,2"], ["--seeds"]),
         (["--set", "lr=1,2", "--seeds", "0,0"], ["--seeds", "different"]),
         (["--set", "lr=1,2", "--seeds", "a"], ["--seeds a"]),
-        (["--set", "data=a.txt,b.txt"], ["data", "compare"]),
+        (["--set", "data=a.txt,b.txt"], ["data", "not comparable"]),
         (["--set", "tokenizer=bytes,chars", "--metric", "validation_loss"], ["tokenizer", "bits_per_byte"]),
         (["--set", "window_pattern=True,False"], ["window_pattern", "flag"]),
         (["--set", "lr=1,2", "--halving", "3"], ["--halving 3", "2"]),
@@ -52,7 +52,7 @@ def in_process(monkeypatch):
         (["--set", "lr=1,2", "--smallest-difference", "-1"], ["--smallest-difference is -1"]),
         (["--set", "lr=1,2", "--device", "abacus"], ["abacus", "cpu"]),
         (["--set", "lr=1,2", "--out", "my.txt"], ["my.txt", "file"]),
-        (["--set", "lr=1,2", "--out", "."], ["other things", "--out"]),
+        (["--set", "lr=1,2", "--out", "."], ["other contents", "--out"]),
     ],
 )
 def test_a_mistake_is_one_sentence_before_anything_starts(here, in_process, capsys, arguments, words):

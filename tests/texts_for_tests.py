@@ -1,4 +1,4 @@
-"""One text in every way that a law speaks of, as the rows of one batch: a few calls see them all."""
+"""Random texts, and one text in every way that a law speaks of, as the rows of one batch: a few calls see them all."""
 
 from __future__ import annotations
 
@@ -25,3 +25,13 @@ def with_padding(tokens: Tensor, padding: int, vocab_size: int) -> tuple[Tensor,
 def without_padding(values: Tensor, is_token: Tensor) -> Tensor:
     """What a model says of the text in each row of `with_padding`, [padding + 1, length, ...]."""
     return values[is_token].unflatten(0, (len(values), -1))
+
+
+def texts(rows: int = 1, length: int = 6) -> Tensor:
+    """Random tokens of a vocabulary of 11."""
+    return torch.randint(0, 11, (rows, length))
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    """That float64 values differ by rounding alone."""
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)

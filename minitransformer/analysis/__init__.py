@@ -1,1 +1,1 @@
-"""What is asked of runs: how they compare, which settings are best, and what a model does with a text."""
+"""Analysis of runs: comparison, hyper-parameter search, and inspection of a model on a text."""

@@ -1,4 +1,4 @@
-"""Which metrics of groups of runs mean the same, and which differences the seeds bear out."""
+"""Which metrics of groups of runs are comparable, and which differences are significant across seeds."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from minitransformer.reporting.statistics import FEWEST_SEEDS, Ranking, ranking
 
 @dataclass(frozen=True)
 class Comparability:
-    """Which metrics of the groups mean the same, and what is to be said of it."""
+    """Which metrics of the groups are comparable, and remarks on that."""
 
     metric: str
-    """what to compare them by, unless the user names another"""
+    """default metric of the comparison"""
     remark: str | None = None
     comparable: Callable[[str], bool] = lambda metric: True
 
@@ -30,7 +30,7 @@ def comparability(groups: Sequence[RunGroup]) -> Comparability:
     if len(distinct(tuple(group.setting(name) for name in settings_of_task()) for group in groups)) > 1:
         tasks = ", ".join(distinct(str(group.setting("objective")) for group in groups))
         return Comparability(
-            best, f"The runs learn different tasks ({tasks}): none of their losses are comparable.", _no
+            best, f"The runs have different training tasks ({tasks}): their losses are not comparable.", _no
         )
     if len(distinct(group.setting("text") for group in groups)) == 1:
         return Comparability("validation_loss" if "validation_loss" in known else "loss")
@@ -44,8 +44,8 @@ def comparability(groups: Sequence[RunGroup]) -> Comparability:
         )
         return Comparability(best, remark, lambda metric: metric_called(metric).across_tokenizers)
     remark = (
-        "The runs learn different data: their losses are not comparable, and bits per byte say how well each predicts "
-        "a text of its own."
+        "The runs have different data: their losses are not comparable, and bits per byte measure how well each "
+        "predicts its own text."
     )
     return Comparability(best, remark, _no)
 
@@ -57,11 +57,11 @@ def _no(metric: str) -> bool:
 def rank_groups(
     groups: Sequence[RunGroup], metric: str, comparable: bool, smallest: float
 ) -> tuple[Ranking | None, str]:
-    """The groups by last values of `metric`, over the seeds that all of them have, and what that says in words."""
+    """A ranking of the groups by final `metric` over common seeds, with a summary in words."""
     measure = metric_called(metric)
     having = [group for group in groups if all(metric in history.metrics for history in group.histories)]
     if len(groups) < 2:
-        return None, "One group of runs: there is nothing to compare it with."
+        return None, "One group of runs: there is nothing to compare."
     if not comparable:
         return None, f"No winner: these runs cannot be compared by {measure.label}."
     if len(having) < len(groups):
@@ -70,12 +70,14 @@ def rank_groups(
     seeds = sorted(set.intersection(*(set(group.seeds) for group in groups)))
     if len(seeds) < 2:
         shared = f"only seed {seeds[0]}" if seeds else "no seed"
-        return None, f"No winner: the groups share {shared}, and a winner needs {FEWEST_SEEDS}."
+        return None, f"No winner: the groups share {shared}, and naming a winner needs {FEWEST_SEEDS}."
     last = {
         group.label: [history.last(metric) for history in group.histories if history.seed in seeds] for group in groups
     }
     values = {label: np.array(row, dtype=float) for label, row in last.items()}
     result = ranking(values, lower_is_better=measure.lower_is_better is not False, smallest=smallest)
     if measure.lower_is_better is None:
-        return replace(result, winner=None), f"No winner: whether more or less {measure.label} is better is not known."
-    return result, f"Compared by the last {measure.label} of seeds {seeds_text(seeds)}. {result}"
+        return replace(
+            result, winner=None
+        ), f"No winner: it is unknown whether higher or lower {measure.label} is better."
+    return result, f"Compared by the final {measure.label} of seeds {seeds_text(seeds)}. {result}"

@@ -1,4 +1,4 @@
-"""Runs beside each other: what differs in their settings, how they learned, and what the seeds bear out."""
+"""Compare runs: settings, training curves, and significance across seeds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOSSES = "training and validation loss (nats per target)"
 
 @dataclass(frozen=True)
 class RunComparison:
-    """Groups of runs, the metric that they are compared by, and what is to be said of it."""
+    """Groups of runs, the metric that they are compared by, and remarks."""
 
     groups: tuple[RunGroup, ...]
     metric: str
@@ -51,7 +51,7 @@ class RunComparison:
         return Table("What differs", ["setting", *(group.label for group in self.groups)], rows)
 
     def results(self) -> Table:
-        """What came out: means over the seeds, with half of the 95 % interval."""
+        """The results: means over seeds, ± half of the 95 % confidence interval."""
         rows = []
         for name, value in self._results.items():
             cells = [_mean_text(group.interval(value)) for group in self.groups]
@@ -61,13 +61,13 @@ class RunComparison:
         return Table("Results", ["", *(group.label for group in self.groups)], [["seeds", *seeds], *rows])
 
     def pairs(self) -> Table | None:
-        """The paired differences; None where nothing was paired."""
+        """The paired differences; None if there are none."""
         if self.ranking is None or not self.ranking.comparisons:
             return None
         return pairs_table(self.ranking, metric_called(self.metric).label)
 
     def runs(self) -> Table:
-        """One row for each run: where it lies, its group, what differs, and its own results."""
+        """One row per run: its folder, group, differing settings and results."""
         varied = varied_settings(self.groups)
         columns = ["run", "group", "seed", *varied, *self._results]
         rows = [
@@ -84,19 +84,19 @@ class RunComparison:
         return Table("Runs", columns, rows)
 
     def curves(self, metric: str) -> list[Curve]:
-        """Of the groups that have `metric`."""
+        """The curves of the groups that have `metric`."""
         drawn = [group.curve(metric, self.by) for group in self.groups]
         return [curve for curve in drawn if curve is not None]
 
     def shown_curves(self) -> tuple[list[Curve], str]:
-        """What to draw first, and what it measures: of a single group, training and validation loss together."""
+        """The main curves and their label; for a single group, training and validation loss together."""
         if len(self.groups) == 1 and self.metric == "validation_loss" and self.curves("loss"):
             names = {"loss": "training", "validation_loss": "validation"}
             return [replace(c, label=label) for name, label in names.items() for c in self.curves(name)], LOSSES
         return self.curves(self.metric), metric_called(self.metric).label
 
     def pictures(self) -> list[Picture]:
-        """The curves, and the paired differences where there are some."""
+        """The curves, and the paired differences if there are any."""
         bands = " Bands: 95 % intervals of the mean over seeds." if any(len(g.seeds) > 1 for g in self.groups) else ""
         shown, wanted = [self.shown_curves()], self.losses_comparable and self.metric != "loss"
         if wanted and shown[0][1] != LOSSES:
@@ -121,15 +121,15 @@ class RunComparison:
             [pair.difference.mean for pair in pairs],
             [pair.difference.low for pair in pairs],
             [pair.difference.high for pair in pairs],
-            x_label=f"difference of {metric_called(self.metric).label}",
+            x_label=f"difference in {metric_called(self.metric).label}",
             title=title,
             reference=0,
         )
-        return Picture(title, draw, "Differences of last values, seed by seed, with 95 % intervals.")
+        return Picture(title, draw, "Paired differences of final values per seed, with 95 % confidence intervals.")
 
     @property
     def _results(self) -> dict[str, Callable[[History], float | None]]:
-        """What is told of a run, by name; None where the run does not know it."""
+        """The results of a run, by name; None for missing ones."""
         told: dict[str, Callable[[History], float | None]] = {
             "steps": lambda history: history.steps,
             "best validation loss": lambda history: history.lowest("validation_loss"),
@@ -153,15 +153,15 @@ def compare(
     metric: str | None = None,
     smallest_difference: float | None = None,
 ) -> RunComparison:
-    """The runs in `paths` beside each other, by `metric` (None: validation loss, or bits per byte where losses are not
+    """Compare the runs in `paths` by `metric` (None: validation loss, or bits per byte if losses are not
     comparable); no winner is named below `smallest_difference` (None: that of the metric).
 
-    Raises `UserError` for folders that are no runs or have no metrics, for a metric that no run has, for a negative
+    Raises `UserError` for folders without a run or metrics, for a metric that no run has, for a negative
     `smallest_difference`, and without scipy.
     """
     check_smallest_difference(smallest_difference)
     if not paths:
-        raise UserError("there is nothing to compare: name two run folders or more, such as runs/*")
+        raise UserError("there is nothing to compare: give two or more run folders, such as runs/*")
     opened = [History.open(path) for path in paths]
     histories, repeated = without_repetitions(opened)
     groups = group_runs(histories)
@@ -191,7 +191,7 @@ def _minutes(history: History) -> float | None:
 
 
 def _mean_text(interval: Interval | None) -> str | float | None:
-    """A mean as a number; with half of its interval, where several seeds differ."""
+    """A mean as a number, or with ± half of its interval if several seeds differ."""
     if interval is None:
         return None
     reach = interval.high - interval.mean

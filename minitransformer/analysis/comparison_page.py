@@ -33,7 +33,7 @@ def comparison_page(comparison: RunComparison, command: str, folder: Path, csv: 
     result.table(runs.columns, [[_link(Path(path), folder), *row] for path, *row in runs.rows])
     if csv is not None:
         result.links("With all digits:", [_link(csv, folder)])
-    result.heading("How to repeat it")
+    result.heading("How to reproduce this")
     result.code(command)
     return result.html()
 

@@ -1,4 +1,4 @@
-"""Runs that differ in their seeds only, put together, and what tells such groups apart."""
+"""Groups of runs that differ only in their seeds, and the settings that distinguish groups."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONGEST_LABEL = 24
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs that differ in their seeds only, in the order of the seeds."""
+    """Runs that differ only in their seeds, ordered by seed."""
 
     label: str
     histories: tuple[History, ...]
@@ -36,13 +36,13 @@ class RunGroup:
         return [history.seed for history in self.histories]
 
     def interval(self, value: Callable[[History], float | None]) -> Interval | None:
-        """The mean of `value` over the seeds; None where one of them has none."""
+        """The mean of `value` over seeds; None if it is missing for a seed."""
         values = [value(history) for history in self.histories]
         known = [value for value in values if value is not None]
         return mean_interval(known) if len(known) == len(values) else None
 
     def curve(self, metric: str, by: Abscissa) -> Curve | None:
-        """The mean of `metric` with its 95 % band, at the steps that all of the seeds have; None if there are none."""
+        """The mean of `metric` with its 95 % band, at the steps common to all seeds; None if there are none."""
         series = [history.series(metric) for history in self.histories]
         steps = sorted(set.intersection(*(set(one) for one in series)))
         if not steps:
@@ -53,18 +53,18 @@ class RunGroup:
         return Curve(self.label, x.tolist(), mean, *((low, high) if len(series) > 1 else (None, None)))
 
     def setting(self, name: str) -> Any:
-        """None where the version of its runs does not know the setting."""
+        """The value of a setting; None if its runs are older than the setting."""
         return self.settings.get(name)
 
     @property
     def sources(self) -> str:
-        """What the text is made from, whatever the tokenizer."""
+        """The source of the text, independent of the tokenizer."""
         data = self.histories[0].config["data"]
         return settings_key({n: value for n, value in data.items() if n not in ("tokenizer", "separate_vocabularies")})
 
 
 def distinct(values: Iterable[T]) -> list[T]:
-    """`values` once each, in the order of their first; they need no hash."""
+    """The distinct `values`, in order; they need not be hashable."""
     found: list[T] = []
     for value in values:
         if value not in found:
@@ -73,12 +73,12 @@ def distinct(values: Iterable[T]) -> list[T]:
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
-    """A text that is the same for the same settings, in whatever order."""
+    """A canonical string of the settings."""
     return json.dumps(settings, sort_keys=True, default=str)
 
 
 def without_repetitions(histories: Sequence[History]) -> tuple[list[History], list[str]]:
-    """The histories, each settings and seed once, and what is to be said of the others: they add no seed."""
+    """The histories without duplicates of settings and seed, and remarks on the duplicates."""
     first: dict[tuple[str, int], History] = {}
     remarks = []
     for history in histories:
@@ -89,7 +89,7 @@ def without_repetitions(histories: Sequence[History]) -> tuple[list[History], li
 
 
 def group_runs(histories: Sequence[History]) -> list[RunGroup]:
-    """Those that differ in seed only together, in the order of the first of each."""
+    """Group runs that differ only in seed, in order of first appearance."""
     members: dict[str, list[History]] = {}
     for history in histories:
         members.setdefault(settings_key(history.settings), []).append(history)
@@ -98,7 +98,7 @@ def group_runs(histories: Sequence[History]) -> list[RunGroup]:
 
 
 def _labels(groups: Sequence[RunGroup]) -> list[str]:
-    """By what differs, if that is short; or else by what the names of the folders share; or else by letters."""
+    """Labels from differing settings if short, else from common folder names, else letters."""
     derived = {"text", *settings_with("follows_data")}
     varied = [name for name in varied_settings(groups) if name not in derived]
     by_setting = [
@@ -119,9 +119,9 @@ def _shared_name(names: Sequence[str]) -> str:
 
 
 def varied_settings(groups: Sequence[RunGroup]) -> list[str]:
-    """The settings that are not the same in all groups.
+    """The settings that differ between groups.
 
-    One of a variant that only some of them chose is none of these, if it has its default there: the choice says it.
+    A variant's own setting is omitted if it has its default wherever the variant is chosen.
     """
     names = distinct(name for group in groups for name in group.settings)
     whole = [defaults_of_others(group.settings) | group.settings for group in groups]
@@ -134,6 +134,6 @@ def setting_cell(value: Any) -> Any:
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
-    """Such as 0, 3, 7; four or more in a row as 0–9."""
+    """Seeds as text, such as "0, 3, 7"; four or more consecutive ones as "0–9"."""
     in_a_row = len(seeds) > 3 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
     return f"{seeds[0]}–{seeds[-1]}" if in_a_row else ", ".join(map(str, seeds))

@@ -1,4 +1,4 @@
-"""One run as its folder tells it: the settings, and the numbers that were written down while it trained."""
+"""The history of a run: its settings and logged metrics."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ Abscissa = Literal["step", "tokens", "seconds"]
 
 @dataclass(frozen=True)
 class History:
-    """A run folder's settings, and the numbers that were written down while it trained.
+    """The settings and logged metrics of a run folder.
 
-    It is read as files, without the model's code: so runs of other versions, which have other settings, open too.
+    It is read without the model's code, so that runs of other versions, with other settings, open too.
     """
 
     path: Path
     config: dict[str, Any]
-    """what `config.json` holds"""
+    """content of `config.json`"""
     records: tuple[dict[str, Any], ...]
     damaged: int
-    """lines that are no record, as after a crash: they are left out"""
+    """number of invalid lines, as after a crash, which are skipped"""
 
     @classmethod
     def open(cls, path: Path) -> History:
-        """The run in the folder `path`; raises `UserError` if it is none, or has no metrics."""
+        """Open the run folder `path`; raises `UserError` if it is not a run, or has no metrics."""
         config = _config(path)
         file = path / METRICS
         text = read_bytes(file, "leave the run out").decode(errors="replace") if file.is_file() else ""
         parsed = [parse_record(line) for line in text.split("\n") if line.strip()]
         records = tuple(record for record in parsed if record is not None)
         if not records:
-            raise UserError(f"{path} has no numbers in {METRICS}: train it for some steps, or leave it out")
+            raise UserError(f"{path} has no metrics in {METRICS}: train it for some steps, or leave it out")
         return cls(path, config, records, len(parsed) - len(records))
 
     @property
@@ -56,25 +56,25 @@ class History:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What it learned by, but the seed, and which text, by name."""
+        """Its settings by flat name, without the seed, and the hash of its text."""
         values = flat_settings(self.config, str(self.path / CONFIG))
         values["text"], values["parent"] = self.config.get("text", ""), _parent(self.config.get("parent"))
         silent = settings_with("observes_only")
-        # None is what a version has that does not know the setting.
+        # None if the run is older than the setting.
         return {name: value for name, value in values.items() if name not in silent and value is not None}
 
     @cached_property
     def tokenizers(self) -> tuple[str, ...]:
-        """SHA-256 of its vocabularies' files: equal for those that encode alike."""
+        """SHA-256 of its tokenizer files: equal for equivalent tokenizers."""
         return tuple(sha256(self.path / name) for name in TOKENIZERS if (self.path / name).is_file())
 
     @cached_property
     def metrics(self) -> set[str]:
-        """The names of its numbers."""
+        """The names of its metrics."""
         return {name for record in self.records for name, value in record.items() if is_number(value)}
 
     def series(self, metric: str) -> dict[int, float]:
-        """`metric` by step; what was not finite is NaN."""
+        """`metric` by step; NaN where it was not finite."""
         return series(self.records, metric)
 
     def last(self, metric: str) -> float | None:
@@ -90,7 +90,7 @@ class History:
         return max(record["step"] for record in self.records)
 
     def abscissa(self, steps: Sequence[int], by: Abscissa) -> np.ndarray:
-        """Where `steps` lie on the axis `by`; between two records of tokens or seconds, in proportion."""
+        """`steps` on the axis `by`, interpolated linearly between records."""
         if by == "step":
             return np.asarray(steps, dtype=float)
         known = {0: 0.0, **self.series(by)}
@@ -100,19 +100,19 @@ class History:
 def _config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
-        raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give a folder that training has made")
+        raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give the output folder of train.py")
     try:
         config: dict[str, Any] = files.unsealed(read_json(file, "restore it, or leave the run out"))
     except ValueError as error:
         raise StorageError(f"{file} was changed after training ({error}): restore it, or leave the run out") from None
     whole = all(isinstance(config.get(part), dict) for part in PARTS)
     if not whole or not isinstance(config["training"].get("seed"), int):
-        raise UserError(f"{file} is no configuration with {', '.join(PARTS)} and a seed: leave the run out")
+        raise UserError(f"{file} is not a configuration with {', '.join(PARTS)} and a seed: leave the run out")
     return config
 
 
 def _parent(record: Any) -> str | None:
-    """Whose weights a run began with: a name, and of which content; None from scratch."""
+    """Name and hash of the weights that a run started from; None from scratch."""
     if not isinstance(record, dict):
         return None
     folder, checkpoint, digest = (str(record.get(name, "")) for name in ("path", "checkpoint", "sha256"))

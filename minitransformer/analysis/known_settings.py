@@ -1,6 +1,6 @@
-"""What is known of the settings of runs, whatever version wrote them.
+"""Metadata of the settings of runs, from any version.
 
-The configuration is imported late: it brings torch, for which `--help` and mistakes need not wait.
+The configuration is imported late, because it imports torch, which would delay `--help` and errors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PARTS = "model", "data", "training"
 
 
 def flat_settings(config: dict[str, Any], origin: str) -> dict[str, Any]:
-    """The settings in what `config.json` holds, by their flat names of today."""
+    """The settings in a `config.json`, by their current flat names."""
     from minitransformer.training.config import RunConfig, as_of_today
 
     parts = as_of_today(config, origin)
@@ -23,28 +23,28 @@ def flat_settings(config: dict[str, Any], origin: str) -> dict[str, Any]:
 
 
 def settings_with(about: str) -> set[str]:
-    """The settings of which `about` is declared, such as "observes_only"."""
+    """The settings with the metadata `about`, such as "observes_only"."""
     from minitransformer.training.config import RunConfig
 
     return names_with(RunConfig, about)
 
 
 def settings_of_task() -> list[str]:
-    """The settings of training that make its loss one of another task."""
+    """The training settings that change the task, and so the meaning of the loss."""
     from minitransformer.training.config import TrainingConfig
 
     return sorted(names_with(TrainingConfig, "changes_task"))
 
 
 def defaults_of_others(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of the settings of all variants but those that the flat `settings` choose."""
+    """The default settings of all variants that are not chosen in the flat `settings`."""
     chosen = {each.name for choice, each in _of_variants() if settings.get(choice) == each.variant.name}
     return {each.name: each.default for _, each in _of_variants() if each.name not in chosen}
 
 
 @cache
 def _of_variants() -> list[tuple[str, Declared]]:
-    """Every setting of a variant, behind the flat name of the choice by which it applies."""
+    """Every setting of a variant, with the flat name of its choice."""
     from minitransformer.training.config import RunConfig
 
     known = list(all_declared(RunConfig))

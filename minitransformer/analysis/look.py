@@ -1,4 +1,4 @@
-"""What a model does with one text, token by token: attention, predictions and residual streams, as plain data."""
+"""Attention, predictions and residual norms of a model on a text, token by token, as plain data."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from minitransformer.generation.fill import encode_with_masks
 from minitransformer.generation.samples import translations
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM
-from minitransformer.models.encoder_decoder import EncoderDecoder
 from minitransformer.models.model import Model
 from minitransformer.models.recurrent import RecurrentEncoderDecoder
+from minitransformer.models.seq2seq import Seq2SeqLM
 from minitransformer.text.tokenizers import Tokenizer
 
 MAX_WEIGHTS = 2**24
-"""how many attention weights a look may hold: about 22 MB of HTML"""
+"""maximum number of attention weights, about 22 MB of HTML"""
 GUESSES = 5
 ROWS_AT_ONCE = 32
 
 
 @singledispatch
 def look_at(model: Model, request: LookRequest, tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> Look:
-    """What `model` does with the text of `request`.
+    """Run `model` on the text of `request`, and record it.
 
-    Raises `UserError` for a text that the model cannot read, for layers that it has not, and for more weights than
+    Raises `UserError` for a text that the model cannot read, for unknown layers, and for more weights than
     MAX_WEIGHTS.
     """
-    raise UserError(f"a model of topology {model.name!r} has no attention to look at: choose another run")
+    raise UserError(f"a model of topology {model.name!r} has no attention to show: choose another run")
 
 
 @look_at.register
@@ -59,8 +59,8 @@ def _decoder(model: DecoderLM, request: LookRequest, tokenizer: Tokenizer, targe
         predictions_of(logits, places, [*tokens[1:], None], tokenizer),
         seen.norms(("stack", "Decoder", "text")),
         [
-            "A token is predicted at the token before it, from all tokens up to there; nothing predicts the first, "
-            "and the last row says what would come next."
+            "Each token is predicted at the previous position, from all tokens up to there. The first token has no "
+            "prediction, and the last row predicts the next token."
         ],
     )
 
@@ -87,7 +87,7 @@ def _encoder(
 
 
 def _outputs(model: EncoderLM | EncoderClassifier) -> Callable[..., Tensor]:
-    """What gives the logits of the head that is looked at."""
+    """The function that computes the logits of the inspected head."""
     return model if isinstance(model, EncoderClassifier) else model.token_logits
 
 
@@ -96,22 +96,22 @@ def _encoder_predictions(
 ) -> tuple[list[Prediction], str]:
     if isinstance(model, EncoderClassifier):
         shares = ", ".join(f"{number}: {share:.1%}" for number, share in enumerate(output.softmax(-1).tolist()))
-        return [], f"The model predicts a class of the whole text, and no token. Classes: {shares}."
+        return [], f"The model predicts a class of the whole text, not tokens. Classes: {shares}."
     hidden = {number for number in tokenizer.special_tokens.values() if number != tokenizer.mask}
     places = [place for place, token in enumerate(tokens) if token not in hidden]
     logits = masked_one_by_one(model, tokens, places, tokenizer.mask)
     targets = [None if tokens[place] == tokenizer.mask else tokens[place] for place in places]
     return predictions_of(logits, places, targets, tokenizer), (
-        "Each token is predicted while it alone is masked, from all others: their losses make the "
-        "pseudo-log-likelihood of Salazar et al. 2020 (arXiv 1910.14659). Maps and norms are those of the text as it "
-        "stands. Special tokens and masks of the text have no loss."
+        "Each token is masked alone and predicted from all others; the losses sum to the "
+        "pseudo-log-likelihood of Salazar et al. 2020 (arXiv 1910.14659). Maps and norms are those of the unmasked "
+        "text. Special tokens and masks in the text have no loss."
     )
 
 
 def masked_one_by_one(
     model: EncoderLM, tokens: Sequence[int], places: Sequence[int], mask: int
 ) -> Float[Tensor, "places vocab_size"]:
-    """The logits at each of `places`, when that place alone is masked."""
+    """The logits at each of `places` with only that position masked."""
     device = next(model.parameters()).device
     logits = []
     for chunk in torch.tensor(places, dtype=torch.long).split(ROWS_AT_ONCE):
@@ -121,11 +121,10 @@ def masked_one_by_one(
     return torch.cat(logits)
 
 
-@look_at.register(EncoderDecoder)
-@look_at.register(RecurrentEncoderDecoder)
+@look_at.register(Seq2SeqLM)
 @torch.inference_mode()
 def _encoder_decoder(
-    model: EncoderDecoder | RecurrentEncoderDecoder,
+    model: Seq2SeqLM,
     request: LookRequest,
     tokenizer: Tokenizer,
     target_tokenizer: Tokenizer,
@@ -149,27 +148,27 @@ def _encoder_decoder(
         seen.norms(("encoder", "Encoder", "source"), ("decoder", "Decoder", "target")),
         [
             remark,
-            "A token of the target is predicted at the token before it, which is also the row in which the maps of "
-            "the decoder show what it was predicted from.",
+            "Each target token is predicted at the previous position, which is also its row in the attention maps of "
+            "the decoder.",
         ],
     )
 
 
 def _target(model: Any, source: Sequence[int], request: LookRequest, tokenizer: Tokenizer) -> tuple[Sequence[int], str]:
-    """The tokens after the start token, and where they are from."""
-    # One place of the context is the start token's.
+    """The target tokens after the start token, and a sentence on their origin."""
+    # The start token takes one position of the context.
     room = model.config.context_length - 1
     if request.target is not None:
         target = [*tokenizer.framing.before, *tokenizer.encode(_line(request.target))]
         if len(target) > room:
-            raise UserError(f"the target has {len(target)} tokens, and the model writes {room} at most: cut it")
-        return target, "The target is the given one: the model sees its true tokens so far (teacher forcing)."
+            raise UserError(f"the target has {len(target)} tokens, and the model generates at most {room}: shorten it")
+        return target, "The target is given (teacher forcing)."
     greedy = SamplingConfig(temperature=0, max_new_tokens=room)
     [[target]] = translations(model, [source], greedy, tokenizer)
-    return target, "The target is what the model itself writes, taking the likeliest token each time."
+    return target, "The target is the model's own output by greedy decoding."
 
 
-def _plans(model: EncoderDecoder | RecurrentEncoderDecoder) -> list[MapPlan]:
+def _plans(model: Seq2SeqLM) -> list[MapPlan]:
     config = model.config
     if isinstance(model, RecurrentEncoderDecoder):
         return [MapPlan("Alignment", "attention", "target", "source", 1)]
@@ -183,12 +182,12 @@ def _plans(model: EncoderDecoder | RecurrentEncoderDecoder) -> list[MapPlan]:
 def predictions_of(
     logits: Float[Tensor, "places vocab"], places: Sequence[int], tokens: Sequence[int | None], tokenizer: Tokenizer
 ) -> list[Prediction]:
-    """The predictions for `places`, where `tokens` stand.
+    """The predictions at the positions `places`, which hold `tokens`.
 
-    Probabilities are over all that the model has logits for, guesses are tokens that the tokenizer has.
+    Probabilities are over all logits of the model; guesses are limited to the tokenizer's vocabulary.
     """
     log_p = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
-    # Of a token that is impossible, p log p is 0.
+    # p log p is 0 for p = 0.
     entropies = torch.special.entr(log_p.exp()).sum(-1).tolist()
     likeliest = log_p[:, : tokenizer.vocab_size].topk(min(GUESSES, tokenizer.vocab_size))
     found = []
@@ -213,37 +212,37 @@ def _row(tokens: Sequence[int], model: nn.Module) -> Tensor:
 
 
 def _line(text: str) -> str:
-    """The only line of `text`."""
+    """The single line of `text`."""
     lines = text.splitlines()
     if len(lines) != 1:
-        raise UserError(f"a text to translate is one line, and this has {len(lines)}: give one")
+        raise UserError(f"a text to translate must be one line, not {len(lines)}: give one line")
     return lines[0]
 
 
 def _refuse_target(request: LookRequest, model: Model) -> None:
     if request.target is not None:
-        raise UserError(f"--target is for models that translate, and this one is of topology {model.name!r}: leave it")
+        raise UserError(f"--target needs an encoder-decoder, not topology {model.name!r}: leave it")
 
 
 def _fitting(tokens: list[int], request: LookRequest, room: int) -> list[int]:
-    """The tokens of the prompt that are to be read; raises `UserError` if there is none, or no room for them."""
+    """The tokens of the prompt to read; raises `UserError` if there are none, or too many."""
     if not tokens:
-        raise UserError("the prompt is empty: give --prompt TEXT, or pipe a text in")
+        raise UserError("the prompt is empty: give --prompt TEXT, or pipe text in")
     kept = tokens if request.last is None else tokens[-request.last :]
     if len(kept) > room:
         raise UserError(
-            f"the prompt has {len(kept)} tokens, and the model sees {room} of them at most: "
-            f"shorten it, or look at its end with --last {room}"
+            f"the prompt has {len(kept)} tokens, and the model reads at most {room}: "
+            f"shorten it, or keep its end with --last {room}"
         )
     return kept
 
 
 def _check_size(plans: Sequence[MapPlan], texts: dict[str, Text], request: LookRequest, model: Model) -> None:
-    """Raises `UserError` for layers that no map has, and for more weights than a page can hold."""
+    """Raises `UserError` for unknown layers, and for more weights than a page can hold."""
     highest = max(plan.num_layers for plan in plans) - 1
-    strangers = [layer for layer in request.layers if not 0 <= layer <= highest]
-    if strangers:
-        raise UserError(f"there is no layer {strangers[0]}: the layers of this model are 0 to {highest}")
+    unknown = [layer for layer in request.layers if not 0 <= layer <= highest]
+    if unknown:
+        raise UserError(f"there is no layer {unknown[0]}: the layers of this model are 0 to {highest}")
     weights = sum(
         len(request.layers_of(plan.num_layers))
         * model.config.num_heads

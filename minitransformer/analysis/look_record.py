@@ -1,4 +1,4 @@
-"""What a look at a model is asked for, and what it holds, as plain data."""
+"""The request and the result of a look at a model, as plain data."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from minitransformer.text.tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class LookRequest:
-    """What to look at. Raises `UserError` for numbers that make no sense."""
+    """What to inspect. Raises `UserError` for invalid numbers."""
 
     prompt: str
     target: str | None = None
-    """what an encoder-decoder is made to write; None is what it writes itself"""
+    """target text of an encoder-decoder; None is its own greedy output"""
     last: int | None = None
-    """read only so many tokens of the prompt, the last ones"""
+    """keep only this many tokens at the end of the prompt"""
     layers: Sequence[int] = ()
-    """the layers whose attention is kept, from 0; none is all"""
+    """layers whose attention is kept, counted from 0; empty is all"""
 
     def __post_init__(self) -> None:
         if self.last is not None and self.last < 1:
             raise UserError(f"last is {self.last}: it must be at least 1")
 
     def layers_of(self, count: int) -> list[int]:
-        """Of `count` layers, those whose attention is kept."""
+        """The layers among `count` whose attention is kept."""
         return [layer for layer in range(count) if not self.layers or layer in self.layers]
 
 
 @dataclass(frozen=True)
 class Text:
-    """The tokens that a model reads on one side."""
+    """The tokens of one input of a model."""
 
     title: str
     tokens: Sequence[int]
@@ -44,7 +44,7 @@ class Text:
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Which tokens of `queries` attend to which of `keys`, two keys of `Look.texts`: each row of weights sums to 1."""
+    """Attention weights from `queries` to `keys`, two names in `Look.texts`; each row sums to 1."""
 
     title: str
     queries: str
@@ -55,10 +55,10 @@ class AttentionMaps:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is predicted for one place of a text; loss and entropy in nats.
+    """The prediction at one position of a text; loss and entropy in nats.
 
-    `place` may be one past the text. `token` is what stands there, or None where that is unknown: then there is no
-    probability and no loss. `guesses` are the likeliest tokens with their probabilities, the likeliest first.
+    `place` may be one past the text. `token` is the actual token, or None if unknown: then there is no
+    probability and no loss. `guesses` are the likeliest tokens with their probabilities, in descending order.
     """
 
     place: int
@@ -80,7 +80,7 @@ class ResidualNorms:
 
 @dataclass(frozen=True)
 class Look:
-    """All that was measured. `predicted` is the key of the text that the predictions are about."""
+    """The whole result. `predicted` is the name of the text that the predictions are for."""
 
     texts: dict[str, Text]
     maps: Sequence[AttentionMaps]
@@ -91,13 +91,13 @@ class Look:
 
     @property
     def losses(self) -> list[float]:
-        """In nats, of the tokens that have one."""
+        """The losses in nats of the tokens that have one."""
         return [prediction.loss for prediction in self.predictions if prediction.loss is not None]
 
 
 @dataclass(frozen=True)
 class MapPlan:
-    """Which modules make a group of maps: `modules` is a name with a place for the layer."""
+    """The modules of a group of maps: `modules` is a name with a placeholder for the layer."""
 
     title: str
     modules: str

@@ -1,4 +1,4 @@
-"""What a search tries: the settings that vary, combinations of their values, and when the best of them go on.
+"""The search space of a sweep: settings, combinations of their values, and the rungs of successive halving.
 
 Grid search, random search (Bergstra and Bengio 2012, JMLR 13) and successive halving (Jamieson and Talwalkar 2016,
 arXiv 1502.07943).
@@ -19,16 +19,16 @@ from minitransformer.errors import UserError
 from minitransformer.tasks.task import canonical
 
 ATTEMPTS = 100
-"""draws for each combination that is asked for, until it is believed that there are no more"""
+"""draws per requested combination before the search space counts as exhausted"""
 
 Value: TypeAlias = bool | int | float | str | None
 Combination: TypeAlias = dict[str, Value]
-"""a value for each setting that is swept"""
+"""a value for each swept setting"""
 
 
 @dataclass(frozen=True)
 class Values:
-    """A setting that takes each of some values."""
+    """A setting with a list of values."""
 
     name: str
     values: tuple[Value, ...]
@@ -42,10 +42,10 @@ class Values:
 
 @dataclass(frozen=True)
 class Range:
-    """A setting that is drawn between two values, both included.
+    """A setting drawn from a closed range.
 
-    Whole numbers are drawn evenly; others too, or evenly in their logarithm where the ends are positive and at least
-    ten times apart, and rounded to three digits.
+    Integers are uniform; floats are uniform, or log-uniform if the ends are positive and at least
+    ten times apart, rounded to three digits.
     """
 
     name: str
@@ -72,7 +72,7 @@ SweptSetting: TypeAlias = Values | Range
 
 
 def grid(settings: Sequence[SweptSetting]) -> list[Combination]:
-    """All combinations, the last setting varying fastest. Raises `UserError` for a range, which has no values."""
+    """All combinations, with the last setting varying fastest. Raises `UserError` for a range."""
     for setting in settings:
         if isinstance(setting, Range):
             raise UserError(f"{setting.name} is a range, {setting}: draw from it with --random N, or list its values")
@@ -82,7 +82,7 @@ def grid(settings: Sequence[SweptSetting]) -> list[Combination]:
 
 
 def draws(settings: Sequence[SweptSetting], count: int, seed: int) -> list[Combination]:
-    """`count` different combinations, drawn independently; the first of them are the same for every `count`.
+    """`count` distinct random combinations; a smaller `count` gives a prefix of these.
 
     Raises `UserError` if there are fewer.
     """
@@ -93,17 +93,17 @@ def draws(settings: Sequence[SweptSetting], count: int, seed: int) -> list[Combi
         drawn.setdefault(canonical(combination), combination)
         if len(drawn) == count:
             return list(drawn.values())
-    raise UserError(f"--random {count} finds {len(drawn)} different combinations only: ask for fewer, or widen --set")
+    raise UserError(f"--random {count} finds only {len(drawn)} distinct combinations: ask for fewer, or widen --set")
 
 
 def rungs(steps: int, count: int, factor: int, eval_every: int) -> list[int]:
-    """After how many steps the best of `count` combinations go on, each time one in `factor`; `steps` are the last.
+    """The steps at which the best 1/`factor` of `count` combinations continue, up to `steps`.
 
-    All are multiples of the first, and the first of `eval_every` unless that is larger. Raises `UserError` for fewer
-    combinations than `factor`, or too few steps to share.
+    All are multiples of the first, which is a multiple of `eval_every` unless that is larger. Raises `UserError` for
+    fewer combinations than `factor`, or too few steps to share.
     """
     if count < factor:
-        raise UserError(f"--halving {factor} lets one combination in {factor} go on, and there are {count}: give more")
+        raise UserError(f"--halving {factor} keeps one combination in {factor}, and there are only {count}: give more")
     number = 1
     while factor**number <= count:
         number += 1
@@ -116,7 +116,7 @@ def rungs(steps: int, count: int, factor: int, eval_every: int) -> list[int]:
 
 
 def value_text(value: Value) -> str:
-    """As a person would type it."""
+    """The value as typed on the command line."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -1,8 +1,8 @@
-"""Hyper-parameter search: settings of a preset tried in run folders of their own, on all processors, resumable.
+"""Hyper-parameter search over a preset: trials in separate run folders, in parallel, resumable.
 
-A trial that goes on is resumed from its checkpoint. Optuna was considered: its samplers and pruners decide by what
-happens to be finished, so a search on several processes is not repeatable, and resuming a trial from its checkpoint,
-the folders and the paired statistics would be ours to write all the same.
+A trial that advances is resumed from its checkpoint. Optuna was considered: its samplers and pruners decide by what
+happens to be finished, so a parallel search is not reproducible, and resuming a trial from its checkpoint,
+the folders and the paired statistics would have to be written anyway.
 """
 
 from __future__ import annotations
@@ -34,35 +34,35 @@ LONGEST_NAME = 100
 
 @dataclass(frozen=True)
 class Standing:
-    """How a combination did until a rung: its metric for each seed, infinite where that has no finite one."""
+    """The result of a combination at a rung: its metric for each seed, infinite where it is not finite."""
 
     combination: Combination
     until: int
     values: tuple[float, ...]
     diverged: tuple[int, ...]
-    """seeds whose training was not finite"""
+    """seeds that diverged"""
     missing: tuple[int, ...]
     """seeds that were not measured"""
 
     @property
     def mean(self) -> float:
-        """Over the seeds; infinite if one is."""
+        """The mean over seeds; infinite if one is."""
         return sum(self.values) / len(self.values)
 
     @property
     def interval(self) -> Interval | None:
-        """Over the seeds; None where one of them has no finite value."""
+        """The confidence interval over seeds; None if a value is not finite."""
         return mean_interval(self.values) if math.isfinite(self.mean) else None
 
     def best_seed(self, seeds: Iterable[int]) -> int:
-        """The one of `seeds`, those of the plan, that did best."""
+        """The seed with the best result among `seeds`."""
         return min(zip(self.values, seeds, strict=True))[1]
 
 
 class SweepFolder(TaskFolder):
     """The folder of a sweep: `sweep.json`, `results.jsonl`, the run folders of `trials/`, and the report.
 
-    Raises `UserError` if the folder holds another sweep or anything else.
+    Raises `UserError` if the folder has another sweep or other contents.
     """
 
     RECORD = "sweep.json"
@@ -83,11 +83,11 @@ class SweepFolder(TaskFolder):
         old, new = record["identity"], self.plan.identity
         for name, value in new.items():
             if old.get(name) != value:
-                raise UserError(f"{self.folder} holds a sweep with {name} {old.get(name)}, not {value}: {REMEDY}")
+                raise UserError(f"{self.folder} has a sweep with {name} {old.get(name)}, not {value}: {REMEDY}")
 
     @cached_property
     def machine(self) -> Resolved:
-        """What "auto" means in every trial: resolved once, when the sweep begins. Raises `UserError` if it is gone."""
+        """The machine of every trial, resolved when the sweep starts. Raises `UserError` if it is unavailable."""
         configs = [self.plan.config(combination, self.plan.seeds[0]) for combination in self.plan.combinations]
         kept = None
         if (self.folder / self.RECORD).exists():
@@ -97,9 +97,9 @@ class SweepFolder(TaskFolder):
     def run(
         self, processes: int | None = None, progress: Callable[[str], TaskProgress] = lambda name: SILENT
     ) -> list[Failure]:
-        """Measure what is missing, rung by rung, and return the trials that failed, which count as the last.
+        """Run the missing trials, rung by rung; returns the failed trials, which rank last.
 
-        `plan.prepare` comes before. Raises `UserError` where the data is no longer that of the results.
+        Call `plan.prepare` first. Raises `UserError` if the data has changed since the results.
         """
         self._check_text()
         if not self.is_measured:
@@ -113,13 +113,13 @@ class SweepFolder(TaskFolder):
         return failures
 
     def standings(self, number: int) -> list[Standing]:
-        """Of rung `number`, counted from 1, from the lowest mean to the highest; those without one are last."""
+        """The standings at rung `number`, counted from 1, by ascending mean; those without a mean are last."""
         rung = self.plan.rungs[number - 1]
         unordered = [self._standing(combination, rung) for combination in self._entrants(number)]
         return sorted(unordered, key=lambda standing: standing.mean)
 
     def all_standings(self) -> list[Standing]:
-        """Each combination once, at the last rung that it came to; who came furthest is first."""
+        """Each combination at the last rung that it reached, furthest first."""
         found: dict[str, Standing] = {}
         for number in range(len(self.plan.rungs), 0, -1):
             for standing in self.standings(number):
@@ -164,11 +164,11 @@ class SweepFolder(TaskFolder):
         for result in self.results():
             config = self.plan.config(_combination(result.task), result.task["seed"])
             if result.measured["text"] != prepared_for(config).folder.name:
-                raise UserError(f"{named(config.data.data)} is not the text that {self.folder} began with: {REMEDY}")
+                raise UserError(f"{named(config.data.data)} is not the text that {self.folder} started with: {REMEDY}")
 
 
 def standings_ranking(standings: Sequence[Standing], smallest: float = SMALLEST_DIFFERENCE) -> Ranking:
-    """What the seeds allow one to say of standings at one rung."""
+    """The ranking of standings at one rung."""
     return ranking({label(standing.combination): standing.values for standing in standings}, smallest=smallest)
 
 
@@ -177,7 +177,7 @@ def _combination(task: Task) -> Combination:
 
 
 def trial_name(combination: Combination, seed: int) -> str:
-    """The name of the folder of a trial, which says its settings if there is room for them."""
+    """The folder name of a trial, with its settings if they fit."""
     words = [f"{name}-{value_text(value)}" for name, value in {**combination, "seed": seed}.items()]
     name = re.sub(r"[^\w.+-]+", "-", "-".join(words))
     return name if len(name) <= LONGEST_NAME else f"{task_key(combination)}-seed-{seed}"

@@ -1,4 +1,4 @@
-"""What a sweep measures: configurations made of a preset and combinations, rung by rung, and whether they compare."""
+"""The plan of a sweep: configurations from a preset and combinations, rungs, and comparability."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def configured(base: RunConfig, combination: Mapping[str, Any]) -> RunConfig:
 
 
 def flags(default: RunConfig, config: RunConfig) -> list[str]:
-    """What `train.py` is told to make `config` of its `default`."""
+    """The flags of `train.py` that turn `default` into `config`."""
     words, before, kind_of = [], flat(default), kinds(RunConfig)
     for name, value in flat(config).items():
         flag = name.replace("_", "-")
         if value == before.get(name, MISSING):
             continue
-        if kind_of[name] is bool:  # one that may be None takes its value as a word
+        if kind_of[name] is bool:  # an optional bool takes its value as a word
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
@@ -53,7 +53,7 @@ def flags(default: RunConfig, config: RunConfig) -> list[str]:
 
 @contextmanager
 def _naming(combination: Combination) -> Iterator[None]:
-    """Adds to a `UserError` in which combination it came up."""
+    """Add the combination to a `UserError`."""
     try:
         yield
     except UserError as error:
@@ -62,40 +62,40 @@ def _naming(combination: Combination) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What is searched, and how. Raises `UserError` for what cannot be compared or shared out."""
+    """What is searched, and how. Raises `UserError` for incomparable trials or an impossible plan."""
 
     preset: str
     base: RunConfig
-    """what all trials share"""
+    """base configuration of all trials"""
     settings: tuple[SweptSetting, ...]
     seeds: tuple[int, ...] = (0,)
     random: int | None = None
-    """how many combinations are drawn; None tries all of them"""
+    """number of drawn combinations; None is the full grid"""
     draw_seed: int = 0
     halving: int | None = None
-    """one combination in this many goes on from rung to rung; None trains all of them to the end"""
+    """factor of successive halving; None trains all combinations to the end"""
     metric: str = "validation_loss"
     smallest_difference: float = SMALLEST_DIFFERENCE
-    """below which no winner is named"""
+    """smallest difference that names a winner"""
 
     def __post_init__(self) -> None:
         if not self.settings:
-            raise UserError("there is nothing to sweep: name settings and values, such as --set lr=1e-3,3e-3")
+            raise UserError("there is nothing to sweep: give settings and values, such as --set lr=1e-3,3e-3")
         for name, value, least in (("random", self.random, 1), ("halving", self.halving, 2)):
             if value is not None and value < least:
                 raise UserError(f"--{name} is {value}: it must be at least {least}")
         check_smallest_difference(self.smallest_difference)
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise UserError(f"--seeds are {', '.join(map(str, self.seeds)) or 'none'}: give different ones")
-        # Losses of another task or another text do not compare, and those of other tokens only in bits per byte.
+        # Losses on different tasks or texts are not comparable, and with different tokenizers only in bits per byte.
         of_task, of_tokens = (names_with(RunConfig, about) for about in ("changes_task", "changes_tokens"))
         for name in self.varied:
             if name in of_task:
-                raise UserError(f"{name} changes what is learned, and such losses do not compare: sweep something else")
+                raise UserError(f"{name} changes the task, so that losses are not comparable: sweep another setting")
             if name in of_tokens and not Metric.named(self.metric).across_tokenizers:
-                raise UserError(f"losses do not compare where {name} differs: use --metric bits_per_byte")
+                raise UserError(f"losses are not comparable if {name} differs: use --metric bits_per_byte")
             if name in ("steps", "eval_every") and self.halving is not None:
-                raise UserError(f"--halving gives all combinations the same {name}: give one, with --{name}")
+                raise UserError(f"--halving needs the same {name} for all combinations: give one, with --{name}")
 
     @property
     def varied(self) -> list[str]:
@@ -104,12 +104,12 @@ class SweepPlan:
 
     @cached_property
     def combinations(self) -> list[Combination]:
-        """What is tried."""
+        """The combinations to try."""
         return draws(self.settings, self.random, self.draw_seed) if self.random is not None else grid(self.settings)
 
     @cached_property
     def rungs(self) -> list[int | None]:
-        """After how many steps trials are compared; None is after all of theirs."""
+        """The steps at which trials are compared; None is at their end."""
         if self.halving is None:
             return [None]
         shared = self.shared.training
@@ -117,14 +117,14 @@ class SweepPlan:
 
     @property
     def shared(self) -> RunConfig:
-        """`base` with the settings that have one value."""
+        """`base` with the settings that have a single value."""
         single = [s for s in self.settings if isinstance(s, Values) and len(s.values) == 1]
         return configured(self.base, {setting.name: setting.values[0] for setting in single})
 
     def config(self, combination: Combination, seed: int) -> RunConfig:
-        """The configuration of a trial; halving wants a validation at each rung. Raises `UserError` as that does.
+        """The configuration of a trial, with a validation at each rung. Raises `UserError` if it is invalid.
 
-        What is drawn of the validation split would differ between trials, so all of it is read unless told otherwise.
+        The validation subset would differ between trials, so the whole split is read by default.
         """
         config = configured(self.base, {**combination, "seed": seed})
         if config.training.validation_tokens is None:
@@ -140,21 +140,21 @@ class SweepPlan:
         return {**combination, "seed": seed, "until": until}
 
     def check(self) -> None:
-        """Raises `UserError`, which names the combination, if one has no configuration or no model."""
+        """Raises `UserError` with the combination if its configuration or model is invalid."""
         possible: set[ModelConfig] = set()
-        assert self.rungs  # what cannot be shared out is no fault of a combination, and is said first
+        assert self.rungs  # an impossible halving is not the fault of a combination, and is reported first
         for combination in self.combinations:
             with _naming(combination):
                 config = self.config(combination, self.seeds[0])
                 if not config.data.validates:
-                    raise UserError("validation_fraction 0 leaves nothing to choose a winner by: keep some of the text")
+                    raise UserError("validation_fraction 0 leaves no validation data to choose a winner by: raise it")
                 model = with_usual_vocabulary(config)
                 if model not in possible:
                     count_parameters(model)
                     possible.add(model)
 
     def prepare(self) -> list[PreparedData]:
-        """The data of all trials, each kind once. Raises `UserError` for data or combinations that cannot be used."""
+        """The distinct datasets of all trials. Raises `UserError` for unusable data or combinations."""
         found: dict[Path, PreparedData] = {}
         for combination in self.combinations:
             config = self.config(combination, self.seeds[0])
@@ -170,7 +170,7 @@ class SweepPlan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a folder of results is for. Without halving, trials, seeds and metrics may be added to it."""
+        """What identifies a folder of results. Without halving, trials, seeds and metrics may be added."""
         names = ", ".join(setting.name for setting in self.settings)
         identity: dict[str, Any] = {
             "preset": self.preset,

@@ -1,4 +1,4 @@
-"""What a sweep leaves for its reader: `report.html`, `trials.csv`, and a PNG file for each setting that varied."""
+"""The report of a sweep: `report.html`, `trials.csv`, and a PNG file for each swept setting."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from minitransformer.training.presets import PRESETS
 TRIALS_CSV = "trials.csv"
 BEST = "best_validation_loss", "best_step"
 WIDE = 10.0
-"""ratio of the ends of an axis from which on it is logarithmic"""
+"""ratio of the ends from which an axis is logarithmic"""
 
 
 def standings_table(sweep: SweepFolder) -> Table:
-    """Each combination at the last rung that it came to: those that came furthest first, the lowest metric first."""
+    """Each combination at the last rung that it reached, furthest first, then by ascending metric."""
     plan = sweep.plan
     names = [setting.name for setting in plan.settings]
     halved = plan.halving is not None
@@ -61,7 +61,7 @@ def _cell(value: Any) -> Any:
 
 
 def outcome_text(standing: Standing) -> str:
-    """The mean over the seeds with its interval, or why there is none."""
+    """The mean over seeds with its interval, or why there is none."""
     if standing.interval is not None:
         return str(standing.interval)
     parts = [
@@ -77,7 +77,7 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 
 def diverged(standings: Sequence[Standing]) -> str | None:
-    """Which combinations were not finite, in a sentence; None if all were."""
+    """A sentence on the combinations that diverged; None if none did."""
     found = [f"{label(standing.combination)} ({_seeds(standing.diverged)})" for standing in standings]
     found = [text for text, standing in zip(found, standings, strict=True) if standing.diverged]
     if not found:
@@ -88,15 +88,15 @@ def diverged(standings: Sequence[Standing]) -> str | None:
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What the seeds say of the lowest, at the last rung where there was something to compare."""
+    """The conclusion about the lowest, at the last rung with several combinations."""
 
     text: str
     pairs: Table | None = None
-    """the lowest against every other; None where nothing is paired"""
+    """comparison of the lowest with every other; None without pairs"""
 
 
 def conclusion(sweep: SweepFolder) -> Conclusion:
-    """Of the last rung with several combinations."""
+    """The conclusion at the last rung with several combinations."""
     plan = sweep.plan
     for number in range(len(plan.rungs), 0, -1):
         standings = sweep.standings(number)
@@ -106,11 +106,11 @@ def conclusion(sweep: SweepFolder) -> Conclusion:
             what = f"the last {Metric.named(plan.metric).title}" + (f" at {standings[0].until} steps" if when else "")
             pairs = pairs_table(ranked, what, of=ranked.order[0]) if ranked.comparisons else None
             return Conclusion(f"{when}{ranked}", pairs)
-    return Conclusion("There was nothing to compare.")
+    return Conclusion("There is nothing to compare.")
 
 
 def train_command(plan: SweepPlan, standing: Standing) -> str:
-    """What is typed to train the best trial of a combination again, from the start to the end."""
+    """The command that trains the best trial of a combination from scratch."""
     config = plan.config(standing.combination, standing.best_seed(plan.seeds))
     return shlex.join(["python", "train.py", plan.preset, *flags(PRESETS[plan.preset], config)])
 
@@ -135,7 +135,7 @@ def trials_table(sweep: SweepFolder) -> Table:
 
 
 def pictures(sweep: SweepFolder) -> list[Picture]:
-    """The metric against each setting that varied, after the first rung, which is the same for all."""
+    """The metric against each swept setting, at the first rung."""
     plan, standings = sweep.plan, sweep.standings(1)
     finite = [standing for standing in standings if any(map(math.isfinite, standing.values))]
     if not finite:
@@ -145,9 +145,9 @@ def pictures(sweep: SweepFolder) -> list[Picture]:
 
 
 def _picture(plan: SweepPlan, name: str, standings: Sequence[Standing], steps: str) -> Picture:
-    caption = "A point is a trial; those of the lowest mean are filled."
+    caption = "Each point is a trial; those of the lowest mean are filled."
     if len(plan.varied) > 1:
-        caption += " Trials over one value differ in the other settings too."
+        caption += " Trials with the same value differ in other settings."
     points = [(standing, value) for standing in standings for value in standing.values if math.isfinite(value)]
     x = [standing.combination[name] for standing, _ in points]
     y = [value for _, value in points]
@@ -174,9 +174,9 @@ def _is_wide(values: Sequence[float]) -> bool:
 
 
 def write_sweep_report(sweep: SweepFolder, said: Conclusion, failures: Sequence[Failure], command: str) -> Path:
-    """Write the report into the folder of `sweep`, with its conclusion `said`, and return the path of its page.
+    """Write the report to the folder of `sweep`, with the conclusion `said`; returns the path of the page.
 
-    Raises `UserError` where the folder may not be written, and without matplotlib.
+    Raises `UserError` if the folder is not writable, and without matplotlib.
     """
     folder = sweep.folder
     with files.writing(folder / REPORT, REMEDY):
@@ -194,14 +194,14 @@ def write_sweep_report(sweep: SweepFolder, said: Conclusion, failures: Sequence[
 
 
 def _linked(table: Table) -> Table:
-    """The trials with a link to the folder of each."""
+    """The table of trials with links to their folders."""
     run = table.columns.index("run")
     rows = [[*row[:run], Link(row[run], f"{row[run]}/"), *row[run + 1 :]] for row in table.rows]
     return Table(table.title, table.columns, rows)
 
 
 def _plan(page: Page, plan: SweepPlan) -> None:
-    minimised = f"Minimised: {Metric.named(plan.metric).title}, a trial's last, by which `compare` judges too."
+    minimised = f"Minimised: the final {Metric.named(plan.metric).title} of a trial, as in `compare`."
     page.paragraph(f"{method(plan)} {minimised}")
     page.table(["setting", "values"], [(setting.name, str(setting)) for setting in plan.settings])
 
@@ -215,7 +215,7 @@ def method(plan: SweepPlan) -> str:
         return text
     *pauses, last = plan.rungs
     after = " and ".join(filter(None, [", ".join(map(str, pauses[:-1])), str(pauses[-1])]))
-    return f"{text} After {after} steps, the best one in {plan.halving} goes on from its checkpoint, until {last}."
+    return f"{text} After {after} steps, the best 1/{plan.halving} continue from their checkpoints, until {last}."
 
 
 def _standings(page: Page, sweep: SweepFolder, said: Conclusion) -> None:
@@ -225,14 +225,14 @@ def _standings(page: Page, sweep: SweepFolder, said: Conclusion) -> None:
     if (sentence := diverged(sweep.all_standings())) is not None:
         page.paragraph(sentence)
     if math.isfinite(best.mean):
-        page.paragraph("To train its best trial again (with OMP_NUM_THREADS=1, as here, bit for bit on a CPU):")
+        page.paragraph("To reproduce its best trial (bit for bit on a CPU with OMP_NUM_THREADS=1, as here):")
         page.code(train_command(sweep.plan, best))
     if said.pairs is not None:
         add_table(page, said.pairs)
 
 
 def _repeat(page: Page, sweep: SweepFolder, failures: Sequence[Failure], command: str) -> None:
-    page.heading("How to repeat it")
+    page.heading("How to reproduce this")
     page.code(command)
     if sweep.store.skipped:
         page.paragraph(skipped(sweep.store.skipped))

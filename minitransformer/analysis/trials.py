@@ -1,4 +1,4 @@
-"""One trial of a sweep: a run folder that is trained until a step, and continued from there when it goes on."""
+"""A trial of a sweep: a run folder that is trained up to a rung, and resumed for the next."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from minitransformer.training.signals import StopRequest
 
 
 def minimised_metrics() -> list[str]:
-    """The metrics of a validation of which a trial may have the lowest."""
+    """The validation metrics that can be minimised."""
     return [name for name, metric in Metric.registry.items() if metric.in_words and metric.lower_is_better]
 
 
 def shared_machine(configs: Sequence[RunConfig], kept: Resolved | None, swept: Collection[str]) -> Resolved:
-    """What "auto" means in all of `configs`: they are compiled only if that pays for the shortest of them.
+    """The machine for all of `configs`, compiled only if that pays for the shortest.
 
-    What an interrupted sweep has `kept` holds. Raises `UserError` as `trial_machine` does.
+    The machine `kept` by an interrupted sweep takes precedence. Raises `UserError` as `trial_machine` does.
     """
     known = [replace(config, model=with_vocabulary(config.model, prepared_for(config))) for config in configs]
     shared = kept or machine_for(min(known, key=run_flops)).resolved
@@ -46,15 +46,15 @@ def shared_machine(configs: Sequence[RunConfig], kept: Resolved | None, swept: C
 
 
 def trial_machine(config: RunConfig, shared: Resolved, swept: Collection[str]) -> Machine:
-    """The machine of one trial: the `shared` one but for the settings that are `swept`.
+    """The machine of one trial: the `shared` one except for `swept` settings.
 
-    Raises `UserError` where it is not to be had here, as trials on different ones do not compare.
+    Raises `UserError` if it is unavailable, because trials on different machines are not comparable.
     """
     config = replace(config, model=with_vocabulary(config.model, prepared_for(config)))
     anew = [name for name in SETTINGS if name in swept]
     machine, changes = machine_again(shared, config, anew)
     if missing := [change for change in changes if change.split()[0] not in anew]:
-        raise UserError(f"the trials that are done were trained otherwise, {', '.join(missing)}: {REMEDY}")
+        raise UserError(f"finished trials were trained differently, {', '.join(missing)}: {REMEDY}")
     return machine
 
 
@@ -69,11 +69,11 @@ def prepared_for(config: RunConfig) -> PreparedData:
 
 
 def train_trial(path: Path, config: RunConfig, until: int, machine: Machine | None = None) -> Measurement:
-    """Train the run at `path` from where it stands until step `until`, and return what came of it so far.
+    """Train the run at `path` from its latest checkpoint up to step `until`, and return its results.
 
-    It trains on `machine`, by default on what is chosen for it alone. A folder that cannot be continued, as after a
-    kill before its first checkpoint, is made anew: the state after a step does not depend on how often a run was
-    interrupted.
+    `machine` defaults to the one chosen for `config`. A folder that cannot be resumed, as after a
+    kill before its first checkpoint, is recreated: the state after a step does not depend on
+    interruptions.
     """
     prepared = prepared_for(config)
     config = replace(config, model=with_vocabulary(config.model, prepared))
@@ -83,7 +83,7 @@ def train_trial(path: Path, config: RunConfig, until: int, machine: Machine | No
 
 
 def _advance(path: Path, config: RunConfig, prepared: PreparedData, until: int, machine: Machine) -> bool:
-    """Train the run at `path` until step `until`; False if that ended because nothing was finite any more."""
+    """Train the run at `path` up to step `until`; returns False if it diverged."""
     found = _found(path, config, machine.resolved)
     if found is None:
         clear(path)
@@ -105,7 +105,7 @@ def _advance(path: Path, config: RunConfig, prepared: PreparedData, until: int, 
 
 
 def _found(path: Path, config: RunConfig, machine: Resolved) -> tuple[Run, Path] | None:
-    """The run at `path` and its latest checkpoint, if there is a whole one of this configuration and machine."""
+    """The run at `path` and its latest checkpoint, if they match this configuration and machine."""
     try:
         run = Run.open(path)
         if run.config != config or run.machine not in (None, machine):
@@ -113,16 +113,15 @@ def _found(path: Path, config: RunConfig, machine: Resolved) -> tuple[Run, Path]
         checkpoint = run.checkpoint_to_continue()
     except UserError:
         return None
-    return (run if run.machine else run.reconfigured(config, machine)), checkpoint  # older versions kept no machine
+    return (run if run.machine else run.reconfigured(config, machine)), checkpoint  # old runs have no machine
 
 
 def _outcome(path: Path, until: int, finite: bool) -> Measurement:
-    """What the run at `path` wrote down until step `until`: its last validation, by which it is judged, its best, and
-    whether all went well."""
+    """The results of the run at `path` up to step `until`: its last and best validation, and whether it diverged."""
     records = records_until(path / "metrics.jsonl", until)
     losses = [record["loss"] for record in records if "loss" in record]
     validations = [record for record in records if "validation_loss" in record]
-    # What was not finite is None; earlier versions wrote NaN.
+    # Non-finite values are None; old versions wrote NaN.
     known = [record for record in validations if record["validation_loss"] is not None]
     usable = [record for record in known if math.isfinite(record["validation_loss"])]
     best: dict[str, Any] = min(usable, key=lambda record: record["validation_loss"], default={})
@@ -131,6 +130,6 @@ def _outcome(path: Path, until: int, finite: bool) -> Measurement:
         "best_validation_loss": best.get("validation_loss"),
         "best_step": best.get("step"),
         "steps": max((record["step"] for record in records), default=0),
-        # A loss of None is that of an interval in which no step had a finite one.
+        # The loss is None for an interval without a finite step.
         "finite": finite and None not in losses[-1:] and bool(usable) and usable[-1] is validations[-1],
     }

@@ -1,4 +1,4 @@
-"""By what runs are judged, wherever they are put beside each other: the figure, and the paired differences of it."""
+"""The figures that runs are compared by, and their paired differences."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from minitransformer.reporting.statistics import Ranking, p_text
 from minitransformer.reporting.tables import Table
 
 Record = Mapping[str, Any]
-"""A line of metrics.jsonl: a step, and what was measured after it."""
+"""A line of metrics.jsonl: a step and its metrics."""
 
 
 def choice_text(name: str, value: object) -> str:
-    """A setting and its value in words; what `--residual` chooses is a placement, as one of them is `residual`."""
+    """A setting and its value in words; `--residual` is called placement, since one of its values is `residual`."""
     return f"{'placement' if name == 'residual' else name} {value}"
 
 
 def check_smallest_difference(value: float | None) -> None:
-    """Raises `UserError` for one that is negative or no number."""
+    """Raises `UserError` if `value` is negative or NaN."""
     if value is not None and not 0 <= value < math.inf:
-        raise UserError(f"--smallest-difference is {value:g}: give 0, which names any winner that is sure, or more")
+        raise UserError(f"--smallest-difference is {value:g}: give 0 (any significant winner) or more")
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is one; truth values are none."""
+    """Whether `value` is a number; a bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def series(records: Iterable[Record], metric: str) -> dict[int, float]:
-    """`metric` by step; what was not finite is NaN, and a metric that never is a number has no steps."""
+    """`metric` by step; NaN where it is not finite, and empty if it is never a number."""
     found = {record["step"]: record[metric] for record in records if metric in record}
     if not any(map(is_number, found.values())):
         return {}
@@ -39,12 +39,12 @@ def series(records: Iterable[Record], metric: str) -> dict[int, float]:
 
 
 def last_value(records: Iterable[Record], metric: str) -> float | None:
-    """The figure that a run is judged by: `metric` at the last step that has it; None if none has."""
+    """The value that a run is compared by: `metric` at the last step that has it; None if none has."""
     return next(reversed(series(records, metric).values()), None)
 
 
 def pairs_table(ranking: Ranking, what: str, *, of: str | None = None) -> Table:
-    """The paired differences of `what`, of all pairs or those of one name alone; p-values are corrected for all."""
+    """The paired differences of `what`, for all pairs or those with `of`; p-values are corrected for all pairs."""
     rows = [
         [
             f"{pair.first} − {pair.second}",

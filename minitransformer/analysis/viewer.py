@@ -1,4 +1,4 @@
-"""The page of a look: one HTML file that holds its data and opens from disk, without a network."""
+"""The page of a look: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DIGITS = 5
 
 def page_of(look: Look, title: str, facts: Mapping[str, str]) -> str:
     """The HTML of `look`, under a title and a few facts about the model."""
-    # Inside a script element, "<" could end it; JSON has another spelling of it.
+    # "<" could end the script element, so it is escaped.
     data = json.dumps({"title": title, "facts": facts, **look_data(look)}, allow_nan=False).replace("<", "\\u003c")
     template = files(__package__).joinpath("viewer.html").read_text(encoding="utf-8")
     before, between, after = template.replace("{{style}}", STYLE).partition("{{data}}")
@@ -32,7 +32,7 @@ def page_of(look: Look, title: str, facts: Mapping[str, str]) -> str:
 
 
 def look_data(look: Look) -> dict[str, Any]:
-    """`look` in values that JSON has; tokens are spelled, weights quantised, numbers rounded to five digits."""
+    """`look` as JSON values: tokens as text, weights quantised, numbers rounded to five digits."""
     tokenizer = look.texts[look.predicted].tokenizer
     return {
         "remarks": list(look.remarks),
@@ -83,22 +83,22 @@ def _prediction_data(prediction: Prediction, tokenizer: Tokenizer) -> dict[str, 
 
 
 def _rounded(value: float | None) -> float | None:
-    """`value` with few digits; None where it is not finite, as JSON has no word for that."""
+    """`value` rounded; None if it is not finite, for JSON."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.{DIGITS}g}")
 
 
 def quantise_weights(weights: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """√w in 255 steps, one byte a weight: w is off by √w / 255 at most, so that small weights keep their digits."""
+    """√w in 255 steps, one byte per weight: the error of w is at most √w / 255, smaller for small weights."""
     return (weights.clamp(0, 1).sqrt() * LEVELS).round().to(torch.uint8)
 
 
 def restored(levels: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The weights that `quantise_weights` was given, about."""
+    """The approximate weights from `quantise_weights`."""
     return (levels.float() / LEVELS) ** 2
 
 
 def spelled(tokenizer: Tokenizer, token: int) -> str:
-    """What a token stands for, with nothing invisible: special tokens by name, others as `visible` writes them."""
+    """The text of a token: special tokens by name, others with visible whitespace."""
     for name, number in tokenizer.special_tokens.items():
         if number == token:
             return name

@@ -1,4 +1,4 @@
-"""What a forward pass of one text leaves behind: attention weights and residual streams, by hooks."""
+"""Attention weights and residual streams of a forward pass on one text, recorded by hooks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from minitransformer.generation.modes import evaluating
 
 @dataclass(frozen=True)
 class Watched:
-    """What a forward pass of one text left behind."""
+    """The record of a forward pass on one text."""
 
     weights: dict[str, Tensor]
-    """of each attention module by its name, [1, heads, query, key]"""
+    """attention weights by module name, [1, heads, query, key]"""
     streams: dict[str, list[Tensor]]
-    """of each stack by its name, x before the first block and after each, [1, length, d_model]"""
+    """x by stack name, before the first block and after each, [1, length, d_model]"""
 
     def maps(self, plans: Sequence[MapPlan], request: LookRequest) -> list[AttentionMaps]:
-        """The maps of `plans`, of the layers that are asked for."""
+        """The attention maps of `plans`, for the requested layers."""
         made = []
         for plan in plans:
             layers = request.layers_of(plan.num_layers)
@@ -38,7 +38,7 @@ class Watched:
         return made
 
     def norms(self, *stacks: tuple[str, str, str]) -> list[ResidualNorms]:
-        """The norms in each of `stacks`: its name, a title, and the text that it reads."""
+        """The residual norms of `stacks`, each given by name, title and input text."""
         return [
             ResidualNorms(title, text, torch.cat(self.streams[name]).float().norm(dim=-1).cpu())
             for name, title, text in stacks
@@ -48,7 +48,7 @@ class Watched:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Watched]:
-    """What the forward pass inside this block does, in eval mode."""
+    """Record the forward pass inside this context, in eval mode."""
     streams: dict[str, list[Tensor]] = {}
     alignments: dict[str, list[Tensor]] = {}
     handles: list[RemovableHandle] = []

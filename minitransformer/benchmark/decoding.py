@@ -1,6 +1,6 @@
-"""Decoding and prefill, ours and the peers'. Importing this imports torch.
+"""Decoding and prefill of ours and of peers. Importing this imports torch.
 
-All draw from the whole distribution at temperature 1, so that all do the same work for a token.
+All sample from the full distribution at temperature 1, so that the work per token is the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.fast.rows import with_row_kernel
 from minitransformer.generation.readers import CachedReader
-from minitransformer.generation.weights import Weights
+from minitransformer.generation.weights import StoredWeights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Once = Callable[[], object]
@@ -96,7 +96,7 @@ def transformers_prefill(setting: BenchSetting, precision: str, tokens: int, bat
 
 
 def _ours(setting: BenchSetting, precision: str) -> Any:
-    return with_row_kernel(Weights.named(precision).applied(model_of(setting).eval()))
+    return with_row_kernel(StoredWeights.named(precision).applied(model_of(setting).eval()))
 
 
 def _nanogpt(setting: BenchSetting, precision: str) -> Any:

@@ -32,12 +32,11 @@ from minitransformer.generation.readers import window_length
 from minitransformer.generation.samples import filled_text, translations
 from minitransformer.generation.speculation import Draft
 from minitransformer.generation.streaming import best_texts, stream_text, texts_in_batches
-from minitransformer.generation.weights import Weights
+from minitransformer.generation.weights import StoredWeights
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM
-from minitransformer.models.encoder_decoder import EncoderDecoder
 from minitransformer.models.model import Model
-from minitransformer.models.recurrent import RecurrentEncoderDecoder
+from minitransformer.models.seq2seq import Seq2SeqLM
 from minitransformer.pretrained.originals import class_names
 from minitransformer.runs import GENERATION, Run, latest_run
 from minitransformer.training.machine import choose_device
@@ -73,7 +72,9 @@ class Options:
     """run folder of a smaller model with the same tokenizer, which guesses tokens that the model then reads at once"""
     draft_tokens: int = 4
     """how many tokens the draft guesses at a time"""
-    weights: Annotated[str, Doc(f"how matrices are stored to read them faster: {', '.join(Weights.registry)}")] = "fp32"
+    weights: Annotated[
+        str, Doc(f"how matrices are stored to read them faster: {', '.join(StoredWeights.registry)}")
+    ] = "fp32"
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
@@ -84,7 +85,7 @@ class Options:
             raise UserError("--interactive asks for its prompts: leave --prompt and --prompt-file out")
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}: it must be at least 1")
-        Weights.named(self.weights)
+        StoredWeights.named(self.weights)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -103,7 +104,7 @@ def _sample(arguments: Sequence[str]) -> int:
     run.tokenizer.encode(MASK.sub("", run.cased(prompt)))
     draft_run = None if options.draft is None else _draft_run(options.draft, run)
     device = str(choose_device(options.device))
-    weights = Weights.named(options.weights)
+    weights = StoredWeights.named(options.weights)
     model = with_row_kernel(weights.applied(run.load_model(options.checkpoint, device=device)), _note)
     draft = None
     if draft_run is not None:
@@ -283,9 +284,8 @@ def _classify(model: EncoderClassifier, prompt: str, session: Session) -> None:
         _print(", ".join(f"{name} {number.format(value)}" for name, value in ranked) + "\n")
 
 
-@answer.register(EncoderDecoder)
-@answer.register(RecurrentEncoderDecoder)
-def _translate(model: EncoderDecoder | RecurrentEncoderDecoder, prompt: str, session: Session) -> None:
+@answer.register(Seq2SeqLM)
+def _translate(model: Seq2SeqLM, prompt: str, session: Session) -> None:
     """Print what each line becomes: one line for each, or `num_samples` with their number before them."""
     run, options, sampling = session.run, session.options, session.sampling
     lines = prompt.splitlines()

@@ -1,6 +1,6 @@
-"""What can be measured of a model: at rest, on a batch, and while it trains.
+"""Diagnostics of a model: in eval mode on a batch, and during training.
 
-`probe` measures a model as it is; `TrainingProbe` is what `train.py --probe` switches on.
+`probe` measures a model as it is; `TrainingProbe` implements `train.py --probe`.
 """
 
 from minitransformer.diagnostics import attention, gradients, layers, streams

@@ -1,4 +1,4 @@
-"""What hooks record of a forward pass: the residual stream between layers, and what the sublayers add to it."""
+"""Activation records: the residual stream and the sublayer outputs of a forward pass, recorded by hooks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from minitransformer.architecture.block import Stack
 from minitransformer.diagnostics.modules import layers_of, stacks_of, sublayers_of
 
 Loss = Callable[[], Tensor]
-"""A forward pass of the model on a batch of its own: the mean loss, a scalar."""
+"""A forward pass on a fixed batch that returns the mean loss, a scalar."""
 
 
 @dataclass(frozen=True)
 class StreamChange:
     """The residual stream before and after a layer ("stack.0") or a residual connection ("stack.0.attention").
 
-    `before` and `after` are streams as the placement has them; `state` takes x out of one.
+    `before` and `after` are the placement's streams; `state` extracts x from one.
     """
 
     before: Any
@@ -48,24 +48,24 @@ class StreamChange:
 
 @dataclass
 class ActivationRecord:
-    """The activations of a forward pass, by place."""
+    """The activations of a forward pass, by location."""
 
     loss: Tensor = field(default_factory=lambda: torch.tensor(torch.nan))
     layers: dict[str, StreamChange] = field(default_factory=dict)
-    """in the order in which they ran"""
+    """in the order of execution"""
     connections: dict[str, StreamChange] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
-    """of sublayers, before the residual connection"""
+    """sublayer outputs, before the residual connection"""
     is_token: dict[str, Tensor | None] = field(default_factory=dict)
-    """by stack: False at padding; None where there is none"""
+    """by stack: False at padding; None without padding"""
 
 
 def record_forward_pass(
     model: nn.Module, loss: Loss, is_token: Mapping[str, Bool[Tensor, "batch length"]] | None = None
 ) -> ActivationRecord:
-    """Compute `loss` without gradients, and record the activations of every stack of `model` meanwhile.
+    """Compute `loss` without gradients, and record the activations of every stack of `model`.
 
-    `is_token` is False at padding by stack, for those that are not told of it.
+    `is_token`, by stack, is False at padding, for stacks that do not receive a mask.
     """
     record = ActivationRecord(is_token=dict(is_token or {}))
     handles = _add_hooks(model, record)

@@ -1,4 +1,4 @@
-"""How widely attention looks."""
+"""Attention entropy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from minitransformer.diagnostics.modules import sublayers_of
 class AttentionEntropy(Diagnostic, name="attention-entropy"):
     """−Σ a log a in nats over the keys of a row of attention weights a, mean over heads and real queries.
 
-    0 is one key, log(keys) all alike; entropies near 0 go with unstable training: Zhai et al. 2023 (arXiv 2303.06296).
+    0 means a single key, log(keys) uniform attention; entropies near 0 accompany unstable training: Zhai et al. 2023
+    (arXiv 2303.06296).
     """
 
     def hooks(self) -> AbstractContextManager[None]:
@@ -36,5 +37,5 @@ class AttentionEntropy(Diagnostic, name="attention-entropy"):
 
 
 def entropy(weights: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows"]:
-    """−Σ w log w in nats; the row of a query that may attend to nothing is 0, and so is its entropy."""
+    """−Σ w log w in nats; 0 for a fully masked query."""
     return torch.special.entr(weights.float()).sum(-1)

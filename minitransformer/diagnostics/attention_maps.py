@@ -1,4 +1,4 @@
-"""The attention weights of every head, recorded by hooks: the model itself has no code for it."""
+"""Attention weights of every head, recorded by hooks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ AttentionMap = Float[Tensor, "batch heads query key"]
 
 @contextmanager
 def captured_attention(model: nn.Module) -> Iterator[dict[str, AttentionMap]]:
-    """Within it, each forward pass of `model` puts the weights of its attention into the dictionary that it yields.
+    """Within it, each forward pass of `model` writes its attention weights to the yielded dictionary.
 
     Keys are names of modules, such as "stack.blocks.0.attention" or "decoder.blocks.0.cross_attention"; values are
-    [batch, heads, query, key], before dropout and without a gradient, and stay when the context is left. A second pass
-    replaces them: with a cache, those of the newest tokens are there. Only the uncompiled model is hooked.
+    [batch, heads, query, key], before dropout and detached, and remain after the context. A second pass
+    replaces them: with a cache, they are those of the newest tokens. Compiled models are not hooked.
     """
     maps: dict[str, AttentionMap] = {}
     with hooked_attention(model, maps.__setitem__):
@@ -30,7 +30,7 @@ def captured_attention(model: nn.Module) -> Iterator[dict[str, AttentionMap]]:
 
 @contextmanager
 def hooked_attention(model: nn.Module, note: Callable[[str, AttentionMap], Any]) -> Iterator[None]:
-    """Within it, `note` gets the name and the weights of each attention as it runs, for callers that keep a summary."""
+    """Within it, `note` is called with the name and the weights of each attention, for callers that keep a summary."""
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if isinstance(module, MultiHeadAttention):

@@ -1,4 +1,4 @@
-"""The interface of diagnostics, and what they are given."""
+"""The interface of diagnostics, and their inputs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from minitransformer.diagnostics.activations import ActivationRecord, Loss, reco
 from minitransformer.registry import Registered
 
 Figures = dict[str, Tensor]
-"""Scalars by place: "stack.0" is a layer, "stack.0.attention" a sublayer, and "" the whole model."""
+"""Scalars by location: "stack.0" is a layer, "stack.0.attention" a sublayer, and "" the whole model."""
 
 
 class DiagnosticContext:
-    """A model in eval mode, and the `diagnostics` that measure it; what they share is computed when first asked for.
+    """A model in eval mode and its `diagnostics`; shared results are computed once, on demand.
 
-    `loss` is the mean loss of a batch, `examples` are those of its examples one by one. `is_token` is False at padding
-    of which the model is not told, by stack. `turn` counts the measurements of a training run; None is one that stands
-    alone.
+    `loss` is the mean loss of a batch, `examples` are those of its single examples. `is_token`, by stack, is False at
+    padding for stacks without a mask. `turn` counts the measurements of a training run; None is a single measurement.
     """
 
     def __init__(
@@ -39,7 +38,7 @@ class DiagnosticContext:
 
     @cached_property
     def record(self) -> ActivationRecord:
-        """The activations of a forward pass of the batch, within the hooks of all diagnostics."""
+        """The activations of a forward pass on the batch, with the hooks of all diagnostics."""
         with ExitStack() as hooks:
             for diagnostic in self.diagnostics:
                 hooks.enter_context(diagnostic.hooks())
@@ -47,40 +46,40 @@ class DiagnosticContext:
 
 
 class Diagnostic(Registered, kind="diagnostic"):
-    """One quantity of a model, measured at many places of it."""
+    """A quantity measured at many locations of a model."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def hooks(self) -> AbstractContextManager[object]:
-        """Hooks around the forward pass, for what an `ActivationRecord` does not hold."""
+        """Hooks around the forward pass, for quantities that are not in an `ActivationRecord`."""
         return nullcontext()
 
     def measure(self, context: DiagnosticContext) -> Figures:
-        """The figures of the model, which is left as it was."""
+        """The figures of the model, which is not changed."""
         raise NotImplementedError
 
 
 class StepDiagnostic(Diagnostic):
-    """A diagnostic that measures a training step as it happens, and needs no passes of its own."""
+    """A diagnostic of a training step, without forward passes of its own."""
 
     def measure(self, context: DiagnosticContext) -> Figures:
-        return {}  # nothing to be seen without a step
+        return {}  # undefined without a training step
 
     def after_backward(self, grad_norm: float) -> None:
-        """After each step, measured or not: the norm of the whole gradient before clipping."""
+        """Called after every backward pass with the gradient norm before clipping."""
 
     def before_update(self) -> None:
-        """In a measured step: its gradients are complete and not clipped, its weights are still the old ones."""
+        """Called in a measured step with complete, unclipped gradients, before the weights change."""
 
     def after_update(self) -> Figures:
-        """The figures of the step; its weights are the new ones now."""
+        """The figures of the step, after the weights have changed."""
         raise NotImplementedError
 
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """Within it, `model` evaluates: nothing is dropped, and no random number drawn."""
+    """Within it, `model` is in eval mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Gradients and updates of the weights of each sublayer: those of its module, without the norms around it."""
+"""Gradients and updates of the weights of each sublayer, without the norms of its connection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPIKE, WINDOW, LEAST = 5.0, 50, 10
 
 
 def weights_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The weights of each sublayer that are learned, by place."""
+    """The trainable weights of each sublayer, by location."""
     found = {
         place: [weight for weight in branch.sublayer.parameters() if weight.requires_grad]
         for place, branch in sublayers_of(model).items()
@@ -27,9 +27,9 @@ def weights_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 class GradientNorm(StepDiagnostic, name="gradient-norm"):
-    """‖∂L/∂W‖, the norm of the mean: of the gradient of the mean loss of a whole batch.
+    """‖∂L/∂W‖ of the mean loss over a whole batch (the norm of the mean).
 
-    In training, it is the gradient of the step itself, over all its micro-batches and before clipping. Xiong et al.
+    In training, it is the gradient of the step, over all micro-batches and before clipping. Xiong et al.
     2020 (arXiv 2002.04745), figure 3.
     """
 
@@ -47,10 +47,10 @@ class GradientNorm(StepDiagnostic, name="gradient-norm"):
 
 
 class ExampleGradientNorm(Diagnostic, name="example-gradient-norm"):
-    """E‖∂Lᵢ/∂W‖, the mean of norms: over examples i, each of which has a backward pass of its own for its mean loss Lᵢ.
+    """E‖∂Lᵢ/∂W‖ over examples i with mean losses Lᵢ (the mean of norms), by one backward pass per example.
 
-    Never below the norm of the mean over the same examples, where they have equally many targets: the triangle
-    inequality. The ratio says how much they agree.
+    By the triangle inequality, at least the norm of the mean over the same examples, if they have equally many targets;
+    the ratio measures how much they agree.
     """
 
     def measure(self, context: DiagnosticContext) -> Figures:
@@ -75,9 +75,9 @@ class UpdateRatio(StepDiagnostic, name="update-ratio"):
 
 
 class GradientSpikes(StepDiagnostic, name="gradient-spikes"):
-    """How many steps since the last measurement had a spike of the norm of the whole gradient: see `SpikeDetector`.
+    """Number of gradient-norm spikes since the last measurement: see `SpikeDetector`.
 
-    The norms are forgotten when a run is interrupted: the first steps after it count as no spikes.
+    The history of norms is lost on interruption: the first steps after it are not counted.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -93,9 +93,9 @@ class GradientSpikes(StepDiagnostic, name="gradient-spikes"):
 
 
 class SpikeDetector:
-    """A spike is a norm above 5 times the median of the last 50 before it, or one that is infinite or NaN.
+    """A spike is a norm above 5 times the median of the previous 50, or an infinite or NaN norm.
 
-    Before there are 10 norms to compare with, only the latter are.
+    Only the latter counts for the first 10 norms.
     """
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class SpikeDetector:
 
 
 def gradient_norms(loss: Loss, weights: dict[str, list[nn.Parameter]]) -> dict[str, Tensor]:
-    """The norm of the gradient of `loss` by each entry of `weights`; `.grad` of the weights stays what it is."""
+    """The gradient norm of `loss` for each entry of `weights`; `.grad` is not changed."""
     every = [weight for group in weights.values() for weight in group]
     gradients = iter(torch.autograd.grad(loss(), every, allow_unused=True))
     groups = {place: [next(gradients) for _ in group] for place, group in weights.items()}
@@ -125,6 +125,6 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def spikes(norms: Sequence[float]) -> list[bool]:
-    """Which of the gradient norms of a whole run are spikes."""
+    """Which gradient norms of a run are spikes."""
     detector = SpikeDetector()
     return [detector.is_spike(norm) for norm in norms]

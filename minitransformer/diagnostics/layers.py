@@ -1,4 +1,4 @@
-"""What the layers are good for."""
+"""The contribution of single layers to the loss."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from minitransformer.diagnostics.modules import layers_of
 
 
 class SkippedLayer(Diagnostic, name="skipped-layer"):
-    """By how many nats a target the loss rises when a layer is left out: its block hands the stream on as it got it.
+    """Increase of the loss, in nats per target, when a layer is skipped (replaced by the identity).
 
-    Each layer costs a forward pass, so a training run measures one of them at a time, and all in turn. Veit et al. 2016
+    Each layer costs a forward pass, so a training run measures one layer at a time, in turn. Veit et al. 2016
     (arXiv 1605.06431), section 4.1.
     """
 
     def measure(self, context: DiagnosticContext) -> Figures:
         blocks, record = layers_of(self.model), context.record
         figures: Figures = {}
-        # Layers before the one that is left out need not run again: they would do what they did.
+        # Layers before the skipped one need not run again.
         done: dict[nn.Module, Any] = {}
         places = list(record.layers)
         due = places if context.turn is None else [places[context.turn % len(places)]]
@@ -37,7 +37,7 @@ class SkippedLayer(Diagnostic, name="skipped-layer"):
 
 @contextmanager
 def replayed(streams: dict[nn.Module, Any]) -> Iterator[None]:
-    """Within it, each of these blocks returns the stream that is given, whatever it gets."""
+    """Within it, each of these blocks returns its given stream, whatever its input."""
     for block, stream in streams.items():
         vars(block)["forward"] = lambda *_, stream=stream, **__: stream
     try:

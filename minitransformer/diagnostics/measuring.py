@@ -1,4 +1,4 @@
-"""All diagnostics at once: on a model as it stands, or on one that trains."""
+"""Run several diagnostics, on a given model or during training."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from minitransformer.training.probe import NO_PROBE, Probe
 def probe(
     model: nn.Module, loss: Loss, names: Sequence[str], *, examples: Sequence[Loss] = ()
 ) -> dict[str, float | None]:
-    """What the diagnostics `names` say about `model`, which is left as it was: {"stream-variance/stack.0": …}.
+    """The figures of the diagnostics `names` on `model`, which is not changed: {"stream-variance/stack.0": …}.
 
-    `loss` is a forward pass of a batch that returns its mean loss, `lambda: objective_of(model(tokens))`; `examples`
-    are such passes of single examples, by default the batch as the only one. A figure that is infinite or NaN is None,
-    which JSON can say. Diagnostics that need a training step, such as update-ratio, say nothing here.
+    `loss` is a forward pass on a batch that returns the mean loss, `lambda: objective_of(model(tokens))`; `examples`
+    are such passes on single examples, by default the whole batch. An infinite or NaN figure is None,
+    as in JSON. Diagnostics that need a training step, such as update-ratio, are omitted.
     Raises `UserError` for an unknown name, with the nearest.
     """
     diagnostics = [Diagnostic.named(name)(model) for name in names]
@@ -36,37 +36,37 @@ def probe(
 
 
 def measure_at_rest(context: DiagnosticContext) -> dict[str, float | None]:
-    """The figures of all diagnostics at rest, by name and place."""
+    """The figures of all diagnostics in eval mode, by name and location."""
     with at_rest(context.model):
         return readings({diagnostic.name: diagnostic.measure(context) for diagnostic in context.diagnostics})
 
 
 def readings(figures: dict[str, Figures]) -> dict[str, float | None]:
-    """Numbers that JSON has: "gradient-norm/stack.0.attention", or "gradient-spikes" for one of the whole model."""
+    """Flat JSON numbers: "gradient-norm/stack.0.attention", or "gradient-spikes" for the whole model."""
     flat = {
         "/".join(filter(None, (name, place))): value for name, some in figures.items() for place, value in some.items()
     }
     if not flat:
         return {}
-    # One wait for the device instead of one for each number.
+    # Synchronise with the device once, not for each number.
     numbers = torch.stack([value.detach().double() for value in flat.values()]).tolist()
     return {key: number if math.isfinite(number) else None for key, number in zip(flat, numbers, strict=True)}
 
 
 def check_probe(config: RunConfig) -> None:
-    """Raises `UserError` if the run's `probe` names no diagnostics, or its model has no layers that they measure."""
+    """Raises `UserError` for unknown diagnostics in `probe`, or a model without transformer blocks."""
     for name in config.training.probe:
         Diagnostic.named(name)
     if config.training.probe and config.model.topology == "rnn":
-        raise UserError("probe is for stacks of transformer blocks, and topology 'rnn' has none: leave --probe out")
+        raise UserError("diagnostics need transformer blocks, and topology 'rnn' has none: leave --probe out")
 
 
 class TrainingProbe(Probe):
-    """Measures a model while it trains, in step 1 and in every step that `every` divides.
+    """Runs diagnostics in training step 1 and in every step that is a multiple of `every`.
 
-    What is not read off the step itself is measured before it, with the weights that its loss and gradient are for, in
-    float32, without dropout and without `torch.compile`, on the same few examples every time: an eighth of the first
-    micro-batch of the run, and one in any case. So a measured step takes about twice as long as another at most.
+    Diagnostics that need forward passes run before the step, with the weights of its loss and gradient, in
+    float32, without dropout and `torch.compile`, on the same few examples each time: an eighth of the first
+    micro-batch of the run, at least one. So a measured step takes at most about twice as long.
     """
 
     share = 1 / 8
@@ -104,7 +104,7 @@ class TrainingProbe(Probe):
 
     @cached_property
     def _passes(self) -> tuple[Loss, list[Loss], dict[str, Tensor]]:
-        """Of the examples together and one by one; and where a decoder has tokens, of which it need not be told."""
+        """The losses of the batch and of single examples, and the padding masks that a decoder does not receive."""
         first: Any = self._loader.training_batches(0)[0].to(self._device)
         rows = first.split(1)
         count = max(1, int(self.share * len(rows)))
@@ -117,7 +117,7 @@ class TrainingProbe(Probe):
 
 
 def probe_for(config: TrainingConfig) -> Callable[[Model, Loader, torch.device], Probe]:
-    """What makes the probe that `config` asks for, as a trainer wants it."""
+    """A factory of the probe in `config`, for the trainer."""
     if not config.probe:
         return lambda *_: NO_PROBE
     return partial(TrainingProbe, names=config.probe, every=config.probe_every)

@@ -1,4 +1,4 @@
-"""Where things are measured: stacks, layers and sublayers by name."""
+"""The stacks, layers and sublayers of a model by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def stacks_of(model: nn.Module) -> dict[str, Stack]:
 
 
 def layers_of(model: nn.Module) -> dict[str, Block]:
-    """The blocks of `model` by place, such as "stack.0"."""
+    """The blocks of `model` by location, such as "stack.0"."""
     return {
         f"{name}.{layer}": block  # type: ignore[misc]
         for name, stack in stacks_of(model).items()
@@ -22,5 +22,5 @@ def layers_of(model: nn.Module) -> dict[str, Block]:
 
 
 def sublayers_of(model: nn.Module) -> dict[str, Branch]:
-    """The sublayers of `model` by place, such as "stack.0.attention"."""
+    """The sublayers of `model` by location, such as "stack.0.attention"."""
     return {f"{place}.{branch.name}": branch for place, block in layers_of(model).items() for branch in block.branches}

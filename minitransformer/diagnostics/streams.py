@@ -1,4 +1,4 @@
-"""Statistics of the residual stream between layers; means over tokens leave padding out."""
+"""Statistics of the residual stream between layers, over tokens without padding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LARGEST_FP16 = torch.finfo(torch.float16).max
 
 
 class StreamVariance(Diagnostic, name="stream-variance"):
-    """E‖x‖² over tokens, of what enters a stack ("stack.input") and of what leaves each of its layers.
+    """E‖x‖² over tokens, for the input of a stack ("stack.input") and the output of each layer.
 
     Xiong et al. 2020 (arXiv 2002.04745), lemma 2.
     """
@@ -35,7 +35,7 @@ class StreamVariance(Diagnostic, name="stream-variance"):
 class RepresentationChange(Diagnostic, name="representation-change"):
     """ω² = E‖N(x′) − N(x)‖² / d over tokens, x before and x′ after, N a LayerNorm without gain and bias.
 
-    Of each layer and of each residual connection: where it falls to 0, deep layers change little (representation
+    For each layer and each residual connection; near 0, deep layers change little (representation
     collapse). Xie et al. 2023 (ResiDual, arXiv 2304.14802), section 2.
     """
 
@@ -47,7 +47,7 @@ class RepresentationChange(Diagnostic, name="representation-change"):
 class AngularDistance(Diagnostic, name="angular-distance"):
     """arccos(cos(x, x′)) / π, mean over tokens, x before and x′ after each layer: 0 the same direction, 1 the opposite.
 
-    Gromov et al. 2024 (arXiv 2403.17887), section 3.2; they take the last token only.
+    Gromov et al. 2024 (arXiv 2403.17887), section 3.2, who use the last token only.
     """
 
     def measure(self, context: DiagnosticContext) -> Figures:
@@ -58,7 +58,7 @@ class AngularDistance(Diagnostic, name="angular-distance"):
 class FP16Margin(Diagnostic, name="fp16-margin"):
     """65504 / max|x|: how many times larger the largest value could be before float16 overflows.
 
-    Of the stream after each layer, all its parts, and of the output of each sublayer; not of what is inside one.
+    For all parts of the stream after each layer, and for sublayer outputs, but not inside sublayers.
     """
 
     def measure(self, context: DiagnosticContext) -> Figures:
@@ -68,7 +68,7 @@ class FP16Margin(Diagnostic, name="fp16-margin"):
 
 
 class OutlierRatio(Diagnostic, name="outlier-ratio"):
-    """max|x| / median|x| over tokens and features, of the stream after each layer."""
+    """max|x| / median|x| over tokens and features of the stream after each layer."""
 
     def measure(self, context: DiagnosticContext) -> Figures:
         sizes = {place: change.x_after.abs() for place, change in context.record.layers.items()}
@@ -91,7 +91,7 @@ def representation_change(
 def angular_distance(
     before: Float[Tensor, "tokens d_model"], after: Float[Tensor, "tokens d_model"]
 ) -> Float[Tensor, ""]:
-    """The mean angle between the two, in units of π."""
+    """The mean angle between both, in units of π."""
     # The half-angle formula: the arccosine of a cosine near 1 would lose half of the digits.
     a, b = F.normalize(before, dim=-1), F.normalize(after, dim=-1)
     angle = 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))

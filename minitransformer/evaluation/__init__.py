@@ -1,4 +1,4 @@
-"""How good a model is: metrics by name."""
+"""Evaluation of models: metrics by name."""
 
 from minitransformer.evaluation.metrics import Metric, OtherNumber, Totals, metric_called
 

@@ -1,4 +1,4 @@
-"""Metrics by name: how each is made from what was counted, and what it means that one is lower than another."""
+"""Metrics by name: how each is computed from totals, and how its values compare."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 from minitransformer.registry import Registered
 
 SMALLEST_DIFFERENCE = 0.002
-"""nats (or bits a byte) from which on a difference is worth naming a winner"""
+"""smallest difference in nats (or bits per byte) that names a winner"""
 
 
 @dataclass
 class Totals:
-    """What was counted over the batches of a split; None is what its objective does not ask for."""
+    """Totals over the batches of a split; None for what the objective does not measure."""
 
     nats: float = 0.0
     targets: int = 0
     tokens: int = 0
-    """that were read"""
+    """tokens that were read"""
     correct: int | None = None
-    """of the targets"""
+    """correctly predicted targets"""
     texts: int = 0
     exact: int = 0
-    """of the texts, those of which all targets are correct"""
+    """exact matches: texts with all targets correct"""
     bytes: int | None = None
-    """of the text that the targets are"""
+    """bytes of text in the targets"""
     majority_baseline: float | None = None
 
     def add(self, batch: Any, score: Any) -> None:
-        """Count `batch`, of which an objective said `score`."""
+        """Add `batch`, with the objective's `score`."""
         self.nats += float(score.nats.double())
         self.targets += batch.num_targets
         self.tokens += batch.num_tokens
@@ -42,24 +42,24 @@ class Totals:
 
 
 class Metric(Registered, kind="metric"):
-    """A number that models are judged by, under its name in `metrics.jsonl`."""
+    """A metric, registered under its name in `metrics.jsonl`."""
 
     label: str
-    """for tables and axes, with its unit"""
+    """label for tables and axes, with its unit"""
     title: str
-    """for a heading or a sentence"""
+    """title for a heading or a sentence"""
     lower_is_better: bool | None = None
-    """None: neither lower nor higher is"""
+    """None if neither direction is better"""
     across_tokenizers: bool = False
-    """whether it means the same where texts are cut into other tokens"""
+    """whether it is comparable across tokenizers"""
     smallest_difference: float = 0.0
-    """below which no winner is named, unless the user says otherwise"""
+    """default smallest difference that names a winner"""
     in_words: str = ""
-    """as a format, for a line about one validation"""
+    """format for a line about a validation"""
 
     @staticmethod
     def value(totals: Totals) -> float | None:
-        """From what a validation counted; None where that says nothing of it."""
+        """The value from the totals; None if it is undefined for them."""
         return None
 
 
@@ -83,7 +83,7 @@ class Perplexity(Metric, name="perplexity"):
 
 
 class BitsPerByte(Metric, name="bits_per_byte"):
-    """Σ nats / (ln 2 · bytes of the text), which does not depend on how that is cut into tokens."""
+    """Σ nats / (ln 2 · bytes of the text), which is independent of the tokenizer."""
 
     label, title, in_words = "bits per byte of validation text", "bits per byte", "{:.4f} bits per byte"
     lower_is_better = True
@@ -105,7 +105,7 @@ class Accuracy(Metric, name="accuracy"):
 
 
 class ExactMatch(Metric, name="exact"):
-    """Share of the texts that are predicted whole, which is what greedy decoding would generate."""
+    """Fraction of texts predicted exactly, as by greedy decoding."""
 
     label, title, in_words = "exact match (share of texts)", "exact match", "exact match {:.1%}"
     lower_is_better = False
@@ -117,7 +117,7 @@ class ExactMatch(Metric, name="exact"):
 
 
 class MajorityBaseline(Metric, name="majority_baseline"):
-    """The accuracy of always predicting the most frequent token of training."""
+    """The accuracy of always predicting the most frequent training token."""
 
     label, title = "majority-class baseline (share of targets)", "majority-class baseline"
     in_words = "majority-class baseline {:.1%}"
@@ -139,18 +139,18 @@ class TokensPerSecond(Metric, name="tokens_per_second"):
 
 
 class OtherNumber(Metric):
-    """A number of `metrics.jsonl` that no metric is registered for."""
+    """A number in `metrics.jsonl` without a registered metric."""
 
     def __init__(self, name: str) -> None:
         self.label = self.title = name.replace("_", " ")
 
 
 def metric_called(name: str) -> type[Metric] | Metric:
-    """What is known of the number called `name` in `metrics.jsonl`."""
+    """The metric for the number `name` in `metrics.jsonl`."""
     return Metric.registry.get(name) or OtherNumber(name)
 
 
 def values_of(totals: Totals) -> dict[str, float | None]:
-    """Every metric of a validation; None for those that say nothing of it."""
+    """Every metric of a validation; None for undefined ones."""
     told = {name: metric.value for name, metric in Metric.registry.items() if metric.in_words}
     return {name: value(totals) for name, value in told.items()}

@@ -12,9 +12,8 @@ from minitransformer.generation.decode import generate, translate
 from minitransformer.generation.fill import fill_masks
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderLM
-from minitransformer.models.encoder_decoder import EncoderDecoder
 from minitransformer.models.model import Model
-from minitransformer.models.recurrent import RecurrentEncoderDecoder
+from minitransformer.models.seq2seq import Seq2SeqLM
 from minitransformer.text.tokenizers import Tokenizer
 
 
@@ -76,10 +75,9 @@ def filled_text(model: EncoderLM, tokenizer: Tokenizer, tokens: Sequence[int], g
     return "\n".join(lines)
 
 
-@sample_of.register(EncoderDecoder)
-@sample_of.register(RecurrentEncoderDecoder)
+@sample_of.register(Seq2SeqLM)
 def translated(
-    model: EncoderDecoder | RecurrentEncoderDecoder,
+    model: Seq2SeqLM,
     tokenizer: Tokenizer,
     target_tokenizer: Tokenizer,
     examples: Sequence[Sequence[int]],
@@ -96,7 +94,7 @@ def translated(
 
 
 def translations(
-    model: EncoderDecoder | RecurrentEncoderDecoder,
+    model: Seq2SeqLM,
     sources: Sequence[Sequence[int]],
     sampling: SamplingConfig,
     target_tokenizer: Tokenizer,

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitransformer.architecture.block import Memory
 from minitransformer.architecture.cache import ChosenSlots, KVCache
 from minitransformer.architecture.embeddings import TokensOrEmbeddings
-from minitransformer.models.build import build_embedding, build_head, build_stack
+from minitransformer.models.build import build_head, build_stack
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, Readout, apply_head, next_positions
+from minitransformer.models.model import next_positions
+from minitransformer.models.seq2seq import Seq2SeqLM
 
 
-class EncoderDecoder(Model, name="encoder-decoder"):
+class EncoderDecoder(Seq2SeqLM, name="encoder-decoder"):
     """p(next target token | target so far, source) = softmax(head(decoder(target, encoder(source)))).
 
-    Vaswani et al. 2017 (arXiv 1706.03762), section 3; with a `ModelConfig` of its choices, T5, BART and Marian. One
-    vocabulary has one embedding, unless `shared_embeddings` says otherwise.
+    Vaswani et al. 2017 (arXiv 1706.03762), section 3; with a `ModelConfig` of its choices, T5, BART and Marian.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.embedding = build_embedding(config, config.vocab_size)
-        own = config.target_vocab_size is not None or not config.shared_embeddings
-        target_vocab_size = config.target_vocab_size or config.vocab_size
-        self.target_embedding = build_embedding(config, target_vocab_size) if own else self.embedding
         self.encoder = build_stack(config, causal=False, partner_layers=config.decoder_layers)
         self.decoder = build_stack(
             config,
@@ -69,22 +63,6 @@ class EncoderDecoder(Model, name="encoder-decoder"):
             positions = next_positions(tokens, is_token, cache)
         x = self.target_embedding(tokens)
         return self.decoder(x, positions=positions, is_token=is_token, memory=memory, cache=cache)
-
-    def forward(
-        self,
-        source: Int[Tensor, "batch source"],
-        inputs: Int[Tensor, "batch length"],
-        *,
-        source_is_token: Bool[Tensor, "batch source"] | None = None,
-        is_token: Bool[Tensor, "batch length"] | None = None,
-        readout: Readout = apply_head,
-    ) -> Any:
-        """Logits of the next target token, [batch, length, vocab_size], or the result of `readout`.
-
-        `inputs` begin with the start token.
-        """
-        memory = self.encode(source, is_token=source_is_token)
-        return readout(self.head, self.hidden_states(inputs, memory, is_token=is_token))
 
     def new_cache(self, max_length: int | None = None) -> KVCache:
         """An empty cache for `max_length` target tokens (default: the context length)."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -13,9 +11,9 @@ from minitransformer.architecture.additive_attention import AdditiveAttention
 from minitransformer.architecture.block import Memory
 from minitransformer.architecture.dropout import Dropout
 from minitransformer.architecture.embeddings import TokensOrEmbeddings
-from minitransformer.models.build import build_embedding, build_head
+from minitransformer.models.build import build_head
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, Readout, apply_head
+from minitransformer.models.seq2seq import Seq2SeqLM
 
 
 class RecurrentCache:
@@ -42,7 +40,7 @@ class RecurrentCache:
         self.state = None if self.state is None else self.state[:, rows]
 
 
-class RecurrentEncoderDecoder(Model, name="rnn"):
+class RecurrentEncoderDecoder(Seq2SeqLM, name="rnn"):
     """hⱼ = [h⃗ⱼ; h⃖ⱼ], cᵢ = Σⱼ αᵢⱼ hⱼ, sᵢ = GRU([yᵢ₋₁; cᵢ], sᵢ₋₁); logits of yᵢ = head(maxout(U sᵢ + V yᵢ₋₁ + C cᵢ)).
 
     α attends from sᵢ₋₁, the state of the last layer, to the annotations h of a bidirectional encoder. Bahdanau et al.
@@ -55,10 +53,6 @@ class RecurrentEncoderDecoder(Model, name="rnn"):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         d = config.d_model
-        self.embedding = build_embedding(config, config.vocab_size)
-        own = config.target_vocab_size is not None or not config.shared_embeddings
-        target_vocab_size = config.target_vocab_size or config.vocab_size
-        self.target_embedding = build_embedding(config, target_vocab_size) if own else self.embedding
         self.encoder = _gru(d, d, config.num_layers, config.dropout, bidirectional=True)
         self.first_state = nn.Linear(d, config.decoder_layers * d)
         self.attention = AdditiveAttention(d, 2 * d, d)
@@ -102,22 +96,6 @@ class RecurrentEncoderDecoder(Model, name="rnn"):
             cache.keep(state, keys, tokens.size(1))
         maxout = self.readout(torch.stack(steps, dim=1)).unflatten(-1, (-1, 2)).amax(-1)
         return self.dropout(maxout)
-
-    def forward(
-        self,
-        source: Int[Tensor, "batch source"],
-        inputs: Int[Tensor, "batch length"],
-        *,
-        source_is_token: Bool[Tensor, "batch source"] | None = None,
-        is_token: Bool[Tensor, "batch length"] | None = None,
-        readout: Readout = apply_head,
-    ) -> Any:
-        """Logits of the next target token, [batch, length, vocab_size], or the result of `readout`.
-
-        `inputs` begin with the start token.
-        """
-        memory = self.encode(source, is_token=source_is_token)
-        return readout(self.head, self.hidden_states(inputs, memory, is_token=is_token))
 
     def new_cache(self, max_length: int | None = None) -> RecurrentCache:
         """An empty cache for `max_length` target tokens (default: the context length)."""

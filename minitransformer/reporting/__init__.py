@@ -1,1 +1,1 @@
-"""Figures, tables and pages, and the statistics in them."""
+"""Figures, tables, pages and statistics for reports."""

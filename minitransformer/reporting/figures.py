@@ -1,7 +1,7 @@
-"""Figures that a paper could print: curves with bands, maps of numbers, intervals beside each other.
+"""Publication-quality figures: curves with bands, heatmaps, forest plots.
 
-Curves differ in colour (Okabe and Ito's palette, which colour-blind readers can tell apart), in line style and in
-marker, so that they can also be told apart in grey. Legends stand outside of the axes and never cover data.
+Curves differ in colour (the colour-blind-safe palette of Okabe and Ito), line style and
+marker, so that they are distinguishable in greyscale too. Legends are outside the axes and never cover data.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-# Okabe and Ito 2008, https://jfly.uni-koeln.de/color, without yellow, which is too light for lines on white paper.
+# Okabe and Ito 2008, https://jfly.uni-koeln.de/color, without yellow, which is too light on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 MARKERS = "osD^vPX*"
 MOST_BELOW = 4
-"""curves whose legend stands below the axes; that of more stands at their right"""
+"""maximum number of curves with the legend below the axes; otherwise it is at the right"""
 MARKS = 9
 """markers on a curve of many points"""
 MOST_PLAIN = 100
-"""ratio of the ends of a logarithmic axis up to which its ticks are plain numbers"""
+"""maximum ratio of the ends of a logarithmic axis with plain-number ticks"""
 LETTERS_PER_INCH = 11
 """of titles"""
 DPI = 150
@@ -41,7 +41,7 @@ INK, FAINT = "#1b1b1f", "#8a8d94"
 
 @dataclass(frozen=True)
 class Curve:
-    """A mean over x, and the band around it, if there is one; values that are not finite are gaps."""
+    """A mean over x with an optional band; non-finite values are gaps."""
 
     label: str
     x: Sequence[float]
@@ -83,9 +83,9 @@ def heatmap(
     center: float | None = None,
     format_spec: str = ".3g",
 ) -> Figure:
-    """A map of `values` (rows × columns), each cell with its number; raises `UserError` without matplotlib.
+    """A heatmap of `values` (rows × columns), with the number in each cell; raises `UserError` without matplotlib.
 
-    With `center`, colours part there, evenly to both sides. A cell that is not finite stays blank, with a dash.
+    `center` is the centre of a diverging colour map. Non-finite cells are blank, with a dash.
     """
     table = np.asarray(values, dtype=float)
     assert table.shape == (len(rows), len(columns)), "a label for each row and each column"
@@ -111,7 +111,7 @@ def heatmap(
 
 
 def _write_cells(axes: Axes, image: Any, table: np.ndarray, format_spec: str) -> None:
-    """The number of each cell, in an ink that is read on its colour; a dash where it is not finite."""
+    """Write the number of each cell in a readable colour; a dash if it is not finite."""
     for row, column in np.ndindex(*table.shape):
         value = table[row, column]
         ink = _ink_on(tuple(np.ravel(image.cmap(image.norm(value))))) if np.isfinite(value) else FAINT
@@ -131,10 +131,10 @@ def intervals(
     log_x: bool = False,
     dotted: Sequence[bool] = (),
 ) -> Figure:
-    """Means with their intervals, one below the other (a forest plot); raises `UserError` without matplotlib.
+    """A forest plot: means with intervals; raises `UserError` without matplotlib.
 
-    With `reference`, a line stands there, and markers are hollow where the interval covers it. An interval whose ends
-    are not finite is a marker without bars. Those that are `dotted` are ranges that say less than an interval: their
+    `reference` is a vertical line, and markers are hollow if the interval covers it. An interval with non-finite
+    ends is a marker without bars. `dotted` ones are ranges rather than confidence intervals: their
     lines are dotted, and their markers hollow.
     """
     longest = max(map(len, labels), default=0)
@@ -180,8 +180,8 @@ def points(
     log_x: bool = False,
     log_y: bool = False,
 ) -> Figure:
-    """A point for each measurement, over a number or over a name; those that are `marked` are filled, and `mark` says
-    what they are. Values that are not finite are left out. Raises `UserError` without matplotlib."""
+    """A scatter plot over numbers or categories; `marked` points are filled, with `mark` as their legend. Non-finite
+    values are omitted. Raises `UserError` without matplotlib."""
     figure = _figure(6.4, 4.2)
     axes = _axes(figure, title=title, x_label=x_label, y_label=y_label)
     axes.grid(color="#e3e5e9", linewidth=0.6)
@@ -208,14 +208,14 @@ def points(
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG picture."""
+    """The figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
     return buffer.getvalue()
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that belongs to no window and no global state."""
+    """An empty figure, in inches, without a window or global state."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -238,7 +238,7 @@ def _axes(figure: Figure, *, title: str, x_label: str, y_label: str) -> Axes:
 
 
 def _draw(axes: Axes, curve: Curve, index: int) -> Line2D:
-    """The curve in the look of its place among the others."""
+    """Draw the curve in the style of its index."""
     x, mean = np.asarray(curve.x, dtype=float), np.asarray(curve.mean, dtype=float)
     color = PALETTE[index % len(PALETTE)]
     spacing = max(1, -(-len(x) // MARKS))
@@ -250,7 +250,7 @@ def _draw(axes: Axes, curve: Curve, index: int) -> Line2D:
         linewidth=1.6,
         marker=MARKERS[index % len(MARKERS)],
         markersize=4.5,
-        # Shifted from curve to curve, so that markers of curves that run together lie beside each other.
+        # Shifted from curve to curve, so that markers of coinciding curves do not overlap.
         markevery=((index * 2) % spacing, spacing),
     )
     if curve.low is not None and curve.high is not None:
@@ -260,7 +260,7 @@ def _draw(axes: Axes, curve: Curve, index: int) -> Line2D:
 
 
 def _log_x(axes: Axes, curves: Sequence[Curve]) -> None:
-    """A logarithmic x axis; where curves share a few points, as sizes do, its ticks are those points."""
+    """A logarithmic x axis, with ticks at the curves' points if these are few."""
     from matplotlib.ticker import NullLocator
 
     axes.set_xscale("log")
@@ -277,7 +277,7 @@ def _log_y(axes: Axes) -> None:
 
 
 def _plain_ticks(axis: Axis, low: float, high: float) -> None:
-    """A logarithmic axis of few decades has plain numbers, also between the powers of ten."""
+    """Plain-number ticks on a logarithmic axis of few decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if high / low < MOST_PLAIN:
@@ -299,13 +299,13 @@ def _legend(figure: Figure, axes: Axes, lines: Sequence[Line2D], labels: Sequenc
 
 
 def _slant(labels: Sequence[str]) -> dict[str, Any]:
-    """How to write labels below columns: slanted where they would touch."""
+    """Style of column labels: slanted if they would overlap."""
     if max(len(str(label)) for label in labels) <= 7:
         return {}
     return {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
 
 
 def _ink_on(color: Sequence[float]) -> str:
-    """Black or white, whichever is read better on `color` (red, green, blue in 0…1; ITU-R BT.709 luminance)."""
+    """Black or white, whichever is more readable on `color` (red, green, blue in 0…1; ITU-R BT.709 luminance)."""
     luminance = 0.2126 * color[0] + 0.7152 * color[1] + 0.0722 * color[2]
     return INK if luminance > 0.5 else "white"

@@ -1,4 +1,4 @@
-"""Pages of words, tables and figures: each is one HTML file that opens from disk, without a network."""
+"""Self-contained HTML pages of text, tables and figures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-# Phones, dark rooms and printers each get their own. In the dark, white paper becomes the page's dark one, and colours
-# keep their hue. Shadows lie where a table goes on beyond its edge: the covers of paper move with it, the shadows stay.
+# Styles for phones, dark mode and print. In dark mode, figures are inverted, and colours
+# keep their hue. Shadows mark the edges of a table that scrolls.
 STYLE = """
 :root { color-scheme: light dark;
   --ink: #1b1b1f; --paper: #ffffff; --faint: #5c5f66; --rule: #d5d7dc; --band: #8a8d941a;
@@ -70,10 +70,10 @@ figcaption { margin-top: 0.5rem; max-width: 46rem; color: var(--faint); font-siz
 """
 
 LONG = 40
-"""letters of a cell from which on it may break into lines"""
+"""minimum characters of a cell that may wrap"""
 LETTERS_OF_PHONE, LETTERS_OF_PAGE, LETTERS_BETWEEN = 46, 118, 3
-"""that a table has room for at a width of 390 pixels and at the widest, and that the space between columns takes"""
-HINT = "This table goes on to the right: scroll it sideways."
+"""characters per row at a width of 390 pixels and at the maximum width, and those of a column gap"""
+HINT = "This table is wide: scroll it sideways."
 ARXIV = re.compile(r"(?<=arXiv[ :])\d{4}\.\d{4,5}(?:(?:, | and )\d{4}\.\d{4,5})*")
 ARXIV_ID = re.compile(r"\d{4}\.\d{4,5}")
 NUMERIC = re.compile(r"[-−+<]?\d[-–−+\d.,eE±%\[\] ]*")
@@ -81,7 +81,7 @@ NUMERIC = re.compile(r"[-−+<]?\d[-–−+\d.,eE±%\[\] ]*")
 
 @dataclass(frozen=True)
 class Link:
-    """Text that leads to another file, by its path as seen from the page."""
+    """A link to another file, by its path relative to the page."""
 
     text: str
     path: str
@@ -95,7 +95,7 @@ class Link:
 
 
 def marked_up(text: str) -> str:
-    """`text` escaped, with a link for each paper that it names by its arXiv number."""
+    """`text` escaped, with arXiv numbers as links."""
     return ARXIV.sub(lambda ids: ARXIV_ID.sub(_paper, ids[0]), escape(text))
 
 
@@ -104,7 +104,7 @@ def _paper(number: re.Match[str]) -> str:
 
 
 def cell_text(value: Any) -> str:
-    """How a table shows `value`: yes, no, – for None, four significant digits for what is no integer, or its text."""
+    """`value` as text in a table: yes, no, – for None, four significant digits for a float."""
     if value is None:
         return "–"
     if isinstance(value, bool | np.bool_):
@@ -115,7 +115,7 @@ def cell_text(value: Any) -> str:
 
 
 def number_text(value: float) -> str:
-    """`value` with four significant digits; in powers of ten where it is below 0.001, or 100,000 and more."""
+    """`value` with four significant digits, in scientific notation below 0.001 and from 100,000."""
     if not math.isfinite(value):
         return str(value)
     rounded = float(f"{value:.4g}")
@@ -132,16 +132,16 @@ def _is_number(value: Any) -> bool:
 
 
 def number_columns(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[bool]:
-    """For each column, whether it holds numbers only, beside gaps; texts such as 1.2 ± 0.3 and 5 [4, 6] are some."""
+    """Whether each column is numeric except for gaps; texts such as 1.2 ± 0.3 and 5 [4, 6] are numeric."""
     values = [[row[i] for row in rows if row[i] is not None] for i in range(len(columns))]
     return [bool(column) and all(_is_number(value) for value in column) for column in values]
 
 
 class Page:
-    """One self-contained HTML file, built from top to bottom; every text is escaped.
+    """A self-contained HTML page, built from top to bottom; all text is escaped.
 
-    It has no script and loads no other file; its links lead to papers and to files beside it. It reads on a phone, in
-    a dark room and on paper.
+    It has no script and loads no other file; links lead to papers and to files in the same folder. It has styles for
+    phones, dark mode and print.
     """
 
     def __init__(self, title: str) -> None:
@@ -149,11 +149,11 @@ class Page:
         self.parts: list[str] = []
 
     def heading(self, text: str) -> None:
-        """A heading of a section."""
+        """A section heading."""
         self.parts.append(f"<h2>{escape(text)}</h2>")
 
     def paragraph(self, text: str) -> None:
-        """A paragraph of plain text; papers that it names by their arXiv numbers become links."""
+        """A paragraph of plain text; arXiv numbers become links."""
         self.parts.append(f"<p>{marked_up(text)}</p>")
 
     def links(self, text: str, links: Sequence[Link]) -> None:
@@ -161,9 +161,9 @@ class Page:
         self.parts.append(f"<p>{escape(text)} {', '.join(link.html() for link in links)}</p>")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table of text, links, numbers (to the right), truth values (yes, no) and None (–).
+        """A table of text, links, numbers (right-aligned), bools (yes, no) and None (–).
 
-        On a phone, one with long texts becomes a card for each row; another one that is too wide scrolls, and says so.
+        On a phone, a table with long texts becomes one card per row; other wide tables scroll, with a hint.
         """
         assert all(len(row) == len(columns) for row in rows), "a row has a cell for each column"
         right = number_columns(columns, rows)
@@ -178,14 +178,14 @@ class Page:
         )
 
     def _hint(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """That a table scrolls, where it is too wide for a phone, or for any window."""
+        """Add a hint that a wide table scrolls, on phones or always."""
         widths = [max(map(len, map(cell_text, column))) for column in zip(columns, *rows, strict=True)]
         letters = sum(widths) + LETTERS_BETWEEN * len(columns)
         if letters > LETTERS_OF_PHONE:
             self.parts.append(f'<p class="hint{" always" * (letters > LETTERS_OF_PAGE)}">{HINT}</p>')
 
     def figure(self, png: bytes, caption: str, alt: str) -> None:
-        """A picture within the page, with a caption and the words that stand for it where it cannot be seen."""
+        """An embedded image with a caption and alternative text."""
         data = base64.b64encode(png).decode("ascii")
         self.parts.append(
             f'<figure><img src="data:image/png;base64,{data}" alt="{escape(alt)}">\n'
@@ -193,11 +193,11 @@ class Page:
         )
 
     def code(self, text: str) -> None:
-        """Commands or code, letter by letter."""
+        """Preformatted commands or code."""
         self.parts.append(f"<pre><code>{escape(text)}</code></pre>")
 
     def html(self) -> str:
-        """The whole file."""
+        """The HTML of the page."""
         parts = "\n".join(self.parts)
         return (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -1,4 +1,4 @@
-"""Tables and curves in letters, for terminals and pipes."""
+"""Plain-text tables and plots for terminals and pipes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ GAP = 2
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int = 80) -> str:
-    """A table in lines of at most `width` letters.
+    """A table in lines of at most `width` characters.
 
-    Columns that have no room follow in a block below, which repeats the first column; a cell that has no room for
-    itself is cut, and ends with an ellipsis.
+    Columns that do not fit follow in a block below, which repeats the first column; a cell that does not fit is
+    truncated with an ellipsis.
     """
     right = number_columns(columns, rows)
     most = max(8, (width - GAP) // 2)
@@ -33,7 +33,7 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: in
 
 
 def plot(curves: Sequence[Curve], *, x_label: str, y_label: str, width: int = 80, height: int = 16) -> str:
-    """The means of the curves, each in a letter of its own; "" if there are no two points to draw between."""
+    """A plot of the means of the curves, with one character each; "" with fewer than two points."""
     points = [(np.asarray(curve.x, dtype=float), np.asarray(curve.mean, dtype=float)) for curve in curves]
     finite = [(x[np.isfinite(x + y)], y[np.isfinite(x + y)]) for x, y in points]
     xs, ys = np.concatenate([x for x, _ in finite] or [[]]), np.concatenate([y for _, y in finite] or [[]])
@@ -46,7 +46,7 @@ def plot(curves: Sequence[Curve], *, x_label: str, y_label: str, width: int = 80
     grid = np.full((height, columns), " ")
     at = np.linspace(xs.min(), xs.max(), columns)
     for column in range(columns):
-        # Where curves lie upon each other, each of them shows in its turn.
+        # Overlapping curves are drawn alternately.
         for i in np.roll(np.arange(len(finite)), column):
             x, y = finite[i]
             if x.size and x.min() <= at[column] <= x.max():
@@ -62,7 +62,7 @@ def plot(curves: Sequence[Curve], *, x_label: str, y_label: str, width: int = 80
 
 
 def _limits(ys: np.ndarray) -> tuple[float, float]:
-    """The ends of the axis, apart even where all values are one."""
+    """The ends of the axis, distinct even for constant values."""
     low, high = float(ys.min()), float(ys.max())
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
@@ -73,7 +73,7 @@ def _cut(text: str, most: int) -> str:
 
 
 def _blocks(widths: Sequence[int], width: int) -> Iterator[list[int]]:
-    """Which columns stand beside each other: the first, and as many others as have room."""
+    """The columns of each block: the first, and as many others as fit."""
     block, used = [0], widths[0]
     for i in range(1, len(widths)):
         if len(block) > 1 and used + GAP + widths[i] > width:

@@ -1,4 +1,4 @@
-"""What the reports of a folder of results share: its page, a CSV file of each table, a PNG file of each picture."""
+"""Shared parts of reports: a page, a CSV file per table and a PNG file per picture."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from minitransformer.reporting.tables import Picture, Table
 
 REPORT = "report.html"
 MOST_ROWS = 200
-"""of a table on the page; its CSV file has all"""
+"""maximum rows of a table on the page; its CSV file has all"""
 MOST_FAILURES = 20
-"""that are written out one by one"""
+"""maximum failures that are listed"""
 
 
 def csv_text(table: Table) -> str:
-    """The table as CSV with all digits; a cell of None is empty."""
+    """The table as CSV in full precision; None is an empty cell."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(table.columns)
@@ -30,17 +30,17 @@ def csv_text(table: Table) -> str:
 
 
 def add_table(page: Page, table: Table, file: str | None = None) -> None:
-    """The table under its title, as many rows as a page holds, and a link to the CSV `file` that has all."""
+    """Add the table with its title, truncated to a maximum of rows, and a link to the full CSV `file`."""
     page.heading(table.title)
     page.table(table.columns, table.rows[:MOST_ROWS])
     if file is not None:
         some = len(table.rows) > MOST_ROWS
-        what = f"The first {MOST_ROWS} rows of {len(table.rows)}; all of them:" if some else "With all digits:"
+        what = f"The first {MOST_ROWS} of {len(table.rows)} rows; all rows:" if some else "In full precision:"
         page.links(what, [Link(file, file)])
 
 
 def add_picture(page: Page, picture: Picture, path: Path) -> None:
-    """Draw the picture on the page and into a PNG file at `path`; raises `UserError` without matplotlib."""
+    """Add the picture to the page, and write it to `path` as PNG; raises `UserError` without matplotlib."""
     png = figures.png(picture.draw())
     with files.whole_file(path) as file:
         file.write(png)
@@ -48,21 +48,21 @@ def add_picture(page: Page, picture: Picture, path: Path) -> None:
 
 
 def add_facts(page: Page, facts: Mapping[str, Any]) -> None:
-    """What is known of the command that measured; what is empty is left out, and the command stands elsewhere."""
+    """Add the provenance of the measurement, without empty entries and the command itself."""
     page.table(["what", "value"], [(name, value) for name, value in facts.items() if value and name != "command"])
 
 
 def failed(failures: Sequence[object], what: str) -> list[str]:
-    """What is said of `what` failed, one sentence each for the first ones."""
+    """Sentences on the failures of `what`, one each for the first ones."""
     if not failures:
         return []
     return [
-        f"{what} that failed: {len(failures)}. The same command tries them again.",
+        f"{what} that failed: {len(failures)}. The same command retries them.",
         *map(str, failures[:MOST_FAILURES]),
     ]
 
 
 def skipped(lines: int) -> str:
-    """What is said of lines of results that could not be read."""
+    """A sentence on unreadable lines of results."""
     what = "1 damaged line was" if lines == 1 else f"{lines} damaged lines were"
     return f"{what} skipped in results.jsonl; their tasks were measured again."

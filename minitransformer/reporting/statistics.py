@@ -1,6 +1,6 @@
-"""What several seeds allow one to say: means, paired differences and slopes with their intervals.
+"""Statistics over seeds: means, paired differences and slopes with confidence intervals.
 
-Runs with the same seed share their initialisation and their batches, so differences are taken within seeds (paired).
+Runs with the same seed share initialisation and batches, so differences are paired by seed.
 Intervals are Student's t: the mean ± t · s / √n, with s the sample's standard deviation and n − 1 degrees of freedom.
 """
 
@@ -17,18 +17,18 @@ from numpy.typing import ArrayLike
 from minitransformer.errors import UserError
 
 LEVEL = 0.95
-"""of intervals, and one minus the largest corrected p-value that decides"""
+"""confidence level of intervals, and one minus the significance level"""
 FEWEST_SEEDS = 5
-"""paired seeds from which on a winner is named, or a claim decided"""
+"""minimum number of paired seeds to name a winner or decide a claim"""
 MOST_RIVALS = 3
-"""that are named one by one"""
+"""maximum number of rivals that are listed by name"""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """The mean of `n` values, and the interval that holds the expected value at the level that was asked for.
+    """The mean of `n` values, and its confidence interval.
 
-    One value says nothing of the spread: its interval is from −∞ to ∞.
+    The interval of a single value is from −∞ to ∞.
     """
 
     mean: float
@@ -37,20 +37,20 @@ class Interval:
     n: int
 
     def excludes(self, value: float) -> bool:
-        """Whether `value` lies outside; False where the interval is not a number, as after divergence."""
+        """Whether `value` is outside the interval; False for a NaN interval, as after divergence."""
         return value < self.low or value > self.high
 
     def __str__(self) -> str:
-        """Mean and ends, to two digits of half the interval; the mean alone where the ends are unknown."""
+        """Mean and ends, to two digits of half the interval; the mean alone if the ends are unknown."""
         reach = self.high - self.mean
-        if not math.isfinite(reach) or reach <= 1e-12 * abs(self.mean):  # less is rounding
+        if not math.isfinite(reach) or reach <= 1e-12 * abs(self.mean):  # below is rounding
             return f"{self.mean:.4g}"
         decimals = decimals_of(reach)
         return f"{self.mean:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
 
 
 def decimals_of(reach: float) -> int:
-    """How many decimals show two digits of `reach`, half of an interval (GUM 7.2.6: more would claim too much)."""
+    """The number of decimals that show two digits of `reach`, half of an interval (GUM 7.2.6)."""
     return max(0, 1 - math.floor(math.log10(reach)))
 
 
@@ -59,7 +59,7 @@ def mean_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
     without scipy."""
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or not array.size:
-        raise ValueError(f"values have shape {array.shape}: a mean needs a row of at least one")
+        raise ValueError(f"values have shape {array.shape}: a mean needs a vector of at least one value")
     if array.size == 1:
         return Interval(float(array[0]), -math.inf, math.inf, 1)
     (interval,) = _intervals(array[None], level)
@@ -90,19 +90,19 @@ def loglog_slope(x: ArrayLike, ys_by_seed: ArrayLike, level: float = LEVEL) -> I
 
 
 def p_value(values: ArrayLike) -> float:
-    """Of the two-sided t test of a mean of 0 of `values`, such as paired differences (one per seed); 1 for fewer than
-    two, and where they are not finite. Raises `UserError` without scipy."""
+    """The p-value of the two-sided t test that the mean of `values`, such as paired differences, is 0; 1 for fewer than
+    two or non-finite values. Raises `UserError` without scipy."""
     array = np.asarray(values, dtype=float)
     return 1.0 if array.size < 2 else _p_values(array[None])[0]
 
 
 def p_text(p: float) -> str:
-    """Three decimals of a p-value."""
+    """A p-value with three decimals."""
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values adjusted for their number: each compared with α then errs with probability α in all of them.
+    """The p-values adjusted for multiple testing, with family-wise error rate α.
 
     Holm 1979, "A simple sequentially rejective multiple test procedure".
     """
@@ -127,7 +127,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Names from the best mean to the worst, every pair, and the winner, if the seeds allow one to name it."""
+    """Names ordered by mean, best first, all pairs, and the winner, if there is a significant one."""
 
     order: tuple[str, ...]
     comparisons: tuple[Comparison, ...]
@@ -135,34 +135,34 @@ class Ranking:
     level: float
     seeds: int
     smallest: float = 0.0
-    """difference from which on it is worth naming a winner"""
+    """smallest difference that names a winner"""
 
     def __str__(self) -> str:
         best, *others = self.order
         if not others:
-            return f"{best} has nothing to be compared with."
+            return f"There is nothing to compare {best} with."
         if self.seeds < FEWEST_SEEDS:
             counted = "1 seed is" if self.seeds == 1 else f"{self.seeds} seeds are"
-            return f"No winner: {counted} fewer than the {FEWEST_SEEDS} that one needs."
+            return f"No winner: {counted} fewer than the {FEWEST_SEEDS} required."
         level = f"at {100 * self.level:g} %"
         if self.winner is not None:
             return f"{best} is best: {level}, corrected for all pairs, it differs from every other."
         pairs = [pair for pair in self.comparisons if pair.first == best]
         if unclear := [pair.second for pair in pairs if not self.separates(pair)]:
-            return f"No winner: {level}, the seeds do not tell {best} from {self._named(unclear)}."
+            return f"No winner: {level}, {best} and {self._named(unclear)} do not differ significantly."
         close = [pair.second for pair in pairs if not self.is_worth_naming(pair)]
         return f"No winner: {best} differs from {self._named(close)} by less than {self.smallest:g}."
 
     def _named(self, rivals: Sequence[str]) -> str:
-        """The rivals by name, or how many of the others they are."""
+        """The rivals by name, or their number."""
         return "; ".join(rivals) if len(rivals) <= MOST_RIVALS else f"{len(rivals)} of the {len(self.order) - 1} others"
 
     def is_worth_naming(self, pair: Comparison) -> bool:
-        """Whether the pair's mean difference is as large as the smallest that is worth naming."""
+        """Whether the pair's mean difference is at least the smallest that names a winner."""
         return abs(pair.difference.mean) >= self.smallest
 
     def separates(self, pair: Comparison) -> bool:
-        """Whether the pair differs: its interval excludes 0, and its p-value corrected for all pairs is small."""
+        """Whether the pair differs significantly: its interval excludes 0, and its corrected p-value is small."""
         return pair.difference.excludes(0) and pair.p < 1 - self.level
 
 
@@ -173,11 +173,11 @@ def ranking(
     level: float = LEVEL,
     smallest: float = 0.0,
 ) -> Ranking:
-    """Ranks names by the means of their values, one for each seed and in the same order of seeds for all.
+    """Rank names by the means of their values, one per seed, in the same order of seeds for all.
 
-    A winner is named only from `FEWEST_SEEDS` seeds on, if its paired interval against every other excludes 0, and
-    still does so by p-values with Holm's correction over all pairs, because the best was chosen by the same data; and
-    if it differs from every other by `smallest` or more. Raises `ValueError` where the
+    A winner needs `FEWEST_SEEDS` seeds, a paired interval against every other that excludes 0, also
+    by p-values with Holm's correction over all pairs, because the best was chosen on the same data, and
+    a difference of at least `smallest` from every other. Raises `ValueError` if the
     names have different numbers of values or none, and `UserError` without scipy.
     """
     values = {name: np.asarray(row, dtype=float) for name, row in values_by_name.items()}
@@ -186,7 +186,7 @@ def ranking(
         raise ValueError(f"numbers of values are {sorted(sizes)}: a ranking needs the same seeds for every name")
     (seeds,) = sizes
     sign = 1 if lower_is_better else -1
-    # Names that diverged have no mean, and come last.
+    # Diverged names have no mean, and are last.
     means = {name: sign * float(row.mean()) if np.isfinite(row).all() else math.inf for name, row in values.items()}
     order = tuple(sorted(values, key=means.__getitem__))
     if seeds < 2:
@@ -207,9 +207,7 @@ def _differences(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     if first.shape != second.shape or not first.ndim:
         raise ValueError(f"shapes {first.shape} and {second.shape} cannot be paired: one value per seed on both sides")
     if first.shape[-1] < 2:
-        raise UserError(
-            f"{first.shape[-1]} pair of seeds says nothing of the spread: train both with two seeds or more"
-        )
+        raise UserError(f"{first.shape[-1]} pair of seeds gives no interval: train both with two or more seeds")
     with np.errstate(invalid="ignore"):  # of two that diverged
         return first - second
 
@@ -224,7 +222,7 @@ def _intervals(rows: np.ndarray, level: float) -> list[Interval]:
 
 
 def _p_values(differences: np.ndarray) -> list[float]:
-    """Of the two-sided paired t test of each row [rows, seeds]; 1 where the differences are no numbers."""
+    """p-values of the two-sided paired t test of each row [rows, seeds]; 1 for NaN differences."""
     means, errors = _means_and_errors(differences)
     with np.errstate(divide="ignore", invalid="ignore"):  # of no spread at all, or no numbers
         p_values = 2 * _student().sf(np.abs(means) / errors, differences.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""What a report shows: tables, and pictures that are drawn where somebody wants to see them."""
+"""Tables, and pictures that are drawn on demand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the report, and a CSV file of its own; cells are text, numbers or None."""
+    """A table of a report, also written as CSV; cells are text, numbers or None."""
 
     title: str
     columns: Sequence[str]
@@ -21,7 +21,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report, and a PNG file of its own; `draw` imports matplotlib."""
+    """A figure of a report, also written as PNG; `draw` imports matplotlib."""
 
     title: str
     draw: Callable[[], Figure]

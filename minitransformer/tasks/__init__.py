@@ -1,1 +1,1 @@
-"""Tasks measured in processes, with results that outlive them: what a sweep and the laboratory run on."""
+"""Tasks run in parallel processes, with results on disk: the base of sweeps and the laboratory."""

@@ -1,4 +1,4 @@
-"""Tasks measured in processes of one thread each, which end with the process that started them."""
+"""A pool of single-threaded processes that measure tasks, and end with their parent."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from minitransformer.processes import Process, one_line
 from minitransformer.tasks.task import Measurement, MeasureTask, Task
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-"""set before they import torch"""
+"""environment, set before they import torch"""
 
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """What became of a task: its measurement, or in one line why there is none."""
+    """The outcome of a task: its measurement, or one line on why it failed."""
 
     task: Task
     measured: Measurement | None
     failure: str = ""
     mendable: bool = False
-    """whether the user can mend the failure: it was a `UserError`"""
+    """whether the failure was a `UserError`"""
     seconds: float = 0.0
 
 
 def outcomes(tasks: Iterable[Task], measure: MeasureTask, processes: int) -> Generator[TaskOutcome]:
-    """What became of each task, as it becomes known, measured by `processes` processes.
+    """The outcomes of tasks, in order of completion, measured by `processes` processes.
 
-    `measure` must be picklable by reference: a function of a module, or a `functools.partial` of one. A process that
-    is killed fails its task, and another takes its place. Closing the iterator kills what still runs; the processes
-    also end when this one is killed.
+    `measure` must be picklable: a function of a module, or a `functools.partial` of one. A process that
+    is killed fails its task, and is replaced. Closing the iterator kills the processes; they
+    also end when this process is killed.
     """
     queue = deque(tasks)
     workers: dict[Any, _Worker] = {}  # by connection
@@ -69,7 +69,7 @@ def outcomes(tasks: Iterable[Task], measure: MeasureTask, processes: int) -> Gen
 
 
 class _Worker:
-    """A process, and the task that it has. It says when it is ready, and after that what became of each task."""
+    """A process and its current task. It reports when it is ready, and then the outcome of each task."""
 
     def __init__(self, measure: MeasureTask) -> None:
         self.process = Process(_work, measure, environment=ONE_THREAD)
@@ -79,18 +79,18 @@ class _Worker:
 
     def give(self, task: Task) -> None:
         self.task = task
-        # Whether it was killed just now is seen when its answer is awaited.
+        # If it was just killed, this is noticed on receive.
         with suppress(OSError):
             self.connection.send(task)
 
     def receive(self) -> TaskOutcome | None:
-        """What became of the task, and None from a process that has just started."""
+        """The outcome of the task; None from a process that has just started."""
         try:
             return self.connection.recv()
         except (EOFError, OSError):
-            return self._bury()
+            return self._failed_outcome()
 
-    def _bury(self) -> TaskOutcome:
+    def _failed_outcome(self) -> TaskOutcome:
         self.dead = True
         ending = self.process.ending()
         self.process.end()
@@ -100,7 +100,7 @@ class _Worker:
 
 
 def _work(remote: connection.Connection, measure: MeasureTask) -> None:
-    """What a process does: it asks for tasks until there are none."""
+    """The main function of a process: measure tasks until there are none."""
     outcome = None
     while True:
         remote.send(outcome)
@@ -110,7 +110,7 @@ def _work(remote: connection.Connection, measure: MeasureTask) -> None:
 def _outcome(measure: MeasureTask, task: Task) -> TaskOutcome:
     start = time.perf_counter()
     try:
-        # As it will be read again: what is concluded now and after a restart is the same.
+        # Through JSON, so that results are the same now and after a restart.
         measured = json.loads(json.dumps(dict(measure(task))))
     except UserError as error:
         return TaskOutcome(task, None, str(error), mendable=True)

@@ -1,4 +1,4 @@
-"""How far a command is with its tasks, for whoever waits."""
+"""Progress reports of a command's tasks."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from minitransformer.tasks.task import Failure, Task
 
 
 class TaskProgress:
-    """Is told of tasks as they are done; this one prints nothing."""
+    """Called for each finished task; this base class prints nothing."""
 
     def begin(self, asked: int, done: int) -> None:
-        """`asked` tasks are asked for, and `done` of them were measured before."""
+        """Start with `asked` tasks, of which `done` were measured before."""
 
     def measured(self, task: Task) -> None:
-        """One more was measured."""
+        """A task was measured."""
 
     def failed(self, failure: Failure) -> None:
-        """One could not be measured."""
+        """A task failed."""
 
     def close(self) -> None:
-        """Nothing more will be said."""
+        """End of the report."""
 
 
 class TerminalProgress(TaskProgress):
-    """A bar on a terminal; in a pipe, a line every few seconds."""
+    """A progress bar on a terminal; in a pipe, a line every few seconds."""
 
     SECONDS = 5.0
 

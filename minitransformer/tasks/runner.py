@@ -1,4 +1,4 @@
-"""From tasks to their results: what was measured before is kept, the rest is measured on all processors."""
+"""Run tasks in parallel, and keep their results in a folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from minitransformer.tasks.task import Failure, MeasureTask, Result, Task, task_
 
 RESULTS = "results.jsonl"
 LEFTOVERS = {".lock", ".partial"}
-"""endings of files that a killed command may leave"""
+"""suffixes of temporary files that a killed command may leave"""
 
 
 def run_tasks(
@@ -30,11 +30,11 @@ def run_tasks(
     processes: int | None = None,
     progress: TaskProgress = SILENT,
 ) -> list[Failure]:
-    """Measure those of `tasks` that `store` lacks, and keep each result as soon as it is there.
+    """Measure the `tasks` that are missing in `store`, and store each result immediately.
 
-    `measure` runs in `processes` processes, by default one for each processor, and must be picklable by reference.
-    Returns the tasks that raised an exception, which are tried again when they are asked for again. Raises `UserError`
-    as soon as a task raises one.
+    `measure` runs in `processes` processes, by default one per CPU core, and must be picklable.
+    Returns the tasks that raised an exception, which are retried in the next call. Raises `UserError`
+    as soon as a task does.
     """
     unique = {task_key(task): task for task in tasks}
     missing = [task for task in unique.values() if task not in store]
@@ -57,13 +57,13 @@ def run_tasks(
 
 
 class TaskFolder(ABC):
-    """A folder of results, in which a command that was stopped goes on: what it is for, `results.jsonl`, a report.
+    """A folder with a record of its purpose, `results.jsonl` and a report, in which an interrupted command continues.
 
-    Raises `UserError` if the folder is for something else or holds other things; it is made when there is a result.
+    Raises `UserError` if the folder has another purpose or content; it is created with the first result.
     """
 
     RECORD: ClassVar[str]
-    """name of the JSON file that says what the folder is for, and by which commands it was measured"""
+    """name of the JSON file with the folder's purpose and the commands that measured"""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -72,42 +72,41 @@ class TaskFolder(ABC):
         elif folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file: {REMEDY}")
         elif folder.exists() and any(path.suffix not in LEFTOVERS for path in folder.iterdir()):
-            raise UserError(f"{folder} holds other things (it has no {self.RECORD}): {REMEDY}")
+            raise UserError(f"{folder} has other contents (it has no {self.RECORD}): {REMEDY}")
         self.store = ResultStore(folder / RESULTS)
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What the folder is for, in values that JSON has."""
+        """The purpose of the folder, as JSON values."""
 
     @abstractmethod
     def check_record(self, record: Mapping[str, Any], path: Path) -> None:
-        """Raises `UserError`, `ValueError`, `LookupError`, `TypeError` or `AttributeError` if the record in `path` is
-        none of this kind."""
+        """Raises `UserError`, `ValueError`, `LookupError`, `TypeError` or `AttributeError` for an invalid record."""
 
     @abstractmethod
     def check_same(self, record: Mapping[str, Any]) -> None:
-        """Raises `UserError` if the folder's `record` is that of something else."""
+        """Raises `UserError` if the folder's `record` has another purpose."""
 
     @abstractmethod
     def asked(self) -> list[Task]:
-        """What is to be measured, as far as the results tell by now, each task once."""
+        """The tasks known so far from the results, each once."""
 
     @property
     def is_measured(self) -> bool:
-        """Whether nothing is asked for that was not measured before."""
+        """Whether every task is measured."""
         return all(task in self.store for task in self.asked())
 
     def results(self) -> list[Result]:
-        """What was measured of all that is asked for."""
+        """The results of all tasks that are measured."""
         return self.store.results(self.asked())
 
     @property
     def records(self) -> list[dict[str, str]]:
-        """The provenance of each command that measured here, the latest at the end."""
+        """The provenance of each command that measured here, oldest first."""
         return self.read_record()["provenance"] if (self.folder / self.RECORD).exists() else []
 
     def read_record(self) -> dict[str, Any]:
-        """What the folder says that it is for; raises `StorageError` if that is damaged."""
+        """The folder's record; raises `StorageError` if it is damaged."""
         path = self.folder / self.RECORD
         record = read_json(path, f"restore it, or {REMEDY}")
         try:
@@ -117,8 +116,8 @@ class TaskFolder(ABC):
             raise StorageError(f"{path} is damaged ({error}): restore it, or {REMEDY}") from None
 
     def write_record(self) -> None:
-        """Write down what the folder is for, and that this command measures here."""
-        from minitransformer.runs import provenance  # late: each process imports this module, and that takes seconds
+        """Write the folder's record, with this command's provenance."""
+        from minitransformer.runs import provenance  # late: each process imports this module, and runs takes seconds
 
         record = {**self.describe(), "provenance": [*self.records, provenance()]}
         with files.writing(self.folder / self.RECORD, REMEDY):

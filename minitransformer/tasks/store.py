@@ -1,4 +1,4 @@
-"""Results on disk: one JSON line for each task that was measured, so that a killed sweep loses none of them."""
+"""Results on disk: one JSON line per measured task, so that a killed command loses none."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ REMEDY = "choose another --out"
 
 
 class ResultStore:
-    """The results in the file at `path`, which grows by one line for each: `key`, `task`, `measured`, `seconds`.
+    """The results in the file at `path`, one line each: `key`, `task`, `measured`, `seconds`.
 
-    One process writes; a line is on disk when `add` returns. Lines that cannot be read, such as one that was cut off
-    when the machine went down, are skipped and counted in `skipped`, and their tasks count as not yet measured.
-    Numbers that are not finite are written as Python's json does: NaN, Infinity.
+    One process writes; a line is flushed to disk when `add` returns. Unreadable lines, such as one truncated
+    by a crash, are skipped and counted in `skipped`, and their tasks count as not measured.
+    Non-finite numbers are written as by Python's json: NaN, Infinity.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.skipped = 0
         self.seconds: dict[str, float] = {}
-        """by key: how long measuring took"""
+        """duration of each measurement, by key"""
         self._measured: dict[str, Measurement] = {}
         lines = read_bytes(path, REMEDY).split(b"\n") if path.exists() else []
         self._ends_in_the_middle = bool(lines) and lines[-1] != b""
@@ -50,14 +50,14 @@ class ResultStore:
         return task_key(task) in self._measured
 
     def results(self, tasks: Iterable[Task]) -> list[Result]:
-        """The results of those of `tasks` that were measured, in their order."""
+        """The results of the measured `tasks`, in order."""
         return [Result(task, self._measured[task_key(task)]) for task in tasks if task in self]
 
     def add(self, task: Task, measured: Measurement, seconds: float) -> None:
-        """Keep a result; raises `UserError` where the disk is full or may not be written."""
+        """Append a result; raises `UserError` if the disk is full or not writable."""
         key = task_key(task)
         record: dict[str, Any] = {"key": key, "task": task, "measured": measured, "seconds": round(seconds, 3)}
-        # A line that was cut off ends here, so that it spoils no other.
+        # End a truncated line, so that it does not damage the next.
         line = b"\n" * self._ends_in_the_middle + json.dumps(record).encode() + b"\n"
         with writing(self.path, REMEDY), self.path.open("ab", buffering=0) as file:
             file.write(line)

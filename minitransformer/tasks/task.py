@@ -1,4 +1,4 @@
-"""What is measured once, and what came of it, in values that JSON has."""
+"""Tasks and their measurements, as JSON values."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 Task = dict[str, Any]
-"""What is measured once: it names every choice, the seed among them, and so is its own key."""
+"""A task: all choices of a measurement, including the seed; it is its own key."""
 Measurement = dict[str, Any]
-"""What was measured."""
+"""The measured values."""
 MeasureTask = Callable[[Task], Measurement]
 
 
@@ -36,10 +36,10 @@ class Failure:
 
 
 def canonical(task: Task) -> str:
-    """The task as JSON, in the same letters whatever the order of its choices."""
+    """The task as canonical JSON, independent of the order of its choices."""
     return json.dumps(task, sort_keys=True, separators=(",", ":"))
 
 
 def task_key(task: Task) -> str:
-    """What names the task: 16 hexadecimal digits of the SHA-256 of its canonical JSON."""
+    """The key of a task: 16 hexadecimal digits of the SHA-256 of its canonical JSON."""
     return hashlib.sha256(canonical(task).encode()).hexdigest()[:16]

@@ -26,7 +26,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Weights:
+class ParameterGroups:
     """The trainable parameters of a model by kind, each once."""
 
     matrices: list[nn.Parameter]
@@ -36,7 +36,7 @@ class Weights:
     vectors: list[nn.Parameter]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Weights:
+    def of(cls, model: nn.Module) -> ParameterGroups:
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         heads = {id(module.weight) for module in model.modules() if isinstance(module, LMHead)} - tables
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -54,7 +54,7 @@ class Optimizer(Registered, kind="optimizer"):
     def __init__(self, settings: Any, rates: Rates) -> None:
         self.settings, self.rates = settings, rates
 
-    def build(self, weights: Weights) -> list[LightOptimizer]:
+    def build(self, weights: ParameterGroups) -> list[LightOptimizer]:
         """The optimizers, with their parameter groups and peak learning rates."""
         raise NotImplementedError
 
@@ -76,7 +76,7 @@ class AdamW(Optimizer, name="adamw"):
 
     settings: Settings
 
-    def build(self, weights: Weights) -> list[LightOptimizer]:
+    def build(self, weights: ParameterGroups) -> list[LightOptimizer]:
         rates = self.rates
         groups = [
             {"params": weights.matrices, "lr": rates.lr, "weight_decay": rates.weight_decay},
@@ -107,7 +107,7 @@ class MuonWithAdamW(AdamW, name="muon"):
 
     settings: Settings
 
-    def build(self, weights: Weights) -> list[LightOptimizer]:
+    def build(self, weights: ParameterGroups) -> list[LightOptimizer]:
         settings, rates = self.settings, self.rates
         rest = [
             {"params": weights.embeddings + weights.vectors, "lr": rates.embedding_lr, "weight_decay": 0.0},
@@ -125,7 +125,7 @@ class MuonWithAdamW(AdamW, name="muon"):
 
 def build_optimizers(optimizer: Chosen[Optimizer], model: nn.Module, rates: Rates) -> list[LightOptimizer]:
     """The optimizers of `model`; each parameter group stores its peak learning rate."""
-    optimizers = optimizer.make(rates).build(Weights.of(model))
+    optimizers = optimizer.make(rates).build(ParameterGroups.of(model))
     for each in optimizers:
         for group in each.param_groups:
             group["peak_lr"] = group["lr"]

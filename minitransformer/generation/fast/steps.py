@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minitransformer.architecture.cache import KVCache
 from minitransformer.generation.batch import MakeStep, RowStep, decode_rows
-from minitransformer.generation.fast.recording import Step, has_fixed_shapes, recorded, slots_visible
+from minitransformer.generation.fast.recording import StepFunction, has_fixed_shapes, recorded, slots_visible
 from minitransformer.generation.fast.rows import for_single_rows
 from minitransformer.generation.readers import MakeRead, ReadStep, read_slots
 from minitransformer.models.decoder import DecoderLM
@@ -42,7 +42,7 @@ def recorded_read(model: DecoderLM, fast: DecoderLM, cache: KVCache, count: int)
     return _with_fewer_shapes(step, cache, device) if fixed else step
 
 
-def _with_fewer_shapes(step: Step, cache: KVCache, device: torch.device) -> Step:
+def _with_fewer_shapes(step: StepFunction, cache: KVCache, device: torch.device) -> StepFunction:
     """`step`, whose third argument, as many numbers as slots are visible, comes in few sizes."""
     slots = torch.arange(cache.max_length, device=device)
 

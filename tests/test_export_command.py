@@ -1,0 +1,154 @@
+"""`export`: a run in the format of a public family, checked against the reference, or what is in the way of one."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minitransformer import pretrained
+from minitransformer.commands import export, train
+from minitransformer.models.model import Model
+from tests.runs_for_tests import Call, untrained_run
+
+with suppress(ImportError):  # before a test captures the standard error that it keeps for its warnings
+    import transformers  # noqa: F401
+
+
+GPT2 = {"positions": "learned", "bias": True}
+
+
+LLAMA = {"norm": "rms", "feedforward": "swiglu"}
+
+
+def test_a_run_is_exported_and_its_copy_checked(tmp_path: Path, call: Call, shake: Any) -> None:
+    library = pytest.importorskip("transformers", reason="the reference implementation is not installed")
+    model = untrained_run(tmp_path / "run", shake, "causal", **GPT2)
+    code, out, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
+    assert (code, err) == (0, "")
+    assert "format     gpt2" in out
+    opened = f"opened by transformers {library.__version__}"
+    [difference] = re.findall(rf"logits of the copy, {re.escape(opened)}, have a relative error of at most (\S+)", out)
+    assert float(difference) < 1e-5
+    copy, _ = pretrained.load(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copy.parameters(), strict=True))
+
+
+def test_without_transformers_the_copy_is_opened_again_by_ours_and_that_is_said(
+    tmp_path: Path, call: Call, shake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    untrained_run(tmp_path / "run", shake, "causal", **GPT2)
+    code, out, _ = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
+    assert code == 0
+    opened = "opened by minitransformer alone, as transformers is not installed"
+    assert f"{opened}, have a relative error of at most 0.0e+00" in out
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            {"activation_function": "relu"},
+            r"logits of the copy, opened by transformers \S+, have a relative error of",
+        ),
+        ({"n_head": None}, r"transformers cannot open the copy in \S+ \(Validation error for field 'n_head'"),
+    ],
+    ids=["another model", "cannot be opened"],
+)
+def test_a_copy_that_is_another_model_for_transformers_is_removed(
+    damage: dict[str, Any], message: str, tmp_path: Path, call: Call, shake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="the reference implementation is not installed")
+    save = pretrained.save
+
+    def damaged(model: Model, folder: Path, *arguments: Any, **options: Any) -> None:
+        save(model, folder, *arguments, **options)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | damage))
+
+    monkeypatch.setattr(pretrained, "save", damaged)
+    untrained_run(tmp_path / "run", shake, "causal", **GPT2)
+    code, out, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
+    assert (code, out) == (1, "")
+    assert re.match(f"error: {message}.*: the copy was removed; choose another --format\n$", err), err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "choices"),
+    [
+        ("llama", LLAMA),
+        ("mixtral", {**LLAMA, "num_experts": 2}),
+        ("qwen2", {**LLAMA, "qkv_bias": True}),
+        ("qwen3", {**LLAMA, "qk_norm": "head"}),
+    ],
+)
+def test_the_first_family_that_holds_a_model_is_found(
+    family: str, choices: dict[str, Any], tmp_path: Path, call: Call, shake: Any
+) -> None:
+    untrained_run(tmp_path / "run", shake, "causal", **choices)
+    code, out, _ = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
+    assert code == 0
+    assert f"format     {family}\n" in out
+
+
+def test_everything_in_the_way_of_the_nearest_format_is_named_with_flags_that_go_round_it(
+    tmp_path: Path, call: Call, shake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINITRANSFORMER_DATA", str(tmp_path / "data"))
+    preset = {"feedforward": "squared-relu", "qk_norm": "head", "tied_embeddings": False, "token_smear": True}
+    untrained_run(tmp_path / "run", shake, "causal", **preset)
+    code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
+    assert code == 2
+    assert err == (
+        "error: no known format can represent this model; the nearest is qwen3: norm is 'layer', and qwen3 can only "
+        "hold 'rms'; feedforward is 'squared-relu', and qwen3 can only hold 'swiglu' or 'geglu-tanh' or 'geglu' or "
+        "'reglu'; token_smear is True, and qwen3 can only hold False: train a model with --norm rms --feedforward "
+        "swiglu --no-token-smear, which qwen3 can represent\n"
+    )
+    (tmp_path / "text.txt").write_text("the dog and the cat " * 200)
+    [flags] = re.findall("train a model with (.*), which", err)
+    code, *_ = call(
+        train,
+        *("gpt-nano", "--data", str(tmp_path / "text.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "trained")),
+        *("--d-model", "16", "--num-layers", "1", "--context-length", "16", "--token-smear", *flags.split()),
+        *("--steps", "1", "--warmup-steps", "0", "--device", "cpu"),
+    )
+    assert code == 0
+    code, out, _ = call(export, str(tmp_path / "trained"), "--to", str(tmp_path / "out"))
+    assert code == 0
+    assert "format     qwen3\n" in out
+
+
+def test_a_format_that_is_asked_for_says_all_that_is_in_its_way(tmp_path: Path, call: Call, shake: Any) -> None:
+    untrained_run(
+        tmp_path / "run", shake, "causal", **LLAMA, qk_norm="head", attention_window=3, window_pattern=(True,)
+    )
+    code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--format", "llama")
+    assert code == 2
+    assert "cannot be exported as llama: qk_norm is 'head', and llama can only hold 'none'; attention_window" in err
+    assert "train a model with --qk-norm none --attention-window None, which llama can represent" in err
+
+
+def test_the_help_says_which_presets_can_be_exported(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        export.main(["--help"])
+    assert "gpt2-124m (gpt2, opt)" in capsys.readouterr().out
+
+
+def test_what_no_format_can_hold_is_refused_and_nothing_written(tmp_path: Path, call: Call, shake: Any) -> None:
+    untrained_run(tmp_path / "run", shake, "causal", residual="residual")
+    code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
+    assert code == 2
+    assert "residual is 'residual'" in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--format", "lama")
+    assert code == 2
+    assert "did you mean 'llama'" in err
