@@ -67,7 +67,7 @@ def refused(action: Callable[[], object]) -> str:
 
 def run_folder(path: Path) -> Path:
     config = configured(TINY, d_model=8, num_layers=1, seed=3)
-    run = Run.create(path, config, Bytes().framed(Framing(before=(256,))).with_special_tokens(["<|mask|>"]), Bytes())
+    run = Run.create(path, config, Bytes().framed(Framing(prefix=(256,))).with_special_tokens(["<|mask|>"]), Bytes())
     write_checkpoint(run.checkpoints, 5, build_model(config.model), {"optimizers": [], "progress": {"step": 5}})
     lines = [{"step": step, "loss": 2.0 / step, "tokens": step, "seconds": 0.1} for step in range(1, 6)]
     lines.append({"step": 5, "validation_loss": 1.0, "bits_per_byte": 2.0, "accuracy": None})
@@ -107,7 +107,7 @@ def checkpoint_folder(path: Path) -> Path:
         d_model=8, num_layers=1, num_heads=2, context_length=16, vocab_size=270, positions="learned", bias=True, d_ff=16
     )
     ranks = [bytes([value]) for value in range(256)] + [b"th", b"the", b" a"]
-    tokenizer = BPE(ranks).framed(Framing(before=(259,)))
+    tokenizer = BPE(ranks).framed(Framing(prefix=(259,)))
     extra = {"bos_token_id": 259, "eos_token_id": [259, 1], "bad_words_ids": [[3]], "id2label": {"0": "a"}}
     pretrained.save(build_model(config), path, "gpt2", extra, tokenizer=tokenizer)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 259, "forced_eos_token_id": [259]}))
@@ -147,7 +147,7 @@ def open_checkpoint(path: Path) -> None:
 def tokenizer_folder(path: Path) -> Path:
     path.mkdir()
     trained = BPE.train(iter(["some text, some words"] * 3), 262)
-    trained.framed(Framing(before=(1,), never=(2,), start=3)).save(path / "bpe.json")
+    trained.framed(Framing(prefix=(1,), suppressed=(2,), start=3)).save(path / "bpe.json")
     Characters.fit(lambda: iter(["a text"])).save(path / "chars.json")
     Bytes().save(path / "bytes.json")
     return path

@@ -317,6 +317,13 @@ def test_any_framing_is_saved_and_restored(framing: Framing) -> None:
     assert again.with_special_tokens(["<|more|>"]).framing == framing
 
 
+def test_the_names_in_tokenizer_files_are_those_of_the_first_version() -> None:
+    framing = Framing((1,), (2,), start=3, forced_bos=4, forced_eos=5, other_ends=(6,), suppressed=(7,))
+    stored = {"before": (1,), "after": (2,), "start": 3, "first": 4, "last": 5, "other_ends": (6,), "never": (7,)}
+    assert Bytes().framed(framing).to_json()["framing"] == stored
+    assert Tokenizer.from_json({**Bytes().to_json(), "framing": stored}).framing == framing
+
+
 @pytest.mark.parametrize("framing", [{"before": "ab"}, {"start": [1]}, {"ever": [1]}, {"after": [-1]}, {"start": 900}])
 def test_damaged_framing_is_one_sentence(framing: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"not a tokenizer|framing uses token 900"):

@@ -43,7 +43,7 @@ def look_at(model: Model, request: LookRequest, tokenizer: Tokenizer, target_tok
 @torch.inference_mode()
 def _decoder(model: DecoderLM, request: LookRequest, tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> Look:
     _refuse_target(request, model)
-    before = tokenizer.framing.before
+    before = tokenizer.framing.prefix
     room = model.config.context_length - len(before)
     tokens = [*before, *_fitting(tokenizer.encode(request.prompt), request, room)]
     texts = {"text": Text("Text", tokens, tokenizer)}
@@ -129,7 +129,7 @@ def _encoder_decoder(
     tokenizer: Tokenizer,
     target_tokenizer: Tokenizer,
 ) -> Look:
-    framing, end = tokenizer.pair_framing, target_tokenizer.pair_framing.after[0]
+    framing, end = tokenizer.pair_framing, target_tokenizer.pair_framing.suffix[0]
     room = model.config.context_length - framing.length
     source = framing.around(_fitting(tokenizer.encode(_line(request.prompt)), request, room))
     target, remark = _target(model, source, request, target_tokenizer)
@@ -159,7 +159,7 @@ def _target(model: Any, source: Sequence[int], request: LookRequest, tokenizer: 
     # The start token takes one position of the context.
     room = model.config.context_length - 1
     if request.target is not None:
-        target = [*tokenizer.framing.before, *tokenizer.encode(_line(request.target))]
+        target = [*tokenizer.framing.prefix, *tokenizer.encode(_line(request.target))]
         if len(target) > room:
             raise UserError(f"the target has {len(target)} tokens, and the model generates at most {room}: shorten it")
         return target, "The target is given (teacher forcing)."

@@ -159,22 +159,22 @@ def translate(
     *,
     start: int,
     ends: Sequence[int],
-    first: int | None = None,
-    last: int | None = None,
-    never: Sequence[int] = (),
+    forced_bos: int | None = None,
+    forced_eos: int | None = None,
+    suppressed: Sequence[int] = (),
     vocab_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> list[list[list[int]]]:
     """For each source, `num_samples` targets, the best first, each without the one of `ends` that ends it.
 
-    Every target begins after `start`, and has no more than the model's context. `first`, if there is one, is its first
-    token whatever the model finds likely, `last` that of a target which would grow too long, and `never` are in none.
+    Every target begins after `start`, and has no more than the model's context. `forced_bos`, if given, is its
+    first token, `forced_eos` the last one of a target of maximum length, and none of `suppressed` is ever generated.
     With `num_beams`, what beam search finds; otherwise as in `generate`.
     """
     device = next(model.parameters()).device
     source, is_token = padded(sources, device)
     limited = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, model.config.context_length))
-    rules = _rules({1: first, limited.max_new_tokens: last}, never)
+    rules = _rules({1: forced_bos, limited.max_new_tokens: forced_eos}, suppressed)
     copies = sampling.num_beams if sampling.num_beams > 1 else sampling.num_samples
     rows = torch.arange(len(sources), device=device).repeat_interleave(copies)
     with evaluating(model):
@@ -194,9 +194,9 @@ def translate(
     return [[_before(ends, tokens) for tokens in text] for text in targets]
 
 
-def _rules(forced: dict[int, int | None], never: Sequence[int]) -> list[Processor]:
+def _rules(forced: dict[int, int | None], suppressed: Sequence[int]) -> list[Processor]:
     """`forced` says after how many tokens which one must come, if any."""
-    banned = [SuppressTokens(never)] if never else []
+    banned = [SuppressTokens(suppressed)] if suppressed else []
     return [*banned, *(ForceToken(length, token) for length, token in forced.items() if token is not None)]
 
 

@@ -108,13 +108,15 @@ class Engine:
         A CUDA device tells the tokens of a step while it works on the next one.
         """
         told = self._tell() if self._unread else []  # a window is made of tokens that are known
-        self._give_rows()
-        read = self._prefill()
+        if self._unread or (self._waiting and self._free):
+            self._give_rows()
+        read = self._prefill() if self._prefills else []
         arriving = [self._decode()] if self._decoding else []
         arriving += [self._begin(prompts) for prompts in read]
         if self._rows.longest() == self.context_length:
             self._read_anew()
-        told += self._tell()
+        if self._arriving:
+            told += self._tell()
         self._arriving = arriving
         return told if self._newest.is_cuda else self._tell()
 

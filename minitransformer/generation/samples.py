@@ -108,9 +108,9 @@ def translations(
         sampling,
         start=target_tokenizer.target_start,
         ends=target_tokenizer.ends,
-        first=framing.first,
-        last=framing.last,
-        never=framing.never,
+        forced_bos=framing.forced_bos,
+        forced_eos=framing.forced_eos,
+        suppressed=framing.suppressed,
         vocab_size=target_tokenizer.vocab_size,
         generator=generator,
     )

@@ -61,10 +61,9 @@ class Request:
         return self._text[: len(self.prompt) + self.chosen]
 
     def note(self, chosen: Int[Tensor, "requests"], row: int) -> None:
-        """One token more has been chosen, which its device may not have told yet."""
+        """The next token of the text has been chosen, which its device may not have told yet."""
         if self._text is not None:
             self._text[len(self.prompt) + self.chosen] = chosen[row]
-        self.chosen += 1
 
     def take(self, token: int) -> None:
         """The next of the chosen tokens is known."""
@@ -85,17 +84,26 @@ def choose(logits: Float[Tensor, "requests vocab"], requests: Sequence[Request])
     Raises `UserError` if a model has gone wrong so far that there is no first token.
     """
     logits = at_least_float32(logits)
-    if 0 in {request.chosen for request in requests}:
+    if not all(request.chosen for request in requests):
         check_finite(logits)
-    if len({request.alike for request in requests}) == 1:
+    if _all_alike(requests):
         chosen = _choose_alike(logits, requests)
     else:
         chosen = torch.empty(len(requests), dtype=torch.long, device=logits.device)
         for rows in _alike(requests):
             chosen[rows] = _choose_alike(logits[rows], [requests[row] for row in rows])
     for row, request in enumerate(requests):
-        request.note(chosen, row)
+        if request.looks_back:
+            request.note(chosen, row)
+        request.chosen += 1
     return chosen
+
+
+def _all_alike(requests: Sequence[Request]) -> bool:
+    first = requests[0]
+    if first.looks_back:
+        return len({request.alike for request in requests}) == 1
+    return all(request.sampling is first.sampling and request.rules is first.rules for request in requests)
 
 
 def _alike(requests: Sequence[Request]) -> list[list[int]]:

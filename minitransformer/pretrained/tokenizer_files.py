@@ -35,7 +35,7 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     end, ends = tokenizer.end_of_text, list(tokenizer.ends)
     padding = [tokenizer.special_tokens[name] for name in PADDINGS if name in tokenizer.special_tokens]
     return {
-        "bos_token_id": next(iter(tokenizer.framing.before), end),
+        "bos_token_id": next(iter(tokenizer.framing.prefix), end),
         "eos_token_id": ends if len(ends) > 1 else end,
         "pad_token_id": next(iter(padding), end),
     }
@@ -46,10 +46,10 @@ def target_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     framing = tokenizer.framing
     ids = {
         "decoder_start_token_id": tokenizer.target_start,
-        "forced_bos_token_id": framing.first,
-        "forced_eos_token_id": framing.last,
+        "forced_bos_token_id": framing.forced_bos,
+        "forced_eos_token_id": framing.forced_eos,
     }
-    return {**ids, "bad_words_ids": [[token] for token in framing.never]} if framing.never else ids
+    return {**ids, "bad_words_ids": [[token] for token in framing.suppressed]} if framing.suppressed else ids
 
 
 @singledispatch
@@ -121,9 +121,9 @@ def _post_processor(tokenizer: Tokenizer) -> dict[str, Any] | None:
         return None
     single = [{"Sequence": {"id": "A", "type_id": 0}}]
     single = [
-        *({"SpecialToken": {"id": names[token], "type_id": 0}} for token in framing.before),
+        *({"SpecialToken": {"id": names[token], "type_id": 0}} for token in framing.prefix),
         *single,
-        *({"SpecialToken": {"id": names[token], "type_id": 0}} for token in framing.after),
+        *({"SpecialToken": {"id": names[token], "type_id": 0}} for token in framing.suffix),
     ]
     pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
     used = {

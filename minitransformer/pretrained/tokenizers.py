@@ -67,10 +67,10 @@ def framing_of(content: dict[str, Any], expected: dict[str, Any], tokenizer: Tok
         before,
         after,
         start=None if start == tokenizer.end_of_text else start,
-        first=expected.get("forced_bos_token_id") if two_sided else None,
-        last=next(iter(_ids(expected.get("forced_eos_token_id"))), None) if two_sided else None,
+        forced_bos=expected.get("forced_bos_token_id") if two_sided else None,
+        forced_eos=next(iter(_ids(expected.get("forced_eos_token_id"))), None) if two_sided else None,
         other_ends=tuple(end for end in dict.fromkeys(others) if end != tokenizer.end_of_text),
-        never=tuple(banned),
+        suppressed=tuple(banned),
     )
 
 

@@ -49,7 +49,7 @@ class GeneratedPairs:
 
         number, place = divmod(index, POOL)
         pool = _pool(self, number)
-        end = self.tokenizer.pair_framing.after[-1]
+        end = self.tokenizer.pair_framing.suffix[-1]
         batches = ShuffledPairs(pool, self.batch_tokens, end, end, self.seed, self.tokenizer.target_start)
         return batches.batch(place)
 

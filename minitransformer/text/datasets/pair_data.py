@@ -43,7 +43,7 @@ class PairData(PreparedData):
     @property
     def ends(self) -> tuple[int, int]:
         """The end tokens of sources and targets."""
-        return self.tokenizer.pair_framing.after[-1], self.target_tokenizer.pair_framing.after[-1]
+        return self.tokenizer.pair_framing.suffix[-1], self.target_tokenizer.pair_framing.suffix[-1]
 
     @abstractmethod
     def training_batches(self, seed: int) -> NumberedBatches:

@@ -8,7 +8,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -94,23 +94,23 @@ class Tokenizer(Registered, kind="tokenizer"):
 
     def encode_prompt(self, text: str) -> list[int]:
         """The prompt of a decoder: `text` after the framing prefix, or a beginning-of-text token if both are empty."""
-        return [*self.framing.before, *self.encode(text)] or [self.end_of_text]
+        return [*self.framing.prefix, *self.encode(text)] or [self.end_of_text]
 
     @property
     def masked_framing(self) -> Framing:
         """The framing of masked texts: at least a first token, from which classes are predicted."""
-        return replace(self.framing, before=self.framing.before or (self.end_of_text,))
+        return replace(self.framing, prefix=self.framing.prefix or (self.end_of_text,))
 
     @property
     def pair_framing(self) -> Framing:
         """The framing of sources and targets: at least the end token."""
-        return replace(self.framing, after=self.framing.after or (self.end_of_text,))
+        return replace(self.framing, suffix=self.framing.suffix or (self.end_of_text,))
 
     @property
     def separator(self) -> list[int]:
         """The tokens between documents: the end of one and the prefix of the next."""
         end = [self.end_of_text]
-        return end if self.framing.before == tuple(end) else [*end, *self.framing.before]
+        return end if self.framing.prefix == tuple(end) else [*end, *self.framing.prefix]
 
     @property
     def target_start(self) -> int:
@@ -124,8 +124,8 @@ class Tokenizer(Registered, kind="tokenizer"):
 
     def framed(self, framing: Framing) -> Self:
         """This tokenizer with `framing`; raises `UserError` for ids outside its vocabulary."""
-        used = [*framing.before, *framing.after, *framing.other_ends, *framing.never]
-        used += [token for token in (framing.start, framing.first, framing.last) if token is not None]
+        used = [*framing.prefix, *framing.suffix, *framing.other_ends, *framing.suppressed]
+        used += [token for token in (framing.start, framing.forced_bos, framing.forced_eos) if token is not None]
         if used and max(used) >= self.vocab_size:
             raise UserError(
                 f"the framing uses token {max(used)}, but the tokenizer has only {self.vocab_size}: "
@@ -160,7 +160,7 @@ class Tokenizer(Registered, kind="tokenizer"):
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r} is not {FORMAT}")
             tokenizer = Tokenizer.named(content["type"])._from_json(content)
-            return tokenizer.framed(Framing(**content["framing"])) if "framing" in content else tokenizer
+            return tokenizer.framed(Framing.from_json(content["framing"])) if "framing" in content else tokenizer
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
             raise UserError(f"not a tokenizer: {what}; use a tokenizer.json as training wrote it") from None
@@ -212,7 +212,7 @@ class Tokenizer(Registered, kind="tokenizer"):
         return self
 
     def _described(self, **content: Any) -> dict[str, Any]:
-        framing = {} if self.framing == Framing() else {"framing": asdict(self.framing)}
+        framing = {} if self.framing == Framing() else {"framing": self.framing.to_json()}
         return {"format": FORMAT, "type": self.name, "special_tokens": self.special_tokens, **framing, **content}
 
 

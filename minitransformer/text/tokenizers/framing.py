@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+STORED = {
+    "prefix": "before",
+    "suffix": "after",
+    "forced_bos": "first",
+    "forced_eos": "last",
+    "suppressed": "never",
+}
+"""names in tokenizer files, from which their fingerprints are made"""
 
 
 @dataclass(frozen=True)
@@ -13,20 +23,20 @@ class Framing:
     Raises `TypeError` for values that are not ids.
     """
 
-    before: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()
     """prefix of every input text"""
-    after: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
     """suffix of every complete input text and of every target"""
     start: int | None = None
     """decoder start token; None is the end-of-text token"""
-    first: int | None = None
-    """forced first token of every target (forced BOS)"""
-    last: int | None = None
-    """forced last token of a target of maximum length (forced EOS)"""
+    forced_bos: int | None = None
+    """first token of every target, whatever the model predicts"""
+    forced_eos: int | None = None
+    """last token of a target of maximum length"""
     other_ends: tuple[int, ...] = ()
     """additional end-of-text tokens"""
-    never: tuple[int, ...] = ()
-    """suppressed tokens, which are never generated"""
+    suppressed: tuple[int, ...] = ()
+    """tokens that are never generated"""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -37,11 +47,20 @@ class Framing:
             if isinstance(field.default, tuple):
                 object.__setattr__(self, field.name, tuple(ids))  # JSON has lists only
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Framing:
+        """The inverse of `to_json`; raises `TypeError` for other names."""
+        names = {stored: name for name, stored in STORED.items()}
+        return cls(**{names.get(name, name): value for name, value in content.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        return {STORED.get(name, name): value for name, value in asdict(self).items()}
+
     @property
     def length(self) -> int:
         """Number of tokens around a text."""
-        return len(self.before) + len(self.after)
+        return len(self.prefix) + len(self.suffix)
 
     def around(self, tokens: Iterable[int]) -> list[int]:
         """`tokens` with prefix and suffix."""
-        return [*self.before, *tokens, *self.after]
+        return [*self.prefix, *tokens, *self.suffix]

@@ -126,7 +126,7 @@ class Masked(Objective, name="masked"):
         # Validation always masks the same tokens, so that results are comparable.
         generator = torch.Generator().manual_seed(torch_seed(key.numbers(STREAM)))
         masked = self._masked(batch.inputs, data.targets(key.split), generator)
-        padding = F.pad(batch.targets == IGNORE, (len(self.framing.before), len(self.framing.after)))
+        padding = F.pad(batch.targets == IGNORE, (len(self.framing.prefix), len(self.framing.suffix)))
         if padding.any():
             masked = replace(masked, targets=masked.targets.masked_fill(padding, IGNORE), is_token=~padding)
         return masked
@@ -136,7 +136,7 @@ class Masked(Objective, name="masked"):
         if self.model.next_sentence:
             windows, segments, follows = self._pairs(windows, tokens, generator)
         before, after = (
-            windows.new_tensor(ids).expand(len(windows), -1) for ids in (self.framing.before, self.framing.after)
+            windows.new_tensor(ids).expand(len(windows), -1) for ids in (self.framing.prefix, self.framing.suffix)
         )
         inputs, targets = mask_tokens(
             torch.cat([before, windows], dim=1),
@@ -158,7 +158,7 @@ class Masked(Objective, name="masked"):
         elsewhere = torch.from_numpy(np.asarray(tokens)[starts[:, None] + np.arange(rest)].astype(np.int64))
         second = torch.where(follows[:, None] == 1, windows[:, half:], elsewhere)
         segments = torch.zeros(rows, windows.size(1) + self.framing.length, dtype=torch.long)
-        segments[:, len(self.framing.before) + half :] = 1
+        segments[:, len(self.framing.prefix) + half :] = 1
         return torch.cat([windows[:, :half], second], dim=1), segments, follows
 
     def score(self, model: Any, batch: MaskedBatch) -> Score:
