@@ -66,7 +66,7 @@ def test_a_worker_that_is_not_done_by_the_deadline_is_told_of_and_can_be_closed(
     begun = time.monotonic()
     if asleep == "sampling":
         worker.cost()
-    with pytest.raises(TimeUp, match="would not fit into --minutes"):
+    with pytest.raises(TimeUp, match="would exceed --minutes"):
         (worker.cost if asleep == "preparing" else worker.sample)(time.monotonic() + 0.2)
     worker.close()
     assert time.monotonic() - begun < 30
@@ -184,7 +184,7 @@ def test_less_text_than_asked_is_an_error(text):
 
 def test_peers_that_are_not_there_are_absent_with_the_reason():
     (case,) = Subject.named("training")(TINY).cases()
-    assert Absent("nanoGPT", "name a checkout with --against") in case.absent
+    assert Absent("nanoGPT", "give a checkout with --against") in case.absent
 
 
 def test_a_package_that_is_not_installed_is_named():
@@ -202,8 +202,8 @@ def test_nanogpt_is_imported_from_its_path(tmp_path):
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (None, "is no nanoGPT, as it has no model.py"),
-        ("class GPT: pass", "is no nanoGPT, as its model.py has no classes GPT and GPTConfig"),
+        (None, "is not a nanoGPT checkout, because it has no model.py"),
+        ("class GPT: pass", "is not a nanoGPT checkout, because its model.py has no classes GPT and GPTConfig"),
         ("class (", "cannot be read as Python"),
     ],
 )

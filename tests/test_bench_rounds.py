@@ -144,7 +144,7 @@ def test_a_case_keeps_its_time_and_says_who_did_not_fit(fresh, seconds_of, secon
     assert Clocked.now <= seconds + 1e-9
     absent = {entry.name: entry.why for entry in result.absent}
     assert {name for name in result.samples if not name.endswith(AGAIN)} | set(absent) == set(values)
-    assert all("would not fit into --minutes" in why for why in absent.values())
+    assert all("would exceed --minutes" in why for why in absent.values())
     assert all(result.samples.values())
 
 

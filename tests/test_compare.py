@@ -179,10 +179,10 @@ def test_a_run_without_numbers_is_refused(make):
     path = make("a")
     for content in ("", "nothing\n"):
         (path / "metrics.jsonl").write_text(content)
-        with pytest.raises(UserError, match=r"a has no numbers in metrics\.jsonl"):
+        with pytest.raises(UserError, match=r"a has no metrics in metrics\.jsonl"):
             compare([path])
     (path / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match=r"a has no numbers in metrics\.jsonl"):
+    with pytest.raises(UserError, match=r"a has no metrics in metrics\.jsonl"):
         compare([path])
 
 

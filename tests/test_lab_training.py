@@ -12,7 +12,7 @@ import torch
 from minitransformer.lab import training
 from minitransformer.lab.experiment import Experiment, ExperimentSettings
 from minitransformer.lab.experiments.trainability import PLACEMENTS
-from minitransformer.lab.training import BASE, Course, train
+from minitransformer.lab.training import BASE, TrainingCurve, train
 from minitransformer.models.model import build_model
 from minitransformer.settings import flat
 from minitransformer.tasks.task import Result
@@ -51,8 +51,8 @@ def test_experiments_train_bit_for_bit_as_the_trainer_does(text, tmp_path: Path,
     trainer.log = log = Steps()
     trainer.train()
     trained = train(config, text)
-    assert trained.course.losses == log.losses
-    assert trained.course.grad_norms == log.grad_norms
+    assert trained.training_curve.losses == log.losses
+    assert trained.training_curve.grad_norms == log.grad_norms
     for ours, theirs in zip(trained.model.parameters(), trainer.learner.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert trained.validation_loss() == trainer.validation.loss
@@ -60,18 +60,18 @@ def test_experiments_train_bit_for_bit_as_the_trainer_does(text, tmp_path: Path,
 
 def test_a_run_that_is_not_finite_ends_there_and_counts_as_infinitely_bad(text):
     trained = train(configured(TINY, lr=1e30, schedule="constant", warmup_steps=0), text)
-    assert len(trained.course.losses) < TINY.training.steps
-    assert not trained.course.finite
-    assert trained.course.last_loss == trained.validation_loss() == math.inf
+    assert len(trained.training_curve.losses) < TINY.training.steps
+    assert not trained.training_curve.finite
+    assert trained.training_curve.last_loss == trained.validation_loss() == math.inf
 
 
 def test_a_run_ends_where_it_is_told_to(text):
-    trained = train(TINY, text, lambda course: len(course.losses) == 3)
-    assert trained.course.losses == train(TINY, text).course.losses[:3]
+    trained = train(TINY, text, lambda training_curve: len(training_curve.losses) == 3)
+    assert trained.training_curve.losses == train(TINY, text).training_curve.losses[:3]
 
 
 def test_the_last_loss_is_that_of_the_last_steps_alone():
-    assert Course([9.0] * 10 + [1.0, 2.0] * 12 + [1.0], [1.0] * 35).last_loss == pytest.approx(1.48)
+    assert TrainingCurve([9.0] * 10 + [1.0, 2.0] * 12 + [1.0], [1.0] * 35).last_loss == pytest.approx(1.48)
 
 
 @pytest.fixture(scope="module")

@@ -144,7 +144,9 @@ def test_tensors_that_do_not_fit_are_all_named(checkpoint: Path) -> None:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
 def test_pickles_are_refused(checkpoint: Path, name: str) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / name)
-    with pytest.raises(UserError, match=f"{name} is a pickle, which may run any code .* convert it to safetensors"):
+    with pytest.raises(
+        UserError, match=f"{name} is a pickle, which can execute arbitrary code .* convert it to safetensors"
+    ):
         pretrained.load(checkpoint)
 
 
@@ -179,7 +181,7 @@ def test_a_folder_that_is_no_checkpoint_is_named(checkpoint: Path, missing: str,
 
 @pytest.mark.parametrize("name", ["./no/such", "/no/such", "a/b/c"])
 def test_a_path_without_a_folder_is_no_name_on_the_hub(name: str) -> None:
-    with pytest.raises(UserError, match=f"there is no folder {name}: give the folder of a checkpoint, or a name"):
+    with pytest.raises(UserError, match=f"there is no folder {name}: give a checkpoint folder, or a name"):
         pretrained.load(name)
 
 
@@ -229,7 +231,7 @@ def test_what_a_family_cannot_hold_leaves_no_folder(tiny_decoder: Any, tmp_path:
 
 
 def test_a_folder_that_exists_is_not_written_over(model: DecoderLM, checkpoint: Path) -> None:
-    with pytest.raises(UserError, match="checkpoint exists already: choose another folder"):
+    with pytest.raises(UserError, match="checkpoint already exists: choose another folder"):
         pretrained.save(model, checkpoint, "llama")
 
 

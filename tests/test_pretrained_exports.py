@@ -197,7 +197,9 @@ def test_a_fraction_of_a_head_that_the_library_ignores_is_refused_both_ways(fami
     with pytest.raises(UserError, match=f"rotary_fraction is 0.5, and {family} can only hold 1.0"):
         Family.named(family).hf_config(with_settings(config, {"rotary_fraction": 0.5}))
     for spelling in ({"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}):
-        with pytest.raises(UserError, match=f"partial_rotary_factor is 0.5 in config.json: {family} turns whole heads"):
+        with pytest.raises(
+            UserError, match=f"partial_rotary_factor is 0.5 in config.json: {family} rotates whole heads"
+        ):
             Family.named(family).model_config({**hf, **spelling})
     whole = Family.named(family).model_config({**hf, "partial_rotary_factor": 1.0})
     assert Family.named(family).hf_config(whole) == hf

@@ -38,7 +38,7 @@ def test_an_unknown_family_is_answered_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize("missing", GPT2)
 def test_a_size_that_a_configuration_does_not_say_is_no_guess(missing: str) -> None:
-    with pytest.raises(UserError, match=f"does not say {missing}, which a checkpoint of gpt2 needs"):
+    with pytest.raises(UserError, match=f"config.json has no {missing}, which a checkpoint of gpt2 needs"):
         read("gpt2", **{name: value for name, value in GPT2.items() if name != missing})
 
 

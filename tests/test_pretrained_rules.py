@@ -211,7 +211,7 @@ def test_all_that_is_wrong_is_reported_together_and_once_for_all_layers() -> Non
     assert str(caught.value) == (
         "the tensors do not fit config.json (wte.weight has the shape [2, 8] where [5, 8] is needed; "
         "h.0.fc.weight is missing (and 1 more like it); extra is not expected): "
-        "look whether both are of the same model"
+        "check that both are of the same model"
     )
 
 

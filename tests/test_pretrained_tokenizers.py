@@ -271,12 +271,12 @@ def test_half_a_surrogate_pair_is_refused(ours: dict[str, Tokenizer]) -> None:
 def test_a_public_tokenizer_takes_a_package(ours: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
     content = ours["like_bert"].to_json()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"takes the tokenizers package: pip install minitransformer\[hub\]"):
+    with pytest.raises(UserError, match=r"needs the tokenizers package: pip install minitransformer\[hub\]"):
         Tokenizer.from_json(content)
 
 
 def test_a_public_tokenizer_is_not_fitted() -> None:
-    with pytest.raises(UserError, match="comes with it: choose bpe, bytes or chars"):
+    with pytest.raises(UserError, match="cannot be trained here: choose bpe, bytes or chars"):
         PublicTokenizer.fit(lambda: iter(PROSE))
 
 

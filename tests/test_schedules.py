@@ -1,4 +1,4 @@
-"""The learning rate: what every schedule keeps to, and each one's own course."""
+"""The learning rate: what every schedule keeps to, and each one's own shape."""
 
 import math
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""What is measured beside what, and what may be said of it.
+"""Benchmarks against peers and the limits of the machine.
 
-Nothing here imports torch until a contestant's own process needs it: help and mistakes are answered at once.
+torch is imported only in the contestants' processes, so that help and errors are immediate.
 """

@@ -1,19 +1,19 @@
-"""The time that a case may take, shared among those that are measured."""
+"""The time budget of a case, shared among its contestants."""
 
 from __future__ import annotations
 
 from time import monotonic
 
 LEAST_SECONDS = 20.0
-"""that a part may take, as long as they are there: less is over before torch is imported and has done anything"""
+"""minimum seconds of a part, while they last: less is not enough to import torch"""
 
 
 class Budget:
-    """`seconds` from now on for `parts` that follow each other.
+    """`seconds` from now on for `parts` in sequence.
 
-    Each may take its share of what is left when it begins, and twice that to get ready and for what a median needs;
-    what it does not take is left to the others. Where the shares are too short for anything, the first ones take what
-    they need, and the last ones have nothing.
+    Each may take its share of the rest when it starts, and twice that for preparation and a minimum of rounds;
+    unused time is left to the others. If the shares are too short, the first parts take what they need, and the last
+    ones get nothing.
     """
 
     def __init__(self, seconds: float, parts: int) -> None:
@@ -21,7 +21,7 @@ class Budget:
         self.parts = parts
 
     def next_part(self) -> tuple[float, float]:
-        """When the part that begins now should end, and when it has to."""
+        """The soft and the hard deadline of the part that starts now."""
         now = monotonic()
         share = (self.end - now) / self.parts
         self.parts = max(1, self.parts - 1)

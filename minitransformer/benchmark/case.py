@@ -1,4 +1,4 @@
-"""What a benchmark is made of: a setting, subjects, and the contestants that are measured beside each other."""
+"""The parts of a benchmark: a setting, subjects, cases and contestants."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from minitransformer.registry import Registered
 
 @dataclass(frozen=True)
 class BenchSetting:
-    """What holds for all contestants of a run of the benchmark."""
+    """The settings shared by all contestants of a benchmark."""
 
     shape: Shape
     device: str = "cpu"
     against: NanoGPT | None = None
     data: str = "pydocs"
-    """text for what needs some: a recipe or a file"""
+    """text for tokenizers and training: a recipe or a file"""
     megabytes: float = 2.0
-    """of the text, for tokenizers"""
+    """megabytes of text for tokenizers"""
     prompt: int = 8
-    """tokens before the first that is decoded"""
+    """prompt length in tokens"""
     tokens: int = 500
-    """to decode, where the context has room for them"""
+    """number of tokens to generate, capped by the context length"""
     target_loss: float = 2.6
-    """nats a character, on validation"""
+    """validation loss in nats per character"""
     seconds: float = 0.3
-    """that a sample takes at least: what is shorter is repeated"""
+    """minimum duration of a sample; shorter work is repeated"""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one unit of work (a token) asks of the machine: operations, and bytes that have to be read."""
+    """The cost of one unit of work (a token): operations, and bytes read from memory."""
 
     flops: float
     bytes: float
@@ -45,7 +45,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Work:
-    """What a contestant does once it has prepared itself: `sample()` is one measurement, in the unit of its case."""
+    """A prepared contestant: `sample()` is one measurement, in the unit of its case."""
 
     sample: Callable[[], float]
     cost: Cost | None = None
@@ -53,17 +53,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A name, and how to get ready in a process of its own; `prepare` has to be picklable."""
+    """A name, and how to prepare in a separate process; `prepare` must be picklable."""
 
     name: str
     prepare: Callable[[], Work]
     base: bool = False
-    """whether others are compared with it, if it is the first of these"""
+    """whether it may be the baseline; the first one is"""
 
 
 @dataclass(frozen=True)
 class Absent:
-    """A contestant that cannot be measured here, and why."""
+    """A contestant that is unavailable here, and why."""
 
     name: str
     why: str
@@ -71,7 +71,7 @@ class Absent:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that is measured, of all contestants."""
+    """A quantity that is measured for all contestants."""
 
     title: str
     unit: str
@@ -79,7 +79,7 @@ class Case:
     absent: tuple[Absent, ...] = ()
     lower_is_better: bool = False
     fresh: bool = False
-    """whether each sample needs a new process, as a peak of memory does"""
+    """whether each sample needs a new process, such as for peak memory"""
     warmup: bool = True
     """whether the first samples of a process differ from later ones"""
 
@@ -94,7 +94,7 @@ class Case:
         fresh: bool = False,
         warmup: bool = True,
     ) -> Case:
-        """The case of `entries`, those that can be measured and those that cannot."""
+        """The case of `entries`, available or absent."""
         entries = list(entries)
         return cls(
             title,
@@ -108,7 +108,7 @@ class Case:
 
 
 class Subject(Registered, kind="subject"):
-    """Something worth measuring: one class in a file of `subjects/`, found by its name."""
+    """A subject of the benchmark: one class in `subjects/`, registered by name."""
 
     about: ClassVar[str]
 
@@ -116,10 +116,10 @@ class Subject(Registered, kind="subject"):
         self.setting = setting
 
     def cases(self) -> Iterable[Case]:
-        """What is measured; raises `UserError` for a setting in which nothing can be."""
+        """The cases to measure; raises `UserError` for an impossible setting."""
         raise NotImplementedError
 
 
 def missing(package: str, contestant: str) -> Absent | None:
-    """The contestant that needs `package`, where it is not installed."""
+    """An absent contestant if `package` is not installed."""
     return None if find_spec(package) else Absent(contestant, f"{package} is not installed: pip install {package}")

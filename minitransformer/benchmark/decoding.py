@@ -1,6 +1,6 @@
-"""Decoding and prefill, ours and the peers'. Importing this imports torch.
+"""Decoding and prefill of ours and of peers. Importing this imports torch.
 
-All draw from the whole distribution at temperature 1, so that all do the same work for a token.
+All sample from the full distribution at temperature 1, so that the work per token is the same.
 """
 
 from __future__ import annotations

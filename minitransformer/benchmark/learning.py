@@ -1,4 +1,4 @@
-"""Training until a loss is reached, ours and nanoGPT's. Importing this imports torch."""
+"""Training to a target loss, ours and nanoGPT's. Importing this imports torch."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from minitransformer.training.machine import choose_machine
 from minitransformer.training.presets import PRESETS
 
 FIRST_LOOK, GROWTH = 20, 1.1
-"""validation comes after this many steps, and then whenever there are 10 % more, so times are as exact as that"""
+"""steps before the first validation; each further one is 10 % later, which limits the precision of times"""
 MOST_VALIDATION = 1 << 13
-"""characters of validation that are looked at, the same for all: looking takes less time than training then"""
+"""validation characters, the same for all, so that validation takes less time than training"""
 Logits = Callable[[Tensor], Tensor]
 SEEDS = count()
-"""a process trains from another seed each time"""
+"""a new seed for each training in a process"""
 
 
 def seconds_to_loss(setting: BenchSetting, recipe: str) -> float:
-    """Seconds of training until validation is at the target; raises `UserError` where it is not reached."""
+    """Seconds of training to the target validation loss; raises `UserError` if it is not reached."""
     setting = replace(setting, seed=setting.seed + next(SEEDS))
     corpus, length = open_corpus(setting.data), setting.shape.context_length
     prepared = TextPreparation(corpus, "chars", context_length=length, progress=False).run()
@@ -44,7 +44,7 @@ def seconds_to_loss(setting: BenchSetting, recipe: str) -> float:
 
 @dataclass
 class _Clock:
-    """Counts the time in which it runs."""
+    """A stopwatch."""
 
     device: str
     seconds: float = 0.0
@@ -103,7 +103,7 @@ def _until_reached(
 
 @torch.no_grad()
 def _validation_loss(setting: BenchSetting, prepared: PreparedText, model: nn.Module, logits: Logits) -> float:
-    """Nats a character over the validation split, or its beginning."""
+    """Nats per character over the beginning of the validation split."""
     model.eval()
     nats, targets = 0.0, 0
     for batch in SequentialWindows(prepared.validation[:MOST_VALIDATION], setting.shape.context_length, 64):

@@ -1,4 +1,4 @@
-"""What this machine can do at most: how fast it multiplies matrices, and how fast it reads memory."""
+"""The limits of this machine: matrix-product throughput and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from minitransformer.errors import UserError
 DEVICES = ("cpu", "cuda", "mps")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 READ_BYTES = 1 << 28
-"""far more than the caches hold"""
+"""far more than the caches"""
 REPEATS = 5
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Operations a second by precision, and bytes a second that are read from memory."""
+    """FLOP/s by precision, and memory bandwidth in bytes/s."""
 
     flops: dict[str, float]
     bytes: float
 
     def share(self, cost: Cost, rate: float) -> float | None:
-        """How much of the limit `rate` units a second are; None for a precision whose limit was not measured.
+        """`rate`, in units/s, as a fraction of the limit; None for a precision without a measured limit.
 
-        A unit takes at least the longer of its arithmetic and its reading: the roofline of Williams et al. 2009.
+        The limit is the roofline of Williams et al. 2009: the slower of compute and memory.
         """
         flops = self.flops.get(cost.precision, self.flops.get("bf16") if cost.precision == "int8" else None)
         if flops is None:
@@ -37,7 +37,7 @@ class Limits:
 
 
 def measure_limits(device: str) -> Limits:
-    """Both limits, each measured in a process of its own; raises `ContestantFailed`."""
+    """Both limits, each measured in a separate process; raises `ContestantFailed`."""
     return Limits(
         {name: _measured(partial(_multiplying, device, name)) for name in DTYPES}, _measured(partial(_reading, device))
     )
@@ -74,8 +74,8 @@ def _reading(device: str) -> Work:
 
 
 def chosen_device(name: str) -> str:
-    """The device called `name`, or the fastest for "auto", without importing torch here, where it would count as
-    memory of every contestant; raises `UserError` if there is none such."""
+    """The device `name`, or the fastest for "auto", without importing torch here, which would count as memory of every
+    contestant; raises `UserError` if it is unavailable."""
     if name == "cpu":
         return name
     worker = Worker(partial(_choosing, name))

@@ -1,6 +1,6 @@
-"""Those whose speed we are compared with: nanoGPT in a checkout, Hugging Face transformers where installed.
+"""Peers: nanoGPT from a checkout, and Hugging Face transformers if installed.
 
-Each is given what its authors would give it: the optimizer, the precision and the batches of its own training script.
+Each uses the optimizer, precision and batches of its own training script.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from minitransformer.errors import UserError
 
 @dataclass(frozen=True)
 class NanoGPT:
-    """A checkout of https://github.com/karpathy/nanoGPT, of which only `model.py` is imported."""
+    """A checkout of https://github.com/karpathy/nanoGPT; only its `model.py` is imported."""
 
     path: Path
 
     @classmethod
     def at(cls, path: Path) -> NanoGPT:
-        """The checkout at `path`; raises `UserError` if there is none. Nothing is imported yet."""
+        """The checkout at `path`, not imported yet; raises `UserError` if there is none."""
         remedy = "name a checkout of github.com/karpathy/nanoGPT"
         file = path / "model.py"
         if not file.is_file():
-            raise UserError(f"{path} is no nanoGPT, as it has no model.py: {remedy}")
+            raise UserError(f"{path} is not a nanoGPT checkout, because it has no model.py: {remedy}")
         try:
             tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError, OSError) as error:
             raise UserError(f"{file} cannot be read as Python ({error}): {remedy}") from None
         classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
         if not {"GPT", "GPTConfig"} <= classes:
-            raise UserError(f"{path} is no nanoGPT, as its model.py has no classes GPT and GPTConfig: {remedy}")
+            raise UserError(
+                f"{path} is not a nanoGPT checkout, because its model.py has no classes GPT and GPTConfig: {remedy}"
+            )
         return cls(path.resolve())
 
     def module(self) -> Any:
@@ -64,7 +66,7 @@ class NanoGPT:
 
 
 def transformers_model(shape: Shape, device: str) -> Any:
-    """Hugging Face's GPT-2 of this shape, untrained. Its linear maps and norms always have biases."""
+    """Hugging Face's GPT-2 of this shape, untrained. Its linear layers and norms always have biases."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(

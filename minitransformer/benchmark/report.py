@@ -1,4 +1,4 @@
-"""The results as tables of 80 columns, as JSON, and as a picture."""
+"""The results as 80-column tables, as JSON, and as a plot."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORMAT = 2
 
 
 def case_table(result: CaseResult, limits: Limits | None) -> Iterator[str]:
-    """The lines of a case: its contestants, the verdict, and who is absent and why."""
+    """The lines of a case: contestants, verdict, and absent contestants."""
     yield ""
     heading = f"{result.case.title}, {result.case.unit}"
     if len(heading) < NAME:
@@ -63,9 +63,9 @@ def _remarks(result: CaseResult, limits: Limits | None) -> Iterator[str]:
         if counts:
             rounds = "1 round" if counts[-1] == 1 else f"{counts[-1]} rounds"
             few = f"{counts[0]} to {rounds}" if counts[0] < counts[-1] else rounds
-            yield f"{few}: the time of this case was up (--minutes)"
+            yield f"{few}: the time limit of this case was reached (--minutes)"
     if any((_share(result, name, limits) or 0) > 1 for name in result.samples):
-        yield "above 100 % of the limit: the machine was slower while that was measured, so no share of it can be told"
+        yield "above 100 % of the limit: the machine was slower while the limit was measured, so it is not usable"
     reasons: dict[str, list[str]] = {}
     for entry in result.absent:
         reasons.setdefault(entry.why, []).append(entry.name)
@@ -74,7 +74,7 @@ def _remarks(result: CaseResult, limits: Limits | None) -> Iterator[str]:
 
 
 def heading(setting: BenchSetting, plan: RoundsPlan, limits: Limits | None, why_no_limits: str = "") -> Iterator[str]:
-    """What was measured on what, and how to read the table."""
+    """What was measured, on which machine, and how to read the table."""
     about = machine()
     yield f"machine    {about['processor']}, {about['processors']} processors"[:WIDTH]
     yield f"           torch {about['torch']}, Python {about['python']}, {setting.device}"
@@ -94,7 +94,7 @@ def heading(setting: BenchSetting, plan: RoundsPlan, limits: Limits | None, why_
 def as_json(
     results: Sequence[CaseResult], setting: BenchSetting, plan: RoundsPlan, limits: Limits | None, why_no_limits: str
 ) -> dict[str, Any]:
-    """Everything, each sample included."""
+    """All results, including every sample."""
     return {
         "format": FORMAT,
         "machine": machine(),
@@ -133,12 +133,12 @@ def _case_as_json(result: CaseResult, limits: Limits | None) -> dict[str, Any]:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: an end that is not known is null."""
+    """Replace infinite values, which JSON lacks, by null."""
     return {name: None if value == math.inf else value for name, value in values.items()}
 
 
 def picture(results: Sequence[CaseResult]) -> Figure:
-    """The ratios of all cases with their intervals, one below the other; raises `UserError` without matplotlib."""
+    """A forest plot of the ratios of all cases; raises `UserError` without matplotlib."""
     from minitransformer.reporting.figures import intervals
 
     rows: list[tuple[str, Ratio, list[float]]] = []
@@ -165,7 +165,7 @@ def picture(results: Sequence[CaseResult]) -> Figure:
 
 
 def machine() -> dict[str, Any]:
-    """What a number must be read with."""
+    """The machine and versions of the measurement."""
     return {
         "processor": _processor(),
         "processors": processors(),
@@ -193,7 +193,7 @@ def _version(package: str) -> str | None:
 
 
 def number(value: float) -> str:
-    """Three digits, with the prefix of thousands."""
+    """Three digits with an SI prefix."""
     for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= power:
             return f"{_three_digits(value / power)}{prefix}"

@@ -1,6 +1,6 @@
-"""Rounds: in each, the base and one contestant are measured once, in an order that is drawn anew.
+"""Rounds: in each, the base and one contestant are measured once, in random order.
 
-No more than these two are alive at a time, as the memory of a machine may not hold all contestants of a case.
+Only these two processes exist at a time, because memory may not suffice for all contestants of a case.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from minitransformer.benchmark.statistics import Ratio, Spread, Verdict, compare
 from minitransformer.benchmark.workers import NO_TIME, ContestantFailed, TimeUp, Worker
 
 AGAIN = " (again)"
-"""ends the name of the base measured as a contestant like any other: what it differs by from itself is noise"""
+"""suffix of the base measured as its own contestant, which shows the noise"""
 LEAST_ROUNDS = 3
-"""that a median needs: for them a contestant may take twice its share of the time"""
+"""minimum rounds, for which a contestant may take twice its share of the time"""
 
 
 class Measurer(Protocol):
-    """A contestant that is ready, wherever it runs."""
+    """A prepared contestant."""
 
     def cost(self, deadline: float = math.inf) -> Cost | None: ...
 
@@ -40,40 +40,40 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class RoundsPlan:
-    """How often to measure, and what to compare with."""
+    """How often to measure, and the baseline."""
 
     rounds: int = 11
     warmup: int = 2
-    """samples of each before these, which are dropped: they fill caches and compile"""
+    """warm-up samples per contestant, which are discarded: they fill caches and compile"""
     base: str | None = None
-    """what others are compared with, where it takes part; None is the first that a case offers"""
+    """baseline, where it takes part; None is the first that a case offers"""
     twin: bool = True
-    """measure the base a second time, as if it were another, to see how far the machine alone puts two apart"""
+    """measure the base a second time as its own contestant, to estimate the noise"""
     seconds: float = math.inf
-    """that a case may take, from the start of its first process on"""
+    """time limit of a case, from the start of its first process"""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """The samples of a case by contestant, those of the base in the same rounds, and what may be said of them."""
+    """The samples of a case by contestant, paired with those of the base, and their statistics."""
 
     case: Case
     base: str | None
     samples: dict[str, list[float]]
-    """of the base, those of all rounds"""
+    """samples by contestant; of the base, those of all rounds"""
     beside: dict[str, list[float]] = field(default_factory=dict)
-    """by contestant, the samples of the base beside which it was measured"""
+    """by contestant, the paired samples of the base"""
     costs: dict[str, Cost | None] = field(default_factory=dict)
     absent: tuple[Absent, ...] = ()
     late: bool = False
-    """whether there are fewer rounds than planned, as the time was up"""
+    """whether the time limit left fewer rounds than planned"""
 
     def spread(self, name: str) -> Spread:
         return Spread.of(self.samples[name])
 
     def ratios(self, name: str) -> list[float]:
-        """How many times as good as the base, round by round."""
+        """Ratio to the base in each round; above 1 is better."""
         pairs = zip(self.samples[name], self.beside.get(name, self.samples[name]), strict=True)
         return [theirs / ours if self.case.lower_is_better else ours / theirs for ours, theirs in pairs]
 
@@ -83,7 +83,7 @@ class CaseResult:
 
     @property
     def floor(self) -> float:
-        """The factor by which the base differs from itself, which no verdict may rest upon; 1 without its twin."""
+        """The ratio of the base to itself (noise), which a winner must exceed; 1 if it was not measured."""
         twin = f"{self.base}{AGAIN}"
         if twin not in self.samples:
             return 1.0
@@ -91,7 +91,7 @@ class CaseResult:
         return max(median, 1 / median)
 
     def verdict(self) -> Verdict | None:
-        """Who won, by the ratios to the base, as many rounds of each as all have; None where nothing was measured."""
+        """The verdict by ratios to the base, over the rounds that all have; None without measurements."""
         rivals = {name: self.ratios(name) for name in self.samples if not name.endswith(AGAIN)}
         if not rivals:
             return None
@@ -104,10 +104,9 @@ class CaseResult:
 def measure(
     case: Case, plan: RoundsPlan, *, start: StartMeasurer = Worker, report: Report = lambda line: None
 ) -> CaseResult:
-    """The samples of all contestants that can be measured in the time; the others are absent, with the reason.
+    """Measure all contestants within the time limit; the others are absent, with the reason.
 
-    A base that fails leaves its place to the next. Whatever happens, also Ctrl-C, no process of a contestant is left
-    when this returns.
+    If the base fails, the next one replaces it. No contestant's process is left when this returns, even after Ctrl-C.
     """
     began = monotonic()
     plan = replace(plan, warmup=0) if case.fresh or not case.warmup else plan
@@ -124,11 +123,11 @@ def measure(
 
 
 class _BaseFailed(Exception):
-    """The base cannot be measured, so nothing can be compared with it."""
+    """The base cannot be measured."""
 
 
 class _Measuring:
-    """What has been measured of a case, and how one more sample is."""
+    """The state of measuring a case."""
 
     def __init__(self, case: Case, base: str, plan: RoundsPlan, start: StartMeasurer, report: Report) -> None:
         self.case, self.base, self.plan, self.start, self.report = case, base, plan, start, report
@@ -152,7 +151,7 @@ class _Measuring:
         raise NotImplementedError
 
     def leave_out(self, name: str, why: str) -> None:
-        """`name` is not measured; without a base, there is nothing to be compared with."""
+        """Mark `name` as absent; raises if it is the base."""
         if name == self.base:
             raise _BaseFailed(why)
         self.absent.append(Absent(name, why))
@@ -163,7 +162,7 @@ class _Measuring:
 
 
 class _Bouts(_Measuring):
-    """The base against each of the others in turn, in processes that wait for each other."""
+    """The base against each contestant in turn, in processes that take turns."""
 
     def measure(self) -> None:
         by_name = {contestant.name: contestant for contestant in self.case.contestants}
@@ -174,7 +173,7 @@ class _Bouts(_Measuring):
                 self.warm_up(self.base, measurer, soft, hard)
             except ContestantFailed as failure:
                 self.leave_out(self.base, str(failure))
-            # The base beside itself comes last: where time is short, its rivals are worth more.
+            # The second measurement of the base is last: if time is short, its rivals matter more.
             for name in sorted(names, key=lambda name: name.endswith(AGAIN)):
                 soft, hard = self.budget.next_part()
                 if monotonic() >= hard:
@@ -193,7 +192,7 @@ class _Bouts(_Measuring):
                     self.leave_out(self.base, str(failure))
 
     def warm_up(self, name: str, measurer: Measurer, soft: float, hard: float) -> None:
-        """Get it ready, and drop its first samples."""
+        """Prepare it, and discard its first samples."""
         self.report(f"{self.case.title}: preparing {name}")
         self.costs[name] = measurer.cost(hard)
         for number in range(-self.plan.warmup, 0):
@@ -202,7 +201,7 @@ class _Bouts(_Measuring):
                 measurer.sample(hard)
 
     def rounds(self, measurers: dict[str, Measurer], soft: float, hard: float) -> None:
-        """As many rounds of these as are planned and fit; raises `ContestantFailed` where the contestant does."""
+        """As many planned rounds as fit; raises `ContestantFailed` if the contestant fails."""
         *_, name = measurers
         longest = 0.0
         found: dict[str, list[float]] = {who: [] for who in measurers}
@@ -225,12 +224,12 @@ class _Bouts(_Measuring):
         self.beside[name] = found[self.base]
 
     def one_round(self, number: int, measurers: dict[str, Measurer], hard: float) -> dict[str, float]:
-        """A sample of each; whoever misses a round cannot be paired."""
+        """One sample of each; both are needed for a pair."""
         sampled = {}
         for who in self.draws.sample(list(measurers), len(measurers)):
             self.say(number, who)
             try:
-                # A base that was not waited for could not go on with the next contestant.
+                # A base with a pending answer could not continue with the next contestant.
                 sampled[who] = measurers[who].sample(self.budget.end if who == self.base else hard)
             except TimeUp:
                 raise
@@ -242,7 +241,7 @@ class _Bouts(_Measuring):
 
 
 class _Fresh(_Measuring):
-    """All of them in each round, one after the other, each sample in a process of its own."""
+    """All contestants in each round, each sample in a new process."""
 
     def measure(self) -> None:
         by_name = {contestant.name: contestant for contestant in self.case.contestants}
@@ -270,7 +269,7 @@ class _Fresh(_Measuring):
         self.beside = dict.fromkeys(self.samples, self.samples[self.base]) if self.base in self.samples else {}
 
     def once(self, contestant: Contestant, *, first: bool) -> float:
-        """One sample; the first one of each has its share of the time."""
+        """One sample; the first one of each is limited to its share of the time."""
         hard = self.budget.next_part()[1] if first else self.budget.end
         with closing(self.start(contestant.prepare)) as measurer:
             measurer.cost(hard)

@@ -1,4 +1,4 @@
-"""How memory and time grow with the size of the problem."""
+"""Scaling of memory and time with problem size."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from minitransformer.benchmark.workers import ContestantFailed, Worker, peak_meg
 from minitransformer.registry import Registered
 
 LEAST_SECONDS = 0.05
-"""a shorter measurement is repeated, and the median of three counts"""
+"""minimum seconds of a measurement; shorter ones are repeated, and the median of three is used"""
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something that grows, and how to measure it in a process of its own; `measure` has to be picklable."""
+    """A quantity, and how to measure it in a separate process; `measure` must be picklable."""
 
     name: str
     unit: str
@@ -30,7 +30,7 @@ class Quantity:
 
 
 class Axis(Registered, kind="axis"):
-    """What is made larger, and what is measured of it. Each measurement has a process of its own."""
+    """A dimension of the problem, and the quantities measured along it, each in a separate process."""
 
     about: ClassVar[str]
     sizes: ClassVar[Iterable[int]]
@@ -41,16 +41,16 @@ class Axis(Registered, kind="axis"):
 
     @abstractmethod
     def at(self, size: int) -> BenchSetting:
-        """What is measured at a size."""
+        """The setting of this size."""
 
     @abstractmethod
     def quantities(self) -> list[Quantity]:
-        """What is measured there."""
+        """The quantities to measure."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """The sizes that were measured, and of each quantity its value at each of them."""
+    """The measured sizes, and the value of each quantity at each size."""
 
     axis: type[Axis]
     points: dict[str, list[tuple[int, float]]]
@@ -63,7 +63,7 @@ class Growth:
         return self._exponent(self.points[name])
 
     def last_exponent(self, name: str) -> Exponent | None:
-        """The same between the two largest sizes alone, where what does not grow weighs least."""
+        """The exponent between the two largest sizes, where constant terms matter least."""
         return self._exponent(self.points[name][-2:])
 
     @staticmethod
@@ -75,7 +75,7 @@ MeasureWork = Callable[[Callable[[], Work]], float]
 
 
 def measured_alone(prepare: Callable[[], Work]) -> float:
-    """One sample in a process of its own; raises `ContestantFailed`."""
+    """One sample in a separate process; raises `ContestantFailed`."""
     worker = Worker(prepare)
     try:
         worker.cost()
@@ -92,10 +92,9 @@ def grow(
     measure: MeasureWork = measured_alone,
     clock: Callable[[], float] = time.monotonic,
 ) -> Growth:
-    """Measure one size after the other, until the next would not fit into what is left of `budget_seconds`.
+    """Measure increasing sizes, until the next one would exceed `budget_seconds`.
 
-    The next is taken to last as much longer as its size is larger. The first two are measured in any case: one size has
-    no growth.
+    Time is assumed to be proportional to size. The first two sizes are always measured.
     """
     end = clock() + budget_seconds
     quantities = axis.quantities()
@@ -103,7 +102,7 @@ def grow(
     stopped, before, lasted = "all sizes", 0, 0.0
     for number, size in enumerate(axis.sizes):
         if number >= 2 and clock() + lasted * size / before > end:
-            stopped = f"{_grouped(size)} would not fit into the budget"
+            stopped = f"{_grouped(size)} would exceed the time limit"
             break
         start = clock()
         try:
@@ -137,7 +136,7 @@ def _doubling(first: int, last: int, factor: int = 2) -> list[int]:
 
 
 class Context(Axis, name="context"):
-    """Tokens that a model sees at once."""
+    """Context length."""
 
     about = "tokens of a sequence, batch 1"
     sizes = _doubling(512, 32768)
@@ -151,7 +150,7 @@ class Context(Axis, name="context"):
 
 
 class Vocabulary(Axis, name="vocabulary"):
-    """Tokens that there are."""
+    """Vocabulary size."""
 
     about = "tokens of the vocabulary"
     sizes = _doubling(1024, 262144, 4)
@@ -165,7 +164,7 @@ class Vocabulary(Axis, name="vocabulary"):
 
 
 class BatchSize(Axis, name="batch"):
-    """Sequences of a step."""
+    """Batch size."""
 
     about = "sequences of a training step"
     sizes = _doubling(1, 1024)
@@ -179,7 +178,7 @@ class BatchSize(Axis, name="batch"):
 
 
 class CorpusSize(Axis, name="corpus"):
-    """Text that is prepared for training: read, divided, encoded with a ready tokenizer, written."""
+    """Text prepared for training: read, split, encoded with a given tokenizer, written."""
 
     about = "MB of text that are prepared with the bytes tokenizer"
     sizes = _doubling(1, 10_000, 4)
@@ -200,7 +199,7 @@ def _training() -> list[Quantity]:
 
 
 def training_memory(setting: BenchSetting) -> float:
-    """MB that two training steps take beyond the model before its first."""
+    """Peak MB of two training steps, without the initial model."""
     from minitransformer.benchmark.ours import peak_on
     from minitransformer.benchmark.stepping import our_step
 
@@ -212,7 +211,7 @@ def training_memory(setting: BenchSetting) -> float:
 
 
 def training_seconds(setting: BenchSetting) -> float:
-    """Of a training step that is not the first."""
+    """Seconds of a training step after the first."""
     from minitransformer.benchmark.ours import synchronise
     from minitransformer.benchmark.stepping import our_step
 
@@ -222,7 +221,7 @@ def training_seconds(setting: BenchSetting) -> float:
 
 
 def decoding_seconds(setting: BenchSetting) -> float:
-    """To decode until the context is full."""
+    """Seconds of decoding until the context is full."""
     from minitransformer.benchmark.decoding import ours_decode
     from minitransformer.benchmark.ours import synchronise
 
@@ -231,17 +230,17 @@ def decoding_seconds(setting: BenchSetting) -> float:
 
 
 def preparing_seconds(setting: BenchSetting) -> float:
-    """To prepare so many MB of text."""
+    """Seconds of preparing this many MB of text."""
     return _prepared(setting)[0]
 
 
 def preparing_memory(setting: BenchSetting) -> float:
-    """The highest resident memory of a process that prepares so many MB of text."""
+    """Peak resident memory of a process that prepares this many MB of text."""
     return _prepared(setting)[1]
 
 
 def _prepared(setting: BenchSetting) -> tuple[float, float]:
-    """Seconds, and MB at most."""
+    """Seconds, and peak MB."""
     from minitransformer.benchmark.subjects.tokenizers import texts_of
     from minitransformer.text.corpora import open_corpus
     from minitransformer.text.datasets.text import TextPreparation

@@ -1,4 +1,4 @@
-"""The growth of memory and time as a table of 80 columns, as JSON and as a picture."""
+"""Scaling results as an 80-column table, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def growth_table(growths: Sequence[Growth]) -> Iterator[str]:
         yield from textwrap.wrap(f"ends: {growth.stopped}", WIDTH, subsequent_indent="  ")
         yield ""
     yield "exponent p of value ∝ size^p: 1 is linear, 2 quadratic, 0 flat; ± standard error"
-    yield "at last: between the two largest sizes, where what does not grow weighs least"
+    yield "at last: between the two largest sizes, where constant terms matter least"
 
 
 def _row(growth: Growth, name: str) -> str:
@@ -43,7 +43,7 @@ def _row(growth: Growth, name: str) -> str:
 
 
 def growth_as_json(growths: Sequence[Growth]) -> dict[str, Any]:
-    """Everything that was measured."""
+    """All measurements."""
     return {"machine": machine(), "axes": {growth.axis.name: _as_json(growth) for growth in growths}}
 
 

@@ -1,4 +1,4 @@
-"""The sizes of the models that are measured."""
+"""The model shapes of the benchmark."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder with learned positions, and the batches that it is trained on: what all contestants can be."""
+    """A decoder with learned positions and its training batches, which all contestants support."""
 
     num_layers: int
     num_heads: int

@@ -1,7 +1,7 @@
-"""What interleaved rounds allow one to say: medians, paired ratios with their intervals, and whether somebody won.
+"""Statistics of interleaved rounds: medians, paired ratios with confidence intervals, and the winner.
 
-Times have long tails, so nothing here is a mean: an interval of a median goes from one order statistic to another,
-whatever the distribution (Conover 1999, Practical Nonparametric Statistics, section 3.2). Ratios are taken within
+Times have long tails, so medians are used, with distribution-free intervals between order statistics
+(Conover 1999, Practical Nonparametric Statistics, section 3.2). Ratios are taken within
 rounds, so that what slows a whole round, such as other work on the machine, cancels.
 """
 
@@ -19,7 +19,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of some values, and their quartiles."""
+    """The median and the quartiles of values."""
 
     median: float
     low: float
@@ -33,7 +33,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median of ratios, and the interval that holds the true median at the level that was asked for.
+    """The median of ratios, and its confidence interval.
 
     Too few rounds for the level give the interval from 0 to ∞.
     """
@@ -48,12 +48,12 @@ class Ratio:
 
 
 def least_rounds(level: float = LEVEL) -> int:
-    """How many rounds the widest interval, from the smallest ratio to the largest, needs to have `level`."""
+    """Minimum number of rounds for an interval with confidence `level`."""
     return max(2, math.ceil(1 - math.log2(1 - level)))
 
 
 def paired_ratio(values: ArrayLike, base: ArrayLike, *, lower_is_better: bool, level: float = LEVEL) -> Ratio:
-    """How many times as good as `base` [rounds] are `values` [rounds]: above 1 is better, whatever the unit."""
+    """The paired ratio of `values` [rounds] to `base` [rounds]; above 1 is better."""
     ours, theirs = np.asarray(values, dtype=float), np.asarray(base, dtype=float)
     return median_interval(theirs / ours if lower_is_better else ours / theirs, level)
 
@@ -68,7 +68,7 @@ def median_interval(values: ArrayLike, level: float = LEVEL) -> Ratio:
 
 
 def _values_outside(count: int, level: float) -> int | None:
-    """How many values may be left out at either end; None if all of them are too few.
+    """Number of values outside the interval at either end; None if there are too few values.
 
     The true median lies below the k-th of n values with the probability of fewer than k heads in n throws.
     """
@@ -83,7 +83,7 @@ def _values_outside(count: int, level: float) -> int | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who won, by how much over the next; without a winner, who could be told from the best by nobody."""
+    """The winner and its lead over the next; without a winner, the contestants tied with the best."""
 
     best: str
     winner: bool
@@ -95,23 +95,22 @@ class Verdict:
 
     def __str__(self) -> str:
         if self.runner_up is None:
-            return f"{self.best} has nothing to be compared with"
+            return f"there is nothing to compare {self.best} with"
         if self.rounds < self.needed:
-            return f"no winner: {self.rounds} rounds say too little, and {self.needed} are needed at least"
+            return f"no winner: {self.rounds} rounds are too few, at least {self.needed} are needed"
         if self.winner:
             assert self.lead is not None
             return f"{self.best} wins: {interval_text(self.lead)} times as good as {self.runner_up}"
-        return f"no winner: {self.best} and {', '.join(self.tied)} are inside the noise"
+        return f"no winner: {self.best} and {', '.join(self.tied)} differ by less than the noise"
 
 
 def compare_rounds(
     samples: Mapping[str, ArrayLike], *, lower_is_better: bool, floor: float = 1.0, level: float = LEVEL
 ) -> Verdict:
-    """Whether the contestant with the best median may be called the winner over `samples` (name -> [rounds]).
+    """Whether the contestant with the best median in `samples` (name -> [rounds]) is the winner.
 
-    It may if its paired ratio to each other one is above `floor` with its whole interval. The best was chosen by the
-    same data, so intervals have the level that Bonferroni's correction asks for. `floor` is what the same thing,
-    measured twice, was seen to differ by from itself.
+    It is if the interval of its paired ratio to every other is above `floor`. The best was chosen on the same data, so
+    intervals are Bonferroni-corrected. `floor` is the measured ratio of the base to itself.
     """
     by_name = {name: np.asarray(values, dtype=float) for name, values in samples.items()}
     sign = 1 if lower_is_better else -1
@@ -131,7 +130,7 @@ def compare_rounds(
 
 @dataclass(frozen=True)
 class Exponent:
-    """The p of y ∝ x^p, and its standard error; NaN with fewer than three points, where a line has none."""
+    """The p of y ∝ x^p, and its standard error; NaN with fewer than three points."""
 
     value: float
     error: float
@@ -155,7 +154,7 @@ class Exponent:
 
 
 def interval_text(ratio: Ratio) -> str:
-    """Median and ends; the median alone where the rounds were too few for an interval."""
+    """Median and ends; the median alone if the rounds are too few for an interval."""
     if not math.isfinite(ratio.high):
         return f"{ratio.median:.3g}"
     return f"{ratio.median:.3g} [{ratio.low:.3g}–{ratio.high:.3g}]"

@@ -1,4 +1,4 @@
-"""Steps of training, ours and the peers', on the same tokens. Importing this imports torch."""
+"""Training steps of ours and of peers on the same tokens. Importing this imports torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TrainingStep = Callable[[], object]
 
 
 def our_step(setting: BenchSetting, precision: str, compiled: bool) -> TrainingStep:
-    """A step of our training, from the batch to the update."""
+    """Our training step, from the batch to the update."""
     recipe = replace(PRESETS["nanogpt-cpu"].training, batch_size=setting.shape.batch_size, seed=setting.seed)
     config = RunConfig(config_of(setting.shape), DataConfig(tokenizer="bytes"), recipe)
     tokens = training_tokens(setting)
@@ -37,14 +37,14 @@ def our_step(setting: BenchSetting, precision: str, compiled: bool) -> TrainingS
 
 
 def nanogpt_step(setting: BenchSetting, compiled: bool) -> TrainingStep:
-    """A step as nanoGPT's `train.py` makes it: its optimizer, its batches; bf16 on a GPU, float32 on a CPU."""
+    """A training step as in nanoGPT's `train.py`: its optimizer and batches; bf16 on a GPU, float32 on a CPU."""
     assert setting.against is not None
     torch.manual_seed(setting.seed)
     return nanogpt_steps(setting, training_tokens(setting), compiled)[1]
 
 
 def nanogpt_steps(setting: BenchSetting, tokens: np.ndarray, compiled: bool) -> tuple[torch.nn.Module, TrainingStep]:
-    """Its model, and a step of its training on `tokens`, with the rates of its README's run on a CPU."""
+    """Its model and a training step on `tokens`, with the learning rates of its README's CPU run."""
     assert setting.against is not None
     cuda = setting.device.startswith("cuda")
     raw = setting.against.model(setting.shape, setting.device)
@@ -71,7 +71,7 @@ def nanogpt_steps(setting: BenchSetting, tokens: np.ndarray, compiled: bool) -> 
 
 
 def nanogpt_rate(step: int, *, highest: float = 1e-3, lowest: float = 1e-4, warmup: int = 100) -> float:
-    """`get_lr` of its `train.py` with the numbers of its README's run on a CPU: warm-up, half a cosine, then flat."""
+    """`get_lr` of its `train.py` with the settings of its README's CPU run: warm-up, cosine decay, then constant."""
     if step < warmup:
         return highest * (step + 1) / (warmup + 1)
     share = min(1.0, (step - warmup) / (NANOGPT_STEPS - warmup))

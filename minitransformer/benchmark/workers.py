@@ -1,4 +1,4 @@
-"""Contestants in processes of their own, so that none has another's allocator, threads, caches or compiled code."""
+"""Contestants in separate processes, so that they share no allocator, threads, caches or compiled code."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from minitransformer.benchmark.case import Cost, Work
 from minitransformer.errors import UserError
 from minitransformer.processes import Process, one_line
 
-NO_TIME = "it would not fit into --minutes: give more, or choose by --only and --contestants"
+NO_TIME = "it would exceed --minutes: give more, or select by --only and --contestants"
 
 
 class ContestantFailed(Exception):
-    """A contestant that cannot be measured, and why, in one line."""
+    """A contestant that failed, and why, in one line."""
 
 
 class TimeUp(ContestantFailed):
-    """One that took longer than the time that there was for it."""
+    """A contestant that exceeded its time."""
 
     def __init__(self, why: str = NO_TIME) -> None:
         super().__init__(why)
 
 
 class Worker:
-    """The process of a contestant, which waits between its samples. It ends with this process, however that ends."""
+    """The process of a contestant, idle between samples. It ends with this process."""
 
     def __init__(self, prepare: Callable[[], Work]) -> None:
         self._process = Process(_serve, prepare)
 
     def cost(self, deadline: float = math.inf) -> Cost | None:
-        """What a unit of its work asks of the machine, once it is ready; raises `ContestantFailed`, and `TimeUp` where
-        that is not before `deadline`, a time of `time.monotonic`."""
+        """The cost of a unit of its work, once prepared; raises `ContestantFailed`, and `TimeUp` after
+        `deadline`, a time of `time.monotonic`."""
         return self._receive(deadline)
 
     def sample(self, deadline: float = math.inf) -> float:
-        """One measurement; raises `ContestantFailed`, and `TimeUp`, after which it can be closed only."""
-        with suppress(OSError):  # that it was killed is seen when its answer is awaited
+        """One measurement; raises `ContestantFailed`, and `TimeUp`, after which it can only be closed."""
+        with suppress(OSError):  # if it was killed, this is noticed on receive
             self._process.connection.send("sample")
         return self._receive(deadline)
 
     def close(self) -> None:
-        """End the process and those that it started."""
+        """End the process and its children."""
         self._process.end()
 
     def _receive(self, deadline: float) -> Any:
@@ -75,7 +75,7 @@ def _serve(remote: connection.Connection, prepare: Callable[[], Work]) -> None:
 
 
 def _be_quiet() -> None:
-    """What contestants, their libraries and their children print would stand in the middle of the table."""
+    """Discard the output of contestants, which would disturb the table."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
@@ -83,7 +83,7 @@ def _be_quiet() -> None:
 
 
 def repeated(once: Callable[[], object], units: float, seconds: float, finish: Callable[[], object]) -> float:
-    """Units a second of `once`, done as often as it takes to fill `seconds`; `finish` waits for the device."""
+    """Units per second of `once`, repeated for at least `seconds`; `finish` synchronises with the device."""
     count, start = 0, time.perf_counter()
     while True:
         once()
@@ -94,7 +94,7 @@ def repeated(once: Callable[[], object], units: float, seconds: float, finish: C
 
 
 def peak_megabytes(of_children: bool = False) -> float:
-    """The highest resident memory that this process, or the largest of its ended children, has had, in MB."""
+    """Peak resident memory of this process, or of its largest finished child, in MB."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF).ru_maxrss

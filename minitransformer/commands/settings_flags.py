@@ -42,7 +42,7 @@ def parse_groups(
     groups: Sequence[Group],
     now: Mapping[str, Any],
     *,
-    title: str = "options",
+    title: str = "command",
     **about: str,
 ) -> tuple[Options, dict[str, Any]]:
     """Parse a command's own `options`, and the settings in `groups` that are given as flags, by flat name.

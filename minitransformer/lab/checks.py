@@ -1,4 +1,4 @@
-"""What a check of the laboratory is, and the small models in float64 that checks compare."""
+"""Checks of the laboratory, and the small float64 models that they compare."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from minitransformer.models.model import Model
 
 SMALL: dict[str, Any] = {"d_model": 16, "vocab_size": 11, "context_length": 8}
 LAYERS = 4
-"""as many as Mix-LN needs for a layer that is Post-LN"""
+"""the minimum for Mix-LN to have a Post-LN layer"""
 EXACT, SINGLE = 1e-12, 1e-6
-"""apart in float64, relative to the largest value, and in float32"""
+"""tolerances in float64, relative to the largest value, and in float32"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far from exact something is; None where the models cannot be compared, for the reason in `note`.
+    """The distance from equality; None if the models cannot be compared, for the reason in `note`.
 
-    It is open where there is nothing to compare with.
+    It is open without a reference.
     """
 
     distance: float | None
@@ -35,7 +35,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Check:
-    """A claim that holds if the distance is at most `tolerance`, for models from any maker and seed."""
+    """A claim that holds if the distance is at most `tolerance`, for any maker of models and seed."""
 
     claim: str
     tolerance: float
@@ -47,13 +47,13 @@ def small_config(residual: str, **choices: Any) -> ModelConfig:
 
 
 def small_model(make: MakeModel, residual: str, seed: int, **choices: Any) -> Any:
-    """A decoder for identities, in float64, with weights that are drawn anew: see `shaken`."""
+    """A float64 decoder with randomised weights: see `shaken`."""
     return shaken(make(small_config(residual, **choices), seed).double(), seed)
 
 
 @torch.no_grad()
 def shaken(model: nn.Module, seed: int, std: float = 0.3) -> nn.Module:
-    """The model with linear maps and embeddings N(0, std²), and noise added to where all other weights start.
+    """The model with linear layers and embeddings N(0, std²), and noise added to all other initial weights.
 
     That is N(0, 0.3²) for vectors and scalars, and N(0, std²) for other matrices.
     """
@@ -66,14 +66,14 @@ def shaken(model: nn.Module, seed: int, std: float = 0.3) -> nn.Module:
 
 
 def tokens_and_probe(seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens, and a random direction for the logits: gradients are those of their product."""
+    """Tokens, and a random direction: gradients are those of its product with the logits."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(SMALL["vocab_size"], (2, SMALL["context_length"]), generator=generator)
     return tokens, torch.randn(*tokens.shape, SMALL["vocab_size"], generator=generator, dtype=torch.float64)
 
 
 def redrawn(model: Model, seed: int) -> Model:
-    """The model with the initial weights that its placement asks for now."""
+    """The model with newly drawn initial weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.initialise()
@@ -81,12 +81,12 @@ def redrawn(model: Model, seed: int) -> Model:
 
 
 def plain_name(name: str) -> str:
-    # Mixed placements hold the placement of their layer as `connection`.
+    # Mixed placements have the placement of their layer as `connection`.
     return name.replace(".connection.", ".")
 
 
 def relative(first: Tensor, second: Tensor) -> float:
-    """The largest difference over the largest value; infinity where that is no number."""
+    """The largest difference relative to the largest value; infinity for NaN."""
     apart, largest = float((first - second).abs().max()), float(second.abs().max())
     if apart == 0:
         return 0.0

@@ -1,4 +1,4 @@
-"""Models with one mistake in their residual placement, for an audit of the laboratory."""
+"""Models with one injected defect in their residual placement, for the audit of the laboratory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from minitransformer.models.model import Model
 
 @dataclass(frozen=True)
 class Defect:
-    """A class with a mistake, which its docstring says, in place of its parent (None: no mistake)."""
+    """A class with a defect, described in its docstring, that replaces its parent (None: no defect)."""
 
     placement: type[Residual] | None
     needs_memory: bool = False
-    """whether a decoder alone does not have the mistake"""
+    """whether the defect needs an encoder-decoder"""
 
     @property
     def title(self) -> str:
@@ -28,7 +28,7 @@ class Defect:
         return f"{self.placement.name}: {mistake.removesuffix('.')}"
 
     def make(self, config: ModelConfig, seed: int) -> Model:
-        """`make_model`, with this mistake where its placement is asked for."""
+        """`make_model` with the defect in its placement."""
         if self.placement is not None and config.residual.name == self.placement.name:
             config = replace(config, residual=replace(config.residual, variant=self.placement))
         return make_model(config, seed)
@@ -78,4 +78,4 @@ DEFECTS = {
     "attention-residuals-without-last-query": Defect(mistakes.AttentionResidualsWithoutLastQuery),
     "value-residual-from-before": Defect(mistakes.ValueResidualFromBefore),
 }
-"""at least one for every placement of the package"""
+"""at least one per placement of the package"""

@@ -1,8 +1,8 @@
-"""What the second statement of a residual placement is made of: its equation and initial weights in plain tensor code.
+"""Reference implementations of residual placements: equations and initial weights in plain tensor code.
 
-Nothing here comes from the classes that it is compared with. A model is its weights by the names of its checkpoint; a
-placement is a function from what enters a stack to what leaves it. Those of the package stand in `statements`; a
-placement of your own is stated beside its class:
+They share no code with the classes that they are compared with. A model is its weights by checkpoint name; a
+placement is a function from the input to the output of a stack. Those of the package are in `statements`; a
+placement in a plugin is stated next to its class:
 
     @states("mine")
     def mine(x, stack):
@@ -33,7 +33,7 @@ def normalise(x: Tensor, gain: Tensor, eps: float = EPS) -> Tensor:
 
 @dataclass(frozen=True)
 class StatedBranch:
-    """A sublayer f, with the weights of its connection by name; layers count from 1.
+    """A sublayer f, with the weights of its connection by name; layers are counted from 1.
 
     `f(x, mix_values)` of self-attention has mix_values(V) in place of its values V.
     """
@@ -49,7 +49,7 @@ class StatedBranch:
 
 @dataclass(frozen=True)
 class Depth:
-    """The layers of a stack, those of the other stack (0: there is none), and whether it attends to that one."""
+    """The layers of a stack and of the other stack (0: none), and whether it has cross-attention."""
 
     layers: int
     other_layers: int = 0
@@ -62,7 +62,7 @@ class Depth:
 
 @dataclass(frozen=True)
 class StatedStack:
-    """The branches of a stack, in their order, and the weights of the stack's own norms."""
+    """The branches of a stack, in order, and the weights of the stack's own norms."""
 
     branches: Sequence[StatedBranch]
     depth: Depth
@@ -73,31 +73,31 @@ class StatedStack:
 
 
 Equation = Callable[[Tensor, StatedStack], Tensor]
-"""From what enters a stack, [batch, length, d_model], to what leaves it."""
+"""A function from the input of a stack, [batch, length, d_model], to its output."""
 
 
 StartingWeight = float | Callable[[str, Depth], Tensor]
-"""A value for all elements, or the tensor that the weight with this full name starts as."""
+"""An initial value for all elements, or a function from a weight's full name to its initial tensor."""
 
 
 @dataclass(frozen=True)
 class Statement:
-    """What a placement is, with what its authors made beside it."""
+    """A placement's equation, with its authors' initialisation and other settings."""
 
     equation: Equation
     gains: Callable[[Depth], tuple[float, float]] | None = None
-    """how many times as large initial weights are: of queries and keys, and of all other matrices of a sublayer"""
+    """factors of the initial weights: of queries and keys, and of all other matrices of a sublayer"""
     init: str = "xavier"
     attention_norms: Mapping[str, str] = field(default_factory=dict)
     """of "query", "key" and "value": whether the features of a "head" or of "all" heads are normalised"""
     published_norms: Mapping[str, str] = field(default_factory=dict)
-    """those that belong to its paper, and not to its equation"""
+    """norms of the paper that are not part of the equation"""
     starts: Mapping[str, StartingWeight] = field(default_factory=dict)
-    """where weights start that are not drawn, by the last part of their names; other vectors and scalars start at 1"""
+    """initial values of weights that are not random, by the last part of their names; 1 for other vectors, scalars"""
 
 
 STATEMENTS: dict[str, Statement] = {}
-"""by the name of the placement"""
+"""statements by placement name"""
 
 
 def states(
@@ -109,7 +109,7 @@ def states(
     published_norms: Mapping[str, str] | None = None,
     starts: Mapping[str, StartingWeight] | None = None,
 ) -> Callable[[Equation], Equation]:
-    """Makes a function the equation of the placement called `name`; the rest is as in `Statement`."""
+    """A decorator that registers a function as the equation of the placement `name`; arguments as in `Statement`."""
 
     def keep(equation: Equation) -> Equation:
         STATEMENTS[name] = Statement(equation, gains, init, attention_norms or {}, published_norms or {}, starts or {})
@@ -199,7 +199,7 @@ def embed(tokens: Tensor, weights: StatedWeights) -> Tensor:
 def stated_logits(
     statement: Statement, weights: StatedWeights, depths: Mapping[str, Depth], texts: Sequence[Tensor]
 ) -> Tensor:
-    """The logits of a model whose stacks, from the first to the last, are `depths`: each reads one of `texts`."""
+    """The logits of a model with the stacks `depths`, in order, each of which reads one of `texts`."""
     x = None
     for (name, depth), tokens in zip(depths.items(), texts, strict=True):
         x = statement.equation(embed(tokens, weights), stated_stack(statement, weights, name, depth, memory=x))
@@ -210,7 +210,7 @@ def stated_logits(
 def initial_weights(
     statement: Statement, shapes: Mapping[str, Sequence[int]], depths: Mapping[str, Depth], init: str
 ) -> dict[str, Tensor]:
-    """The weights that a model starts with, drawn from torch's generator in their order.
+    """The initial weights of a model, drawn from torch's generator in order.
 
     `init` is "xavier", or "xavier-scaled", which starts the outputs of sublayers 1/√sublayers times as large where the
     placement has no gains of its own.
@@ -223,7 +223,7 @@ def initial_weights(
         if callable(start):
             weight = start(name, depths[stack]).double()
         elif start is not None:
-            weight = torch.full(tuple(shape), start).double()  # as models have them, in float32
+            weight = torch.full(tuple(shape), start).double()  # rounded to float32, as in models
         elif stack not in depths:
             weight = weight.normal_() / math.sqrt(shape[1])
         else:

@@ -1,4 +1,4 @@
-"""What an experiment is: tasks that are measured in any order, and a conclusion from all that was measured."""
+"""The interface of experiments: tasks measured in any order, and findings from all results."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from minitransformer.tasks.task import Measurement, Result, Task
 
 @dataclass(frozen=True)
 class ExperimentSettings:
-    """What the user chooses of an experiment."""
+    """The user's settings of an experiment."""
 
     quick: bool = False
-    """a reduced form, for a first look: fewer sizes, steps and seeds"""
+    """reduced version with fewer sizes, steps and seeds"""
     data: str = "shakespeare"
-    """what training experiments learn from: a recipe or a file, as `train.py --data` takes it"""
+    """training data of the experiments: a recipe or a file, as for `train.py --data`"""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A claim beside what was measured.
+    """A claim and its measurement.
 
-    With `must_hold`, it reproduces what is known, and a failure is a defect; otherwise it is on trial, and its outcome
-    is published whichever way it falls. `holds` is None where the seeds leave it open.
+    With `must_hold`, it is a known result, and a failure is a defect; otherwise it is on trial, and either outcome is
+    published. `holds` is None if the seeds leave it open.
     """
 
     claim: str
@@ -37,7 +37,7 @@ class Criterion:
 
     @property
     def outcome(self) -> str:
-        """In a word or two: whether a known result was reproduced, or how one on trial came out."""
+        """The outcome in a word or two."""
         if self.holds is None:
             return "open"
         if self.must_hold:
@@ -47,19 +47,18 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim on trial, that gains are positive on average: no criterion until it is judged beside all the others of
-    its experiment."""
+    """A claim on trial that the mean gain is positive, to be judged together with all others of its experiment."""
 
     claim: str
     gains: Sequence[float]
-    """one for each seed, both sides of it measured with that seed"""
+    """one paired gain per seed"""
     unit: str = ""
 
 
 def judged(claims: Sequence[Claim]) -> list[Criterion]:
-    """The claims of one experiment, each decided by its paired t test with Holm's correction for their number.
+    """Judge the claims of one experiment by paired t tests with Holm's correction for their number.
 
-    With fewer than `FEWEST_SEEDS` seeds a claim is open, and counts among them all the same.
+    A claim with fewer than `FEWEST_SEEDS` seeds is open, but counts for the correction.
     """
     tested = [p_value(claim.gains) if len(claim.gains) >= FEWEST_SEEDS else 1.0 for claim in claims]
     number = "1 claim" if len(claims) == 1 else f"{len(claims)} claims"
@@ -81,13 +80,13 @@ def judged(claims: Sequence[Claim]) -> list[Criterion]:
 
 
 def seeds(n: int) -> str:
-    """How many, in words."""
+    """The number of seeds, in words."""
     return "1 seed" if n == 1 else f"{n} seeds"
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What an experiment has to say. `claims` are judged here, together, and follow the criteria."""
+    """The findings of an experiment. `claims` are judged together, and follow the criteria."""
 
     criteria: Sequence[Criterion]
     tables: Sequence[Table] = ()
@@ -101,44 +100,43 @@ class Findings:
 
 
 class Experiment(Registered, kind="experiment"):
-    """One question. Experiments are registered by a short name, such as "E1".
+    """An experiment on one question, registered by a short name, such as "E1".
 
-    `measure` runs in a process of its own with one thread, and gives the same numbers for the same task whenever it is
-    asked; `conclude` gets all results in the order in which they were asked for, or those that there are of a sweep
-    that was stopped.
+    `measure` runs in a separate single-threaded process, and is deterministic; `conclude` gets all available results in
+    the order of their tasks.
     """
 
     title: ClassVar[str]
     question: ClassVar[str]
     source: ClassVar[str]
-    """which figure or theorem of which paper it repeats"""
+    """the figure or theorem that it reproduces"""
     minutes: ClassVar[float]
-    """how long it takes on two cores, about"""
+    """approximate duration on two cores"""
 
     def __init__(self, settings: ExperimentSettings) -> None:
         self.settings = settings
 
     def prepare(self) -> None:
-        """Make ready what all tasks share, before the first of them; raises `UserError` if that cannot be had."""
+        """Prepare shared data before the first task; raises `UserError` if it is unavailable."""
 
     def tasks(self) -> Sequence[Task]:
-        """All that is to be measured, or what is to be measured first."""
+        """The initial tasks."""
         raise NotImplementedError
 
     def further_tasks(self, results: Sequence[Result]) -> Sequence[Task]:
-        """What the results ask for: first those of `tasks`, then with those of what they asked for, until that is
-        nothing new. Results are in the order of their tasks, and some may be missing."""
+        """Further tasks that depend on results, called until there are no new ones. Results are in the order of their
+        tasks, and some may be missing."""
         return []
 
     def measure(self, task: Task) -> Measurement:
-        """The measurement of one task. Raises `UserError` for what the user can mend, such as missing data."""
+        """Measure one task. Raises `UserError` for a user's mistake, such as missing data."""
         raise NotImplementedError
 
     def conclude(self, results: Sequence[Result]) -> Findings:
-        """What the results say."""
+        """The findings from the results."""
         raise NotImplementedError
 
 
 def select(results: Sequence[Result], where: Mapping[str, Any]) -> list[Result]:
-    """The results whose tasks have all the values of `where`."""
+    """The results of tasks with the values `where`."""
     return [result for result in results if all(result.task.get(key) == value for key, value in where.items())]

@@ -1,4 +1,4 @@
-"""From values over seeds to criteria, curves and the intervals that they show."""
+"""Criteria, curves and intervals from values over seeds."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from minitransformer.reporting.statistics import Interval, loglog_slope, mean_in
 
 
 def within(value: Interval, low: float, high: float) -> bool | None:
-    """Whether the whole interval lies in [low, high]; False if it lies wholly outside or is no number, None if it
-    crosses an end."""
+    """Whether the interval is in [low, high]; False if it is wholly outside or NaN, None if it crosses an end."""
     if low <= value.low and value.high <= high:
         return True
     return False if math.isnan(value.mean) or value.high < low or value.low > high else None
 
 
 def between(claim: str, value: Interval, low: float, high: float, note: str = "") -> Criterion:
-    """A known result: a mean over seeds in [low, high], as `within` decides; `note` follows what was measured."""
+    """A known result: a mean over seeds in [low, high], by `within`; `note` is appended to the measurement."""
     text = "no number: a value is 0 or infinite" if math.isnan(value.mean) else f"{value}"
     return Criterion(claim, f"{text}, {seeds(value.n)}{note}", within(value, low, high))
 
@@ -36,7 +35,7 @@ def expected(
     at_most: float = math.inf,
     is_open: bool = False,
 ) -> Criterion:
-    """`between` of `values` (one per seed); nothing is said where `is_open`, or without values."""
+    """`between` of `values` (one per seed); open if `is_open`, or without values."""
     if not values:
         return Criterion(claim, "not measured", None)
     criterion = between(claim, mean_interval(values), at_least, at_most)
@@ -49,7 +48,7 @@ def on_trial(claim: str, gains: Sequence[float], unit: str = "") -> Claim:
 
 
 def exponent(x: Sequence[float], rows: ArrayLike) -> Interval:
-    """p of y ∝ x^p, from `rows` (seeds × points) of y; not a number where a y has no logarithm."""
+    """p of y ∝ x^p, from `rows` (seeds × points) of y; NaN if a y has no logarithm."""
     values = np.asarray(rows, dtype=float)
     if not (np.isfinite(values) & (values > 0)).all():
         return Interval(math.nan, math.nan, math.nan, len(values))

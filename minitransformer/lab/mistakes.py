@@ -1,6 +1,6 @@
-"""Placements with one mistake each: some that published code has had, and at least one for every placement.
+"""Placements with one defect each: some from published code, and at least one per placement.
 
-Each takes the place of its parent, without a name of its own: nobody can choose it.
+Each replaces its parent, and is not registered.
 """
 
 from __future__ import annotations

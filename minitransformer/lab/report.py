@@ -1,4 +1,4 @@
-"""What an experiment leaves for its reader: `report.html`, a CSV file of each table, a PNG file of each picture."""
+"""The report of an experiment: `report.html`, a CSV file per table, a PNG file per picture."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ Titled = TypeVar("Titled", Table, Picture)
 
 OUTCOMES = ("passed", "FAILED", "holds", "does not hold", "open")
 KNOWN_RULE = (
-    "A result about a mean over seeds is reproduced where its 95 % interval lies within the accepted range, fails "
-    "where that lies outside, and is open where it crosses an end."
+    "A known result is reproduced if the 95 % confidence interval of the mean over seeds lies within the accepted "
+    "range, fails if it lies outside,  and is open if it crosses an end."
 )
 TRIAL_RULE = (
-    "Each claim about a gain is decided by its paired t test at 5 %, with Holm's correction for the number of such "
-    f"claims of the experiment; fewer than {FEWEST_SEEDS} paired seeds leave it open. Intervals are for each claim "
-    "alone, at 95 %."
+    "Each claim about a gain is decided by a paired t test at 5 %, with Holm's correction for the number of "
+    f"claims in the experiment; with fewer than {FEWEST_SEEDS} paired seeds it is open. Intervals are uncorrected, "
+    "at 95 %."
 )
 
 
 def reproduced(findings: Findings) -> bool:
-    """Whether no criterion failed that must hold."""
+    """Whether every criterion that must hold does, or is open."""
     return not any(criterion.must_hold and criterion.holds is False for criterion in findings.criteria)
 
 
 def summary(criteria: Sequence[Criterion]) -> str:
-    """How many criteria came out how, in one line."""
+    """The numbers of criteria by outcome, in one line."""
     known, trial = _split(criteria)
     parts = [f"{what}: {_counts(some)}" for what, some in (("known results", known), ("on trial", trial)) if some]
     return "; ".join(parts) or "none"
@@ -60,7 +60,7 @@ def _counts(criteria: Sequence[Criterion]) -> str:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of what was asked was measured."""
+    """How many of the tasks are measured."""
 
     asked: int
     measured: int
@@ -69,7 +69,7 @@ class Coverage:
     processor_minutes: float
 
     def sentences(self) -> list[str]:
-        """What the reader has to know of it."""
+        """The coverage in sentences for the report."""
         said = [
             f"{self.measured} of {self.asked} results were measured, in {self.processor_minutes:.1f} minutes of one "
             "processor."
@@ -80,14 +80,14 @@ class Coverage:
 
 
 def coverage(run: ExperimentFolder, failures: Sequence[Failure]) -> Coverage:
-    """Of `run` after a command that left `failures`."""
+    """The coverage of `run` after a command with `failures`."""
     measured = run.results()
     seconds = sum(run.store.seconds[task_key(result.task)] for result in measured)
     return Coverage(len(run.asked()), len(measured), run.store.skipped, failures, seconds / 60)
 
 
 def lab_command(name: str, settings: ExperimentSettings) -> str:
-    """What is typed to repeat the experiment."""
+    """The command that repeats the experiment."""
     words = ["python", "-m", "minitransformer", "lab", name]
     words += ["--quick"] * settings.quick
     words += [] if settings.data == ExperimentSettings.data else ["--data", settings.data]
@@ -95,9 +95,9 @@ def lab_command(name: str, settings: ExperimentSettings) -> str:
 
 
 def write_lab_report(run: ExperimentFolder, findings: Findings, failures: Sequence[Failure] = ()) -> Path:
-    """Write the report into the folder of `run`, and return the path of its page.
+    """Write the report to the folder of `run`; returns the path of the page.
 
-    Raises `UserError` where the folder may not be written, and without matplotlib if there are pictures.
+    Raises `UserError` if the folder is not writable, and without matplotlib if there are pictures.
     """
     folder = run.folder
     with files.writing(folder / REPORT, REMEDY):
@@ -122,7 +122,7 @@ def write_lab_report(run: ExperimentFolder, findings: Findings, failures: Sequen
 
 
 def _named(things: Iterable[Titled]) -> Iterator[tuple[Titled, str]]:
-    """Each with a name for its file, made of its title; a name that is taken gets a number."""
+    """Each with a unique file name made from its title."""
     taken: dict[str, int] = {}
     for thing in things:
         name = re.sub(r"[^a-z0-9]+", "-", thing.title.lower()).strip("-")[:60] or "untitled"
@@ -133,11 +133,11 @@ def _named(things: Iterable[Titled]) -> Iterator[tuple[Titled, str]]:
 def _head(experiment: Experiment, covered: Coverage) -> Page:
     page = Page(f"{experiment.name}: {experiment.title}")
     page.paragraph(experiment.question)
-    page.paragraph(f"It repeats: {experiment.source.rstrip('.')}.")
+    page.paragraph(f"Reproduces: {experiment.source.rstrip('.')}.")
     if experiment.settings.quick:
-        page.paragraph("This is the reduced form, for a first look: fewer sizes, steps and seeds.")
+        page.paragraph("This is the reduced version, with fewer sizes, steps and seeds.")
     if covered.measured < covered.asked:
-        page.paragraph(f"The experiment is incomplete: {covered.measured} of {covered.asked} results are there.")
+        page.paragraph(f"The experiment is incomplete: {covered.measured} of {covered.asked} results are available.")
     return page
 
 
@@ -145,12 +145,12 @@ def _criteria(page: Page, criteria: Sequence[Criterion]) -> None:
     known, trial = _split(criteria)
     if known:
         page.heading("What must hold")
-        page.paragraph(f"Known results: one that fails is a defect of the code or of the claim. {_sentence(known)}")
+        page.paragraph(f"Known results; a failure is a defect of the code or of the claim. {_sentence(known)}")
         page.paragraph(KNOWN_RULE)
         page.table(*_claims(known))
     if trial:
         page.heading("What is on trial")
-        page.paragraph(f"Claims whose outcome is published whichever way it falls. {_sentence(trial)}")
+        page.paragraph(f"Claims whose outcome is published either way. {_sentence(trial)}")
         page.paragraph(TRIAL_RULE)
         page.table(*_claims(trial))
 
@@ -166,7 +166,7 @@ def _claims(criteria: Sequence[Criterion]) -> tuple[list[str], list[tuple[str, s
 
 
 def _repeat(page: Page, run: ExperimentFolder, covered: Coverage, pictures: Sequence[str]) -> None:
-    page.heading("How to repeat it")
+    page.heading("How to reproduce this")
     page.code(lab_command(run.experiment.name, run.experiment.settings))
     page.links("All results, as JSON lines:", [Link(RESULTS, RESULTS)])
     if pictures:
@@ -177,14 +177,14 @@ def _repeat(page: Page, run: ExperimentFolder, covered: Coverage, pictures: Sequ
     if len(commits) > 1:
         page.paragraph(f"The results come from several commits: {', '.join(commits)}.")
     if any(commit.endswith("-dirty") for commit in commits):
-        page.paragraph("A commit that ends in -dirty had changes that were not committed.")
+        page.paragraph("A commit that ends in -dirty had uncommitted changes.")
     facts = {**(run.records[-1] if run.records else {}), "data": run.experiment.settings.data}
     facts["seeds"] = _ranges({task["seed"] for task in run.asked() if isinstance(task.get("seed"), int)})
     add_facts(page, facts)
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-    """`numbers` as text, runs of them shortened: 0–4, 7."""
+    """`numbers` as text with ranges: 0–4, 7."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""From an experiment to its findings: a folder of results, in which a command that was stopped goes on."""
+"""Run an experiment in a folder of results, in which an interrupted command continues."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from minitransformer.tasks.task import Failure, Measurement, Task, task_key
 class ExperimentFolder(TaskFolder):
     """The folder of an experiment: `experiment.json`, `results.jsonl`, and the report.
 
-    Raises `UserError` if the folder holds another experiment, other settings or anything else.
+    Raises `UserError` if the folder has another experiment, other settings or other contents.
     """
 
     RECORD = "experiment.json"
@@ -40,10 +40,10 @@ class ExperimentFolder(TaskFolder):
     def check_same(self, record: Mapping[str, Any]) -> None:
         name, kept = self.experiment.name, asdict(ExperimentSettings(**record["settings"]))
         if record["experiment"] != name:
-            raise UserError(f"{self.folder} holds experiment {record['experiment']}, not {name}: {REMEDY}")
+            raise UserError(f"{self.folder} has experiment {record['experiment']}, not {name}: {REMEDY}")
         for setting, value in asdict(self.experiment.settings).items():
             if kept[setting] != value:
-                raise UserError(f"{self.folder} holds {name} with {setting} {kept[setting]}, not {value}: {REMEDY}")
+                raise UserError(f"{self.folder} has {name} with {setting} {kept[setting]}, not {value}: {REMEDY}")
 
     def asked(self) -> list[Task]:
         asked: dict[str, Task] = {}
@@ -54,7 +54,7 @@ class ExperimentFolder(TaskFolder):
         return list(asked.values())
 
     def run(self, processes: int | None = None, progress: TaskProgress = SILENT) -> list[Failure]:
-        """Measure what is missing, as `run_tasks` does, and what is asked for once that is known."""
+        """Measure missing tasks by `run_tasks`, and then further tasks until there are none."""
         if not self.is_measured:
             self.write_record()
         measure = partial(_measure, type(self.experiment), self.experiment.settings)
@@ -66,16 +66,16 @@ class ExperimentFolder(TaskFolder):
         return failures
 
     def conclude(self) -> Findings:
-        """What the results say; raises `UserError` if there are none."""
+        """The findings; raises `UserError` without results."""
         results = self.results()
         if not results:
-            raise UserError(f"{self.experiment.name} has no results: nothing can be concluded")
+            raise UserError(f"{self.experiment.name} has no results yet: run it first")
         return self.experiment.conclude(results)
 
 
 @cache
 def _experiment(kind: Callable[[ExperimentSettings], Experiment], settings: ExperimentSettings) -> Experiment:
-    """One for each process, so that it may keep what it has read."""
+    """The experiment, created once per process, so that it may cache its data."""
     return kind(settings)
 
 

@@ -1,4 +1,4 @@
-"""Models of every registered placement beside the second statement of their equations."""
+"""Comparison of every registered placement with its reference implementation."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ def texts_and_probe(form: str, seed: int) -> tuple[list[Tensor], Tensor]:
 
 
 class MissingWeight(KeyError):
-    """A name that no weight of a model has."""
+    """A weight name that a model lacks."""
 
 
 class NamedWeights(dict[str, Tensor]):
-    """Weights by their plain names."""
+    """Weights by plain name."""
 
     def __missing__(self, name: str) -> Tensor:
         raise MissingWeight(name)
 
 
 def is_stated(make: MakeModel, seed: int, *, residual: str, form: str) -> Outcome:
-    """How far the models of a placement are from its `Statement`, and in what."""
+    """The distance of a placement's models from its `Statement`, by quantity."""
     if residual not in STATEMENTS:
         note = f"{residual!r} has no second statement: minitransformer.lab.equations says how to give one"
         return Outcome(None, note, is_open=True)
@@ -150,7 +150,7 @@ def is_profiled(make: MakeModel, seed: int, *, form: str) -> Outcome:
 
 
 def stated_checks(residual: str) -> dict[str, Check]:
-    """Of one placement, by name, in every one of `FORMS`."""
+    """The checks of one placement, by name, for each of `FORMS`."""
     checks = {
         f"{residual}-{form}": Check(
             f"{residual}, {form}, equals the second statement of its equation to 1e-12",

@@ -1,4 +1,4 @@
-"""The second statement of every residual placement of the package: equations, constants and initial weights."""
+"""Reference implementations of all residual placements of the package: equations, constants and initial weights."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def admin(x: Tensor, stack: StatedStack) -> Tensor:
 
 
 def admin_profile(x: Tensor, stack: StatedStack) -> tuple[list[Tensor], Tensor]:
-    """Admin's ω of each branch as its calibration sets them, and what leaves the stack with them."""
+    """Admin's calibrated ω of each branch, and the resulting output of the stack."""
     omegas = []
     variance = torch.ones((), dtype=x.dtype)
     for branch in stack.branches:
@@ -153,7 +153,7 @@ def residual_scaled(x: Tensor, stack: StatedStack) -> Tensor:
 
 
 def two_streams(x: Tensor, stack: StatedStack, eta: float) -> Tensor:
-    """ResiDual, whose y stream is η times as large."""
+    """ResiDual with the y stream scaled by η."""
     y = eta * x
     for branch in stack.branches:
         o = branch.f(x)

@@ -1,8 +1,8 @@
 """Models at initialisation and random batches, for experiments that need no data.
 
 Embeddings are N(0, 1) in each feature, as Xiong et al. 2020 (arXiv 2002.04745), section 3.3, assume of a stack's input.
-Tokens and targets are uniform over a vocabulary as large as d_model; the head is linear and not tied, N(0, 1/d_model);
-the loss is the mean cross-entropy of the targets. All other matrices are Xavier's; there are no biases and no dropout.
+Tokens and targets are uniform over a vocabulary of size d_model; the head is linear and untied, N(0, 1/d_model);
+the loss is the mean cross-entropy. All other matrices have Xavier initialisation; there are no biases and no dropout.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ WIDTH = 128
 """d_model, and the size of the vocabulary"""
 BATCH, LENGTH = 4, 32
 MakeModel = Callable[[ModelConfig, int], Model]
-"""From a configuration and a seed to a model: what an audit exchanges for one with a defect."""
+"""A function from a configuration and a seed to a model, which the audit replaces by one with a defect."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A residual placement and an initialisation, as the rows of a table name them together."""
+    """A residual placement with an initialisation, as a row of a table."""
 
     residual: str
     init: str = "xavier"
@@ -39,7 +39,7 @@ class Placement:
 
 
 def make_model(config: ModelConfig, seed: int) -> Model:
-    """The model of `config` with the weights of `seed`; torch's generator is left as it was."""
+    """The model of `config`, initialised by `seed`, without changing torch's generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_model(config)
@@ -61,13 +61,13 @@ def real_config(placement: Placement, num_layers: int, **choices: object) -> Mod
 
 
 def theory_config(placement: Placement, num_layers: int, **choices: object) -> ModelConfig:
-    """What Xiong et al. 2020 prove theorem 1 for: one head, and square matrices; see `blind`."""
+    """The setting of theorem 1 of Xiong et al. 2020: one head and square matrices; see `blind`."""
     return real_config(placement, num_layers, **{"num_heads": 1, "d_ff": WIDTH} | choices)
 
 
 @torch.no_grad()
 def blind(model: Model) -> Model:
-    """The model with W_Q = W_K = 0: attention is the mean of all tokens that a token may see."""
+    """The model with W_Q = W_K = 0: attention is the mean over all unmasked tokens."""
     for module in model.modules():
         if isinstance(module, ScoreProjection):
             module.weight.zero_()
@@ -78,11 +78,11 @@ MODES: dict[str, Callable[[MakeModel, Placement, int, int], Model]] = {
     "theory": lambda make, placement, num_layers, seed: blind(make(theory_config(placement, num_layers), seed)),
     "real": lambda make, placement, num_layers, seed: make(real_config(placement, num_layers), seed),
 }
-"""From a maker, a placement, a depth and a seed to a model in the theory's mode or in the real one."""
+"""A function from a maker, a placement, a depth and a seed to a model, in theory mode or real mode."""
 
 
 def random_tokens(seed: int, texts: int, vocab_size: int = WIDTH) -> list[Int[Tensor, "batch length"]]:
-    """`texts` batches of tokens, all different, and none of them drawn from the generator of the weights."""
+    """`texts` different random batches of tokens, independent of the weights."""
     generator = torch.Generator().manual_seed(1_000_003 + seed)
     return list(torch.randint(vocab_size, (texts, BATCH, LENGTH), generator=generator))
 

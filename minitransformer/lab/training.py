@@ -1,6 +1,6 @@
-"""Training inside an experiment: a configuration in, curves out, without a run folder.
+"""Training inside an experiment, from a configuration to training curves, without a run folder.
 
-It drives the learner that the `Trainer` drives, and learns the same weights bit for bit.
+It uses the same `Learner` as the `Trainer`, and gives the same weights bit for bit.
 """
 
 from __future__ import annotations
@@ -64,16 +64,16 @@ BASE = RunConfig(
 1706.03762), but for learned positions and a head of its own. Its embeddings are N(0, 1), as experiments at
 initialisation have them."""
 CPU = Machine(torch.device("cpu"), "fp32", compile=False, description="")
-"""what every experiment trains on, so that its numbers are the same everywhere"""
+"""the machine of every experiment, for reproducible numbers"""
 STUCK = 3.2
 """nats a character: who knows no more of Tiny Shakespeare than how frequent each character is has 3.3"""
 LAST = 25
-"""steps at the end of training whose mean loss is looked at"""
+"""number of last steps whose mean loss is reported"""
 
 
 @dataclass(frozen=True)
-class Course:
-    """What happened in each step: the mean loss in nats a target, and the norm of its gradient before clipping."""
+class TrainingCurve:
+    """A training curve: the mean loss in nats per target, and the gradient norm before clipping, of each step."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -85,26 +85,26 @@ class Course:
 
     @property
     def last_loss(self) -> float:
-        """The mean loss of the last steps; infinite if a step was not finite."""
+        """The mean loss of the last steps; infinite if training diverged."""
         return final_loss(self.losses) if self.finite else math.inf
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model that was trained, what it was trained on, how that went, and what a probe noted meanwhile."""
+    """A trained model with its data, training curve and diagnostics."""
 
     learner: Learner
-    course: Course
+    training_curve: TrainingCurve
     probed: list[dict[str, float | None]]
 
     @property
     def model(self) -> Model:
-        """With the weights that it has now."""
+        """The model with its current weights."""
         return self.learner.model
 
     def validation_loss(self) -> float:
-        """Nats a target over the whole validation split; infinite if a step was not finite."""
-        if not self.course.finite:
+        """Nats per target over the whole validation split; infinite if training diverged."""
+        if not self.training_curve.finite:
             return math.inf
         return validate(self.model, self.learner.loader, self.learner.precision).loss
 
@@ -116,7 +116,7 @@ class Trained:
 
 
 def final_loss(losses: Sequence[float]) -> float:
-    """The mean of the last of `losses`; infinite if one is not finite, or there is none."""
+    """The mean of the last `losses`; infinite if one is not finite, or there are none."""
     last = losses[-LAST:]
     return sum(last) / len(last) if last and all(map(math.isfinite, last)) else math.inf
 
@@ -124,32 +124,31 @@ def final_loss(losses: Sequence[float]) -> float:
 def train(
     config: RunConfig,
     prepared: PreparedData,
-    stop: Callable[[Course], bool] = lambda course: False,
+    stop: Callable[[TrainingCurve], bool] = lambda training_curve: False,
 ) -> Trained:
-    """The model of `config` after its training, in float32 on the CPU, as the `Trainer` would leave it.
+    """Train the model of `config` in float32 on the CPU, exactly as the `Trainer` would.
 
-    Training ends at the first step whose loss or gradient is not finite, since nothing after it has a meaning, and
-    where `stop`, asked after each step, says so.
+    Training ends at the first non-finite loss or gradient, or if `stop`, called after each step, returns True.
     """
     learner = build_learner(config, prepared, CPU, make_probe=probe_for(config.training))
-    course, probed = Course([], []), []
+    training_curve, probed = TrainingCurve([], []), []
     for step in range(1, config.training.steps + 1):
         result = learner.step(learner.next_batches())
         if result.measured:
             probed.append({"step": step, **result.measured})
-        course.losses.append(result.loss.item())
-        course.grad_norms.append(result.grad_norm.item())
-        if not result.finite or stop(course):
+        training_curve.losses.append(result.loss.item())
+        training_curve.grad_norms.append(result.grad_norm.item())
+        if not result.finite or stop(training_curve):
             break
-    return Trained(learner, course, probed)
+    return Trained(learner, training_curve, probed)
 
 
 class TrainingExperiment(Experiment):
-    """An experiment whose tasks are training runs: a task gives fields of the configuration, BASE gives the others."""
+    """An experiment whose tasks are training runs, with the settings of the task and of BASE."""
 
     @cached_property
     def text(self) -> PreparedData:
-        """The text as token ids, prepared once for all experiments: processes wait for the one that does it."""
+        """The tokenized text, prepared once for all experiments and processes."""
         return replace(BASE, data=self._data).prepare()
 
     def prepare(self) -> None:
@@ -160,39 +159,39 @@ class TrainingExperiment(Experiment):
         return replace(BASE.data, data=self.settings.data)
 
     def configured(self, task: Task) -> RunConfig:
-        """The run that `task` describes, with what its placement asks for of the model, unless the task says it."""
+        """The configuration of `task`, with the model settings that its placement asks for by default."""
         choices = {**Residual.named(task["residual"]).asks_for, "probe_every": task["steps"], **task}
         known = kinds(RunConfig)
         choices = {name: value for name, value in choices.items() if name in known}
         base = replace(BASE, data=self._data)
         return with_settings(base, {"vocab_size": self.text.tokenizer.vocab_size, **choices})
 
-    def train(self, task: Task, stop: Callable[[Course], bool] = lambda course: False) -> Trained:
-        """The model that `task` describes, trained."""
+    def train(self, task: Task, stop: Callable[[TrainingCurve], bool] = lambda training_curve: False) -> Trained:
+        """Train the model of `task`."""
         return train(self.configured(task), self.text, stop)
 
     def record(self, trained: Trained) -> Measurement:
-        """What every training run writes down: its curves, a look at its layers at its ends, and what it was."""
+        """The record of a training run: training curve, diagnostics of its layers, and configuration."""
         config = trained.learner.config.to_json()
         return {
-            "losses": [round(loss, 4) for loss in trained.course.losses],
-            "grad_norms": [float(f"{norm:.4g}") for norm in trained.course.grad_norms],
-            "finite": trained.course.finite,
-            "last_loss": trained.course.last_loss,
+            "losses": [round(loss, 4) for loss in trained.training_curve.losses],
+            "grad_norms": [float(f"{norm:.4g}") for norm in trained.training_curve.grad_norms],
+            "finite": trained.training_curve.finite,
+            "last_loss": trained.training_curve.last_loss,
             "probed": trained.probed,
             "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
         }
 
 
 def loss_curve(label: str, rows: Sequence[Sequence[float]]) -> Curve:
-    """The mean over seeds (rows) of losses, in blocks of LAST steps, with its interval; as far as all rows go."""
+    """The mean loss over seeds (rows), in blocks of LAST steps, with its interval, up to the shortest row."""
     steps = min(map(len, rows)) // LAST * LAST
     blocks = np.asarray([row[:steps] for row in rows], dtype=float).reshape(len(rows), -1, LAST).mean(-1)
     return curve(label, [LAST * (i + 1) for i in range(blocks.shape[1])], blocks)
 
 
 def per_seed(results: Sequence[Result], names: Sequence[str], value: Callable[..., float]) -> list[float]:
-    """`value` of the measurements of the placements `names`, for each seed that all of them have."""
+    """`value` of the measurements of the placements `names`, for each common seed."""
     runs = {name: {run.task["seed"]: run.measured for run in results if run.task["residual"] == name} for name in names}
     shared = sorted(set.intersection(*(set(by_seed) for by_seed in runs.values())))
     return [value(*(runs[name][seed] for name in names)) for seed in shared]

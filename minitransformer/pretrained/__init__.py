@@ -1,4 +1,4 @@
-"""Public checkpoints: read into our models, and written so that others can open them."""
+"""Import and export of public checkpoints."""
 
 from minitransformer.pretrained import bert, gpt, llama, seq2seq
 from minitransformer.pretrained.checkpoint import checkpoint_folder, generation_config, load, save

@@ -1,4 +1,4 @@
-"""BERT and the encoders that followed it: RoBERTa, DistilBERT."""
+"""BERT, RoBERTa and DistilBERT."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK = "stack.blocks.{layer}."
 
 
 def encoder_rules(prefix: str) -> tuple[Rule, ...]:
-    """The blocks of BERT and RoBERTa, whose names begin with `prefix`."""
+    """The blocks of BERT and RoBERTa, with names that start with `prefix`."""
     layer = prefix + "encoder.layer.{layer}."
     return (
         Rule(prefix + "embeddings.word_embeddings", "embedding.table"),
@@ -31,7 +31,7 @@ def encoder_rules(prefix: str) -> tuple[Rule, ...]:
 
 
 def head_rules(names: Mapping[str, str], bias: str, decoder: str) -> tuple[Rule, ...]:
-    """The head for masked tokens, whose bias of the logits is a tensor of its own; `decoder` are copies of both."""
+    """The masked-language-model head, with a separate bias tensor; `decoder` has copies of weight and bias."""
     modules = tuple(Rule(theirs, ours) for theirs, ours in names.items())
     return (*modules, Rule(bias, "head.head.bias", tensors=True), Rule(decoder, "head.head"))
 
@@ -47,7 +47,7 @@ FIXED = {
 }
 
 
-# BERT's model with both of the heads that it was trained with.
+# BERT with both of its pretraining heads.
 NEXT_SENTENCE = "BertForPreTraining"
 
 
@@ -82,7 +82,7 @@ class BERTFamily(Family, name="bert"):
         Rule("bert.pooler.dense", "next_sentence.pool"),
         Rule("cls.seq_relationship", "next_sentence.classify", Reversed()),
     )
-    # The pooler and the head for the next sentence come with every published model for masked tokens.
+    # Published masked-language models include the pooler and the next-sentence head.
     ignored: ClassVar[Sequence[str]] = (r"position_ids$", r"^bert\.pooler\.", r"^cls\.seq_relationship\.")
 
     @classmethod
@@ -95,12 +95,12 @@ class BERTFamily(Family, name="bert"):
 
 
 class RoBERTaFamily(BERTFamily, name="roberta"):
-    """Liu et al. 2019 (arXiv 1907.11692). Its positions count from 2: the padding token's id, and one."""
+    """Liu et al. 2019 (arXiv 1907.11692). Its positions start at 2: the padding id plus one."""
 
     architectures = {"encoder": "RobertaForMaskedLM", "encoder-classifier": "RobertaForSequenceClassification"}
     fields = {
         **{name: field for name, field in BERTFamily.fields.items() if name != "max_position_embeddings"},
-        # Its head for masked tokens has this one, whatever the blocks have.
+        # Its masked-language-model head always has this activation.
         "hidden_act": Field("feedforward", {"gelu": "gelu"}, "gelu"),
     }
     required = {**BERTFamily.required, "pad_token_id": 1}

@@ -1,4 +1,4 @@
-"""Checkpoint folders as the `transformers` library keeps them, and their names on the Hugging Face hub."""
+"""Checkpoint folders of the `transformers` library, and checkpoints on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from minitransformer.pretrained.tokenizers import CONFIGS, load_tokenizer
 from minitransformer.text.tokenizers import Tokenizer
 
 CONFIG, GENERATION = CONFIGS
-# What is fetched from the hub: some repositories hold the same weights in several formats.
+# Files to fetch from the hub: some repositories have the same weights in several formats.
 WANTED = [
     *CONFIGS,
     *TOKENIZER_FILES,
@@ -40,7 +40,7 @@ WANTED = [
 
 
 class Undrawn(TorchFunctionMode):
-    """While this is active, new weights are not drawn: they hold what memory held, until they are filled."""
+    """While active, new weights are not initialised, because they will be loaded."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -51,9 +51,9 @@ class Undrawn(TorchFunctionMode):
 
 
 def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
-    """The model and, if there is one, the tokenizer in the folder `name`, or of that name on the Hugging Face hub.
+    """The model and, if any, the tokenizer of the folder or Hugging Face hub checkpoint `name`.
 
-    Weights become float32. Raises `UserError` for what is not such a checkpoint, or none that our architecture covers.
+    Weights are converted to float32. Raises `UserError` for an invalid or unsupported checkpoint.
     """
     folder = checkpoint_folder(name)
     if not (folder / CONFIG).is_file():
@@ -61,12 +61,12 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     hf = read_checkpoint_json(folder / CONFIG)
     if not isinstance(hf.get("model_type"), str):
         raise UserError(f"{folder / CONFIG} has no model_type: give the folder of a checkpoint")
-    if hf["model_type"] not in Family.registry:  # a name that is nearly this one would be another model
+    if hf["model_type"] not in Family.registry:  # a similar name would be another model
         raise UserError(f"unknown model_type {hf['model_type']!r}: known are {', '.join(Family.registry)}")
     family = Family.named(hf["model_type"])
     shards = Shards(folder)
     tensors = Renamed(shards, family.prefix)
-    # Whether the head has weights of its own is not always in the configuration.
+    # The configuration does not always say whether the head is tied.
     config = family.model_config({**hf, "has_head": "lm_head.weight" in tensors})
     check_size(config, len(shards), shards.size, str(folder))
     with Undrawn():
@@ -76,7 +76,7 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
 
 
 def generation_config(name: str | Path) -> dict[str, Any] | None:
-    """How the publisher would have the checkpoint called `name` generate, if there is a file that says so."""
+    """The published generation settings of the checkpoint `name`, if any."""
     path = checkpoint_folder(name) / GENERATION
     return read_checkpoint_json(path) if path.is_file() else None
 
@@ -91,18 +91,18 @@ def save(
     originals: Path | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `model` into the new folder `folder`, as the `transformers` library opens checkpoints of `family`.
+    """Write `model` to the new folder `folder` as a `transformers` checkpoint of `family`.
 
-    `extra` are fields of config.json that are no property of the model, such as the ids of special tokens. The files of
-    the tokenizer are made from `tokenizer`, or copied from the folder `originals`; `generation` is what
-    `generation_config` read. Raises `UserError` naming the settings that the family cannot hold.
+    `extra` are further fields of config.json, such as the ids of special tokens. Tokenizer files are made from
+    `tokenizer`, or copied from the folder `originals`; `generation` is as from `generation_config`. Raises `UserError`
+    with the settings that the family cannot represent.
     """
     folder = Path(folder)
     if folder.exists():
-        raise UserError(f"{folder} exists already: choose another folder")
+        raise UserError(f"{folder} already exists: choose another folder")
     kind = Family.named(family)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    # What a family needs to be what it is stands above what anybody adds.
+    # The family's own fields take precedence over additional ones.
     hf = {**kind.hf_config(model.config), "dtype": dtype, **(extra or {}), **kind.required}
     tensors = save_weights(model, model.config, kind.rules_for(model.config))
     with files.writing(folder, "choose another folder"):
@@ -119,19 +119,21 @@ def save(
 
 
 def checkpoint_folder(name: str | Path) -> Path:
-    """The folder `name`, or that of a snapshot of the checkpoint of that name on the hub, which is fetched first."""
+    """The folder `name`, or the downloaded snapshot of the hub checkpoint `name`."""
     if Path(name).is_dir():
         return Path(name)
     if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"there is no folder {name}: give the folder of a checkpoint, or a name on the hub")
+        raise UserError(f"there is no folder {name}: give a checkpoint folder, or a name on the hub")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(
-            f"there is no folder {name}, and fetching it from the hub takes `pip install minitransformer[hub]`"
+            f"there is no folder {name}, and downloading it from the hub needs `pip install minitransformer[hub]`"
         ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=WANTED))
     except Exception as error:  # of requests, of the hub's own kinds, of the file system
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{name} is no folder, and the hub gives nothing ({reason}): check name and network") from None
+        raise UserError(
+            f"{name} is not a folder, and cannot be downloaded from the hub ({reason}): check name and network"
+        ) from None

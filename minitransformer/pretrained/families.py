@@ -1,4 +1,4 @@
-"""What a family of public checkpoints is: one table of configuration fields, and one of rules for its tensors."""
+"""Families of public checkpoints: a table of configuration fields, and a table of rules for tensors."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ SILU = {"silu": "silu", "swish": "silu"}
 GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu-tanh", "gelu": "geglu", "relu": "reglu"}
 
 
-# What a configuration must say; there is no default to guess.
+# Required fields, without a default.
 SIZES = ("vocab_size", "d_model", "num_layers", "num_heads", "context_length")
 
 
 @dataclass(frozen=True)
 class Field:
-    """A field of the family's configuration and ours; `values` translates, where they are spelled differently.
+    """A field of the family's configuration and ours; `values` translates values that are spelled differently.
 
-    `default` is what the family takes where the field is left out. A field that has one may not be null, unless it is
-    `nullable`. `older` are the names that the field had before.
+    `default` is the family's default. A field with a default may only be null if it is `nullable`. `older` are former
+    names of the field.
     """
 
     ours: str
@@ -48,7 +48,7 @@ class Field:
     nullable: bool = False
 
     def holds(self, value: Any) -> bool:
-        """Whether the family's configuration has a word for this value of ours."""
+        """Whether the family's configuration can represent this value of ours."""
         if self.values is not None:
             return value in self.values.values()
         return value is not None or self.default is None or self.nullable
@@ -56,13 +56,13 @@ class Field:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """A setting of a model that a family cannot hold: all `possible` values, and the one to choose."""
+    """A setting of a model that a family cannot represent: all `possible` values, and the one to choose."""
 
     family: str
     setting: str
     value: Any
     possible: tuple[Any, ...]
-    """none where every value but None is"""
+    """empty if every value but None is possible"""
     choice: Any
 
     def __str__(self) -> str:
@@ -71,10 +71,10 @@ class Obstacle:
 
 
 class Family(Registered, kind="model_type"):
-    """A family of checkpoints, called by its `model_type`.
+    """A family of checkpoints, registered by its `model_type`.
 
-    `architectures` are the classes of the `transformers` library for each of our topologies. `fields` are copied,
-    `fixed` is what every member is in our terms, `required` what a configuration must say (or leave out).
+    `architectures` are the `transformers` classes for each of our topologies. `fields` are translated, `fixed` are our
+    settings of every member, `required` are values that a configuration must have (or omit).
     """
 
     architectures: ClassVar[dict[str, str]]
@@ -84,11 +84,11 @@ class Family(Registered, kind="model_type"):
     rules: ClassVar[Sequence[Rule]] = ()
     ignored: ClassVar[Sequence[str]] = ()
     prefix: ClassVar[str] = ""
-    """what tensor names begin with, which files of a headless model leave out"""
+    """prefix of tensor names, which files of a headless model omit"""
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
-        """What `fields` and `fixed` cannot say: more of our fields, from the family's configuration."""
+        """Further fields of ours, computed from the family's configuration."""
         return {}
 
     @classmethod
@@ -103,18 +103,16 @@ class Family(Registered, kind="model_type"):
 
     @classmethod
     def model_config(cls, hf: HF) -> ModelConfig:
-        """Our configuration; raises `UserError` for a member that our architecture does not cover."""
+        """Our configuration; raises `UserError` for an unsupported member."""
         for name, value in cls.required.items():
             if hf.get(name, value) != value:
                 raise UserError(f"{name} is {hf[name]!r} in config.json: only {value!r} can be loaded for {cls.name}")
         try:
             return with_settings(ModelConfig(), cls._choices(hf))
         except KeyError as missing:
-            raise UserError(
-                f"config.json does not say {missing.args[0]}: a checkpoint of {cls.name} needs it"
-            ) from None
+            raise UserError(f"config.json has no {missing.args[0]}: a checkpoint of {cls.name} needs it") from None
         except (ArithmeticError, AttributeError, TypeError) as error:
-            raise UserError(f"config.json holds what no {cls.name} has ({error}): download it again") from None
+            raise UserError(f"config.json is invalid for {cls.name} ({error}): download it again") from None
 
     @classmethod
     def _choices(cls, hf: HF) -> dict[str, Any]:
@@ -142,7 +140,7 @@ class Family(Registered, kind="model_type"):
         for name, value in ours.items():
             if not fits(value, kinds[name]):
                 raise TypeError(f"{name} becomes {shown(value)}")
-        # 0 and 1 are numbers in JSON, of which we want some to be floats.
+        # JSON integers such as 0 and 1 may stand for floats.
         idle = {each.name for each in settings.all_declared(ModelConfig) if not settings.applies(each, ours)}
         return {name: fitted(value, kinds[name]) for name, value in ours.items() if name not in idle}
 
@@ -162,24 +160,24 @@ class Family(Registered, kind="model_type"):
 
     @classmethod
     def hf_config(cls, config: ModelConfig) -> HF:
-        """The family's configuration; raises `UserError` naming every setting that it cannot hold."""
+        """The family's configuration; raises `UserError` with every setting that it cannot represent."""
         if obstacles := cls.obstacles(config):
             raise UserError(f"{'; '.join(map(str, obstacles))}: choose another format")
         return cls._written(config)
 
     @classmethod
     def obstacles(cls, config: ModelConfig) -> list[Obstacle]:
-        """Every setting that the family cannot hold; with the choices of all of them in their place, it can.
+        """Every setting that the family cannot represent; with their `choice` in place, it can.
 
-        Raises `UserError` for shapes that it cannot have, with the settings that contradict each other there.
+        Raises `UserError` for impossible shapes, with the settings that contradict each other.
         """
         if config.topology not in cls.architectures:
             return [cls._obstacle("topology", config.topology, tuple(cls.architectures))]
         found: dict[str, Obstacle] = {}
         while True:
-            try:  # in the place of what was found, as one setting may hide another
+            try:  # with the choices found so far, as one setting may hide another
                 changed = with_settings(config, {name: obstacle.choice for name, obstacle in found.items()})
-                more = cls._unspeakable(changed) or cls._lost(changed)
+                more = cls._unrepresentable(changed) or cls._lost(changed)
             except UserError:
                 if not found:
                     raise
@@ -189,8 +187,8 @@ class Family(Registered, kind="model_type"):
             found |= {name: obstacle for name, obstacle in more.items() if name not in found}
 
     @classmethod
-    def _unspeakable(cls, config: ModelConfig) -> dict[str, Obstacle]:
-        """The settings for which the family's configuration has no words."""
+    def _unrepresentable(cls, config: ModelConfig) -> dict[str, Obstacle]:
+        """The settings that the family's configuration has no value for."""
         ours = _canonical(config)
         found = {
             name: cls._obstacle(name, flat(config).get(name), (value,))
@@ -206,7 +204,7 @@ class Family(Registered, kind="model_type"):
 
     @classmethod
     def _lost(cls, config: ModelConfig) -> dict[str, Obstacle]:
-        """The settings that come back as others when the family's configuration is read again."""
+        """The settings that change when the family's configuration is read back."""
         before, after = _canonical(config), _canonical(cls.model_config(cls._written(config)))
         return {
             name: cls._obstacle(name, value, (after[name],))
@@ -220,7 +218,7 @@ class Family(Registered, kind="model_type"):
 
     @classmethod
     def _written(cls, config: ModelConfig) -> HF:
-        """The configuration of a member, from settings that the family has words for."""
+        """The family's configuration, from settings that it can represent."""
         hf: HF = {"model_type": cls.name, "architectures": [cls.architectures[config.topology]], **cls.required}
         ours = _canonical(config)
         for theirs, field in cls._fields().items():
@@ -234,7 +232,7 @@ class Family(Registered, kind="model_type"):
 
     @classmethod
     def _does_not_say(cls, name: str) -> UserError:
-        return UserError(f"config.json does not say {name}, which a checkpoint of {cls.name} needs: add it")
+        return UserError(f"config.json has no {name}, which a checkpoint of {cls.name} needs: add it")
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -254,7 +252,7 @@ ONLY_WITH: dict[str, Callable[[ModelConfig], bool]] = {
 
 
 def _canonical(config: ModelConfig) -> dict[str, Any]:
-    """The fields of `config` that make a difference, with None replaced by what it stands for."""
+    """The fields of `config` that have an effect, with None resolved."""
     values = flat(config)
     values |= {
         "num_kv_heads": config.num_kv_heads or config.num_heads,

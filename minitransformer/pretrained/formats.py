@@ -1,4 +1,4 @@
-"""Which families hold a model, and for a model that none holds, which comes nearest: from the families' own tables."""
+"""Which families can represent a model, or come nearest to it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from minitransformer.pretrained.families import Family, Obstacle
 
 
 def obstacles_by_family(config: ModelConfig) -> dict[str, list[Obstacle]]:
-    """For each family with models of this topology, all that stands in its way; those with least come first.
+    """The obstacles of each family with this topology, fewest first.
 
-    Families that cannot have such a shape are left out; raises `UserError` if no other is there.
+    Families that cannot have such a shape are left out; raises `UserError` if none is left.
     """
     obstacles: dict[str, list[Obstacle]] = {}
     refusals = []
@@ -26,12 +26,12 @@ def obstacles_by_family(config: ModelConfig) -> dict[str, list[Obstacle]]:
 
 
 def families_of(config: ModelConfig) -> list[str]:
-    """The families that hold the model."""
+    """The families that can represent the model."""
     return [name for name, obstacles in obstacles_by_family(config).items() if not obstacles]
 
 
 def nearest_family(config: ModelConfig) -> tuple[str, list[Obstacle]]:
-    """The family with the fewest obstacles, and those; raises `UserError` if none has models of this topology."""
+    """The family with the fewest obstacles, and these; raises `UserError` if none has this topology."""
     for family, obstacles in obstacles_by_family(config).items():
         return family, obstacles
-    raise UserError(f"no known format holds this model: none is for topology {config.topology!r}")
+    raise UserError(f"no known format can represent topology {config.topology!r}: choose another run")

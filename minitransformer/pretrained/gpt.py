@@ -1,4 +1,4 @@
-"""GPT-2 and the decoders that followed it: GPT-J, GPT-NeoX, OPT, Bloom, Falcon."""
+"""GPT-2, GPT-J, GPT-NeoX, OPT, Bloom and Falcon."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ class GPTJFamily(Family, name="gptj"):
     def read(cls, hf: HF) -> dict[str, Any]:
         head_dim = hf["n_embd"] // hf["n_head"]
         turned = hf.get("rotary_dim") or head_dim
-        # The product with head_dim is cut to an integer, which must be this one.
+        # The product with head_dim is truncated to an integer, which must be this one.
         return {"rotary_fraction": 1.0 if turned == head_dim else math.nextafter(turned / head_dim, 1.0)}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
-        head_dim = config.d_model // config.num_heads  # the family has no other
+        head_dim = config.d_model // config.num_heads  # the only one in this family
         return {"rotary_dim": int(head_dim * config.positions.settings.fraction)}
 
 
@@ -147,7 +147,7 @@ class GPTNeoXFamily(Family, name="gpt_neox"):
 
 
 class OPTFamily(Family, name="opt"):
-    """Zhang et al. 2022 (arXiv 2205.01068): Pre-LN, but Post-LN in its model of 350 million."""
+    """Zhang et al. 2022 (arXiv 2205.01068): Pre-LN, except for Post-LN in the 350M model."""
 
     architectures = {"decoder": "OPTForCausalLM"}
     fields = {

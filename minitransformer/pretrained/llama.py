@@ -1,4 +1,4 @@
-"""Llama and the decoders that share its tensor names: Mistral, Mixtral, Qwen, OLMo-2, Gemma-2, StableLM."""
+"""Llama and families with its tensor names: Mistral, Mixtral, Qwen, OLMo-2, Gemma-2, StableLM."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SHAPE = {
 
 
 class LlamaFamily(Family, name="llama"):
-    """Touvron et al. 2023 (arXiv 2302.13971), Llama 2 and 3, and what was tuned from them."""
+    """Touvron et al. 2023 (arXiv 2302.13971), Llama 2 and 3, and their fine-tunes."""
 
     architectures = {"decoder": "LlamaForCausalLM"}
     fields = {
@@ -113,14 +113,14 @@ class MixtralFamily(MistralFamily, name="mixtral"):
 
 
 def read_windows(hf: HF, pattern: list[str]) -> dict[str, Any]:
-    """The window and the layers that have it, from `layer_types` or, where that is left out, `pattern`."""
+    """The window and its layers, from `layer_types`, or by default `pattern`."""
     kinds = hf.get("layer_types") or pattern
     sliding = tuple(kind == "sliding_attention" for kind in kinds)
     return {"attention_window": hf.get("sliding_window", 4096), "window_pattern": sliding} if any(sliding) else {}
 
 
 def write_windows(config: ModelConfig) -> HF:
-    """Both, and a window that hides nothing where no layer has one: Gemma-2 always makes a mask of it."""
+    """Both; without a window in any layer, one as long as the context, because Gemma-2 always needs one."""
     sliding = [config.window_of(layer) is not None for layer in range(config.num_layers)]
     return {
         "sliding_window": config.attention_window or config.context_length,

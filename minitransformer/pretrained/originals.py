@@ -1,4 +1,4 @@
-"""The files that an import came with beside its weights: a run keeps them, and an export writes them out unchanged."""
+"""An import's files besides its weights, which the run keeps and an export copies unchanged."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from minitransformer.text.tokenizers import Tokenizer
 FOLDER = "original"
 CHAT = "chat_template.jinja"
 TOKENIZER_FILES = (FILE, SETTINGS, NAMES, CHAT, *FILES, *SENTENCEPIECE)
-# Fields of config.json about tokens and classes, which are no property of the model.
+# Fields of config.json about tokens and classes, which do not affect the model.
 NAMED = ("id2label", "label2id", "bad_words_ids")
 
 
 def keep_originals(checkpoint: Path, run: Path) -> None:
-    """Copy what stands beside the weights of the folder `checkpoint` into the run folder `run`."""
+    """Copy the files besides the weights from the folder `checkpoint` to the run folder `run`."""
     _copy(checkpoint, run / FOLDER, (*CONFIGS, *TOKENIZER_FILES))
 
 
 def inherit_originals(parent: Path | None, run: Path) -> None:
-    """Copy what the run folder `parent` has kept, if anything, into the run folder `run` that begins with its model."""
+    """Copy the kept files of the run folder `parent`, if any, to `run`, which is fine-tuned from it."""
     if parent is not None and (parent / FOLDER).is_dir():
         keep_originals(parent / FOLDER, run)
         _copy(parent, run, CONFIGS[1:])
 
 
 def originals_of(run: Path, tokenizer: Tokenizer) -> Path | None:
-    """The folder of what a run has kept, if `tokenizer` is still the one that its files describe."""
+    """The folder of a run's kept files, if they still describe `tokenizer`."""
     folder = run / FOLDER
     try:
         original = load_tokenizer(folder) if folder.is_dir() else None
@@ -43,18 +43,18 @@ def originals_of(run: Path, tokenizer: Tokenizer) -> Path | None:
 
 
 def write_originals(originals: Path, folder: Path) -> None:
-    """Copy the tokenizer's files into the checkpoint folder `folder`."""
+    """Copy the tokenizer's files to the checkpoint folder `folder`."""
     _copy(originals, folder, TOKENIZER_FILES)
 
 
 def original_fields(originals: Path) -> dict[str, Any]:
-    """What config.json says of special tokens and of the names of classes."""
+    """The fields of config.json on special tokens and class names."""
     hf = read_checkpoint_json(originals / CONFIGS[0])
     return {name: value for name, value in hf.items() if name.endswith("_token_id") or name in NAMED}
 
 
 def class_names(run: Path, count: int) -> list[str]:
-    """The names of a classifier's classes, which are numbers where an import did not come with `count` names."""
+    """The names of a classifier's classes; numbers if the import did not have `count` names."""
     config = run / FOLDER / CONFIGS[0]
     labels = read_checkpoint_json(config).get("id2label") if config.is_file() else None
     known = labels if isinstance(labels, dict) else {}

@@ -1,4 +1,4 @@
-"""The tokenizer that any tokenizer.json describes, run by the `tokenizers` package."""
+"""Tokenizers from any tokenizer.json, run by the `tokenizers` package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE = "tokenizer.json"
 
 
 def characters_of_bytes() -> dict[str, int]:
-    """The printable character by which GPT-2's files write each byte. Radford et al. 2019, their public code."""
+    """The printable character for each byte in GPT-2's files. Radford et al. 2019, public code."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -28,7 +28,7 @@ CHARACTERS = {byte: character for character, byte in BYTES.items()}
 
 
 def steps_of(described: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
-    """The steps of which one is described, or a sequence of them."""
+    """A single described step, or a sequence of them, as a list."""
     if not described:
         return []
     steps: list[dict[str, Any]] = described[parts] if described.get("type") == "Sequence" else [described]
@@ -36,7 +36,7 @@ def steps_of(described: dict[str, Any] | None, parts: str) -> list[dict[str, Any
 
 
 def piece_of(token: str, decoders: Sequence[dict[str, Any]]) -> bytes:
-    """The bytes that a token stands for inside a text, as the decoders of a tokenizer.json say."""
+    """The bytes of a token inside a text, by the decoders of a tokenizer.json."""
     for decoder in decoders:
         match decoder["type"]:
             case "ByteLevel" if all(character in BYTES for character in token):
@@ -57,22 +57,22 @@ def piece_of(token: str, decoders: Sequence[dict[str, Any]]) -> bytes:
 
 
 class PublicTokenizer(Tokenizer, name="tokenizers"):
-    """Whatever a tokenizer.json describes (WordPiece, unigram, …), run by the `tokenizers` package.
+    """A tokenizer from a tokenizer.json (WordPiece, unigram, …), run by the `tokenizers` package.
 
-    Text is encoded without the special tokens that a model may want around it: those are in `framing`.
+    Text is encoded without the special tokens around it, which are in `framing`.
     """
 
     def __init__(self, content: dict[str, Any], end_of_text: int, special_tokens: Iterable[str] = ()) -> None:
         try:
             from tokenizers import Tokenizer as Implementation
         except ImportError:
-            raise UserError("this tokenizer takes the tokenizers package: pip install minitransformer[hub]") from None
+            raise UserError("this tokenizer needs the tokenizers package: pip install minitransformer[hub]") from None
         self.content, self.end_of_text = content, end_of_text
         try:
             self._implementation = Implementation.from_str(json.dumps(content))
-        except Exception as error:  # the package has no kind of its own
+        except Exception as error:  # the package raises plain Exceptions
             raise UserError(f"the tokenizers package cannot run {FILE} ({error}): download it again") from None
-        # Files say how one model wanted its input: cut to its length, padded, and special tokens found in the text.
+        # Disable truncation, padding and special tokens spelled out in the text.
         self._implementation.no_truncation()
         self._implementation.no_padding()
         self._implementation.encode_special_tokens = True
@@ -94,7 +94,7 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
         return {token.content: number for number, token in added if token.special}
 
     def _mask_pattern(self) -> re.Pattern[str]:
-        """Masks with the space before them, or after, if the file says that they stand for it too."""
+        """Masks with adjacent spaces, if the file says that they include them."""
         added = self._implementation.get_added_tokens_decoder().values()
         masks = [token for token in added if token.content in MASKS]
         before = r"\s*" if any(token.lstrip for token in masks) else ""
@@ -103,14 +103,14 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
 
     @classmethod
     def fit(cls, texts: Texts, vocab_size: int | None = None) -> Self:
-        raise UserError("a tokenizer of a public checkpoint comes with it: choose bpe, bytes or chars to fit one")
+        raise UserError("a public tokenizer cannot be trained here: choose bpe, bytes or chars")
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         try:
             return np.array(self._implementation.encode(text, add_special_tokens=False).ids, np.uint32)
         except (TypeError, UnicodeEncodeError):
             raise UserError(
-                f"{text[:40]!r} holds half a surrogate pair, which UTF-8 has not: give valid UTF-8"
+                f"{text[:40]!r} holds half a surrogate pair, which UTF-8 cannot encode: give valid UTF-8"
             ) from None
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:

@@ -1,4 +1,4 @@
-"""Whether a written checkpoint is the model: opened again, by the `transformers` library where it is installed."""
+"""Verify a written checkpoint by opening it again, with the `transformers` library if installed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LENGTH = 16
 
 
 def reference_of(folder: Path) -> tuple[type[nn.Module] | None, str]:
-    """The class of `transformers` for a folder, and the library's name and version; None and why there is none."""
+    """The `transformers` class for a folder, and the library's version; or None, and why."""
     [architecture] = read_checkpoint_json(folder / CONFIG)["architectures"]
     try:
         import transformers
@@ -36,7 +36,7 @@ def reference_of(folder: Path) -> tuple[type[nn.Module] | None, str]:
 def reopened_difference(model: Model, folder: Path) -> float:
     """The largest difference between logits of `model` and of its copy in `folder`, on random tokens.
 
-    It is a share of their root mean square, in float32. Raises `UserError` if the copy cannot be opened.
+    It is relative to their root mean square, in float32. Raises `UserError` if the copy cannot be opened.
     """
     reference, _ = reference_of(folder)
     tokens = _tokens(model, read_checkpoint_json(folder / CONFIG).get("pad_token_id"))
@@ -47,7 +47,7 @@ def reopened_difference(model: Model, folder: Path) -> float:
 
 
 def _tokens(model: Model, padding: int | None) -> Tensor:
-    """Two random texts without padding, which some of the library's models do not count as tokens."""
+    """Two random texts without padding ids, which some of the library's models mask."""
     size = model.config.vocab_size
     assert size is not None
     shape = (2, min(LENGTH, model.config.context_length))
@@ -56,7 +56,7 @@ def _tokens(model: Model, padding: int | None) -> Tensor:
 
 
 def _logits_of(model: Model) -> Callable[..., Tensor]:
-    """What gives the logits of `model`: of tokens, where it has another head as well."""
+    """The function that computes the logits of `model`, of tokens if it has several heads."""
     return model.token_logits if isinstance(model, EncoderLM) else model
 
 
@@ -75,7 +75,7 @@ def _reference_logits(reference: Any, folder: Path, inputs: tuple[Tensor, ...]) 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The library neither warns nor draws a bar."""
+    """Suppress the library's warnings and progress bars."""
     from transformers.utils import logging as theirs
 
     level, bar = theirs.get_verbosity(), theirs.is_progress_bar_enabled()

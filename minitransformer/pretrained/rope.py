@@ -1,4 +1,4 @@
-"""Rotary positions as configurations spell them: today in `rope_parameters`, formerly in fields of their own."""
+"""Rotary settings in public configurations: in `rope_parameters`, or formerly in separate fields."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ LLAMA3 = {
 }
 
 
-# Where GPT-NeoX and StableLM say nothing, a quarter of each head turns.
+# By default, GPT-NeoX and StableLM rotate a quarter of each head.
 QUARTER = 0.25
 
 
 def read_rope(hf: dict[str, Any], default_base: float = 10000.0) -> dict[str, Any]:
-    """Our fields, from either spelling, for a family that turns whole heads.
+    """Our fields, from either form, for a family that rotates whole heads.
 
-    Its public code has no other: it ignores a fraction, or fails. Raises `UserError` for one, and for a scaling that we
-    do not have.
+    Its public code ignores a fraction, or fails. Raises `UserError` for a fraction, and for an unknown scaling.
     """
     ours = read_partial_rope(hf, default_fraction=1.0, default_base=default_base)
     if ours["rotary_fraction"] != 1.0:
         raise UserError(
             f"partial_rotary_factor is {ours['rotary_fraction']} in config.json: {hf.get('model_type', 'this family')} "
-            "turns whole heads, and the transformers library ignores it; remove it, or use the family that has it"
+            "rotates whole heads, and the transformers library ignores it; remove it, or use the family that has it"
         )
     return ours
 
@@ -37,7 +36,7 @@ def read_rope(hf: dict[str, Any], default_base: float = 10000.0) -> dict[str, An
 def read_partial_rope(
     hf: dict[str, Any], default_fraction: float = QUARTER, default_base: float = 10000.0
 ) -> dict[str, Any]:
-    """Our fields, from either spelling, for a family that turns a fraction of each head."""
+    """Our fields, from either form, for a family that rotates a fraction of each head."""
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     base = rope.get("rope_theta") or hf.get("rope_theta") or hf.get("rotary_emb_base") or default_base
     fractions = (rope.get("partial_rotary_factor"), hf.get("partial_rotary_factor"), hf.get("rotary_pct"))
@@ -55,9 +54,9 @@ def read_partial_rope(
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """`rope_parameters`, and beside it the older spelling for older readers.
+    """`rope_parameters`, and the older fields for older readers.
 
-    For a family that turns whole heads, of which a fraction is not said.
+    For a family that rotates whole heads, without a fraction.
     """
     rotary = config.positions.settings
     kind = "default" if rotary.scaling.name == "none" else rotary.scaling.name
@@ -71,8 +70,8 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_partial_rope(config: ModelConfig) -> dict[str, Any]:
-    """`write_rope` with the fraction of each head that is turned, for a family that has it."""
+    """`write_rope` with the rotated fraction of each head, for a family that has it."""
     fraction = {"partial_rotary_factor": config.positions.settings.fraction}
     written = {**write_rope(config), **fraction}
-    # One of them stands for the other where both are read, so both say everything.
+    # Readers may use either one, so both are complete.
     return {name: {**value, **fraction} if isinstance(value, dict) else value for name, value in written.items()}

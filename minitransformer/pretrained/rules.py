@@ -1,8 +1,8 @@
-"""From the tensors of a checkpoint to the weights of a model and back: tables of rules, and an engine for them.
+"""Convert the tensors of a checkpoint to the weights of a model and back, by tables of rules.
 
-A rule names a module of each side. Its transform has an inverse, so a table that imports also exports. The engine
-checks that the table is a bijection: every tensor of the file is used once, every weight of the model is filled once,
-and shapes are equal. Everything that is not so is reported together.
+A rule names a module on each side. Its transform is invertible, so the same table imports and exports. The table is
+checked to be a bijection: every tensor is used once, every weight is filled once, and shapes match. All violations are
+reported together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from minitransformer.models.config import ModelConfig
 
 
 class Transform(Protocol):
-    """What happens to a tensor of the file on its way to one or more weights, and the way back."""
+    """An invertible map from a tensor of the file to one or more weights."""
 
     def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]: ...
 
@@ -78,7 +78,7 @@ class GroupedHeads:
 
 
 class InterleavedPairs:
-    """Rotary positions turn features 2i and 2i + 1 together, where ours turn i and i + half: GPT-J."""
+    """Rotary pairs are features 2i and 2i + 1, and ours are i and i + half: GPT-J."""
 
     def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
         heads = tensor.unflatten(0, (-1, config.features_per_head))
@@ -96,7 +96,7 @@ class InterleavedPairs:
 
 @dataclass(frozen=True)
 class WithoutFirst:
-    """A table whose first `rows` stand for no position; they come back as zeros."""
+    """A position table with unused first `rows`; these are exported as zeros."""
 
     rows: int
 
@@ -118,7 +118,7 @@ class Row:
 
 
 class Reversed:
-    """The rows in the opposite order."""
+    """The rows in reverse order."""
 
     def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
         return (tensor.flip(0),)
@@ -129,12 +129,12 @@ class Reversed:
 
 @dataclass(frozen=True)
 class Rule:
-    """A module of the file, those of the model that it becomes, and how; what has no weights in a model is left out.
+    """A module of the file, the model's modules that it becomes, and the transform; rules without weights are skipped.
 
-    `{layer}`, `{decoder_layer}` and `{expert}` stand for each number that the model has. With `tensors`, the names are
-    those of tensors rather than of modules. A file without an `optional` one means zeros.
+    `{layer}`, `{decoder_layer}` and `{expert}` are expanded. With `tensors`, the names are those of tensors rather than
+    modules. A missing `optional` one means zeros.
 
-    A later rule for weights that are filled already, as tied ones are, is for a copy: a file may leave it out, and an
+    A later rule for weights that are already filled, such as tied ones, is for a copy, which a file may omit, and an
     export does.
     """
 
@@ -145,7 +145,7 @@ class Rule:
     optional: bool = False
 
     def expanded(self, config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Names of one tensor and of the weights that it becomes, for every number and for weight and bias."""
+        """The names of each tensor and of its weights, for every layer, expert, weight and bias."""
         targets = (self.target,) if isinstance(self.target, str) else self.target
         ranges = {
             "{layer}": config.num_layers,
@@ -170,10 +170,10 @@ def _filled(name: str, places: Sequence[str], numbers: Sequence[int]) -> str:
 def load_weights(
     model: nn.Module, config: ModelConfig, tensors: Mapping[str, Tensor], rules: Sequence[Rule], ignored: Sequence[str]
 ) -> None:
-    """Fill `model` from `tensors`; raises `UserError` with all that is missing, left over or of another shape.
+    """Load `tensors` into `model`; raises `UserError` with all missing, unexpected or mismatched ones.
 
-    Tensors whose names match one of the patterns `ignored` may be left over. A copy of a weight may be in the file, if
-    it is the same there.
+    Tensors whose names match one of the patterns `ignored` may be left over. The file may contain equal copies of a
+    weight.
     """
     weights = dict(model.named_parameters(remove_duplicate=False))
     problems: list[str] = []
@@ -200,14 +200,14 @@ def load_weights(
     if problems:
         raise UserError(
             f"the tensors do not fit config.json ({'; '.join(_summarised(problems))}): "
-            "look whether both are of the same model"
+            "check that both are of the same model"
         )
 
 
 def _fill(
     weights: Mapping[str, Tensor], source: str, transform: Transform, tensor: Tensor, config: ModelConfig
 ) -> list[str]:
-    """Copy what `tensor` becomes into the weights; returns what stands against it."""
+    """Copy the transformed `tensor` to the weights; returns the problems."""
     try:
         parts = transform.load(tensor, config)
     except (IndexError, RuntimeError):
@@ -224,10 +224,10 @@ def _fill(
 def _compare(
     weights: Mapping[str, Tensor], source: str, transform: Transform, tensor: Tensor, config: ModelConfig
 ) -> list[str]:
-    """What stands against `tensor` as a copy of the weights."""
+    """The problems of `tensor` as a copy of the weights."""
     parts = transform.load(tensor, config)
     same = all(torch.equal(part.to(weight.dtype), weight) for part, weight in zip(parts, weights.values(), strict=True))
-    return [] if same else [f"{source} is not the same as what it is tied to"]
+    return [] if same else [f"{source} differs from the weight that it is tied to"]
 
 
 def _clear(weights: Mapping[str, Tensor]) -> None:
@@ -236,7 +236,7 @@ def _clear(weights: Mapping[str, Tensor]) -> None:
 
 
 def _summarised(problems: Sequence[str]) -> Iterator[str]:
-    """Those that differ in numbers of layers alone only once, with their count."""
+    """Problems that differ only in layer numbers, once, with their count."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         kinds.setdefault(re.sub(r"\.\d+(?=\.)", "", problem), []).append(problem)
@@ -245,7 +245,7 @@ def _summarised(problems: Sequence[str]) -> Iterator[str]:
 
 
 def save_weights(model: nn.Module, config: ModelConfig, rules: Sequence[Rule]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint with the weights of `model`; raises `UserError` if the rules leave out a weight."""
+    """The tensors of a checkpoint with the weights of `model`; raises `UserError` if the rules omit a weight."""
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     saved: set[str] = set()

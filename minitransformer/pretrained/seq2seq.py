@@ -18,7 +18,7 @@ T5_DECODER = "decoder.block.{decoder_layer}.layer."
 
 
 def t5_sublayers(theirs: str, ours: str, feedforward: int) -> tuple[Rule, ...]:
-    """The rules of a block whose feed-forward network is sublayer number 1, or number 2 after cross-attention."""
+    """The rules of a block with the feed-forward network as sublayer 1, or 2 after cross-attention."""
     attentions = {"0.SelfAttention": "attention", "1.EncDecAttention": "cross_attention"}
     norms = {"0": "attention_residual", str(feedforward): "feedforward_residual"}
     if feedforward == 1:
@@ -41,7 +41,7 @@ T5_ACTIVATION = Field(
 
 
 class T5Family(Family, name="t5"):
-    """Raffel et al. 2019 (arXiv 1910.10683), and its version 1.1: gated, with a head of its own."""
+    """Raffel et al. 2019 (arXiv 1910.10683), and its version 1.1: gated, with an untied head."""
 
     architectures = {"encoder-decoder": "T5ForConditionalGeneration"}
     fields = {
@@ -94,12 +94,12 @@ class T5Family(Family, name="t5"):
 
 
 def has_no_head(hf: HF) -> bool:
-    """Whether the embedding is the head too: what the tensors say, and without them the configuration."""
+    """Whether the head is tied, by the tensors, or without them by the configuration."""
     return not hf["has_head"] if "has_head" in hf else bool(hf.get("tie_word_embeddings", True))
 
 
 class MT5Family(T5Family, name="mt5"):
-    """Xue et al. 2020 (arXiv 2010.11934): T5's version 1.1, which never scales what its head reads."""
+    """Xue et al. 2020 (arXiv 2010.11934): T5's version 1.1, without scaling of the head's input."""
 
     architectures = {"encoder-decoder": "MT5ForConditionalGeneration"}
     fields = {**T5Family.fields, "feed_forward_proj": replace(T5_ACTIVATION, default="gated-gelu")}
@@ -161,7 +161,7 @@ BART_FIXED = {"residual": "post", "norm": "layer", "norm_eps": 1e-5, "bias": Tru
 
 
 class BARTFamily(Family, name="bart"):
-    """Lewis et al. 2019 (arXiv 1910.13461). Its positions count from 2."""
+    """Lewis et al. 2019 (arXiv 1910.13461). Its positions start at 2."""
 
     architectures = {"encoder-decoder": "BartForConditionalGeneration"}
     fields = BART_FIELDS
@@ -200,14 +200,14 @@ class MarianFamily(BARTFamily, name="marian"):
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
-        # Marian's last token is its padding, with which decoding begins.
+        # Marian's last token is its padding token, which starts decoding.
         assert config.vocab_size is not None
         padding = config.vocab_size - 1
         return {**super().write(config), "pad_token_id": padding, "decoder_start_token_id": padding}
 
 
 def sizes_of_both_sides(hf: HF) -> dict[str, Any]:
-    """Nothing more to read, if encoder and decoder have the same sizes; otherwise a `UserError`."""
+    """No further fields; raises `UserError` if encoder and decoder have different sizes."""
     for name in ("attention_heads", "ffn_dim"):
         encoder = hf[f"encoder_{name}"]
         decoder = hf[f"decoder_{name}"]

@@ -1,4 +1,4 @@
-"""Tensors on disk as the `transformers` library keeps them: one safetensors file, or shards and their index."""
+"""Tensors on disk in the `transformers` layout: one safetensors file, or shards with an index."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 class Shards(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by name, each read when it is asked for."""
+    """The tensors of a checkpoint by name, read on access."""
 
     def __init__(self, folder: Path) -> None:
         if (folder / INDEX).is_file():
@@ -58,7 +58,7 @@ class Shards(Mapping[str, Tensor]):
 
 
 class Renamed(Mapping[str, Tensor]):
-    """Tensors under the names of today, with the prefix that files of a headless model leave out."""
+    """Tensors under current names, with the prefix that files of a headless model omit."""
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
         bare = bool(prefix) and not any(name.startswith(prefix) for name in tensors)
@@ -76,12 +76,12 @@ class Renamed(Mapping[str, Tensor]):
 
 
 def _modern(name: str) -> str:
-    """The first checkpoints called the weights of a norm gamma and beta."""
+    """The current name of a tensor: early checkpoints called norm weights gamma and beta."""
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write `tensors` into `folder`: one file, or shards of at most `shard_bytes` and their index."""
+    """Write `tensors` to `folder`: one file, or shards of at most `shard_bytes` with an index."""
     shards: list[dict[str, Tensor]] = [{}]
     room = shard_bytes
     for name, tensor in tensors.items():
@@ -102,13 +102,13 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int =
 
 
 def _places(index: Path) -> dict[str, str]:
-    """Which shard holds each tensor; raises `StorageError` for what is no name of a file in the folder of `index`."""
+    """The shard of each tensor; raises `StorageError` for a name that is not a file in the folder of `index`."""
     places = read_checkpoint_json(index).get("weight_map")
     if not isinstance(places, dict):
         raise StorageError(f"{index} is damaged (it has no object weight_map): download it again")
     for shard in places.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise StorageError(f"{index} names {shown(shard)}, which is no file in its folder: download it again")
+            raise StorageError(f"{index} names {shown(shard)}, which is not a file in its folder: download it again")
     return places
 
 
@@ -122,8 +122,8 @@ def _no_weights(folder: Path) -> UserError:
     pickles = sorted(path.name for ending in ("bin", "pt", "pth") for path in folder.glob(f"*.{ending}"))
     if pickles:
         return UserError(
-            f"{folder / pickles[0]} is a pickle, which may run any code when it is opened: "
-            "convert it to safetensors where you trust it"
+            f"{folder / pickles[0]} is a pickle, which can execute arbitrary code when opened: "
+            "if you trust it, convert it to safetensors"
         )
     return UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}: give the folder of a checkpoint")
 
@@ -132,4 +132,4 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path} is no whole safetensors file ({error}): download it again") from None
+        raise StorageError(f"{path} is not a complete safetensors file ({error}): download it again") from None

@@ -1,4 +1,4 @@
-"""Our tokenizers in the files of public checkpoints."""
+"""Export of our tokenizers to the files of public checkpoints."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from minitransformer.pretrained.public_tokenizer import CHARACTERS, FILE, Public
 from minitransformer.pretrained.tokenizers import SETTINGS, SPLITS
 from minitransformer.text.tokenizers import BPE, END_OF_TEXT, MASKS, Bytes, Characters, Tokenizer
 
-# What fills rows up, in one family or another.
+# Names of padding tokens in different families.
 PADDINGS = ("<pad>", "[PAD]")
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `tokenizer` into a checkpoint folder, for the `tokenizers` and `transformers` packages to open."""
+    """Write `tokenizer` to a checkpoint folder, for the `tokenizers` and `transformers` packages."""
     names = {number: name for name, number in tokenizer.special_tokens.items()}
     ids = special_ids(tokenizer)
     end = names[tokenizer.end_of_text]
@@ -31,7 +31,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The fields of config.json that say how texts begin and end, for every kind of model."""
+    """The fields of config.json on how texts start and end, for every kind of model."""
     end, ends = tokenizer.end_of_text, list(tokenizer.ends)
     padding = [tokenizer.special_tokens[name] for name in PADDINGS if name in tokenizer.special_tokens]
     return {
@@ -42,7 +42,7 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def target_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The fields of config.json that say how targets begin and end, for encoder-decoders."""
+    """The fields of config.json on how targets start and end, for encoder-decoders."""
     framing = tokenizer.framing
     ids = {
         "decoder_start_token_id": tokenizer.target_start,
@@ -54,8 +54,8 @@ def target_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 @singledispatch
 def described(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of a tokenizer.json that does what `tokenizer` does."""
-    raise UserError(f"{FILE} has no words for the {tokenizer.name} tokenizer: leave it out")
+    """The content of a tokenizer.json equivalent to `tokenizer`."""
+    raise UserError(f"{FILE} cannot represent the {tokenizer.name} tokenizer: leave it out")
 
 
 @described.register
@@ -93,7 +93,7 @@ def _byte_level(tokenizer: Tokenizer, ranks: Sequence[bytes], pattern: str) -> d
 
 
 def _merges(tokens: Sequence[str], vocab: dict[str, int]) -> Iterable[list[str]]:
-    """Every pair of tokens that is a token too, in the order of what they become: tiktoken merges all of them."""
+    """Every pair of tokens that forms a token, in the order of the result: tiktoken merges all of them."""
     for token in tokens:
         pairs = ([token[:i], token[i:]] for i in range(1, len(token)))
         yield from (pair for pair in pairs if pair[0] in vocab and pair[1] in vocab)
@@ -115,7 +115,7 @@ def _file(
 
 
 def _post_processor(tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """What puts special tokens before and after a text, if there are any."""
+    """The post-processor that adds special tokens around a text, if any."""
     framing, names = tokenizer.framing, {number: name for name, number in tokenizer.special_tokens.items()}
     if not framing.length:
         return None

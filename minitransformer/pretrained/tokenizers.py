@@ -1,4 +1,4 @@
-"""Tokenizers of public checkpoints: byte-level BPE through tiktoken, every other kind by the `tokenizers` package."""
+"""Tokenizers of public checkpoints: byte-level BPE by tiktoken, all others by the `tokenizers` package."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from minitransformer.pretrained.vocabularies import as_its_class_reads_it, conte
 from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Framing, Tokenizer
 
 SETTINGS = "tokenizer_config.json"
-# Where older checkpoints name their special tokens.
+# Special tokens in older checkpoints.
 NAMES = "special_tokens_map.json"
-# What a model expects of texts: the second file has the last word, and older checkpoints lack it.
+# What a model expects of texts: the second file takes precedence; older checkpoints lack it.
 CONFIGS = ("config.json", "generation_config.json")
-# How GPT-2 splits text before merging: what a ByteLevel pre-tokenizer does without being told.
+# GPT-2's split pattern, the default of a ByteLevel pre-tokenizer.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# The same splits in the spelling of files, where {1,3}+ is a repetition.
+# The same patterns as written in files, where {1,3}+ is a repetition.
 SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+": GPT4_SPLIT
 }
-# What a text ends with, in one family or another.
+# Names of end-of-text tokens in different families.
 ENDS = ("</s>", END_OF_TEXT, "<|end_of_text|>", "[SEP]")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint folder; None if it has neither tokenizer.json nor older files that are known."""
+    """The tokenizer of a checkpoint folder; None without a tokenizer.json or known older files."""
     settings, expected = (_merged(folder, names) for names in ((NAMES, SETTINGS), CONFIGS))
     try:
         content = _content(folder, settings, expected.get("model_type", ""))
@@ -44,7 +44,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def _merged(folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """The fields of all these files that are there and say something; the last one that does has the last word."""
+    """The non-null fields of all existing files; later files take precedence."""
     contents = [read_checkpoint_json(folder / name) for name in names if (folder / name).is_file()]
     return {field: value for content in contents for field, value in content.items() if value is not None}
 
@@ -56,11 +56,11 @@ def _content(folder: Path, settings: dict[str, Any], model_type: str) -> dict[st
 
 
 def framing_of(content: dict[str, Any], expected: dict[str, Any], tokenizer: Tokenizer) -> Framing:
-    """What stands around texts, as the post-processor says, and how targets begin and end, as the configurations do."""
+    """The framing of texts from the post-processor, and of targets from the configurations."""
     before, after = template(content.get("post_processor"))
     two_sided = expected.get("is_encoder_decoder")
     start = expected.get("decoder_start_token_id", expected.get("bos_token_id")) if two_sided else None
-    # A configuration that nobody adapted to a small vocabulary has ids of a large one.
+    # A configuration not adapted to a smaller vocabulary may have ids outside it.
     others = [end for end in _ids(expected.get("eos_token_id")) if end < tokenizer.vocab_size]
     banned = [tokens[0] for tokens in expected.get("bad_words_ids", []) if len(tokens) == 1]
     return Framing(
@@ -75,12 +75,12 @@ def framing_of(content: dict[str, Any], expected: dict[str, Any], tokenizer: Tok
 
 
 def _ids(value: int | list[int] | None) -> list[int]:
-    """The ids that a configuration gives as one, as several, or not at all."""
+    """The ids in a configuration: one, several or none."""
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def template(described: dict[str, Any] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that a post-processor puts before and after a single text."""
+    """The ids that a post-processor adds before and after a single text."""
     for step in steps_of(described, "processors"):
         match step["type"]:
             case "BertProcessing" | "RobertaProcessing":
@@ -99,7 +99,7 @@ def template(described: dict[str, Any] | None) -> tuple[tuple[int, ...], tuple[i
 
 def _tokenizer_of(content: dict[str, Any], settings: dict[str, Any], expected: dict[str, Any]) -> Tokenizer:
     end, ranks, pattern = _end_of_text(content, settings, expected), byte_level_ranks(content), split_pattern(content)
-    # Added tokens that are not special are found in any text, before it is split.
+    # Added tokens that are not special match in any text, before it is split.
     found_in_text = [token for token in content.get("added_tokens", []) if not token.get("special")]
     if ranks is None or pattern is None or end < len(ranks) or found_in_text:
         return PublicTokenizer(content, end_of_text=end)
@@ -112,7 +112,7 @@ def _added(content: dict[str, Any]) -> dict[str, int]:
 
 
 def _end_of_text(content: dict[str, Any], settings: dict[str, Any], expected: dict[str, Any]) -> int:
-    """The id that ends a text: what the settings say, or what the model expects, or what is usually called so."""
+    """The end-of-text id: from the settings, the model's configuration, or by its usual names."""
     vocabulary = content["model"].get("vocab")
     ids: dict[str, int] = {**(vocabulary if isinstance(vocabulary, dict) else {}), **_added(content)}
     named = settings.get("eos_token", "")
@@ -125,11 +125,11 @@ def _end_of_text(content: dict[str, Any], settings: dict[str, Any], expected: di
     for number in candidates:
         if number is not None:
             return number
-    raise UserError(f"{FILE} names no token that ends a text: give its eos_token in {SETTINGS}")
+    raise UserError(f"{FILE} has no end-of-text token: give its eos_token in {SETTINGS}")
 
 
 def byte_level_ranks(content: dict[str, Any]) -> list[bytes] | None:
-    """The tokens in the order of their ids, if this is byte-level BPE whose ids are the order of merging."""
+    """The tokens in order of ids, if this is byte-level BPE with ids in merge order."""
     model = content["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         return None
@@ -142,9 +142,9 @@ def byte_level_ranks(content: dict[str, Any]) -> list[bytes] | None:
 
 
 def _in_order(model: dict[str, Any], vocab: dict[str, int]) -> bool:
-    """Whether merges make their tokens in the order of the tokens' ids, and all of them, as tiktoken takes for granted.
+    """Whether merges produce all tokens in the order of their ids, as tiktoken assumes.
 
-    Tokens that no merge makes are found as whole words, if the file says so.
+    Tokens without a merge are matched as whole words, if the file says so.
     """
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     made = [vocab.get(first + second, -1) for first, second in pairs]
@@ -153,7 +153,7 @@ def _in_order(model: dict[str, Any], vocab: dict[str, int]) -> bool:
 
 
 def split_pattern(content: dict[str, Any]) -> str | None:
-    """The regular expression that splits text before merging, if that is all that happens to it."""
+    """The regular expression that splits text before merging, if there is no other pre-processing."""
     if content.get("normalizer") is not None:
         return None
     steps = steps_of(content.get("pre_tokenizer"), "pretokenizers")

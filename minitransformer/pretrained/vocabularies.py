@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints older than tokenizer.json: their vocabulary files, told in the words of one."""
+"""Tokenizers older than tokenizer.json: their vocabulary files, converted to one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minitransformer.text.tokenizers import END_OF_TEXT
 
 VOCABULARY, MERGES, WORDS, ADDED = "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json"
 FILES = (VOCABULARY, MERGES, WORDS, ADDED)
-# Families whose vocab.json and merges.txt are split as GPT-2 splits text; others use the same files in other ways.
+# Families that use vocab.json and merges.txt with GPT-2's split pattern; others use the same files differently.
 LIKE_GPT2 = ("gpt2", "gptj", "opt", "roberta", "bart")
 BETWEEN_BRACKETS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast")
@@ -24,7 +24,7 @@ SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "
 
 
 def content_of_vocabulary(folder: Path, settings: dict[str, Any], model_type: str) -> dict[str, Any] | None:
-    """What a tokenizer.json would say for the older files in `folder`; None if there are none that are known.
+    """The content of a tokenizer.json for the older files in `folder`; None without known files.
 
     Byte-level BPE (Radford et al. 2019) from vocab.json and merges.txt, WordPiece (Devlin et al. 2018) from vocab.txt;
     `settings`, those of tokenizer_config.json, give the options. Raises `UserError` for damaged files.
@@ -37,13 +37,13 @@ def content_of_vocabulary(folder: Path, settings: dict[str, Any], model_type: st
 
 
 def how_to_make_one(name: str) -> str:
-    """The sentence for who wants to import `name`, a folder or a name on the hub, that has no known tokenizer."""
+    """The error for importing `name`, a folder or a name on the hub, without a known tokenizer."""
     folder = Path(name)
     found = [file for file in (*SENTENCEPIECE, VOCABULARY) if (folder / file).is_file()]
     having = f", but {found[0]}, which only its own library reads" if found else ", which a run needs"
     if "source.spm" in found:
-        # The library keeps the two vocabularies of a pair of languages apart, and never writes the file.
-        return f"{name} has no tokenizer.json{having}: make one with the tokenizers package, and put it into the folder"
+        # The library has separate vocabularies for the two languages, and never writes the file.
+        return f"{name} has no tokenizer.json{having}: make one with the tokenizers package, and put it in the folder"
     to = name if folder.is_dir() else "FOLDER"
     command = f"from transformers import AutoTokenizer as T; T.from_pretrained('{name}').save_pretrained('{to}')"
     where = "" if folder.is_dir() else ", where FOLDER holds the checkpoint"
@@ -106,16 +106,16 @@ def _wordpiece(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_its_class_reads_it(content: dict[str, Any], settings: dict[str, Any], model_type: str) -> dict[str, Any]:
-    """The content of a tokenizer.json, changed as the class that transformers chooses for it changes it.
+    """The content of a tokenizer.json, modified as the transformers class for it does.
 
-    The class for BERT normalises as its settings say, whatever the file says.
+    The class for BERT normalises by its settings, regardless of the file.
     """
     chosen = settings.get("tokenizer_class") or BERT_CLASS_OF.get(model_type)
     return {**content, "normalizer": bert_normalizer(settings)} if chosen in BERT_CLASSES else content
 
 
 def bert_normalizer(settings: dict[str, Any]) -> dict[str, Any]:
-    """What becomes of a text before BERT's tokenizer splits it. Devlin et al. 2018, its public code."""
+    """The normalizer of BERT's tokenizer. Devlin et al. 2018, public code."""
     return {
         "type": "BertNormalizer",
         "clean_text": True,
@@ -134,7 +134,7 @@ def _special(
     named = [_spelled(value) for name, value in settings.items() if name.endswith("_token") and value]
     names = dict.fromkeys([*(name for name in (*usual, *named) if name in ids), *added])
     flags = {"single_word": False, "rstrip": False, "normalized": False, "special": True}
-    # RoBERTa has learned its mask as a word, with the space before it, which version 5 of transformers forgets here.
+    # RoBERTa's mask includes the space before it, which version 5 of transformers omits here.
     each = sorted((ids[name], name) for name in names)
     return [{"id": number, "content": name, "lstrip": name == "<mask>", **flags} for number, name in each]
 

@@ -1,4 +1,4 @@
-"""What is measured, a module for each kind of work; `Subject.registry` has them all."""
+"""The subjects of the benchmark; `Subject.registry` has them all."""
 
 from minitransformer.benchmark.case import Subject
 from minitransformer.benchmark.subjects import decoding, startup, time_to_loss, tokenizers, training

@@ -13,9 +13,9 @@ BATCHES = (1, 8, 64)
 
 
 class Decode(Subject, name="decode"):
-    """Tokens a second that are sampled after a short prompt, all samples of a batch together."""
+    """Tokens per second sampled after a short prompt, over all sequences of a batch."""
 
-    about = "tokens a second that are decoded, at batch 1, 8 and 64"
+    about = "decoding throughput in tokens/s, at batch 1, 8 and 64"
 
     def cases(self) -> Iterator[Case]:
         tokens = _room(self.setting)
@@ -25,9 +25,9 @@ class Decode(Subject, name="decode"):
 
 
 class Prefill(Subject, name="prefill"):
-    """Tokens a second of a prompt that fills the context, from an empty cache to the first logits."""
+    """Tokens per second of prefill, for a prompt that fills the context."""
 
-    about = "tokens a second of prefilling a prompt"
+    about = "prefill throughput in tokens/s"
 
     def cases(self) -> Iterator[Case]:
         length = self.setting.shape.context_length
@@ -35,7 +35,7 @@ class Prefill(Subject, name="prefill"):
 
 
 def _room(setting: BenchSetting) -> int:
-    """How many tokens to decode: all that were asked for, or what the context holds after the prompt."""
+    """Number of tokens to generate, capped by the context length."""
     room = setting.shape.context_length - setting.prompt
     if room < 1:
         raise UserError(
@@ -51,7 +51,7 @@ def _contestants(setting: BenchSetting, task: str, tokens: int, batch: int) -> I
     if setting.against:
         yield entry("nanoGPT", "nanogpt", "fp32", base=True)
     else:
-        yield Absent("nanoGPT", "name a checkout with --against")
+        yield Absent("nanoGPT", "give a checkout with --against")
     for precision in ("fp32", "bf16"):
         name = f"transformers {precision}"
         yield missing("transformers", name) or entry(name, "transformers", precision, base=True)
@@ -65,7 +65,7 @@ def _work(setting: BenchSetting, task: str, who: str, precision: str, tokens: in
     once = getattr(decoding, f"{who}_{task}")(setting, precision, tokens, batch)
     finish = partial(ours.synchronise, setting.device)
     shape = setting.shape
-    # Ours only stores weights otherwise: keys and values stay in fp32, and on a CPU products do too.
+    # Our precisions change only the stored weights: the cache, and on a CPU the products, are fp32.
     cache = "fp32" if who == "ours" else precision
     products = cache if setting.device == "cpu" else precision
     cost = (

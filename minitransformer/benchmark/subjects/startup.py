@@ -1,4 +1,4 @@
-"""From pressing return to an answer."""
+"""Start-up time of commands."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[3]
 
 
 class StartUp(Subject, name="start-up"):
-    """Seconds until `--help` of the commands is there, beside those that importing torch takes."""
+    """Seconds of each command's `--help`, compared with importing torch."""
 
-    about = "seconds until --help is there, beside `import torch`"
+    about = "seconds of --help, compared with `import torch`"
 
     def cases(self) -> Iterator[Case]:
         commands = {
@@ -33,7 +33,7 @@ class StartUp(Subject, name="start-up"):
 
 
 def _script(name: str) -> list[str]:
-    """The script in the checkout, or where there is none, as in an installed package, the command that it calls."""
+    """The script in the checkout, or in an installed package, the corresponding command."""
     script = ROOT / f"{name}.py"
     return [str(script)] if script.is_file() else ["-m", "minitransformer", name]
 

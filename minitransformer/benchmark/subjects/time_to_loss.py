@@ -1,4 +1,4 @@
-"""How long training takes to a given loss: the speed of steps and the worth of recipes together."""
+"""Training time to a target loss: speed and recipe together."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ RECIPES = ("classic", "modern")
 
 
 class TimeToLoss(Subject, name="time-to-loss"):
-    """Seconds of training until the loss on validation, in nats a character, is what was asked for.
+    """Seconds of training to the target validation loss, in nats per character.
 
-    Every sample trains anew, from another seed; validation is not counted. "classic" is nanoGPT's model and recipe in
-    our code, "modern" ours (Muon, rotary positions, QK-norm, squared ReLU, untied head) with the same sizes, both in
+    Every sample is a new training with another seed; validation time is not counted. "classic" is nanoGPT's recipe in
+    our code, "modern" is ours (Muon, rotary positions, QK-norm, squared ReLU, untied head) with the same sizes, both in
     the precision that `train.py` chooses.
     """
 
-    about = "seconds of training to a loss on validation (--target-loss)"
+    about = "seconds of training to a validation loss (--target-loss)"
 
     def cases(self) -> Iterator[Case]:
         title = f"training to a loss of {self.setting.target_loss:g}"
@@ -29,7 +29,7 @@ def _entries(setting: BenchSetting) -> Iterator[Contestant | Absent]:
     if setting.against:
         yield Contestant("nanoGPT", partial(_work, setting, "nanogpt"), base=True)
     else:
-        yield Absent("nanoGPT", "name a checkout with --against")
+        yield Absent("nanoGPT", "give a checkout with --against")
     for recipe in RECIPES:
         yield Contestant(f"ours {recipe}", partial(_work, setting, recipe), base=recipe == "classic")
 

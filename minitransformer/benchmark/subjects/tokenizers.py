@@ -1,4 +1,4 @@
-"""Training a BPE vocabulary, and encoding with it."""
+"""Training a BPE, and encoding with it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ THEIRS = "tokenizers"
 
 
 class TokenizerTraining(Subject, name="tokenizer-training"):
-    """MB of text a second that a byte-level BPE of 4096 tokens is trained on: rustbpe beside Hugging Face's."""
+    """Training throughput of a byte-level BPE of 4096 tokens in MB/s: rustbpe and Hugging Face's."""
 
-    about = f"MB/s that a BPE of {VOCABULARY} tokens is trained on"
+    about = f"throughput of training a BPE of {VOCABULARY} tokens, in MB/s"
 
     def cases(self) -> Iterator[Case]:
         entries: list[Contestant | Absent] = [
@@ -30,9 +30,9 @@ class TokenizerTraining(Subject, name="tokenizer-training"):
 
 
 class Encoding(Subject, name="encoding"):
-    """MB of text a second that become token ids, on one thread and on as many as there are processors."""
+    """Encoding throughput in MB/s, on one thread and on all cores."""
 
-    about = "MB/s that become token ids, on one thread and on all"
+    about = "encoding throughput in MB/s, on one thread and on all cores"
 
     def cases(self) -> Iterator[Case]:
         entries: list[Contestant | Absent] = [
@@ -64,7 +64,7 @@ def _timed(setting: BenchSetting, prepare: Callable[[list[str]], Callable[[], ob
 
 
 def texts_of(data: str, megabytes: float) -> Iterator[str]:
-    """The beginning of the text that `data` names, about so many MB; raises `UserError` where there is less."""
+    """About the first `megabytes` of the text in `data`; raises `UserError` if there is less."""
     from minitransformer.text.corpora import open_corpus
 
     left = megabytes * 1e6
@@ -74,7 +74,7 @@ def texts_of(data: str, megabytes: float) -> Iterator[str]:
         left -= len(text.encode())
         if left <= 0:
             return
-    raise UserError(f"{data} has {megabytes - left / 1e6:.1f} MB of the {megabytes:g} asked: lower --megabytes")
+    raise UserError(f"{data} has {megabytes - left / 1e6:.1f} MB, fewer than --megabytes {megabytes:g}: lower it")
 
 
 def _train_ours(texts: list[str]) -> Callable[[], object]:
@@ -103,7 +103,7 @@ def _train_theirs(texts: list[str]) -> Callable[[], object]:
 
 
 def _without_possessives(pattern: str) -> str:
-    """The same pattern for a library that reads `++` and `?+` otherwise; what they match here is the same."""
+    """An equivalent pattern for a library without possessive quantifiers."""
     return pattern.replace("++", "+").replace("?+", "?").replace("*+", "*")
 
 
@@ -120,7 +120,7 @@ def _encode_ours(texts: list[str], threads: int) -> Callable[[], object]:
 
 
 def _encode_theirs(texts: list[str]) -> Callable[[], object]:
-    # Read by the library when it is first used; without it, it warns and encodes on one thread.
+    # Read by the library on first use; otherwise it warns and encodes on one thread.
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     tokenizer: Any = _train_theirs(list(islice(texts, 200)))()
     return lambda: tokenizer.encode_batch_fast(texts)

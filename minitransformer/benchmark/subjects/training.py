@@ -1,4 +1,4 @@
-"""Steps of training: how many tokens a second, and how much memory they take at most."""
+"""Training throughput and peak memory."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from minitransformer.benchmark.workers import repeated
 from minitransformer.toolchain import find_compiler
 
 MEMORY_STEPS = 2
-"""the second has the optimizer's state"""
+"""the second step has the optimizer state"""
 
 
 class Training(Subject, name="training"):
-    """Tokens a second of whole steps: batch, loss, gradient, update."""
+    """Training throughput of whole steps: batch, loss, gradient, update."""
 
-    about = "tokens a second of whole steps: batch, loss, gradient, update"
+    about = "training throughput in tokens/s: batch, loss, gradient and update"
 
     def cases(self) -> Iterator[Case]:
         yield Case.of("training step", "tokens/s", contestants(self.setting, _speed))
 
 
 class PeakMemory(Subject, name="memory"):
-    """The highest resident memory of a process that trains, torch itself included; on a GPU, what torch took there."""
+    """Peak resident memory of a training process, torch included; on a GPU, torch's peak there."""
 
-    about = "peak memory of a process that trains"
+    about = "peak memory of a training process"
 
     def cases(self) -> Iterator[Case]:
         entries = contestants(self.setting, _memory)
@@ -37,7 +37,7 @@ PrepareTraining = Callable[[BenchSetting, str, dict[str, Any], str], Work]
 
 
 def contestants(setting: BenchSetting, prepare: PrepareTraining) -> Iterator[Contestant | Absent]:
-    """All that can train; `prepare(setting, function of stepping, its arguments, precision)` gets them ready."""
+    """All contestants for training; `prepare(setting, function of stepping, its arguments, precision)` prepares one."""
 
     def entry(name: str, step: str, precision: str, arguments: dict[str, Any], *, base: bool = False) -> Contestant:
         return Contestant(name, partial(prepare, setting, step, arguments, precision), base)
@@ -49,7 +49,7 @@ def contestants(setting: BenchSetting, prepare: PrepareTraining) -> Iterator[Con
         name = "nanoGPT compiled"
         yield no_compiler(name) if no_compiler else entry(name, "nanogpt_step", precision, {"compiled": True})
     else:
-        yield Absent("nanoGPT", "name a checkout with --against")
+        yield Absent("nanoGPT", "give a checkout with --against")
     for precision in ("fp32", "bf16"):
         name = f"transformers {precision}"
         yield missing("transformers", name) or entry(
@@ -63,7 +63,7 @@ def contestants(setting: BenchSetting, prepare: PrepareTraining) -> Iterator[Con
 
 
 def _float8(device: str) -> tuple[str, ...]:
-    """Where products in 8 bits are there to be fast; on a CPU they are there to be tried."""
+    """FP8, on GPUs only; on a CPU it is emulated."""
     if not device.startswith("cuda"):
         return ()
     import torch
@@ -74,7 +74,7 @@ def _float8(device: str) -> tuple[str, ...]:
 
 
 def _no_compiler(device: str) -> Callable[[str], Absent] | None:
-    """What makes contestants absent that would have to compile, where nothing can be compiled."""
+    """A function that marks compiled contestants as absent, if there is no compiler."""
     if device == "cpu" and find_compiler() is None:
         return lambda name: Absent(name, "torch.compile needs a C++ compiler, g++ or clang++")
     return None

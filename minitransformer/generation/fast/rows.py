@@ -87,11 +87,12 @@ def count_matrix_weights(model: nn.Module) -> int:
 
 
 def for_single_rows(model: M) -> M:
-    """A copy of `model`, with the same weights as constants, whose linear maps are fast for one row."""
+    """A copy of `model` in eval mode, with the same weights as constants, whose linear maps are fast for one row."""
     rows = copied(model, lambda name, module: RowLinear(module) if is_plain(module) else None)
     for module in list(rows.modules()):
         # What requires a gradient cannot be a constant of a recording.
-        module._parameters = {name: _constant(weight) for name, weight in module._parameters.items()}
+        constants = {name: _constant(weight) for name, weight in module._parameters.items()}
+        vars(module).update(_parameters=constants, training=False)  # faster than `nn.Module.__setattr__`
         if isinstance(module, MultiHeadAttention):
             _join_projections(module)
         if getattr(module, "activation", None) is F.gelu:

@@ -15,8 +15,8 @@ from minitransformer.models.decoder import DecoderLM
 
 
 def recorded_steps(model: DecoderLM) -> MakeStep:
-    """Steps of a copy of `model` in eval mode that is fast for few rows."""
-    return partial(recorded_step, model, for_single_rows(model).eval())
+    """Steps of a copy of `model` that is fast for few rows."""
+    return partial(recorded_step, model, for_single_rows(model))
 
 
 def recorded_step(model: DecoderLM, fast: DecoderLM, cache: KVCache, full: bool) -> RowStep:

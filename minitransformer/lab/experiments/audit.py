@@ -1,4 +1,4 @@
-"""E10: placements with mistakes that code has had or could have, to see which criterion notices each."""
+"""E10: placements with injected defects, to see which criterion detects each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minitransformer.tasks.task import Measurement, Result, Task
 
 
 class Audit(Experiment, name="E10"):
-    """The criteria of E0, E1 and E3, in a reduced form, judge models with one defect each, and a healthy one."""
+    """The criteria of E0, E1 and E3, in a reduced version, applied to models with one defect each, and with none."""
 
     title = "Audit: which criterion notices which mistake"
     question = "Would the criteria of E0, E1 and E3 notice a mistake in a placement?"
@@ -74,12 +74,12 @@ def _judge(defect: str, results: Sequence[Result]) -> Criterion:
 
 
 def _looks_at(experiment: str, defect: Defect) -> bool:
-    """Whether it looks at the placement with the defect; at a healthy library all do."""
+    """Whether the experiment covers the placement with the defect; without a defect, all do."""
     return defect.placement is None or defect.placement.name in LOOK_AT[experiment]
 
 
 def _reduced(name: str, defect: Defect) -> Experiment:
-    """The experiment's reduced form, with the defect in its models; E0 looks at no other placement."""
+    """The reduced experiment, with the defect in its models; E0 covers only that placement."""
     kind, sizes = EXPERIMENTS[name]
     own = {} if name != "E0" or defect.placement is None else {"placements": (defect.placement.name,)}
     experiment = kind(ExperimentSettings(quick=True))

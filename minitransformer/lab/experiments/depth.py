@@ -1,4 +1,4 @@
-"""E6: what deep layers do once they are trained."""
+"""E6: the contribution of deep layers after training."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ LAYERS = 12
 DEEP = 3
 """last layers, which the claims are about"""
 VALIDATION_ROWS = 256
-"""texts of 64 characters that the models are looked at and compared on"""
+"""number of held-out texts of 64 characters for the diagnostics"""
 
 
 class UseOfDepth(TrainingExperiment, name="E6"):
-    """Trained models of 12 layers, looked at layer by layer on text that they have not seen."""
+    """Diagnostics of each layer of trained 12-layer models on held-out text."""
 
     title = "Use of depth"
     question = "Do the deep layers of a trained model change what passes through them, and does it help?"
@@ -69,7 +69,7 @@ class UseOfDepth(TrainingExperiment, name="E6"):
                 "are of what a whole layer, attention and feed-forward network, does to it.",
                 "The angle is arccos(cos(x, x′)) / π, of x before and x′ after a layer, mean over characters.",
             ]
-            + ["The quick form trains too short for the criteria, which stay open."] * self.settings.quick,
+            + ["The quick version trains too briefly for the criteria, which stay open."] * self.settings.quick,
         )
 
     def _reproduced(self, results: Sequence[Result]) -> list[Criterion]:

@@ -1,5 +1,5 @@
-"""E3 and E4: what a forward pass shows at initialisation, the size of the stream, the change by a layer, and how much
-a small change of the weights changes the output."""
+"""E3 and E4: the forward pass at initialisation: the size of the stream, the change by each layer, and the
+sensitivity of the output to the weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ForwardStatistics(Experiment, name="E3"):
 
     def __init__(self, settings: ExperimentSettings) -> None:
         super().__init__(settings)
-        self.seeds = 40  # quick or not: with fewer, the intervals of single layers are too wide to decide
+        self.seeds = 40  # also if quick: with fewer, the intervals of single layers are too wide
 
     def tasks(self) -> Sequence[Task]:
         return [
@@ -98,12 +98,12 @@ def forward_statistics(make: MakeModel, placement: str, num_layers: int, seed: i
     def before_feedforward(layer: int, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
         stream, sublayer = inputs
 
-        def listening(x: Tensor) -> Tensor:
+        def recorded(x: Tensor) -> Tensor:
             branch = sublayer(x)
             total[layer] = _mean_square(state(stream) + branch)
             return branch
 
-        return stream, listening
+        return stream, recorded
 
     for layer, block in enumerate(model.stack.blocks):
         connection = block.residual_of("feedforward")
@@ -205,7 +205,7 @@ class Amplification(Experiment, name="E4"):
     minutes = 0.3
     depths: Sequence[int] = (2, 4, 8, 16, 32)
     amount = 0.1
-    """of the standard deviation of each matrix"""
+    """perturbation relative to the standard deviation of each matrix"""
     make: MakeModel = staticmethod(make_model)
 
     def __init__(self, settings: ExperimentSettings) -> None:

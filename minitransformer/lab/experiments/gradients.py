@@ -1,4 +1,4 @@
-"""E1 and E2: how large gradients are at initialisation, against the depth of the model and against the layer."""
+"""E1 and E2: gradient norms at initialisation, as a function of depth and of the layer."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ def _gradient(model: Any, *, layer: int, seed: int) -> Gradient:
     down.register_forward_hook(lambda _, inputs, output: passed.update(hidden=inputs[0], output=output))
     logits = model(tokens)
     if not passed:
-        return Gradient(0.0, 0.0)  # a layer that does nothing
-    # Of W₂ alone, which is Σₜ hₜ δₜᵀ: the way back ends there.
+        return Gradient(0.0, 0.0)  # an idle layer
+    # The gradient of W₂ only, Σₜ hₜ δₜᵀ: the backward pass ends there.
     (delta,) = torch.autograd.grad(loss(logits, targets), [passed["output"]])
     hidden, delta = (x.detach().flatten(0, 1) for x in (passed["hidden"], delta))
     of_tokens = hidden.norm(dim=1) * delta.norm(dim=1)

@@ -1,4 +1,4 @@
-"""E0: identities between placements, and every placement beside a second statement of its equation."""
+"""E0: identities between placements, and every placement compared with a reference implementation."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def with_weights_of(source: nn.Module, target: nn.Module) -> nn.Module | None:
 
 
 def distance(first: nn.Module, second: nn.Module | None, seed: int) -> Outcome:
-    """Between the logits of two models, and between the gradients of the weights that both have."""
+    """The distance between the logits of two models, and between the gradients of their common weights."""
     if second is None:
         return Outcome(None, "the second model has weights that the first lacks")
     tokens, probe = tokens_and_probe(seed)
@@ -154,11 +154,11 @@ def stream_states(model: Any, tokens: Tensor) -> list[Tensor]:
     """x after every connection."""
     found: list[Tensor] = []
 
-    def listen(connection: Any, _: Any, stream: Any) -> None:
+    def record(connection: Any, _: Any, stream: Any) -> None:
         found.append(model.stack.shared.state(stream))
 
     for connection in model.stack.connections:
-        connection.register_forward_hook(listen)
+        connection.register_forward_hook(record)
     with torch.no_grad():
         model(tokens)
     return found
@@ -168,7 +168,7 @@ ETAS = (1.0, 0.1, 0.05)
 
 
 def _eta_changes_nothing(make: MakeModel, seed: int, *, eps: float | None = None) -> Outcome:
-    """With `eps`, in place of that of the last norm."""
+    """`eps` replaces that of the last norm."""
     tokens, _ = tokens_and_probe(seed)
     logits = []
     for eta in ETAS:
@@ -213,20 +213,20 @@ def _deepnorm_constants(make: MakeModel, seed: int) -> Outcome:
 
 
 def seen_alphas(stack: Any) -> list[float]:
-    """What each connection multiplies x with, from what its norm is given when the sublayer is silent."""
+    """The factor of x in each connection, from the input of its norm with a zero sublayer."""
     found = []
 
-    def listen(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         found.append(float(inputs[0].mean()))
 
     for connection in stack.connections:
-        with connection.norm.register_forward_pre_hook(listen), torch.no_grad():
+        with connection.norm.register_forward_pre_hook(record), torch.no_grad():
             connection(torch.ones(1, 1, SMALL["d_model"]), torch.zeros_like)
     return found
 
 
 def seen_gains(model: nn.Module, plain: nn.Module, stack: str) -> Iterator[float]:
-    """The ratio of initial weights to those of a model with the same draws and no gains, but for queries and keys."""
+    """The ratio of initial weights to those of a model with the same seed and no gains, except for queries and keys."""
     others = dict(plain.named_modules())
     for name, module in model.named_modules():
         if name.startswith(stack) and isinstance(module, nn.Linear) and not name.endswith(("query", "key")):
@@ -260,10 +260,10 @@ CHECKS = {
 
 
 def all_checks() -> dict[str, Check]:
-    """`CHECKS`, and what stands beside a second statement of every placement that is registered."""
+    """`CHECKS`, and the comparison of every registered placement with its reference implementation."""
     return checks_of(Residual.registry)
 
 
 def checks_of(placements: Iterable[str]) -> dict[str, Check]:
-    """Those of `placements`, and `CHECKS`, which look at several."""
+    """The checks of `placements`, and `CHECKS`, which cover several."""
     return CHECKS | {name: check for residual in placements for name, check in stated_checks(residual).items()}

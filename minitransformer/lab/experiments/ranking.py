@@ -1,4 +1,4 @@
-"""E9: which placement learns best, each at its own learning rate."""
+"""E9: which placement has the lowest loss, each at its own best learning rate."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class Form:
     layers: int
     steps: int
     rates: Sequence[float]
-    """tried in any case"""
+    """learning rates that are always tried"""
     tuning: Sequence[int]
     """seeds that choose the learning rate"""
     ranked: Sequence[int]
-    """other seeds, which train at the chosen rate alone"""
+    """other seeds, which train at the chosen learning rate only"""
 
 
 FULL = Form(tuple(ROWS), layers=6, steps=400, rates=LADDER[2:5], tuning=(100, 101), ranked=range(5))
@@ -67,8 +67,8 @@ QUICK = Form(("post", "pre", "residual"), layers=4, steps=100, rates=LADDER[3:5]
 
 
 class PlacementRanking(TrainingExperiment, name="E9"):
-    """Every row at some rates with the seeds for tuning, and at more until the best is better than the next lower and
-    the next higher one; then the other seeds, paired, at the best rate of each."""
+    """Every row at some learning rates with the tuning seeds, extended until the best one is interior; then the other
+    seeds, paired, at each row's best learning rate."""
 
     title = "Ranking"
     question = "Which placement has the lowest validation loss, each at its own best learning rate?"

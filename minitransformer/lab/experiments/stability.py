@@ -1,4 +1,4 @@
-"""E8: how close training comes to breaking."""
+"""E8: stability of training at high learning rates."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Stability(TrainingExperiment, name="E8"):
         known = {key: figure for key, figure in figures.items() if figure is not None}
         return {
             **self.record(trained),
-            "spikes": sum(spikes(trained.course.grad_norms)),
+            "spikes": sum(spikes(trained.training_curve.grad_norms)),
             MARGIN: min(figure for key, figure in known.items() if key.startswith(MARGIN)),
             OUTLIER: max(figure for key, figure in known.items() if key.startswith(OUTLIER)),
         }

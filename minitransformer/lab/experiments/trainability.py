@@ -1,4 +1,4 @@
-"""E7: up to which learning rate each placement learns, by depth."""
+"""E7: the largest trainable learning rate of each placement, by depth."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from minitransformer.lab.experiment import Claim, Findings, select
 from minitransformer.lab.judging import on_trial
-from minitransformer.lab.training import STUCK, Course, TrainingExperiment, final_loss
+from minitransformer.lab.training import STUCK, TrainingCurve, TrainingExperiment, final_loss
 from minitransformer.reporting.figures import heatmap
 from minitransformer.reporting.tables import Picture, Table
 from minitransformer.tasks.task import Measurement, Result, Task
@@ -35,9 +35,9 @@ PLACEMENTS = (
 )
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 BELOW = 1e-4
-"""what counts as the rate of a placement that learns at none"""
+"""learning rate assigned to a placement that learns at none"""
 PATIENCE = 50
-"""steps before a run may be given up"""
+"""minimum steps before a run is stopped early"""
 
 Cell = tuple[str, int, int]
 """Placement, layers, and steps of warm-up."""
@@ -75,10 +75,10 @@ class Trainability(TrainingExperiment, name="E7"):
     def measure(self, task: Task) -> Measurement:
         blind = math.log(self.text.tokenizer.vocab_size)
 
-        def lost(course: Course) -> bool:
-            return len(course.losses) >= PATIENCE and final_loss(course.losses) > blind
+        def is_hopeless(training_curve: TrainingCurve) -> bool:
+            return len(training_curve.losses) >= PATIENCE and final_loss(training_curve.losses) > blind
 
-        return self.record(self.train(task, lost))
+        return self.record(self.train(task, is_hopeless))
 
     def conclude(self, results: Sequence[Result]) -> Findings:
         names, depths, warmups = (

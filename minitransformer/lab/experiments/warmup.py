@@ -18,7 +18,7 @@ EXPECTED = {(6, 3e-3): (2.48, 0.1), (8, 3e-3): (2.53, 0.1), (12, 1e-3): (2.68, 0
 """Nats a character that Post-LN reached with warm-up when the protocol was written, with few seeds, and how far the
 mean may be from it: at 12 layers, where the warm-up hardly ends in time, seeds differ by 0.2."""
 WITHOUT, WITH, DECAY = "no warm-up", "warm-up", "decay at once"
-COURSES = {
+SCHEDULES = {
     WITHOUT: {"schedule": "constant", "warmup_steps": 0},
     WITH: {"schedule": "inverse-sqrt", "warmup_steps": 400},
     DECAY: {"schedule": "inverse-sqrt", "warmup_steps": 1},
@@ -40,10 +40,10 @@ class WarmUp(TrainingExperiment, name="E5"):
         if not self.settings.quick:
             runs += [("post", DECAY)]
         return [
-            {"residual": name, "num_layers": layers, "lr": lr, "steps": STEPS, "seed": seed, **COURSES[course]}
+            {"residual": name, "num_layers": layers, "lr": lr, "steps": STEPS, "seed": seed, **SCHEDULES[schedule]}
             for seed in range(seeds)
             for layers, lr in cells
-            for name, course in runs
+            for name, schedule in runs
         ]
 
     def measure(self, task: Task) -> Measurement:
@@ -71,13 +71,13 @@ def _of(results: Sequence[Result], cell: tuple[int, float], **where: object) -> 
     return select(results, {"num_layers": cell[0], "lr": cell[1], **where})
 
 
-def _losses(results: Sequence[Result], cell: tuple[int, float], name: str, course: str) -> list[float]:
-    return [run.measured["last_loss"] for run in _of(results, cell, residual=name, **COURSES[course])]
+def _losses(results: Sequence[Result], cell: tuple[int, float], name: str, schedule: str) -> list[float]:
+    return [run.measured["last_loss"] for run in _of(results, cell, residual=name, **SCHEDULES[schedule])]
 
 
 def _criteria(cell: tuple[int, float], results: Sequence[Result]) -> list[Criterion]:
     place = f"at {cell[0]} layers, lr {cell[1]:g}"
-    without, with_ = (_losses(results, cell, "post", course) for course in (WITHOUT, WITH))
+    without, with_ = (_losses(results, cell, "post", schedule) for schedule in (WITHOUT, WITH))
     others = {name: _losses(results, cell, name, WITHOUT) for name in ("pre", "residual", "deepnorm")}
     worst = {name: max(losses) for name, losses in others.items() if losses}
     loss, tolerance = EXPECTED[cell]
@@ -107,18 +107,18 @@ def _criteria(cell: tuple[int, float], results: Sequence[Result]) -> list[Criter
 
 
 def _runs(results: Sequence[Result], cell: tuple[int, float]) -> list[tuple[str, str]]:
-    """The placements and courses that were measured in this cell, in their order."""
+    """The placements and schedules that were measured in this cell, in their order."""
     names = list(dict.fromkeys(run.task["residual"] for run in results))
-    return [(name, course) for name in names for course in COURSES if _losses(results, cell, name, course)]
+    return [(name, schedule) for name in names for schedule in SCHEDULES if _losses(results, cell, name, schedule)]
 
 
 def _table(cells: Sequence[tuple[int, float]], results: Sequence[Result]) -> Table:
     rows = []
     for cell in cells:
-        for name, course in _runs(results, cell):
-            losses = _losses(results, cell, name, course)
+        for name, schedule in _runs(results, cell):
+            losses = _losses(results, cell, name, schedule)
             stuck = sum(loss >= STUCK for loss in losses)
-            rows.append((cell[0], cell[1], name, course, str(mean_interval(losses)), f"{stuck} of {len(losses)}"))
+            rows.append((cell[0], cell[1], name, schedule, str(mean_interval(losses)), f"{stuck} of {len(losses)}"))
     columns = ["layers", "lr", "placement", "warm-up", "loss of the last 25 steps (95 %)", "seeds stuck"]
     return Table("Loss at the end of training", columns, rows)
 
@@ -127,10 +127,10 @@ def _picture(cell: tuple[int, float], results: Sequence[Result]) -> Picture:
     def lines() -> list[Curve]:
         return [
             loss_curve(
-                f"{name}, {course}",
-                [r.measured["losses"] for r in _of(results, cell, residual=name, **COURSES[course])],
+                f"{name}, {schedule}",
+                [r.measured["losses"] for r in _of(results, cell, residual=name, **SCHEDULES[schedule])],
             )
-            for name, course in _runs(results, cell)
+            for name, schedule in _runs(results, cell)
         ]
 
     title = f"Training loss at {cell[0]} layers, lr {cell[1]:g}"
