@@ -197,11 +197,8 @@ def test_a_flag_like_no_other_and_a_word_too_many_get_one_sentence(here, capsys)
 
 def test_what_flags_are_called_elsewhere_are_no_flags_here_and_lead_to_one():
     of_training = {*unknown_flags.flag_names(Flags), *(name.replace("_", "-") for name in kinds(RunConfig))}
-    of_sampling = {
-        *unknown_flags.flag_names(SampleOptions),
-        *(name.replace("_", "-") for name in SamplingConfig().flat),
-    }
-    known = of_training | of_sampling | {*unknown_flags.flag_names(ExportOptions)}
+    of_sampling = {name.replace("_", "-") for name in SamplingConfig().flat}
+    known = of_training.union(of_sampling, *map(unknown_flags.flag_names, (SampleOptions, ExportOptions)))
     for name, meant in unknown_flags.ELSEWHERE.items():
         assert name not in of_training
         assert set(meant) <= known, name
