@@ -201,7 +201,8 @@ def test_a_name_that_the_hub_does_not_give_is_one_sentence(monkeypatch: pytest.M
     with pytest.raises(UserError) as caught:
         pretrained.load("someone/something")
     assert str(caught.value) == (
-        "someone/something is not a folder, and cannot be downloaded from the hub (no route to host): check name and network"
+        "someone/something is not a folder, and cannot be downloaded from the hub (no route to host): "
+        "check name and network"
     )
 
 
