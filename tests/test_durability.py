@@ -28,7 +28,7 @@ def test_a_second_resume_is_refused_in_one_sentence_and_changes_nothing(run, cap
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with only_writer(run):
         error = refused(capsys, "--resume", "run", "--steps", "9")
-    assert "another process trains run" in error
+    assert "another process is training run" in error
     assert f"pid {os.getpid()}" in error
     assert before.keys() <= set(run.rglob("*"))
     assert all(path.read_bytes() == content for path, content in before.items() if path.name != "train.lock")
@@ -36,7 +36,7 @@ def test_a_second_resume_is_refused_in_one_sentence_and_changes_nothing(run, cap
 
 def test_of_two_new_runs_with_one_name_one_is_refused(here, capsys):
     with only_writer(here / "run"):
-        assert "another process trains run" in refused(capsys, "--data", "my.txt", "--out", "run", *SMALL)
+        assert "another process is training run" in refused(capsys, "--data", "my.txt", "--out", "run", *SMALL)
     assert [path.name for path in (here / "run").iterdir()] == ["train.lock"]
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from minitransformer.architecture.cache import tokens_as_slots
 from minitransformer.architecture.embeddings import (
     ClassificationHead,
     LMHead,
@@ -19,6 +20,7 @@ from minitransformer.architecture.embeddings import (
     TransformedHead,
 )
 from minitransformer.architecture.norms import LayerNorm
+from minitransformer.architecture.positions import token_positions
 
 D, VOCABULARY = 8, 11
 TOKENS = torch.tensor([[3, 1, 3], [0, 10, 2]])
@@ -41,20 +43,24 @@ def test_segments_are_added_after_the_scale_and_are_the_first_by_default(shake: 
     torch.testing.assert_close(embedding(TOKENS), words + embedding.segments.weight[0])
 
 
+def smeared(smear: TokenSmear, x: torch.Tensor, is_token: torch.Tensor | None = None) -> torch.Tensor:
+    return smear(x, tokens_as_slots(token_positions(x.size(1), is_token), is_token))
+
+
 def test_a_smear_adds_the_embedding_before_by_its_gains_and_begins_without(shake: Any) -> None:
     x, smear = torch.randn(2, 4, D), TokenSmear(D)
-    torch.testing.assert_close(smear(x), x)
+    torch.testing.assert_close(smeared(smear, x), x)
     shake(smear)
-    torch.testing.assert_close(smear(x)[:, 0], x[:, 0])
+    torch.testing.assert_close(smeared(smear, x)[:, 0], x[:, 0])
     for t in range(1, 4):
-        torch.testing.assert_close(smear(x)[:, t], x[:, t] + smear.gain * x[:, t - 1])
+        torch.testing.assert_close(smeared(smear, x)[:, t], x[:, t] + smear.gain * x[:, t - 1])
 
 
 def test_padding_is_not_smeared(shake: Any) -> None:
     x, smear = torch.randn(1, 3, D), shake(TokenSmear(D))
     padded = torch.cat([torch.randn(1, 2, D), x], dim=1)
     is_token = torch.tensor([[False, False, True, True, True]])
-    torch.testing.assert_close(smear(padded, is_token)[:, 2:], smear(x))
+    torch.testing.assert_close(smeared(smear, padded, is_token)[:, 2:], smeared(smear, x))
 
 
 def test_a_narrow_table_is_brought_to_d_model_by_a_linear_map(shake: Any) -> None:

@@ -51,7 +51,7 @@ def test_a_name_that_is_near_nothing_is_answered_with_all() -> None:
     assert str(caught.value) == "unknown fruit 'xyzzy': known are apple, pear"
 
 
-def test_a_name_taken_twice_is_a_bug() -> None:
-    with pytest.raises(AssertionError, match="'apple' is registered twice"):
+def test_a_name_taken_twice_is_refused_and_the_first_stays() -> None:
+    with pytest.raises(UserError, match="fruit 'apple' is already registered: choose another name"):
         type("Other", (Fruit,), {}, name="apple")
     assert Fruit.named("apple") is Apple

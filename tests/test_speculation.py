@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
+from minitransformer.generation.fast.steps import recorded_reads
 from minitransformer.generation.readers import CachedReader, window_length
 from minitransformer.generation.sampling import draw_by_weight, own_generators
 from minitransformer.generation.speculation import Draft, accept, speculate
@@ -30,7 +31,9 @@ MakeDecoder = Callable[..., DecoderLM]
 
 
 def texts(model: DecoderLM, draft: Draft, prompt: list[int], ends: Any = (), **choices: Any) -> list[list[int]]:
-    samples = speculate(model, draft, prompt, SamplingConfig(**{"seed": 3, **choices}), ends=ends)
+    samples = speculate(
+        model, draft, prompt, SamplingConfig(**{"seed": 3, **choices}), ends=ends, make_reads=recorded_reads
+    )
     return [[token for tokens in steps for token in tokens] for steps in samples]
 
 
@@ -213,7 +216,7 @@ def test_texts_come_as_often_as_from_the_model_alone(tiny_decoder: MakeDecoder, 
         expected = probabilities_of_texts(model, [1, 2], sampling, 3, end=0)
     assert math.isclose(sum(expected.values()), 1, abs_tol=1e-9)
     draft = Draft(small, 2)
-    samples = speculate(model, draft, [1, 2], sampling, ends=[0])
+    samples = speculate(model, draft, [1, 2], sampling, ends=[0], make_reads=recorded_reads)
     counts = Counter(tuple(token for tokens in steps for token in tokens) for steps in samples)
     assert set(counts) <= set(expected), "a text came that the model cannot write"
     assert 0.05 < draft.accepted / draft.guessed < 0.95, "nothing was tried"
@@ -257,7 +260,9 @@ def test_the_seed_decides_and_neither_length_nor_number_of_samples_does(tiny_dec
 def test_a_sample_that_is_left_early_changes_no_other(tiny_decoder: MakeDecoder) -> None:
     model, small = tiny_decoder(), tiny_decoder(num_layers=1)
     whole = texts(model, Draft(small), [1, 2], num_samples=3, max_new_tokens=20)
-    samples = speculate(model, Draft(small), [1, 2], SamplingConfig(seed=3, num_samples=3, max_new_tokens=20))
+    samples = speculate(
+        model, Draft(small), [1, 2], SamplingConfig(seed=3, num_samples=3, max_new_tokens=20), make_reads=recorded_reads
+    )
     begun = [next(steps) for steps in samples]
     assert [text[: len(some)] for text, some in zip(whole, begun, strict=True)] == begun
 
@@ -294,7 +299,7 @@ def test_a_reader_that_forgets_reads_what_comes_instead(
     tiny_decoder: MakeDecoder, steps: list[tuple[int, int]], context: int
 ) -> None:
     model = unrecorded(tiny_decoder(context_length=context))
-    reader = CachedReader(model, 100)
+    reader = CachedReader(model, 100, recorded_reads)
     tokens = torch.randint(11, (1, 7))
     with torch.no_grad():
         reader(tokens)

@@ -12,6 +12,7 @@ from minitransformer.commands import unknown_flags
 from minitransformer.commands.export import Options as ExportOptions
 from minitransformer.commands.sample import Options as SampleOptions
 from minitransformer.commands.train import Flags, main
+from minitransformer.generation.config import SamplingConfig
 from minitransformer.models.model import count_parameters
 from minitransformer.runs import Run
 from minitransformer.settings import kinds
@@ -189,14 +190,15 @@ def test_a_flag_that_does_not_exist_is_answered_with_the_one_that_was_meant(here
 
 
 def test_a_flag_like_no_other_and_a_word_too_many_get_one_sentence(here, capsys):
-    assert "there is no flag --xyzzy: look into --help" in refused(capsys, "--xyzzy", "1")
-    assert "nothing takes 'stray'" in refused(capsys, "--steps", "3", "stray")
+    assert "there is no flag --xyzzy: see --help" in refused(capsys, "--xyzzy", "1")
+    assert "unexpected argument 'stray'" in refused(capsys, "--steps", "3", "stray")
     assert list(here.iterdir()) == [here / "my.txt"]
 
 
 def test_what_flags_are_called_elsewhere_are_no_flags_here_and_lead_to_one():
     of_training = {*unknown_flags.flag_names(Flags), *(name.replace("_", "-") for name in kinds(RunConfig))}
-    known = of_training.union(*map(unknown_flags.flag_names, (SampleOptions, ExportOptions)))
+    of_sampling = {name.replace("_", "-") for name in SamplingConfig().flat}
+    known = of_training.union(of_sampling, *map(unknown_flags.flag_names, (SampleOptions, ExportOptions)))
     for name, meant in unknown_flags.ELSEWHERE.items():
         assert name not in of_training
         assert set(meant) <= known, name

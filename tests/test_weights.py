@@ -18,8 +18,9 @@ from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.fast import row_kernel, rows
 from minitransformer.generation.fast.rows import KernelLinear, with_row_kernel
+from minitransformer.generation.fast.steps import recorded_reads
 from minitransformer.generation.readers import CachedReader
-from minitransformer.generation.weights import BFloat16, Float32, Int8, Weights
+from minitransformer.generation.weights import BFloat16, Float32, Int8, StoredWeights
 from minitransformer.models.decoder import DecoderLM
 
 MakeDecoder = Callable[..., DecoderLM]
@@ -43,14 +44,14 @@ def with_kernel(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "FEW_WEIGHTS", 0)
 
 
-def restored(kind: type[Weights], weight: torch.Tensor) -> torch.Tensor:
+def restored(kind: type[StoredWeights], weight: torch.Tensor) -> torch.Tensor:
     """The matrix that the stored one stands for."""
     stored, scale = kind.store(weight)
     wide = stored.to(weight.dtype)
     return wide if scale is None else wide * scale[:, None]
 
 
-def stored_map(kind: type[Weights], weight: torch.Tensor, bias: torch.Tensor | None = None) -> Weights:
+def stored_map(kind: type[StoredWeights], weight: torch.Tensor, bias: torch.Tensor | None = None) -> StoredWeights:
     linear = nn.Linear(weight.size(1), weight.size(0), bias=bias is not None)
     linear.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
     return kind(linear)
@@ -85,7 +86,7 @@ def test_a_row_of_zeros_stays_one() -> None:
 @pytest.mark.parametrize("kind", EVERY)
 @given(out=sizes, features=sizes, rows=st.integers(0, 8) | st.integers(0, 128), bias=st.booleans())
 def test_the_kernel_multiplies_with_what_is_stored(
-    compiled: None, kind: type[Weights], out: int, features: int, rows: int, bias: bool
+    compiled: None, kind: type[StoredWeights], out: int, features: int, rows: int, bias: bool
 ) -> None:
     linear = nn.Linear(features, out, bias=bias)
     x = torch.randn(2, rows, features)[:, ::2]  # whose rows do not follow each other in memory
@@ -97,7 +98,7 @@ def test_the_kernel_multiplies_with_what_is_stored(
 @pytest.mark.parametrize("kind", FEWER_BYTES)
 @given(out=sizes, features=st.sampled_from([5, 64, 100, 128]), rows=st.sampled_from([1, 3, 65]))
 def test_torchs_kernels_multiply_with_what_is_stored_but_for_rounded_rows(
-    kind: type[Weights], out: int, features: int, rows: int
+    kind: type[StoredWeights], out: int, features: int, rows: int
 ) -> None:
     weight, x = torch.randn(out, features), torch.randn(rows, features)
     exact = x.double() @ restored(kind, weight).double().t()
@@ -133,7 +134,11 @@ MODELS = [
 @pytest.mark.parametrize("choices", MODELS, ids=str)
 @pytest.mark.parametrize(("kind", "tolerance"), [(BFloat16, 0.01), (Int8, 0.05)])
 def test_logits_stay_close_to_those_of_fp32(
-    tiny_decoder: MakeDecoder, with_kernel: None, choices: dict[str, object], kind: type[Weights], tolerance: float
+    tiny_decoder: MakeDecoder,
+    with_kernel: None,
+    choices: dict[str, object],
+    kind: type[StoredWeights],
+    tolerance: float,
 ) -> None:
     model = tiny_decoder(d_model=32, **choices).float()
     for name, weight in model.named_parameters():
@@ -149,12 +154,12 @@ def test_logits_stay_close_to_those_of_fp32(
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("choices", MODELS, ids=str)
 def test_cached_decoding_is_uncached_decoding_with_stored_weights(
-    tiny_decoder: MakeDecoder, with_kernel: None, choices: dict[str, object], kind: type[Weights]
+    tiny_decoder: MakeDecoder, with_kernel: None, choices: dict[str, object], kind: type[StoredWeights]
 ) -> None:
     model = with_row_kernel(kind.applied(tiny_decoder(context_length=8, **choices).float()))
     tokens = torch.randint(11, (1, 8))
     with torch.no_grad():
-        reader, expected = CachedReader(model, 8), model(tokens)
+        reader, expected = CachedReader(model, 8, recorded_reads), model(tokens)
         for length in range(3, 9):
             torch.testing.assert_close(reader(tokens[:, :length]), expected[:, length - 1], rtol=1e-3, atol=1e-3)
 
@@ -184,7 +189,7 @@ def test_in_fp32_a_small_model_is_left_as_it_is(tiny_decoder: MakeDecoder) -> No
 
 @pytest.mark.parametrize("kind", FEWER_BYTES)
 def test_every_linear_map_is_stored_and_the_model_stays_as_it_was(
-    tiny_decoder: MakeDecoder, kind: type[Weights]
+    tiny_decoder: MakeDecoder, kind: type[StoredWeights]
 ) -> None:
     model = tiny_decoder(tied_embeddings=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -196,11 +201,11 @@ def test_every_linear_map_is_stored_and_the_model_stays_as_it_was(
     assert isinstance(stored.head, HeadAround)
     assert stored.embedding.table.weight.data_ptr() == model.embedding.table.weight.data_ptr()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(isinstance(module, Weights) for module in model.modules())
+    assert not any(isinstance(module, StoredWeights) for module in model.modules())
 
 
 @pytest.mark.parametrize("kind", FEWER_BYTES)
-def test_stored_weights_are_saved_and_loaded_like_any(tiny_decoder: MakeDecoder, kind: type[Weights]) -> None:
+def test_stored_weights_are_saved_and_loaded_like_any(tiny_decoder: MakeDecoder, kind: type[StoredWeights]) -> None:
     stored = kind.applied(tiny_decoder(d_model=32, bias=True).float())
     other = kind.applied(tiny_decoder(d_model=32, bias=True, num_kv_heads=None).float())
     tokens = torch.randint(11, (1, 5))
@@ -217,7 +222,7 @@ def test_stored_weights_are_saved_and_loaded_like_any(tiny_decoder: MakeDecoder,
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"unknown weights 'int9': did you mean 'int8'\? known are fp32, bf16, int8"):
-        Weights.named("int9")
+        StoredWeights.named("int9")
 
 
 # The compiler

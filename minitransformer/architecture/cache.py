@@ -83,7 +83,7 @@ class LayerCache:
         keys, values = held_keys.index_copy_(2, slots.new, k), held_values.index_copy_(2, slots.new, v)
         return keys.narrow(2, 0, slots.visible), values.narrow(2, 0, slots.visible)
 
-    def put(self, other: LayerCache, rows: list[int], slots: slice, of: int, room: int) -> None:
+    def put(self, other: LayerCache, rows: list[int] | slice, slots: slice, of: int, room: int) -> None:
         """Copy the first slots of `other`, of one row or of as many, to `slots` of `rows`, some of `of` rows."""
         if other._keys is None or other._values is None:
             return
@@ -198,10 +198,12 @@ class KVCache:
         self.clear(rows)
         if other._positions is None:
             return
+        # A slice is copied faster than rows that are named.
+        chosen = slice(None) if rows == list(range(of)) else rows
         here, there = slice(slot, slot + other.length), slice(0, other.length)
-        self._positions_of(of, other._positions.device)[rows, here] = other._positions[:, there]
+        self._positions_of(of, other._positions.device)[chosen, here] = other._positions[:, there]
         for cache, source in zip(self._of_tokens, other._of_tokens, strict=True):
-            cache.put(source, rows, here, of, self.max_length)
+            cache.put(source, chosen, here, of, self.max_length)
 
     def clear(self, rows: list[int]) -> None:
         """Empty these rows."""

@@ -18,7 +18,7 @@ from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.fast.rows import with_row_kernel
 from minitransformer.generation.readers import CachedReader
-from minitransformer.generation.weights import Weights
+from minitransformer.generation.weights import StoredWeights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Once = Callable[[], object]
@@ -96,7 +96,7 @@ def transformers_prefill(setting: BenchSetting, precision: str, tokens: int, bat
 
 
 def _ours(setting: BenchSetting, precision: str) -> Any:
-    return with_row_kernel(Weights.named(precision).applied(model_of(setting).eval()))
+    return with_row_kernel(StoredWeights.named(precision).applied(model_of(setting).eval()))
 
 
 def _nanogpt(setting: BenchSetting, precision: str) -> Any:

@@ -32,7 +32,7 @@ from minitransformer.generation.readers import window_length
 from minitransformer.generation.samples import filled_text, translations
 from minitransformer.generation.speculation import Draft
 from minitransformer.generation.streaming import best_texts, stream_text, texts_in_batches
-from minitransformer.generation.weights import Weights
+from minitransformer.generation.weights import StoredWeights
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM
 from minitransformer.models.model import Model
@@ -72,7 +72,9 @@ class Options:
     """run folder of a smaller model with the same tokenizer, which guesses tokens that the model then reads at once"""
     draft_tokens: int = 4
     """how many tokens the draft guesses at a time"""
-    weights: Annotated[str, Doc(f"how matrices are stored to read them faster: {', '.join(Weights.registry)}")] = "fp32"
+    weights: Annotated[
+        str, Doc(f"how matrices are stored to read them faster: {', '.join(StoredWeights.registry)}")
+    ] = "fp32"
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
@@ -83,7 +85,7 @@ class Options:
             raise UserError("--interactive asks for its prompts: leave --prompt and --prompt-file out")
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}: it must be at least 1")
-        Weights.named(self.weights)
+        StoredWeights.named(self.weights)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -102,7 +104,7 @@ def _sample(arguments: Sequence[str]) -> int:
     run.tokenizer.encode(MASK.sub("", run.cased(prompt)))
     draft_run = None if options.draft is None else _draft_run(options.draft, run)
     device = str(choose_device(options.device))
-    weights = Weights.named(options.weights)
+    weights = StoredWeights.named(options.weights)
     model = with_row_kernel(weights.applied(run.load_model(options.checkpoint, device=device)), _note)
     draft = None
     if draft_run is not None:

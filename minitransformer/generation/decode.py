@@ -16,7 +16,7 @@ from minitransformer.generation.arriving import on_host
 from minitransformer.generation.beam import beam_search
 from minitransformer.generation.config import SamplingConfig, check_no_beams
 from minitransformer.generation.engine import Engine
-from minitransformer.generation.fast.steps import recorded_steps
+from minitransformer.generation.fast.steps import recorded_reads, recorded_steps
 from minitransformer.generation.modes import evaluating
 from minitransformer.generation.processors import ForceToken, Processor, SuppressTokens
 from minitransformer.generation.readers import CachedReader, Reader, TargetReader, UncachedReader
@@ -113,7 +113,7 @@ def search(
     processors = sampling.make_processors(len(prompt), ends)
     with evaluating(model):
         max_tokens = len(prompt) + sampling.max_new_tokens
-        read: Reader = CachedReader(model, max_tokens) if cached else UncachedReader(model)
+        read: Reader = CachedReader(model, max_tokens, recorded_reads) if cached else UncachedReader(model)
         [found] = beam_search(
             read, prompts, sampling, processors=processors, ends=ends, vocab_size=vocab_size, stops=stops
         )

@@ -8,6 +8,7 @@ long keeps its last tokens by the same rule. Reading anew makes this exact for e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,9 +18,12 @@ from torch import Tensor
 
 from minitransformer.architecture.block import Memory
 from minitransformer.architecture.cache import ChosenSlots, KVCache
-from minitransformer.generation.fast.recording import Step, has_fixed_shapes, recorded, slots_visible
-from minitransformer.generation.fast.rows import for_single_rows
 from minitransformer.models.decoder import DecoderLM
+
+ReadStep = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From new tokens, their slots, and a tensor with as many numbers as visible slots, to logits"""
+MakeRead = Callable[[KVCache, int], ReadStep]
+"""From a cache, and how many of the newest tokens to give logits for, to what reads new tokens"""
 
 
 def window_length(total: int, context_length: int) -> int:
@@ -57,68 +61,17 @@ class UncachedReader:
         pass
 
 
-class CachedReader:
-    """Reads each token once, as long as the window only grows; the first call's tokens are the same in every sample."""
-
-    def __init__(self, model: DecoderLM, max_tokens: int) -> None:
-        self.model = self.row_model = model
-        self.context_length = model.config.context_length
-        slots = min(max_tokens, self.context_length)
-        self.cache = model.new_cache(slots)
-        device = next(model.parameters()).device
-        self.positions, self.fixed = torch.arange(slots, device=device), has_fixed_shapes(device)
-        self.steps: dict[int, Step] = {}
-        self.start: int | None = None
-        self.known = 0
-
-    def __call__(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
-        if self.start is None:
-            return self._begin(tokens)
-        return self.after_each(tokens, 1).squeeze(1)
-
-    def after_each(self, tokens: Int[Tensor, "samples length"], count: int) -> Float[Tensor, "samples {count} vocab"]:
-        """The logits after each of the newest `count` tokens, which the window must hold; not for the first call."""
-        total = tokens.size(1)
-        window = window_length(total, self.context_length)
-        assert count <= window, f"logits after {count} tokens in a window of {window}"
-        unread = min(total - self.known, window) if total - window == self.start else window
-        new = max(unread, count)
-        self.start, self.known = total - window, total
-        visible = slots_visible(window, len(self.positions), self.fixed)
-        newest = self.positions.narrow(0, window - new, new)
-        return self._step(count)(tokens.narrow(1, total - new, new), newest, self.positions.narrow(0, 0, visible))
-
-    def forget(self, length: int) -> None:
-        """All but the first `length` tokens may be others from now on.
-
-        Nothing is erased: no token attends to later positions, and what comes there next overwrites them.
-        """
-        self.known = min(self.known, length)
-
-    def reorder(self, rows: Int[Tensor, "samples"]) -> None:
-        self.cache.reorder(rows)
-
-    def _begin(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
-        samples, total = tokens.shape
-        window = window_length(total, self.context_length)
-        self.start, self.known = total - window, total
-        logits = _logits(self.model, tokens[:1, -window:], 1, self.cache)
-        if samples > 1:
-            self.cache.select(torch.zeros(samples, dtype=torch.long, device=tokens.device))
-        return logits[:, 0].expand(samples, -1)
-
-    def _step(self, count: int) -> Step:
-        """`_read`, recorded, for so many logits: a recording has shapes for arguments, and a number is a part of it."""
-        if not self.steps:
-            self.row_model = for_single_rows(self.model)  # after the prompt, which need not wait for it
-        if count not in self.steps:
-            # Not a method: what knows the reader, and is kept by it, would wait for a collection of garbage.
-            step = partial(_read, self.row_model, self.cache, count, not self.fixed)
-            self.steps[count] = recorded(step, self.model)
-        return self.steps[count]
+def plain_reads(model: DecoderLM) -> MakeRead:
+    """Reads that call `model`, which is in eval mode."""
+    return partial(plain_read, model)
 
 
-def _read(
+def plain_read(model: DecoderLM, cache: KVCache, count: int) -> ReadStep:
+    """A read that gives logits after the newest `count` tokens."""
+    return partial(read_slots, model, cache, count, True)
+
+
+def read_slots(
     model: DecoderLM,
     cache: KVCache,
     count: int,
@@ -143,6 +96,68 @@ def _logits(
 ) -> Tensor:
     # The head reads the last tokens only: logits of a whole prompt would be its length times the vocabulary.
     return model.head(model.hidden_states(tokens, positions=positions, cache=cache)[:, -count:])
+
+
+class CachedReader:
+    """Reads each token once, as long as the window only grows; the first call's tokens are the same in every sample.
+
+    `make_reads` makes what reads the tokens after those of the first call.
+    """
+
+    def __init__(
+        self, model: DecoderLM, max_tokens: int, make_reads: Callable[[DecoderLM], MakeRead] = plain_reads
+    ) -> None:
+        self.model, self._make_reads = model, make_reads
+        self.context_length = model.config.context_length
+        slots = min(max_tokens, self.context_length)
+        self.cache = model.new_cache(slots)
+        self.positions = torch.arange(slots, device=next(model.parameters()).device)
+        self._make_read: MakeRead | None = None
+        self._reads: dict[int, ReadStep] = {}
+        self.start: int | None = None
+        self.known = 0
+
+    def __call__(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
+        if self.start is None:
+            return self._begin(tokens)
+        return self.after_each(tokens, 1).squeeze(1)
+
+    def after_each(self, tokens: Int[Tensor, "samples length"], count: int) -> Float[Tensor, "samples {count} vocab"]:
+        """The logits after each of the newest `count` tokens, which the window must hold; not for the first call."""
+        total = tokens.size(1)
+        window = window_length(total, self.context_length)
+        assert count <= window, f"logits after {count} tokens in a window of {window}"
+        unread = min(total - self.known, window) if total - window == self.start else window
+        new = max(unread, count)
+        self.start, self.known = total - window, total
+        newest = self.positions.narrow(0, window - new, new)
+        return self._read(count)(tokens.narrow(1, total - new, new), newest, self.positions.narrow(0, 0, window))
+
+    def forget(self, length: int) -> None:
+        """All but the first `length` tokens may be others from now on.
+
+        Nothing is erased: no token attends to later positions, and what comes there next overwrites them.
+        """
+        self.known = min(self.known, length)
+
+    def reorder(self, rows: Int[Tensor, "samples"]) -> None:
+        self.cache.reorder(rows)
+
+    def _begin(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
+        samples, total = tokens.shape
+        window = window_length(total, self.context_length)
+        self.start, self.known = total - window, total
+        logits = _logits(self.model, tokens[:1, -window:], 1, self.cache)
+        if samples > 1:
+            self.cache.select(torch.zeros(samples, dtype=torch.long, device=tokens.device))
+        return logits[:, 0].expand(samples, -1)
+
+    def _read(self, count: int) -> ReadStep:
+        if count not in self._reads:
+            if self._make_read is None:
+                self._make_read = self._make_reads(self.model)  # after the prompt, which need not wait for it
+            self._reads[count] = self._make_read(self.cache, count)
+        return self._reads[count]
 
 
 class TargetReader:

@@ -5,7 +5,7 @@ What comes out has exactly the distribution of the large model alone, whatever t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -17,7 +17,7 @@ from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig, check_no_beams
 from minitransformer.generation.modes import evaluating
 from minitransformer.generation.processors import at_least_float32, check_finite
-from minitransformer.generation.readers import CachedReader, window_length
+from minitransformer.generation.readers import CachedReader, MakeRead, plain_reads, window_length
 from minitransformer.generation.sampling import check_prompt, draw_by_weight, own_generators, processed, seeded
 from minitransformer.models.decoder import DecoderLM
 
@@ -71,12 +71,14 @@ def speculate(
     generator: torch.Generator | None = None,
     ends: Sequence[int] = (),
     vocab_size: int | None = None,
+    make_reads: Callable[[DecoderLM], MakeRead] = plain_reads,
 ) -> Iterator[Iterator[list[int]]]:
     """For each sample in turn, the tokens that follow `prompt`, a few at a time; its counts are added to `draft`.
 
-    The arguments are those of `generate`, and each sample has the distribution of those of `generate`: greedily, it is
-    the same one. Otherwise the same seed gives another text than without a draft, and the same one again with the same
-    draft; neither `num_samples` nor `max_new_tokens` changes how it begins. Leave a sample early by taking the next.
+    The arguments are those of `generate` and `CachedReader`, and each sample has the distribution of those of
+    `generate`: greedily, it is the same one. Otherwise the same seed gives another text than without a draft, and the
+    same one again with the same draft; neither `num_samples` nor `max_new_tokens` changes how it begins. Leave a sample
+    early by taking the next.
     Raises `UserError` where `generate` does, and where the draft has too few tokens.
     """
     check_no_beams(sampling)
@@ -84,7 +86,9 @@ def speculate(
     tokens, drafts = vocab_size or model.embedding.table.num_embeddings, draft.model.embedding.table.num_embeddings
     if drafts < tokens:
         raise UserError(f"the draft has {drafts} tokens, and the model {tokens}: take a draft with the same tokenizer")
-    speculator = _Speculator(model, draft, prompt, sampling, ends, tokens)
+    most = len(prompt) + sampling.max_new_tokens + draft.tokens
+    target_reader, draft_reader = CachedReader(model, most, make_reads), CachedReader(draft.model, most, make_reads)
+    speculator = _Speculator(target_reader, draft_reader, draft, prompt, sampling, ends, tokens)
     for numbers in own_generators(sampling.num_samples, seeded(generator, sampling)):
         yield speculator.sample(numbers)
 
@@ -94,18 +98,18 @@ class _Speculator:
 
     def __init__(
         self,
-        model: DecoderLM,
+        target_reader: CachedReader,
+        draft_reader: CachedReader,
         draft: Draft,
         prompt: Sequence[int],
         sampling: SamplingConfig,
         ends: Sequence[int],
         vocab_size: int,
     ) -> None:
-        self.model, self.draft, self.ends, self.sampling, self.vocab_size = model, draft, ends, sampling, vocab_size
-        self.prompt = torch.tensor([prompt], device=next(model.parameters()).device)
+        self.target_reader, self.draft_reader, self.model = target_reader, draft_reader, target_reader.model
+        self.draft, self.ends, self.sampling, self.vocab_size = draft, ends, sampling, vocab_size
+        self.prompt = torch.tensor([prompt], device=next(self.model.parameters()).device)
         self.processors = sampling.make_processors(len(prompt), ends)
-        most = len(prompt) + sampling.max_new_tokens + draft.tokens
-        self.target_reader, self.draft_reader = CachedReader(model, most), CachedReader(draft.model, most)
 
     @torch.inference_mode()
     def sample(self, numbers: torch.Generator) -> Iterator[list[int]]:

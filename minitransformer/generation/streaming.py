@@ -9,6 +9,7 @@ import torch
 
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate, generate_each, search
+from minitransformer.generation.fast.steps import recorded_reads
 from minitransformer.generation.speculation import Draft, speculate
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.tokenizers import Tokenizer
@@ -175,7 +176,14 @@ def _stream_guessed_text(
     generator: torch.Generator | None,
 ) -> Iterator[list[str]]:
     samples = speculate(
-        model, draft, prompt, sampling, generator=generator, ends=tokenizer.ends, vocab_size=tokenizer.vocab_size
+        model,
+        draft,
+        prompt,
+        sampling,
+        generator=generator,
+        ends=tokenizer.ends,
+        vocab_size=tokenizer.vocab_size,
+        make_reads=recorded_reads,
     )
     for number, steps in enumerate(samples):
         stream = TokenStream(tokenizer, sampling.stop)

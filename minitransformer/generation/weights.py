@@ -18,7 +18,7 @@ from minitransformer.registry import Registered
 M = TypeVar("M", bound=nn.Module)
 
 
-class Weights(Registered, nn.Module, kind="weights"):
+class StoredWeights(Registered, nn.Module, kind="weights"):
     """x Wᵀ + b, where W is stored as `stored`, times a `scale` for each of its rows."""
 
     stored: Tensor
@@ -53,7 +53,7 @@ class Weights(Registered, nn.Module, kind="weights"):
         return replaced(model, ".*", cls)
 
 
-class Float32(Weights, name="fp32"):
+class Float32(StoredWeights, name="fp32"):
     """As the checkpoint has them: nothing is rounded."""
 
     few_rows = 8
@@ -70,7 +70,7 @@ class Float32(Weights, name="fp32"):
         return model
 
 
-class BFloat16(Weights, name="bf16"):
+class BFloat16(StoredWeights, name="bf16"):
     """Half the bytes. Each weight is rounded to 8 significant bits: it changes by a share of 2^-8 at most."""
 
     @classmethod
@@ -84,7 +84,7 @@ class BFloat16(Weights, name="bf16"):
         return (x.bfloat16() @ self.stored.t()).to(x.dtype)
 
 
-class Int8(Weights, name="int8"):
+class Int8(StoredWeights, name="int8"):
     """A quarter of the bytes. Each weight is rounded to a 127th of the largest of its row, with which it is stored.
 
     Its change is at most half of that. Dettmers et al. 2022 (LLM.int8(), arXiv 2208.07339), section 2.1, for weights

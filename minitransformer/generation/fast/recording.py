@@ -34,7 +34,7 @@ FEW_PRODUCTS = 1 << 21
 """that one thread does about as fast as several (measured), and several times as fast if another process is at work"""
 FEW_SLOTS = 512
 """that it costs little to look at"""
-Step = Callable[..., Tensor]
+StepFunction = Callable[..., Tensor]
 
 
 @contextmanager
@@ -80,13 +80,13 @@ class Recorded:
 
     def __init__(
         self,
-        step: Step,
+        step: StepFunction,
         products: Callable[..., int] = lambda *tensors: 0,
         *,
         fixed: bool = False,
     ) -> None:
         self.step, self.products, self.fixed = step, products, fixed
-        self._recordings: dict[tuple[int, ...], Step] = {}
+        self._recordings: dict[tuple[int, ...], StepFunction] = {}
         self._steps = 0
         self._seen: dict[tuple[int, ...], int] = {}
 
@@ -101,7 +101,7 @@ class Recorded:
                 self._recordings[shapes] = (captured if self.fixed else traced)(self.step, tensors)
         return self._replayed(self._recordings[shapes], tensors)
 
-    def _replayed(self, replay: Step, tensors: Sequence[Tensor]) -> Tensor:
+    def _replayed(self, replay: StepFunction, tensors: Sequence[Tensor]) -> Tensor:
         optimizing = torch._C._get_graph_executor_optimize()
         # To optimise a recording takes as long as hundreds of replays gain by it. The switch is the thread's own.
         torch._C._set_graph_executor_optimize(False)
@@ -112,7 +112,7 @@ class Recorded:
             torch._C._set_graph_executor_optimize(optimizing)
 
 
-def traced(step: Step, tensors: Sequence[Tensor]) -> Step:
+def traced(step: StepFunction, tensors: Sequence[Tensor]) -> StepFunction:
     """`step` without Python, for as long as someone keeps it.
 
     As `torch.jit.trace`, which would put it, with the weights and the cache that are its constants, into a compilation
@@ -125,7 +125,7 @@ def traced(step: Step, tensors: Sequence[Tensor]) -> Step:
     return torch._C.CompilationUnit().create_function("step", graph)
 
 
-def captured(step: Step, tensors: Sequence[Tensor]) -> Step:
+def captured(step: StepFunction, tensors: Sequence[Tensor]) -> StepFunction:
     """`step` as a CUDA graph, or as it is where it asks the device for what decides how it goes on."""
     inputs = [tensor.clone() for tensor in tensors]
     graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -148,7 +148,7 @@ def captured(step: Step, tensors: Sequence[Tensor]) -> Step:
     return replay
 
 
-def recorded(step: Step, model: nn.Module) -> Step:
+def recorded(step: StepFunction, model: nn.Module) -> StepFunction:
     """`step`, to be replayed, unless a module of `model` has hooks, which a replay would not run.
 
     It takes tokens, their slots, a tensor whose last size is the number of visible slots, and others.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minitransformer.architecture.attention import MultiHeadAttention
 from minitransformer.architecture.embeddings import LMHead
 from minitransformer.generation.fast import row_kernel
-from minitransformer.generation.weights import Float32, Weights
+from minitransformer.generation.weights import Float32, StoredWeights
 from minitransformer.models.joined import has_hooks, is_plain
 from minitransformer.models.surgery import copied, is_linear_map
 
@@ -35,13 +35,13 @@ def with_row_kernel(model: M, report: Callable[[str], None] = lambda line: None)
     why_not = _why_no_kernel(model, report)
     if why_not is None:
         return copied(model, lambda name, module: _with_kernel(module))
-    for stored in sorted({module.name for module in model.modules() if isinstance(module, Weights)}):
+    for stored in sorted({module.name for module in model.modules() if isinstance(module, StoredWeights)}):
         report(f"{stored} weights are multiplied by torch's own kernels, as {why_not}")
     return model
 
 
 def _with_kernel(module: nn.Module) -> nn.Module | None:
-    if isinstance(module, Weights):
+    if isinstance(module, StoredWeights):
         return KernelLinear(module)
     if not is_linear_map(module) or has_hooks(module):
         return None
@@ -53,7 +53,7 @@ def _with_kernel(module: nn.Module) -> nn.Module | None:
 class KernelLinear(nn.Module):
     """x Wᵀ + b by our own kernel for few rows of float32, and as `weights` do it for more."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: StoredWeights) -> None:
         super().__init__()
         self.weights, self.in_features, self.out_features = weights, weights.in_features, weights.out_features
 
@@ -82,16 +82,17 @@ def _why_no_kernel(model: nn.Module, report: Callable[[str], None]) -> str | Non
 
 def count_matrix_weights(model: nn.Module) -> int:
     """The number of weights that a token is multiplied with, in all linear maps."""
-    maps = [module for module in model.modules() if isinstance(module, nn.Linear | Weights)]
+    maps = [module for module in model.modules() if isinstance(module, nn.Linear | StoredWeights)]
     return sum(linear.in_features * linear.out_features for linear in maps)
 
 
 def for_single_rows(model: M) -> M:
-    """A copy of `model`, with the same weights as constants, whose linear maps are fast for one row."""
+    """A copy of `model` in eval mode, with the same weights as constants, whose linear maps are fast for one row."""
     rows = copied(model, lambda name, module: RowLinear(module) if is_plain(module) else None)
     for module in list(rows.modules()):
         # What requires a gradient cannot be a constant of a recording.
-        module._parameters = {name: _constant(weight) for name, weight in module._parameters.items()}
+        constants = {name: _constant(weight) for name, weight in module._parameters.items()}
+        vars(module).update(_parameters=constants, training=False)  # faster than `nn.Module.__setattr__`
         if isinstance(module, MultiHeadAttention):
             _join_projections(module)
         if getattr(module, "activation", None) is F.gelu:
