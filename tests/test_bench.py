@@ -178,7 +178,7 @@ def test_nanogpt_warms_up_decays_and_stays():
 
 
 def test_less_text_than_asked_is_an_error(text):
-    with pytest.raises(UserError, match=r"has 0\.\d MB of the 5 asked: lower --megabytes$"):
+    with pytest.raises(UserError, match=r"has 0\.\d MB, less than --megabytes 5: lower it$"):
         list(texts_of(str(text), 5))
 
 
@@ -270,7 +270,7 @@ def test_growth_stops_before_the_budget_is_spent():
     growth = grow(Square(TINY), 100.0, measure=measure, clock=lambda: now[0])
     # 3 + 12 + 48 s are spent, and the next would take at least 96 s.
     assert [size for size, _ in growth.points["area"]] == [1, 2, 4]
-    assert growth.stopped == "8 would not fit into the budget"
+    assert growth.stopped == "8 would exceed the time limit"
 
 
 def test_a_size_that_fails_ends_its_axis_with_the_reason():

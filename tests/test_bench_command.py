@@ -67,14 +67,14 @@ def test_the_command_prints_one_table_of_80_columns_and_writes_every_sample(race
 def test_contestants_for_which_there_is_no_time_are_left_out_in_the_table_and_in_json(race, tmp_path, capsys):
     assert run("--only", "race", "--rounds", 6, "--minutes", 1e-9, "--json", tmp_path / "a.json") == 1
     out = " ".join(capsys.readouterr().out.split())
-    assert "not measured: tortoise, hare (it would not fit into --minutes: give more" in out
+    assert "not measured: tortoise, hare (it would exceed --minutes: give more" in out
     (case,) = json.loads((tmp_path / "a.json").read_text())["cases"]
     assert set(case["not_measured"]) == {"tortoise", "hare", "rabbit"}
 
 
 def test_fewer_rounds_for_want_of_time_are_said():
     result = CaseResult(case_of(a=[1.0], b=[1.0]), "a", {"a": [1.0] * 5, "b": [1.0] * 5}, {"b": [1.0] * 5}, late=True)
-    assert "5 rounds: the time of this case was up (--minutes)" in list(case_table(result, None))
+    assert "5 rounds: the time limit of this case was reached (--minutes)" in list(case_table(result, None))
 
 
 def lines_of(figure):
@@ -97,7 +97,7 @@ def test_the_picture_draws_what_its_legend_speaks_of(rounds, style, words):
 
 def test_few_rounds_name_no_winner_and_their_json_is_valid(race, tmp_path, capsys):
     assert run("--only", "race", "--rounds", 2, "--json", tmp_path / "a.json") == 0
-    assert "no winner: 2 rounds say too little, and 6 are needed at least" in capsys.readouterr().out
+    assert "no winner: 2 rounds are too few, at least 6 are needed" in capsys.readouterr().out
     content = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
     assert content["cases"][0]["contestants"]["hare"]["ratio"]["high"] is None
 
@@ -121,7 +121,7 @@ def test_results_come_as_they_are_measured_and_in_a_pipe_the_subjects_are_said(r
 def test_contestants_are_chosen_by_patterns(race, capsys):
     assert run("--only", "race", "--rounds", 1, "--contestants", "tor*") == 0
     out = capsys.readouterr().out
-    assert "tortoise has nothing to be compared with" in out
+    assert "there is nothing to compare tortoise with" in out
     assert "hare" not in out
 
 
@@ -131,7 +131,7 @@ def test_contestants_are_chosen_by_patterns(race, capsys):
         (["--only", "trianing"], "unknown subject 'trianing': did you mean 'training'?"),
         (["--scaling", "--only", "contxt"], "unknown axis 'contxt': did you mean 'context'?"),
         (["--shape", "nanogpt-gp"], "unknown shape 'nanogpt-gp': did you mean 'nanogpt-gpu'?"),
-        (["--against", "/nowhere"], "/nowhere is no nanoGPT, as it has no model.py"),
+        (["--against", "/nowhere"], "/nowhere is not a nanoGPT checkout, because it has no model.py"),
         (["--contestants", "our fp32"], "unknown contestant 'our fp32': did you mean 'ours fp32'?"),
         (["--base", "nanogpt"], "unknown contestant 'nanogpt': did you mean 'nanoGPT'?"),
         (["--rounds", "0"], "--rounds is 0: give 1 or more"),

@@ -92,12 +92,12 @@ def test_a_lead_within_what_the_same_differs_by_from_itself_is_noise():
     assert compare_rounds(samples, lower_is_better=False, floor=1.05).winner
     found = compare_rounds(samples, lower_is_better=False, floor=1.2)
     assert not found.winner
-    assert str(found) == "no winner: b and a are inside the noise"
+    assert str(found) == "no winner: b and a differ by less than the noise"
 
 
 def test_three_rounds_say_too_little():
     found = compare_rounds({"a": [1.0] * 3, "b": [2.0] * 3}, lower_is_better=False)
-    assert str(found) == "no winner: 3 rounds say too little, and 6 are needed at least"
+    assert str(found) == "no winner: 3 rounds are too few, at least 6 are needed"
 
 
 @given(st.floats(-3, 3), st.floats(0.1, 10))

@@ -70,7 +70,7 @@ def test_a_run_from_before_there_were_checksums_opens_and_goes_on(here, run):
     ("change", "words"),
     [
         ({"sha256": {}}, "no checksum of model.safetensors"),
-        ({"step": 5}, "that of step 5"),
+        ({"step": 5}, "belongs to step 5"),
         ({"checksum": "0"}, "missing or damaged"),
     ],
 )

@@ -161,7 +161,7 @@ def test_every_table_is_a_csv_file_with_all_its_rows_and_digits(report):
     ]
     with (path.parent / "loss-by-depth-2.csv").open(newline="") as file:
         assert len(list(csv.reader(file))) == 301
-    assert "200 rows of 300; all of them: loss-by-depth-2.csv" in page.text
+    assert "200 of 300 rows; all rows: loss-by-depth-2.csv" in page.text
 
 
 def test_the_command_in_the_report_is_the_one_that_repeats_it():
@@ -288,7 +288,7 @@ def test_all_says_once_which_experiments_have_no_data_and_runs_the_others(here, 
     assert printed.err == ""
     first = printed.out.splitlines()[0]
     assert (
-        first == "left out   toy-curious, for want of data: there is no text: download it; --data FILE takes any text"
+        first == "left out   toy-curious, for lack of data: there is no text: download it; --data FILE takes any text"
     )
     assert [line.split() for line in printed.out.strip().splitlines()[-2:]] == [
         ["toy", "done", "out/toy/report.html"],

@@ -67,7 +67,7 @@ def test_the_readmes_placement_trains_resumes_and_writes_and_its_run_says_which_
     assert written.returncode == 0, written.stderr
     without = run("sample", "run", "--prompt", "A fox")
     assert (without.returncode, without.stdout) == (2, "")
-    assert "is of a run with the plugin rezero.py: give it with --plugin rezero.py" in without.stderr
+    assert "needs the plugin rezero.py: give it with --plugin rezero.py" in without.stderr
     (here / "rezero.py").write_text(readme_example() + "\n")
     changed = run("sample", "run", "--plugin", "rezero.py", "--prompt", "A fox")
     assert changed.returncode == 2

@@ -158,7 +158,7 @@ def test_pickles_are_refused(checkpoint: Path, name: str) -> None:
         ("config.json", "{}", r"config\.json has no model_type: give the folder of a checkpoint"),
         ("config.json", '{"model_type": "moonshine"}', "unknown model_type 'moonshine': .*known are"),
         ("config.json", '{"model_type": null}', "has no model_type"),
-        ("model.safetensors", "cut", r"model\.safetensors is no whole safetensors file"),
+        ("model.safetensors", "cut", r"model\.safetensors is not a complete safetensors file"),
         (INDEX, "cut", "is damaged"),
         (INDEX, '{"weight_map": {"a": "gone.safetensors"}}', r"lacks gone\.safetensors"),
     ],
@@ -201,7 +201,8 @@ def test_a_name_that_the_hub_does_not_give_is_one_sentence(monkeypatch: pytest.M
     with pytest.raises(UserError) as caught:
         pretrained.load("someone/something")
     assert str(caught.value) == (
-        "someone/something is no folder, and the hub gives nothing (no route to host): check name and network"
+        "someone/something is not a folder, and cannot be downloaded from the hub (no route to host): "
+        "check name and network"
     )
 
 

@@ -219,7 +219,7 @@ def test_the_settings_say_what_ends_a_text(named: Any, public: dict[str, Any], t
 
 def test_a_tokenizer_that_ends_no_text_is_refused(tmp_path: Path) -> None:
     implementation = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), special="<|start|>")
-    with pytest.raises(UserError, match=r"names no token that ends a text: give its eos_token in tokenizer_config"):
+    with pytest.raises(UserError, match=r"has no end-of-text token: give its eos_token in tokenizer_config"):
         load_tokenizer(saved(implementation, tmp_path))
 
 

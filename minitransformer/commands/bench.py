@@ -38,9 +38,9 @@ class Options:
     """What to measure, how often, and what to compare with."""
 
     only: tuple[str, ...] = ()
-    """subjects to measure (with --scaling: axes); default: all"""
+    """subjects to measure (with --scaling: axes); none means all"""
     contestants: tuple[str, ...] = ()
-    """patterns of the names to measure, such as "ours*"; default: all"""
+    """patterns of the names to measure, such as "ours*"; none means all"""
     shape: Annotated[str, Doc(f"shape of the model: {', '.join(SHAPES)}")] = "nanogpt-cpu"
     against: Path | None = None
     """nanoGPT checkout to compare with"""

@@ -35,7 +35,7 @@ class Options:
     last: int | None = None
     """keep only this many tokens at the end of the prompt"""
     layers: tuple[int, ...] = ()
-    """layers whose attention is shown, counted from 0; default: all"""
+    """layers whose attention is shown, counted from 0; none means all"""
     out: Path | None = None
     """output file; None is look.html in the run folder"""
     checkpoint: str | None = None

@@ -96,7 +96,7 @@ class BitsPerByte(Metric, name="bits_per_byte"):
 
 
 class Accuracy(Metric, name="accuracy"):
-    label, title, in_words = "accuracy (share of targets)", "accuracy", "accuracy {:.1%}"
+    label, title, in_words = "accuracy (fraction of targets)", "accuracy", "accuracy {:.1%}"
     lower_is_better = False
 
     @staticmethod
@@ -107,7 +107,7 @@ class Accuracy(Metric, name="accuracy"):
 class ExactMatch(Metric, name="exact"):
     """Fraction of texts predicted exactly, as by greedy decoding."""
 
-    label, title, in_words = "exact match (share of texts)", "exact match", "exact match {:.1%}"
+    label, title, in_words = "exact match (fraction of texts)", "exact match", "exact match {:.1%}"
     lower_is_better = False
     across_tokenizers = True
 
@@ -119,7 +119,7 @@ class ExactMatch(Metric, name="exact"):
 class MajorityBaseline(Metric, name="majority_baseline"):
     """The accuracy of always predicting the most frequent training token."""
 
-    label, title = "majority-class baseline (share of targets)", "majority-class baseline"
+    label, title = "majority-class baseline (fraction of targets)", "majority-class baseline"
     in_words = "majority-class baseline {:.1%}"
 
     @staticmethod

@@ -74,7 +74,7 @@ def texts_of(data: str, megabytes: float) -> Iterator[str]:
         left -= len(text.encode())
         if left <= 0:
             return
-    raise UserError(f"{data} has {megabytes - left / 1e6:.1f} MB, fewer than --megabytes {megabytes:g}: lower it")
+    raise UserError(f"{data} has {megabytes - left / 1e6:.1f} MB, less than --megabytes {megabytes:g}: lower it")
 
 
 def _train_ours(texts: list[str]) -> Callable[[], object]:
