@@ -55,26 +55,26 @@ class Options:
     """Which model continues which prompt, and how it is loaded."""
 
     run: tyro.conf.Positional[Path | None] = None
-    """run folder; None is the latest below runs/"""
+    """run folder; None uses the latest one in runs/"""
     prompt: str | None = None
-    """text to continue, to fill (masks are written <mask>) or to translate; None is what is piped in"""
+    """text to continue, to fill in (with <mask> for each mask) or to translate; None reads standard input"""
     prompt_file: Path | None = None
-    """file with that text, which is taken as it is"""
+    """file with that text, used unchanged"""
     lines: bool = False
-    """each line of the prompt is one of its own, and what follows it is one line too, in which \\n is a new line"""
+    """continue each line of the prompt on its own; each result is printed in one line, with \\n for a line break"""
     batch_size: int = 32
-    """lines that are written or translated at a time"""
+    """number of lines to generate or translate at a time"""
     interactive: bool = False
-    """answer one line after the other; Ctrl-D leaves"""
+    """read prompts from the terminal, a line each; Ctrl-D exits"""
     checkpoint: str | None = None
-    """checkpoint of the run, such as step-000500 or latest; None is the best, or the latest if none is called that"""
+    """checkpoint of the run, such as step-000500 or latest; None uses the best one, or else the latest"""
     draft: Path | None = None
-    """run folder of a smaller model with the same tokenizer, which guesses tokens that the model then reads at once"""
+    """run folder of a smaller model with the same tokenizer, the draft model of speculative decoding"""
     draft_tokens: int = 4
-    """how many tokens the draft guesses at a time"""
-    weights: Annotated[
-        str, Doc(f"how matrices are stored to read them faster: {', '.join(StoredWeights.registry)}")
-    ] = "fp32"
+    """number of tokens that the draft model proposes at a time"""
+    weights: Annotated[str, Doc(f"format of the weight matrices in memory: {', '.join(StoredWeights.registry)}")] = (
+        "fp32"
+    )
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 

@@ -1,7 +1,7 @@
 """The engine: many requests share the rows of a batch, and whoever ends leaves its row to the next that waits.
 
-Requests join and leave between any two steps: Yu et al. 2022 (Orca, OSDI), section 3.1. Prompts are read in chunks
-between the steps, so that a long one does not stall the others: Agrawal et al. 2023 (SARATHI, arXiv 2308.16369).
+Requests join and leave between any two steps: Yu et al. 2022 (Orca, OSDI), section 3.1. Prompts are prefilled in
+chunks between the steps, so that a long one does not stall the others: Agrawal et al. 2023 (SARATHI, arXiv 2308.16369).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from minitransformer.errors import UserError
 from minitransformer.generation.arriving import on_its_way
 from minitransformer.generation.batch import MakeStep, Rows, plain_steps
 from minitransformer.generation.config import SamplingConfig, check_no_beams
-from minitransformer.generation.prefill import PromptReading
+from minitransformer.generation.prefill import PromptPrefill
 from minitransformer.generation.readers import window_length
 from minitransformer.generation.sampling import (
     Request,
@@ -30,9 +30,9 @@ from minitransformer.generation.sampling import (
 from minitransformer.models.decoder import DecoderLM
 
 CHUNK = 256
-"""tokens of prompts that are read between two steps"""
+"""tokens to prefill between two steps"""
 CHUNK_ALONE = 1 << 13
-"""while nobody waits for a step"""
+"""while no request is being decoded"""
 Arriving = tuple[list[Request], Callable[[], list[int]]]
 """Requests, and what tells the tokens that were chosen for them, when their device is done"""
 
@@ -62,8 +62,8 @@ class Engine:
         self._free = list(reversed(range(rows)))
         self._row_of: dict[Request, int] = {}
         self._unread: list[Request] = []
-        """requests with a row that does not hold their window yet"""
-        self._prefills: deque[PromptReading] = deque()
+        """requests with a row, but without a prefill"""
+        self._prefills: deque[PromptPrefill] = deque()
         self._decoding: list[Request] = []
         self._index: Tensor | None = None
         """the rows that are decoded, if not all"""
@@ -103,7 +103,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Request, int]]:
-        """A token more of every request whose prompt has been read; while only prompts are read, nothing.
+        """One more token of every request that has been prefilled; nothing while there are only prefills.
 
         A CUDA device tells the tokens of a step while it works on the next one.
         """
@@ -114,7 +114,7 @@ class Engine:
         arriving = [self._decode()] if self._decoding else []
         arriving += [self._begin(prompts) for prompts in read]
         if self._rows.longest() == self.context_length:
-            self._read_anew()
+            self._prefill_again()
         if self._arriving:
             told += self._tell()
         self._arriving = arriving
@@ -134,7 +134,7 @@ class Engine:
         for request in self._unread:
             groups.setdefault(len(self._window(request)), []).append(request)
         for requests in groups.values():
-            self._prefills.append(PromptReading(self.model, requests, list(map(self._window, requests))))
+            self._prefills.append(PromptPrefill(self.model, requests, list(map(self._window, requests))))
         self._unread = []
 
     def _window(self, request: Request) -> list[int]:
@@ -142,10 +142,10 @@ class Engine:
         text = [*request.prompt, *request.tokens]
         return text[-window_length(len(text), self.context_length) :]
 
-    def _prefill(self) -> list[PromptReading]:
-        """Read a chunk of prompts, or a whole one where nobody waits for a step; returns those that are complete."""
+    def _prefill(self) -> list[PromptPrefill]:
+        """Prefill a chunk, or a whole prompt while no request is being decoded; returns the complete prefills."""
         left = self.chunk
-        read: list[PromptReading] = []
+        read: list[PromptPrefill] = []
         while self._prefills and (left > 0 or not (self._decoding or read)):
             prompts = self._prefills[0]
             if not all(request.done for request in prompts.requests):
@@ -156,8 +156,8 @@ class Engine:
             self._prefills.popleft()
         return read
 
-    def _begin(self, prompts: PromptReading) -> Arriving:
-        """Choose the first token of requests whose prompts have been read: they are decoded from here on."""
+    def _begin(self, prompts: PromptPrefill) -> Arriving:
+        """Choose the first token of requests that have been prefilled: they are decoded from now on."""
         requests = [request for request in prompts.requests if not request.done]
         rows = [self._row_of[request] for request in requests]
         cache, logits = prompts.found_for(requests)
@@ -184,7 +184,7 @@ class Engine:
             self._newest[index] = chosen
         return requests, on_its_way(chosen)
 
-    def _read_anew(self) -> None:
+    def _prefill_again(self) -> None:
         """Where a window is full, what the model sees next is shorter, and at other positions."""
         full = [one for one in self._decoding if self._rows.length(self._row_of[one]) == self.context_length]
         for request in full:

@@ -1,4 +1,4 @@
-"""Prompts that are read into a cache of their own, a chunk at a time, before their requests are decoded."""
+"""Prefill: prompts go into a cache of their own, a chunk at a time, before their requests are decoded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from minitransformer.generation.sampling import Request
 from minitransformer.models.decoder import DecoderLM
 
 
-class PromptReading:
-    """The tokens of some requests, as many for each; those that are the same are read once."""
+class PromptPrefill:
+    """The tokens of some requests, as many for each; equal prompts are prefilled once."""
 
     def __init__(self, model: DecoderLM, requests: Sequence[Request], windows: Sequence[Sequence[int]]) -> None:
         self.model, self.requests = model, requests
@@ -35,7 +35,7 @@ class PromptReading:
         return self._read == self.length
 
     def advance(self, most: int) -> int:
-        """Read about as many tokens as `most`; returns how many it was."""
+        """Prefill about as many tokens as `most`; returns their number."""
         new = min(self.length - self._read, max(1, most // len(self._tokens)))
         with evaluating(self.model):
             hidden = self.model.hidden_states(self._tokens.narrow(1, self._read, new), cache=self._cache)
@@ -45,7 +45,7 @@ class PromptReading:
         return new * len(self._tokens)
 
     def found_for(self, requests: Sequence[Request]) -> tuple[KVCache, Float[Tensor, "requests vocab"]]:
-        """What has been read for these requests, a row for each or one for all, and the logits of what follows."""
+        """The cache of these requests, a row for each or one for all, and the logits of their next tokens."""
         rows = torch.tensor([self._row_of[request] for request in requests], device=self._tokens.device)
         if len(self._tokens) > 1:
             self._cache.select(rows)

@@ -37,7 +37,7 @@ def written(
     examples: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> str:
-    """What `model` writes from the beginning of a text, drawn with the default settings."""
+    """What `model` generates from an empty prompt with the default sampling settings."""
     sampling = SamplingConfig(max_new_tokens=max_new_tokens, seed=0)
     prompt = tokenizer.encode_prompt("")
     steps = generate(model, prompt, sampling, ends=tokenizer.ends, vocab_size=tokenizer.vocab_size)
