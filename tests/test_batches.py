@@ -62,7 +62,7 @@ def test_epochs_begin_everywhere() -> None:
 
 
 def test_too_few_tokens_for_a_window_are_refused_with_both_numbers() -> None:
-    with pytest.raises(UserError, match="8 tokens hold no window of 9"):
+    with pytest.raises(UserError, match="8 tokens are too few for a window of 9"):
         ShuffledWindows(tokens(8), 8, 1, seed=0)
 
 

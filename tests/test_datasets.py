@@ -89,7 +89,7 @@ def test_an_objective_brings_its_kind_of_data(name: str) -> None:
 
 
 def test_data_that_an_objective_does_not_learn_from_is_refused() -> None:
-    with pytest.raises(UserError, match="'causal' learns from data of the kind 'text', not 'pairs': leave"):
+    with pytest.raises(UserError, match="'causal' needs data kind 'text', not 'pairs': leave"):
         RunConfig(data=DataConfig(dataset=Pairs.choose(target_data="x")))
     with pytest.raises(UserError, match="'seq2seq' learns from data of the kind 'pairs', not 'text'"):
         with_settings(config_of("pairs"), {"data_kind": "text"})
@@ -103,6 +103,6 @@ def test_with_another_objective_what_was_said_of_pairs_falls_away() -> None:
 
 def test_pairs_that_are_made_up_have_no_whole() -> None:
     data = config_of("pairs", data="numbers", context_length=100).prepare()
-    with pytest.raises(UserError, match="numbers makes pairs up without end"):
+    with pytest.raises(UserError, match="numbers generates endless pairs"):
         data.ordered_batches("train", SHAPE)
     assert len(Loader.of_run(config_of("pairs", data="numbers", context_length=100), data).training_batches(5)) == 1

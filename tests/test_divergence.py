@@ -19,7 +19,7 @@ def test_training_that_stays_non_finite_ends_with_the_weights_it_had(text, tmp_p
     trainer = trainer_for(tmp_path / "run", text, configured(steps=100, eval_every=1000, save_every=1000))
     before = weights_after(trainer)
     trainer.learner.objective.loss_sum = lambda model, batch: model(batch.inputs).sum() * math.nan
-    with pytest.raises(NonFiniteTraining, match=r"begin anew with lower rates, such as --lr 0\.001$"):
+    with pytest.raises(NonFiniteTraining, match=r"train again with lower learning rates, such as --lr 0\.001$"):
         trainer.train()
     assert_same_weights(before, weights_after(trainer))
     assert trainer.progress.step == MOST_STEPS_WITHOUT_UPDATE
@@ -74,7 +74,9 @@ def test_weights_that_an_update_made_infinite_are_not_saved(text, tmp_path, opti
     trainer = trainer_for(tmp_path / "run", text, config)
     of_a_token_that_the_text_has_not = trainer.learner.model.embedding.table.weight.data[-1]
     call_after_step(trainer, 6, lambda: of_a_token_that_the_text_has_not.fill_(math.nan))
-    with pytest.raises(NonFiniteTraining, match=r"after step 8 .* not saved; .* --checkpoint step-000004 --lr 0\.001$"):
+    with pytest.raises(
+        NonFiniteTraining, match=r"after step 8, .* not saved; .* --checkpoint step-000004 --lr 0\.001$"
+    ):
         trainer.train()
     assert checkpoint_steps(tmp_path / "run") == [4]
     assert (tmp_path / "run/checkpoints/latest").resolve().name == "step-000004"

@@ -212,7 +212,7 @@ def test_generated_data_validates_on_the_same_held_out_pairs_every_time() -> Non
 
 
 def test_a_context_without_room_for_what_validation_asks_is_refused() -> None:
-    with pytest.raises(UserError, match=r"numbers asks for up to \d+ tokens a side, and the context has 32"):
+    with pytest.raises(UserError, match=r"numbers needs up to \d+ tokens per side, and the context has 32"):
         generate_pairs("numbers", context_length=32)
 
 

@@ -170,7 +170,7 @@ def test_source_and_target_together_are_the_text(tmp_path: Path) -> None:
 def test_a_context_with_more_spans_than_sentinels_is_refused(tmp_path: Path) -> None:
     config, prepared = prepared_for(config_of(tmp_path, "span-corruption", "encoder-decoder"))
     long = replace(config, model=replace(config.model, context_length=2500))
-    with pytest.raises(UserError, match=r"context_length 2500 has 125 spans .* 100 sentinels: lower it"):
+    with pytest.raises(UserError, match=r"context_length 2500 gives 125 corrupted spans.* 100 sentinels: lower it"):
         Loader.of_run(long, prepared)
 
 

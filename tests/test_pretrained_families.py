@@ -43,7 +43,7 @@ def test_a_size_that_a_configuration_does_not_say_is_no_guess(missing: str) -> N
 
 
 def test_a_field_that_only_some_families_read_is_asked_for_too() -> None:
-    with pytest.raises(UserError, match="does not say max_position_embeddings"):
+    with pytest.raises(UserError, match="has no max_position_embeddings"):
         read("roberta", vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
 
 
@@ -167,11 +167,11 @@ def test_a_whole_number_is_a_number() -> None:
         ("intermediate_size", True, "intermediate_size is True in config.json: it must be a whole number or null"),
         ("rms_norm_eps", None, "rms_norm_eps is None in config.json: it must be a number"),
         ("tie_word_embeddings", 1, "tie_word_embeddings is 1 in config.json: it must be true or false"),
-        ("mlp_bias", "no", "config.json holds what no llama has (bias becomes 'no'): download it again"),
+        ("mlp_bias", "no", "config.json is invalid for llama (bias becomes 'no'): download it again"),
         (
             "rope_scaling",
             "big",
-            "config.json holds what no llama has ('str' object is not a mapping): download it again",
+            "config.json is invalid for llama ('str' object is not a mapping): download it again",
         ),
     ],
 )
@@ -286,5 +286,5 @@ def test_sides_of_different_sizes_are_refused() -> None:
     sizes = {"encoder_attention_heads": 2, "decoder_attention_heads": 4, "encoder_ffn_dim": 8}
     with pytest.raises(UserError, match="encoder_attention_heads is 2 and decoder_attention_heads 4"):
         read("bart", **bart, **sizes)
-    with pytest.raises(UserError, match="does not say decoder_attention_heads"):
+    with pytest.raises(UserError, match="has no decoder_attention_heads"):
         read("bart", **bart, encoder_attention_heads=2, encoder_ffn_dim=8)

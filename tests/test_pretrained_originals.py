@@ -187,5 +187,5 @@ def test_classes_whose_names_are_damaged_are_numbers(tmp_path: Path) -> None:
 def test_a_classifier_is_not_trained(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert importing.main([str(classifier), "--out", str(tmp_path / "run")]) == 0
     assert train.main(["--init-from", str(tmp_path / "run"), "--out", str(tmp_path / "tuned")]) == 2
-    assert "nothing here trains topology 'encoder-classifier'" in capsys.readouterr().err
+    assert "topology 'encoder-classifier' can only be imported, not trained" in capsys.readouterr().err
     assert not (tmp_path / "tuned").exists()

@@ -57,13 +57,13 @@ def test_after_training_diverged_it_goes_on_as_the_message_says(here, capsys, op
 def test_training_that_diverged_from_its_beginning_is_to_begin_anew(here, capsys):
     assert train("--out", "run", "--lr", "1e6", "--save-every", "5", steps=100) == 3
     out = capsys.readouterr().out
-    assert "begin anew with lower rates, such as --lr 0.001" in out
+    assert "train again with lower learning rates, such as --lr 0.001" in out
     assert "--resume" not in out
 
 
 def test_a_decay_that_makes_weights_infinite_leaves_no_such_checkpoint(here, capsys):
     assert train("--out", "run", "--lr", "1e3", "--weight-decay", "1e38", "--save-every", "1", steps=100) == 3
-    assert "error: after step 1 there are infinite or NaN numbers in the weights" in capsys.readouterr().out
+    assert "error: after step 1, the weights or the optimizer state are infinite or NaN" in capsys.readouterr().out
     assert not list((here / "run/checkpoints").iterdir())
 
 
