@@ -91,7 +91,7 @@ def test_an_objective_brings_its_kind_of_data(name: str) -> None:
 def test_data_that_an_objective_does_not_learn_from_is_refused() -> None:
     with pytest.raises(UserError, match="'causal' needs data kind 'text', not 'pairs': leave"):
         RunConfig(data=DataConfig(dataset=Pairs.choose(target_data="x")))
-    with pytest.raises(UserError, match="'seq2seq' learns from data of the kind 'pairs', not 'text'"):
+    with pytest.raises(UserError, match="'seq2seq' needs data kind 'pairs', not 'text'"):
         with_settings(config_of("pairs"), {"data_kind": "text"})
 
 
