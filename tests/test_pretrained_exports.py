@@ -161,7 +161,8 @@ def test_every_setting_that_an_export_accepts_is_opened_with_the_same_logits(nam
         {setting: chance.choice(SETTINGS[setting]) for setting in chance.sample(list(SETTINGS), chance.choice([2, 3]))}
         for _ in range(30)
     ]
-    assert check(name, [*SINGLE, *several], tmp_path) > 20
+    # A setting of a variant that a member has not chosen is no change, and refused.
+    assert check(name, [*SINGLE, *several], tmp_path) > 10
 
 
 @pytest.mark.parametrize("name", MEMBERS)
