@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Any, TypeVar
@@ -53,13 +54,15 @@ def parse_groups(
     wanted = None if {"-h", "--help"} & set(arguments) else given_flags(arguments)
     settings = [each for group in groups for each in group.settings]
     known = [each.name for each in settings] + [f"no_{each.name}" for each in settings if each.kind is bool]
-    members: list[tuple[str, Any]] = [("options", Annotated[options, tyro.conf.arg(name=title)])]
+    members: list[tuple[str, Any]] = [
+        ("options", Annotated[options, tyro.conf.arg(name=title, help=inspect.getdoc(options))])
+    ]
     for number, group in enumerate(groups):
         shown = [each for each in group.settings if wanted is None or _is_given(each.name, wanted)]
         if shown:
             kind = make_dataclass(f"Group{number}", [_flag(each, now) for each in shown], frozen=True)
             kind.__doc__ = group.about
-            members.append((f"group{number}", Annotated[kind, tyro.conf.arg(name=group.title)]))
+            members.append((f"group{number}", Annotated[kind, tyro.conf.arg(name=group.title, help=group.about)]))
     parsed: Any = parse(make_dataclass("Flags", members, frozen=True), arguments, known=known, **about)
     values = {name: value for title, _ in members[1:] for name, value in vars(getattr(parsed, title)).items()}
     given = {name: value for name, value in values.items() if _is_given(name, given_flags(arguments))}
