@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minitransformer.errors import UserError
+from minitransformer.records import checked_value, whole_record
 from minitransformer.settings import settings_of
 
 FLAG = "--plugin"
@@ -110,13 +111,17 @@ def plugins_of(config: Any) -> list[Plugin]:
 
 
 def check_plugins(recorded: Any, origin: str) -> None:
-    """Raises `UserError` unless the plugins recorded in the file `origin` are loaded in the same version."""
+    """Raises `UserError` unless the plugins recorded in the file `origin` are loaded in the same version.
+
+    Raises `StorageError` for a damaged record.
+    """
     loaded = {plugin.name: plugin for plugin, _ in _loaded.values()}
-    for record in recorded if isinstance(recorded, list) else ():
-        name, digest = record.get("name"), record.get("sha256")
+    for record in checked_value(recorded or [], list, "plugins", origin):
+        plugin = whole_record(Plugin, record, "a plugin", origin)
+        name, digest = plugin.name, plugin.sha256
         if name not in loaded:
             raise UserError(f"{origin} needs the plugin {name}: give it with {FLAG} {name}")
-        if loaded[name].sha256 != digest:
+        if loaded[name] != plugin:
             raise UserError(
-                f"{origin} needs another version of the plugin {name} (SHA-256 {str(digest)[:12]}…): give that version"
+                f"{origin} needs another version of the plugin {name} (SHA-256 {digest[:12]}…): give that version"
             )

@@ -59,7 +59,7 @@ BESIDE = {
     **{name: {"errors"} for name in ("files", "records", "toolchain")},
     "settings": {"errors", "records"},
     "registry": {"errors", "settings"},
-    "plugins": {"errors", "settings"},
+    "plugins": {"errors", "records", "settings"},
     "processes": {"plugins"},
 }
 COMMAND = {"main", "Options", "Flags"}

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from minitransformer.commands import start
+from minitransformer.errors import StorageError
+from minitransformer.plugins import check_plugins
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = [sys.executable, "-m", "minitransformer"]
@@ -188,3 +190,9 @@ def test_one_file_adds_a_variant_of_every_family(here: Path) -> None:
     assert written.returncode == 0, written.stderr
     assert "mine" in run("lab", plugin, "list").stdout
     assert "gpt2-cousin" in run("export", plugin, "--help").stdout
+
+
+@pytest.mark.parametrize("recorded", [5, "rezero.py", [5], [{"name": "rezero.py"}], [{"name": 3, "sha256": "0"}]])
+def test_a_damaged_record_of_plugins_is_named(recorded: object) -> None:
+    with pytest.raises(StorageError, match=r"^x/config\.json has "):
+        check_plugins(recorded, "x/config.json")

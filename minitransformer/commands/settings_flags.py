@@ -54,6 +54,7 @@ def parse_groups(
     wanted = None if {"-h", "--help"} & set(arguments) else given_flags(arguments)
     settings = [each for group in groups for each in group.settings]
     known = [each.name for each in settings] + [f"no_{each.name}" for each in settings if each.kind is bool]
+    # Without a help text, tyro looks for one in the source file of each class, which takes a tenth of a second.
     members: list[tuple[str, Any]] = [
         ("options", Annotated[options, tyro.conf.arg(name=title, help=inspect.getdoc(options))])
     ]
