@@ -242,7 +242,6 @@ def _equal(a: Any, b: Any) -> bool:
 
 IRRELEVANT = {"dropout", "init", "attention_kernel"}
 ONLY_WITH: dict[str, Callable[[ModelConfig], bool]] = {
-    "pooling": lambda config: config.topology == "encoder-classifier",
     "shared_embeddings": lambda config: config.topology == "encoder-decoder",
     "num_decoder_layers": lambda config: config.topology == "encoder-decoder",
     "tied_embeddings": lambda config: config.topology != "encoder-classifier",

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from minitransformer.errors import UserError
 from minitransformer.files import locked, sealed, sha256, unsealed, whole_folder, write_text
+from minitransformer.processes import processors
 from minitransformer.records import read_json, whole_record
-from minitransformer.text.threads import cores, in_order
+from minitransformer.text.threads import in_order
 from minitransformer.text.tokenizers import Tokenizer
 
 SUMS = "sha256.json"
@@ -37,7 +38,7 @@ def digest_of(path: Path) -> str:
             return hashlib.sha256(file.read(BLOCK)).digest()
 
     starts = range(0, size, BLOCK)
-    return hashlib.sha256(b"".join(in_order(block, starts, min(cores(), len(starts)) or 1))).hexdigest()
+    return hashlib.sha256(b"".join(in_order(block, starts, min(processors(), len(starts)) or 1))).hexdigest()
 
 
 def write_sums(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from minitransformer.benchmark.case import Absent, BenchSetting, Case, Contestant, Subject, Work, missing
 from minitransformer.errors import UserError
+from minitransformer.processes import processors
 
 VOCABULARY = 4096
 THEIRS = "tokenizers"
@@ -38,16 +39,10 @@ class Encoding(Subject, name="encoding"):
         entries: list[Contestant | Absent] = [
             missing(THEIRS, THEIRS) or Contestant(THEIRS, partial(_timed, self.setting, _encode_theirs), base=True)
         ]
-        for threads in sorted({1, _processors()}):
+        for threads in sorted({1, processors()}):
             name = f"ours on {threads} thread{'s' if threads > 1 else ''}"
             entries.append(Contestant(name, partial(_timed, self.setting, partial(_encode_ours, threads=threads))))
         yield Case.of("encoding", "MB/s", entries)
-
-
-def _processors() -> int:
-    from minitransformer.text.threads import cores
-
-    return cores()
 
 
 def _timed(setting: BenchSetting, prepare: Callable[[list[str]], Callable[[], object]]) -> Work:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minitransformer.errors import UserError
+from minitransformer.processes import processors
 from minitransformer.text.datasets.pair_data import PreparedPairs, framed_but_last
 from minitransformer.text.datasets.pipeline import SPLITS, Preparation
 from minitransformer.text.pairs import Pair, PairCorpus
-from minitransformer.text.threads import cores, in_order, progress_bar
+from minitransformer.text.threads import in_order, progress_bar
 from minitransformer.text.token_files import Ragged, RaggedWriter, TokenPairs, Tokens
 from minitransformer.text.tokenizers import Tokenizer
 
@@ -142,7 +143,7 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
         pairs = corpus.pairs()
         chunks = iter(lambda: list(islice(pairs, CHUNK)), [])
         with progress_bar("encoding pairs", sum(scan.bytes), self.progress) as bar:
-            for chunk in in_order(lambda chunk: list(map(self._encode, chunk)), chunks, self.workers or cores()):
+            for chunk in in_order(lambda chunk: list(map(self._encode, chunk)), chunks, self.workers or processors()):
                 yield from chunk
                 bar.update(sum(pair.bytes for pair in chunk))
 

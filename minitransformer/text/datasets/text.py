@@ -16,11 +16,12 @@ import numpy as np
 
 from minitransformer.amounts import size
 from minitransformer.errors import UserError
+from minitransformer.processes import processors
 from minitransformer.text.corpora import Corpus, Piece, kind, open_corpus
 from minitransformer.text.datasets.base import BatchShape, DataRequest, Dataset, PreparedData
 from minitransformer.text.datasets.pipeline import SPLITS, Preparation
 from minitransformer.text.tables import TABLES
-from minitransformer.text.threads import cores, in_order, progress_bar
+from minitransformer.text.threads import in_order, progress_bar
 from minitransformer.text.token_files import Tokens, dtype_of, mapped, stored_dtype
 from minitransformer.text.tokenizers import Tokenizer
 
@@ -334,7 +335,7 @@ def encode_parts(
     with ExitStack() as stack:
         files = [stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS]
         bar = stack.enter_context(progress_bar(f"encoding with {tokenizer.name}", total, progress))
-        for tokens, size, part in in_order(encode, parts, workers or cores(), lambda part: len(part.text)):
+        for tokens, size, part in in_order(encode, parts, workers or processors(), lambda part: len(part.text)):
             files[part.validation].write(tokens.data)
             count = counts[SPLITS[part.validation]]
             count["tokens"] += len(tokens)
