@@ -102,16 +102,24 @@ class MixtureOfExperts(nn.Module):
         return mixed.view_as(x)
 
 
-def load_balancing_loss(router_logits: Float[Tensor, "tokens experts"], experts_per_token: int) -> Float[Tensor, ""]:
+def load_balancing_loss(
+    router_logits: Float[Tensor, "tokens experts"],
+    experts_per_token: int,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda counts: counts,
+) -> Float[Tensor, ""]:
     """E Σᵢ fᵢ Pᵢ: the fraction of tokens routed to expert i, times its mean probability; 1 if balanced.
+
+    With `sum_over_ranks`, f is that of the tokens of all ranks, and the loss of all tokens is the sum over ranks.
 
     Fedus et al. 2021 (Switch, arXiv 2101.03961), equations 4 to 6; with several experts per token, f counts all of
     them.
     """
     experts = router_logits.size(-1)
     chosen = router_logits.topk(experts_per_token).indices.flatten()
-    share = torch.bincount(chosen, minlength=experts) / chosen.numel()
-    return experts * (share * router_logits.float().softmax(-1).mean(0)).sum()
+    counts = sum_over_ranks(torch.bincount(chosen, minlength=experts))
+    tokens = counts.sum() / experts_per_token
+    mean_probability = router_logits.float().softmax(-1).sum(0) / tokens
+    return experts * (counts / counts.sum() * mean_probability).sum()
 
 
 class ReLU(PlainFeedForward, name="relu"):
