@@ -178,7 +178,7 @@ class Validator:
 
     def _advance(self, done: int, total: int) -> None:
         self.log.validating(done, total)
-        if self.stop.agreed(self.ranks):
+        if done < total and self.stop.agreed(self.ranks):
             raise StoppedValidation
 
     def __call__(self, *, whole: bool) -> Validation:
