@@ -29,7 +29,13 @@ CASES: dict[str, dict[str, Any]] = {
     "five rows": {"batch_size": 5, "grad_accumulation": 1},
     "fewer rows than ranks": {"batch_size": 1},
     "masked": {"objective": "masked", "topology": "encoder"},
-    "next sentence": {"objective": "masked", "topology": "encoder", "next_sentence": True, "num_segments": 2, "batch_size": 3},
+    "next sentence": {
+        "objective": "masked",
+        "topology": "encoder",
+        "next_sentence": True,
+        "num_segments": 2,
+        "batch_size": 3,
+    },
     "span-corruption": {"objective": "span-corruption", "topology": "encoder-decoder", "context_length": 32},
     "pairs": {**PAIRS, "topology": "encoder-decoder"},
     "recurrent": {**PAIRS, "topology": "rnn"},
@@ -48,7 +54,9 @@ def config_of(name: str, folder: Path, **choices: Any) -> RunConfig:
 def learner_of(config: RunConfig, ranks: Ranks) -> Learner:
     prepared = config.prepare()
     model = with_vocabulary(config.model, prepared)
-    return build_learner(RunConfig(model, config.data, config.training), prepared, cpu(config.training.precision), ranks)
+    return build_learner(
+        RunConfig(model, config.data, config.training), prepared, cpu(config.training.precision), ranks
+    )
 
 
 def trained(config: RunConfig, ranks: Ranks) -> dict[str, Any]:

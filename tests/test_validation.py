@@ -61,7 +61,7 @@ def work(tmp_path, monkeypatch):
 def test_every_objective_reads_the_same_part_each_time_and_all_at_the_end(name, work):
     config, loader = run_of(name, work)
     model = build_model(config.model)
-    validator = Validator(Learner(config, model, loader, cpu()), Log(), StopRequest())
+    validator = Validator(Learner(config, model, loader, cpu("fp32")), Log(), StopRequest())
     assert validator.subset is not None
     assert 512 <= validator.subset.tokens <= 2 * 512
     first, again, whole = validator(whole=False), validator(whole=False), validator(whole=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from minitransformer.architecture.feedforward import MixtureOfExperts
 from minitransformer.registry import Registered
 from minitransformer.training.ranks import ONE_PROCESS, Ranks
 
@@ -45,8 +46,9 @@ class DDP(Parallel, name="ddp"):
         from torch.nn.parallel import DistributedDataParallel
 
         # An expert may get no token on a rank.
+        may_idle = any(isinstance(module, MixtureOfExperts) for module in model.modules())
         return DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+            model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=may_idle
         )
 
     def synchronised(self, model: nn.Module, now: bool) -> AbstractContextManager[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -117,7 +118,9 @@ def joined_ranks(timeout: float) -> Iterator[Ranks]:
     distributed.init_process_group(backends, timeout=timedelta(seconds=timeout))
     try:
         yield Processes()
+        distributed.barrier()  # a rank that leaves early is taken for a dead one
     finally:
+        gc.collect()  # what still holds the group, in cycles, aborts the process at its exit
         distributed.destroy_process_group()
 
 
