@@ -31,7 +31,7 @@ IMPORTED_ONLY = {"encoder-classifier"}
 TRAINED = [name for name in TOPOLOGIES if name not in IMPORTED_ONLY]
 # Larger values are mistakes, and would exhaust memory before any other check.
 MOST_MODULES, MOST_FEATURES = 10_000, 1 << 27
-HEADS = {"linear": "LMHead", "transformed": "TransformedHead"}
+HEADS = ("linear", "transformed")
 
 
 PAIRS = ("topology", ("encoder-decoder", "rnn"))
