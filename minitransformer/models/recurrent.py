@@ -13,7 +13,7 @@ from minitransformer.architecture.dropout import Dropout
 from minitransformer.architecture.embeddings import TokensOrEmbeddings
 from minitransformer.models.build import build_head
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.seq2seq import Seq2SeqLM
+from minitransformer.models.encoder_decoder import Seq2SeqLM
 
 
 class RecurrentCache:

@@ -191,7 +191,8 @@ def load_weights(
                 change = _compare if is_copy else _fill
                 problems += change(parts, source, rule.transform, tensors[source], config)
             elif rule.optional and not is_copy:
-                _clear(parts)
+                for weight in parts.values():
+                    weight.data.zero_()
             elif not is_copy:
                 problems.append(f"{source} is missing")
     left_over = [name for name in tensors if name not in used and not any(re.search(p, name) for p in ignored)]
@@ -228,11 +229,6 @@ def _compare(
     parts = transform.load(tensor, config)
     same = all(torch.equal(part.to(weight.dtype), weight) for part, weight in zip(parts, weights.values(), strict=True))
     return [] if same else [f"{source} differs from the weight that it is tied to"]
-
-
-def _clear(weights: Mapping[str, Tensor]) -> None:
-    for weight in weights.values():
-        weight.data.zero_()
 
 
 def _summarised(problems: Sequence[str]) -> Iterator[str]:
