@@ -17,11 +17,6 @@ from minitransformer.registry import Registered
 gelu_tanh = partial(F.gelu, approximate="tanh")
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)². So et al. 2021 (arXiv 2109.08668), section 4.2."""
-    return F.relu(x).square()
-
-
 class FeedForward(Registered, nn.Module, kind="feed-forward network"):
     """A position-wise network; `activation` is also used by the `transformed` head."""
 
@@ -149,7 +144,9 @@ class SiLU(PlainFeedForward, name="silu"):
 class SquaredReLU(PlainFeedForward, name="squared-relu"):
     """max(x, 0)². So et al. 2021 (arXiv 2109.08668), section 4.2."""
 
-    activation = staticmethod(squared_relu)
+    @staticmethod
+    def activation(x: Tensor) -> Tensor:
+        return F.relu(x).square()
 
 
 class GLU(GatedFeedForward, name="glu"):

@@ -15,7 +15,7 @@ from minitransformer.architecture.dropout import Dropout
 from minitransformer.architecture.embeddings import TokensOrEmbeddings
 from minitransformer.models.build import build_head
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.seq2seq import Seq2SeqLM
+from minitransformer.models.encoder_decoder import Seq2SeqLM
 
 
 class RecurrentCache:
@@ -47,9 +47,6 @@ class RecurrentEncoderDecoder(Seq2SeqLM, name="rnn"):
 
     α attends from sᵢ₋₁, the state of the last layer, to the annotations h of a bidirectional encoder. Bahdanau et al.
     2014 (arXiv 1409.0473), section 3 and appendix A, with torch's GRU, whose reset gate follows the matrix product.
-
-    Of a `ModelConfig`, the numbers of layers, d_model, embeddings, head, dropout and init apply; settings of
-    attention, feed-forward networks, norms, positions and blocks are ignored.
     """
 
     def __init__(self, config: ModelConfig) -> None:
