@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from typing_extensions import Doc
 
@@ -66,6 +66,9 @@ class Flags:
     init_from: Annotated[Path | None, FINE_TUNING] = None
 
 
+Given = TypeVar("Given", bound=Flags)
+
+
 @dataclass(frozen=True)
 class Options(Flags):
     """The command's own flags, and the configuration of the run."""
@@ -75,22 +78,17 @@ class Options(Flags):
 
 def main(arguments: Sequence[str]) -> int:
     """Train, or resume, in one process or in those that `torchrun` has started; returns the exit code."""
-    resume = _option(arguments, "--resume")
+    resume = folder_option(arguments, "--resume")
     with spoken_by_main():
         return run_command(lambda: _begin(arguments) if resume is None else _resume(resume, arguments))
 
 
 def _begin(arguments: Sequence[str]) -> int:
-    has_preset = bool(arguments) and not arguments[0].startswith("-")
-    if (initial := _option(arguments, "--init-from")) is not None:
-        if has_preset:
-            raise UserError(f"--init-from {initial} determines the model: leave the preset {arguments[0]!r} out")
+    if (initial := folder_option(arguments, "--init-from")) is not None:
         return _fine_tune(initial, arguments)
-    preset = arguments[0] if has_preset else DEFAULT
-    options = _parse(arguments[has_preset:], lookup("preset", preset, PRESETS))
+    preset, flags = preset_and_flags(arguments)
+    options = _parse(flags, lookup("preset", preset, PRESETS))
     print(f"preset     {preset}", flush=True)  # the next line has to wait for more of torch
-    if options.checkpoint is not None:
-        raise UserError(f"--checkpoint {options.checkpoint} needs a run: name it with --resume or --init-from")
     config = options.config
     with joined_ranks(config.training.rank_timeout) as ranks:
         ranks.from_main(lambda: check_possible(config, options.out))
@@ -98,9 +96,7 @@ def _begin(arguments: Sequence[str]) -> int:
 
 
 def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
-    source = Run.open(initial)
-    new_data = "data" in given_flags(arguments)
-    usual = fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data)
+    source, usual = open_parent(initial, arguments)
     options = _parse(arguments, usual)
     weights = source.checkpoint(options.checkpoint)
     size = f"{source.config.model.topology} of {amount(count_parameters(source.config.model))} parameters"
@@ -136,7 +132,21 @@ def _train_new(
         return _train(run, prepared, machine, ranks, initial=initial)
 
 
-def _option(arguments: Sequence[str], flag: str) -> Path | None:
+def preset_and_flags(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The preset, which is the first word or the default, and the flags after it."""
+    has_preset = bool(arguments) and not arguments[0].startswith("-")
+    return arguments[0] if has_preset else DEFAULT, arguments[has_preset:]
+
+
+def open_parent(path: Path, arguments: Sequence[str]) -> tuple[Run, RunConfig]:
+    """The run that a fine-tune starts from, and the default configuration of the fine-tune."""
+    if arguments and not arguments[0].startswith("-"):
+        raise UserError(f"--init-from {path} determines the model: leave the preset {arguments[0]!r} out")
+    source, new_data = Run.open(path), "data" in given_flags(arguments)
+    return source, fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data)
+
+
+def folder_option(arguments: Sequence[str], flag: str) -> Path | None:
     """The folder that `flag` names, which determines the defaults of the other flags."""
     parser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
     parser.add_argument(flag, type=Path, dest="folder")
@@ -146,8 +156,6 @@ def _option(arguments: Sequence[str], flag: str) -> Path | None:
 def _resume(path: Path, arguments: Sequence[str]) -> int:
     run = Run.open(path)
     options = _parse(arguments, run.config)
-    if options.init_from is not None:
-        raise UserError("--resume continues a run, and --init-from starts one: give one of them")
     check_can_resume(run)
     if options.config.training.tensorboard:
         TensorBoard.check()
@@ -175,10 +183,22 @@ def _continue(run: Run, options: Options, ranks: Ranks) -> int:
 
 def _parse(arguments: Sequence[str], config: RunConfig) -> Options:
     about = _describe_presets() if {"-h", "--help"} & set(arguments) else ""
-    flags, config = parse_with_settings(Flags, arguments, config, prog="train.py [PRESET]", description=about)
+    flags, config = parse_run(Flags, arguments, config, prog="train.py [PRESET]", description=about)
+    return Options(**vars(flags), config=config)
+
+
+def parse_run(
+    options: type[Given], arguments: Sequence[str], config: RunConfig, **about: str
+) -> tuple[Given, RunConfig]:
+    """Parse a command's own `options`, and the flags that change `config`, which must be of a run that can train."""
+    flags, config = parse_with_settings(options, arguments, config, **about)
+    if flags.resume is not None and flags.init_from is not None:
+        raise UserError("--resume continues a run, and --init-from starts one: give one of them")
+    if flags.checkpoint is not None and flags.resume is None and flags.init_from is None:
+        raise UserError(f"--checkpoint {flags.checkpoint} needs a run: name it with --resume or --init-from")
     check_probe(config)
     config.check_trainable()
-    return Options(**vars(flags), config=replace(config, data=with_files(config.data)))
+    return flags, replace(config, data=with_files(config.data))
 
 
 def _describe_presets() -> str:

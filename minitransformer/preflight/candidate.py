@@ -29,10 +29,10 @@ SEARCHED = 50
 
 @dataclass(frozen=True)
 class Candidate:
-    """A run of `config` that would be written to `out`.
+    """A run of `config` on `ranks` processes that would be written to `out`.
 
-    It continues `resumed`, or starts from the weights of `parent`, or from none; `usual` are the defaults of a
-    fine-tune, and `checkpoint` names the checkpoint of that run. Properties raise `UserError` for impossible settings.
+    It continues `resumed`, or starts from the weights of `parent`, or from none; `checkpoint` names the checkpoint of
+    that run, and `usual` are the defaults of a fine-tune. Properties raise `UserError` for impossible settings.
     """
 
     config: RunConfig
@@ -41,6 +41,9 @@ class Candidate:
     parent: Run | None = None
     usual: RunConfig | None = None
     checkpoint: str | None = None
+    ranks: int = 1
+    answered: int = 1
+    """ranks that answered a collective operation"""
 
     @property
     def folder(self) -> Path:
@@ -92,9 +95,13 @@ class Candidate:
         return Loader.of_run(config, data)
 
     def memory(self, config: RunConfig) -> StepMemory:
-        """The memory of a training step of `config`, which may have other batch sizes."""
+        """The memory of a training step of `config` on each rank; the batch sizes may be others than those of the run.
+
+        A rank of DDP has the whole model and its share of the rows: its buckets are the gradients themselves.
+        """
         loader = self.loader(config)
-        return rehearse(config, loader, self.machine, largest_batches(loader))
+        mine = [batch.rows(0, -(-batch.num_rows // self.ranks)) for batch in largest_batches(loader)]
+        return rehearse(config, loader, self.machine, mine)
 
     @cached_property
     def step_memory(self) -> StepMemory:

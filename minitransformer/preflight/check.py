@@ -56,11 +56,12 @@ def findings_of(candidate: Candidate) -> Iterator[Finding]:
 
 
 def split_remedy(sentence: str) -> tuple[str, str]:
-    """The two sides of the first colon that is outside of parentheses and quotes."""
-    depth, quoted = 0, False
+    """The two sides of the last colon that is outside of parentheses and quotes."""
+    depth, quoted, found = 0, False, len(sentence)
     for place, character in enumerate(sentence):
-        quoted ^= character == "'" and not (sentence[place - 1 : place].isalpha() and not quoted)
+        if character == "'":
+            quoted = not quoted and not sentence[place - 1 : place].isalpha()  # rather than an apostrophe
         depth += (character == "(") - (character == ")")
         if sentence[place : place + 2] == ": " and depth == 0 and not quoted:
-            return sentence[:place], sentence[place + 2 :]
-    return sentence, ""
+            found = place
+    return sentence[:found], sentence[found + 2 :]

@@ -11,6 +11,7 @@ from minitransformer.runs.begin import check_fits_run
 from minitransformer.runs.resume import changed_settings, check_can_resume, check_same_text
 from minitransformer.text.corpora import named
 from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.training.logging import TensorBoard
 
 MOST_EPOCHS = 16
 """repetitions of a text from which it has little left to teach: Muennighoff et al. 2023 (arXiv 2305.16264)"""
@@ -20,6 +21,8 @@ class Start(Check, name="start"):
     """The weights that it starts from, and the settings that may not change."""
 
     def find(self, candidate: Candidate) -> Finding:
+        if candidate.config.training.tensorboard:
+            TensorBoard.check()
         if candidate.resumed is not None:
             check_can_resume(candidate.resumed)
             changed_settings(candidate.resumed.config, candidate.config)
@@ -51,7 +54,12 @@ class Data(Check, name="data"):
     def _amount(self, candidate: Candidate, name: str, tokens: int) -> Finding:
         config, data = candidate.whole, candidate.data
         ratio, epochs = tokens / candidate.parameters, config.training.steps * config.tokens_per_step / tokens
-        figures = {"tokens": tokens, "tokens_per_parameter": ratio, "epochs": epochs, "estimated": data.size is not None}
+        figures = {
+            "tokens": tokens,
+            "tokens_per_parameter": ratio,
+            "epochs": epochs,
+            "estimated": data.size is not None,
+        }
         if data.size is not None:
             return Finding(
                 "note",
@@ -85,10 +93,12 @@ class TokenizerCheck(Check, name="tokenizer"):
         tokenizer, vocabulary = prepared.tokenizer, model.vocab_size or 0
         if tokenizer.vocab_size > vocabulary:
             raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model {vocabulary:,}: leave --vocab-size out"
+                f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {vocabulary:,}: leave --vocab-size out"
             )
         wanted = config.training.objective.variant.special_tokens
         if missing := [token for token in wanted if token not in tokenizer.special_tokens]:
             raise UserError(f"the tokenizer lacks {missing[0]}: choose another --objective, or train from scratch")
         figures = {"vocab_size": vocabulary, "tokenizer": tokenizer.name, "sequence_length": length}
-        return Finding("ok", f"{tokenizer.name}, {tokenizer.vocab_size:,} of {vocabulary:,} rows; {lengths}", "", figures)
+        return Finding(
+            "ok", f"{tokenizer.name}, {tokenizer.vocab_size:,} of {vocabulary:,} rows; {lengths}", "", figures
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from minitransformer.text import recipes
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.datasets import NotPrepared, PreparedData
 from minitransformer.text.datasets.pair_data import PreparedPairs
-from minitransformer.text.datasets.text import PreparedText
+from minitransformer.text.datasets.text import PreparedText, TooShort
 from minitransformer.text.token_files import Ragged, TokenPairs
 from minitransformer.text.tokenizers import Bytes, Tokenizer
 from minitransformer.training.config import RunConfig
@@ -64,19 +65,22 @@ def data_state(config: RunConfig, tokenizers: Sequence[Tokenizer], usual: RunCon
     try:
         if (recipe := _unmade(config)) is not None:
             return DataState(config, unmade=recipe)
-        try:
-            prepared = config.prepare(tokenizers, only_cached=True)
-        except NotPrepared:
-            size = text_size(config)
-            if size > QUICK:
-                return DataState(config, size=size)
-            if usual is not None:
-                config, prepared = prepare_fine_tuning(config, usual, tokenizers)
-            else:
-                prepared = config.prepare(tokenizers)
-        return DataState(config, prepared)
+        if not _is_cached(config, tokenizers) and (size := text_size(config)) > QUICK:
+            return DataState(config, size=size)
+        if usual is not None:
+            return DataState(*prepare_fine_tuning(config, usual, tokenizers))
+        return DataState(config, config.prepare(tokenizers))
     except UserError as error:
         return DataState(config, error=error)
+
+
+def _is_cached(config: RunConfig, tokenizers: Sequence[Tokenizer]) -> bool:
+    with suppress(TooShort):
+        try:
+            config.prepare(tokenizers, only_cached=True)
+        except NotPrepared:
+            return False
+    return True
 
 
 def _names(config: RunConfig) -> list[str]:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from minitransformer.amounts import size
 from minitransformer.errors import StorageError
-from minitransformer.files import writing
+from minitransformer.files import existing, writing
 from minitransformer.preflight.candidate import Candidate
 from minitransformer.preflight.check import Check, Finding
 from minitransformer.preflight.data_checks import cache_size
 from minitransformer.runs import REMEDY, check_free, only_writer
 from minitransformer.text.folders import REMEDY as OTHER_CACHE
 from minitransformer.text.folders import work_folder
-from minitransformer.training.checkpoint import check_room, room_for_checkpoints
+from minitransformer.training.checkpoint import check_room
 
 
 class Folder(Check, name="folder"):
@@ -37,8 +37,7 @@ class Checkpoints(Check, name="checkpoints"):
 
     def find(self, candidate: Candidate) -> Finding:
         folder, config = candidate.folder, candidate.whole
-        check_room(folder, config)
-        needed, free = room_for_checkpoints(folder, config)
+        needed, free = check_room(folder, config)
         figures = {"bytes": needed, "free_bytes": free}
         return Finding("ok", f"{size(needed)} of {size(free)} free on disk", figures=figures)
 
@@ -56,11 +55,6 @@ class Cache(Check, name="cache"):
             )
         what = "the data is prepared" if candidate.data.prepared else f"{size(needed)} of {size(free)} free on disk"
         return Finding("ok", what, figures={"bytes": needed, "free_bytes": free, "folder": str(work_folder())})
-
-
-def existing(path: Path) -> Path:
-    """`path`, or the nearest parent that exists."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 def _check_writable(folder: Path, remedy: str) -> None:

@@ -21,7 +21,9 @@ class Device(Check, name="device"):
     def find(self, candidate: Candidate) -> Finding:
         device = candidate.machine.device
         if device.type == "cuda":
-            return Finding("ok", f"{device}, {torch.cuda.get_device_name(device)}"[:60], figures={"device": str(device)})
+            return Finding(
+                "ok", f"{device}, {torch.cuda.get_device_name(device)}"[:60], figures={"device": str(device)}
+            )
         threads = torch.get_num_threads()
         count = f", {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else ""
         return Finding("ok", f"{device}{count}", figures={"device": str(device), "threads": threads})

@@ -39,16 +39,17 @@ class StepMemory:
 
 
 class _Counted:
-    """A batch of fake tensors, with the numbers of targets and tokens of the real one."""
+    """A batch of fake tensors, with the numbers of rows, targets and tokens of the real one."""
 
     def __init__(self, batch: TrainingBatch, mode: FakeTensorMode, topology: str) -> None:
-        self.num_targets, self.num_tokens = batch.num_targets, batch.num_tokens
+        self.num_rows, self.num_targets, self.num_tokens = batch.num_rows, batch.num_targets, batch.num_tokens
         # torch packs padded sequences by code that reads their lengths from memory; without a mask it need not.
         without = {"source_is_token": None} if topology == "rnn" else {}
         self._batch = replace(each_tensor(batch, lambda tensor: with_values(tensor, mode)), **without)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
-        return each_tensor(self._batch, lambda tensor: tensor.to(device))
+    def rows(self, first: int, last: int) -> TrainingBatch:
+        assert (first, last) == (0, self.num_rows), "a rehearsal is of one rank"
+        return self._batch
 
 
 def rehearse(config: RunConfig, loader: Loader, machine: Machine, batches: Sequence[TrainingBatch]) -> StepMemory:

@@ -76,7 +76,7 @@ def _values(tensor: Tensor) -> Tensor | None:
 
 def _keep_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
     """Compute the values of integers whose inputs are known."""
-    results = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+    results: list[Any] = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
     inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
     if any(each.is_floating_point() or each.numel() > MOST_VALUES for each in results):
         return
