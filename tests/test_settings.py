@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -32,16 +33,19 @@ CHOICES = [each for each in DECLARED if each.family is not None]
 OF_VARIANTS = [each for each in DECLARED if each.variant is not None]
 
 
-@st.composite
-def configurations(draw: st.DrawFn) -> RunConfig:
-    """A preset with other variants, drawn for every choice that it has, as far as they go together."""
-    config = draw(st.sampled_from(list(PRESETS.values())))
-    for choice in draw(st.permutations(CHOICES)):
-        try:
-            config = with_settings(config, {choice.name: draw(st.sampled_from(list(choice.family.registry)))})
-        except UserError:
-            continue
-    return config
+presets = st.sampled_from(list(PRESETS.values()))
+variants = st.permutations(CHOICES).flatmap(
+    lambda choices: st.tuples(*(st.tuples(st.just(c.name), st.sampled_from(list(c.family.registry))) for c in choices))
+)
+"""a name for every choice, in any order"""
+
+
+def configuration(preset: RunConfig, variants: tuple[tuple[str, str], ...]) -> RunConfig:
+    """`preset` with these variants, as far as they go together."""
+    for choice, name in variants:
+        with suppress(UserError):
+            preset = with_settings(preset, {choice: name})
+    return preset
 
 
 def through_json(config: RunConfig) -> dict[str, Any]:
@@ -53,23 +57,30 @@ def every_setting(config: RunConfig) -> dict[str, Any]:
     return {each.name: value.name if each.family else value for each, value in settings_of(config)}
 
 
-@given(configurations())
-def test_what_json_holds_is_what_it_was(config: RunConfig) -> None:
+@given(presets, variants)
+def test_what_json_holds_is_what_it_was(preset: RunConfig, variants: tuple[tuple[str, str], ...]) -> None:
+    config = configuration(preset, variants)
     for part, again in through_json(config).items():
         before = getattr(config, part)
         assert from_json(type(before), again, "config.json") == before
 
 
-@given(configurations())
-def test_json_made_flat_holds_every_setting_by_its_flat_name(config: RunConfig) -> None:
+@given(presets, variants)
+def test_json_made_flat_holds_every_setting_by_its_flat_name(
+    preset: RunConfig, variants: tuple[tuple[str, str], ...]
+) -> None:
+    config = configuration(preset, variants)
     parts = [flattened(RunConfig, part) for part in to_json(config).values()]
     found = {name: value for part in parts for name, value in part.items()}
     assert found == every_setting(config)
     assert flat(config).items() <= found.items()
 
 
-@given(st.sampled_from(list(PRESETS.values())), configurations())
-def test_flat_settings_lead_from_any_configuration_to_any_other(start: RunConfig, end: RunConfig) -> None:
+@given(presets, presets, variants)
+def test_flat_settings_lead_from_any_configuration_to_any_other(
+    start: RunConfig, preset: RunConfig, variants: tuple[tuple[str, str], ...]
+) -> None:
+    end = configuration(preset, variants)
     defaults = {each.name: each.default for each in DECLARED if not (each.family or each.variant)}
     assert flat(with_settings(start, defaults | flat(end))) == flat(end)
 
