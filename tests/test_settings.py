@@ -1,4 +1,4 @@
-"""The laws of settings: nested in records and in JSON, flat by name, and refused where they do not belong."""
+"""The laws of settings and of variants: nested in JSON, flat by name, found by name, refused where they do not belong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
-from minitransformer.registry import Registered
+from minitransformer.registry import Registered, lookup
 from minitransformer.settings import (
     Declared,
     all_declared,
@@ -126,3 +126,52 @@ def test_every_variant_of_a_choice_can_be_chosen_by_its_name(choice: Declared) -
 def test_an_unknown_setting_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"^unknown setting 'rotary_bas': did you mean 'rotary_base'\?"):
         with_settings(RunConfig(), {"rotary_bas": 1.0})
+
+
+class Fruit(Registered, kind="fruit"):
+    pass
+
+
+class Apple(Fruit, name="apple"):
+    pass
+
+
+class Pear(Fruit, name="pear"):
+    pass
+
+
+class Cox(Apple):
+    pass
+
+
+class Vegetable(Registered, kind="vegetable"):
+    pass
+
+
+def test_a_class_is_found_by_the_name_in_its_class_statement() -> None:
+    assert Fruit.named("apple") is Apple
+    assert Apple.name == "apple"
+    assert list(Fruit.registry) == ["apple", "pear"]
+
+
+def test_families_do_not_see_each_other_and_nameless_classes_are_not_found() -> None:
+    assert Vegetable.registry == {}
+    assert Cox not in Fruit.registry.values()
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_all() -> None:
+    with pytest.raises(UserError) as caught:
+        Fruit.named("appel")
+    assert str(caught.value) == "unknown fruit 'appel': did you mean 'apple'? known are apple, pear"
+
+
+def test_a_name_that_is_near_nothing_is_answered_with_all() -> None:
+    with pytest.raises(UserError) as caught:
+        lookup("fruit", "xyzzy", Fruit.registry)
+    assert str(caught.value) == "unknown fruit 'xyzzy': known are apple, pear"
+
+
+def test_a_name_taken_twice_is_refused_and_the_first_stays() -> None:
+    with pytest.raises(UserError, match="fruit 'apple' is already registered: choose another name"):
+        type("Other", (Fruit,), {}, name="apple")
+    assert Fruit.named("apple") is Apple
