@@ -115,6 +115,18 @@ def tiny_decoder(tiny_model: Callable[..., Model]) -> Callable[..., Model]:
 
 
 @pytest.fixture(scope="session")
+def make_model(tiny_model: Callable[..., Model]) -> Callable[..., Model]:
+    """`tiny_model` with a vocabulary of bytes and two heads, for looks at it."""
+    from tests.looks_for_tests import TOKENIZER
+
+    def make(topology: str, **choices: Any) -> Model:
+        heads = {} if topology == "rnn" else {"num_heads": 2}
+        return tiny_model(topology, vocab_size=TOKENIZER.vocab_size, **{**heads, **choices})
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A prepared text of 200 lines."""
     from tests.runs_for_tests import prepared_text
@@ -141,6 +153,33 @@ def run(here: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     assert train("--out", "run", "--save-every", "2") == 0
     capsys.readouterr()
     return here / "run"
+
+
+@pytest.fixture
+def short_text(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shorter text in `here`, to sweep over."""
+    from minitransformer.analysis import trials
+    from tests.sweeping_for_tests import TEXT
+
+    monkeypatch.setenv("COLUMNS", "80")
+    trials._prepared.cache_clear()
+    (here / "my.txt").write_text(TEXT)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Trials run here, one after the other, and leave a note; real processes take seconds to start."""
+    from minitransformer.tasks import pool
+
+    began = []
+
+    def outcomes(tasks: Any, measure: Any, processes: int) -> Iterator[Any]:
+        for task in tasks:
+            began.append(task)
+            yield pool._outcome(measure, task)
+
+    monkeypatch.setattr(pool, "outcomes", outcomes)
+    return began
 
 
 @pytest.fixture

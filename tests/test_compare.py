@@ -1,4 +1,4 @@
-"""Runs beside each other: what is said of them, and what is not; the table, the page and the CSV file of the command."""
+"""Runs beside each other: what is said of them, and what is not; tables, page and CSV file of the command."""
 
 import csv
 import json
@@ -21,22 +21,14 @@ from minitransformer.runs import Run
 from minitransformer.text.tokenizers import Bytes, Characters
 from tests.runs_for_tests import configured, prepared_text, trainer_for, unsealed
 
-STEPS = (4, 8, 12)
+STEPS, NUMBERS, TOKENIZER = (4, 8, 12), ("validation_loss", "bits_per_byte"), Bytes()
 
 
 @pytest.fixture
 def make(tmp_path):
     """Makes a run folder with numbers of our own: validation losses at 4, 8 and 12 steps, two tokens and ⅒ s a step."""
 
-    def run(
-        name,
-        losses=(3.0, 2.0, 1.0),
-        *,
-        text="text",
-        tokenizer=Bytes(),
-        numbers=("validation_loss", "bits_per_byte"),
-        **choices,
-    ):
+    def run(name, losses=(3.0, 2.0, 1.0), *, text="text", tokenizer=TOKENIZER, numbers=NUMBERS, **choices):
         path = tmp_path / name
         Run.create(path, configured(**choices), tokenizer, tokenizer, text)
         records = []

@@ -1,4 +1,4 @@
-"""The decode loop: cached decoding is uncached decoding, the seed decides the text, and a text leaves nothing behind."""
+"""The decode loop: cached decoding is uncached decoding, the seed decides the text, a text leaves nothing behind."""
 
 from __future__ import annotations
 

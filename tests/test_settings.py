@@ -1,4 +1,4 @@
-"""The laws of settings and of variants: nested in JSON, flat by name, found by name, refused where they do not belong."""
+"""Laws of settings, nested in JSON and flat by name, refused where they do not belong; and of variants by name."""
 
 from __future__ import annotations
 
