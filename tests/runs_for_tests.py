@@ -129,6 +129,19 @@ def trainer_for(
     return Trainer(path, learner, log, stop or StopRequest(), sample=lambda model, objective: "a sample")
 
 
+def assert_resumes_exactly(path: Path, text: PreparedText, config: RunConfig) -> None:
+    """A run of four steps that was interrupted after two ends as an uninterrupted one, as it is opened too."""
+    config = configured(config, steps=4, save_every=2, eval_every=4)
+    whole = trainer_for(path / "whole", text, config)
+    whole.train()
+    trainer_for(path / "parts", text, configured(config, steps=2)).train()
+    rest = trainer_for(path / "parts", text, config, resume_at=2)
+    rest.restore(path / "parts" / "checkpoints" / "step-000002")
+    rest.train()
+    assert_same_weights(weights_after(whole), weights_after(rest))
+    assert_same_weights(weights_after(whole), Run.open(path / "parts").load_model("latest").state_dict())
+
+
 def call_after_step(trainer: Trainer, step: int, do: Callable[[], object]) -> None:
     """Have the learner of `trainer` call `do` once `step` steps are done."""
     learner, update = trainer.learner, trainer.learner.step

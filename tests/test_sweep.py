@@ -38,21 +38,9 @@ from tests.sweeping_for_tests import (
     refused,
     results,
     sweep,
-    trials_in_process,
-    working_folder,
 )
 
-pytestmark = pytest.mark.unchecked_shapes
-
-
-@pytest.fixture
-def here(here, monkeypatch):
-    return working_folder(here, monkeypatch)
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    return trials_in_process(monkeypatch)
+pytestmark = [pytest.mark.unchecked_shapes, pytest.mark.usefixtures("short_text")]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

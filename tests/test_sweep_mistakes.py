@@ -6,19 +6,9 @@ import pytest
 
 from minitransformer.commands import sweep as command
 from minitransformer.commands import train as train_command_module
-from tests.sweeping_for_tests import SMALL, refused, sweep, trials_in_process, working_folder
+from tests.sweeping_for_tests import SMALL, refused, sweep
 
-pytestmark = pytest.mark.unchecked_shapes
-
-
-@pytest.fixture
-def here(here, monkeypatch):
-    return working_folder(here, monkeypatch)
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    return trials_in_process(monkeypatch)
+pytestmark = [pytest.mark.unchecked_shapes, pytest.mark.usefixtures("short_text")]
 
 
 @pytest.mark.parametrize(
