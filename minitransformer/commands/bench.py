@@ -25,7 +25,7 @@ from minitransformer.benchmark.scaling_report import growth_as_json, growth_pict
 from minitransformer.benchmark.shape import SHAPES
 from minitransformer.benchmark.subjects import Subject
 from minitransformer.benchmark.workers import ContestantFailed
-from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command
+from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.files import whole_file, write_text, writing
 from minitransformer.registry import lookup
@@ -77,14 +77,11 @@ class Options:
         return RoundsPlan(self.rounds, self.warmup, self.base, seed=self.seed)
 
 
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Measure; returns the exit code."""
-    return run_command(lambda: _bench(arguments))
-
-
-def _bench(arguments: Sequence[str]) -> int:
     about = "Measure speed and memory, relative to peers and to the limits of the machine.\n\nSubjects:\n"
-    about += "\n".join(f"  {name:20}{subject.about}" for name, subject in sorted(Subject.registry.items()))
+    about += "\n".join(f"  {name:19}{subject.about}" for name, subject in sorted(Subject.registry.items()))
     about += "\n\nAxes of --scaling: " + ", ".join(Axis.registry)
     options = parse(Options, arguments, prog="minitransformer bench", description=about)
     _check(options)

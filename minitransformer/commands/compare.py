@@ -17,7 +17,7 @@ from minitransformer import files
 from minitransformer.analysis.compare import X_LABELS, RunComparison, compare
 from minitransformer.analysis.comparison_page import comparison_page
 from minitransformer.analysis.history import Abscissa
-from minitransformer.commands import DONE, parse, run_command
+from minitransformer.commands import DONE, parse, with_exit_code
 from minitransformer.reporting import plain
 from minitransformer.reporting.report import csv_text
 from minitransformer.reporting.tables import Table
@@ -46,12 +46,9 @@ class Options:
     """also write a CSV table with one row per run"""
 
 
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Compare; returns the exit code."""
-    return run_command(lambda: _compare(arguments))
-
-
-def _compare(arguments: Sequence[str]) -> int:
     about = "Compare runs: their settings, their training curves, and which differences are significant across seeds."
     options = parse(Options, arguments, prog="minitransformer compare", description=about)
     comparison = compare(

@@ -29,7 +29,7 @@ from minitransformer.analysis.sweep_report import (
     write_sweep_report,
 )
 from minitransformer.analysis.trials import minimised_metrics
-from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command, with_files
+from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, with_exit_code, with_files
 from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError, suggestion
@@ -60,17 +60,17 @@ METRIC = Doc(
 )
 ABOUT = """Search hyper-parameters of a preset. Each trial is a run, as train.py makes it.
 
-  --set lr=1e-3,3e-3 --set residual=pre,post   all combinations
-  --set lr=1e-4..1e-2 --random 20              20 draws; wide ranges are logarithmic
-  --seeds 0,1,2                                three seeds per combination
-  --halving 3                                  successive halving: keep the best third
+  --set lr=1e-3,3e-3 --set residual=pre,post  all combinations
+  --set lr=1e-4..1e-2 --random 20             20 draws, log-uniform if wide
+  --seeds 0,1,2                               three seeds per combination
+  --halving 3                                 successive halving: the best third
 
-Settings are named as the flags of train.py; flags given here apply to all trials.
-Repeating the command continues an interrupted sweep."""
+Settings are named as the flags of train.py; flags given here apply to all trials. Repeating the command continues an \
+interrupted sweep."""
 
 
 @dataclass(frozen=True)
-class Flags:
+class Options:
     """What to vary, and how trials are chosen; all other flags apply to every trial."""
 
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -92,25 +92,14 @@ class Flags:
     """number of parallel trials, of one thread each; None is one per CPU core, or one on a GPU"""
 
 
-@dataclass(frozen=True)
-class Options(Flags):
-    """The flags, and the configuration that all trials share."""
-
-    config: RunConfig = field(default_factory=RunConfig)
-
-
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Search; returns the exit code."""
-    return run_command(lambda: _sweep(arguments))
-
-
-def _sweep(arguments: Sequence[str]) -> int:
     has_preset = bool(arguments) and not arguments[0].startswith("-")
     preset = arguments[0] if has_preset else DEFAULT
     base = lookup("preset", preset, PRESETS)
-    flags, config = parse_with_settings(Flags, arguments[has_preset:], base, prog=PROGRAM, description=ABOUT)
-    options = Options(**vars(flags), config=replace(config, data=with_files(config.data)))
-    plan = _plan(preset, options)
+    options, config = parse_with_settings(Options, arguments[has_preset:], base, prog=PROGRAM, description=ABOUT)
+    plan = _plan(preset, options, replace(config, data=with_files(config.data)))
     processes = _check(options, plan)
     folder = options.out or Path("sweeps") / "-".join([preset, *(setting.name for setting in plan.settings)])
     SweepFolder(folder, plan)
@@ -131,8 +120,7 @@ def _sweep(arguments: Sequence[str]) -> int:
         return _report(sweep, failures, command)
 
 
-def _plan(preset: str, options: Options) -> SweepPlan:
-    base = options.config
+def _plan(preset: str, options: Options, base: RunConfig) -> SweepPlan:
     settings = tuple(_setting(text) for text in options.set)
     names = [setting.name for setting in settings]
     for name in names:
@@ -207,11 +195,11 @@ def _check(options: Options, plan: SweepPlan) -> int:
     check_importable("sweeps need", "lab", "matplotlib.figure", "scipy.stats")
     if options.processes is not None and options.processes < 1:
         raise UserError(f"--processes is {options.processes}: give 1 or more, or leave it out")
-    if options.config.training.tensorboard:
+    if plan.base.training.tensorboard:
         TensorBoard.check()
-    check_probe(options.config)
+    check_probe(plan.base)
     plan.check()
-    device = choose_device(options.config.training.device)
+    device = choose_device(plan.base.training.device)
     return options.processes or (processors() if device.type == "cpu" else 1)
 
 
