@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from minitransformer.errors import UserError
 from minitransformer.reporting import figures, plain
 from minitransformer.reporting.figures import Curve, png
-from minitransformer.reporting.pages import HINT, Link, Page, cell_text, number_columns, number_text
+from minitransformer.reporting.pages import HINT, Link, Page
+from minitransformer.reporting.tables import cell_text, number_columns, number_text
 
 VOID = {"meta", "img", "br"}
 

@@ -19,7 +19,9 @@ from minitransformer.analysis.compare import History, compare
 from minitransformer.analysis.search_space import Values
 from minitransformer.analysis.sweep import Standing, SweepFolder, standings_ranking
 from minitransformer.analysis.sweep_plan import SweepPlan, configured, flags
+from minitransformer.analysis.sweep_report import best_seed, conclusion
 from minitransformer.analysis.trials import train_trial
+from minitransformer.commands import sweep as sweep_command
 from minitransformer.commands import train as train_command_module
 from minitransformer.errors import UserError
 from minitransformer.runs import Run
@@ -117,8 +119,8 @@ def test_the_command_that_repeats_a_trial_says_all_that_differs_from_the_preset(
         },
     )
     for changed in (config, replace(config, model=replace(config.model, d_ff=None, tied_embeddings=False))):
-        options = train_command_module._parse(flags(PRESETS["gpt-nano"], changed), PRESETS["gpt-nano"])
-        assert options.config == changed
+        _, config = train_command_module._parse(flags(PRESETS["gpt-nano"], changed), PRESETS["gpt-nano"])
+        assert config == changed
 
 
 def test_a_sweep_leaves_runs_a_table_and_a_page_and_does_nothing_twice(here, in_process, capsys):
@@ -215,10 +217,10 @@ def test_trials_that_are_not_finite_rank_last_and_are_said(here, in_process, cap
 def test_a_trial_that_fails_is_said_ranks_last_and_is_tried_again(here, in_process, capsys, monkeypatch):
     real = train_trial
 
-    def failing(path, config, until, machine):
+    def failing(path, config, until, machine, metrics):
         if config.training.lr == 1e-3:
             raise ZeroDivisionError("no inverse")
-        return real(path, config, until, machine)
+        return real(path, config, until, machine, metrics=metrics)
 
     monkeypatch.setattr("minitransformer.analysis.sweep.train_trial", failing)
     arguments = ["--set", "lr=1e-3,1e-1", "--out", "s"]
@@ -235,13 +237,45 @@ FAR = Standing({"lr": 3}, 10, (2.01, 2.1, 2.22, 2.1, 2.0), (), ())
 
 
 def test_a_winner_is_named_only_where_the_seeds_bear_it_out():
-    assert str(standings_ranking([SURE, FAR])).startswith("lr 1 is best")
-    assert (
-        str(standings_ranking([SURE, CLOSE, FAR])) == "No winner: at 95 %, lr 1 and lr 2 do not differ significantly."
-    )
+    assert str(standings_ranking([SURE, FAR], smallest=0.002)).startswith("lr 1 is best")
+    unclear = standings_ranking([SURE, CLOSE, FAR], smallest=0.002)
+    assert str(unclear) == "No winner: at 95 %, lr 1 and lr 2 do not differ significantly."
     for seeds in (1, 2, 4):
         few = [replace(standing, values=standing.values[:seeds]) for standing in (SURE, FAR)]
-        assert "fewer than the 5" in str(standings_ranking(few))
+        assert "fewer than the 5" in str(standings_ranking(few, smallest=0.002))
+
+
+@pytest.mark.parametrize(("metric", "order"), [("accuracy", [0.3, 0.2, 0.1]), ("perplexity", [0.1, 0.2, 0.3])])
+def test_the_best_value_is_the_one_that_the_direction_of_the_metric_says(here, metric, order):
+    values = (0.2, 0.3, 1.0, 0.1)
+    plan = SweepPlan("tiny", auto_plan().base, (Values("lr", values),), seeds=(5, 6), metric=metric)
+    (here / "s").mkdir()
+    search = SweepFolder(here / "s", plan)
+    for lr in values:
+        for seed in plan.seeds:
+            value, finite = lr - 1e-3 * (seed == 6), lr < 1
+            search.store.add({"lr": lr, "seed": seed, "until": 2}, {"finite": finite, metric: value}, 1.0)
+    standings = search.standings(1)
+    assert [standing.combination["lr"] for standing in standings] == [*order, 1.0]
+    assert standings[-1].diverged == (5, 6)
+    assert best_seed(plan, standings[0]) == (5 if metric == "accuracy" else 6)
+    assert conclusion(search).pairs.rows[0][0] == f"lr {order[0]:g} − lr {order[1]:g}"
+
+
+def test_a_sweep_for_a_metric_that_is_better_higher_names_the_highest(here, in_process, capsys):
+    arguments = ["bert-mini", "--set", "lr=1e-6,1e-1", "--metric", "accuracy", "--data", "my.txt", "--steps", "2"]
+    assert sweep_command.main([*arguments, *SMALL, "--out", "s"]) == 0
+    out = capsys.readouterr().out
+    found = {record["task"]["lr"]: record["measured"]["accuracy"] for record in results(here / "s")}
+    assert f"highest    lr {max(found, key=found.__getitem__):g}: accuracy " in out
+    assert "Maximised: the final accuracy" in (here / "s/report.html").read_text()
+
+
+def test_results_without_the_metric_are_not_compared_by_it(here, in_process, capsys):
+    arguments = ["gpt-nano", "--set", "lr=1e-3,1e-1", "--out", "s", "--data", "my.txt", "--steps", "2", *SMALL]
+    assert sweep_command.main(arguments) == 0
+    error = refused(capsys, *arguments, "--metric", "tokens_per_second")
+    assert "s has results without tokens_per_second: choose another --out" in error
 
 
 def test_the_smallest_difference_worth_naming_is_a_flag_and_changes_no_trial(here, in_process, capsys):

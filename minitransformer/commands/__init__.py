@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -14,6 +15,8 @@ from dataclasses import replace
 from functools import wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from typing_extensions import Doc
 
 from minitransformer.errors import UserError
 from minitransformer.plugins import load_installed_plugins, load_plugin, take_plugins
@@ -31,7 +34,13 @@ PLUGINS = "--plugin FILE.py (repeatable) adds the variants that a Python file de
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, UserError.exit_code, 130
 HELP = {"-h", "--help"}
 WIDTH = 80
-"""of `--help`, and of a table whose reader is unknown, in characters"""
+"""of `--help` and of tables, in characters"""
+LEAST_WIDTH, MOST_WIDTH = 40, 120
+"""of a table that fits a terminal"""
+SMALLEST = Doc(
+    "smallest difference in the metric's unit that names a winner; None is 0.002 for losses and bits per byte, and 0 "
+    "for other metrics"
+)
 
 
 def with_exit_code(command: Callable[P, int | None]) -> Callable[P, int]:
@@ -158,6 +167,11 @@ def with_files(data: DataConfig) -> DataConfig:
         "validation_data": without_standard_input(data.validation_data, data.data),
     }
     return replace(data, **sources)
+
+
+def table_width() -> int:
+    """The characters of a line on the terminal, within limits."""
+    return min(max(shutil.get_terminal_size((WIDTH, 24)).columns, LEAST_WIDTH), MOST_WIDTH)
 
 
 def piped_text() -> str:

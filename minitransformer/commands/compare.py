@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,22 +10,15 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from typing_extensions import Doc
 
 from minitransformer import files
 from minitransformer.analysis.compare import X_LABELS, RunComparison, compare
 from minitransformer.analysis.comparison_page import comparison_page
 from minitransformer.analysis.history import Abscissa
-from minitransformer.commands import DONE, parse, with_exit_code
+from minitransformer.commands import DONE, SMALLEST, parse, table_width, with_exit_code
 from minitransformer.reporting import plain
 from minitransformer.reporting.report import csv_text
 from minitransformer.reporting.tables import Table
-
-LEAST_WIDTH, MOST_WIDTH = 40, 120
-SMALLEST = Doc(
-    "smallest difference between groups, in the metric's unit, that names a winner; None is 0.002 for losses and bits "
-    "per byte, and 0 for other metrics"
-)
 
 
 @dataclass(frozen=True)
@@ -54,8 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     comparison = compare(
         options.runs, by=options.by, metric=options.metric, smallest_difference=options.smallest_difference
     )
-    columns = shutil.get_terminal_size((80, 24)).columns
-    print(_text(comparison, min(max(columns, LEAST_WIDTH), MOST_WIDTH)))
+    print(_text(comparison, table_width()))
     if options.html is not None:
         command = shlex.join(["python", "-m", "minitransformer", "compare", *arguments])
         _write(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -20,20 +19,21 @@ from minitransformer.analysis.search_space import Range, SweptSetting, Values, l
 from minitransformer.analysis.sweep import SweepFolder
 from minitransformer.analysis.sweep_plan import SweepPlan
 from minitransformer.analysis.sweep_report import (
+    best_seed,
     conclusion,
     diverged,
+    extreme,
     method,
     outcome_text,
     standings_table,
     train_command,
     write_sweep_report,
 )
-from minitransformer.analysis.trials import minimised_metrics
-from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, with_exit_code, with_files
+from minitransformer.commands import DONE, FAILED, INTERRUPTED, SMALLEST, parse, table_width, with_exit_code, with_files
 from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError, suggestion
-from minitransformer.evaluation.metrics import SMALLEST_DIFFERENCE, Metric
+from minitransformer.evaluation.metrics import Metric
 from minitransformer.processes import processors
 from minitransformer.registry import lookup
 from minitransformer.reporting import plain
@@ -51,11 +51,11 @@ from minitransformer.training.machine import choose_device
 from minitransformer.training.presets import DEFAULT, PRESETS
 
 PROGRAM = "minitransformer sweep [PRESET]"
-LEAST_WIDTH, MOST_WIDTH = 40, 120
 MOST_ROWS = 40
 """rows of the table on the terminal; the report has more, and trials.csv has all"""
+JUDGES = [name for name, metric in Metric.registry.items() if metric.lower_is_better is not None]
 METRIC = Doc(
-    f"metric to minimise: {', '.join(minimised_metrics())}; None is validation_loss, or bits_per_byte "
+    f"metric of trials, whose best value is sought: {', '.join(JUDGES)}; None is validation_loss, or bits_per_byte "
     "if tokenizers differ"
 )
 ABOUT = """Search hyper-parameters of a preset. Each trial is a run, as train.py makes it.
@@ -84,8 +84,7 @@ class Options:
     halving: int | None = None
     """successive halving: at each rung, the best 1/N of the trials continue for N times the steps; None is off"""
     metric: Annotated[str | None, METRIC] = None
-    smallest_difference: float = SMALLEST_DIFFERENCE
-    """smallest difference between combinations that names a winner, in nats or bits per byte"""
+    smallest_difference: Annotated[float | None, SMALLEST] = None
     out: Path | None = None
     """folder for trials and report; an interrupted sweep continues there; None is sweeps/PRESET-SETTINGS"""
     processes: int | None = None
@@ -128,7 +127,7 @@ def _plan(preset: str, options: Options, base: RunConfig) -> SweepPlan:
             raise UserError(f"--set names {name} {names.count(name)} times: give all of its values at once")
     of_tokens = names_with(RunConfig, "changes_tokens")
     if options.metric is not None:
-        lookup("metric", options.metric, dict.fromkeys(minimised_metrics()))
+        lookup("metric", options.metric, dict.fromkeys(JUDGES))
     tokens_differ = any(s.name in of_tokens and not (isinstance(s, Values) and len(s.values) == 1) for s in settings)
     return SweepPlan(
         preset,
@@ -217,11 +216,9 @@ def _print_plan(plan: SweepPlan, folder: Path, processes: int) -> None:
 
 
 def _wrapped(text: str, margin: int) -> str:
-    return textwrap.fill(text, _width(), subsequent_indent=" " * margin, break_long_words=False, break_on_hyphens=False)
-
-
-def _width() -> int:
-    return min(max(shutil.get_terminal_size((80, 24)).columns, LEAST_WIDTH), MOST_WIDTH)
+    return textwrap.fill(
+        text, table_width(), subsequent_indent=" " * margin, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _report(sweep: SweepFolder, failures: Sequence[Failure], command: str) -> int:
@@ -232,7 +229,7 @@ def _report(sweep: SweepFolder, failures: Sequence[Failure], command: str) -> in
     said = conclusion(sweep)
     report = write_sweep_report(sweep, said, failures, command)
     for table in filter(None, (standings_table(sweep), said.pairs)):
-        print(f"\n{plain.plain_table(table.columns, table.rows[:MOST_ROWS], _width())}\n")
+        print(f"\n{plain.plain_table(table.columns, table.rows[:MOST_ROWS], table_width())}\n")
         if len(table.rows) > MOST_ROWS:
             print(f"and {len(table.rows) - MOST_ROWS} more, in {report}\n")
     plan, best = sweep.plan, sweep.standings(len(sweep.plan.rungs))[0]
@@ -243,12 +240,11 @@ def _report(sweep: SweepFolder, failures: Sequence[Failure], command: str) -> in
     if failures:
         print(f"failed     {len(failures)} trials; the same command retries them")
     if not best.values or best.interval is None:
-        print("lowest     none: no combination has a finite metric for all of its seeds")
+        print(f"{extreme(plan):10} none: no combination has a finite metric for all of its seeds")
     else:
-        metric = Metric.named(plan.metric).title
-        print(_wrapped(f"lowest     {label(best.combination)}: {metric} {outcome_text(best)}", 11))
+        print(_wrapped(f"{extreme(plan):10} {label(best.combination)}: {plan.judge.title} {outcome_text(best)}", 11))
         print(_wrapped(f"ranking    {said.text}", 11))
         print(f"repeat     {train_command(plan, best)}")
-        print(f"run        {sweep.path(best.combination, best.best_seed(plan.seeds))}")
+        print(f"run        {sweep.path(best.combination, best_seed(plan, best))}")
     print(f"report     {report}")
     return FAILED if failures else DONE

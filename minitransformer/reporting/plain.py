@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minitransformer.reporting.figures import Curve
-from minitransformer.reporting.pages import cell_text, number_columns
+from minitransformer.reporting.tables import cell_text, number_columns
 
 MARKS = "ox+*#@%&$~"
 GAP = 2
