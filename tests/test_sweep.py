@@ -19,9 +19,7 @@ from minitransformer.analysis.compare import History, compare
 from minitransformer.analysis.search_space import Values
 from minitransformer.analysis.sweep import Standing, SweepFolder, standings_ranking
 from minitransformer.analysis.sweep_plan import SweepPlan, configured, flags
-from minitransformer.analysis.sweep_report import best_seed, conclusion
 from minitransformer.analysis.trials import train_trial
-from minitransformer.commands import sweep as sweep_command
 from minitransformer.commands import train as train_command_module
 from minitransformer.errors import UserError
 from minitransformer.runs import Run
@@ -243,39 +241,6 @@ def test_a_winner_is_named_only_where_the_seeds_bear_it_out():
     for seeds in (1, 2, 4):
         few = [replace(standing, values=standing.values[:seeds]) for standing in (SURE, FAR)]
         assert "fewer than the 5" in str(standings_ranking(few, smallest=0.002))
-
-
-@pytest.mark.parametrize(("metric", "order"), [("accuracy", [0.3, 0.2, 0.1]), ("perplexity", [0.1, 0.2, 0.3])])
-def test_the_best_value_is_the_one_that_the_direction_of_the_metric_says(here, metric, order):
-    values = (0.2, 0.3, 1.0, 0.1)
-    plan = SweepPlan("tiny", auto_plan().base, (Values("lr", values),), seeds=(5, 6), metric=metric)
-    (here / "s").mkdir()
-    search = SweepFolder(here / "s", plan)
-    for lr in values:
-        for seed in plan.seeds:
-            value, finite = lr - 1e-3 * (seed == 6), lr < 1
-            search.store.add({"lr": lr, "seed": seed, "until": 2}, {"finite": finite, metric: value}, 1.0)
-    standings = search.standings(1)
-    assert [standing.combination["lr"] for standing in standings] == [*order, 1.0]
-    assert standings[-1].diverged == (5, 6)
-    assert best_seed(plan, standings[0]) == (5 if metric == "accuracy" else 6)
-    assert conclusion(search).pairs.rows[0][0] == f"lr {order[0]:g} − lr {order[1]:g}"
-
-
-def test_a_sweep_for_a_metric_that_is_better_higher_names_the_highest(here, in_process, capsys):
-    arguments = ["bert-mini", "--set", "lr=1e-6,1e-1", "--metric", "accuracy", "--data", "my.txt", "--steps", "2"]
-    assert sweep_command.main([*arguments, *SMALL, "--out", "s"]) == 0
-    out = capsys.readouterr().out
-    found = {record["task"]["lr"]: record["measured"]["accuracy"] for record in results(here / "s")}
-    assert f"highest    lr {max(found, key=found.__getitem__):g}: accuracy " in out
-    assert "Maximised: the final accuracy" in (here / "s/report.html").read_text()
-
-
-def test_results_without_the_metric_are_not_compared_by_it(here, in_process, capsys):
-    arguments = ["gpt-nano", "--set", "lr=1e-3,1e-1", "--out", "s", "--data", "my.txt", "--steps", "2", *SMALL]
-    assert sweep_command.main(arguments) == 0
-    error = refused(capsys, *arguments, "--metric", "tokens_per_second")
-    assert "s has results without tokens_per_second: choose another --out" in error
 
 
 def test_the_smallest_difference_worth_naming_is_a_flag_and_changes_no_trial(here, in_process, capsys):
