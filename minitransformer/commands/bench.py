@@ -14,14 +14,21 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
-from minitransformer.benchmark.budget import Budget
-from minitransformer.benchmark.case import BenchSetting, Case
+from minitransformer.benchmark.case import JUDGE, BenchSetting, Case
 from minitransformer.benchmark.limits import Limits, chosen_device, measure_limits
 from minitransformer.benchmark.peers import NanoGPT
-from minitransformer.benchmark.report import WIDTH, as_json, case_table, heading, picture
-from minitransformer.benchmark.rounds import CaseResult, RoundsPlan, measure
+from minitransformer.benchmark.report import (
+    WIDTH,
+    as_json,
+    case_table,
+    growth_as_json,
+    growth_picture,
+    growth_table,
+    heading,
+    picture,
+)
+from minitransformer.benchmark.rounds import Budget, CaseResult, RoundsPlan, measure
 from minitransformer.benchmark.scaling import Axis, Growth, grow
-from minitransformer.benchmark.scaling_report import growth_as_json, growth_picture, growth_table
 from minitransformer.benchmark.shape import SHAPES
 from minitransformer.benchmark.subjects import Subject
 from minitransformer.benchmark.workers import ContestantFailed
@@ -60,8 +67,9 @@ class Options:
     """megabytes of text for the tokenizer subjects"""
     tokens: int = BenchSetting.tokens
     """number of tokens to generate, capped by the context length"""
-    target_loss: float = BenchSetting.target_loss
-    """validation loss that time-to-loss trains to, in nats per character"""
+    target_loss: Annotated[float, Doc(f"{JUDGE.label} that time-to-loss trains to; a target is a character")] = (
+        BenchSetting.target_loss
+    )
     scaling: bool = False
     """measure instead how memory and time scale with context, vocabulary, batch and corpus size"""
     minutes: float = 20.0

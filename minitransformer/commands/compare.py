@@ -60,17 +60,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _text(comparison: RunComparison, width: int) -> str:
-    parts = [_table(comparison.results(), width), _table(comparison.differences(), width)]
+    parts = [plain.titled_table(comparison.results(), width), plain.titled_table(comparison.differences(), width)]
     drawn, label = comparison.shown_curves()
     parts.append(plain.plot(drawn, x_label=X_LABELS[comparison.by], y_label=label, width=width))
     if (pairs := comparison.pairs()) is not None:
-        parts.append(_table(pairs, width))
+        parts.append(plain.titled_table(pairs, width))
     parts += [textwrap.fill(line, width) for line in (*comparison.remarks, comparison.verdict)]
     return "\n\n".join(part for part in parts if part)
-
-
-def _table(table: Table, width: int) -> str:
-    return f"{table.title}\n{plain.plain_table(table.columns, table.rows, width)}" if table.rows else ""
 
 
 def _with_plain_names(table: Table) -> Table:

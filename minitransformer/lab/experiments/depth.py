@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from minitransformer.diagnostics import probe
-from minitransformer.lab.experiment import Claim, Criterion, Findings, select
-from minitransformer.lab.judging import curve, expected, on_trial
+from minitransformer.lab.experiment import Claim, Criterion, Findings, curve, expected, select
 from minitransformer.lab.training import TrainingExperiment, per_seed
 from minitransformer.reporting.figures import curves
 from minitransformer.reporting.statistics import mean_interval
@@ -103,12 +102,12 @@ class UseOfDepth(TrainingExperiment, name="E6"):
 
     def _on_trial(self, results: Sequence[Result]) -> list[Claim]:
         return [
-            on_trial(
+            Claim(
                 f"LNS revives deep layers: leaving out one of the last {DEEP} costs more than with Pre-LN",
                 per_seed(results, ["lns", "pre"], lambda lns, pre: _deep(lns, SKIPPED) - _deep(pre, SKIPPED)),
                 " nats",
             ),
-            on_trial(
+            Claim(
                 "ResiDual's diversity buys loss: its validation loss is below Pre-LN's",
                 per_seed(results, ["pre", "residual"], lambda pre, dual: pre[LOSS] - dual[LOSS]),
                 " nats",

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from minitransformer.architecture.residual import HybridNorm
 from minitransformer.errors import UserError
 from minitransformer.evaluation.metrics import SMALLEST_DIFFERENCE
-from minitransformer.lab.experiment import Criterion, Findings, select
+from minitransformer.lab.experiment import Claim, Criterion, Findings, select
 from minitransformer.lab.experiments.trainability import PLACEMENTS
-from minitransformer.lab.judging import on_trial
 from minitransformer.lab.training import TrainingExperiment
 from minitransformer.reporting.figures import intervals
 from minitransformer.reporting.statistics import Ranking, mean_interval, paired_difference, ranking
@@ -153,7 +152,7 @@ class PlacementRanking(TrainingExperiment, name="E9"):
             criteria=[
                 Criterion("one placement is better than every other", f"{outcome} {seeds}.", won, must_hold=False),
             ],
-            claims=[on_trial(claim, _gains(losses[worse], losses[better]), " nats") for better, worse, claim in claims],
+            claims=[Claim(claim, _gains(losses[worse], losses[better]), " nats") for better, worse, claim in claims],
             tables=[_places(outcome, losses, rates), _pairs(outcome)],
             pictures=[_picture(outcome, losses)],
             remarks=remarks,

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from minitransformer.diagnostics import probe
 from minitransformer.diagnostics.gradients import spikes
-from minitransformer.lab.experiment import Findings, select
-from minitransformer.lab.judging import on_trial
+from minitransformer.lab.experiment import Claim, Findings, select
 from minitransformer.lab.training import STUCK, TrainingExperiment, per_seed
 from minitransformer.reporting.figures import intervals
 from minitransformer.reporting.statistics import mean_interval
@@ -64,7 +63,7 @@ class Stability(TrainingExperiment, name="E8"):
         return Findings(
             criteria=[],
             claims=[
-                on_trial(f"{claim}, lr {max(rates):g}", per_seed(highest, ["peri", "pre"], gain))
+                Claim(f"{claim}, lr {max(rates):g}", per_seed(highest, ["peri", "pre"], gain))
                 for claim, gain in claims.items()
             ],
             tables=[_table(names, rates, results)],

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from minitransformer.lab.experiment import Claim, Findings, select
-from minitransformer.lab.judging import on_trial
 from minitransformer.lab.training import STUCK, TrainingCurve, TrainingExperiment, final_loss
 from minitransformer.reporting.figures import heatmap
 from minitransformer.reporting.tables import Picture, Table
@@ -146,7 +145,7 @@ def _claims(results: Sequence[Result], layers: int) -> list[Claim]:
         for name, title in (("pre", "Pre-LN"), ("deepnorm", "DeepNorm"), ("residual", "ResiDual"), ("admin", "Admin"))
     ]
     claims += [(f"warm-up lets Post-LN learn at larger rates, {layers} layers", ("post", layers, 100))]
-    return [on_trial(claim, _decades(results, better, post), " decades") for claim, better in claims]
+    return [Claim(claim, _decades(results, better, post), " decades") for claim, better in claims]
 
 
 def _decades(results: Sequence[Result], better: Cell, worse: Cell) -> list[float]:
