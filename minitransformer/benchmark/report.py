@@ -38,7 +38,8 @@ def case_table(result: CaseResult, limits: Limits | None) -> Iterator[str]:
         rows.append([name, values, ratio, None if share is None else f"{share:.0%}"])
     columns = ["contestant", "median [quartiles]", "times as good", "of limit"]
     title = f"{result.case.title}, {result.case.unit}"
-    yield f"\n{titled_table(Table(title, columns, rows), WIDTH) or title}"
+    yield ""
+    yield from (titled_table(Table(title, columns, rows), WIDTH) or title).splitlines()
     for line in _remarks(result, limits):
         yield from textwrap.wrap(line, WIDTH, subsequent_indent="  ")
 
@@ -212,7 +213,7 @@ def growth_table(growths: Sequence[Growth]) -> Iterator[str]:
                 exponents = [found and str(found) for found in (growth.exponent(name), growth.last_exponent(name))]
                 rows.append([name, f"{number(first)} – {number(last)}", values, *exponents])
         title = f"{growth.axis.name}, {growth.axis.size_unit}"
-        yield titled_table(Table(title, columns, rows), WIDTH) or title
+        yield from (titled_table(Table(title, columns, rows), WIDTH) or title).splitlines()
         yield from textwrap.wrap(f"ends: {growth.stopped}", WIDTH, subsequent_indent="  ")
         yield ""
     yield "exponent p of value ∝ size^p: 1 is linear, 2 quadratic, 0 flat; ± standard error"
