@@ -12,8 +12,7 @@ from typing import Annotated
 import tyro
 
 from minitransformer import files
-from minitransformer.analysis.compare import X_LABELS, RunComparison, compare
-from minitransformer.analysis.comparison_page import comparison_page
+from minitransformer.analysis.compare import X_LABELS, RunComparison, compare, comparison_page
 from minitransformer.analysis.history import Abscissa
 from minitransformer.commands import DONE, SMALLEST, parse, table_width, with_exit_code
 from minitransformer.reporting import plain
