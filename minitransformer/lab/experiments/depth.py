@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from minitransformer.reporting.figures import curves
 from minitransformer.reporting.statistics import mean_interval
 from minitransformer.reporting.tables import Picture, Table
 from minitransformer.tasks.task import Measurement, Result, Task
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LOOKS = {
     "angular-distance": "angular distance of a layer's input and output",
@@ -148,10 +145,8 @@ def _by_layer(names: Sequence[str], results: Sequence[Result]) -> Table:
 
 
 def _picture(look: str, names: Sequence[str], results: Sequence[Result]) -> Picture:
-    def draw() -> Figure:
-        x = range(1, LAYERS + 1)
-        lines = [curve(name, x, [run.measured[look] for run in select(results, {"residual": name})]) for name in names]
-        title = f"{LOOKS[look]}, after training"
-        return curves(lines, x_label="layer", y_label=LOOKS[look], title=title, log_y=look == SIZE)
-
+    x = range(1, LAYERS + 1)
+    lines = [curve(name, x, [run.measured[look] for run in select(results, {"residual": name})]) for name in names]
+    title = f"{LOOKS[look]}, after training"
+    draw = partial(curves, lines, x_label="layer", y_label=LOOKS[look], title=title, log_y=look == SIZE)
     return Picture(f"{LOOKS[look]} by layer", draw, "Means over seeds, with their 95 % intervals.")

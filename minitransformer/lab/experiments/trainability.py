@@ -5,16 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
 
 from minitransformer.lab.experiment import Claim, Findings, select
 from minitransformer.lab.training import STUCK, TrainingCurve, TrainingExperiment, final_loss
 from minitransformer.reporting.figures import heatmap
 from minitransformer.reporting.tables import Picture, Table
 from minitransformer.tasks.task import Measurement, Result, Task
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PLACEMENTS = (
     "post",
@@ -88,17 +85,15 @@ class Trainability(TrainingExperiment, name="E7"):
         largest = {(name, *place): _largest_rate(results, (name, *place)) for name in names for place in places}
         labels = [f"{layers} layers, {'warm-up' if warmup > 1 else 'none'}" for layers, warmup in places]
         rows = [[name, *(_rate(largest[name, *place]) for place in places)] for name in names]
-
-        def draw() -> Figure:
-            return heatmap(
-                [[math.log10(largest[name, *place] or math.nan) for place in places] for name in names],
-                rows=names,
-                columns=labels,
-                title="Largest learning rate at which all seeds learn (dash: none of those tried)",
-                value_label="log₁₀ of the learning rate",
-                format_spec=".1f",
-            )
-
+        draw = partial(
+            heatmap,
+            [[math.log10(largest[name, *place] or math.nan) for place in places] for name in names],
+            rows=names,
+            columns=labels,
+            title="Largest learning rate at which all seeds learn (dash: none of those tried)",
+            value_label="log₁₀ of the learning rate",
+            format_spec=".1f",
+        )
         return Findings(
             criteria=[],
             claims=_claims(results, max(depths)),
