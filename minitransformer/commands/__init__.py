@@ -51,7 +51,8 @@ def with_exit_code(command: Callable[P, int | None]) -> Callable[P, int]:
         try:
             return command(*args, **kwargs) or DONE
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            if not error.reported:
+                print(f"error: {error}", file=sys.stderr)
             return error.exit_code
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
