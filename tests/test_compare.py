@@ -12,8 +12,7 @@ from urllib.parse import unquote
 import pytest
 
 from minitransformer.__main__ import main as minitransformer_main
-from minitransformer.analysis.compare import compare
-from minitransformer.analysis.comparison_page import comparison_page
+from minitransformer.analysis.compare import compare, comparison_page
 from minitransformer.commands import USAGE
 from minitransformer.commands.compare import main
 from minitransformer.errors import StorageError, UserError

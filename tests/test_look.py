@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from minitransformer.analysis import look as looking
-from minitransformer.analysis.look_record import Look
-from minitransformer.analysis.watched import watched
+from minitransformer.analysis.look_record import Look, watched
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
 from tests.looks_for_tests import END, PROMPT, TOKENIZER, TOPOLOGIES, MakeModel, looked
