@@ -10,8 +10,8 @@ import pytest
 
 from minitransformer.analysis.compare import compare
 from minitransformer.errors import StorageError, UserError
-from minitransformer.text.tokenizers import Characters
 from tests.comparing_for_tests import placement_runs, run_maker, said
+from tests.prepared_for_tests import fitted
 from tests.runs_for_tests import unsealed
 
 
@@ -136,7 +136,7 @@ def test_curves_run_over_steps_tokens_or_seconds(make, by, x):
 
 
 def test_other_tokenizers_are_compared_by_bits_per_byte(make):
-    chars = Characters.fit(lambda: iter(["abc"]))
+    chars = fitted("chars", "abc")
     paths = [make("bytes", text="one"), make("chars", text="two", tokenizer=chars, vocab_size=300)]
     comparison = compare(paths)
     assert comparison.metric == "bits_per_byte"
