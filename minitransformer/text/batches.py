@@ -41,9 +41,10 @@ class Batches(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[Any]: ...
-
     def batch(self, index: int) -> Any: ...
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.batch, range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -60,31 +61,37 @@ class MadeBatches:
         return map(self.batch, range(self.count))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Token ids, and for each position the next id, or IGNORE."""
+class BatchOfTensors:
+    """The base of dataclasses of tensors [batch, …], some of which may be None; `targets` may be IGNORE."""
 
-    inputs: Int64[Tensor, "batch length"]
     targets: Int64[Tensor, "batch length"]
 
     @property
     def num_targets(self) -> int:
         return int((self.targets != IGNORE).sum())
 
-    @property
-    def num_tokens(self) -> int:
-        return self.inputs.numel()
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch on `device`."""
-        return type(self)(
-            self.inputs.to(device, non_blocking=non_blocking), self.targets.to(device, non_blocking=non_blocking)
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def split(self, size: int) -> list[Self]:
         """Micro-batches of `size` sequences."""
-        pairs = zip(self.inputs.split(size), self.targets.split(size), strict=True)
-        return [type(self)(inputs, targets) for inputs, targets in pairs]
+        return [self._each(lambda tensor, i=i: tensor[i : i + size]) for i in range(0, len(self.targets), size)]
+
+    def _each(self, change: Any) -> Self:
+        return type(self)(*(None if tensor is None else change(tensor) for tensor in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Batch(BatchOfTensors):
+    """Token ids, and for each position the next id, or IGNORE."""
+
+    inputs: Int64[Tensor, "batch length"]
+    targets: Int64[Tensor, "batch length"]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.inputs.numel()
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ def _epoch_starts(count: int, length: int, room: int, seed: int, epoch: int) -> 
 
 
 @dataclass(frozen=True)
-class SequentialWindows:
+class SequentialWindows(Batches):
     """All of `tokens` [tokens] once, in order, in adjacent windows: every token but the first is a target once.
 
     The last batch may have fewer rows, and its last row is padded with targets of IGNORE (inputs: the last token).
@@ -146,9 +153,6 @@ class SequentialWindows:
     def __len__(self) -> int:
         """Number of batches."""
         return max(0, -(-(len(self.tokens) - 1) // (self.context_length * self.batch_size)))
-
-    def __iter__(self) -> Iterator[Batch]:
-        return map(self.batch, range(len(self)))
 
     def batch(self, index: int) -> Batch:
         """Batch number `index`."""
