@@ -144,15 +144,6 @@ def test_other_tokenizers_are_compared_by_bits_per_byte(make):
     assert not comparison.losses_comparable
 
 
-def test_runs_of_another_format_have_the_same_text(make):
-    older = make("older", text="one")
-    record = unsealed(older / "config.json")
-    record["format"], record["data"]["tokenizer"] = 2, record["data"]["tokenizer"]["name"]
-    (older / "config.json").write_text(json.dumps(record))
-    newer = make("newer", text="two", tokenizer=fitted("chars", "abc"), vocab_size=300)
-    assert any("different tokenizers" in remark for remark in compare([older, newer]).remarks)
-
-
 def test_vocabularies_for_each_side_are_other_tokenizers_of_the_same_text(make):
     pairs = {"topology": "encoder-decoder", "objective": "seq2seq"}
     shared = make("shared", text="one", **pairs)
