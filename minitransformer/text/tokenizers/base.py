@@ -26,7 +26,6 @@ MASK = "<|mask|>"
 # The name in public tokenizers.
 MASKS = (MASK, "[MASK]", "<mask>")
 FORMAT = 1
-USUAL_VOCAB_SIZE = 4096
 # Several times the largest published vocabulary; each id takes memory, used or not.
 MOST_TOKENS = 1 << 22
 
@@ -77,7 +76,7 @@ class Tokenizer(Registered, kind="tokenizer"):
     @classmethod
     def usual_vocab_size(cls, settings: Any) -> int:
         """The typical vocabulary size after `fit`, for the parameter counts in --help."""
-        return USUAL_VOCAB_SIZE
+        return 4096
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         """The ids of `text`, shape [tokens]; raises `UserError` for characters that cannot be encoded."""

@@ -12,14 +12,7 @@ import numpy.typing as npt
 from minitransformer.errors import UserError
 from minitransformer.records import shown
 from minitransformer.settings import setting
-from minitransformer.text.tokenizers.base import (
-    USUAL_VOCAB_SIZE,
-    Texts,
-    Tokenizer,
-    not_text,
-    special_tokens_in,
-    typed_entry,
-)
+from minitransformer.text.tokenizers.base import Texts, Tokenizer, not_text, special_tokens_in, typed_entry
 
 # A sample of everything that a split pattern must preserve.
 ALL_KINDS = "It's  two WORDS,\tnaïve 東京 12345 x1\r\n\n 🦊 _-=+ \x07 \u00a0\u2028e\u0301 '"
@@ -45,8 +38,7 @@ class BPE(Tokenizer, name="bpe"):
             None,
             at_least=LEAST_TOKENS,
             changes_tokens=True,
-            help="number of tokens to train, the 256 bytes and the end-of-text token included; None is vocab_size, "
-            f"or {USUAL_VOCAB_SIZE}",
+            help="number of tokens to train, with the 256 bytes and the end-of-text token; None is vocab_size, or 4096",
         )
 
     # rustbpe stores every distinct word; more text than this changes few merges and costs memory.
@@ -105,7 +97,7 @@ class BPE(Tokenizer, name="bpe"):
 
     @classmethod
     def fit(cls, settings: Any, texts: Texts, vocab_size: int | None = None) -> Self:
-        wanted = settings.vocab_size or vocab_size or USUAL_VOCAB_SIZE
+        wanted = settings.vocab_size or vocab_size or cls.usual_vocab_size(settings)
         if vocab_size is not None and wanted > vocab_size:
             raise UserError(
                 f"bpe_vocab_size is {wanted}, but vocab_size leaves room for {vocab_size} trained tokens: "
@@ -115,7 +107,7 @@ class BPE(Tokenizer, name="bpe"):
 
     @classmethod
     def usual_vocab_size(cls, settings: Any) -> int:
-        return settings.vocab_size or USUAL_VOCAB_SIZE
+        return settings.vocab_size or super().usual_vocab_size(settings)
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         try:
