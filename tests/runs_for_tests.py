@@ -22,14 +22,13 @@ from minitransformer.text.datasets.text import PreparedText, TextPreparation
 from minitransformer.text.tokenizers import MASK, Bytes
 from minitransformer.training.checkpoint import write_checkpoint
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
-from minitransformer.training.learner import Learner, build_learner
+from minitransformer.training.learner import Learner, StepResult, build_learner
 from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Logs, RunFiles
 from minitransformer.training.loop import Trainer
 from minitransformer.training.machine import Machine
 from minitransformer.training.objectives import Objective
 from minitransformer.training.signals import StopRequest
-from minitransformer.training.step import StepResult
 from minitransformer.training.validation import Validation
 
 TEXT = "".join(f"Line {i}: the {'quick brown' if i % 3 else 'slow red'} fox counts {i * i}.\n" for i in range(200))

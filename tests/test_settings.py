@@ -16,10 +16,10 @@ from minitransformer.settings import (
     Declared,
     all_declared,
     flat,
+    flat_values,
     flattened,
     from_json,
     kinds,
-    settings_of,
     to_json,
     with_settings,
 )
@@ -48,11 +48,6 @@ def through_json(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(to_json(config)))
 
 
-def every_setting(config: RunConfig) -> dict[str, Any]:
-    """Those too that have no effect beside the others."""
-    return {each.name: value.name if each.family else value for each, value in settings_of(config)}
-
-
 @given(configurations())
 def test_what_json_holds_is_what_it_was(config: RunConfig) -> None:
     for part, again in through_json(config).items():
@@ -64,7 +59,7 @@ def test_what_json_holds_is_what_it_was(config: RunConfig) -> None:
 def test_json_made_flat_holds_every_setting_by_its_flat_name(config: RunConfig) -> None:
     parts = [flattened(RunConfig, part) for part in to_json(config).values()]
     found = {name: value for part in parts for name, value in part.items()}
-    assert found == every_setting(config)
+    assert found == flat_values(config)
     assert flat(config).items() <= found.items()
 
 
@@ -78,7 +73,7 @@ def test_flat_settings_lead_from_any_configuration_to_any_other(start: RunConfig
 def test_a_setting_of_a_variant_that_is_not_chosen_is_refused_by_name(each: Declared) -> None:
     choice = next(iter(chosen_for(RunConfig, each.name)))
     default = RunConfig()
-    if each.name in every_setting(default):
+    if each.name in flat_values(default):
         assert with_settings(default, {each.name: each.default})
         return
     with pytest.raises(UserError) as caught:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
-from minitransformer.pretrained.public_tokenizer import PublicTokenizer
+from minitransformer.pretrained.tokenizers import PublicTokenizer
 from minitransformer.text.corpora import cut
 from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Characters, TiktokenEncoding, Tokenizer
 from tests.prepared_for_tests import fitted

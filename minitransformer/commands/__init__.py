@@ -76,7 +76,8 @@ def run_command(command: Callable[[], int | None]) -> int:
     try:
         return command() or DONE
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.reported:
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

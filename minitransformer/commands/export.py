@@ -16,8 +16,7 @@ from minitransformer import pretrained
 from minitransformer.commands import DONE, FAILED, parse, run_command
 from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
-from minitransformer.pretrained.families import Family, Obstacle
-from minitransformer.pretrained.formats import families_of, nearest_family
+from minitransformer.pretrained.families import Family, Obstacle, families_of, nearest_family
 from minitransformer.pretrained.originals import original_fields, originals_of
 from minitransformer.pretrained.reopened import reference_of, reopened_difference
 from minitransformer.pretrained.tokenizer_files import special_ids, target_ids

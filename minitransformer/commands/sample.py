@@ -35,8 +35,8 @@ from minitransformer.generation.streaming import best_texts, stream_text, texts_
 from minitransformer.generation.weights import StoredWeights
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM
+from minitransformer.models.encoder_decoder import Seq2SeqLM
 from minitransformer.models.model import Model
-from minitransformer.models.seq2seq import Seq2SeqLM
 from minitransformer.pretrained.originals import class_names
 from minitransformer.runs import GENERATION, Run, latest_run
 from minitransformer.training.machine import choose_device

@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from minitransformer.text.batches import IGNORE, Batches, BatchOfTensors
+from minitransformer.text.batches import IGNORE, Batches, TrainingBatch
 from minitransformer.text.token_files import Ragged, TokenPairs
 
 Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class PairBatch(BatchOfTensors):
+class PairBatch(TrainingBatch):
     """Sources, target inputs, and for each input position the next target token, or IGNORE.
 
     Inputs start with the start token; sources and targets end with the end token.

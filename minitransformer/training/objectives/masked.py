@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minitransformer.models.config import ModelConfig
 from minitransformer.settings import setting
-from minitransformer.text.batches import IGNORE, Batch, BatchOfTensors
+from minitransformer.text.batches import IGNORE, Batch, TrainingBatch
 from minitransformer.text.datasets import PlainText, PreparedData
 from minitransformer.text.tokenizers import MASK, Tokenizer
 from minitransformer.training.objectives.base import BatchKey, Objective, Score, torch_seed
@@ -27,7 +27,7 @@ STREAM = 1
 
 
 @dataclass(frozen=True)
-class MaskedBatch(BatchOfTensors):
+class MaskedBatch(TrainingBatch):
     """Token ids with masks, the masked tokens as targets (IGNORE elsewhere), and segments if there are two.
 
     `follows` is 1 where the second segment follows the first in the text, and 0 where it comes from elsewhere;
@@ -43,6 +43,10 @@ class MaskedBatch(BatchOfTensors):
     @property
     def num_tokens(self) -> int:
         return self.inputs.numel() if self.is_token is None else int(self.is_token.sum())
+
+    def without_targets(self) -> Self:
+        emptied = super().without_targets()
+        return emptied if self.follows is None else replace(emptied, follows=torch.full_like(self.follows, IGNORE))
 
 
 def mask_tokens(
