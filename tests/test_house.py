@@ -46,8 +46,8 @@ ROOMS = {
     "tasks": {"runs"},
     "lab": {*MODEL, "evaluation", "training", "runs", "diagnostics", "reporting", "tasks"},
     "analysis": {*MODEL, "evaluation", "training", "generation", "runs", "diagnostics", "reporting", "tasks"},
-    "benchmark": {*MODEL, "training", "generation", "reporting"},
-    "preflight": {*MODEL, "training", "runs"},
+    "benchmark": {*MODEL, "evaluation", "training", "generation", "reporting"},
+    "preflight": {"models", "text", "training", "runs"},
     "commands": {
         *{*MODEL, "evaluation", "training", "generation", "pretrained", "runs", "diagnostics", "reporting"},
         *{"tasks", "lab", "analysis", "benchmark", "preflight"},

@@ -10,46 +10,45 @@ from typing import Any
 
 import torch
 
-from minitransformer.commands import DONE, FAILED, run_command
-from minitransformer.commands.train import Flags, folder_option, open_parent, parse_run, preset_and_flags
+from minitransformer.commands import DONE, FAILED, with_exit_code
+from minitransformer.commands.train import Options as TrainOptions
+from minitransformer.commands.train import folder_option, open_parent, parse_run, preset_and_flags
 from minitransformer.preflight import Candidate, Finding, findings_of
 from minitransformer.registry import lookup
 from minitransformer.runs import Run
 from minitransformer.training.presets import PRESETS
 from minitransformer.training.ranks import joined_ranks, spoken_by_main
 
+ABOUT = "Say whether train.py with the same flags would work, and what it would need, without training."
 WIDTH, INDENT = 80, 20
 
 
 @dataclass(frozen=True)
-class DoctorFlags(Flags):
+class Options(TrainOptions):
     """The flags of train.py, and how the findings are printed."""
 
     json: bool = False
     """print one JSON object"""
 
 
+@spoken_by_main()
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Print what is found, under torchrun for all ranks; returns the exit code: 0 if it would train, 1 if not."""
-    with spoken_by_main():
-        return run_command(lambda: _examine(arguments))
-
-
-def _examine(arguments: Sequence[str]) -> int:
-    flags, about = _read(arguments)
+    options, about = _read(arguments)
     with joined_ranks(about["config"].training.rank_timeout) as ranks:
         answered = int(ranks.sum(torch.ones(())))
         candidate = Candidate(**about, ranks=ranks.size, answered=answered)
         found = ranks.from_main(lambda: list(findings_of(candidate)))
     fails = any(finding.status == "problem" for finding in found)
-    if flags.json:
+    if options.json:
         print(json.dumps({"trains": not fails, "findings": [finding.to_json() for finding in found]}, indent=2))
     else:
         print(*map(_lines, found), sep="\n")
     return FAILED if fails else DONE
 
 
-def _read(arguments: Sequence[str]) -> tuple[DoctorFlags, dict[str, Any]]:
+def _read(arguments: Sequence[str]) -> tuple[Options, dict[str, Any]]:
     """The command's flags, and the run that they describe, as arguments of `Candidate`."""
     about: dict[str, Any] = {}
     if (resume := folder_option(arguments, "--resume")) is not None:
@@ -61,8 +60,8 @@ def _read(arguments: Sequence[str]) -> tuple[DoctorFlags, dict[str, Any]]:
     else:
         preset, arguments = preset_and_flags(arguments)
         base = lookup("preset", preset, PRESETS)
-    flags, config = parse_run(DoctorFlags, arguments, base, prog="minitransformer doctor [PRESET]")
-    return flags, {**about, "config": config, "out": flags.out, "checkpoint": flags.checkpoint}
+    options, config = parse_run(Options, arguments, base, prog="minitransformer doctor [PRESET]", description=ABOUT)
+    return options, {**about, "config": config, "out": options.out, "checkpoint": options.checkpoint}
 
 
 def _lines(finding: Finding) -> str:

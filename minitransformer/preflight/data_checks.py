@@ -10,7 +10,6 @@ from minitransformer.preflight.data_state import bytes_per_token
 from minitransformer.runs.begin import check_fits_run
 from minitransformer.runs.resume import changed_settings, check_can_resume, check_same_text
 from minitransformer.text.corpora import named
-from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.logging import TensorBoard
 
 MOST_EPOCHS = 16
@@ -88,8 +87,7 @@ class TokenizerCheck(Check, name="tokenizer"):
         model, length = config.model, config.sequence_length
         lengths = f"{length:,} of {model.context_length:,} tokens of context"
         if prepared is None:
-            kind = Tokenizer.named(config.data.tokenizer)
-            return Finding("ok", f"{kind.name}, {model.vocab_size or 0:,} tokens as usual; {lengths}")
+            return Finding("ok", f"{config.data.tokenizer}, {model.vocab_size or 0:,} tokens as usual; {lengths}")
         tokenizer, vocabulary = prepared.tokenizer, model.vocab_size or 0
         if tokenizer.vocab_size > vocabulary:
             raise UserError(

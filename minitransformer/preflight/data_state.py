@@ -17,7 +17,7 @@ from minitransformer.text.datasets.pair_data import PreparedPairs
 from minitransformer.text.datasets.text import PreparedText, TooShort
 from minitransformer.text.token_files import Ragged, TokenPairs
 from minitransformer.text.tokenizers import Bytes, Tokenizer
-from minitransformer.training.config import RunConfig
+from minitransformer.training.config import RunConfig, with_usual_vocabulary
 from minitransformer.training.finetuning import prepare_fine_tuning
 
 QUICK = 16_000_000
@@ -53,8 +53,7 @@ class DataState:
 
 def bytes_per_token(config: RunConfig) -> int:
     """About how many bytes of text a token of the configured tokenizer has."""
-    vocabulary = config.model.vocab_size or Tokenizer.named(config.data.tokenizer).usual_vocab_size
-    return 1 if vocabulary < CHARACTERS else BYTES_PER_TOKEN
+    return 1 if (with_usual_vocabulary(config).vocab_size or 0) < CHARACTERS else BYTES_PER_TOKEN
 
 
 def data_state(config: RunConfig, tokenizers: Sequence[Tokenizer], usual: RunConfig | None) -> DataState:
