@@ -12,7 +12,7 @@ import pytest
 from minitransformer.commands import doctor
 from minitransformer.commands.train import main as train_main
 from minitransformer.preflight import data_state, machine_checks, memory_checks
-from minitransformer.preflight.check import Check, split_remedy
+from minitransformer.preflight.check import PreflightCheck, split_remedy
 from minitransformer.runs import only_writer
 from minitransformer.training.precision import FP8
 from tests.runs_for_tests import SMALL
@@ -46,7 +46,7 @@ def no_measurement(monkeypatch):
 def test_where_nothing_is_wrong_every_check_has_a_line_of_80_columns_and_training_works(here, capsys):
     assert doctor.main(RUN) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [["ok", topic] for topic in Check.registry]
+    assert [line.split()[:2] for line in lines] == [["ok", topic] for topic in PreflightCheck.registry]
     assert max(map(len, lines)) <= 80
     assert not (here / "runs").exists()
     assert train_main(RUN) == 0

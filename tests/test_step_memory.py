@@ -73,8 +73,9 @@ def test_a_rehearsal_counts_the_bytes_that_the_allocator_gives_out(texts, kind):
     config, loader = ready(**KINDS[kind])
     batches = largest_batches(loader)
     counted = rehearse(config, loader, cpu(config.training.precision), batches)
-    # The load of experts is uneven, and recurrent models are rehearsed without the copies that padding takes.
-    within = {"experts": 0.1, "recurrent": 0.15}.get(kind, 0.03)
+    # The load of experts is uneven, recurrent models are rehearsed without the copies that padding takes, and a CPU has
+    # no products in FP8, but composes them.
+    within = {"experts": 0.1, "recurrent": 0.15, "fp8": 0.1}.get(kind, 0.03)
     assert counted.total - counted.holes == pytest.approx(allocated(config, loader, batches), rel=within)
 
 

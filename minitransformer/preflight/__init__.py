@@ -2,12 +2,12 @@
 
 from minitransformer.preflight import data_checks, disk_checks, machine_checks, memory_checks, time_checks
 from minitransformer.preflight.candidate import Candidate
-from minitransformer.preflight.check import Check, Finding, findings_of
+from minitransformer.preflight.check import Finding, PreflightCheck, findings_of
 
 __all__ = [
     "Candidate",
-    "Check",
     "Finding",
+    "PreflightCheck",
     "data_checks",
     "disk_checks",
     "findings_of",

@@ -33,7 +33,7 @@ class Finding:
         return asdict(self)
 
 
-class Check(Registered, kind="check"):
+class PreflightCheck(Registered, kind="check"):
     """One question about a run before it starts; the name is its topic."""
 
     def find(self, candidate: Candidate) -> Finding:
@@ -44,7 +44,7 @@ class Check(Registered, kind="check"):
 def findings_of(candidate: Candidate) -> Iterator[Finding]:
     """What every registered check finds, in order; a problem that stops several checks is reported once."""
     known: set[str] = set()
-    for name, check in Check.registry.items():
+    for name, check in PreflightCheck.registry.items():
         try:
             found = check().find(candidate)
         except UserError as error:

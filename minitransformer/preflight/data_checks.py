@@ -5,7 +5,7 @@ from __future__ import annotations
 from minitransformer.amounts import amount, size
 from minitransformer.errors import UserError
 from minitransformer.preflight.candidate import Candidate
-from minitransformer.preflight.check import Check, Finding
+from minitransformer.preflight.check import Finding, PreflightCheck
 from minitransformer.preflight.data_state import bytes_per_token
 from minitransformer.runs.begin import check_fits_run
 from minitransformer.runs.resume import changed_settings, check_can_resume, check_same_text
@@ -16,7 +16,7 @@ MOST_EPOCHS = 16
 """repetitions of a text from which it has little left to teach: Muennighoff et al. 2023 (arXiv 2305.16264)"""
 
 
-class Start(Check, name="start"):
+class StartCheck(PreflightCheck, name="start"):
     """The weights that it starts from, and the settings that may not change."""
 
     def find(self, candidate: Candidate) -> Finding:
@@ -34,7 +34,7 @@ class Start(Check, name="start"):
         return Finding("ok", f"new weights, {candidate.steps_left:,} steps to do")
 
 
-class Data(Check, name="data"):
+class DataCheck(PreflightCheck, name="data"):
     """Whether the data can be read, how much there is, and how often it would be read."""
 
     def find(self, candidate: Candidate) -> Finding:
@@ -79,7 +79,7 @@ def cache_size(candidate: Candidate) -> int:
     return (2 if vocabulary <= 1 << 16 else 4) * (size_of_text // bytes_per_token(candidate.whole))
 
 
-class TokenizerCheck(Check, name="tokenizer"):
+class TokenizerCheck(PreflightCheck, name="tokenizer"):
     """Whether the tokenizer fits the model: vocabulary, special tokens and length."""
 
     def find(self, candidate: Candidate) -> Finding:

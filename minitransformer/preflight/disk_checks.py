@@ -10,7 +10,7 @@ from minitransformer.amounts import size
 from minitransformer.errors import StorageError
 from minitransformer.files import existing, writing
 from minitransformer.preflight.candidate import Candidate
-from minitransformer.preflight.check import Check, Finding
+from minitransformer.preflight.check import Finding, PreflightCheck
 from minitransformer.preflight.data_checks import cache_size
 from minitransformer.runs import REMEDY, check_free, only_writer
 from minitransformer.text.folders import REMEDY as OTHER_CACHE
@@ -18,7 +18,7 @@ from minitransformer.text.folders import work_folder
 from minitransformer.training.checkpoint import check_room
 
 
-class Folder(Check, name="folder"):
+class FolderCheck(PreflightCheck, name="folder"):
     """Whether the run's folder is free, and can be written."""
 
     def find(self, candidate: Candidate) -> Finding:
@@ -32,7 +32,7 @@ class Folder(Check, name="folder"):
         return Finding("ok", f"{folder} can be written")
 
 
-class Checkpoints(Check, name="checkpoints"):
+class CheckpointsCheck(PreflightCheck, name="checkpoints"):
     """Whether there is room for the checkpoints."""
 
     def find(self, candidate: Candidate) -> Finding:
@@ -42,7 +42,7 @@ class Checkpoints(Check, name="checkpoints"):
         return Finding("ok", f"{size(needed)} of {size(free)} free on disk", figures=figures)
 
 
-class Cache(Check, name="cache"):
+class CacheCheck(PreflightCheck, name="cache"):
     """Whether prepared data has room, and can be written."""
 
     def find(self, candidate: Candidate) -> Finding:

@@ -9,13 +9,13 @@ from torch import nn
 
 from minitransformer.amounts import duration
 from minitransformer.preflight.candidate import Candidate
-from minitransformer.preflight.check import Check, Finding
+from minitransformer.preflight.check import Finding, PreflightCheck
 from minitransformer.training.capabilities import why_not_fast
 from minitransformer.training.machine import Machine, compiled
 from minitransformer.training.precision import Precision
 
 
-class Device(Check, name="device"):
+class DeviceCheck(PreflightCheck, name="device"):
     """The device that the run would use."""
 
     def find(self, candidate: Candidate) -> Finding:
@@ -29,7 +29,7 @@ class Device(Check, name="device"):
         return Finding("ok", f"{device}{count}", figures={"device": str(device), "threads": threads})
 
 
-class PrecisionCheck(Check, name="precision"):
+class PrecisionCheck(PreflightCheck, name="precision"):
     """The precision of matrix products, and why."""
 
     def find(self, candidate: Candidate) -> Finding:
@@ -42,7 +42,7 @@ class PrecisionCheck(Check, name="precision"):
         return Finding("ok", f"{machine.precision} ({machine.why_precision})", figures=figures)
 
 
-class Compilation(Check, name="compile"):
+class CompileCheck(PreflightCheck, name="compile"):
     """Whether torch.compile works here, where the run would use it."""
 
     def find(self, candidate: Candidate) -> Finding:

@@ -10,13 +10,13 @@ import torch
 
 from minitransformer.amounts import amount, size
 from minitransformer.preflight.candidate import Candidate
-from minitransformer.preflight.check import Check, Finding
+from minitransformer.preflight.check import Finding, PreflightCheck
 from minitransformer.settings import flat, with_settings
 
 CGROUP = Path("/sys/fs/cgroup")
 
 
-class Parameters(Check, name="parameters"):
+class ParametersCheck(PreflightCheck, name="parameters"):
     """The size of the model, of its gradients and of the optimizer's state."""
 
     def find(self, candidate: Candidate) -> Finding:
@@ -27,7 +27,7 @@ class Parameters(Check, name="parameters"):
         return Finding("ok", f"{amount(candidate.parameters)}: {parts}", figures=figures)
 
 
-class Memory(Check, name="memory"):
+class MemoryCheck(PreflightCheck, name="memory"):
     """Whether a training step fits into memory."""
 
     def find(self, candidate: Candidate) -> Finding:

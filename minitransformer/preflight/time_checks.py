@@ -7,7 +7,7 @@ import time
 from minitransformer.amounts import amount, duration
 from minitransformer.models.model import build_model, count_flops
 from minitransformer.preflight.candidate import Candidate
-from minitransformer.preflight.check import Check, Finding
+from minitransformer.preflight.check import Finding, PreflightCheck
 from minitransformer.training.learner import Learner
 from minitransformer.training.machine import Machine, peak_flops
 from minitransformer.training.precision import Precision
@@ -19,7 +19,7 @@ SECONDS = 2.0
 """time to measure steps for; slower steps are modelled"""
 
 
-class RanksCheck(Check, name="ranks"):
+class RanksCheck(PreflightCheck, name="ranks"):
     """Whether the ranks see each other."""
 
     def find(self, candidate: Candidate) -> Finding:
@@ -32,7 +32,7 @@ class RanksCheck(Check, name="ranks"):
         )
 
 
-class Time(Check, name="time"):
+class TimeCheck(PreflightCheck, name="time"):
     """How long the training would take."""
 
     def find(self, candidate: Candidate) -> Finding:
