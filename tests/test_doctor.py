@@ -157,7 +157,7 @@ def test_a_device_that_is_not_there(here, capsys):
 
 def test_a_precision_that_the_device_lacks(here, capsys, monkeypatch):
     monkeypatch.setattr(FP8, "why_not", classmethod(lambda cls, device: "it has no matrix units for 8 bits"))
-    text, remedy = problem(capsys, "device", *RUN, "--precision", "fp8")
+    text, remedy = problem(capsys, "precision", *RUN, "--precision", "fp8")
     assert "no matrix units" in text
     assert "choose bf16" in remedy
     examined(capsys, *RUN, "--precision", "bf16", code=0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from minitransformer.models.model import count_parameters
@@ -20,7 +21,7 @@ from minitransformer.text.datasets.pair_data import PairData
 from minitransformer.training.checkpoint import checkpoint_step
 from minitransformer.training.config import RunConfig, with_usual_vocabulary, with_vocabulary
 from minitransformer.training.loader import Loader
-from minitransformer.training.machine import Machine
+from minitransformer.training.machine import Machine, choose_device
 from minitransformer.training.run_machine import SETTINGS, machine_again, machine_for
 
 SEARCHED = 50
@@ -74,6 +75,11 @@ class Candidate:
         before = self.resumed.config.training
         anew = [name for name in SETTINGS if getattr(before, name) != getattr(self.config.training, name)]
         return machine_again(self.resumed.machine, self.whole, anew)[0]
+
+    @property
+    def device(self) -> torch.device:
+        """The device, even where it lacks the precision."""
+        return choose_device(self.config.training.device) if self.resumed is None else self.machine.device
 
     @cached_property
     def start(self) -> Path | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from minitransformer.amounts import amount, size
-from minitransformer.errors import UserError
 from minitransformer.preflight.candidate import Candidate
 from minitransformer.preflight.check import Finding, PreflightCheck
 from minitransformer.preflight.data_state import bytes_per_token
@@ -66,7 +65,7 @@ class DataCheck(PreflightCheck, name="data"):
                 f"train.py reads them once, and writes about {size(cache_size(candidate))}",
                 figures,
             )
-        text = f"{amount(tokens)} tokens, {ratio:.3g} per parameter, read {epochs:.3g} times"
+        text = f"{amount(tokens)} tokens, {ratio:.3g} per parameter, read {amount(epochs)} times"
         if epochs > MOST_EPOCHS:
             return Finding("note", text, "give more data or fewer --steps, or watch the validation loss", figures)
         return Finding("ok", text, figures=figures)
@@ -80,23 +79,21 @@ def cache_size(candidate: Candidate) -> int:
 
 
 class TokenizerCheck(PreflightCheck, name="tokenizer"):
-    """Whether the tokenizer fits the model: vocabulary, special tokens and length."""
+    """The tokenizer beside the model: vocabulary, special tokens and length."""
 
     def find(self, candidate: Candidate) -> Finding:
         config, prepared = candidate.whole, candidate.data.prepared
         model, length = config.model, config.sequence_length
-        lengths = f"{length:,} of {model.context_length:,} tokens of context"
+        lengths = f"length {length:,} of {model.context_length:,}"
         if prepared is None:
             return Finding("ok", f"{config.data.tokenizer}, {model.vocab_size or 0:,} tokens as usual; {lengths}")
-        tokenizer, vocabulary = prepared.tokenizer, model.vocab_size or 0
-        if tokenizer.vocab_size > vocabulary:
-            raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {vocabulary:,}: leave --vocab-size out"
-            )
-        wanted = config.training.objective.variant.special_tokens
-        if missing := [token for token in wanted if token not in tokenizer.special_tokens]:
-            raise UserError(f"the tokenizer lacks {missing[0]}: choose another --objective, or train from scratch")
-        figures = {"vocab_size": vocabulary, "tokenizer": tokenizer.name, "sequence_length": length}
-        return Finding(
-            "ok", f"{tokenizer.name}, {tokenizer.vocab_size:,} of {vocabulary:,} rows; {lengths}", "", figures
-        )
+        tokenizer = prepared.tokenizer
+        figures = {
+            "tokenizer": tokenizer.name,
+            "tokens": tokenizer.vocab_size,
+            "vocab_size": model.vocab_size,
+            "special_tokens": list(tokenizer.special_tokens),
+            "sequence_length": length,
+        }
+        vocabulary = f"{tokenizer.vocab_size:,} of {model.vocab_size or 0:,} rows"
+        return Finding("ok", f"{tokenizer.name}, {vocabulary}; {lengths}", figures=figures)

@@ -19,7 +19,7 @@ class DeviceCheck(PreflightCheck, name="device"):
     """The device that the run would use."""
 
     def find(self, candidate: Candidate) -> Finding:
-        device = candidate.machine.device
+        device = candidate.device
         if device.type == "cuda":
             return Finding(
                 "ok", f"{device}, {torch.cuda.get_device_name(device)}"[:60], figures={"device": str(device)}

@@ -28,13 +28,17 @@ class ParametersCheck(PreflightCheck, name="parameters"):
 
 
 class MemoryCheck(PreflightCheck, name="memory"):
-    """Whether a training step fits into memory."""
+    """Whether a training step fits into memory; ranks on a CPU share it."""
 
     def find(self, candidate: Candidate) -> Finding:
-        memory = candidate.step_memory
-        free = available_memory(candidate.machine.device)
-        figures = {"bytes": memory.total, "activation_bytes": memory.activations, "available_bytes": free}
-        text = f"{size(memory.total)}, activations {size(memory.activations)}"
+        memory, device, ranks = candidate.step_memory, candidate.machine.device, candidate.ranks
+        free = available_memory(device)
+        if free is not None and device.type == "cpu":
+            free //= ranks
+        figures: dict[str, int | None] = {"bytes": memory.total, "activation_bytes": memory.activations}
+        figures |= {"heap_bytes": memory.holes, "available_bytes": free}
+        heap = f", heap {size(memory.holes)}" if memory.holes else ""
+        text = f"{size(memory.total)}{' a rank' if ranks > 1 else ''}: activations {size(memory.activations)}{heap}"
         if free is None:
             return Finding("note", f"{text}; what is free is unknown", "watch the first steps", figures)
         text = f"{text}, of {size(free)} free"
