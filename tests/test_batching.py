@@ -100,12 +100,12 @@ def test_a_row_is_given_to_the_next_prompt_at_once(tiny_decoder: MakeDecoder, mo
     lengths = {0: 2, 1: 6, 2: 4}
     written: dict[int, int] = {}
 
-    def over(number: int, token: int) -> bool:
+    def stops(number: int, token: int) -> bool:
         written[number] = written.get(number, 0) + 1
         return written[number] == lengths[number]
 
     model, sampling = tiny_decoder(), SamplingConfig(max_new_tokens=50, seed=0)
-    order = [number for number, _ in generate_each(model, [[1], [2], [3]], sampling, batch_size=2, over=over)]
+    order = [number for number, _ in generate_each(model, [[1], [2], [3]], sampling, batch_size=2, stops=stops)]
     assert order == [0, 2, 1], "both of the last two end in step 6"
     assert len(steps) == 5, "2 and then 4 tokens in one row, beside 6 in the other, of which prompts give the first"
 

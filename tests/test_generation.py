@@ -16,11 +16,11 @@ from minitransformer.architecture.cache import KVCache
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
-from minitransformer.generation.arriving import on_host
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.fast import recording, steps
-from minitransformer.generation.readers import window_length
+from minitransformer.generation.host import stream_to_host
+from minitransformer.generation.window import window_length
 from minitransformer.models.decoder import DecoderLM
 from tests.placements_for_tests import choosing
 
@@ -127,7 +127,7 @@ def test_an_asynchronous_device_has_the_next_step_to_do_while_one_is_read(asynch
             events.append(str(step))
             yield torch.tensor([step])
 
-    for [step] in on_host(steps(), asynchronous):
+    for [step] in stream_to_host(steps(), asynchronous):
         events.append("abc"[step])
     assert "".join(events) == order
 

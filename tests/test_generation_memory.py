@@ -20,7 +20,7 @@ from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate, generate_each
 from minitransformer.generation.fast import recording
 from minitransformer.generation.fast.rows import RowLinear
-from minitransformer.generation.fast.steps import recorded_reads
+from minitransformer.generation.fast.steps import recorded_steps
 from minitransformer.generation.speculation import Draft, speculate
 from minitransformer.models.decoder import DecoderLM
 
@@ -31,8 +31,8 @@ WAYS: dict[str, Callable[[DecoderLM], Iterator[Any]]] = {
     "left early": lambda model: islice(generate(model, [1, 2], SAMPLING), 4),
     "past the context": lambda model: generate(model, [1, 2], SamplingConfig(max_new_tokens=40, seed=0)),
     "many at a time": lambda model: generate_each(model, [[1, 2], [3], [4, 5]], SAMPLING, batch_size=2),
-    "guessed": lambda model: chain.from_iterable(
-        speculate(model, Draft(model), [1, 2], SAMPLING, make_reads=recorded_reads)
+    "speculative": lambda model: chain.from_iterable(
+        speculate(model, Draft(model), [1, 2], SAMPLING, make_steps=recorded_steps)
     ),
 }
 

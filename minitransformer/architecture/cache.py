@@ -188,10 +188,10 @@ class KVCache:
         return held.narrow(1, 0, visible)
 
     def truncate(self, length: int) -> None:
-        """Keep only the first `length` tokens."""
+        """Empty all but the first `length` slots."""
         self.length = min(length, self.length)
         if self._positions is not None:
-            self._positions[:, self.length :] = EMPTY
+            self._positions[:, length:] = EMPTY
 
     def put(self, other: KVCache, rows: list[int], slot: int, of: int) -> None:
         """Replace `rows`, some of `of`, by the contents of `other`, of one row or of as many, from `slot` on."""

@@ -17,7 +17,7 @@ from minitransformer.benchmark.peers import transformers_model
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.fast.rows import with_row_kernel
-from minitransformer.generation.readers import CachedReader
+from minitransformer.generation.prefill import PromptPrefill
 from minitransformer.generation.weights import StoredWeights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -62,11 +62,11 @@ def transformers_decode(setting: BenchSetting, precision: str, tokens: int, batc
 def ours_prefill(setting: BenchSetting, precision: str, tokens: int, batch: int) -> Once:
     """A prompt into a new cache."""
     model = _ours(setting, precision)
-    prompt = _prompt(setting, tokens, batch)
+    prompts = _prompt(setting, tokens, batch).tolist()
 
     @torch.inference_mode()
-    def once() -> Tensor:
-        return CachedReader(model, tokens)(prompt)
+    def once() -> None:
+        PromptPrefill(model, prompts).advance(batch * tokens)
 
     return once
 

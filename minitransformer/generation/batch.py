@@ -13,10 +13,10 @@ from minitransformer.architecture.cache import EMPTY, KVCache
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.surgery import copied
 
-RowStep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""From a token of each row, its slot, a tensor with as many numbers as visible slots, and positions, to logits"""
-MakeStep = Callable[[KVCache, bool], RowStep]
-"""From a cache, and whether every visible slot holds a token, to what decodes a token of each row.
+DecodeStep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""From new tokens of each row, their slots, a tensor as long as the visible slots, and positions, to logits"""
+MakeStep = Callable[[KVCache, int, bool], DecodeStep]
+"""From a cache, after how many of the newest tokens to give logits, and whether every visible slot holds a token
 
 A step need not note the positions of new tokens in the cache where every slot holds one: nothing asks for them.
 """
@@ -27,24 +27,28 @@ def plain_steps(model: DecoderLM) -> MakeStep:
     return partial(plain_step, copied(model, lambda name, module: None).eval())
 
 
-def plain_step(model: DecoderLM, cache: KVCache, full: bool) -> RowStep:
+def plain_step(model: DecoderLM, cache: KVCache, count: int, full: bool) -> DecodeStep:
     """A step of `model`, which is in eval mode."""
-    return partial(decode_rows, model, cache, full)
+    return partial(decode_rows, model, cache, count, full)
 
 
 def decode_rows(
     model: DecoderLM,
     cache: KVCache,
+    count: int,
     full: bool,
-    tokens: Int[Tensor, "rows 1"],
-    slot: Int[Tensor, "1"],
+    tokens: Int[Tensor, "rows new"],
+    slots: Int[Tensor, "new"],
     visible: Tensor,
-    positions: Int[Tensor, "#rows 1"],
-) -> Float[Tensor, "rows vocab"]:
-    """The logits after `tokens`, which all go to one slot."""
-    # In every row, nothing is later than the one new token.
-    chosen = cache.at(slot, visible.size(0), full=full, in_order=True)
-    return model.head(model.hidden_states(tokens, positions=positions, cache=chosen)[:, -1])
+    positions: Int[Tensor, "#rows new"],
+) -> Float[Tensor, "rows {count} vocab"]:
+    """The logits after each of the newest `count` tokens; the slots of `tokens` are the same in all rows."""
+    # Nothing is later than a single new token. Several take a mask: kernels would draw it by a number of keys, which
+    # grows.
+    chosen = cache.at(slots, visible.size(0), full=full, in_order=bool(tokens.size(1) == 1))
+    hidden = model.hidden_states(tokens, positions=positions, cache=chosen)
+    # Logits of all tokens would be their number times the vocabulary.
+    return model.head(hidden[:, -count:])
 
 
 class Rows:
@@ -62,7 +66,7 @@ class Rows:
         # Every row has positions of its own from the start: a recorded step writes to the tensor that it knows.
         self.cache.hold(torch.full((rows, 1), EMPTY, device=self.device), self._slots[:1], 1)
         self._make_steps, self._model = make_steps, model
-        self._steps: dict[bool, RowStep] = {}
+        self._steps: dict[tuple[int, bool], DecodeStep] = {}
         self._make_step: MakeStep | None = None
         self.end = 0
         self.starts: dict[int, int] = {}
@@ -91,30 +95,41 @@ class Rows:
         """The row is not in use."""
         del self.starts[row]
 
-    def decode(self, tokens: Int[Tensor, "rows"]) -> Float[Tensor, "rows vocab"]:
-        """Every row is given one token; the logits of the next."""
-        if self.end == self.slots:
+    def clear(self) -> None:
+        """No row is in use."""
+        self.starts.clear()
+
+    def truncate(self, slots: int) -> None:
+        """Remove what lies beyond the first `slots` slots."""
+        if slots < self.end:
+            self.end = slots
+            self.cache.truncate(slots)
+
+    def decode(self, tokens: Int[Tensor, "rows new"], count: int = 1) -> Float[Tensor, "rows {count} vocab"]:
+        """Append `tokens` to the rows; the logits after each of the newest `count`."""
+        new = tokens.size(1)
+        if self.end + new > self.slots:
             self._move(-min(self.starts.values()))
         aligned = self._is_aligned()
-        slot = self._slots.narrow(0, self.end, 1)
+        slots = self._slots.narrow(0, self.end, new)
         if aligned:
-            positions = slot[None]
+            positions = slots[None]
         else:
             lengths = [self.end - self.starts.get(row, self.end) for row in range(self.rows)]
-            positions = torch.tensor(lengths, device=self.device)[:, None]
-        self.end += 1
-        return self._step(aligned)(tokens[:, None], slot, self._slots.narrow(0, 0, self.end), positions)
+            positions = torch.tensor(lengths, device=self.device)[:, None] + self._slots[:new]
+        self.end += new
+        return self._step(count, aligned)(tokens, slots, self._slots.narrow(0, 0, self.end), positions)
 
     def _is_aligned(self) -> bool:
         """Whether all rows begin at the first slot: they have the same positions, and no empty slot to be masked."""
         return not any(self.starts.values())
 
-    def _step(self, aligned: bool) -> RowStep:
-        if aligned not in self._steps:
+    def _step(self, count: int, aligned: bool) -> DecodeStep:
+        if (count, aligned) not in self._steps:
             if self._make_step is None:
                 self._make_step = self._make_steps(self._model)  # after the prompts, which need not wait for it
-            self._steps[aligned] = self._make_step(self.cache, aligned)
-        return self._steps[aligned]
+            self._steps[count, aligned] = self._make_step(self.cache, count, aligned)
+        return self._steps[count, aligned]
 
     def _move(self, by: int) -> None:
         """All that is held lies so many slots further; positions stay."""
