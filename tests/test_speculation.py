@@ -298,7 +298,7 @@ def test_a_stream_with_a_draft_stops_at_stop_strings_and_ends(tiny_decoder: Make
 
 @pytest.mark.parametrize("fixed", [False, True])
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), max_size=12), st.integers(1, 12))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_logits_after_a_rewind_are_those_of_the_tokens_that_follow_it(
     tiny_decoder: MakeDecoder, fixed: bool, rounds: list[tuple[int, int]], context: int
 ) -> None:

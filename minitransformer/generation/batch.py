@@ -1,4 +1,4 @@
-"""The rows of a batch, in one cache: texts that begin at different times, each of which is given one token a step."""
+"""The rows of a batch in one cache: sequences of different lengths that grow by as many tokens in each step."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from minitransformer.models.surgery import copied
 DecodeStep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """From new tokens of each row, their slots, a tensor as long as the visible slots, and positions, to logits"""
 MakeStep = Callable[[KVCache, int, bool], DecodeStep]
-"""From a cache, after how many of the newest tokens to give logits, and whether every visible slot holds a token
+"""From a cache, the number of newest tokens to give logits for, and whether every visible slot holds a token, to a step
 
-A step need not note the positions of new tokens in the cache where every slot holds one: nothing asks for them.
+Where every slot holds one, a step need not store the positions of new tokens: nothing reads them.
 """
 
 
@@ -43,19 +43,19 @@ def decode_rows(
     positions: Int[Tensor, "#rows new"],
 ) -> Float[Tensor, "rows {count} vocab"]:
     """The logits after each of the newest `count` tokens; the slots of `tokens` are the same in all rows."""
-    # Nothing is later than a single new token. Several take a mask: kernels would draw it by a number of keys, which
-    # grows.
+    # A single new token is the latest. Several take an explicit mask: a kernel's own depends on the number of keys,
+    # which would become a constant of a recording.
     chosen = cache.at(slots, visible.size(0), full=full, in_order=bool(tokens.size(1) == 1))
     hidden = model.hidden_states(tokens, positions=positions, cache=chosen)
-    # Logits of all tokens would be their number times the vocabulary.
+    # Logits of all new tokens would take their number times the vocabulary.
     return model.head(hidden[:, -count:])
 
 
 class Rows:
-    """Rows whose tokens all end at the same slot, and begin at slots of their own.
+    """Rows that all end at the same slot, and begin at slots of their own: left padding.
 
-    All rows write to one slot in a step, so that a step has the same shapes whatever the rows hold. Slots before the
-    beginning of a row are empty. Rows that are not in use do what the others do, and nobody looks at it.
+    All rows write to the same slots in a step, so that its shapes do not depend on what the rows hold. Slots before the
+    beginning of a row are empty. Rows that are not in use are computed too, and ignored.
     """
 
     def __init__(self, model: DecoderLM, rows: int, slots: int, make_steps: Callable[[DecoderLM], MakeStep]) -> None:
@@ -63,25 +63,25 @@ class Rows:
         self.cache = model.new_cache(slots)
         self.device = next(model.parameters()).device
         self._slots = torch.arange(slots, device=self.device)
-        # Every row has positions of its own from the start: a recorded step writes to the tensor that it knows.
+        # Every row has positions of its own from the start: a recording holds the tensor that it writes to.
         self.cache.hold(torch.full((rows, 1), EMPTY, device=self.device), self._slots[:1], 1)
         self._make_steps, self._model = make_steps, model
         self._steps: dict[tuple[int, bool], DecodeStep] = {}
         self._make_step: MakeStep | None = None
         self.end = 0
         self.starts: dict[int, int] = {}
-        """of the rows in use"""
+        """first slot of each row in use"""
 
     def length(self, row: int) -> int:
-        """How many tokens the row holds."""
+        """Number of tokens of the row."""
         return self.end - self.starts[row]
 
     def longest(self) -> int:
-        """The most tokens that a row holds."""
+        """Number of tokens of the longest row."""
         return self.end - min(self.starts.values(), default=self.end)
 
     def fill(self, rows: list[int], prefilled: KVCache, length: int) -> None:
-        """From here on, these rows hold what `prefilled` has read, `length` tokens for each or for all alike."""
+        """Start these rows with the contents of `prefilled`: `length` tokens, of a row for each or of one for all."""
         if self.starts and self._is_aligned():
             self.cache.hold(self._slots[None, : self.end], self._slots[: self.end], self.end)
         if not self.starts:
@@ -92,15 +92,15 @@ class Rows:
         self.cache.put(prefilled, rows, self.end - length, self.rows)
 
     def free(self, row: int) -> None:
-        """The row is not in use."""
+        """The row is no longer in use."""
         del self.starts[row]
 
     def clear(self) -> None:
-        """No row is in use."""
+        """No row is in use any more."""
         self.starts.clear()
 
     def truncate(self, slots: int) -> None:
-        """Remove what lies beyond the first `slots` slots."""
+        """Keep only the tokens in the first `slots` slots."""
         if slots < self.end:
             self.end = slots
             self.cache.truncate(slots)
@@ -115,24 +115,24 @@ class Rows:
         if aligned:
             positions = slots[None]
         else:
-            lengths = [self.end - self.starts.get(row, self.end) for row in range(self.rows)]
-            positions = torch.tensor(lengths, device=self.device)[:, None] + self._slots[:new]
+            first = [self.end - self.starts.get(row, self.end) for row in range(self.rows)]
+            positions = torch.tensor([[*range(one, one + new)] for one in first], device=self.device)
         self.end += new
         return self._step(count, aligned)(tokens, slots, self._slots.narrow(0, 0, self.end), positions)
 
     def _is_aligned(self) -> bool:
-        """Whether all rows begin at the first slot: they have the same positions, and no empty slot to be masked."""
+        """Whether all rows begin at the first slot: they have the same positions, and no empty slot to mask."""
         return not any(self.starts.values())
 
     def _step(self, count: int, aligned: bool) -> DecodeStep:
         if (count, aligned) not in self._steps:
             if self._make_step is None:
-                self._make_step = self._make_steps(self._model)  # after the prompts, which need not wait for it
+                self._make_step = self._make_steps(self._model)  # not before the prefill, which need not wait for it
             self._steps[count, aligned] = self._make_step(self.cache, count, aligned)
         return self._steps[count, aligned]
 
     def _move(self, by: int) -> None:
-        """All that is held lies so many slots further; positions stay."""
+        """Shift all rows by this many slots; positions stay."""
         assert by, "a row has more tokens than there are slots"
         self.cache.roll(by)
         self.end += by

@@ -1,4 +1,4 @@
-"""Prefill: prompts go into a cache of their own, a chunk at a time, before their requests are decoded."""
+"""Prefill: the forward pass over prompts, a chunk at a time, into a cache of their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minitransformer.models.decoder import DecoderLM
 
 
 class PromptPrefill:
-    """The tokens of some prompts, as many in each; equal prompts are prefilled once."""
+    """The prefill of prompts of one length; equal prompts are computed once."""
 
     def __init__(self, model: DecoderLM, prompts: Sequence[Sequence[int]]) -> None:
         self.model = model
@@ -31,7 +31,7 @@ class PromptPrefill:
         return self._done == self.length
 
     def advance(self, most: int) -> int:
-        """Prefill about as many tokens as `most`; returns their number."""
+        """Prefill about `most` tokens more; returns their number."""
         new = min(self.length - self._done, max(1, most // len(self._tokens)))
         with evaluating(self.model):
             hidden = self.model.hidden_states(self._tokens.narrow(1, self._done, new), cache=self._cache)
@@ -41,7 +41,7 @@ class PromptPrefill:
         return new * len(self._tokens)
 
     def results(self, prompts: Sequence[int]) -> tuple[KVCache, Float[Tensor, "prompts vocab"]]:
-        """The cache of these prompts, by number, with a row for each or one for all, and the logits after them."""
+        """The cache of these prompts, by number, with a row for each or one for all, and their next logits."""
         rows = torch.tensor([self._rows[prompt] for prompt in prompts], device=self._tokens.device)
         if len(self._tokens) > 1:
             self._cache.select(rows)

@@ -1,4 +1,4 @@
-"""Steps that are recorded: what `plain_steps` does, faster."""
+"""Recorded decode steps: faster than `plain_steps`, with the same results."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from minitransformer.models.decoder import DecoderLM
 
 
 def recorded_steps(model: DecoderLM) -> MakeStep:
-    """Steps of a copy of `model` that is fast for few rows."""
+    """Recorded steps of a copy of `model` that is fast for few rows."""
     return partial(recorded_step, model, for_single_rows(model))
 
 
 def recorded_step(model: DecoderLM, fast: DecoderLM, cache: KVCache, count: int, full: bool) -> DecodeStep:
-    """A step of `fast`, which is `model` made of constants; `count` and `full` are a part of the recording."""
+    """A step of `fast`, which is `model` with constant weights; `count` and `full` are constants of the recording."""
     device = next(model.parameters()).device
     fixed = has_fixed_shapes(device)
     # Where shapes are fixed, more slots are visible than hold tokens.
@@ -29,7 +29,7 @@ def recorded_step(model: DecoderLM, fast: DecoderLM, cache: KVCache, count: int,
 
 
 def _with_fewer_shapes(step: StepFunction, cache: KVCache, device: torch.device) -> StepFunction:
-    """`step`, whose third argument, as many numbers as slots are visible, comes in few sizes."""
+    """`step` with its third argument, as long as the visible slots, rounded up to one of few lengths."""
     slots = torch.arange(cache.max_length, device=device)
 
     def rounded(tokens: Tensor, new: Tensor, visible: Tensor, *others: Tensor) -> Tensor:
