@@ -81,14 +81,14 @@ def generate_each(
     slots = _most_tokens(prompts, sampling)
     rows = min(batch_size, len(prompts))
     engine = Engine(model, rows, slots, vocab_size=vocab_size, make_steps=recorded_steps)
-    numbers = {
+    number_of = {
         engine.submit(prompt, sampling, ends=ends, stops=partial(stops, number)): number
         for number, prompt in enumerate(prompts)
     }
     while not engine.idle:
         for request, _ in engine.step():
             if request.done:
-                yield numbers[request], request.tokens
+                yield number_of[request], request.tokens
 
 
 def _most_tokens(prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> int:
@@ -133,7 +133,7 @@ def decode(
 ) -> Generator[list[int], None, None]:
     """The plain loop of an engine: one token for each request a step, until all are done.
 
-    The prompts are of one length. `model` is in eval mode meanwhile.
+    The prompts are of one length. `model` is in eval mode during a step.
     """
     device = next(model.parameters()).device
     with evaluating(model):
