@@ -32,9 +32,6 @@ class Plugin:
     name: str
     sha256: str
 
-    def to_json(self) -> dict[str, str]:
-        return dict(vars(self))
-
 
 _loaded: dict[str, tuple[Plugin, Path]] = {}
 """plugins loaded in this process, by module name"""
@@ -118,10 +115,8 @@ def check_plugins(recorded: Any, origin: str) -> None:
     loaded = {plugin.name: plugin for plugin, _ in _loaded.values()}
     for record in checked_value(recorded or [], list, "plugins", origin):
         plugin = whole_record(Plugin, record, "a plugin", origin)
-        name, digest = plugin.name, plugin.sha256
-        if name not in loaded:
-            raise UserError(f"{origin} needs the plugin {name}: give it with {FLAG} {name}")
-        if loaded[name] != plugin:
-            raise UserError(
-                f"{origin} needs another version of the plugin {name} (SHA-256 {digest[:12]}…): give that version"
-            )
+        if plugin.name not in loaded:
+            raise UserError(f"{origin} needs the plugin {plugin.name}: give it with {FLAG} {plugin.name}")
+        if loaded[plugin.name] != plugin:
+            which = f"{plugin.name} (SHA-256 {plugin.sha256[:12]}…)"
+            raise UserError(f"{origin} needs another version of the plugin {which}: give that version")

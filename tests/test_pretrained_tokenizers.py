@@ -15,9 +15,8 @@ from tokenizers import pre_tokenizers
 
 from minitransformer.errors import UserError
 from minitransformer.generation.streaming import TextStream
-from minitransformer.pretrained.public_tokenizer import PublicTokenizer, characters_of_bytes
 from minitransformer.pretrained.tokenizer_files import described, save_tokenizer
-from minitransformer.pretrained.tokenizers import load_tokenizer
+from minitransformer.pretrained.tokenizers import PublicTokenizer, characters_of_bytes, load_tokenizer
 from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Bytes, Characters, Tokenizer
 from tests.tokenizers_for_tests import (
     PROSE,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitransformer.benchmark.case import BenchSetting
+from minitransformer.benchmark.case import JUDGE, BenchSetting
 from minitransformer.benchmark.ours import config_of, synchronise
 from minitransformer.benchmark.stepping import NANOGPT_STEPS, TrainingStep, nanogpt_steps
 from minitransformer.errors import UserError
@@ -98,7 +98,7 @@ def _until_reached(
             if loss <= setting.target_loss:
                 return clock.seconds
             look = int(look * GROWTH) + 1
-    raise UserError(f"{steps} steps did not reach a loss of {setting.target_loss:g}: raise --target-loss")
+    raise UserError(f"{steps} steps did not reach a {JUDGE.label} of {setting.target_loss:g}: raise --target-loss")
 
 
 @torch.no_grad()

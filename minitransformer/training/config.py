@@ -16,6 +16,7 @@ from minitransformer.text.recipes import known
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.objectives import Objective
 from minitransformer.training.optimizers import Optimizer, Rates
+from minitransformer.training.parallel import Parallel
 from minitransformer.training.precision import Precision
 from minitransformer.training.schedules import Schedule
 
@@ -136,6 +137,12 @@ class TrainingConfig:
     )
     compile: Literal["auto", "on", "off"] = setting(
         "auto", help="torch.compile; auto uses it if the run is long enough to profit"
+    )
+    parallel: Choice[Parallel] = Choice(
+        Parallel, "ddp", observes_only=True, help="how the ranks that torchrun starts share the training"
+    )
+    rank_timeout: float = setting(
+        60.0, above=0, observes_only=True, help="seconds after which a rank that does not answer ends the run"
     )
     seed: int = setting(
         0,

@@ -16,7 +16,7 @@ from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Log
 from minitransformer.training.progress import Meter, Progress
 from minitransformer.training.signals import StopRequest
-from minitransformer.training.validation import Validation, Validator
+from minitransformer.training.validation import StoppedValidation, Validation, Validator
 
 SAMPLES = "samples.txt"
 
@@ -31,9 +31,9 @@ class Trainer:
         self, folder: Path, learner: Learner, log: Log, stop: StopRequest, sample: Callable[[Model, Loader], str]
     ) -> None:
         self.folder, self.learner, self.log, self.stop, self.sample = folder, learner, log, stop, sample
-        self.config = learner.config.training
+        self.config, self.ranks = learner.config.training, learner.ranks
         self.progress = Progress()
-        self.validator = Validator(learner.model, learner.config, learner.loader, learner.precision, log)
+        self.validator = Validator(learner, log, stop)
         self.validation: Validation | None = None
         self._saved: Progress | None = None
 
@@ -48,7 +48,7 @@ class Trainer:
         self._divergence = DivergenceWatch(self.folder, self.learner, self.progress)
         self.learner.model.train()
         self._finish_validation()
-        while self.progress.step < last and self.stop.signal is None and not self.stopped_early:
+        while self.progress.step < last and not self.stopped_early and not self.stop.agreed(self.ranks):
             self._step()
             if self._due(self.config.log_every):
                 self._log()
@@ -110,11 +110,10 @@ class Trainer:
             self._save_if_due()
 
     def _validate(self) -> None:
-        validation = None
-        with self.stop.interruptible():
-            validation = self._validated()
-        if validation is not None:
-            self._note(validation)
+        try:
+            self._note(self._validated())
+        except StoppedValidation:
+            self.learner.model.train()
 
     def _validated(self) -> Validation:
         """The metrics; over the whole split in the last validation."""
@@ -135,7 +134,9 @@ class Trainer:
             self.write_sample()
 
     def write_sample(self, *, best: bool = False) -> str:
-        """A sample from the current or the best weights, also written to `samples.txt`."""
+        """A sample from the current or the best weights, also written to `samples.txt`; "" except on the main rank."""
+        if not self.ranks.is_main:
+            return ""
         model, note = self.learner.model, ""
         if best and self.progress.best_step not in (0, self.progress.step):
             model = self._best_model()
@@ -167,6 +168,10 @@ class Trainer:
         if self._saved == self.progress:
             return
         self._divergence.check_finite()
+        self.ranks.from_main(self._write_checkpoint)
+        self._saved = replace(self.progress)
+
+    def _write_checkpoint(self) -> None:
         self.log.sync()  # first, so that no checkpoint is ahead of the logs
         path = checkpoint.write_checkpoint(
             self._checkpoints,
@@ -181,14 +186,13 @@ class Trainer:
         # The loss of a step belongs to the weights before it.
         also = self.progress.skipped_step - 1
         checkpoint.remove_old_checkpoints(self._checkpoints, self.config.keep_last, also_before=also)
-        self._saved = replace(self.progress)
 
     def restore(self, chosen: Path) -> None:
         """Continue from the checkpoint `chosen`; changed settings keep their new values."""
         checkpoint.load_model_weights(chosen, self.learner.model)
         state = checkpoint.load_trainer_state(chosen)
         # It may be an older one; after a stop before the next save, the run must continue from it again.
-        files.point_to(self._checkpoints / "latest", chosen.name)
+        self.ranks.from_main(lambda: files.point_to(self._checkpoints / "latest", chosen.name))
         if not state:
             return  # initial weights, without training state
         self.progress = Progress(**state["progress"])
@@ -197,7 +201,7 @@ class Trainer:
         self._saved = replace(self.progress)
         # A kill may have come between writing a checkpoint and its link.
         best = self._checkpoints / checkpoint.checkpoint_name(self.progress.best_step)
-        if self.progress.best_step and best.exists():
+        if self.ranks.is_main and self.progress.best_step and best.exists():
             files.point_to(self._checkpoints / "best", best.name)
 
 
