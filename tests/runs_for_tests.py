@@ -70,7 +70,7 @@ def prepared_text(folder: Path, text: str = TEXT) -> PreparedText:
     if not source.exists():
         source.write_text(text)
     return TextPreparation(
-        open_corpus(str(source)), "bytes", context_length=16, cache=folder / "cache", workers=1, progress=False
+        open_corpus(str(source)), Bytes.choose(), context_length=16, cache=folder / "cache", workers=1, progress=False
     ).run()
 
 

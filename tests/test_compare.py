@@ -17,7 +17,8 @@ from minitransformer.commands import USAGE
 from minitransformer.commands.compare import main
 from minitransformer.errors import StorageError, UserError
 from minitransformer.runs import Run
-from minitransformer.text.tokenizers import Bytes, Characters
+from minitransformer.text.tokenizers import Bytes
+from tests.prepared_for_tests import fitted
 from tests.runs_for_tests import configured, prepared_text, trainer_for, unsealed
 
 STEPS, NUMBERS, TOKENIZER = (4, 8, 12), ("validation_loss", "bits_per_byte"), Bytes()
@@ -157,12 +158,19 @@ def test_curves_run_over_steps_tokens_or_seconds(make, by, x):
 
 
 def test_other_tokenizers_are_compared_by_bits_per_byte(make):
-    chars = Characters.fit(lambda: iter(["abc"]))
+    chars = fitted("chars", "abc")
     paths = [make("bytes", text="one"), make("chars", text="two", tokenizer=chars, vocab_size=300)]
     comparison = compare(paths)
     assert comparison.metric == "bits_per_byte"
     assert any("different tokenizers" in remark for remark in comparison.remarks)
     assert not comparison.losses_comparable
+
+
+def test_vocabularies_for_each_side_are_other_tokenizers_of_the_same_text(make):
+    pairs = {"topology": "encoder-decoder", "objective": "seq2seq"}
+    shared = make("shared", text="one", **pairs)
+    separate = make("separate", text="two", tokenizer=fitted("chars", "abc"), **pairs, separate_vocabularies=True)
+    assert any("different tokenizers" in remark for remark in compare([shared, separate]).remarks)
 
 
 def test_other_data_are_never_a_contest(make):

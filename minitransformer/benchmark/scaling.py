@@ -231,6 +231,7 @@ def _prepared(setting: BenchSetting) -> tuple[float, float]:
     from minitransformer.benchmark.subjects.tokenizers import texts_of
     from minitransformer.text.corpora import open_corpus
     from minitransformer.text.datasets.text import TextPreparation
+    from minitransformer.text.tokenizers import Bytes
 
     with tempfile.TemporaryDirectory(prefix="minitransformer-bench-") as folder:
         path = Path(folder) / "text.txt"
@@ -240,7 +241,7 @@ def _prepared(setting: BenchSetting) -> tuple[float, float]:
                 file.write(first)
         start = time.perf_counter()
         cache = Path(folder) / "prepared"
-        TextPreparation(open_corpus(str(path)), "bytes", context_length=64, cache=cache, progress=False).run()
+        TextPreparation(open_corpus(str(path)), Bytes.choose(), context_length=64, cache=cache, progress=False).run()
         return time.perf_counter() - start, peak_megabytes()
 
 
