@@ -42,14 +42,13 @@ class DataCheck(PreflightCheck, name="data"):
             raise data.error
         if data.prepared is not None and candidate.resumed is not None:
             check_same_text(candidate.resumed, config, data.prepared)
-        name = named(config.data.data)
         if data.unmade is not None:
             return Finding("note", f"recipe {data.unmade} is not made yet", "train.py makes it, or downloads its text")
         if data.tokens is None:
-            return Finding("ok", f"{name}: fresh pairs for every batch")
-        return self._amount(candidate, name, data.tokens)
+            return Finding("ok", f"{named(config.data.data)}: fresh pairs for every batch")
+        return self._amount(candidate, data.tokens)
 
-    def _amount(self, candidate: Candidate, name: str, tokens: int) -> Finding:
+    def _amount(self, candidate: Candidate, tokens: int) -> Finding:
         config, data = candidate.whole, candidate.data
         ratio, epochs = tokens / candidate.parameters, config.training.steps * config.tokens_per_step / tokens
         figures = {

@@ -18,9 +18,10 @@ from minitransformer.training.learner import Learner
 from minitransformer.training.loader import Loader
 from minitransformer.training.machine import Machine
 
-HOLES, HOLES_OF_RECURRENT = 0.4, 0.8
+HOLES, MORE_HOLES = 0.4, 0.8
 """memory between tensors that come and go, relative to theirs, in the heap that `keep_freed_memory` keeps: measured, \
-0.2 to 0.5 with Transformers, and 0.7 to 0.9 with recurrent models, which allocate small tensors at every position"""
+0.2 to 0.55; and 0.7 to 0.95 in recurrent models, which allocate small tensors at every position, and with accumulation, \
+whose gradients stay among the activations"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def rehearse(config: RunConfig, loader: Loader, machine: Machine, batches: Seque
         learner.step(counted)
     gradients = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     in_step = count.peak - kept
-    share = HOLES_OF_RECURRENT if config.model.topology == "rnn" else HOLES
+    share = MORE_HOLES if config.model.topology == "rnn" or len(batches) > 1 else HOLES
     holes = int(share * in_step) if keeps_holes(device) else 0
     return StepMemory(parameters, gradients, kept - parameters, max(0, in_step - gradients), holes)
 
