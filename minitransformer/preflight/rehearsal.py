@@ -20,8 +20,8 @@ from minitransformer.training.machine import Machine
 
 HOLES, MORE_HOLES = 0.4, 0.8
 """memory between tensors that come and go, relative to theirs, in the heap that `keep_freed_memory` keeps: measured, \
-0.2 to 0.55; and 0.7 to 0.95 in recurrent models, which allocate small tensors at every position, and with accumulation, \
-whose gradients stay among the activations"""
+0.2 to 0.55; and 0.7 to 0.95 with accumulation, whose gradients stay among the activations, and in recurrent models, \
+which allocate small tensors at every position"""
 
 
 @dataclass(frozen=True)
