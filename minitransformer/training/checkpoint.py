@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -79,25 +79,44 @@ def checkpoint_step(checkpoint: Path) -> int:
 def write_checkpoint(
     folder: Path, step: int, model: nn.Module, trainer_state: dict[str, Any], config: RunConfig | None = None
 ) -> Path:
+    """Write `folder`/step-NNNNNN with the weights of `model`, as `write_state` does."""
+    return write_state(folder, step, unique_tensors(model), trainer_state, config)
+
+
+def write_state(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    trainer_state: dict[str, Any],
+    config: RunConfig | None = None,
+    *,
+    go_on: Callable[[], None] = lambda: None,
+) -> Path:
     """Write `folder`/step-NNNNNN and point `latest` to it; `config` is the configuration of the run.
 
-    Raises `StorageError` if the disk is too full, and `OSError` if it cannot be written.
+    What `go_on` raises between two files ends it. Raises `StorageError` if the disk is too full, and `OSError` if it
+    cannot be written.
     """
-    path, tensors = folder / checkpoint_name(step), unique_tensors(model)
+    path = folder / checkpoint_name(step)
     _check_room_for(folder, path.name, tensors, trainer_state)
     with files.whole_folder(path) as temporary:
         files.write_tensors(temporary / MODEL, tensors)
-        _write_state(trainer_state, temporary / TRAINER)
+        go_on()
+        _write_trainer_state(trainer_state, temporary / TRAINER)
         manifest: dict[str, Any] = {"step": step}
         if config is not None:
             manifest["config"] = config.to_json()
-        manifest["sha256"] = {name: files.sha256(temporary / name) for name in (MODEL, TRAINER)}
+        manifest["sha256"] = {}
+        for name in (MODEL, TRAINER):
+            go_on()
+            manifest["sha256"][name] = files.sha256(temporary / name)
         (temporary / MANIFEST).write_text(json.dumps(files.sealed(manifest), indent=2) + "\n")
+        go_on()
     files.point_to(folder / "latest", path.name)
     return path
 
 
-def _write_state(state: dict[str, Any], path: Path) -> None:
+def _write_trainer_state(state: dict[str, Any], path: Path) -> None:
     with path.open("wb") as file:
         try:
             torch.save(state, file)

@@ -15,6 +15,7 @@ from minitransformer.training.learner import Learner
 from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Log
 from minitransformer.training.progress import Meter, Progress
+from minitransformer.training.saving import Saver
 from minitransformer.training.signals import StopRequest
 from minitransformer.training.validation import Validation, Validator
 
@@ -35,6 +36,7 @@ class Trainer:
         self.progress = Progress()
         self.validator = Validator(learner.model, learner.config, learner.loader, learner.precision, log)
         self.validation: Validation | None = None
+        self._saver = Saver(self._checkpoints, learner.config, log)
         self._saved: Progress | None = None
 
     def train(self, until: int | None = None) -> None:
@@ -45,10 +47,15 @@ class Trainer:
         """
         last = self.config.steps if until is None else min(until, self.config.steps)
         self._meter = Meter(self.learner, self.progress)
-        self._divergence = DivergenceWatch(self.folder, self.learner, self.progress)
+        self._divergence = DivergenceWatch(self.folder, self.learner, self.progress, self._saver.wait)
         self.learner.model.train()
+        with self._saver:
+            self._train(last)
+
+    def _train(self, last: int) -> None:
         self._finish_validation()
         while self.progress.step < last and self.stop.signal is None and not self.stopped_early:
+            self._saver.check()
             self._step()
             if self._due(self.config.log_every):
                 self._log()
@@ -156,6 +163,7 @@ class Trainer:
         return self.folder / checkpoint.CHECKPOINTS
 
     def _best_model(self) -> Model:
+        self._saver.wait()
         chosen = checkpoint.choose_checkpoint(self._checkpoints, checkpoint.checkpoint_name(self.progress.best_step))
         return checkpoint.load_model(chosen, self.learner.config, self.learner.machine.device)
 
@@ -167,24 +175,21 @@ class Trainer:
         if self._saved == self.progress:
             return
         self._divergence.check_finite()
-        self.log.sync()  # first, so that no checkpoint is ahead of the logs
-        path = checkpoint.write_checkpoint(
-            self._checkpoints,
-            self.progress.step,
+        progress = replace(self.progress)
+        self._saver.save(
+            progress.step,
             self.learner.model,
-            {**self.learner.state_dict(), "progress": asdict(self.progress)},
-            self.learner.config,
+            {**self.learner.state_dict(), "progress": asdict(progress)},
+            # Without validation, the last checkpoint counts as the best.
+            best=progress.best_step == progress.step or not self.learner.loader.validates,
+            # The loss of a step belongs to the weights before it.
+            also_before=progress.skipped_step - 1,
         )
-        # Without validation, the last checkpoint counts as the best.
-        if self.progress.best_step == self.progress.step or not self.learner.loader.validates:
-            files.point_to(self._checkpoints / "best", path.name)
-        # The loss of a step belongs to the weights before it.
-        also = self.progress.skipped_step - 1
-        checkpoint.remove_old_checkpoints(self._checkpoints, self.config.keep_last, also_before=also)
-        self._saved = replace(self.progress)
+        self._saved = progress
 
     def restore(self, chosen: Path) -> None:
         """Continue from the checkpoint `chosen`; changed settings keep their new values."""
+        self._saver.wait()
         checkpoint.load_model_weights(chosen, self.learner.model)
         state = checkpoint.load_trainer_state(chosen)
         # It may be an older one; after a stop before the next save, the run must continue from it again.

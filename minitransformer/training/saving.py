@@ -1,0 +1,116 @@
+"""Saving beside training: state is copied between two steps, and a thread writes the copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from threading import Event
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitransformer import files
+from minitransformer.models.model import Model
+from minitransformer.training.checkpoint import remove_old_checkpoints, unique_tensors, write_state
+from minitransformer.training.config import RunConfig
+from minitransformer.training.logging import Log
+
+
+class Saver:
+    """Writes the checkpoints of a run in a thread, one at a time.
+
+    An error of the thread is raised by the next call. A context manager: if its block ends normally or with an error,
+    the last checkpoint is completed; if it is interrupted, as by Ctrl-C, an unfinished one is removed.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, log: Log) -> None:
+        self.folder, self.config, self.log = folder, config, log
+        self._buffers = Buffers()
+        self._writing: Future[None] | None = None
+        self._interrupted = Event()
+
+    def __enter__(self) -> Saver:
+        self._interrupted.clear()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.wait()
+            return
+        if not issubclass(kind, Exception):
+            self._interrupted.set()
+        with suppress(Exception):  # the first error is the one to report
+            self.wait()
+
+    def save(self, step: int, model: Model, state: dict[str, Any], *, best: bool, also_before: int) -> None:
+        """Begin to write the checkpoint of `step`; returns once everything in it is copied.
+
+        Raises the error of the checkpoint before it. `best` and `also_before` say which checkpoints are kept.
+        """
+        self.wait()
+        (tensors, state), wait_for_device = self._buffers.copy((unique_tensors(model), state))
+
+        def write() -> None:
+            wait_for_device()
+            self.log.sync()  # first, so that no checkpoint is ahead of the logs
+            path = write_state(self.folder, step, tensors, state, self.config, go_on=self._go_on)
+            if best:
+                files.point_to(self.folder / "best", path.name)
+            remove_old_checkpoints(self.folder, self.config.training.keep_last, also_before=also_before)
+
+        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing = thread.submit(write)
+        thread.shutdown(wait=False)
+
+    def check(self) -> None:
+        """Raise the error of a checkpoint that could not be written."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written; raises its error."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _go_on(self) -> None:
+        if self._interrupted.is_set():
+            raise InterruptedError("training was interrupted")
+
+
+class Buffers:
+    """Memory of the CPU for copies of nested state, which each copy reuses."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[Any, ...], Tensor] = {}
+
+    def copy(self, state: Any) -> tuple[Any, Callable[[], None]]:
+        """A copy of `state` on the CPU, and what to call before it is read.
+
+        Copies from CUDA are queued before the next step's work, which this process need not wait for.
+        """
+        copied = self._copied(state, ())
+        if not any(buffer.is_pinned() for buffer in self._tensors.values()):
+            return copied, lambda: None
+        done = torch.cuda.Event(blocking=True)
+        done.record()
+        return copied, done.synchronize
+
+    def _copied(self, state: Any, place: tuple[Any, ...]) -> Any:
+        if isinstance(state, dict):
+            return {key: self._copied(value, (*place, key)) for key, value in state.items()}
+        if isinstance(state, list | tuple):
+            return type(state)(self._copied(value, (*place, index)) for index, value in enumerate(state))
+        if not isinstance(state, Tensor):
+            return state
+        tensor, buffer = state.detach(), self._tensors.get(place)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._tensors[place] = buffer
+        return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
