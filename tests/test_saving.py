@@ -18,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitransformer import files
-from minitransformer.training import checkpoint, saving
+from minitransformer.training import checkpoint
 from minitransformer.training.checkpoint import choose_checkpoint, damage, load_trainer_state
 from minitransformer.training.config import DataConfig, RunConfig, with_usual_vocabulary
 from minitransformer.training.divergence import NonFiniteTraining
+from minitransformer.training.loop import Trainer
 from minitransformer.training.presets import PRESETS
 from minitransformer.training.saving import Buffers
 from tests.runs_for_tests import (
@@ -38,21 +39,17 @@ from tests.runs_for_tests import (
 
 pytestmark = pytest.mark.unchecked_shapes
 SECONDS = 20
-write_state = saving.write_state
 
 
-@pytest.fixture
-def before_writing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], object]], None]:
-    """Has the thread call a function of the checkpoint's step before it writes."""
+def before_writing(trainer: Trainer, do: Callable[[int], object]) -> None:
+    """Have the thread of `trainer` call `do` with the checkpoint's step before it writes."""
+    write = trainer._saver.write_state
 
-    def patch(do: Callable[[int], object]) -> None:
-        def written(folder: Path, step: int, *rest: Any, **named: Any) -> Path:
-            do(step)
-            return write_state(folder, step, *rest, **named)
+    def written(folder: Path, step: int, *rest: Any, **named: Any) -> Path:
+        do(step)
+        return write(folder, step, *rest, **named)
 
-        monkeypatch.setattr(saving, "write_state", written)
-
-    return patch
+    trainer._saver.write_state = written
 
 
 def names(run: Path) -> list[str]:
@@ -61,7 +58,7 @@ def names(run: Path) -> list[str]:
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_which_has_the_weights_of_its_step(
-    text: Any, tmp_path: Path, before_writing: Any
+    text: Any, tmp_path: Path
 ) -> None:
     whole = trainer_for(tmp_path / "whole", text, configured())
     kept: list[Any] = []
@@ -69,7 +66,9 @@ def test_training_goes_on_while_a_checkpoint_is_written_which_has_the_weights_of
     whole.train()
     trainer, done = trainer_for(tmp_path / "run", text, configured(keep_last=9)), Event()
     call_after_step(trainer, 5, done.set)
-    before_writing(lambda step: step != 3 or done.wait(SECONDS) or pytest.fail("training waited for the checkpoint"))
+    before_writing(
+        trainer, lambda step: step != 3 or done.wait(SECONDS) or pytest.fail("training waited for the checkpoint")
+    )
     trainer.train()
     saved = saved_weights(tmp_path / "run", "step-000003")
     assert_same_weights(saved, {name: kept[0][name] for name in saved})
@@ -78,9 +77,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_which_has_the_weights_of
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
-def test_one_checkpoint_is_written_at_a_time_and_all_are_when_training_ends(
-    text: Any, tmp_path: Path, before_writing: Any
-) -> None:
+def test_one_checkpoint_is_written_at_a_time_and_all_are_when_training_ends(text: Any, tmp_path: Path) -> None:
     began: list[tuple[int, list[str]]] = []
 
     def note(step: int) -> None:
@@ -88,16 +85,15 @@ def test_one_checkpoint_is_written_at_a_time_and_all_are_when_training_ends(
         time.sleep(0.05)
         began.append((step, names(tmp_path / "run")))
 
-    before_writing(note)
-    trainer_for(tmp_path / "run", text, configured(steps=4, save_every=1, keep_last=9)).train()
+    trainer = trainer_for(tmp_path / "run", text, configured(steps=4, save_every=1, keep_last=9))
+    before_writing(trainer, note)
+    trainer.train()
     saved = [f"step-{step:06d}" for step in range(1, 5)]
     assert began == [(step + 1, saved[:step]) for step in range(4)]
     assert names(tmp_path / "run") == saved
 
 
-def test_what_a_disk_answers_the_thread_ends_training_at_its_next_step(
-    text: Any, tmp_path: Path, before_writing: Any
-) -> None:
+def test_what_a_disk_answers_the_thread_ends_training_at_its_next_step(text: Any, tmp_path: Path) -> None:
     failed = Event()
 
     def full(step: int) -> None:
@@ -105,8 +101,8 @@ def test_what_a_disk_answers_the_thread_ends_training_at_its_next_step(
             failed.set()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    before_writing(full)
     trainer = trainer_for(tmp_path / "run", text, configured(steps=100, save_every=3, eval_every=1000))
+    before_writing(trainer, full)
     call_after_step(trainer, 7, lambda: failed.wait(SECONDS))
     with pytest.raises(OSError, match="No space left"):
         trainer.train()
@@ -122,7 +118,7 @@ def test_the_command_says_it_in_the_same_sentence(
     def failing(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(checkpoint, "_write_trainer_state", failing)
+    monkeypatch.setattr(checkpoint, "write_trainer_state", failing)
     error = refused(capsys, "--data", "my.txt", "--out", "run", "--steps", "6", "--save-every", "2", *SMALL, code=1)
     assert words in error
     assert names(here / "run") == []
@@ -145,7 +141,7 @@ def test_an_interruption_waits_for_one_file_at_most_and_leaves_the_last_checkpoi
         written.append(path.parent.name[:11])
 
     monkeypatch.setattr(files, "write_tensors", slow)
-    monkeypatch.setattr(checkpoint, "_write_trainer_state", noted)
+    monkeypatch.setattr(checkpoint, "write_trainer_state", noted)
 
     def ctrl_c() -> None:
         assert writing.wait(SECONDS)
@@ -159,9 +155,7 @@ def test_an_interruption_waits_for_one_file_at_most_and_leaves_the_last_checkpoi
     assert damage(choose_checkpoint(tmp_path / "run/checkpoints")) is None
 
 
-def test_an_error_of_training_completes_the_checkpoint_that_was_being_written(
-    text: Any, tmp_path: Path, before_writing: Any
-) -> None:
+def test_an_error_of_training_completes_the_checkpoint_that_was_being_written(text: Any, tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path / "run", text, configured(steps=100, save_every=3, eval_every=1000))
     raised = Event()
 
@@ -170,20 +164,20 @@ def test_an_error_of_training_completes_the_checkpoint_that_was_being_written(
         raise ZeroDivisionError
 
     call_after_step(trainer, 5, broken)
-    before_writing(lambda step: raised.wait(SECONDS))
+    before_writing(trainer, lambda step: raised.wait(SECONDS))
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert names(tmp_path / "run") == ["step-000003"]
 
 
 def test_divergence_offers_the_checkpoint_that_was_being_written(
-    text: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before_writing: Any
+    text: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_for(tmp_path / "run", text, configured(steps=100, save_every=4, eval_every=1000))
     table, asked, wait = trainer.learner.model.embedding.table.weight, Event(), trainer._saver.wait
     monkeypatch.setattr(trainer._saver, "wait", lambda: (asked.set(), wait()))
     call_after_step(trainer, 7, lambda: (asked.clear(), table.data.mul_(math.nan)))
-    before_writing(lambda step: asked.wait(SECONDS))
+    before_writing(trainer, lambda step: asked.wait(SECONDS))
     with pytest.raises(NonFiniteTraining, match="--checkpoint step-000004"):
         trainer.train()
 

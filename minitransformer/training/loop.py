@@ -191,7 +191,7 @@ class Trainer:
         """Continue from the checkpoint `chosen`; changed settings keep their new values."""
         self._saver.wait()
         checkpoint.load_model_weights(chosen, self.learner.model)
-        state = checkpoint.load_trainer_state(chosen)
+        state = checkpoint.load_learner_state(chosen, self.learner.model)
         # It may be an older one; after a stop before the next save, the run must continue from it again.
         files.point_to(self._checkpoints / "latest", chosen.name)
         if not state:

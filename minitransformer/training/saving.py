@@ -27,8 +27,10 @@ class Saver:
     the last checkpoint is completed; if it is interrupted, as by Ctrl-C, an unfinished one is removed.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, log: Log) -> None:
-        self.folder, self.config, self.log = folder, config, log
+    def __init__(
+        self, folder: Path, config: RunConfig, log: Log, write_state: Callable[..., Path] = write_state
+    ) -> None:
+        self.folder, self.config, self.log, self.write_state = folder, config, log, write_state
         self._buffers = Buffers()
         self._writing: Future[None] | None = None
         self._interrupted = Event()
@@ -59,7 +61,7 @@ class Saver:
         def write() -> None:
             wait_for_device()
             self.log.sync()  # first, so that no checkpoint is ahead of the logs
-            path = write_state(self.folder, step, tensors, state, self.config, go_on=self._go_on)
+            path = self.write_state(self.folder, step, tensors, state, self.config, go_on=self._go_on)
             if best:
                 files.point_to(self.folder / "best", path.name)
             remove_old_checkpoints(self.folder, self.config.training.keep_last, also_before=also_before)
