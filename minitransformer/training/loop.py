@@ -17,7 +17,7 @@ from minitransformer.training.logging import Log
 from minitransformer.training.progress import Meter, Progress
 from minitransformer.training.saving import Saver
 from minitransformer.training.signals import StopRequest
-from minitransformer.training.validation import Validation, Validator
+from minitransformer.training.validation import StoppedValidation, Validation, Validator
 
 SAMPLES = "samples.txt"
 
@@ -32,11 +32,11 @@ class Trainer:
         self, folder: Path, learner: Learner, log: Log, stop: StopRequest, sample: Callable[[Model, Loader], str]
     ) -> None:
         self.folder, self.learner, self.log, self.stop, self.sample = folder, learner, log, stop, sample
-        self.config = learner.config.training
+        self.config, self.ranks = learner.config.training, learner.ranks
         self.progress = Progress()
-        self.validator = Validator(learner.model, learner.config, learner.loader, learner.precision, log)
+        self.validator = Validator(learner, log, stop)
         self.validation: Validation | None = None
-        self._saver = Saver(self._checkpoints, learner.config, log)
+        self._saver = Saver(self._checkpoints, learner.config, log, learner.parallel)
         self._saved: Progress | None = None
 
     def train(self, until: int | None = None) -> None:
@@ -54,8 +54,7 @@ class Trainer:
 
     def _train(self, last: int) -> None:
         self._finish_validation()
-        while self.progress.step < last and self.stop.signal is None and not self.stopped_early:
-            self._saver.check()
+        while self.progress.step < last and not self.stopped_early and not self._stop_agreed():
             self._step()
             if self._due(self.config.log_every):
                 self._log()
@@ -65,6 +64,10 @@ class Trainer:
             self._save_if_due()
         self._read()
         self._save()
+
+    def _stop_agreed(self) -> bool:
+        """Whether the ranks agree to stop: on a request, or to report a checkpoint that could not be written."""
+        return self.stop.agreed(self.ranks, failed=self._saver.failed)
 
     def _step(self) -> None:
         start = time.perf_counter()
@@ -117,11 +120,10 @@ class Trainer:
             self._save_if_due()
 
     def _validate(self) -> None:
-        validation = None
-        with self.stop.interruptible():
-            validation = self._validated()
-        if validation is not None:
-            self._note(validation)
+        try:
+            self._note(self._validated())
+        except StoppedValidation:
+            self.learner.model.train()
 
     def _validated(self) -> Validation:
         """The metrics; over the whole split in the last validation."""
@@ -142,7 +144,9 @@ class Trainer:
             self.write_sample()
 
     def write_sample(self, *, best: bool = False) -> str:
-        """A sample from the current or the best weights, also written to `samples.txt`."""
+        """A sample from the current or the best weights, also written to `samples.txt`; "" except on the main rank."""
+        if not self.ranks.is_main:
+            return ""
         model, note = self.learner.model, ""
         if best and self.progress.best_step not in (0, self.progress.step):
             model = self._best_model()
@@ -163,7 +167,6 @@ class Trainer:
         return self.folder / checkpoint.CHECKPOINTS
 
     def _best_model(self) -> Model:
-        self._saver.wait()
         chosen = checkpoint.choose_checkpoint(self._checkpoints, checkpoint.checkpoint_name(self.progress.best_step))
         return checkpoint.load_model(chosen, self.learner.config, self.learner.machine.device)
 
@@ -193,7 +196,7 @@ class Trainer:
         checkpoint.load_model_weights(chosen, self.learner.model)
         state = checkpoint.load_learner_state(chosen, self.learner.model)
         # It may be an older one; after a stop before the next save, the run must continue from it again.
-        files.point_to(self._checkpoints / "latest", chosen.name)
+        self.ranks.from_main(lambda: files.point_to(self._checkpoints / "latest", chosen.name))
         if not state:
             return  # initial weights, without training state
         self.progress = Progress(**state["progress"])
@@ -202,7 +205,7 @@ class Trainer:
         self._saved = replace(self.progress)
         # A kill may have come between writing a checkpoint and its link.
         best = self._checkpoints / checkpoint.checkpoint_name(self.progress.best_step)
-        if self.progress.best_step and best.exists():
+        if self.ranks.is_main and self.progress.best_step and best.exists():
             files.point_to(self._checkpoints / "best", best.name)
 
 

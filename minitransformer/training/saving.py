@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -18,19 +18,22 @@ from minitransformer.models.model import Model
 from minitransformer.training.checkpoint import remove_old_checkpoints, unique_tensors, write_state
 from minitransformer.training.config import RunConfig
 from minitransformer.training.logging import Log
+from minitransformer.training.parallel import Parallel
+from minitransformer.training.shard_writer import ShardWriter
 
 
 class Saver:
     """Writes the checkpoints of a run in a thread, one at a time.
 
-    An error of the thread is raised by the next call. A context manager: if its block ends normally or with an error,
-    the last checkpoint is completed; if it is interrupted, as by Ctrl-C, an unfinished one is removed.
+    All ranks call its methods alike. The main one writes; where ranks keep parts of the weights, each writes its own.
+    A context manager: if its block ends normally or with an error, the last checkpoint is completed; if it is
+    interrupted, as by Ctrl-C, an unfinished one is removed.
     """
 
-    def __init__(
-        self, folder: Path, config: RunConfig, log: Log, write_state: Callable[..., Path] = write_state
-    ) -> None:
-        self.folder, self.config, self.log, self.write_state = folder, config, log, write_state
+    def __init__(self, folder: Path, config: RunConfig, log: Log, parallel: Parallel) -> None:
+        self.folder, self.config, self.log, self.ranks = folder, config, log, parallel.ranks
+        self.writes = self.ranks.is_main or parallel.shards_weights
+        self.write_state = ShardWriter().write_state if parallel.shards_weights else write_state
         self._buffers = Buffers()
         self._writing: Future[None] | None = None
         self._interrupted = Event()
@@ -47,8 +50,8 @@ class Saver:
             return
         if not issubclass(kind, Exception):
             self._interrupted.set()
-        with suppress(Exception):  # the first error is the one to report
-            self.wait()
+        if self._writing is not None:
+            wait_for([self._writing])  # the error of the block is the one to report
 
     def save(self, step: int, model: Model, state: dict[str, Any], *, best: bool, also_before: int) -> None:
         """Begin to write the checkpoint of `step`; returns once everything in it is copied.
@@ -56,30 +59,39 @@ class Saver:
         Raises the error of the checkpoint before it. `best` and `also_before` say which checkpoints are kept.
         """
         self.wait()
+        if not self.writes:
+            return
         (tensors, state), wait_for_device = self._buffers.copy((unique_tensors(model), state))
 
         def write() -> None:
             wait_for_device()
             self.log.sync()  # first, so that no checkpoint is ahead of the logs
             path = self.write_state(self.folder, step, tensors, state, self.config, go_on=self._go_on)
-            if best:
-                files.point_to(self.folder / "best", path.name)
-            remove_old_checkpoints(self.folder, self.config.training.keep_last, also_before=also_before)
+            if self.ranks.is_main:
+                if best:
+                    files.point_to(self.folder / "best", path.name)
+                remove_old_checkpoints(self.folder, self.config.training.keep_last, also_before=also_before)
 
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing = thread.submit(write)
         thread.shutdown(wait=False)
 
-    def check(self) -> None:
-        """Raise the error of a checkpoint that could not be written."""
-        if self._writing is not None and self._writing.done():
-            self.wait()
+    @property
+    def failed(self) -> bool:
+        """Whether the last checkpoint could not be written, as far as this rank knows; `wait` says why."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is written; raises its error."""
+        """Wait until the last checkpoint is written; raises the error of the main rank on all of them."""
         writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        error = None if writing is None else writing.exception()
+
+        def check() -> None:
+            if error is not None:
+                raise error
+
+        self.ranks.from_main(check)
+        check()
 
     def _go_on(self) -> None:
         if self._interrupted.is_set():
