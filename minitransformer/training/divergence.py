@@ -22,6 +22,7 @@ from minitransformer.training.checkpoint import (
 from minitransformer.training.config import TrainingConfig
 from minitransformer.training.learner import Learner
 from minitransformer.training.progress import Progress
+from minitransformer.training.shards import local_part
 
 # float16 needs some skipped steps to find its loss scale; more never recover.
 MOST_STEPS_WITHOUT_UPDATE = 20
@@ -64,11 +65,11 @@ class DivergenceWatch:
             )
 
     def check_finite(self) -> None:
-        """Raises if a weight or an optimizer state is not finite."""
+        """Raises on all ranks if a weight or an optimizer state is not finite on one of them."""
         kept = list(unique_tensors(self.learner.model).values())
         for optimizer in self.learner.optimizers:
             kept += [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
-        if not are_finite([tensor for tensor in kept if tensor.is_floating_point()]):
+        if self.learner.ranks.any(not are_finite([local_part(each) for each in kept if each.is_floating_point()])):
             raise self._diverged(
                 f"after step {self.progress.step}, the weights or the optimizer state are infinite or NaN, "
                 "and are not saved"
