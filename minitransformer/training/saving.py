@@ -136,9 +136,14 @@ class Buffers:
         copied = self._copied(state, ())
         if not torch.cuda.is_initialized():
             return copied, lambda: None
-        done = torch.cuda.Event(blocking=True)
+        done, device = torch.cuda.Event(blocking=True), torch.cuda.current_device()
         done.record()
-        return copied, done.synchronize
+
+        def wait() -> None:
+            torch.cuda.set_device(device)  # a thread begins with the first one
+            done.synchronize()
+
+        return copied, wait
 
     def _copied(self, state: Any, place: tuple[Any, ...]) -> Any:
         if isinstance(state, dict):
