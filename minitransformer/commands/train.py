@@ -119,8 +119,9 @@ def _train_new(
     machine = ranks.from_main(lambda: machine_for(config))
     path = options.out or ranks.from_main(lambda: claimed_run_path(f"{name}-{short_name(config.data.data)}"))
     with only_writer_of(ranks, path):
-        ranks.from_main(lambda: begin_run(path, config, prepared, machine.resolved, *(start or ())))
-        run = Run.open(path)
+        run = ranks.main_first(
+            lambda: begin_run(path, config, prepared, machine.resolved, *(start or ())), lambda: Run.open(path)
+        )
         initial = None if start is None else run.checkpoint_to_continue()
         return _train(run, prepared, machine, ranks, initial=initial)
 
@@ -169,8 +170,8 @@ def _continue(run: Run, config: RunConfig, wanted: str | None, ranks: Ranks) -> 
     _print_data(config, prepared)
     check_same_text(run, config, prepared)
     ranks.from_main(lambda: check_room(run.path, config))
-    ranks.from_main(lambda: run.reconfigured(config, machine.resolved))
-    return _train(Run.open(run.path), prepared, machine, ranks, checkpoint=checkpoint)
+    run = ranks.main_first(lambda: run.reconfigured(config, machine.resolved), lambda: Run.open(run.path))
+    return _train(run, prepared, machine, ranks, checkpoint=checkpoint)
 
 
 def _parse(arguments: Sequence[str], base: RunConfig) -> tuple[Options, RunConfig]:
