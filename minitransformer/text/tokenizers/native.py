@@ -14,11 +14,11 @@ SECONDS, CHARACTERS_PER_SECOND = 5.0, 50_000
 
 
 def call_native(call: Callable[[], T]) -> T:
-    """What `call` returns; raises `ValueError` for a panic in Rust, which is not an `Exception`."""
+    """What `call` returns; raises `ValueError` for a panic in Rust, and for a plain `Exception`."""
     try:
         return call()
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise ValueError(str(error)) from None
 
