@@ -68,7 +68,7 @@ def test_any_json_object_in_place_of_a_part_is_taken_or_refused(count: int) -> N
     for_cases(count, check, parts, json_values | objects | st.dictionaries(names, objects, max_size=2))
 
 
-@cases(20, 600)
+@cases(20, 150)
 def test_a_model_of_any_sizes_is_counted_or_refused(count: int) -> None:
     sizes = ["d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "vocab_size", "context_length"]
     known = {each.name for each in DECLARED}

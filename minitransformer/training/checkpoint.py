@@ -339,12 +339,12 @@ def choose_checkpoint(folder: Path, name: str | None = None) -> Path:
     _restore(folder)
     candidates = checkpoints_in(folder)
     if name is not None:
-        chosen = (folder / name).resolve()
+        chosen = _resolved(folder / name)
         if chosen not in [path.resolve() for path in candidates]:
             known = ", ".join(path.name for path in candidates) or "none"
             raise UserError(f"{folder.parent} has no checkpoint {name!r}: choose from {known}")
     elif candidates:
-        latest = (folder / "latest").resolve()
+        latest = _resolved(folder / "latest")
         chosen = latest if latest in [path.resolve() for path in candidates] else candidates[-1].resolve()
     else:
         raise UserError(f"{folder.parent} has no complete checkpoint: train it first, or choose another run")
@@ -354,6 +354,14 @@ def choose_checkpoint(folder: Path, name: str | None = None) -> Path:
     others = [path.name for path in candidates if path.name != chosen.name and damage(path) is None]
     remedy = f"use --checkpoint {others[-1]} instead" if others else "there is no other one: train the run again"
     raise StorageError(f"checkpoint {chosen.name} of {folder.parent} is damaged ({fault}): {remedy}")
+
+
+def _resolved(path: Path) -> Path:
+    """`path` without links; itself if it is a circle of links, or no name of a file."""
+    try:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError):
+        return path
 
 
 def _restore(folder: Path) -> None:
