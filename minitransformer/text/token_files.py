@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from minitransformer.text.tokenizers import Tokenizer
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 OFFSET = np.dtype("<i8")
+BLOCK = 1 << 22
+"""tokens that are counted at a time"""
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
@@ -40,10 +42,25 @@ def mapped(path: Path, dtype: np.dtype[Any], count: int) -> Any:
     return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
 
 
-def count_bytes(tokenizer: Tokenizer, tokens: Tokens) -> int:
+class TokenSource(Protocol):
+    """Token ids by position: an array, or files that are read where they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: Any, /) -> Any: ...
+
+
+def count_ids(tokens: TokenSource, vocab_size: int) -> npt.NDArray[np.int64]:
+    """[vocab_size] how often each id is in `tokens`, of which a block at a time is in memory."""
+    counts = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(tokens), BLOCK):
+        counts += np.bincount(tokens[start : start + BLOCK], minlength=vocab_size)
+    return counts
+
+
+def count_bytes(tokenizer: Tokenizer, tokens: TokenSource) -> int:
     """Number of bytes of text in `tokens` [tokens]."""
-    sizes = np.array([len(piece) for piece in tokenizer.pieces])
-    return int(sizes @ np.bincount(tokens, minlength=len(sizes)))
+    return int(np.array([len(piece) for piece in tokenizer.pieces]) @ count_ids(tokens, tokenizer.vocab_size))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from minitransformer.errors import UserError
 from minitransformer.registry import Registered
 from minitransformer.settings import Chosen
-from minitransformer.text.token_files import Tokens
+from minitransformer.text.token_files import TokenSource
 from minitransformer.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class PreparedData(ABC):
         return None
 
     @abstractmethod
-    def targets(self, split: str) -> Tokens:
+    def targets(self, split: str) -> TokenSource:
         """[tokens] of the targets, where these are the text itself."""
 
 

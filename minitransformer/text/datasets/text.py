@@ -23,7 +23,7 @@ from minitransformer.text.datasets.base import BatchShape, DataRequest, Dataset,
 from minitransformer.text.datasets.pipeline import SPLITS, Preparation
 from minitransformer.text.tables import TABLES
 from minitransformer.text.threads import in_order, progress_bar
-from minitransformer.text.token_files import Tokens, dtype_of, mapped, stored_dtype
+from minitransformer.text.token_files import Tokens, count_ids, dtype_of, mapped, stored_dtype
 from minitransformer.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class PreparedText(PreparedData):
     @cached_property
     def majority_baseline(self) -> float:
         """Fraction of validation tokens that equal the most frequent training token."""
-        most_frequent = np.bincount(np.asarray(self.train)).argmax()
+        most_frequent = count_ids(self.train, self.tokenizer.vocab_size).argmax()
         return float((np.asarray(self.validation) == most_frequent).mean())
 
     def targets(self, split: str) -> Tokens:
