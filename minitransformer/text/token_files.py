@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from minitransformer.errors import StorageError
 from minitransformer.text.tokenizers import Tokenizer
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
@@ -48,6 +52,105 @@ class TokenSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, places: Any, /) -> Any: ...
+
+
+class StoredTokens(ABC):
+    """Token ids on disk that are not mapped into memory, but read where they are asked for."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, first: int, last: int) -> Tokens:
+        """The ids from `first` to before `last`."""
+
+    def __getitem__(self, places: slice | npt.NDArray[np.int64]) -> Tokens:
+        """The ids at a slice, or at places [rows, length] of which each row is near together."""
+        if isinstance(places, slice):
+            first, last, _ = places.indices(len(self))
+            return self.read(first, max(first, last))
+        lowest = places.min(1).tolist()
+        rows = zip(places, lowest, places.max(1).tolist(), strict=True)
+        return np.stack([self.read(low, high + 1)[row - low] for row, low, high in rows])
+
+
+@dataclass(frozen=True)
+class TokenFile(StoredTokens):
+    """The ids from `first` to before `last` in the file at `path`, as it was when `state` was noted.
+
+    A file that has vanished or changed since is a `StorageError` in place of a bus error, or of other ids.
+    """
+
+    path: Path
+    dtype: np.dtype[Any]
+    first: int
+    last: int
+    state: tuple[int, int]
+
+    @classmethod
+    def open(cls, path: Path, dtype: np.dtype[Any]) -> TokenFile:
+        """All of the ids at `path`; raises `StorageError` for a missing or truncated file."""
+        with reading_shard(path):
+            state = _state(path.stat())
+        if state[0] % dtype.itemsize:
+            raise StorageError(
+                f"shard {path} has {state[0]:,} bytes, not a multiple of the {dtype.itemsize} of each token: "
+                "it is truncated: copy it again"
+            )
+        return cls(path, dtype, 0, state[0] // dtype.itemsize, state)
+
+    def part(self, first: int, last: int) -> TokenFile:
+        """The ids from `first` to before `last` of these."""
+        return replace(self, first=self.first + first, last=self.first + last)
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def read(self, first: int, last: int) -> Tokens:
+        with reading_shard(self.path), self.path.open("rb") as file:
+            if _state(os.fstat(file.fileno())) != self.state:
+                raise StorageError(f"shard {self.path} has changed while it was in use: restore it, and resume")
+            file.seek((self.first + first) * self.dtype.itemsize)
+            return np.frombuffer(file.read((last - first) * self.dtype.itemsize), self.dtype)
+
+
+@contextmanager
+def reading_shard(path: Path) -> Iterator[None]:
+    """Turn an `OSError` while reading the shard at `path` into a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"shard {path} cannot be read ({error.strerror}): restore it, and start again") from None
+
+
+def _state(entry: os.stat_result) -> tuple[int, int]:
+    return entry.st_size, entry.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class JoinedTokens(StoredTokens):
+    """The ids of several files, one after the other."""
+
+    parts: tuple[TokenFile, ...]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(map(len, self.parts), initial=0))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, first: int, last: int) -> Tokens:
+        return np.concatenate([np.empty(0, np.uint16), *(part[:] for part in self.part(first, last).parts)])
+
+    def part(self, first: int, last: int) -> JoinedTokens:
+        """The ids from `first` to before `last` of these."""
+        found = []
+        for part, start in zip(self.parts, self._ends, strict=False):
+            low, high = max(first - start, 0), min(last - start, len(part))
+            if low < high:
+                found.append(part.part(low, high))
+        return JoinedTokens(tuple(found))
 
 
 def count_ids(tokens: TokenSource, vocab_size: int) -> npt.NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -82,6 +82,11 @@ class PreparedData(ABC):
     @abstractmethod
     def num_bytes(self, split: str) -> int:
         """UTF-8 bytes of the text in `targets`: bits per byte = total nats / ln 2 / num_bytes."""
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """A digest of each shard, by its path; none for data in one piece."""
+        return {}
 
     @property
     def majority_baseline(self) -> float | None:

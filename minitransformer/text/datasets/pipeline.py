@@ -86,12 +86,8 @@ class Preparation(ABC, Generic[C, S, D]):
 
         Raises `UserError` for too little text, unreadable text, and a full disk.
         """
+        self.fit()
         with writing(self.cache, REMEDY):
-            self.cache.mkdir(parents=True, exist_ok=True)
-            sweep(self.cache)
-            self.signatures = [corpus.signature() for corpus in self.corpora]
-            self.scans: list[S] = list(map(self._remembered_scan, self.corpora, self.signatures))
-            self.tokenizers = self.choose_tokenizers()
             fault: UserError | None = None
             for division in self.divisions():
                 folder = self.cache / self._hash(self.identity(division), *map(type, self.tokenizers))
@@ -101,6 +97,16 @@ class Preparation(ABC, Generic[C, S, D]):
                     return prepared
         assert fault is not None
         raise fault
+
+    def fit(self) -> tuple[Tokenizer, ...]:
+        """The tokenizers alone, fitted to the scanned corpora if necessary."""
+        with writing(self.cache, REMEDY):
+            self.cache.mkdir(parents=True, exist_ok=True)
+            sweep(self.cache)
+            self.signatures = [corpus.signature() for corpus in self.corpora]
+            self.scans: list[S] = list(map(self._remembered_scan, self.corpora, self.signatures))
+            self.tokenizers = self.choose_tokenizers()
+        return self.tokenizers
 
     # Defined by subclasses
 

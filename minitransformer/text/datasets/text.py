@@ -18,8 +18,8 @@ from minitransformer.amounts import size
 from minitransformer.errors import UserError
 from minitransformer.processes import processors
 from minitransformer.settings import Chosen
-from minitransformer.text.corpora import Corpus, Piece, kind, open_corpus
-from minitransformer.text.datasets.base import BatchShape, DataRequest, Dataset, PreparedData
+from minitransformer.text.corpora import Corpus, Piece, kind
+from minitransformer.text.datasets.base import BatchShape, PreparedData
 from minitransformer.text.datasets.pipeline import SPLITS, Preparation
 from minitransformer.text.tables import TABLES
 from minitransformer.text.threads import in_order, progress_bar
@@ -110,22 +110,6 @@ class PreparedText(PreparedData):
             return "\n".join([*lines, "validation none: overfitting goes unnoticed"])
         validation = f"{len(self.validation):,} tokens from {size(self.validation_bytes)}"
         return "\n".join([*lines, f"validation {validation}, documents: {self.validation_documents:,}"])
-
-
-class PlainText(Dataset, name="text"):
-    """Running text: concatenated documents, cut into windows."""
-
-    def prepare(self, request: DataRequest) -> PreparedText:
-        validation = request.validation_data
-        return TextPreparation(
-            open_corpus(request.data, request.field),
-            request.tokenizers[0] if request.tokenizers else request.tokenizer,
-            vocab_size=request.vocab_size,
-            validation=None if validation is None else open_corpus(validation, request.field),
-            validation_fraction=request.validation_fraction,
-            context_length=request.context_length,
-            special_tokens=request.special_tokens,
-        ).run()
 
 
 class TooShort(UserError):

@@ -1,0 +1,56 @@
+"""Windows of several shards, mixed by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from minitransformer.text.batches import RandomWindows, windows_in
+from minitransformer.text.mixture import Mixture, Numbers, permuted
+from minitransformer.text.token_files import TokenSource
+
+ROUNDS = 6
+"""of the Feistel network: 4 are enough for many bits, and small domains need more"""
+
+
+@lru_cache(maxsize=1 << 14)
+def _epoch_keys(seed: int, shard: int, epoch: int) -> npt.NDArray[np.uint64]:
+    """The keys of the order of an epoch's windows, and a last number for where they begin."""
+    return np.random.SeedSequence([seed, shard, epoch]).generate_state(ROUNDS + 1, np.uint64).astype(np.uint64)
+
+
+@dataclass(frozen=True)
+class MixedWindows(RandomWindows):
+    """Windows of `shards`, each [tokens], mixed by `weights`.
+
+    A shard has epochs of its own: adjacent windows from a random offset, each once, in random order. No table of them
+    is held, so that their number is limited by disks alone.
+    """
+
+    shards: Sequence[TokenSource]
+    weights: tuple[int, ...]
+    context_length: int
+    batch_size: int
+    seed: int
+
+    def windows(self, numbers: Numbers) -> Numbers:
+        shards, before = Mixture(self.weights).places(numbers)
+        result = np.empty((len(numbers), self.context_length + 1), np.int64)
+        for row, (shard, place) in enumerate(zip(shards.tolist(), before.tolist(), strict=True)):
+            start = self._start(shard, place)
+            result[row] = self.shards[shard][start : start + self.context_length + 1]
+        return result
+
+    def _start(self, shard: int, place: int) -> int:
+        """The first token of a window, which is number `place` of its shard."""
+        tokens = len(self.shards[shard])
+        count = windows_in(tokens, self.context_length)
+        epoch, inside = divmod(place, count)
+        keys = _epoch_keys(self.seed, shard, epoch)
+        beginning = int(keys[-1]) % (tokens - count * self.context_length)
+        order = permuted(np.array([inside]), count, keys[:-1])
+        return beginning + self.context_length * int(order[0])
