@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -94,7 +95,7 @@ class ShardIndex:
 def _shards(entries: Any, name: str, path: Path) -> tuple[Shard, ...]:
     if not isinstance(entries, list):
         raise UserError(f'{path} has "{name}" {shown(entries)}: give a list of shards')
-    return tuple(_shard(entry, f'{path}, number {i} of "{name}",') for i, entry in enumerate(entries, start=1))
+    return tuple(_shard(entry, f'number {i} of "{name}" in {path}') for i, entry in enumerate(entries, start=1))
 
 
 def _shard(entry: Any, where: str) -> Shard:
@@ -130,7 +131,7 @@ def is_index(name: str) -> bool:
             beginning = file.read(LOOKED_AT)
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
-    return beginning.lstrip().startswith(b"{") and b'"shards"' in beginning
+    return beginning.lstrip().startswith(b"{") and re.search(rb'"shards"\s*:', beginning) is not None
 
 
 def index_in(data: str | Sequence[str]) -> Path | None:

@@ -165,7 +165,7 @@ class Preparation(ABC, Generic[C, S, D]):
 
         def fit() -> Tokenizer:
             tokenizer = chosen.variant.fit(chosen.settings, read, key[0])
-            self._check_unchanged()
+            self.check_unchanged()
             return tokenizer
 
         place = self._hash([*digests, name, to_json(chosen.settings), *key], chosen.variant)
@@ -201,10 +201,11 @@ class Preparation(ABC, Generic[C, S, D]):
         for tokenizer, name in zip(self.tokenizers, TOKENIZERS, strict=False):
             tokenizer.save(folder / name)
         meta = self.write(division, folder)
-        self._check_unchanged()
+        self.check_unchanged()
         (folder / META).write_text(json.dumps({"format": FORMAT, **meta}))
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
+        """Raises `UserError` if a file has changed since it was scanned."""
         for corpus, signature in zip(self.corpora, self.signatures, strict=True):
             corpus.check_unchanged(signature)
 

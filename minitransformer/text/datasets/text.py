@@ -220,7 +220,8 @@ class TextPreparation(Preparation[Corpus, TextScan, PreparedText]):
 
     def write(self, division: str, folder: Path) -> dict[str, Any]:
         tokenizer = self.tokenizers[0]
-        counts = encode_parts(self.parts(division), tokenizer, folder, self.bytes, self.workers, self.progress)
+        parts = encode_in_order(self.parts(division), tokenizer, self.bytes, self.workers, self.progress)
+        counts = write_splits(parts, folder)
         return {"dtype": dtype_of(tokenizer).name, "split": division, **counts}
 
     def parts(self, division: str) -> Iterator[Part]:
@@ -305,10 +306,10 @@ class EncodedPart(NamedTuple):
     part: Part
 
 
-def encode_parts(
-    parts: Iterable[Part], tokenizer: Tokenizer, folder: Path, total: int, workers: int | None, progress: bool
-) -> dict[str, dict[str, int]]:
-    """Write each split's tokens in order; counts tokens, bytes of text and documents."""
+def encode_in_order(
+    parts: Iterable[Part], tokenizer: Tokenizer, total: int, workers: int | None = None, progress: bool = True
+) -> Iterator[EncodedPart]:
+    """The tokens of each part in order, encoded by `workers` threads; `total` bytes of text are expected."""
     dtype = dtype_of(tokenizer)
     start = np.array(tokenizer.separator, dtype)
 
@@ -316,15 +317,21 @@ def encode_parts(
         tokens = tokenizer.encode_array(part.text).astype(dtype)
         return EncodedPart(np.concatenate([start, tokens]) if part.opens else tokens, len(part.text.encode()), part)
 
+    with progress_bar(f"encoding with {tokenizer.name}", total, progress) as bar:
+        for encoded in in_order(encode, parts, workers or processors(), lambda part: len(part.text)):
+            yield encoded
+            bar.update(encoded.bytes)
+
+
+def write_splits(parts: Iterable[EncodedPart], folder: Path) -> dict[str, dict[str, int]]:
+    """Write each split's tokens in order; counts tokens, bytes of text and documents."""
     counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
     with ExitStack() as stack:
         files = [stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS]
-        bar = stack.enter_context(progress_bar(f"encoding with {tokenizer.name}", total, progress))
-        for tokens, size, part in in_order(encode, parts, workers or processors(), lambda part: len(part.text)):
+        for tokens, size, part in parts:
             files[part.validation].write(tokens.data)
             count = counts[SPLITS[part.validation]]
             count["tokens"] += len(tokens)
             count["bytes"] += size
             count["documents"] += part.opens
-            bar.update(size)
     return counts
