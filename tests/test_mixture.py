@@ -56,17 +56,20 @@ def test_the_shard_of_a_row_depends_on_the_row_alone_however_late(weights: list[
         assert place == pytest.approx(row * share, abs=4, rel=1e-9)
 
 
+def order_of(count: int, seed: int) -> np.ndarray:
+    keys = np.random.SeedSequence(seed).generate_state(6, np.uint64)
+    return permuted(np.arange(count), np.full(count, count), np.tile(keys, (count, 1)))
+
+
 @given(count=st.integers(1, 3000), seed=st.integers(0, 2**32))
 def test_the_order_of_windows_is_a_permutation(count: int, seed: int) -> None:
-    keys = np.random.SeedSequence(seed).generate_state(6, np.uint64)
-    order = permuted(np.arange(count), count, keys)
+    order = order_of(count, seed)
     assert sorted(order) == list(range(count))
     assert count < 50 or (np.diff(order) == 1).mean() < 0.2
 
 
 def test_orders_are_shuffled_evenly() -> None:
-    keys = [np.random.SeedSequence(seed).generate_state(6, np.uint64) for seed in range(2000)]
-    first = np.bincount([int(permuted(np.array([0]), 10, key)[0]) for key in keys], minlength=10)
+    first = np.bincount([order_of(10, seed)[0] for seed in range(2000)], minlength=10)
     assert (np.abs(first - 200) < 5 * np.sqrt(200)).all(), first
 
 
@@ -99,6 +102,12 @@ def test_a_shard_has_each_window_once_an_epoch_of_its_own(
         for epoch in range(len(starts) // per_epoch):
             seen = sorted(starts[epoch * per_epoch : (epoch + 1) * per_epoch])
             assert np.array_equal(np.diff(seen), np.full(per_epoch - 1, length))
+
+
+def test_epochs_begin_everywhere_and_have_orders_of_their_own() -> None:
+    starts = mixed([34], [1], 4).windows(np.arange(7 * 200))[:, 0].reshape(200, 7)
+    assert {int(start) % 4 for start in starts[:, 0]} == {0, 1, 2, 3}
+    assert len({tuple(np.argsort(epoch)) for epoch in starts}) > 190
 
 
 @given(numbers=positions, seed=st.integers(0, 2**32))

@@ -11,7 +11,7 @@ import tyro
 from minitransformer.commands import DONE, parse, with_exit_code
 from minitransformer.settings import Chosen
 from minitransformer.text.corpora import named, open_corpus
-from minitransformer.text.datasets.shard_writing import INDEX, write_shards
+from minitransformer.text.datasets.shard_writing import INDEX, write_token_shards
 from minitransformer.text.datasets.text import TextPreparation
 from minitransformer.text.tokenizers import Tokenizer
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         vocab_size=options.vocab_size,
         validation_fraction=0.0,
     )
-    shards = write_shards(preparation, options.out, options.shard_size)
+    shards = write_token_shards(preparation, options.out, options.shard_size)
     print(f"data       {named(options.data)}")
     print(f"tokens     {sum(shard['tokens'] for shard in shards):,} in {len(shards):,} shards of {tokenizer.name}")
     print(f"index      {options.out / INDEX}: add weights, validation shards, and shards of other folders")

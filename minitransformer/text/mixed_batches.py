@@ -40,17 +40,15 @@ class MixedWindows(RandomWindows):
     def windows(self, numbers: Numbers) -> Numbers:
         shards, before = Mixture(self.weights).places(numbers)
         result = np.empty((len(numbers), self.context_length + 1), np.int64)
-        for row, (shard, place) in enumerate(zip(shards.tolist(), before.tolist(), strict=True)):
-            start = self._start(shard, place)
+        for row, (shard, start) in enumerate(zip(shards.tolist(), self._starts(shards, before).tolist(), strict=True)):
             result[row] = self.shards[shard][start : start + self.context_length + 1]
         return result
 
-    def _start(self, shard: int, place: int) -> int:
-        """The first token of a window, which is number `place` of its shard."""
-        tokens = len(self.shards[shard])
-        count = windows_in(tokens, self.context_length)
-        epoch, inside = divmod(place, count)
-        keys = _epoch_keys(self.seed, shard, epoch)
-        beginning = int(keys[-1]) % (tokens - count * self.context_length)
-        order = permuted(np.array([inside]), count, keys[:-1])
-        return beginning + self.context_length * int(order[0])
+    def _starts(self, shards: Numbers, before: Numbers) -> Numbers:
+        """The first token of each window, of which `before` come earlier in its shard."""
+        sizes = np.array([len(self.shards[shard]) for shard in shards], np.int64)
+        counts = np.array([windows_in(size, self.context_length) for size in sizes.tolist()], np.int64)
+        epochs, places = np.divmod(before, counts)
+        keys = np.stack([_epoch_keys(self.seed, *pair) for pair in zip(shards.tolist(), epochs.tolist(), strict=True)])
+        beginnings = (keys[:, -1] % (sizes - counts * self.context_length).astype(np.uint64)).astype(np.int64)
+        return beginnings + self.context_length * permuted(places, counts, keys[:, :-1])

@@ -64,22 +64,22 @@ def _shared(rows: Numbers, part: Numbers, whole: Numbers) -> Numbers:
     return shared
 
 
-def permuted(places: Numbers, count: int, keys: npt.NDArray[np.uint64]) -> Numbers:
-    """A pseudo-random permutation of the numbers below `count` at `places`, computed without a table.
+def permuted(places: Numbers, counts: Numbers, keys: npt.NDArray[np.uint64]) -> Numbers:
+    """A pseudo-random permutation of the numbers below each of `counts`, at `places` [places], without a table.
 
-    A Feistel network on as many bits as `count` needs, repeated until the result is below `count`. Black and Rogaway
-    2002, Ciphers with Arbitrary Finite Domains, section 3 (cycle walking).
+    A Feistel network with the `keys` [places, rounds], on as many bits as a count needs, repeated until the result is
+    below the count. Black and Rogaway 2002, Ciphers with Arbitrary Finite Domains, section 3 (cycle walking).
     """
-    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    found = places.astype(np.uint64)
-    walking = np.ones(len(found), bool)
-    while walking.any():
+    halves = np.array([max(1, ((count - 1).bit_length() + 1) // 2) for count in counts.tolist()], np.uint64)
+    found, walking = places.astype(np.uint64), np.arange(len(places))
+    while len(walking):
+        half, rounds = halves[walking], keys[walking].T
+        mask = (np.uint64(1) << half) - np.uint64(1)
         left, right = found[walking] >> half, found[walking] & mask
-        for key in keys:
+        for key in rounds:
             left, right = right, left ^ (_mixed(right ^ key) & mask)
         found[walking] = left << half | right
-        walking = found >= count
+        walking = walking[found[walking] >= counts[walking].astype(np.uint64)]
     return found.astype(np.int64)
 
 

@@ -18,7 +18,7 @@ from minitransformer.text.token_files import Tokens, dtype_of
 INDEX = "index.json"
 
 
-def write_shards(preparation: TextPreparation, out: Path, shard_size: int) -> list[dict[str, Any]]:
+def write_token_shards(preparation: TextPreparation, out: Path, shard_size: int) -> list[dict[str, Any]]:
     """Write the corpus into the new folder `out`: shards of `shard_size` tokens, their tokenizer and their index.
 
     Returns the shards of the index. Raises `UserError` if `out` exists, and `StorageError` for a full disk.
