@@ -22,7 +22,7 @@ from minitransformer.text.datasets import DataRequest, PlainText, PreparedData
 from minitransformer.text.datasets.text import TextPreparation, TooShort
 from minitransformer.text.mixture import Mixture
 from minitransformer.text.shard_index import ShardIndex, is_index
-from minitransformer.text.tokenizers import BPE, Bytes
+from minitransformer.text.tokenizers import BPE, Bytes, Characters
 from minitransformer.training.checkpoint import checkpoints_in
 from minitransformer.training.learner import Learner
 from minitransformer.training.loader import Loader
@@ -162,9 +162,13 @@ def test_a_run_on_shards_resumes_by_command_and_says_which_data_it_read(
         ({"shards": [3]}, 'number 1 of "shards" in index.json is 3: give a path, or an object with one'),
         ({"shards": [{"path": "a.bin", "wieght": 1}]}, "has 'wieght': did you mean 'weight'?"),
         ({"shards": [{"path": "a.bin", "weight": "3"}]}, "has weight '3': it must be a number or null"),
-        ({"shards": [{"path": "a.bin", "weight": 0}]}, "has weight 0: it must be finite and above 0"),
+        ({"shards": [{"path": "a.bin", "weight": 0}]}, "has weight 0.0: it must be between 1e-12 and 1e+15, or leave"),
         ({"shards": [{"path": "a.bin", "weight": 1}, "b.bin"]}, "weighs some of its shards only"),
         ({"shards": ["a.bin", "./a.bin"]}, "has ./a.bin twice"),
+        ({"shards": [{"path": "a.bin", "tokens": 0}]}, "has tokens 0: it must be at least 1"),
+        ({"shards": ["index.json"]}, "index.json is an index within itself"),
+        ({"shards": [{"path": "part.json", "weight": 2}]}, "part.json is weighed as a whole, and has neither weight"),
+        ({"shards": ["other.json", "a.bin"]}, "tokenizer.json and chars.json differ, and a mixture has one tokenizer"),
         ({"shards": [{"path": "c.txt", "tokens": 7}]}, "has tokens 7 and is text"),
         ({"validation": [{"path": "val.bin", "weight": 2}]}, "weighs val.bin, which is for validation"),
         ({"validation": ["a.bin"]}, "has a.bin twice"),
@@ -190,6 +194,9 @@ def test_a_mistake_is_one_sentence_that_names_the_shard(
     (here / "folder.bin").mkdir()
     for name, content in (("empty", b""), ("odd", b"123"), ("big", b"\x2c\x01" * 99), ("short", b"c\0" * 9)):
         (here / f"{name}.bin").write_bytes(content)
+    Characters("abc").save(here / "chars.json")
+    index("part.json", shards=["b.bin"])
+    index("other.json", shards=["b.bin"], tokenizer="chars.json", validation=None)
     index(**changes)
     assert train("gpt-nano") in (1, 2)
     error = capsys.readouterr().err
@@ -279,6 +286,22 @@ def test_a_short_shard_says_the_longest_window_that_fits(index: Write) -> None:
     with pytest.raises(TooShort) as caught:
         PlainText.choose().make().prepare(DataRequest("index.json", Bytes.choose(), 2000))
     assert caught.value.longest == 1500
+
+
+def test_an_index_of_indices_weighs_each_as_a_whole(index: Write, here: Path) -> None:
+    for name in ("one", "two"):
+        (here / name).mkdir()
+    for name, path in (("a.bin", "one"), ("b.bin", "one"), ("val.bin", "one"), ("c.txt", "two")):
+        (here / name).rename(here / path / name)
+    tokens = [{"path": "a.bin", "tokens": 1501}, {"path": "b.bin", "tokens": 1501}]
+    index("one/index.json", shards=tokens, tokenizer=str(here / "tokenizer.json"))
+    index("two/index.json", shards=[{"path": "c.txt", "weight": 7}], tokenizer=None, validation=None)
+    whole = [{"path": "one/index.json", "weight": 3}, {"path": "two/index.json", "weight": 1}]
+    index(shards=whole, tokenizer=None, validation=None)
+    data = prepared()
+    assert list(data.sources) == ["one/a.bin", "one/b.bin", "two/c.txt", "one/val.bin"]
+    assert data.weights == (3, 3, 2)  # type: ignore[attr-defined]
+    assert train("gpt-nano", "--out", "run") == 0
 
 
 def test_the_same_shards_are_the_same_data_and_other_weights_are_other_data(index: Write, here: Path) -> None:

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     shards = write_token_shards(preparation, options.out, options.shard_size)
     print(f"data       {named(options.data)}")
     print(f"tokens     {sum(shard['tokens'] for shard in shards):,} in {len(shards):,} shards of {tokenizer.name}")
-    print(f"index      {options.out / INDEX}: add weights, validation shards, and shards of other folders")
+    print(f"index      {options.out / INDEX}: add weights and validation shards, or name it in another index")
     print(f"next       python train.py --data {options.out / INDEX} --tokenizer {tokenizer.name}")
     return DONE
 

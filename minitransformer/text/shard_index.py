@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from minitransformer.errors import StorageError, UserError, suggestion
-from minitransformer.records import fits, in_words, read_json, shown, type_hints
+from minitransformer.records import fits, fitted, in_words, read_json, shown, type_hints
+from minitransformer.text.tokenizers import Tokenizer
 
 FORMAT = 1
 REMEDY = "write it anew, such as with `minitransformer tokenize`"
 TOKENS = ".bin"
 """suffix of a file of token ids; all others are text"""
+LEAST_WEIGHT, MOST_WEIGHT = 1e-12, 1e15
 LOOKED_AT = 1 << 16
 """bytes of a JSON file in which an index names its shards"""
 
@@ -25,6 +26,7 @@ class Shard:
     """A file of an index: token ids (`.bin`), little-endian and nothing else, or text in any form that `--data` reads.
 
     An id has 2 bytes if the vocabulary has at most 65536, else 4; every document begins with the end-of-text token.
+    It may also be another index, whose shards then share the weight.
     """
 
     path: str
@@ -49,8 +51,13 @@ class ShardIndex:
     validation: tuple[Shard, ...]
 
     @classmethod
-    def read(cls, path: Path) -> ShardIndex:
-        """The index at `path`; raises `UserError` for a mistake in it."""
+    def read(cls, path: Path, within: tuple[Path, ...] = ()) -> ShardIndex:
+        """The index at `path`, with the shards of the indices `within` which it is named.
+
+        Raises `UserError` for a mistake in it.
+        """
+        if path.resolve() in within:
+            raise UserError(f"{path} is an index within itself: remove it there")
         record = read_json(path, REMEDY)
         _check_names(record, ("format", "tokenizer", "shards", "validation"), f"{path}")
         if record.get("format", FORMAT) != FORMAT:
@@ -60,8 +67,35 @@ class ShardIndex:
             raise UserError(f"{path} has tokenizer {shown(tokenizer)}: give the path of a tokenizer.json")
         lists = [_shards(record.get(name, []), name, path) for name in ("shards", "validation")]
         index = cls(path, None if tokenizer is None else path.parent / Path(tokenizer).expanduser(), *lists)
+        index = index._unfolded((*within, path.resolve()))
         index._check()
         return index
+
+    def _unfolded(self, within: tuple[Path, ...]) -> ShardIndex:
+        """The same index, with the shards of each index that it names in the place of that one."""
+        tokenizer, shards, validation = self.tokenizer, list[Shard](), list(self.validation)
+        for shard in self.shards:
+            if not is_index(str(self.place(shard))):
+                shards.append(shard)
+                continue
+            inner = ShardIndex.read(self.place(shard), within)
+            tokenizer = _shared_tokenizer(tokenizer, inner.tokenizer)
+            folder = Path(shard.path).parent
+            for found, named in ((shards, inner._weighed(shard.weight)), (validation, inner.validation)):
+                found += [replace(each, path=str(folder / Path(each.path).expanduser())) for each in named]
+        return replace(self, tokenizer=tokenizer, shards=tuple(shards), validation=tuple(validation))
+
+    def _weighed(self, weight: float | None) -> Sequence[Shard]:
+        """The shards for training, of the `weight` together if it is given."""
+        if weight is None:
+            return self.shards
+        parts = [shard.weight or shard.tokens or 0 for shard in self.shards]
+        if not all(parts):
+            name = self.shards[parts.index(0)].path
+            raise UserError(f"{self.path} is weighed as a whole, and has neither weight nor tokens of {name}: give one")
+        return [
+            replace(shard, weight=weight * part / sum(parts)) for shard, part in zip(self.shards, parts, strict=True)
+        ]
 
     def _check(self) -> None:
         if not self.shards:
@@ -107,9 +141,14 @@ def _shard(entry: Any, where: str) -> Shard:
     for name, value in entry.items():
         if not fits(value, type_hints(Shard)[name]):
             raise UserError(f"{where} has {name} {shown(value)}: it must be {in_words(type_hints(Shard)[name])}")
-    shard = Shard(**entry)
-    if shard.weight is not None and not 0 < shard.weight < math.inf:
-        raise UserError(f"{where} has weight {shard.weight}: it must be finite and above 0, or leave the shard out")
+    shard = Shard(**{name: fitted(value, type_hints(Shard)[name]) for name, value in entry.items()})
+    if shard.weight is not None and not LEAST_WEIGHT <= shard.weight <= MOST_WEIGHT:
+        raise UserError(
+            f"{where} has weight {shard.weight}: it must be between {LEAST_WEIGHT:g} and {MOST_WEIGHT:g}, "
+            "or leave the shard out"
+        )
+    if shard.tokens is not None and shard.tokens < 1:
+        raise UserError(f"{where} has tokens {shard.tokens}: it must be at least 1")
     if shard.is_text and shard.tokens is not None:
         raise UserError(f"{where} has tokens {shard.tokens} and is text, whose tokens are counted: remove them")
     return shard
@@ -119,6 +158,15 @@ def _check_names(record: dict[str, Any], known: Sequence[str], where: str) -> No
     for name in record:
         if name not in known:
             raise UserError(f"{where} has {name!r}: {suggestion(name, known)}it may have {', '.join(known)}")
+
+
+def _shared_tokenizer(first: Path | None, second: Path | None) -> Path | None:
+    """The tokenizer of two indices; raises `UserError` if they differ."""
+    if first is None or second is None:
+        return first or second
+    if Tokenizer.load(first).fingerprint != Tokenizer.load(second).fingerprint:
+        raise UserError(f"{first} and {second} differ, and a mixture has one tokenizer: tokenize one of them again")
+    return first
 
 
 def is_index(name: str) -> bool:
