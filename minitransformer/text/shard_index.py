@@ -10,6 +10,7 @@ from typing import Any
 
 from minitransformer.errors import StorageError, UserError, suggestion
 from minitransformer.records import fits, fitted, in_words, read_json, shown, type_hints
+from minitransformer.text.token_files import dtype_of, reading_shard
 from minitransformer.text.tokenizers import Tokenizer
 
 FORMAT = 1
@@ -124,6 +125,21 @@ class ShardIndex:
     def place(self, shard: Shard) -> Path:
         """The path of `shard`."""
         return self.path.parent / Path(shard.path).expanduser()
+
+    def size(self, shard: Shard) -> int:
+        """Bytes of the file of `shard`; raises `StorageError` if there is none, or an empty one."""
+        path = self.place(shard)
+        with reading_shard(path):
+            found = path.stat().st_size
+        if not path.is_file() or not found:
+            raise StorageError(f"shard {path} is {'empty' if path.is_file() else 'no file'}: restore it")
+        return found
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of each token in its files of tokens."""
+        assert self.tokenizer is not None, "an index with tokens names their tokenizer"
+        return dtype_of(Tokenizer.load(self.tokenizer)).itemsize
 
 
 def _shards(entries: Any, name: str, path: Path) -> tuple[Shard, ...]:

@@ -17,7 +17,7 @@ from minitransformer.files import locked, sha256, writing
 from minitransformer.text.caching import hash_of, note_once
 from minitransformer.text.corpora import LINES, Corpus, Files, kind
 from minitransformer.text.datasets.base import BatchShape, DataRequest, PreparedData
-from minitransformer.text.datasets.pipeline import SPLITS
+from minitransformer.text.datasets.pipeline import SPLITS, NotPrepared
 from minitransformer.text.datasets.text import TextPreparation, TooShort
 from minitransformer.text.folders import REMEDY
 from minitransformer.text.mixture import whole_weights
@@ -152,7 +152,8 @@ class ShardPreparation:
     def run(self) -> PreparedShards:
         """The prepared shards; raises `UserError` for a mistake, `StorageError` for a missing or damaged shard."""
         self._check_request()
-        self._check_files()
+        for shard in self.index.all:  # before any is read
+            self.index.size(shard)
         with writing(self.cache, REMEDY):
             self.cache.mkdir(parents=True, exist_ok=True)
             tokenizer = self._tokenizer()
@@ -177,15 +178,6 @@ class ShardPreparation:
         texts = [shard for shard in self.index.all if shard.is_text]
         if request.field != "text" and not any(kind(Path(shard.path)) in LINES | TABLES for shard in texts):
             raise UserError(f"--field is {request.field!r}, and {name} has no shard with fields: leave it out")
-
-    def _check_files(self) -> None:
-        """Raises `StorageError` for what is known of shards without reading them."""
-        for shard in self.index.all:
-            path = self.index.place(shard)
-            with reading_shard(path):
-                found = path.stat().st_size
-            if not path.is_file() or not found:
-                raise StorageError(f"shard {path} is {'empty' if path.is_file() else 'no file'}: restore it")
 
     def _tokenizer(self) -> Tokenizer:
         """The tokenizer of the run, or of the index, or one that is fitted to the texts of the index."""
@@ -219,6 +211,7 @@ class ShardPreparation:
             validation_fraction=fraction,
             special_tokens=self.request.special_tokens,
             cache=self.cache,
+            only_cached=self.request.only_cached,
         )
 
     def _opened(self, shard: Shard, tokenizer: Tokenizer, fraction: float) -> PreparedShard:
@@ -261,8 +254,14 @@ class ShardPreparation:
             note = (
                 self.cache / f"shard-{hash_of([FORMAT, kind.__name__, Files('', (path,)).signature(), *key])[:16]}.json"
             )
+
+        def read() -> Any:
+            if self.request.only_cached:
+                raise NotPrepared
+            return find()
+
         with locked(note):  # of several ranks, one reads it
-            return note_once(note, kind, find)
+            return note_once(note, kind, read)
 
     def _scan(self, tokens: TokenFile, tokenizer: Tokenizer, cut: int) -> TokenScan:
         digest, most = hashlib.sha256(), tokenizer.vocab_size
