@@ -42,6 +42,11 @@ class TrainingBatch:
         """Number of input tokens."""
         return self.inputs.numel()
 
+    @property
+    def whole(self) -> TrainingBatch:
+        """The same batch with all of its rows in memory."""
+        return self
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainingBatch:
         """The same batch on `device`."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -133,7 +138,6 @@ class UnreadBatch(TrainingBatch):
 
     @cached_property
     def whole(self) -> TrainingBatch:
-        """The batch with all of its rows."""
         return self.rows(0, self.num_rows)
 
     @property
