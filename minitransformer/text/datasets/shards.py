@@ -179,24 +179,27 @@ class ShardPreparation:
         if request.field != "text" and not any(kind(Path(shard.path)) in LINES | TABLES for shard in texts):
             raise UserError(f"--field is {request.field!r}, and {name} has no shard with fields: leave it out")
 
+    @cached_property
+    def _own(self) -> Tokenizer | None:
+        """The tokenizer that the index names."""
+        return None if self.index.tokenizer is None else Tokenizer.load(self.index.tokenizer)
+
     def _tokenizer(self) -> Tokenizer:
-        """The tokenizer of the run, or of the index, or one that is fitted to the texts of the index."""
-        request, name = self.request, self.index.path
+        """The tokenizer of the index, or of the run, or one that is fitted to the texts of the index."""
+        request, own, name = self.request, self._own, self.index.path
         given = request.tokenizers[0] if request.tokenizers else None
-        if self.index.tokenizer is None:
-            return given or self._fitted()
-        own = Tokenizer.load(self.index.tokenizer)
-        extended = own.with_special_tokens(request.special_tokens).check_vocab_size(request.vocab_size)
-        if given is not None:
-            if given.fingerprint != extended.fingerprint:
-                raise UserError(f"{name} has another tokenizer than the run: tokenize its texts with that of the run")
-        elif request.tokenizer != type(own).choose():
-            chosen = request.tokenizer
-            more = f"{chosen}" if chosen.name != own.name else "with settings"
+        if own is not None and given is None and request.tokenizer != type(own).choose():
+            more = "with settings" if request.tokenizer.name == own.name else f"{request.tokenizer}"
             raise UserError(
                 f"{name} brings its {own.name} tokenizer, and --tokenizer is {more}: give --tokenizer {own.name} alone"
             )
-        return extended
+        chosen = own or given or self._fitted()
+        chosen = chosen.with_special_tokens(request.special_tokens).check_vocab_size(request.vocab_size)
+        if given is not None and given.fingerprint != chosen.fingerprint and own is not None:
+            raise UserError(
+                f"{name} has another tokenizer than the run: tokenize its texts by that, with --tokenizer RUN/tokenizer.json"
+            )
+        return chosen
 
     def _fitted(self) -> Tokenizer:
         files = tuple(self.index.place(shard) for shard in self.index.all)
@@ -227,8 +230,8 @@ class ShardPreparation:
         return PreparedShard(shard.path, train, validation, *counts, text.folder.name)
 
     def _tokens(self, shard: Shard, path: Path, fraction: float) -> PreparedShard:
-        assert self.index.tokenizer is not None
-        tokenizer = Tokenizer.load(self.index.tokenizer)
+        assert self._own is not None, "an index with tokens names their tokenizer"
+        tokenizer = self._own
         tokens = TokenFile.open(path, dtype_of(tokenizer))
         if shard.tokens not in (None, len(tokens)):
             raise StorageError(
@@ -242,18 +245,17 @@ class ShardPreparation:
         return PreparedShard(shard.path, *parts, scan.bytes, scan.documents, scan.sha256)
 
     def _check_digest(self, shard: Shard, found: str) -> None:
-        if shard.sha256 not in (None, found):
+        if shard.sha256 is not None and shard.sha256.lower() != found:
             raise StorageError(
                 f"shard {self.index.place(shard)} has changed: its SHA-256 is {found[:12]}…, and {self.index.path} "
-                f"says {shard.sha256[:12] if shard.sha256 else ''}…: restore it"
+                f"says {shard.sha256[:12]}…: restore it"
             )
 
     def _noted(self, path: Path, kind: type[Any], find: Callable[[], Any], *key: Any) -> Any:
         """What `find` finds in the file at `path` in its present state, remembered by all processes."""
         with reading_shard(path):
-            note = (
-                self.cache / f"shard-{hash_of([FORMAT, kind.__name__, Files('', (path,)).signature(), *key])[:16]}.json"
-            )
+            signature = Files("", (path,)).signature()
+        note = self.cache / f"shard-{hash_of([FORMAT, kind.__name__, signature, *key])[:16]}.json"
 
         def read() -> Any:
             if self.request.only_cached:
