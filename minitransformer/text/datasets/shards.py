@@ -197,7 +197,8 @@ class ShardPreparation:
         chosen = chosen.with_special_tokens(request.special_tokens).check_vocab_size(request.vocab_size)
         if given is not None and given.fingerprint != chosen.fingerprint and own is not None:
             raise UserError(
-                f"{name} has another tokenizer than the run: tokenize its texts by that, with --tokenizer RUN/tokenizer.json"
+                f"{name} has another tokenizer than the run: tokenize its texts by that of the run, with "
+                "--tokenizer RUN/tokenizer.json"
             )
         return chosen
 
