@@ -165,6 +165,16 @@ def test_a_run_folder_of_any_content_is_resumed_or_refused(runs: Runs, count: in
 
 
 @pytest.mark.usefixtures("data")
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "train.log", "samples.txt", "train.lock", "config.json", "checkpoints"]
+)
+@pytest.mark.parametrize("to", ["outside", "nothing"])
+def test_a_run_is_not_resumed_through_links(runs: Runs, name: str, to: str) -> None:
+    changes = [("outside", name, "")] if to == "outside" else [("link", name, "../nothing")]
+    in_changed(runs, changes, lambda run: command(train_main, "--resume", str(run), "--steps", "7"))
+
+
+@pytest.mark.usefixtures("data")
 @cases(3, 80)
 def test_a_run_folder_of_any_content_is_used_by_commands_or_refused(runs: Runs, count: int) -> None:
     commands: dict[str, Callable[[Path], None]] = {
