@@ -24,6 +24,11 @@ class TrainingBatch(Protocol):
     """What the training loop needs of a batch."""
 
     @property
+    def num_rows(self) -> int:
+        """Number of sequences."""
+        ...
+
+    @property
     def num_targets(self) -> int:
         """Number of targets in the loss."""
         ...
@@ -34,6 +39,10 @@ class TrainingBatch(Protocol):
         ...
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self: ...
+
+    def split(self, size: int) -> list[Self]:
+        """Micro-batches of `size` sequences."""
+        ...
 
 
 class Batches(Protocol):
@@ -66,6 +75,10 @@ class Batch:
 
     inputs: Int64[Tensor, "batch length"]
     targets: Int64[Tensor, "batch length"]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.inputs)
 
     @property
     def num_targets(self) -> int:

@@ -32,6 +32,10 @@ class PairBatch:
     targets: Int64[Tensor, "batch target"]
 
     @property
+    def num_rows(self) -> int:
+        return len(self.inputs)
+
+    @property
     def num_targets(self) -> int:
         return int((self.targets != IGNORE).sum())
 

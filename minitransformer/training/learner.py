@@ -18,6 +18,7 @@ from minitransformer.training.config import RunConfig
 from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.loader import Loader
 from minitransformer.training.machine import Machine, compiled, keep_freed_memory
+from minitransformer.training.memory import MicroBatches
 from minitransformer.training.optimizers import build_optimizers, set_learning_rate
 from minitransformer.training.precision import Precision
 from minitransformer.training.prefetch import prefetched
@@ -66,18 +67,18 @@ class Learner:
         self.optimizers = build_optimizers(training.optimizer, model, training.rates)
         self.balance = ExpertBalance(model, training.expert_balance)
         self.precision = Precision.named(machine.precision)(machine.device)
-        self.steps_done = 0
+        self.micro_batches = MicroBatches(training.batch_size, may_halve=training.on_oom == "halve")
+        self.steps_done, self.skipped_batches = 0, 0
         self._batches = prefetched(loader.training_batches, machine.device)
 
     def next_batches(self) -> Sequence[TrainingBatch]:
-        """The micro-batches of the next step."""
-        return self._batches(self.steps_done)
+        """The micro-batches of the next step, whose data comes after what rollbacks have skipped."""
+        return self._batches(self.steps_done + self.skipped_batches)
 
     def step(self, batches: Sequence[TrainingBatch]) -> StepResult:
         """One optimizer step on the mean loss over all targets of `batches`."""
         step, training = self.steps_done, self.config.training
         self.probe.before_step(step + 1)
-        torch.manual_seed(step_seed(training.seed, step))
         set_learning_rate(self.optimizers, training.learning_rate_multiplier(step))
         self.model.begin_step(step)
         result = training_step(
@@ -88,6 +89,8 @@ class Learner:
             self.precision,
             grad_clip=training.grad_clip,
             balance=self.balance,
+            memory=self.micro_batches,
+            seed=step_seed(training.seed, step),
             probe=self.probe,
         )
         self.model.end_step()
@@ -105,6 +108,8 @@ class Learner:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "precision": self.precision.state_dict(),
             "step": self.steps_done,
+            "skipped_batches": self.skipped_batches,
+            "micro_batches": self.micro_batches.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -116,6 +121,10 @@ class Learner:
                 group.update(new)
         self.precision.load_state_dict(state["precision"])
         self.steps_done = state["step"]
+        # Older checkpoints have neither.
+        self.skipped_batches = state.get("skipped_batches", 0)
+        if "micro_batches" in state:
+            self.micro_batches.load_state_dict(state["micro_batches"])
 
 
 def step_seed(seed: int, step: int) -> int:

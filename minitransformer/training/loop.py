@@ -10,11 +10,12 @@ from pathlib import Path
 from minitransformer import files
 from minitransformer.models.model import Model
 from minitransformer.training import checkpoint
-from minitransformer.training.divergence import MOST_STEPS_WITHOUT_UPDATE, DivergenceWatch
+from minitransformer.training.divergence import Divergence, DivergenceWatch
 from minitransformer.training.learner import Learner
 from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Log
 from minitransformer.training.progress import Meter, Progress
+from minitransformer.training.recovery import end_of_training, forget_later_checkpoints, plan_rollback
 from minitransformer.training.signals import StopRequest
 from minitransformer.training.validation import Validation, Validator
 
@@ -44,9 +45,17 @@ class Trainer:
         Raises `NonFiniteTraining` if training diverges; non-finite states are not saved.
         """
         last = self.config.steps if until is None else min(until, self.config.steps)
-        self._meter = Meter(self.learner, self.progress)
-        self._divergence = DivergenceWatch(self.folder, self.learner, self.progress)
         self.learner.model.train()
+        while True:
+            self._meter = Meter(self.learner, self.progress)
+            self._divergence = DivergenceWatch(self.learner, self.progress)
+            try:
+                return self._run(last)
+            except Divergence as divergence:
+                self._recover(divergence)
+
+    def _run(self, last: int) -> None:
+        self._divergence.check()  # of the last step before an interruption
         self._finish_validation()
         while self.progress.step < last and self.stop.signal is None and not self.stopped_early:
             self._step()
@@ -59,10 +68,31 @@ class Trainer:
         self._read()
         self._save()
 
+    def _recover(self, divergence: Divergence) -> None:
+        """Go back to a checkpoint from before `divergence`; raises `NonFiniteTraining` if the run is to end."""
+        rollback = plan_rollback(self._checkpoints, self.learner, self.progress)
+        if rollback is None:
+            raise end_of_training(divergence, self.folder, self.learner, self.progress)
+        end, rollbacks = self.progress.diverged_step or self.progress.step, self.progress.rollbacks + 1
+        self.restore(rollback.checkpoint)
+        step, before = self.progress.step, self.learner.skipped_batches
+        self.learner.skipped_batches = rollback.batch - step
+        self.progress.rollbacks = rollbacks
+        forget_later_checkpoints(self._checkpoints, self.progress)
+        skipped = self.learner.skipped_batches - before
+        self.log.rewind(step, rollbacks)
+        self.log.record({"step": step, "rollback": rollbacks, "rolled_back_from": end, "skipped_batches": skipped})
+        self.log.line(f"{divergence}: back to step {step}, and the data of {skipped} steps is skipped")
+        self._saved = None
+        self._save()
+
     def _step(self) -> None:
         start = time.perf_counter()
         batches = self.learner.next_batches()
+        halvings = self.learner.micro_batches.halvings
         result = self.learner.step(batches)
+        if self.learner.micro_batches.halvings > halvings:
+            self.log.line(f"step {self.learner.steps_done}: {self.learner.micro_batches}")
         self.progress.step = self.learner.steps_done
         self.progress.tokens += sum(batch.num_tokens for batch in batches)
         self._meter.add(result)
@@ -78,9 +108,10 @@ class Trainer:
         self._divergence.note(self._meter.read())
 
     def _reading_due(self) -> bool:
-        """Whether to synchronise with the device, which may be some steps behind."""
+        """Whether to synchronise with the device, which may be some steps behind, except for a CPU."""
         config = self.config
-        return any(map(self._due, (config.log_every, config.eval_every, config.save_every, MOST_STEPS_WITHOUT_UPDATE)))
+        often = (config.log_every, config.eval_every, config.save_every, config.max_skipped_steps)
+        return self.learner.machine.device.type == "cpu" or any(map(self._due, often))
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.config.steps
@@ -178,8 +209,7 @@ class Trainer:
         # Without validation, the last checkpoint counts as the best.
         if self.progress.best_step == self.progress.step or not self.learner.loader.validates:
             files.point_to(self._checkpoints / "best", path.name)
-        # The loss of a step belongs to the weights before it.
-        also = self.progress.skipped_step - 1
+        also = self._divergence.needed_before
         checkpoint.remove_old_checkpoints(self._checkpoints, self.config.keep_last, also_before=also)
         self._saved = replace(self.progress)
 

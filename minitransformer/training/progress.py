@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,22 @@ class Progress:
     first_loss: float = math.inf
     skipped_step: int = 0
     """the first step with a non-finite loss or gradient since the best validation; 0 for none"""
+    steps_without_update: int = 0
+    """latest steps in a row that were skipped because the loss or gradient was not finite"""
+    steps_in_spike: int = 0
+    """latest steps in a row with a loss far above those before"""
+    bad_since: int = 0
+    """the first of these steps; 0 for none"""
+    diverged_step: int = 0
+    """the step in which there were too many of them; 0 for none"""
+    recent_losses: list[float] = field(default_factory=list)
+    """losses that the next one is compared with to find a spike"""
+    rollbacks: int = 0
+    """how often the run went back to a checkpoint"""
+
+    def forget_best(self) -> None:
+        """Forget the best validation, whose checkpoint is lost."""
+        self.best_loss, self.best_step, self.validations_since_best = math.inf, 0, 0
 
     def note(self, validation_loss: float) -> None:
         """Record the loss of a validation at this step, comparable with the others of the run."""
@@ -40,6 +56,25 @@ class Progress:
             self.skipped_step = 0
 
 
+@dataclass(frozen=True)
+class StepFigures:
+    """The loss and the gradient norm of a step, and the loss scale in it and after it."""
+
+    loss: float
+    grad_norm: float
+    finite: bool
+    loss_scale: float
+    next_scale: float
+
+    @property
+    def lowered_scale(self) -> bool:
+        """Whether the step was skipped only because the loss scale of float16 was too large, as it may often be.
+
+        Below a scale of 1, a gradient that overflows is not due to scaling.
+        """
+        return not self.finite and math.isfinite(self.loss) and 1 < self.loss_scale > self.next_scale
+
+
 class Meter:
     """Loss, gradient norm and speed between two records; results stay on the device until `read`."""
 
@@ -49,6 +84,7 @@ class Meter:
         self._peak_flops = peak_flops(learner.machine.device, learner.precision.dtype)
         self._flops_per_token = learner.model.flops_per_token(learner.config.sequence_length)
         self._unread: list[Tensor] = []
+        self._loss_scale = learner.precision.loss_scale()
         self._begin()
 
     def _begin(self) -> None:
@@ -58,15 +94,18 @@ class Meter:
 
     def add(self, result: StepResult) -> None:
         """Add a step, without synchronising with the device."""
-        self._unread.append(torch.stack([result.loss, result.grad_norm, result.finite.to(result.loss.dtype)]))
+        scale, self._loss_scale = self._loss_scale, self.learner.precision.loss_scale()
+        figures = result.loss, result.grad_norm, result.finite, scale, self._loss_scale
+        self._unread.append(torch.stack([figure.to(result.loss.dtype) for figure in figures]))
 
-    def read(self) -> list[float | None]:
-        """Synchronise with the device; returns the loss of each step since the last call, None if it was skipped."""
-        figures = torch.stack(self._unread).tolist() if self._unread else []
+    def read(self) -> list[StepFigures]:
+        """Synchronise with the device; returns the figures of each step since the last call."""
+        read = torch.stack(self._unread).tolist() if self._unread else []
         self._unread = []
-        self._losses += [loss for loss, _, finite in figures if finite]
-        self._grad_norms += [norm for _, norm, finite in figures if finite]
-        return [loss if finite else None for loss, _, finite in figures]
+        figures = [StepFigures(loss, norm, bool(finite), *scales) for loss, norm, finite, *scales in read]
+        self._losses += [each.loss for each in figures if each.finite]
+        self._grad_norms += [each.grad_norm for each in figures if each.finite]
+        return figures
 
     def record(self) -> dict[str, Any]:
         """The metrics since the last record, as far as read; starts the next record."""

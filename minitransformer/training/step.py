@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from minitransformer.text.batches import TrainingBatch
 from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.light import LightOptimizer
+from minitransformer.training.memory import MicroBatches
 from minitransformer.training.objectives import Objective
 from minitransformer.training.precision import Precision
 from minitransformer.training.probe import NO_PROBE, Probe
@@ -39,13 +40,44 @@ def training_step(
     *,
     grad_clip: float,
     balance: ExpertBalance,
+    memory: MicroBatches,
+    seed: int,
     probe: Probe = NO_PROBE,
 ) -> StepResult:
     """One optimizer step on the mean loss over the targets of all micro-batches.
 
+    If the loss or a gradient is infinite or NaN, the step is skipped. Raises `OutOfMemory`.
+    """
+
+    def add(parts: Sequence[TrainingBatch]) -> Tensor:
+        torch.manual_seed(seed)
+        return add_gradients(model, objective, parts, precision, balance)
+
+    def drop() -> None:
+        balance.loss()
+        model.zero_grad(set_to_none=True)
+
+    total = memory.compute(micro_batches, add, drop)
+    precision.unscale(optimizers)
+    probe.before_update()
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    finite = torch.isfinite(total + grad_norm)
+    precision.update(optimizers, skip=(~finite).float())
+    model.zero_grad(set_to_none=True)
+    return StepResult(total, grad_norm, finite)
+
+
+def add_gradients(
+    model: nn.Module,
+    objective: Objective,
+    micro_batches: Sequence[TrainingBatch],
+    precision: Precision,
+    balance: ExpertBalance,
+) -> Tensor:
+    """Add the gradients of all micro-batches, and return the mean loss over all of their targets.
+
     The sum over each micro-batch is divided by the number of targets in all of them, so that k micro-batches equal
-    one batch; the load-balancing loss of experts is added. If the loss or a gradient is infinite or NaN, the step is
-    skipped.
+    one batch; the load-balancing loss of experts is added to the gradients.
     """
     counts = [batch.num_targets for batch in micro_batches]  # on the CPU, to avoid synchronising with the device
     targets = sum(counts)
@@ -57,10 +89,4 @@ def training_step(
             total += loss.detach()
             loss = loss + balance.loss() * count / targets
         precision.backward(loss)
-    precision.unscale(optimizers)
-    probe.before_update()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    finite = torch.isfinite(total + grad_norm)
-    precision.update(optimizers, skip=(~finite).float())
-    model.zero_grad(set_to_none=True)
-    return StepResult(total, grad_norm, finite)
+    return total

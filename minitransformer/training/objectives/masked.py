@@ -41,6 +41,10 @@ class MaskedBatch:
     is_token: Bool[Tensor, "batch length"] | None = None
 
     @property
+    def num_rows(self) -> int:
+        return len(self.inputs)
+
+    @property
     def num_targets(self) -> int:
         return int((self.targets != IGNORE).sum())
 
@@ -109,6 +113,7 @@ class Masked(Objective, name="masked"):
     settings: Settings
     topologies = frozenset({"encoder"})
     dataset = PlainText
+    batch_type = MaskedBatch
     special_tokens = (MASK,)
     fixed_shapes = False  # the number of masked tokens varies
     predicts_text = False
