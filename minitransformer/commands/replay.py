@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import tyro
 
 from minitransformer.commands import DONE, FAILED, parse, run_command
 from minitransformer.training.black_box import TEXT, BlackBox
-from minitransformer.training.norms import number
+from minitransformer.training.norms import json_number
 from minitransformer.training.replay import Replay, replay
 from minitransformer.training.run_machine import machine_again
 from minitransformer.training.tracing import Origin
@@ -57,12 +58,17 @@ def _to_json(done: Replay) -> dict[str, object]:
         "step": box.step,
         "seed": box.config.training.seed,
         "machine": done.machine.description,
-        "recorded": {"loss": number(box.loss), "grad_norm": number(box.grad_norm), "machine": box.machine_in_words},
-        "replayed": {"loss": number(done.loss), "grad_norm": number(done.grad_norm)},
+        "recorded_on": box.machine_in_words,
+        "recorded": {"loss": _json(box.loss), "grad_norm": _json(box.grad_norm)},
+        "replayed": {"loss": _json(done.loss), "grad_norm": _json(done.grad_norm)},
         "is_exact": done.is_exact,
         "forward": None if done.forward is None else done.forward.to_json(),
         "backward": None if done.backward is None else done.backward.to_json(),
     }
+
+
+def _json(figure: float | None) -> float | str | None:
+    return None if figure is None else json_number(figure)
 
 
 def _in_words(done: Replay, changes: Sequence[str]) -> str:
@@ -70,17 +76,31 @@ def _in_words(done: Replay, changes: Sequence[str]) -> str:
     lines = {
         "box": f"{box.path}: step {box.step}, seed {box.config.training.seed}",
         "machine": "; ".join([done.machine.description, *changes]),
-        "loss": f"{done.loss:.6g}, recorded {box.loss:.6g}",
-        "gradient": f"norm {done.grad_norm:.6g}, recorded {box.grad_norm:.6g}",
+        "loss": f"{done.loss:.6g}{_recorded(box.loss)}",
+        "gradient": f"norm {done.grad_norm:.6g}{_recorded(box.grad_norm)}",
         "replayed": _verdict(done),
         "forward": "every output is finite" if done.forward is None else _origin(done.forward, "outputs"),
-        "backward": "every gradient is finite" if done.backward is None else _origin(done.backward, "gradients"),
+        "backward": _backward(done),
         "text": str(box.path / TEXT),
     }
     return "\n".join(f"{name:10} {line}" for name, line in lines.items())
 
 
+def _recorded(figure: float | None) -> str:
+    return "" if figure is None else f", recorded {figure:.6g}"
+
+
+def _backward(done: Replay) -> str:
+    if done.backward is None:
+        return f"every gradient is finite{'' if math.isfinite(done.grad_norm) else ', and their norm overflows'}"
+    if done.forward is not None:
+        return "gradients are not finite, as outputs are not"
+    return _origin(done.backward, "gradients")
+
+
 def _verdict(done: Replay) -> str:
+    if done.box.loss is None:
+        return "for the first time: the weights were not finite before it"
     if done.is_exact:
         return "exactly, bit for bit"
     if done.is_elsewhere:

@@ -27,7 +27,7 @@ from minitransformer.training.checkpoint import MODEL, unique_tensors
 from minitransformer.training.config import RunConfig
 from minitransformer.training.learner import Learner
 from minitransformer.training.machine import Resolved
-from minitransformer.training.norms import Norms, number
+from minitransformer.training.norms import Norms, json_number
 from minitransformer.training.progress import StepFigures
 
 BLACK_BOX = "black-box"
@@ -53,15 +53,12 @@ def leave_black_box(folder: Path, learner: Learner, skipped: StepFigures | None)
     weights = {name: tensor.to("cpu", copy=True) for name, tensor in unique_tensors(learner.model).items()}
     learner.probe = norms = Norms(learner.model)
     with norms.recorded():
-        measured = learner.step(batches)
-    loss, grad_norm = measured.loss.item(), measured.grad_norm.item()
-    if skipped is not None:
-        loss, grad_norm = skipped.loss, skipped.grad_norm
+        learner.step(batches)
     record = {
         **_description(learner),
         "step": learner.steps_done,
-        "loss": number(loss),
-        "grad_norm": number(grad_norm),
+        "loss": None if skipped is None else json_number(skipped.loss),
+        "grad_norm": None if skipped is None else json_number(skipped.grad_norm),
         "state": state,
         "norms": norms.to_json(),
     }
@@ -155,8 +152,9 @@ class BlackBox:
     tokenizers: tuple[Tokenizer, ...]
     step: int
     """counted from 1"""
-    loss: float
-    grad_norm: float
+    loss: float | None
+    grad_norm: float | None
+    """as they were in training; None for a step that was not run"""
     state: dict[str, Any]
     """of the learner"""
     batches: tuple[TrainingBatch, ...]
@@ -176,13 +174,17 @@ class BlackBox:
                 record["machine_in_words"],
                 tuple(Tokenizer.load(path / name) for name in TOKENIZERS if name in record["sha256"]),
                 record["step"],
-                float(record["loss"]),
-                float(record["grad_norm"]),
-                unpacked(record["state"], load_file(path / STATE)),
+                _figure(record["loss"]),
+                _figure(record["grad_norm"]),
+                dict(unpacked(record["state"], load_file(path / STATE))),
                 _read_batches(path, config),
             )
         except (LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
             raise _damaged(path, f"{type(error).__name__}: {error}") from None
+
+
+def _figure(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _damaged(path: Path, fault: str) -> StorageError:

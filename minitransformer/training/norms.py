@@ -50,7 +50,7 @@ class Norms(Probe):
         weights = {name: _norm(weight) for name, weight in self.model.named_parameters()}
         activations = {name or "model": math.sqrt(square) for name, square in self._squares.items()}
         parts = {"weights": weights, "gradients": self._gradients, "activations": activations}
-        return {part: {name: number(norm) for name, norm in norms.items()} for part, norms in parts.items()}
+        return {part: {name: json_number(norm) for name, norm in norms.items()} for part, norms in parts.items()}
 
 
 def _norm(tensor: Tensor) -> float:
@@ -73,6 +73,6 @@ def floats_in(value: Any) -> list[Tensor]:
     return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
 
 
-def number(value: float) -> float | str:
+def json_number(value: float) -> float | str:
     """`value` for JSON, which has no infinity or NaN."""
     return value if math.isfinite(value) else str(value)

@@ -34,7 +34,7 @@ class Replay:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the loss and the gradient norm are those that were recorded, bit for bit."""
+        """Whether the loss and the gradient norm are those that were recorded, if any, bit for bit."""
         return all(_same(*pair) for pair in self._pairs)
 
     @property
@@ -49,7 +49,8 @@ class Replay:
 
     @property
     def _pairs(self) -> list[tuple[float, float]]:
-        return [(self.loss, self.box.loss), (self.grad_norm, self.box.grad_norm)]
+        both = (self.loss, self.box.loss), (self.grad_norm, self.box.grad_norm)
+        return [(now, then) for now, then in both if then is not None]
 
 
 def _same(now: float, then: float) -> bool:

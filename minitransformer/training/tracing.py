@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minitransformer.training.norms import floats_in, number, tensors_in
+from minitransformer.training.norms import floats_in, json_number, tensors_in
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class NumberRange:
         return not self.nan and not self.infinite
 
     def to_json(self) -> dict[str, float | str]:
-        return {name: number(value) for name, value in vars(self).items()}
+        return {name: json_number(value) for name, value in vars(self).items()}
 
     def __str__(self) -> str:
         if not self.count:
@@ -95,7 +96,7 @@ class Tracer:
         self.forward, self.backward = Search(), Search()
         self._micro_batch = -1
         self._inputs: dict[str, NumberRange] = {}
-        self._gradients: dict[str, NumberRange] = {}
+        self._gradients: dict[str, list[Tensor]] = defaultdict(list)
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
@@ -113,26 +114,34 @@ class Tracer:
         self._micro_batch += 1
 
     def _hooks(self, name: str, module: nn.Module) -> list[Any]:
-        def end_forward(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._inputs[name] = NumberRange.of(floats_in([args, kwargs]) or tensors_in([args, kwargs]))
-            self._offer(self.forward, name, module, floats_in(output), self._inputs[name])
-
-        def begin_backward(_: nn.Module, gradients: Any) -> None:
-            self._gradients[name] = NumberRange.of(floats_in(gradients))
-
-        def end_backward(_: nn.Module, gradients: Any, __: Any) -> None:
-            self._offer(self.backward, name, module, floats_in(gradients), self._gradients[name])
-
-        def weight_gradient(gradient: Tensor) -> None:
-            before = self._gradients.get(name, NumberRange.of([]))
+        def offer_gradient(gradient: Tensor) -> None:
+            before = NumberRange.of(self._gradients[name])
             self._offer(self.backward, name, module, [gradient], before)
+
+        def watched(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.requires_grad:
+                return value
+            alias = value.view_as(value)  # its gradient is that of this module alone
+            alias.register_hook(offer_gradient)
+            return alias
+
+        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            return tuple(map(watched, args)), {key: watched(value) for key, value in kwargs.items()}
+
+        def end(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._inputs[name] = NumberRange.of(floats_in([args, kwargs]) or tensors_in([args, kwargs]))
+            self._gradients[name] = []
+            results = floats_in(output)
+            self._offer(self.forward, name, module, results, self._inputs[name])
+            for result in results:
+                if result.requires_grad:
+                    result.register_hook(self._gradients[name].append)
 
         weights = [weight for weight in module.parameters(recurse=False) if weight.requires_grad]
         return [
-            module.register_forward_hook(end_forward, with_kwargs=True),
-            module.register_full_backward_pre_hook(begin_backward),
-            module.register_full_backward_hook(end_backward),
-            *(weight.register_hook(weight_gradient) for weight in weights),
+            module.register_forward_pre_hook(begin, with_kwargs=True),
+            module.register_forward_hook(end, with_kwargs=True),
+            *(weight.register_hook(offer_gradient) for weight in weights),
         ]
 
     def _offer(
@@ -145,4 +154,5 @@ class Tracer:
         inputs = self._inputs.get(name, NumberRange.of([]))
         kind = type(module).__name__
         origin = Origin(name, kind, self._micro_batch, inputs, weights, NumberRange.of(results), gradients)
-        search.offer(origin, is_source=before.is_finite)
+        # A module without numbers before has passed its input on, or was never called.
+        search.offer(origin, is_source=before.is_finite and before.count > 0)
