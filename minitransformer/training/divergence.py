@@ -37,6 +37,7 @@ class DivergenceWatch:
     def __init__(self, learner: Learner, progress: Progress) -> None:
         self.learner, self.progress = learner, progress
         self.most_skipped = learner.config.training.max_skipped_steps
+        self.save_every = learner.config.training.save_every
         self.policy = learner.config.training.on_spike.make()
         self._skipped: StepFigures | None = None
 
@@ -111,8 +112,14 @@ class DivergenceWatch:
         """The step before which a checkpoint must be kept, to continue from after a divergence; 0 for none."""
         wanted = [self.progress.skipped_step - 1]  # the loss of a step belongs to the weights before it
         if self.policy.limit:
-            wanted.append((self.progress.bad_since or self.progress.step + 1) - self.policy.margin)
+            start, every = self.progress.bad_since or self.progress.step + 1, self.save_every
+            wanted.append(1 + (regular_before(start - self.policy.margin, every) or regular_before(start, every)))
         return min((step for step in wanted if step > 0), default=0)
+
+
+def regular_before(step: int, save_every: int) -> int:
+    """The last step before `step` after which every run has a checkpoint, whenever it was interrupted; 0 for none."""
+    return max(0, (step - 1) // save_every * save_every)
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:

@@ -76,17 +76,20 @@ def plan_rollback(checkpoints: Path, learner: Learner, progress: Progress) -> Ro
     """The rollback that follows a divergence; None without one, after too many, or without a sound checkpoint.
 
     It skips the data of all steps up to the end of the divergence, and goes back to the last sound checkpoint that is
-    `margin` steps older than its start, or else to the oldest one from before it.
+    `margin` steps older than its start, or else to the last one before it. Checkpoints of interruptions do not count,
+    so that a run goes back to the same step whether it was interrupted or not.
     """
-    policy = learner.config.training.on_spike.make()
+    training = learner.config.training
+    policy = training.on_spike.make()
     if progress.rollbacks >= policy.limit:
         return None
     start, end = progress.bad_since or progress.step, progress.diverged_step or progress.step
     # Initial weights have no trainer state to go back to.
-    before = [path for path in checkpoints_in(checkpoints) if 0 < checkpoint_step(path) < start]
-    old = [path for path in before if checkpoint_step(path) < start - policy.margin]
+    found = [path for path in checkpoints_in(checkpoints) if 0 < checkpoint_step(path) < start]
+    regular = [path for path in reversed(found) if checkpoint_step(path) % training.save_every == 0]
+    order = sorted(regular, key=lambda path: checkpoint_step(path) >= start - policy.margin)
     batch = end + learner.skipped_batches
-    sound = sound_checkpoint([*reversed(old), *before[len(old) :]], learner, progress.first_loss, batch)
+    sound = sound_checkpoint(order, learner, progress.first_loss, batch)
     return None if sound is None else RollbackPlan(sound, batch)
 
 
