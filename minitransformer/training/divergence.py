@@ -107,19 +107,11 @@ class DivergenceWatch:
                 skipped=self._skipped,
             )
 
-    @property
-    def needed_before(self) -> int:
-        """The step before which a checkpoint must be kept, to continue from after a divergence; 0 for none."""
-        wanted = [self.progress.skipped_step - 1]  # the loss of a step belongs to the weights before it
-        if self.policy.limit:
-            start, every = self.progress.bad_since or self.progress.step + 1, self.save_every
-            wanted.append(1 + (regular_before(start - self.policy.margin, every) or regular_before(start, every)))
-        return min((step for step in wanted if step > 0), default=0)
-
-
-def regular_before(step: int, save_every: int) -> int:
-    """The last step before `step` after which every run has a checkpoint, whenever it was interrupted; 0 for none."""
-    return max(0, (step - 1) // save_every * save_every)
+    def needed_before(self) -> set[int]:
+        """The steps before which a checkpoint must be kept, to continue from after a divergence."""
+        progress = self.progress
+        back = self.policy.needed_before(progress.bad_since or progress.step + 1, self.save_every)
+        return {progress.skipped_step - 1} | back  # the loss of a step belongs to the weights before it
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:

@@ -209,7 +209,7 @@ class Trainer:
         # Without validation, the last checkpoint counts as the best.
         if self.progress.best_step == self.progress.step or not self.learner.loader.validates:
             files.point_to(self._checkpoints / "best", path.name)
-        also = self._divergence.needed_before
+        also = self._divergence.needed_before()
         checkpoint.remove_old_checkpoints(self._checkpoints, self.config.keep_last, also_before=also)
         self._saved = replace(self.progress)
 

@@ -38,6 +38,11 @@ class Progress:
     """the step in which there were too many of them; 0 for none"""
     recent_losses: list[float] = field(default_factory=list)
     """losses that the next one is compared with to find a spike"""
+    record_begin: tuple[int, int, float] | None = None
+    """steps, tokens and seconds at the last record of metrics; None in old checkpoints"""
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    """those since then"""
     rollbacks: int = 0
     """how often the run went back to a checkpoint"""
 
@@ -76,7 +81,10 @@ class StepFigures:
 
 
 class Meter:
-    """Loss, gradient norm and speed between two records; results stay on the device until `read`."""
+    """Loss, gradient norm and speed between two records; results stay on the device until `read`.
+
+    What is read is in `progress`, so that an interruption between two records changes neither.
+    """
 
     def __init__(self, learner: Learner, progress: Progress) -> None:
         self.learner, self.progress = learner, progress
@@ -85,12 +93,13 @@ class Meter:
         self._flops_per_token = learner.model.flops_per_token(learner.config.sequence_length)
         self._unread: list[Tensor] = []
         self._loss_scale = learner.precision.loss_scale()
-        self._begin()
+        if progress.record_begin is None:
+            self._begin()
 
     def _begin(self) -> None:
-        self._first = self.progress.step, self.progress.tokens, self.progress.seconds
-        self._losses: list[float] = []
-        self._grad_norms: list[float] = []
+        progress = self.progress
+        progress.record_begin = progress.step, progress.tokens, progress.seconds
+        progress.losses, progress.grad_norms = [], []
 
     def add(self, result: StepResult) -> None:
         """Add a step, without synchronising with the device."""
@@ -103,20 +112,23 @@ class Meter:
         read = torch.stack(self._unread).tolist() if self._unread else []
         self._unread = []
         figures = [StepFigures(loss, norm, bool(finite), *scales) for loss, norm, finite, *scales in read]
-        self._losses += [each.loss for each in figures if each.finite]
-        self._grad_norms += [each.grad_norm for each in figures if each.finite]
+        progress, finite = self.progress, [each for each in figures if each.finite]
+        progress.losses = progress.losses + [each.loss for each in finite]
+        progress.grad_norms = progress.grad_norms + [each.grad_norm for each in finite]
         return figures
 
     def record(self) -> dict[str, Any]:
         """The metrics since the last record, as far as read; starts the next record."""
-        steps, tokens, seconds = self.progress.step, self.progress.tokens, self.progress.seconds
-        first_step, first_token, first_second = self._first
+        progress = self.progress
+        assert progress.record_begin is not None
+        steps, tokens, seconds = progress.step, progress.tokens, progress.seconds
+        first_step, first_token, first_second = progress.record_begin
         tokens_per_second = (tokens - first_token) / (seconds - first_second)
         record = {
             "step": steps,
-            "loss": _mean(self._losses),
-            "grad_norm": _mean(self._grad_norms),
-            "skipped_steps": steps - first_step - len(self._losses),
+            "loss": _mean(progress.losses),
+            "grad_norm": _mean(progress.grad_norms),
+            "skipped_steps": steps - first_step - len(progress.losses),
             "lr": self.learner.learning_rate,
             "tokens": tokens,
             "tokens_per_second": tokens_per_second,

@@ -110,7 +110,9 @@ def end_of_training(divergence: Divergence, folder: Path, learner: Learner, prog
     reasons = [str(divergence)]
     if limit := training.on_spike.make().limit:
         often = progress.rollbacks >= limit
-        reasons.append(f"there were {limit} rollbacks" if often else "no sound checkpoint from before is left")
+        reasons.append(
+            f"there were {limit} rollbacks" if often else "no checkpoint from before can go on with other data"
+        )
     sound = sound_checkpoint(reversed(checkpoints_in(folder / CHECKPOINTS)), learner, progress.first_loss)
     if not divergence.is_finite:
         reasons.append(leave_black_box(folder, learner, divergence.skipped))

@@ -22,6 +22,8 @@ class SpikePolicy(Registered, kind="spike policy"):
     """steps before a divergence from which the checkpoint to go back to should be, at least"""
     limit = 0
     """most rollbacks of a run"""
+    spare_checkpoints = 0
+    """most checkpoints that are kept to go back to"""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -29,6 +31,10 @@ class SpikePolicy(Registered, kind="spike policy"):
     def is_high(self, loss: float, recent: Sequence[float]) -> bool:
         """Whether `loss` is far above the `recent` losses."""
         return False
+
+    def needed_before(self, start: int, save_every: int) -> set[int]:
+        """The steps before which a checkpoint must be kept, for a divergence that begins at step `start` or later."""
+        return set()
 
 
 class Stop(SpikePolicy, name="stop"):
@@ -43,6 +49,8 @@ class Rollback(SpikePolicy, name="rollback"):
     seen before and during it: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), section 5.1. Seven standard deviations:
     the spike score of OLMo 2 (arXiv 2501.00656).
     """
+
+    spare_checkpoints = 3
 
     @dataclass(frozen=True)
     class Settings:
@@ -60,6 +68,12 @@ class Rollback(SpikePolicy, name="rollback"):
         super().__init__(settings)
         self.patience, self.window = settings.patience, settings.window
         self.margin, self.limit = settings.margin, settings.limit
+
+    def needed_before(self, start: int, save_every: int) -> set[int]:
+        # The last one, one that is `margin` steps older than `start`, and one that will be: intervals keep them few.
+        interval = -(-max(1, self.margin) // save_every) * save_every
+        old = (start - self.margin - 1) // interval * interval
+        return {start, old + 1, (start - 1) // interval * interval + 1}
 
     def is_high(self, loss: float, recent: Sequence[float]) -> bool:
         if len(recent) < self.window:
