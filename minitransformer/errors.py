@@ -13,6 +13,8 @@ class UserError(Exception):
     """
 
     exit_code = 2
+    reported = False
+    """whether another process reports it"""
 
 
 class StorageError(UserError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
@@ -31,9 +31,6 @@ class Plugin:
 
     name: str
     sha256: str
-
-    def to_json(self) -> dict[str, str]:
-        return dict(vars(self))
 
 
 _loaded: dict[str, tuple[Plugin, Path]] = {}
@@ -106,7 +103,16 @@ def loaded_files() -> tuple[str, ...]:
 
 def plugins_of(config: Any) -> list[Plugin]:
     """The plugins that define variants chosen in `config`."""
-    modules = {value.variant.__module__ for each, value in settings_of(config) if each.family}
+    return _defining(value.variant for each, value in settings_of(config) if each.family)
+
+
+def plugins_behind(*classes: type) -> list[str]:
+    """The SHA-256 of each plugin that defines one of `classes`, for what they compute to be cached under."""
+    return [plugin.sha256 for plugin in _defining(classes)]
+
+
+def _defining(classes: Iterable[type]) -> list[Plugin]:
+    modules = {each.__module__ for each in classes}
     return [plugin for name, (plugin, _) in _loaded.items() if name in modules]
 
 
@@ -118,10 +124,8 @@ def check_plugins(recorded: Any, origin: str) -> None:
     loaded = {plugin.name: plugin for plugin, _ in _loaded.values()}
     for record in checked_value(recorded or [], list, "plugins", origin):
         plugin = whole_record(Plugin, record, "a plugin", origin)
-        name, digest = plugin.name, plugin.sha256
-        if name not in loaded:
-            raise UserError(f"{origin} needs the plugin {name}: give it with {FLAG} {name}")
-        if loaded[name] != plugin:
-            raise UserError(
-                f"{origin} needs another version of the plugin {name} (SHA-256 {digest[:12]}…): give that version"
-            )
+        if plugin.name not in loaded:
+            raise UserError(f"{origin} needs the plugin {plugin.name}: give it with {FLAG} {plugin.name}")
+        if loaded[plugin.name] != plugin:
+            which = f"{plugin.name} (SHA-256 {plugin.sha256[:12]}…)"
+            raise UserError(f"{origin} needs another version of the plugin {which}: give that version")

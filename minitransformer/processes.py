@@ -39,9 +39,8 @@ class Process:
     def end(self) -> None:
         """Kill it and its children, if they run."""
         if self._process.pid is not None and self._process.exitcode is None and hasattr(os, "killpg"):
-            with suppress(
-                ProcessLookupError, PermissionError
-            ):  # it has just started, and does not lead a process group yet
+            # A process that has just started does not lead a process group yet.
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.join()

@@ -21,7 +21,6 @@ MOST_BYTES = 256 << 20
 MOST_DEPTH = 100
 # JSON can hold a lone surrogate, which cannot be encoded, printed or written.
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-KINDS: dict[type, str] = {dict: "object", list: "array"}
 WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -85,15 +84,14 @@ def read_bytes(path: Path, remedy: str) -> bytes:
         raise StorageError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
 
 
-def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
-    """The object (or another `kind`) in the JSON file at `path`; raises `StorageError` if there is none."""
-    content = read_bytes(path, remedy)
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in the JSON file at `path`; raises `StorageError` if there is none."""
     try:
-        value = parse_json(content)
+        value = parse_json(read_bytes(path, remedy))
     except ValueError as error:
         raise StorageError(f"{path} is damaged ({error}): {remedy}") from None
-    if not isinstance(value, kind):
-        raise StorageError(f"{path} is damaged (it holds no JSON {KINDS[kind]}): {remedy}")
+    if not isinstance(value, dict):
+        raise StorageError(f"{path} is damaged (it holds no JSON object): {remedy}")
     return value
 
 

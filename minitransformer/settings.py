@@ -6,12 +6,13 @@ variant; its value is a `Chosen`, the variant with its settings.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from inspect import getattr_static
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from minitransformer.errors import UserError, suggestion
 from minitransformer.records import checked_value, type_hints
@@ -21,6 +22,12 @@ Variant = TypeVar("Variant", covariant=True)
 
 LARGEST = 3.4028234663852886e38
 """the largest float32"""
+LIMITS: dict[str, Callable[[Any, Any], bool]] = {
+    "above": operator.gt,
+    "at_least": operator.ge,
+    "below": operator.lt,
+    "at_most": operator.le,
+}
 
 
 def setting(default: Any, *, help: str = "", **about: Any) -> Any:
@@ -77,12 +84,6 @@ class Choice(Generic[T]):
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.attribute = name
-
-    @overload
-    def __get__(self, record: None, owner: type) -> Chosen[T]: ...
-
-    @overload
-    def __get__(self, record: object, owner: type) -> Chosen[T]: ...
 
     def __get__(self, record: object | None, owner: type) -> Chosen[T]:
         return self._chosen(self.default) if record is None else record.__dict__[self.attribute]
@@ -155,34 +156,29 @@ def is_part(each: Declared) -> bool:
     return is_dataclass(each.kind) and each.family is None
 
 
-def settings_of(record: Any, variant: Any = None) -> Iterator[tuple[Declared, Any]]:
-    """Every setting of `record` with its value; a choice is followed by its own settings."""
+def settings_of(
+    record: Any, variant: Any = None, *, keep: Callable[[Declared], bool] = lambda each: True
+) -> Iterator[tuple[Declared, Any]]:
+    """Every setting of `record` that `keep` accepts, with its value; a choice is followed by its own settings."""
     for each in declared(type(record), variant):
         value = getattr(record, each.attribute)
         if is_part(each):
-            yield from settings_of(value)
-            continue
-        yield each, value
-        if each.family is not None:
-            yield from settings_of(value.settings, value.variant)
+            yield from settings_of(value, keep=keep)
+        elif keep(each):
+            yield each, value
+            if each.family is not None:
+                yield from settings_of(value.settings, value.variant, keep=keep)
+
+
+def flat_values(record: Any) -> dict[str, Any]:
+    """The values of all settings of `record`, by flat name; a choice is the name of its variant."""
+    return {each.name: value.name if each.family else value for each, value in settings_of(record)}
 
 
 def flat(record: Any) -> dict[str, Any]:
-    """The values of the settings of `record` that have an effect, by flat name; a choice is the name of its variant."""
-    every = {each.name: value.name if each.family else value for each, value in settings_of(record)}
-    return {name: every[name] for name in _applying(record, every)}
-
-
-def _applying(record: Any, every: Mapping[str, Any], variant: Any = None) -> Iterator[str]:
-    """The names of the settings of `record` that have an effect, given the values `every`."""
-    for each in declared(type(record), variant):
-        value = getattr(record, each.attribute)
-        if is_part(each):
-            yield from _applying(value, every)
-        elif applies(each, every):
-            yield each.name
-            if each.family is not None:
-                yield from _applying(value.settings, every, value.variant)
+    """The `flat_values` the settings of `record` that have an effect."""
+    every = flat_values(record)
+    return {each.name: every[each.name] for each, _ in settings_of(record, keep=lambda each: applies(each, every))}
 
 
 def applies(each: Declared, values: Mapping[str, Any]) -> bool:
@@ -211,7 +207,7 @@ def with_settings(record: T, changes: Mapping[str, Any]) -> T:
 
 def _check_needs(record: Any, names: Iterable[str]) -> None:
     """Raises `UserError` if a setting among `names` is not its default and has no effect."""
-    values = {each.name: value.name if each.family else value for each, value in settings_of(record)}
+    values = flat_values(record)
     for each, value in settings_of(record):
         if each.name in names and value != each.default and not applies(each, values):
             needs = each.about["needs"]
@@ -249,16 +245,14 @@ def _switched(old: Chosen[Any], value: Chosen[Any] | str, family: Any) -> Chosen
 
 
 def _misplaced(name: str, record: Any) -> UserError:
-    chosen = {each.name: value.name for each, value in settings_of(record) if each.family}
-    owners = [each.variant for each in all_declared(type(record)) if each.name == name and each.variant]
+    known = list(all_declared(type(record)))
+    owners = [each.variant for each in known if each.name == name and each.variant]
     if not owners:
-        known = [each.name for each in all_declared(type(record))]
-        return UserError(
-            f"unknown setting {name!r}: {suggestion(name, known)}The names are those of the flags in --help"
-        )
-    choices = [each for each in all_declared(type(record)) if each.family]
-    choice = next(each for each in choices if owners[0] in each.family.registry.values())
-    now = f"{choice.name} is {chosen[choice.name]!r}" if choice.name in chosen else "that is not chosen"
+        near = suggestion(name, [each.name for each in known])
+        return UserError(f"unknown setting {name!r}: {near}The names are those of the flags in --help")
+    choice = next(each for each in known if each.family and owners[0] in each.family.registry.values())
+    values = flat_values(record)
+    now = f"{choice.name} is {values[choice.name]!r}" if choice.name in values else "that is not chosen"
     which = " or ".join(repr(owner.name) for owner in owners)
     return UserError(f"{name} belongs to {choice.name} {which}, and {now}: leave it out, or choose {owners[0].name!r}")
 
@@ -278,16 +272,10 @@ def check_settings(record: Any, variant: Any = None) -> None:
             continue
         if not abs(value) <= LARGEST and isinstance(value, float):
             raise UserError(f"{each.name} is {value}: it must be finite, in float32 too")
-        limits = {
-            "above": "above" not in about or value > about["above"],
-            "at_least": "at_least" not in about or value >= about["at_least"],
-            "below": "below" not in about or value < about["below"],
-            "at_most": "at_most" not in about or value <= about["at_most"],
-        }
-        if not all(limits.values()):
-            must = " and ".join(f"{word.replace('_', ' ')} {about[word]:,}" for word in limits if word in about)
-            must = about.get("must", must)
-            raise UserError(f"{each.name} is {value}: it must be {must}")
+        limits = {word: about[word] for word in LIMITS if word in about}
+        if not all(LIMITS[word](value, limit) for word, limit in limits.items()):
+            must = " and ".join(f"{word.replace('_', ' ')} {limit:,}" for word, limit in limits.items())
+            raise UserError(f"{each.name} is {value}: it must be {about.get('must', must)}")
         if value > about.get("most", value):
             raise UserError(f"{each.name} is {value}: it must be at most {about['most']:,}")
 
@@ -322,19 +310,20 @@ def nested(record: type, values: Mapping[str, Any], variant: Any = None) -> dict
     return result
 
 
-def flattened(record: type, values: Mapping[str, Any], variant: str | None = None) -> dict[str, Any]:
+def flattened(record: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `nested`, for any version: unknown settings keep their names."""
-    known = {(each.variant.name if each.variant else None, each.attribute): each.name for each in all_declared(record)}
-    result: dict[str, Any] = {}
-    for attribute, value in values.items():
-        name = known.get((variant, attribute), attribute if variant is None else f"{variant}_{attribute}")
-        if isinstance(value, dict) and isinstance(value.get("name"), str):
-            result[name] = value["name"]
-            rest = {key: inner for key, inner in value.items() if key != "name"}
-            result |= flattened(record, rest, value["name"])
-        else:
-            result[name] = value
-    return result
+    known = {(each.variant and each.variant.name, each.attribute): each.name for each in all_declared(record)}
+
+    def pairs(values: Mapping[str, Any], variant: str | None) -> Iterator[tuple[str, Any]]:
+        for attribute, value in values.items():
+            name = known.get((variant, attribute), attribute if variant is None else f"{variant}_{attribute}")
+            if isinstance(value, dict) and isinstance(value.get("name"), str):
+                yield name, value["name"]
+                yield from pairs({key: inner for key, inner in value.items() if key != "name"}, value["name"])
+            else:
+                yield name, value
+
+    return dict(pairs(values, None))
 
 
 def from_json(record: type[T], values: Any, origin: str, variant: Any = None) -> T:

@@ -75,11 +75,6 @@ class CacheOfLists:
         assert not slots.full
         assert slots.positions.tolist() == [as_stored(positions[: self.length]) for positions in self.rows]
 
-    def truncate(self, data: st.DataObject) -> None:
-        self.length = min(self.length, data.draw(st.integers(0, 9)))
-        self.cache.truncate(self.length)
-        self.rows = [positions[: self.length] + [None] * (9 - self.length) for positions in self.rows]
-
     def reorder(self, data: st.DataObject) -> None:
         count = len(self.rows)
         chosen = data.draw(st.lists(st.integers(0, count - 1), min_size=count, max_size=count))
@@ -118,24 +113,11 @@ def test_a_cache_knows_the_position_in_each_slot_of_each_row_whatever_was_done_t
 ) -> None:
     both = CacheOfLists(rows)
     for _ in range(data.draw(st.integers(1, 6))):
-        getattr(both, data.draw(st.sampled_from(["read", "truncate", "reorder", "clear", "put", "roll"])))(data)
+        getattr(both, data.draw(st.sampled_from(["read", "reorder", "clear", "put", "roll"])))(data)
     held = both.cache.at(torch.tensor([0]), 9, full=False, in_order=False).reserve(torch.full((rows, 1), 5))
     assert held.positions.tolist() == [[5, *as_stored(row[1:])] for row in both.rows]
     after = [1 + max(5, *[-1 if p is None else p for p in row[1:]]) for row in both.rows]
     assert both.cache.next_position().flatten().tolist() == after  # type: ignore[union-attr]
-
-
-def test_a_truncated_cache_goes_on_from_there(tiny_decoder: Any) -> None:
-    model, tokens = tiny_decoder(), torch.randint(0, 11, (2, LENGTH))
-    cache = model.new_cache()
-    model(torch.randint(0, 11, (2, 7)), cache=cache)
-    cache.truncate(0)
-    model(tokens[:, :6], cache=cache)
-    cache.truncate(20)
-    assert cache.length == 6
-    cache.truncate(3)
-    assert cache.length == 3
-    torch.testing.assert_close(model(tokens[:, 3:], cache=cache), model(tokens)[:, 3:])
 
 
 def test_a_new_cache_holds_the_context_unless_told_otherwise(tiny_decoder: Any) -> None:

@@ -42,8 +42,9 @@ def test_a_trained_run_that_lost_its_configuration_is_not_begun_again(run, capsy
 
 
 def stop_in_the_last_validation(monkeypatch):
-    def interrupted(*_, **__):
+    def interrupted(*_, advance, **__):
         signal.raise_signal(signal.SIGINT)
+        advance(0, 1)
 
     monkeypatch.setattr("minitransformer.training.validation.validate", interrupted)
 

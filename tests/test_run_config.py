@@ -12,7 +12,7 @@ import pytest
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
-from minitransformer.settings import all_declared, settings_of, with_settings
+from minitransformer.settings import all_declared, flat_values, with_settings
 from minitransformer.text.datasets import Pairs
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.finetuning import fine_tuning
@@ -28,11 +28,7 @@ def stored(config: RunConfig) -> dict[str, Any]:
 def in_format_1(config: RunConfig) -> dict[str, Any]:
     """As versions wrote it in which every setting stood flat."""
     parts = {"model": config.model, "data": config.data, "training": config.training}
-    return json.loads(json.dumps({name: every_setting(part) for name, part in parts.items()}))
-
-
-def every_setting(record: Any) -> dict[str, Any]:
-    return {each.name: value.name if each.family else value for each, value in settings_of(record)}
+    return json.loads(json.dumps({name: flat_values(part) for name, part in parts.items()}))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

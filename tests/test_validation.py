@@ -16,12 +16,14 @@ from minitransformer.errors import UserError
 from minitransformer.models.model import build_model
 from minitransformer.training.checkpoint import choose_checkpoint
 from minitransformer.training.config import RunConfig, TrainingConfig
+from minitransformer.training.learner import Learner
 from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Log, Terminal
 from minitransformer.training.objectives import Objective
 from minitransformer.training.precision import Precision
+from minitransformer.training.signals import StopRequest
 from minitransformer.training.validation import LEAST, Validator, draw_subset, most_tokens, validate
-from tests.runs_for_tests import configured, prepared_text, trainer_for, validation_of
+from tests.runs_for_tests import configured, cpu, prepared_text, trainer_for, validation_of
 
 pytestmark = pytest.mark.unchecked_shapes
 
@@ -59,7 +61,7 @@ def work(tmp_path, monkeypatch):
 def test_every_objective_reads_the_same_part_each_time_and_all_at_the_end(name, work):
     config, loader = run_of(name, work)
     model = build_model(config.model)
-    validator = Validator(model, config, loader, FP32, Log())
+    validator = Validator(Learner(config, model, loader, cpu("fp32")), Log(), StopRequest())
     assert validator.subset is not None
     assert 512 <= validator.subset.tokens <= 2 * 512
     first, again, whole = validator(whole=False), validator(whole=False), validator(whole=True)

@@ -10,17 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.analysis.look_record import Look, LookRequest, MapPlan, Prediction, Text
-from minitransformer.analysis.watched import watched
+from minitransformer.analysis.look_record import Look, LookRequest, MapPlan, Prediction, Text, watched
 from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.fill import encode_with_masks
 from minitransformer.generation.samples import translations
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM
+from minitransformer.models.encoder_decoder import Seq2SeqLM
 from minitransformer.models.model import Model
 from minitransformer.models.recurrent import RecurrentEncoderDecoder
-from minitransformer.models.seq2seq import Seq2SeqLM
 from minitransformer.text.tokenizers import Tokenizer
 
 MAX_WEIGHTS = 2**24

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -104,25 +103,8 @@ def check_heads(heads: int, kv_heads: int) -> None:
         )
 
 
-@runtime_checkable
-class AttentionKernel(Protocol):
-    """The signature that all attention functions share."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool = False,
-        mask: Tensor | None = None,
-        bias: Tensor | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        dropout: float = 0.0,
-    ) -> Tensor: ...
-
-
+AttentionKernel = Callable[..., Tensor]
+"""A function with the arguments and the result of `scaled_dot_product_attention`."""
 Projection = Callable[..., Sequence[Tensor]]
 """Maps x and linear layers to the output of each."""
 

@@ -177,7 +177,7 @@ class Stack(nn.Module):
         residual: Chosen[Residual],
         make_norm: Callable[[], nn.Module],
         causal: bool,
-        windows: Sequence[int | None] | None = None,
+        windows: Sequence[int | None],
         embedding_norm: bool = False,
         smear: TokenSmear | None = None,
         dropout: float = 0.0,
@@ -191,7 +191,7 @@ class Stack(nn.Module):
         self.final_norm = residual.variant.make_final_norm(residual.settings, make_norm)
         self.dropout = Dropout(dropout)
         self.causal = causal
-        self.windows = list(windows or [None] * len(blocks))
+        self.windows = list(windows)
 
     def forward(
         self,

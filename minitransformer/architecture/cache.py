@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,15 +47,6 @@ def _held(positions: Tensor, is_token: Tensor | None) -> Tensor:
     return positions if is_token is None else positions.masked_fill(~is_token, EMPTY)
 
 
-@runtime_checkable
-class AttentionCache(Protocol):
-    """The cache of one attention layer."""
-
-    def update(self, project: Callable[[], KeysAndValues], slots: Slots | None) -> KeysAndValues:
-        """All keys and values to attend to; `project` computes the new ones."""
-        ...
-
-
 class LayerCache:
     """The keys and values of one self-attention layer, [batch, heads, slots, features]."""
 
@@ -66,6 +56,7 @@ class LayerCache:
         self._has_buffers = False
 
     def update(self, project: Callable[[], KeysAndValues], slots: Slots | None) -> KeysAndValues:
+        """All keys and values to attend to; `project` computes the new ones."""
         assert slots is not None, "new keys and values without slots to go to"
         return self.write(*project(), slots)
 
@@ -131,6 +122,7 @@ class MemoryCache:
         self._kept: KeysAndValues | None = None
 
     def update(self, project: Callable[[], KeysAndValues], slots: Slots | None) -> KeysAndValues:
+        """As `LayerCache.update`; `slots` are those of the self-attention."""
         if self._kept is None:
             self._kept = project()
         return self._kept
@@ -139,6 +131,10 @@ class MemoryCache:
         """Keep the given rows of the batch, in this order."""
         if self._kept is not None:
             self._kept = self._kept[0][rows], self._kept[1][rows]
+
+
+AttentionCache = LayerCache | MemoryCache
+"""the cache of one attention layer"""
 
 
 class KVCache:
@@ -186,12 +182,6 @@ class KVCache:
         held = self._positions_of(positions.size(0), positions.device)
         held.index_copy_(1, slots, positions.expand(held.size(0), -1))
         return held.narrow(1, 0, visible)
-
-    def truncate(self, length: int) -> None:
-        """Keep only the first `length` tokens."""
-        self.length = min(length, self.length)
-        if self._positions is not None:
-            self._positions[:, self.length :] = EMPTY
 
     def put(self, other: KVCache, rows: list[int], slot: int, of: int) -> None:
         """Replace `rows`, some of `of`, by the contents of `other`, of one row or of as many, from `slot` on."""

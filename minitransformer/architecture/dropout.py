@@ -1,7 +1,13 @@
-"""Dropout with fast random numbers on a CPU, where torch's takes longer than attention itself."""
+"""Dropout by row: what is dropped does not depend on how a batch is divided into micro-batches and ranks.
+
+On a CPU, its random numbers are also faster than torch's, which take longer than attention itself.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,13 +17,30 @@ from torch import Tensor, nn
 
 LEVELS = 1 << 16
 """number of values of a random 16-bit number"""
+ROW_STRIDE = 0x9E3779B97F4A7C15
+"""difference of the seeds of neighbouring rows: odd, so that all differ"""
+_first_row: ContextVar[int] = ContextVar("first_row", default=0)
+
+
+@contextmanager
+def rows_from(first: int) -> Iterator[None]:
+    """Forward passes inside are over the rows `first`, `first` + 1, … of a larger batch.
+
+    After the same `torch.manual_seed`, they drop what a forward pass over the whole batch drops in these rows.
+    """
+    before = _first_row.set(first)
+    try:
+        yield
+    finally:
+        _first_row.reset(before)
 
 
 def apply_dropout(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
     """x with each element 0 with probability p, and otherwise divided by 1 − p, which keeps the mean.
 
     On a CPU, an element takes 16 random bits instead of a random float: p becomes the nearest multiple of 2⁻¹⁶, in
-    the division too. Srivastava et al. 2014 (Dropout, JMLR 15), section 4, as inverted dropout.
+    the division too; and what is dropped in a row (the first dimension) depends on the state of torch's generator and
+    on the row's index alone. Srivastava et al. 2014 (Dropout, JMLR 15), section 4, as inverted dropout.
     """
     if p == 0.0:
         return x
@@ -38,10 +61,14 @@ class Dropout(nn.Dropout):
 
 
 def _random_levels(x: Tensor) -> Tensor:
-    """Random 16-bit integers in the shape of x, four from each 64-bit random number."""
-    count = x.numel()
-    numbers = torch.empty(-(-count // 4), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
-    return numbers.view(torch.int16)[:count].view(x.shape)
+    """Random 16-bit integers in the shape of x, four from each 64-bit random number, with a generator for each row."""
+    count = x[:1].numel()
+    numbers = torch.empty(len(x), -(-count // 4), dtype=torch.int64)
+    seed, generator = int(torch.randint(1 << 62, ())), torch.Generator()
+    for index, row in enumerate(numbers, start=_first_row.get()):
+        generator.manual_seed((seed + index * ROW_STRIDE) % (1 << 63))
+        row.random_(torch.iinfo(torch.int64).min, None, generator=generator)
+    return numbers.view(torch.int16)[:, :count].reshape(x.shape)
 
 
 # A custom operator, so that compiled models draw the same numbers. It is given x itself, so that

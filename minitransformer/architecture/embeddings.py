@@ -66,10 +66,7 @@ class TokenSmear(nn.Module):
         nn.init.zeros_(self.gain)
 
     def forward(
-        self,
-        x: Float[Tensor, "batch new d_model"],
-        slots: Slots,
-        cache: LayerCache | None = None,
+        self, x: Float[Tensor, "batch new d_model"], slots: Slots, cache: LayerCache | None = None
     ) -> Float[Tensor, "batch new d_model"]:
         """`x` are the tokens of `slots.new`; `cache` holds the previous ones. An empty slot counts as 0."""
         held = x if cache is None else cache.write(x[:, None], x[:, None, :, :0], slots)[0][:, 0]  # keys of one head
@@ -145,14 +142,7 @@ class ClassificationHead(nn.Module):
     Devlin et al. 2018 (BERT, arXiv 1810.04805), section 4, with the pooling of its public code.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_classes: int,
-        *,
-        pooling: str = "tanh",
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, d_model: int, num_classes: int, *, pooling: str = "tanh", dropout: float = 0.0) -> None:
         super().__init__()
         self.pool = nn.Linear(d_model, d_model)
         self.activation = POOLING_ACTIVATIONS[pooling]

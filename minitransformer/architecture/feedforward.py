@@ -17,11 +17,6 @@ from minitransformer.registry import Registered
 gelu_tanh = partial(F.gelu, approximate="tanh")
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)². So et al. 2021 (arXiv 2109.08668), section 4.2."""
-    return F.relu(x).square()
-
-
 class FeedForward(Registered, nn.Module, kind="feed-forward network"):
     """A position-wise network; `activation` is also used by the `transformed` head."""
 
@@ -102,16 +97,24 @@ class MixtureOfExperts(nn.Module):
         return mixed.view_as(x)
 
 
-def load_balancing_loss(router_logits: Float[Tensor, "tokens experts"], experts_per_token: int) -> Float[Tensor, ""]:
+def load_balancing_loss(
+    router_logits: Float[Tensor, "tokens experts"],
+    experts_per_token: int,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda counts: counts,
+) -> Float[Tensor, ""]:
     """E Σᵢ fᵢ Pᵢ: the fraction of tokens routed to expert i, times its mean probability; 1 if balanced.
+
+    With `sum_over_ranks`, f is that of the tokens of all ranks, and the loss of all tokens is the sum over ranks.
 
     Fedus et al. 2021 (Switch, arXiv 2101.03961), equations 4 to 6; with several experts per token, f counts all of
     them.
     """
     experts = router_logits.size(-1)
     chosen = router_logits.topk(experts_per_token).indices.flatten()
-    share = torch.bincount(chosen, minlength=experts) / chosen.numel()
-    return experts * (share * router_logits.float().softmax(-1).mean(0)).sum()
+    counts = sum_over_ranks(torch.bincount(chosen, minlength=experts))
+    tokens = counts.sum() / experts_per_token
+    mean_probability = router_logits.float().softmax(-1).sum(0) / tokens
+    return experts * (counts / counts.sum() * mean_probability).sum()
 
 
 class ReLU(PlainFeedForward, name="relu"):
@@ -141,7 +144,9 @@ class SiLU(PlainFeedForward, name="silu"):
 class SquaredReLU(PlainFeedForward, name="squared-relu"):
     """max(x, 0)². So et al. 2021 (arXiv 2109.08668), section 4.2."""
 
-    activation = staticmethod(squared_relu)
+    @staticmethod
+    def activation(x: Tensor) -> Tensor:
+        return F.relu(x).square()
 
 
 class GLU(GatedFeedForward, name="glu"):

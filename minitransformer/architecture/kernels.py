@@ -30,7 +30,7 @@ def blockwise_attention(
     causal: bool = False,
     mask: Bool[Tensor, "... #query #key"] | None = None,
     bias: Float[Tensor, "... #query #key"] | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """`scaled_dot_product_attention` by blocks of queries, without the keys after each block.
 
@@ -38,7 +38,7 @@ def blockwise_attention(
     """
     queries, keys = q.size(-2), k.size(-2)
     if not causal or queries == 1 or queries > keys:
-        return scaled_dot_product_attention(q, k, v, causal=causal, mask=mask, bias=bias, **settings)
+        return scaled_dot_product_attention(q, k, v, causal=causal, mask=mask, bias=bias, **options)
     attended = []
     for first in range(0, queries, QUERIES_AT_ONCE):
         last = min(first + QUERIES_AT_ONCE, queries)
@@ -52,7 +52,7 @@ def blockwise_attention(
                 causal=True,
                 mask=part(mask),
                 bias=part(bias),
-                **settings,
+                **options,
             )
         )
     return torch.cat(attended, dim=-2)
@@ -116,20 +116,16 @@ def fastest_attention(
     k: Float[Tensor, "batch kv_heads key head_dim"],
     v: Float[Tensor, "batch kv_heads key value_dim"],
     *,
-    causal: bool = False,
-    mask: Bool[Tensor, "... #query #key"] | None = None,
-    bias: Float[Tensor, "... #query #key"] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
     dropout: float = 0.0,
+    **options: Any,
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """The fastest kernel for these tensors, by a fixed rule, so that a resumed run continues exactly."""
     # Measured: torch's fused CPU kernel is five times slower than by hand in bfloat16, has no dropout, and is
     # slower to train with few keys.
     few_to_train = torch.is_grad_enabled() and k.size(-2) <= QUERIES_AT_ONCE
     by_hand = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or dropout > 0 or few_to_train)
-    kernel: AttentionKernel = blockwise_attention if by_hand else fused_attention
-    return kernel(q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, softcap=softcap, dropout=dropout)
+    kernel = blockwise_attention if by_hand else fused_attention
+    return kernel(q, k, v, dropout=dropout, **options)
 
 
 KERNELS: dict[str, AttentionKernel] = {

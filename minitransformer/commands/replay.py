@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from minitransformer.commands import DONE, FAILED, parse, run_command
+from minitransformer.commands import DONE, FAILED, parse, with_exit_code
 from minitransformer.training.black_box import TEXT, BlackBox
 from minitransformer.training.norms import json_number
 from minitransformer.training.replay import Replay, replay
@@ -35,12 +35,9 @@ class Options:
     """print one JSON object"""
 
 
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Replay a black box; returns the exit code."""
-    return run_command(lambda: _replay(arguments))
-
-
-def _replay(arguments: Sequence[str]) -> int:
     options = parse(Options, arguments, prog="minitransformer replay", description=ABOUT)
     box = BlackBox.open(options.box)
     training = replace(box.config.training, device=options.device or box.config.training.device)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from typing_extensions import Doc
 
 from minitransformer.amounts import amount, duration
-from minitransformer.commands import DONE, given_flags, run_command, with_files
+from minitransformer.commands import DONE, HELP, given_flags, with_exit_code, with_files
 from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError
 from minitransformer.files import writing
 from minitransformer.models.model import Model, count_parameters
 from minitransformer.registry import lookup
-from minitransformer.runs import REMEDY, Run, claimed_run_path, only_writer
+from minitransformer.runs import REMEDY, Run, claimed_run_path, only_writer_of
 from minitransformer.runs.begin import begin_run, check_fits_run, check_possible
 from minitransformer.runs.resume import changed_settings, check_can_resume, check_same_text, checkpoint_to_resume
 from minitransformer.runs.trainer import build_trainer, open_log
@@ -28,11 +28,12 @@ from minitransformer.training.checkpoint import check_room, checkpoint_step
 from minitransformer.training.config import RunConfig, with_usual_vocabulary, with_vocabulary
 from minitransformer.training.divergence import NonFiniteTraining
 from minitransformer.training.finetuning import Parent, fine_tuning, prepare_fine_tuning
-from minitransformer.training.logging import TensorBoard, Terminal
+from minitransformer.training.logging import Log, TensorBoard, Terminal
 from minitransformer.training.loop import Trainer
 from minitransformer.training.machine import Machine
 from minitransformer.training.outcome import describe
 from minitransformer.training.presets import DEFAULT, PRESETS
+from minitransformer.training.ranks import Ranks, joined_ranks, spoken_by_main
 from minitransformer.training.run_machine import SETTINGS, machine_again, machine_for
 from minitransformer.training.signals import StopRequest
 
@@ -53,7 +54,7 @@ FINE_TUNING = Doc(
 
 
 @dataclass(frozen=True)
-class Flags:
+class Options:
     """The run folder, and what the run starts from."""
 
     out: Path | None = None
@@ -65,17 +66,12 @@ class Flags:
     init_from: Annotated[Path | None, FINE_TUNING] = None
 
 
-@dataclass(frozen=True)
-class Options(Flags):
-    """The command's own flags, and the configuration of the run."""
-
-    config: RunConfig = field(default_factory=RunConfig)
-
-
+@spoken_by_main()
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
-    """Train, or resume; returns the exit code."""
+    """Train, or resume, in one process or in those that `torchrun` has started; returns the exit code."""
     resume = _option(arguments, "--resume")
-    return run_command(lambda: _begin(arguments) if resume is None else _resume(resume, arguments))
+    return _begin(arguments) if resume is None else _resume(resume, arguments)
 
 
 def _begin(arguments: Sequence[str]) -> int:
@@ -85,29 +81,29 @@ def _begin(arguments: Sequence[str]) -> int:
             raise UserError(f"--init-from {initial} determines the model: leave the preset {arguments[0]!r} out")
         return _fine_tune(initial, arguments)
     preset = arguments[0] if has_preset else DEFAULT
-    options = _parse(arguments[has_preset:], lookup("preset", preset, PRESETS))
+    options, config = _parse(arguments[has_preset:], lookup("preset", preset, PRESETS))
     print(f"preset     {preset}", flush=True)  # the next line has to wait for more of torch
     if options.checkpoint is not None:
         raise UserError(f"--checkpoint {options.checkpoint} needs a run: name it with --resume or --init-from")
-    config = options.config
-    check_possible(config, options.out)
-    prepared = config.prepare()
-    return _train_new(options, preset, config, prepared)
+    with joined_ranks(config.training.rank_timeout) as ranks:
+        ranks.from_main(lambda: check_possible(config, options.out))
+        return _train_new(options, preset, config, config.prepare(), ranks)
 
 
 def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
     source = Run.open(initial)
     new_data = "data" in given_flags(arguments)
     usual = fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data)
-    options = _parse(arguments, usual)
+    options, config = _parse(arguments, usual)
     weights = source.checkpoint(options.checkpoint)
     size = f"{source.config.model.topology} of {amount(count_parameters(source.config.model))} parameters"
     print(f"from       {initial} ({size}, {weights.name})", flush=True)
-    check_fits_run(source, options.config)
-    check_possible(options.config, options.out)
-    config, prepared = prepare_fine_tuning(options.config, usual, source.tokenizers)
-    parent = Parent.of(initial, weights)
-    return _train_new(options, source.path.resolve().name, config, prepared, parent, source.load_model(weights.name))
+    check_fits_run(source, config)
+    with joined_ranks(config.training.rank_timeout) as ranks:
+        ranks.from_main(lambda: check_possible(config, options.out))
+        whole, prepared = prepare_fine_tuning(config, usual, source.tokenizers)
+        start = Parent.of(initial, weights), source.load_model(weights.name)
+        return _train_new(options, source.path.resolve().name, whole, prepared, ranks, start)
 
 
 def _train_new(
@@ -115,20 +111,22 @@ def _train_new(
     name: str,
     config: RunConfig,
     prepared: PreparedData,
-    parent: Parent | None = None,
-    initial: Model | None = None,
+    ranks: Ranks,
+    start: tuple[Parent, Model] | None = None,
 ) -> int:
-    """Train a new run, from the weights of `initial` if given."""
+    """Train a new run, from the weights of its parent if given."""
     _print_data(config, prepared)
-    if initial is not None and (length := config.training.sequence_length) is not None:
+    if start is not None and (length := config.training.sequence_length) is not None:
         print(f"sequences  {length:,} tokens, of a context of {config.model.context_length:,}")
     config = replace(config, model=with_vocabulary(config.model, prepared))
-    check_room(options.out or Path("runs"), config)
-    machine = machine_for(config)
-    path = options.out or claimed_run_path(f"{name}-{short_name(config.data.data)}")
-    with only_writer(path):
-        run = begin_run(path, config, prepared, machine.resolved, parent, initial)
-        return _train(run, prepared, machine, initial=None if initial is None else run.checkpoint_to_continue())
+    ranks.from_main(lambda: check_room(options.out or Path("runs"), config))
+    machine = ranks.from_main(lambda: machine_for(config))
+    path = options.out or ranks.from_main(lambda: claimed_run_path(f"{name}-{short_name(config.data.data)}"))
+    with only_writer_of(ranks, path):
+        ranks.from_main(lambda: begin_run(path, config, prepared, machine.resolved, *(start or ())))
+        run = Run.open(path)
+        initial = None if start is None else run.checkpoint_to_continue()
+        return _train(run, prepared, machine, ranks, initial=initial)
 
 
 def _option(arguments: Sequence[str], flag: str) -> Path | None:
@@ -140,22 +138,21 @@ def _option(arguments: Sequence[str], flag: str) -> Path | None:
 
 def _resume(path: Path, arguments: Sequence[str]) -> int:
     run = Run.open(path)
-    options = _parse(arguments, run.config)
+    options, config = _parse(arguments, run.config)
     if options.init_from is not None:
         raise UserError("--resume continues a run, and --init-from starts one: give one of them")
     check_can_resume(run)
-    if options.config.training.tensorboard:
+    if config.training.tensorboard:
         TensorBoard.check()
-    with only_writer(path):
-        return _continue(Run.open(path), options)  # reopened under the lock
+    with joined_ranks(config.training.rank_timeout) as ranks, only_writer_of(ranks, path):
+        return _continue(Run.open(path), config, options.checkpoint, ranks)  # reopened under the lock
 
 
-def _continue(run: Run, options: Options) -> int:
-    config = options.config
+def _continue(run: Run, config: RunConfig, wanted: str | None, ranks: Ranks) -> int:
     changes = changed_settings(run.config, config, silent=() if run.machine is None else SETTINGS)
-    checkpoint = checkpoint_to_resume(run, config, options.checkpoint)
+    checkpoint = checkpoint_to_resume(run, config, wanted)
     anew = [name for name in SETTINGS if getattr(run.config.training, name) != getattr(config.training, name)]
-    machine, others = machine_again(run.machine, config, anew)
+    machine, others = ranks.from_main(lambda: machine_again(run.machine, config, anew))
     for change in (*changes, *others):
         print(f"changed    {change}")
     if checkpoint is None:
@@ -163,22 +160,23 @@ def _continue(run: Run, options: Options) -> int:
     prepared = config.prepare(run.tokenizers)
     _print_data(config, prepared)
     check_same_text(run, config, prepared)
-    check_room(run.path, config)
-    return _train(run.reconfigured(config, machine.resolved), prepared, machine, checkpoint=checkpoint)
+    ranks.from_main(lambda: check_room(run.path, config))
+    ranks.from_main(lambda: run.reconfigured(config, machine.resolved))
+    return _train(Run.open(run.path), prepared, machine, ranks, checkpoint=checkpoint)
 
 
-def _parse(arguments: Sequence[str], config: RunConfig) -> Options:
-    about = _describe_presets() if {"-h", "--help"} & set(arguments) else ""
-    flags, config = parse_with_settings(Flags, arguments, config, prog="train.py [PRESET]", description=about)
+def _parse(arguments: Sequence[str], base: RunConfig) -> tuple[Options, RunConfig]:
+    about = _describe_presets() if HELP & set(arguments) else ""
+    options, config = parse_with_settings(Options, arguments, base, prog="train.py [PRESET]", description=about)
     check_probe(config)
     config.check_trainable()
-    return Options(**vars(flags), config=replace(config, data=with_files(config.data)))
+    return options, replace(config, data=with_files(config.data))
 
 
 def _describe_presets() -> str:
     sizes = {name: count_parameters(with_usual_vocabulary(run)) / 1e6 for name, run in PRESETS.items()}
     lines = "\n".join(f"  {name:18}{size:7.2f}M" for name, size in sizes.items())
-    about = f"Presets (default: {DEFAULT}) and their parameter counts, with the tokenizer's usual vocabulary:"
+    about = f"Presets (default: {DEFAULT}), and their parameters with the tokenizer's usual vocabulary:"
     return f"Train a model, resume a run, or fine-tune one.\n\n{about}\n{lines}\n\n{EXPORTED}"
 
 
@@ -187,17 +185,24 @@ def _print_data(config: RunConfig, prepared: PreparedData) -> None:
 
 
 def _train(
-    run: Run, prepared: PreparedData, machine: Machine, *, initial: Path | None = None, checkpoint: Path | None = None
+    run: Run,
+    prepared: PreparedData,
+    machine: Machine,
+    ranks: Ranks,
+    *,
+    initial: Path | None = None,
+    checkpoint: Path | None = None,
 ) -> int:
     config = run.config.training
     tokens = config.steps * run.config.tokens_per_step
     print(f"model      {amount(count_parameters(run.config.model))} parameters, {amount(tokens)} tokens to read")
-    print(f"machine    {machine.description}")
+    count = f"{ranks.size} ranks ({config.parallel.name}), each " if ranks.size > 1 else ""
+    print(f"machine    {count}{machine.description}")
     print(f"run        {run.path}", flush=True)
     with StopRequest() as stop, writing(run.path, REMEDY):
         done = 0 if checkpoint is None else checkpoint_step(checkpoint)
-        log = open_log(run, done, Terminal(steps=config.steps, done=done))
-        trainer = build_trainer(run, prepared, machine, log, stop, initial=initial, checkpoint=checkpoint)
+        log = open_log(run, done, Terminal(steps=config.steps, done=done)) if ranks.is_main else Log()
+        trainer = build_trainer(run, prepared, machine, log, stop, ranks, initial=initial, checkpoint=checkpoint)
         if config.eval_every < config.steps and str(trainer.validator):
             log.line(str(trainer.validator))
         try:

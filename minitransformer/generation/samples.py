@@ -12,8 +12,8 @@ from minitransformer.generation.decode import generate, translate
 from minitransformer.generation.fill import fill_masks
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderLM
+from minitransformer.models.encoder_decoder import Seq2SeqLM
 from minitransformer.models.model import Model
-from minitransformer.models.seq2seq import Seq2SeqLM
 from minitransformer.text.tokenizers import Tokenizer
 
 

@@ -31,13 +31,14 @@ IMPORTED_ONLY = {"encoder-classifier"}
 TRAINED = [name for name in TOPOLOGIES if name not in IMPORTED_ONLY]
 # Larger values are mistakes, and would exhaust memory before any other check.
 MOST_MODULES, MOST_FEATURES = 10_000, 1 << 27
-HEADS = {"linear": "LMHead", "transformed": "TransformedHead"}
+HEADS = ("linear", "transformed")
 
 
 PAIRS = ("topology", ("encoder-decoder", "rnn"))
 ENCODERS = ("topology", ("encoder", "encoder-classifier"))
 CLASSIFIERS = ("topology", ("encoder-classifier",))
 WITH_ATTENTION = ("topology", tuple(name for name in TOPOLOGIES if name != "rnn"))
+WITH_HEAD = ("topology", tuple(name for name in TOPOLOGIES if name != "encoder-classifier"))
 """topologies in which a setting has an effect"""
 
 
@@ -66,9 +67,7 @@ class ModelConfig:
     )
     num_heads: int = size_setting(4, needs=WITH_ATTENTION, help="number of attention heads")
     num_kv_heads: int | None = size_setting(
-        None,
-        needs=WITH_ATTENTION,
-        help="number of key and value heads (grouped-query attention); None is num_heads",
+        None, needs=WITH_ATTENTION, help="number of key and value heads (grouped-query attention); None is num_heads"
     )
     head_dim: int | None = size_setting(
         None, needs=WITH_ATTENTION, help="dimension of each head; None is d_model / num_heads"
@@ -83,7 +82,7 @@ class ModelConfig:
         None,
         changes_tokens=True,
         follows_data=True,
-        help="vocabulary size: a BPE is trained to it, other tokenizers must fit into it; None is 4096, or theirs",
+        help="vocabulary size, into which the tokenizer must fit; None is the tokenizer's",
     )
     target_vocab_size: int | None = size_setting(
         None,
@@ -99,9 +98,7 @@ class ModelConfig:
     )
     next_sentence: bool = setting(False, needs=ENCODERS, help="add a next-sentence prediction head to an encoder")
     num_classes: int | None = size_setting(
-        None,
-        needs=CLASSIFIERS,
-        help="number of classes of an encoder-classifier, which can only be imported",
+        None, needs=CLASSIFIERS, help="number of classes of an encoder-classifier, which can only be imported"
     )
     pooling: str = setting(
         "tanh", choices=POOLING_ACTIVATIONS, needs=CLASSIFIERS, help="activation of the classifier's pooling layer"
@@ -149,18 +146,19 @@ class ModelConfig:
         (True,), needs="attention_window", help="which layers use the window; the pattern repeats over all layers"
     )
     attention_kernel: str = setting("auto", choices=KERNELS, needs=WITH_ATTENTION, help="implementation of attention")
-    head: str = setting("linear", choices=HEADS, help="language-model head")
-    head_bias: bool = setting(False, help="use a bias in the language-model head")
-    logit_scale: float = setting(1.0, help="factor of the head's input")
-    logit_softcap: float | None = setting(None, help="soft cap c of the logits z: c · tanh(z / c); None is no cap")
-    tied_embeddings: bool = setting(True, help="tie the head's weights to the token embedding")
+    head: str = setting("linear", choices=HEADS, needs=WITH_HEAD, help="language-model head")
+    head_bias: bool = setting(False, needs=WITH_HEAD, help="use a bias in the language-model head")
+    logit_scale: float = setting(1.0, needs=WITH_HEAD, help="factor of the head's input")
+    logit_softcap: float | None = setting(
+        None, needs=WITH_HEAD, help="soft cap c of the logits z: c · tanh(z / c); None is no cap"
+    )
+    tied_embeddings: bool = setting(True, needs=WITH_HEAD, help="tie the head's weights to the token embedding")
     shared_embeddings: bool = setting(
         True, needs=PAIRS, help="share the token embedding of encoder and decoder, if they have one vocabulary"
     )
     scaled_embeddings: bool = setting(False, help="scale token embeddings by the square root of d_model")
     embedding_dim: int | None = size_setting(
-        None,
-        help="width of the token embedding, projected to d_model; None is d_model, without a projection",
+        None, help="width of the token embedding, projected to d_model; None is d_model, without a projection"
     )
     dropout: float = setting(
         0.0, at_least=0, below=1, help="dropout probability of embeddings, attention weights and sublayer outputs"

@@ -44,20 +44,12 @@ class DecoderLM(Model, name="decoder"):
             positions = next_positions(tokens, is_token, cache)
         return self.stack(self.embedding(tokens), positions=positions, is_token=is_token, cache=cache)
 
-    def forward(
-        self,
-        tokens: TokensOrEmbeddings,
-        *,
-        is_token: Bool[Tensor, "batch length"] | None = None,
-        positions: Int[Tensor, "#batch length"] | None = None,
-        cache: KVCache | ChosenSlots | None = None,
-        readout: Readout = apply_head,
-    ) -> Any:
+    def forward(self, tokens: TokensOrEmbeddings, *, readout: Readout = apply_head, **inputs: Any) -> Any:
         """Logits of the next token, [batch, length, vocab_size], or the result of `readout`.
 
-        The other arguments are those of `hidden_states`.
+        `inputs` are the keyword arguments of `hidden_states`.
         """
-        return readout(self.head, self.hidden_states(tokens, is_token=is_token, positions=positions, cache=cache))
+        return readout(self.head, self.hidden_states(tokens, **inputs))
 
     def new_cache(self, max_length: int | None = None) -> KVCache:
         """An empty cache for `max_length` tokens (default: the context length)."""

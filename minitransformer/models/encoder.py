@@ -52,18 +52,16 @@ class EncoderLM(Encoder, name="encoder"):
         self,
         tokens: TokensOrEmbeddings,
         *,
-        is_token: Bool[Tensor, "batch length"] | None = None,
-        segments: Int[Tensor, "batch length"] | None = None,
-        positions: Int[Tensor, "#batch length"] | None = None,
         places: Bool[Tensor, "batch length"] | None = None,
         readout: Readout = apply_head,
+        **inputs: Any,
     ) -> Any:
-        """Logits of the token at each position, [batch, length, vocab_size].
+        """Logits of the token at each position, [batch, length, vocab_size], or the result of `readout`.
 
-        With `places`, only those positions are computed, [places, vocab_size], since few are masked.
-        With another `readout`, its result.
+        With `places`, only those positions are computed, [places, vocab_size], since few are masked. `inputs` are the
+        keyword arguments of `hidden_states`.
         """
-        hidden = self.hidden_states(tokens, is_token=is_token, segments=segments, positions=positions)
+        hidden = self.hidden_states(tokens, **inputs)
         return readout(self.head, hidden if places is None else hidden[places])
 
     forward: Callable[..., Any] = token_logits
@@ -86,15 +84,13 @@ class EncoderPretraining(EncoderLM, name="encoder-pretraining"):
         self,
         tokens: TokensOrEmbeddings,
         *,
-        is_token: Bool[Tensor, "batch length"] | None = None,
-        segments: Int[Tensor, "batch length"] | None = None,
-        positions: Int[Tensor, "#batch length"] | None = None,
         places: Bool[Tensor, "batch length"] | None = None,
         readout: Readout = apply_head,
+        **inputs: Any,
     ) -> PretrainingLogits:
         """Logits of both heads; for tokens, as in `token_logits`."""
         assert self.next_sentence is not None
-        hidden = self.hidden_states(tokens, is_token=is_token, segments=segments, positions=positions)
+        hidden = self.hidden_states(tokens, **inputs)
         tokens_read = readout(self.head, hidden if places is None else hidden[places])
         return PretrainingLogits(tokens_read, self.next_sentence(hidden))
 
@@ -111,13 +107,7 @@ class EncoderClassifier(Encoder, name="encoder-classifier"):
         self.initialise()
 
     def forward(
-        self,
-        tokens: TokensOrEmbeddings,
-        *,
-        is_token: Bool[Tensor, "batch length"] | None = None,
-        segments: Int[Tensor, "batch length"] | None = None,
-        positions: Int[Tensor, "#batch length"] | None = None,
+        self, tokens: TokensOrEmbeddings, *, is_token: Bool[Tensor, "batch length"] | None = None, **inputs: Any
     ) -> Float[Tensor, "batch classes"]:
-        """One logit for each class."""
-        hidden = self.hidden_states(tokens, is_token=is_token, segments=segments, positions=positions)
-        return self.head(hidden, is_token)
+        """One logit for each class; `inputs` are the other keyword arguments of `hidden_states`."""
+        return self.head(self.hidden_states(tokens, is_token=is_token, **inputs), is_token)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from minitransformer.architecture.additive_attention import AdditiveAttention
 from minitransformer.architecture.block import Memory
@@ -13,7 +15,7 @@ from minitransformer.architecture.dropout import Dropout
 from minitransformer.architecture.embeddings import TokensOrEmbeddings
 from minitransformer.models.build import build_head
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.seq2seq import Seq2SeqLM
+from minitransformer.models.encoder_decoder import Seq2SeqLM
 
 
 class RecurrentCache:
@@ -45,18 +47,15 @@ class RecurrentEncoderDecoder(Seq2SeqLM, name="rnn"):
 
     α attends from sᵢ₋₁, the state of the last layer, to the annotations h of a bidirectional encoder. Bahdanau et al.
     2014 (arXiv 1409.0473), section 3 and appendix A, with torch's GRU, whose reset gate follows the matrix product.
-
-    Of a `ModelConfig`, the numbers of layers, d_model, embeddings, head, dropout and init apply; settings of
-    attention, feed-forward networks, norms, positions and blocks are ignored.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         d = config.d_model
-        self.encoder = _gru(d, d, config.num_layers, config.dropout, bidirectional=True)
+        self.encoder = _GRU(d, d, config.num_layers, config.dropout, bidirectional=True)
         self.first_state = nn.Linear(d, config.decoder_layers * d)
         self.attention = AdditiveAttention(d, 2 * d, d)
-        self.decoder = _gru(3 * d, d, config.decoder_layers, config.dropout)
+        self.decoder = _GRU(3 * d, d, config.decoder_layers, config.dropout)
         self.readout = nn.Linear(4 * d, 2 * d)
         self.dropout = Dropout(config.dropout)
         self.head = build_head(config, self.target_embedding)
@@ -118,9 +117,45 @@ class RecurrentEncoderDecoder(Seq2SeqLM, name="rnn"):
         return self.first_state(first).tanh().unflatten(-1, (-1, self.config.d_model)).transpose(0, 1)
 
 
-def _gru(features: int, hidden: int, num_layers: int, dropout: float, *, bidirectional: bool = False) -> nn.GRU:
-    between = dropout if num_layers > 1 else 0.0  # torch applies it between layers only, and warns if there is one
-    return nn.GRU(features, hidden, num_layers, batch_first=True, dropout=between, bidirectional=bidirectional)
+class _GRU(nn.GRU):
+    """torch's GRU with our dropout between layers, which depends on the row of a batch alone."""
+
+    def __init__(
+        self, features: int, hidden: int, num_layers: int, dropout: float, *, bidirectional: bool = False
+    ) -> None:
+        super().__init__(features, hidden, num_layers, batch_first=True, bidirectional=bidirectional)
+        self.between = Dropout(dropout)
+
+    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+        if self.num_layers == 1 or not (self.training and self.between.p):
+            return super().forward(input, hx)
+        directions = 1 + self.bidirectional
+        lasts, per_layer = [], len(self._flat_weights) // self.num_layers
+        for layer in range(self.num_layers):
+            if layer:
+                input = self._dropped(input)
+            weights = self._flat_weights[layer * per_layer :][:per_layer]
+            state = None if hx is None else hx[layer * directions :][:directions]
+            input, last = self._layer(weights, input, state)
+            lasts.append(last)
+        return input, torch.cat(lasts)
+
+    def _dropped(self, x: Tensor | PackedSequence) -> Tensor | PackedSequence:
+        if isinstance(x, Tensor):
+            return self.between(x)
+        padded, lengths = pad_packed_sequence(x, batch_first=True)
+        return pack_padded_sequence(self.between(padded), lengths, batch_first=True, enforce_sorted=False)
+
+    def _layer(self, weights: Any, x: Any, state: Tensor | None) -> tuple[Any, Tensor]:
+        packed = isinstance(x, PackedSequence)
+        first, rows = (x.data, int(x.batch_sizes[0])) if packed else (x, x.size(0))
+        if state is None:
+            state = first.new_zeros(1 + self.bidirectional, rows, self.hidden_size)
+        settings = (weights, True, 1, 0.0, True, self.bidirectional)
+        if not packed:
+            return torch.gru(x, state, *settings, True)
+        outputs, last = torch.gru(x.data, x.batch_sizes, state, *settings)
+        return x._replace(data=outputs), last
 
 
 def _without_padding(

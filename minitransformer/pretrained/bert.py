@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from minitransformer.models.config import ModelConfig
-from minitransformer.pretrained.families import ACTIVATIONS, HF, Family, Field
+from minitransformer.pretrained.families import ACTIVATIONS, HF, SHAPE, Family, Field
 from minitransformer.pretrained.rules import Reversed, Rule, WithoutFirst
 
 BLOCK = "stack.blocks.{layer}."
@@ -56,12 +56,8 @@ class BERTFamily(Family, name="bert"):
 
     architectures = {"encoder": "BertForMaskedLM", "encoder-classifier": "BertForSequenceClassification"}
     fields = {
-        "vocab_size": "vocab_size",
-        "hidden_size": "d_model",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
+        **SHAPE,
         "intermediate_size": "d_ff",
-        "max_position_embeddings": "context_length",
         "type_vocab_size": Field("num_segments", default=2),
         "layer_norm_eps": Field("norm_eps", default=1e-12),
         "hidden_act": Field("feedforward", ACTIVATIONS, "gelu"),

@@ -30,13 +30,7 @@ from minitransformer.text.tokenizers import Tokenizer
 
 CONFIG, GENERATION = CONFIGS
 # Files to fetch from the hub: some repositories have the same weights in several formats.
-WANTED = [
-    *CONFIGS,
-    *TOKENIZER_FILES,
-    WEIGHTS,
-    INDEX,
-    SHARDS.format(number=0, count=0).replace("00000", "*"),
-]
+WANTED = [*CONFIGS, *TOKENIZER_FILES, WEIGHTS, INDEX, SHARDS.format(number=0, count=0).replace("00000", "*")]
 
 
 class Undrawn(TorchFunctionMode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +26,14 @@ ACTIVATIONS = {
     "gelu_fast": "gelu-tanh",
 }
 SILU = {"silu": "silu", "swish": "silu"}
+SHAPE = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "d_model",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+}
+"""the fields that most families share"""
 GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu-tanh", "gelu": "geglu", "relu": "reglu"}
 
 
@@ -128,7 +136,7 @@ class Family(Registered, kind="model_type"):
                     raise UserError(f"{theirs} is {value!r} in config.json: known for {cls.name} are {known}")
                 value = field.values[value]
             elif value is None and field.ours in SIZES:
-                raise cls._does_not_say(theirs)
+                raise UserError(f"config.json has no {theirs}, which a checkpoint of {cls.name} needs: add it")
             elif (value is None and not field.holds(None)) or not fits(value, kinds[field.ours]):
                 must = in_words(kinds[field.ours])
                 raise UserError(f"{theirs} is {shown(value)} in config.json: it must be {must}")
@@ -136,7 +144,7 @@ class Family(Registered, kind="model_type"):
         ours |= cls.read(hf)
         if ours["topology"] == "encoder-classifier":
             classes = len(hf.get("id2label") or range(hf.get("num_labels", 2)))
-            ours |= {"num_classes": classes, "head": "linear", "head_bias": False}
+            ours["num_classes"] = classes
         for name, value in ours.items():
             if not fits(value, kinds[name]):
                 raise TypeError(f"{name} becomes {shown(value)}")
@@ -230,10 +238,6 @@ class Family(Registered, kind="model_type"):
             hf["label2id"] = {label: int(i) for i, label in hf["id2label"].items()}
         return hf
 
-    @classmethod
-    def _does_not_say(cls, name: str) -> UserError:
-        return UserError(f"config.json has no {name}, which a checkpoint of {cls.name} needs: add it")
-
 
 def _equal(a: Any, b: Any) -> bool:
     both_floats = isinstance(a, float) and isinstance(b, float)
@@ -241,13 +245,6 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 IRRELEVANT = {"dropout", "init", "attention_kernel"}
-ONLY_WITH: dict[str, Callable[[ModelConfig], bool]] = {
-    "shared_embeddings": lambda config: config.topology == "encoder-decoder",
-    "num_decoder_layers": lambda config: config.topology == "encoder-decoder",
-    "tied_embeddings": lambda config: config.topology != "encoder-classifier",
-    "head": lambda config: config.topology != "encoder-classifier",
-    "head_bias": lambda config: config.topology != "encoder-classifier",
-}
 
 
 def _canonical(config: ModelConfig) -> dict[str, Any]:
@@ -257,13 +254,43 @@ def _canonical(config: ModelConfig) -> dict[str, Any]:
         "num_kv_heads": config.num_kv_heads or config.num_heads,
         "head_dim": config.features_per_head,
         "d_ff": config.d_ff or config.feedforward.variant.default_width(config.d_model),
-        "num_decoder_layers": config.decoder_layers,
         "norm_bias": "norm_bias" in values and has_bias(values["norm_bias"], config.bias),
         "qkv_bias": config.bias if config.qkv_bias is None else config.qkv_bias,
         "attention_output_bias": config.bias if config.attention_output_bias is None else config.attention_output_bias,
         "attention_scale": config.attention_scale or config.features_per_head**-0.5,
     }
+    if "num_decoder_layers" in values:
+        values["num_decoder_layers"] = config.decoder_layers
     if "window_pattern" in values:
         values["window_pattern"] = tuple(config.window_of(layer) is not None for layer in range(config.num_layers))
-    idle = {name for name, applies in ONLY_WITH.items() if not applies(config)}
-    return {name: value for name, value in values.items() if name not in IRRELEVANT | idle}
+    return {name: value for name, value in values.items() if name not in IRRELEVANT}
+
+
+def obstacles_by_family(config: ModelConfig) -> dict[str, list[Obstacle]]:
+    """The obstacles of each family with this topology, fewest first.
+
+    Families that cannot have such a shape are left out; raises `UserError` if none is left.
+    """
+    obstacles: dict[str, list[Obstacle]] = {}
+    refusals = []
+    for name, family in Family.registry.items():
+        if config.topology in family.architectures:
+            try:
+                obstacles[name] = family.obstacles(config)
+            except UserError as error:
+                refusals.append(error)
+    if refusals and not obstacles:
+        raise refusals[0]
+    return dict(sorted(obstacles.items(), key=lambda entry: len(entry[1])))
+
+
+def families_of(config: ModelConfig) -> list[str]:
+    """The families that can represent the model."""
+    return [name for name, obstacles in obstacles_by_family(config).items() if not obstacles]
+
+
+def nearest_family(config: ModelConfig) -> tuple[str, list[Obstacle]]:
+    """The family with the fewest obstacles, and these; raises `UserError` if none has this topology."""
+    for family, obstacles in obstacles_by_family(config).items():
+        return family, obstacles
+    raise UserError(f"no known format can represent topology {config.topology!r}: choose another run")

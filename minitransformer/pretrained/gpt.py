@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from minitransformer.models.config import ModelConfig
-from minitransformer.pretrained.families import ACTIVATIONS, HF, Family, Field
+from minitransformer.pretrained.families import ACTIVATIONS, HF, SHAPE, Family, Field
 from minitransformer.pretrained.rope import read_partial_rope, read_rope, write_partial_rope, write_rope
 from minitransformer.pretrained.rules import (
     GroupedHeads,
@@ -16,6 +16,7 @@ from minitransformer.pretrained.rules import (
     TransposedThirds,
     WithoutFirst,
 )
+from minitransformer.pretrained.seq2seq import bart_block
 
 BLOCK = "stack.blocks.{layer}."
 QKV = (BLOCK + "attention.query", BLOCK + "attention.key", BLOCK + "attention.value")
@@ -37,11 +38,7 @@ class GPT2Family(Family, name="gpt2"):
         "tie_word_embeddings": Field("tied_embeddings", default=True),
     }
     fixed = {"residual": "pre", "norm": "layer", "positions": "learned", "bias": True}
-    required = {
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    }
+    required = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     prefix = "transformer."
     rules = (
         Rule("transformer.wte", "embedding.table"),
@@ -106,11 +103,7 @@ class GPTNeoXFamily(Family, name="gpt_neox"):
 
     architectures = {"decoder": "GPTNeoXForCausalLM"}
     fields = {
-        "vocab_size": "vocab_size",
-        "max_position_embeddings": "context_length",
-        "hidden_size": "d_model",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
+        **SHAPE,
         "intermediate_size": "d_ff",
         "layer_norm_eps": Field("norm_eps", default=1e-5),
         "hidden_act": Field("feedforward", ACTIVATIONS, "gelu"),
@@ -151,11 +144,7 @@ class OPTFamily(Family, name="opt"):
 
     architectures = {"decoder": "OPTForCausalLM"}
     fields = {
-        "vocab_size": "vocab_size",
-        "max_position_embeddings": "context_length",
-        "hidden_size": "d_model",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
+        **SHAPE,
         "ffn_dim": "d_ff",
         "activation_function": Field("feedforward", ACTIVATIONS, "relu"),
         "do_layer_norm_before": Field("residual", {True: "pre", False: "post"}, True),
@@ -168,14 +157,7 @@ class OPTFamily(Family, name="opt"):
         Rule("model.decoder.embed_tokens", "embedding.table"),
         Rule("model.decoder.project_in", "embedding.project"),
         Rule("model.decoder.embed_positions", "stack.positions.table", WithoutFirst(2)),
-        Rule("model.decoder.layers.{layer}.self_attn.q_proj", BLOCK + "attention.query"),
-        Rule("model.decoder.layers.{layer}.self_attn.k_proj", BLOCK + "attention.key"),
-        Rule("model.decoder.layers.{layer}.self_attn.v_proj", BLOCK + "attention.value"),
-        Rule("model.decoder.layers.{layer}.self_attn.out_proj", BLOCK + "attention.output"),
-        Rule("model.decoder.layers.{layer}.self_attn_layer_norm", BLOCK + "attention_residual.norm"),
-        Rule("model.decoder.layers.{layer}.fc1", BLOCK + "feedforward.up"),
-        Rule("model.decoder.layers.{layer}.fc2", BLOCK + "feedforward.down"),
-        Rule("model.decoder.layers.{layer}.final_layer_norm", BLOCK + "feedforward_residual.norm"),
+        *bart_block("model.decoder.layers.{layer}.", BLOCK),
         Rule("model.decoder.final_layer_norm", "stack.final_norm"),
         Rule("model.decoder.project_out", "head.0"),
         Rule("lm_head", "head"),
@@ -252,17 +234,9 @@ class FalconFamily(Family, name="falcon"):
     def rules_for(cls, config: ModelConfig) -> tuple[Rule, ...]:
         norm = "ln_attn" if config.block.name == "parallel-two-norms" else "input_layernorm"
         return (
-            Rule("transformer.word_embeddings", "embedding.table"),
-            Rule("transformer.h.{layer}.input_layernorm", BLOCK + "attention_residual.norm"),
-            Rule("transformer.h.{layer}.post_attention_layernorm", BLOCK + "feedforward_residual.norm"),
+            *BloomFamily.rules,
             Rule("transformer.h.{layer}." + norm, BLOCK + "residual.norm"),
             Rule("transformer.h.{layer}.ln_mlp", BLOCK + "feedforward_norm"),
-            Rule("transformer.h.{layer}.self_attention.query_key_value", QKV, GroupedHeads()),
-            Rule("transformer.h.{layer}.self_attention.dense", BLOCK + "attention.output"),
-            Rule("transformer.h.{layer}.mlp.dense_h_to_4h", BLOCK + "feedforward.up"),
-            Rule("transformer.h.{layer}.mlp.dense_4h_to_h", BLOCK + "feedforward.down"),
-            Rule("transformer.ln_f", "stack.final_norm"),
-            Rule("lm_head", "head"),
         )
 
     @classmethod

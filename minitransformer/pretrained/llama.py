@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minitransformer.models.config import ModelConfig
-from minitransformer.pretrained.families import GATED, HF, Family, Field
+from minitransformer.pretrained.families import GATED, HF, SHAPE, Family, Field
 from minitransformer.pretrained.rope import read_partial_rope, read_rope, write_partial_rope, write_rope
 from minitransformer.pretrained.rules import Rule
 
@@ -32,14 +32,12 @@ PRE_LN = (
     Rule(THEIRS + "input_layernorm", BLOCK + "attention_residual.norm"),
     Rule(THEIRS + "post_attention_layernorm", BLOCK + "feedforward_residual.norm"),
 )
-SHAPE = {
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "context_length",
-    "hidden_size": "d_model",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "intermediate_size": "d_ff",
+GROUPED_SHAPE = {**SHAPE, "num_key_value_heads": "num_kv_heads", "intermediate_size": "d_ff"}
+LLAMA_FIELDS: dict[str, Field | str] = {
+    **GROUPED_SHAPE,
+    "rms_norm_eps": Field("norm_eps", default=1e-6),
+    "hidden_act": Field("feedforward", GATED, "silu"),
+    "tie_word_embeddings": Field("tied_embeddings", default=False),
 }
 
 
@@ -47,13 +45,7 @@ class LlamaFamily(Family, name="llama"):
     """Touvron et al. 2023 (arXiv 2302.13971), Llama 2 and 3, and their fine-tunes."""
 
     architectures = {"decoder": "LlamaForCausalLM"}
-    fields = {
-        **SHAPE,
-        "head_dim": "head_dim",
-        "rms_norm_eps": Field("norm_eps", default=1e-6),
-        "hidden_act": Field("feedforward", GATED, "silu"),
-        "tie_word_embeddings": Field("tied_embeddings", default=False),
-    }
+    fields = {**LLAMA_FIELDS, "head_dim": "head_dim"}
     fixed = {"residual": "pre", "norm": "rms", "positions": "rotary"}
     rules = (*OUTSIDE, *PRE_LN, *attention_rules(), *feedforward_rules())
     ignored = (r"rotary_emb\.inv_freq$",)
@@ -128,20 +120,12 @@ def write_windows(config: ModelConfig) -> HF:
     }
 
 
-class Qwen2Family(Family, name="qwen2"):
+class Qwen2Family(LlamaFamily, name="qwen2"):
     """Yang et al. 2024 (arXiv 2407.10671): biases of queries, keys and values."""
 
     architectures = {"decoder": "Qwen2ForCausalLM"}
-    fields = {
-        **SHAPE,
-        "rms_norm_eps": Field("norm_eps", default=1e-6),
-        "hidden_act": Field("feedforward", GATED, "silu"),
-        "tie_word_embeddings": Field("tied_embeddings", default=False),
-    }
+    fields = LLAMA_FIELDS
     fixed = {"residual": "pre", "norm": "rms", "positions": "rotary", "bias": False, "qkv_bias": True}
-    rules = LlamaFamily.rules
-    ignored = LlamaFamily.ignored
-    prefix = "model."
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
@@ -181,10 +165,7 @@ class OLMo2Family(LlamaFamily, name="olmo2"):
     """OLMo 2 (arXiv 2501.00656): norms after the sublayers, and of whole queries and keys."""
 
     architectures = {"decoder": "Olmo2ForCausalLM"}
-    fields = {
-        **{name: field for name, field in LlamaFamily.fields.items() if name != "head_dim"},
-        "rms_norm_eps": Field("norm_eps", default=1e-5),
-    }
+    fields = {**LLAMA_FIELDS, "rms_norm_eps": Field("norm_eps", default=1e-5)}
     fixed = {"residual": "olmo2", "norm": "rms", "positions": "rotary", "qk_norm": "full", "bias": False}
     rules = (
         *OUTSIDE,
@@ -197,12 +178,12 @@ class OLMo2Family(LlamaFamily, name="olmo2"):
     )
 
 
-class Gemma2Family(Family, name="gemma2"):
+class Gemma2Family(LlamaFamily, name="gemma2"):
     """Gemma 2 (arXiv 2408.00118)."""
 
     architectures = {"decoder": "Gemma2ForCausalLM"}
     fields = {
-        **SHAPE,
+        **GROUPED_SHAPE,
         "head_dim": Field("head_dim", default=256),
         "rms_norm_eps": Field("norm_eps", default=1e-6),
         "hidden_activation": Field("feedforward", GATED, "gelu_pytorch_tanh"),
@@ -226,8 +207,6 @@ class Gemma2Family(Family, name="gemma2"):
         Rule(THEIRS + "pre_feedforward_layernorm", BLOCK + "feedforward_residual.norm"),
         Rule(THEIRS + "post_feedforward_layernorm", BLOCK + "feedforward_residual.output_norm"),
     )
-    ignored = LlamaFamily.ignored
-    prefix = "model."
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
@@ -247,12 +226,12 @@ class Gemma2Family(Family, name="gemma2"):
         }
 
 
-class StableLMFamily(Family, name="stablelm"):
+class StableLMFamily(LlamaFamily, name="stablelm"):
     """Bellagente et al. 2024 (arXiv 2402.17834): Llama's tensors with LayerNorm."""
 
     architectures = {"decoder": "StableLmForCausalLM"}
     fields = {
-        **SHAPE,
+        **GROUPED_SHAPE,
         "layer_norm_eps": Field("norm_eps", default=1e-5),
         "hidden_act": Field("feedforward", GATED, "silu"),
         "use_qkv_bias": Field("qkv_bias", default=False),
@@ -262,8 +241,6 @@ class StableLMFamily(Family, name="stablelm"):
     fixed = {"residual": "pre", "norm": "layer", "norm_bias": True, "positions": "rotary", "bias": False}
     required = {"qk_layernorm": False}
     rules = (*LlamaFamily.rules, Rule(THEIRS + "input_layernorm", BLOCK + "residual.norm"))
-    ignored = LlamaFamily.ignored
-    prefix = "model."
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from minitransformer.errors import UserError
-from minitransformer.pretrained.public_tokenizer import FILE
 from minitransformer.pretrained.shards import read_checkpoint_json
-from minitransformer.pretrained.tokenizers import CONFIGS, NAMES, SETTINGS, load_tokenizer
+from minitransformer.pretrained.tokenizers import CONFIGS, FILE, NAMES, SETTINGS, load_tokenizer
 from minitransformer.pretrained.vocabularies import FILES, SENTENCEPIECE
 from minitransformer.text.tokenizers import Tokenizer
 

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +19,8 @@ from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 
 
-class Transform(Protocol):
-    """An invertible map from a tensor of the file to one or more weights."""
-
-    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]: ...
-
-    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor: ...
-
-
-class Same:
-    """The tensor is the weight."""
+class Transform:
+    """An invertible map from a tensor of the file to one or more weights; this one is the identity."""
 
     def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
         return (tensor,)
@@ -38,10 +29,10 @@ class Same:
         return weights[0]
 
 
-SAME = Same()
+SAME = Transform()
 
 
-class Transposed:
+class Transposed(Transform):
     """A matrix is stored as [in, out]; a bias as it is."""
 
     def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
@@ -51,7 +42,7 @@ class Transposed:
         return weights[0].mT if weights[0].dim() == 2 else weights[0]
 
 
-class TransposedThirds:
+class TransposedThirds(Transform):
     """Queries, keys and values side by side, a matrix as [in, 3 · out]: GPT-2."""
 
     def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
@@ -62,7 +53,7 @@ class TransposedThirds:
         return torch.cat([weight.mT if weight.dim() == 2 else weight for weight in weights], dim=-1)
 
 
-class GroupedHeads:
+class GroupedHeads(Transform):
     """For each key head in turn: its query heads, the key head, the value head. GPT-NeoX, Bloom, Falcon."""
 
     def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
@@ -77,7 +68,7 @@ class GroupedHeads:
         return torch.cat(heads, dim=1).flatten(0, 2)
 
 
-class InterleavedPairs:
+class InterleavedPairs(Transform):
     """Rotary pairs are features 2i and 2i + 1, and ours are i and i + half: GPT-J."""
 
     def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
@@ -95,7 +86,7 @@ class InterleavedPairs:
 
 
 @dataclass(frozen=True)
-class WithoutFirst:
+class WithoutFirst(Transform):
     """A position table with unused first `rows`; these are exported as zeros."""
 
     rows: int
@@ -107,7 +98,7 @@ class WithoutFirst:
         return torch.cat([weights[0].new_zeros(self.rows, weights[0].size(1)), weights[0]])
 
 
-class Row:
+class Row(Transform):
     """A vector is stored as a matrix of one row."""
 
     def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
@@ -117,7 +108,7 @@ class Row:
         return weights[0][None]
 
 
-class Reversed:
+class Reversed(Transform):
     """The rows in reverse order."""
 
     def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
@@ -191,7 +182,8 @@ def load_weights(
                 change = _compare if is_copy else _fill
                 problems += change(parts, source, rule.transform, tensors[source], config)
             elif rule.optional and not is_copy:
-                _clear(parts)
+                for weight in parts.values():
+                    weight.data.zero_()
             elif not is_copy:
                 problems.append(f"{source} is missing")
     left_over = [name for name in tensors if name not in used and not any(re.search(p, name) for p in ignored)]
@@ -228,11 +220,6 @@ def _compare(
     parts = transform.load(tensor, config)
     same = all(torch.equal(part.to(weight.dtype), weight) for part, weight in zip(parts, weights.values(), strict=True))
     return [] if same else [f"{source} differs from the weight that it is tied to"]
-
-
-def _clear(weights: Mapping[str, Tensor]) -> None:
-    for weight in weights.values():
-        weight.data.zero_()
 
 
 def _summarised(problems: Sequence[str]) -> Iterator[str]:

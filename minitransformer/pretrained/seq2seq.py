@@ -114,38 +114,34 @@ class MT5Family(T5Family, name="mt5"):
         return {"tie_word_embeddings": config.tied_embeddings}
 
 
-def bart_rules() -> tuple[Rule, ...]:
-    """The blocks that BART and Marian share."""
-    rules: list[Rule] = [Rule("model.shared", "embedding.table")]
-    for theirs, ours in (
-        ("model.encoder.layers.{layer}.", ENCODER),
-        ("model.decoder.layers.{decoder_layer}.", DECODER),
-    ):
-        for attention, name, residual in (
-            ("self_attn", "attention", "attention_residual"),
-            ("encoder_attn", "cross_attention", "cross_attention_residual"),
-        ):
-            rules += [
-                Rule(f"{theirs}{attention}.q_proj", f"{ours}{name}.query"),
-                Rule(f"{theirs}{attention}.k_proj", f"{ours}{name}.key"),
-                Rule(f"{theirs}{attention}.v_proj", f"{ours}{name}.value"),
-                Rule(f"{theirs}{attention}.out_proj", f"{ours}{name}.output"),
-                Rule(f"{theirs}{attention}_layer_norm", f"{ours}{residual}.norm"),
-            ]
+def bart_block(theirs: str, ours: str) -> tuple[Rule, ...]:
+    """The rules of a block of BART, Marian or OPT."""
+    rules: list[Rule] = []
+    for attention, name in (("self_attn", "attention"), ("encoder_attn", "cross_attention")):
         rules += [
-            Rule(f"{theirs}fc1", f"{ours}feedforward.up"),
-            Rule(f"{theirs}fc2", f"{ours}feedforward.down"),
-            Rule(f"{theirs}final_layer_norm", f"{ours}feedforward_residual.norm"),
+            Rule(f"{theirs}{attention}.q_proj", f"{ours}{name}.query"),
+            Rule(f"{theirs}{attention}.k_proj", f"{ours}{name}.key"),
+            Rule(f"{theirs}{attention}.v_proj", f"{ours}{name}.value"),
+            Rule(f"{theirs}{attention}.out_proj", f"{ours}{name}.output"),
+            Rule(f"{theirs}{attention}_layer_norm", f"{ours}{name}_residual.norm"),
         ]
     return (
         *rules,
-        Rule("final_logits_bias", "head.bias", Row(), tensors=True, optional=True),
-        Rule("lm_head", "head"),
-        Rule("model.encoder.embed_tokens", "embedding.table"),
-        Rule("model.decoder.embed_tokens", "embedding.table"),
+        Rule(f"{theirs}fc1", f"{ours}feedforward.up"),
+        Rule(f"{theirs}fc2", f"{ours}feedforward.down"),
+        Rule(f"{theirs}final_layer_norm", f"{ours}feedforward_residual.norm"),
     )
 
 
+BART_RULES = (
+    Rule("model.shared", "embedding.table"),
+    *bart_block("model.encoder.layers.{layer}.", ENCODER),
+    *bart_block("model.decoder.layers.{decoder_layer}.", DECODER),
+    Rule("final_logits_bias", "head.bias", Row(), tensors=True, optional=True),
+    Rule("lm_head", "head"),
+    Rule("model.encoder.embed_tokens", "embedding.table"),
+    Rule("model.decoder.embed_tokens", "embedding.table"),
+)
 BART_FIELDS: dict[str, Field | str] = {
     "vocab_size": "vocab_size",
     "d_model": "d_model",
@@ -169,7 +165,7 @@ class BARTFamily(Family, name="bart"):
     required = {"tie_word_embeddings": True}
     prefix = "model."
     rules = (
-        *bart_rules(),
+        *BART_RULES,
         Rule("model.encoder.embed_positions", "encoder.positions.table", WithoutFirst(2)),
         Rule("model.decoder.embed_positions", "decoder.positions.table", WithoutFirst(2)),
         Rule("model.encoder.layernorm_embedding", "encoder.embedding_norm"),
@@ -178,7 +174,14 @@ class BARTFamily(Family, name="bart"):
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
-        return sizes_of_both_sides(hf)
+        for name in ("attention_heads", "ffn_dim"):
+            encoder, decoder = hf[f"encoder_{name}"], hf[f"decoder_{name}"]
+            if encoder != decoder:
+                raise UserError(
+                    f"encoder_{name} is {encoder} and decoder_{name} {decoder} in config.json: "
+                    "only equal ones are known"
+                )
+        return {}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
@@ -195,7 +198,7 @@ class MarianFamily(BARTFamily, name="marian"):
     architectures = {"encoder-decoder": "MarianMTModel"}
     fixed = {**BART_FIXED, "positions": "sinusoidal-halves"}
     required = {"tie_word_embeddings": True, "share_encoder_decoder_embeddings": True}
-    rules = bart_rules()
+    rules = BART_RULES
     ignored = (r"^model\.(en|de)coder\.embed_positions\.weight$",)
 
     @classmethod
@@ -204,15 +207,3 @@ class MarianFamily(BARTFamily, name="marian"):
         assert config.vocab_size is not None
         padding = config.vocab_size - 1
         return {**super().write(config), "pad_token_id": padding, "decoder_start_token_id": padding}
-
-
-def sizes_of_both_sides(hf: HF) -> dict[str, Any]:
-    """No further fields; raises `UserError` if encoder and decoder have different sizes."""
-    for name in ("attention_heads", "ffn_dim"):
-        encoder = hf[f"encoder_{name}"]
-        decoder = hf[f"decoder_{name}"]
-        if encoder != decoder:
-            raise UserError(
-                f"encoder_{name} is {encoder} and decoder_{name} {decoder} in config.json: only equal ones are known"
-            )
-    return {}

@@ -114,8 +114,7 @@ def _places(index: Path) -> dict[str, str]:
 
 def read_checkpoint_json(path: Path) -> dict[str, Any]:
     """The object in the file at `path`; raises `StorageError` if it holds none."""
-    content: dict[str, Any] = records.read_json(path, "download it again")
-    return content
+    return records.read_json(path, "download it again")
 
 
 def _no_weights(folder: Path) -> UserError:

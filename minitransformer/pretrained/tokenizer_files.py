@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minitransformer.errors import UserError
-from minitransformer.pretrained.public_tokenizer import CHARACTERS, FILE, PublicTokenizer
-from minitransformer.pretrained.tokenizers import SETTINGS, SPLITS
+from minitransformer.pretrained.tokenizers import CHARACTERS, FILE, SETTINGS, SPLITS, PublicTokenizer
 from minitransformer.text.tokenizers import BPE, END_OF_TEXT, MASKS, Bytes, Characters, Tokenizer
 
 # Names of padding tokens in different families.
@@ -119,10 +118,9 @@ def _post_processor(tokenizer: Tokenizer) -> dict[str, Any] | None:
     framing, names = tokenizer.framing, {number: name for name, number in tokenizer.special_tokens.items()}
     if not framing.length:
         return None
-    single = [{"Sequence": {"id": "A", "type_id": 0}}]
     single = [
         *({"SpecialToken": {"id": names[token], "type_id": 0}} for token in framing.prefix),
-        *single,
+        {"Sequence": {"id": "A", "type_id": 0}},
         *({"SpecialToken": {"id": names[token], "type_id": 0}} for token in framing.suffix),
     ]
     pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]

@@ -66,9 +66,7 @@ def _byte_level(folder: Path, settings: dict[str, Any], model_type: str) -> dict
 
 def _around_byte_level(vocabulary: dict[str, int], settings: dict[str, Any], model_type: str) -> dict[str, Any] | None:
     if model_type in ("roberta", "bart"):
-        first, last = (
-            _spelled(settings.get(name, usual)) for name, usual in (("cls_token", "<s>"), ("sep_token", "</s>"))
-        )
+        first, last = _spelled(settings.get("cls_token", "<s>")), _spelled(settings.get("sep_token", "</s>"))
         return {
             "type": "RobertaProcessing",
             "sep": [last, vocabulary[last]],

@@ -9,6 +9,7 @@ from minitransformer.runs.layout import (
     free_run_path,
     latest_run,
     only_writer,
+    only_writer_of,
     provenance,
 )
 from minitransformer.runs.open import Run
@@ -23,5 +24,6 @@ __all__ = [
     "free_run_path",
     "latest_run",
     "only_writer",
+    "only_writer_of",
     "provenance",
 ]

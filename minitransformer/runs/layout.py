@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from minitransformer.errors import UserError
 from minitransformer.pretrained.originals import FOLDER as ORIGINALS
 from minitransformer.pretrained.tokenizers import CONFIGS
 from minitransformer.training.checkpoint import CHECKPOINTS, LOCK, checkpoint_step, checkpoints_in
+from minitransformer.training.ranks import Ranks
 
 CONFIG, TOKENIZER, TARGET_TOKENIZER = "config.json", "tokenizer.json", "target-tokenizer.json"
 GENERATION = CONFIGS[1]
@@ -120,3 +121,8 @@ def only_writer(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def only_writer_of(ranks: Ranks, path: Path) -> AbstractContextManager[None]:
+    """`only_writer`, held by the main rank for all `ranks`."""
+    return only_writer(path) if ranks.is_main else nullcontext()

@@ -96,7 +96,7 @@ class Run:
         run = replace(self, config=config, machine=machine or self.machine)
         origins = {"machine": run.machine, "parent": run.parent}
         about: dict[str, Any] = {name: origin.to_json() for name, origin in origins.items() if origin is not None}
-        if plugins := [plugin.to_json() for plugin in plugins_of(config)]:
+        if plugins := [vars(plugin) for plugin in plugins_of(config)]:
             about["plugins"] = plugins
         record = {**config.to_json(), "text": self.text, **about, "provenance": provenance()}
         names = [TOKENIZER, TARGET_TOKENIZER][: len(self.tokenizers)]

@@ -15,6 +15,7 @@ from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Log, Logs, RunFiles, TensorBoard
 from minitransformer.training.loop import Trainer
 from minitransformer.training.machine import Machine
+from minitransformer.training.ranks import ONE_PROCESS, Ranks
 from minitransformer.training.signals import StopRequest
 
 SAMPLE_TOKENS, EXAMPLES = 120, 4
@@ -26,12 +27,14 @@ def build_trainer(
     machine: Machine,
     log: Log,
     stop: StopRequest,
+    ranks: Ranks = ONE_PROCESS,
     *,
     initial: Path | None = None,
     checkpoint: Path | None = None,
 ) -> Trainer:
     """The trainer of `run`: from scratch, from the weights of `initial`, or resumed from `checkpoint`."""
-    learner = build_learner(run.config, prepared, machine, initial=initial, make_probe=probe_for(run.config.training))
+    probe = probe_for(run.config.training)
+    learner = build_learner(run.config, prepared, machine, ranks, initial=initial, make_probe=probe)
     trainer = Trainer(run.path, learner, log, stop, partial(_sample, run))
     if checkpoint is not None:
         trainer.restore(checkpoint)

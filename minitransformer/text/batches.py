@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Protocol, Self
 
@@ -20,29 +20,49 @@ IGNORE = -100
 """Target that the loss ignores, as torch's cross_entropy does by default."""
 
 
-class TrainingBatch(Protocol):
-    """What the training loop needs of a batch."""
+class TrainingBatch:
+    """A batch whose fields are tensors with a row for each sequence, or None."""
+
+    inputs: Tensor
+    targets: Tensor
 
     @property
     def num_rows(self) -> int:
         """Number of sequences."""
-        ...
+        return len(self.inputs)
 
     @property
     def num_targets(self) -> int:
         """Number of targets in the loss."""
-        ...
+        return int((self.targets != IGNORE).sum())
 
     @property
     def num_tokens(self) -> int:
         """Number of input tokens."""
-        ...
+        return self.inputs.numel()
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self: ...
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same batch on `device`."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def rows(self, first: int, last: int) -> Self:
+        """The rows from `first` to before `last`; if there are none, a first row without targets."""
+        if first < last:
+            return self._each(lambda tensor: tensor[first:last])
+        return self._each(lambda tensor: tensor[:1]).without_targets()
 
     def split(self, size: int) -> list[Self]:
         """Micro-batches of `size` sequences."""
-        ...
+        return [self.rows(first, first + size) for first in range(0, self.num_rows, size)]
+
+    def without_targets(self) -> Self:
+        """The same batch, without a target in the loss."""
+        return self._each(lambda tensor: torch.full_like(tensor, IGNORE), only={"targets"})
+
+    def _each(self, change: Callable[[Tensor], Tensor], only: Collection[str] = ()) -> Self:
+        names = only or [field.name for field in fields(self)]  # type: ignore[arg-type]
+        held = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        return replace(self, **{name: change(tensor) for name, tensor in held.items()})  # type: ignore[type-var]
 
 
 class Batches(Protocol):
@@ -50,9 +70,10 @@ class Batches(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[Any]: ...
-
     def batch(self, index: int) -> Any: ...
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.batch, range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -70,34 +91,11 @@ class MadeBatches:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(TrainingBatch):
     """Token ids, and for each position the next id, or IGNORE."""
 
     inputs: Int64[Tensor, "batch length"]
     targets: Int64[Tensor, "batch length"]
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.inputs)
-
-    @property
-    def num_targets(self) -> int:
-        return int((self.targets != IGNORE).sum())
-
-    @property
-    def num_tokens(self) -> int:
-        return self.inputs.numel()
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same batch on `device`."""
-        return type(self)(
-            self.inputs.to(device, non_blocking=non_blocking), self.targets.to(device, non_blocking=non_blocking)
-        )
-
-    def split(self, size: int) -> list[Self]:
-        """Micro-batches of `size` sequences."""
-        pairs = zip(self.inputs.split(size), self.targets.split(size), strict=True)
-        return [type(self)(inputs, targets) for inputs, targets in pairs]
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def _epoch_starts(count: int, length: int, room: int, seed: int, epoch: int) -> 
 
 
 @dataclass(frozen=True)
-class SequentialWindows:
+class SequentialWindows(Batches):
     """All of `tokens` [tokens] once, in order, in adjacent windows: every token but the first is a target once.
 
     The last batch may have fewer rows, and its last row is padded with targets of IGNORE (inputs: the last token).
@@ -159,9 +157,6 @@ class SequentialWindows:
     def __len__(self) -> int:
         """Number of batches."""
         return max(0, -(-(len(self.tokens) - 1) // (self.context_length * self.batch_size)))
-
-    def __iter__(self) -> Iterator[Batch]:
-        return map(self.batch, range(len(self)))
 
     def batch(self, index: int) -> Batch:
         """Batch number `index`."""

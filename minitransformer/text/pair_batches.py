@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +12,14 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from minitransformer.text.batches import IGNORE
+from minitransformer.text.batches import IGNORE, Batches, TrainingBatch
 from minitransformer.text.token_files import Ragged, TokenPairs
 
 Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class PairBatch:
+class PairBatch(TrainingBatch):
     """Sources, target inputs, and for each input position the next target token, or IGNORE.
 
     Inputs start with the start token; sources and targets end with the end token.
@@ -32,28 +31,9 @@ class PairBatch:
     targets: Int64[Tensor, "batch target"]
 
     @property
-    def num_rows(self) -> int:
-        return len(self.inputs)
-
-    @property
-    def num_targets(self) -> int:
-        return int((self.targets != IGNORE).sum())
-
-    @property
     def num_tokens(self) -> int:
         """Tokens of source and target, without padding."""
         return int(self.source_is_token.sum()) + self.num_targets
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same batch on `device`."""
-        return type(self)(*(tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors()))
-
-    def split(self, size: int) -> list[Self]:
-        """Micro-batches of `size` pairs."""
-        return [type(self)(*parts) for parts in zip(*(tensor.split(size) for tensor in self._tensors()), strict=True)]
-
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.source, self.source_is_token, self.inputs, self.targets
 
 
 class Gathered(NamedTuple):
@@ -147,7 +127,7 @@ def _epoch(pairs: TokenPairs, batch_tokens: int, seed: int, epoch: int) -> tuple
 
 
 @dataclass(frozen=True)
-class SequentialPairs:
+class SequentialPairs(Batches):
     """All `pairs` once, longest first, in batches of at most `batch_tokens` as in ShuffledPairs."""
 
     pairs: TokenPairs
@@ -159,9 +139,6 @@ class SequentialPairs:
     def __len__(self) -> int:
         """How many batches."""
         return len(layout(self.pairs, self.batch_tokens).ends) - 1
-
-    def __iter__(self) -> Iterator[PairBatch]:
-        return map(self.batch, range(len(self)))
 
     def batch(self, index: int) -> PairBatch:
         """Batch number `index`, so that several processes can share the work."""

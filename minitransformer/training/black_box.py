@@ -80,7 +80,7 @@ def _description(learner: Learner) -> dict[str, Any]:
         "format": FORMAT,
         "seed": learner.config.training.seed,
         "config": learner.config.to_json(),
-        "plugins": [plugin.to_json() for plugin in plugins_of(learner.config)],
+        "plugins": [vars(plugin) for plugin in plugins_of(learner.config)],
         "machine": learner.machine.resolved.to_json(),
         "machine_in_words": learner.machine.description,
         "versions": {

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from minitransformer.architecture.dropout import rows_from
 from minitransformer.models.model import Model, build_model
 from minitransformer.text.batches import TrainingBatch
 from minitransformer.text.datasets import PreparedData
@@ -20,18 +23,34 @@ from minitransformer.training.loader import Loader
 from minitransformer.training.machine import Machine, compiled, keep_freed_memory
 from minitransformer.training.memory import MicroBatches
 from minitransformer.training.optimizers import build_optimizers, set_learning_rate
+from minitransformer.training.parallel import Parallel, parallel_over
 from minitransformer.training.precision import Precision
 from minitransformer.training.prefetch import prefetched
 from minitransformer.training.probe import NO_PROBE, Probe
-from minitransformer.training.step import StepResult, training_step
+from minitransformer.training.ranks import ONE_PROCESS, Ranks
 
 MakeProbe = Callable[[Model, Loader, torch.device], Probe]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The mean loss in nats per target, the gradient norm before clipping, and whether both are finite.
+
+    They are those of all ranks together. Reading them synchronises with the device. `measured` are the figures of the
+    probe, if any.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    finite: Tensor
+    measured: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def build_learner(
     config: RunConfig,
     data: PreparedData,
     machine: Machine,
+    ranks: Ranks = ONE_PROCESS,
     *,
     initial: Path | None = None,
     make_probe: MakeProbe = lambda *_: NO_PROBE,
@@ -48,54 +67,93 @@ def build_learner(
         model.calibrate(lambda: loader.objective.loss_sum(model, loader.training_batches(0)[0].to(machine.device)))
     else:
         load_model_weights(initial, model)
-    return Learner(config, model, loader, machine, make_probe(model, loader, machine.device))
+    parallel = parallel_over(ranks, config.training.parallel)
+    return Learner(config, model, loader, machine, make_probe(model, loader, machine.device), parallel)
 
 
 class Learner:
-    """A model with its batches, objective, optimizers and precision.
+    """A model with its batches, objective, optimizers and precision, in one process or `parallel` ones.
 
     The state after a step depends on the configuration and the data alone, bit for bit on a CPU.
     """
 
     def __init__(
-        self, config: RunConfig, model: Model, loader: Loader, machine: Machine, probe: Probe = NO_PROBE
+        self,
+        config: RunConfig,
+        model: Model,
+        loader: Loader,
+        machine: Machine,
+        probe: Probe = NO_PROBE,
+        parallel: Parallel | None = None,
     ) -> None:
         training = config.training
         self.config, self.model, self.machine, self.probe = config, model, machine, probe
         self.loader, self.objective = loader, loader.objective
-        self.fast_model = compiled(model) if machine.compile else model
+        self.parallel = parallel or Parallel()
+        self.ranks = self.parallel.ranks
+        self.fast_model = self.parallel.shard(compiled(model) if machine.compile else model)
         self.optimizers = build_optimizers(training.optimizer, model, training.rates)
-        self.balance = ExpertBalance(model, training.expert_balance)
+        self.balance = ExpertBalance(model, training.expert_balance, self.ranks)
         self.precision = Precision.named(machine.precision)(machine.device)
         self.micro_batches = MicroBatches(training.batch_size, may_halve=training.on_oom == "halve")
         self.steps_done, self.skipped_batches = 0, 0
         self._batches = prefetched(loader.training_batches, machine.device)
 
     def next_batches(self) -> Sequence[TrainingBatch]:
-        """The micro-batches of the next step, whose data comes after what rollbacks have skipped."""
+        """The micro-batches of the next step, with the rows of all ranks; their data comes after skipped data."""
         return self._batches(self.steps_done + self.skipped_batches)
 
     def step(self, batches: Sequence[TrainingBatch]) -> StepResult:
-        """One optimizer step on the mean loss over all targets of `batches`."""
+        """One optimizer step on the mean loss over all targets of `batches`.
+
+        If the loss or a gradient is infinite or NaN, the step is skipped. Raises `OutOfMemory`.
+        """
         step, training = self.steps_done, self.config.training
         self.probe.before_step(step + 1)
         set_learning_rate(self.optimizers, training.learning_rate_multiplier(step))
         self.model.begin_step(step)
-        result = training_step(
-            self.fast_model,
-            self.objective,
-            batches,
-            self.optimizers,
-            self.precision,
-            grad_clip=training.grad_clip,
-            balance=self.balance,
-            memory=self.micro_batches,
-            seed=step_seed(training.seed, step),
-            probe=self.probe,
-        )
+        loss = self.micro_batches.compute(batches, self._add_gradients, self._drop_gradients)
+        self.precision.unscale(self.optimizers)
+        self.probe.before_update()
+        grad_norm = self.parallel.clip_grad_norm(self.model.parameters(), training.grad_clip or math.inf)
+        finite = torch.isfinite(loss + grad_norm)
+        self.precision.update(self.optimizers, skip=(~finite).float())
+        self.model.zero_grad(set_to_none=True)
         self.model.end_step()
         self.steps_done += 1
-        return replace(result, measured=self.probe.after_update(result.grad_norm))
+        return StepResult(loss, grad_norm, finite, self.probe.after_update(grad_norm))
+
+    def _add_gradients(self, batches: Sequence[TrainingBatch]) -> Tensor:
+        """Add the gradients of all micro-batches, and return the mean loss over all of their targets.
+
+        The sum over each micro-batch is divided by the number of targets in all of them, so that k micro-batches equal
+        one batch, on one rank or divided over several; the load-balancing loss of experts is added to the gradients.
+        """
+        counts = [batch.num_targets for batch in batches]  # on the CPU, to avoid synchronising with the device
+        targets, row = sum(counts), 0
+        total = torch.zeros((), device=self.machine.device)
+        for number, (batch, count) in enumerate(zip(batches, counts, strict=True), start=1):
+            mine = self.ranks.share(batch.num_rows)
+            first, self.balance.counts = row + mine.start, bool(mine)
+            rows = batch.rows(mine.start, mine.stop).to(self.machine.device, non_blocking=True)
+            torch.manual_seed(self._seed(first))
+            with rows_from(first), self.parallel.synchronised(self.fast_model, now=number == len(batches)):
+                with self.precision.autocast():
+                    loss = self.objective.loss_sum(self.fast_model, rows) / targets
+                    total += loss.detach()
+                    loss = loss + self.balance.loss() * count / targets
+                self.precision.backward(loss * self.parallel.gradients_scale)
+            row += batch.num_rows
+        return self.ranks.sum(total)
+
+    def _drop_gradients(self) -> None:
+        self.balance.loss()
+        self.model.zero_grad(set_to_none=True)
+
+    def _seed(self, first_row: int) -> int:
+        """The random seed of rows of this step; on a CPU, dropout depends on the row anyway."""
+        by_row = first_row > 0 and self.machine.device.type != "cpu"
+        return random_seed(self.config.training.seed, self.steps_done, *([first_row] if by_row else []))
 
     @property
     def learning_rate(self) -> float:
@@ -127,6 +185,6 @@ class Learner:
             self.micro_batches.load_state_dict(state["micro_batches"])
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The random seed of `step`, so that no generator's state has to be saved."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+def random_seed(*numbers: int) -> int:
+    """A seed from several numbers, so that no generator's state has to be saved."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

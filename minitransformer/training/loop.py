@@ -17,7 +17,7 @@ from minitransformer.training.logging import Log
 from minitransformer.training.progress import Meter, Progress
 from minitransformer.training.recovery import end_of_training, forget_later_checkpoints, plan_rollback
 from minitransformer.training.signals import StopRequest
-from minitransformer.training.validation import Validation, Validator
+from minitransformer.training.validation import StoppedValidation, Validation, Validator
 
 SAMPLES = "samples.txt"
 
@@ -32,9 +32,9 @@ class Trainer:
         self, folder: Path, learner: Learner, log: Log, stop: StopRequest, sample: Callable[[Model, Loader], str]
     ) -> None:
         self.folder, self.learner, self.log, self.stop, self.sample = folder, learner, log, stop, sample
-        self.config = learner.config.training
+        self.config, self.ranks = learner.config.training, learner.ranks
         self.progress = Progress()
-        self.validator = Validator(learner.model, learner.config, learner.loader, learner.precision, log)
+        self.validator = Validator(learner, log, stop)
         self.validation: Validation | None = None
         self._saved: Progress | None = None
 
@@ -57,7 +57,7 @@ class Trainer:
     def _run(self, last: int) -> None:
         self._divergence.check()  # of the last step before an interruption
         self._finish_validation()
-        while self.progress.step < last and self.stop.signal is None and not self.stopped_early:
+        while self.progress.step < last and not self.stopped_early and not self.stop.agreed(self.ranks):
             self._step()
             if self._due(self.config.log_every):
                 self._log()
@@ -141,11 +141,10 @@ class Trainer:
             self._save_if_due()
 
     def _validate(self) -> None:
-        validation = None
-        with self.stop.interruptible():
-            validation = self._validated()
-        if validation is not None:
-            self._note(validation)
+        try:
+            self._note(self._validated())
+        except StoppedValidation:
+            self.learner.model.train()
 
     def _validated(self) -> Validation:
         """The metrics; over the whole split in the last validation."""
@@ -166,7 +165,9 @@ class Trainer:
             self.write_sample()
 
     def write_sample(self, *, best: bool = False) -> str:
-        """A sample from the current or the best weights, also written to `samples.txt`."""
+        """A sample from the current or the best weights, also written to `samples.txt`; "" except on the main rank."""
+        if not self.ranks.is_main:
+            return ""
         model, note = self.learner.model, ""
         if best and self.progress.best_step not in (0, self.progress.step):
             model = self._best_model()
@@ -198,6 +199,10 @@ class Trainer:
         if self._saved == self.progress:
             return
         self._divergence.check_finite()
+        self.ranks.from_main(self._write_checkpoint)
+        self._saved = replace(self.progress)
+
+    def _write_checkpoint(self) -> None:
         self.log.sync()  # first, so that no checkpoint is ahead of the logs
         path = checkpoint.write_checkpoint(
             self._checkpoints,
@@ -211,14 +216,13 @@ class Trainer:
             files.point_to(self._checkpoints / "best", path.name)
         also = self._divergence.needed_before()
         checkpoint.remove_old_checkpoints(self._checkpoints, self.config.keep_last, also_before=also)
-        self._saved = replace(self.progress)
 
     def restore(self, chosen: Path) -> None:
         """Continue from the checkpoint `chosen`; changed settings keep their new values."""
         checkpoint.load_model_weights(chosen, self.learner.model)
         state = checkpoint.load_trainer_state(chosen)
         # It may be an older one; after a stop before the next save, the run must continue from it again.
-        files.point_to(self._checkpoints / "latest", chosen.name)
+        self.ranks.from_main(lambda: files.point_to(self._checkpoints / "latest", chosen.name))
         if not state:
             return  # initial weights, without training state
         self.progress = Progress(**state["progress"])
@@ -227,7 +231,7 @@ class Trainer:
         self._saved = replace(self.progress)
         # A kill may have come between writing a checkpoint and its link.
         best = self._checkpoints / checkpoint.checkpoint_name(self.progress.best_step)
-        if self.progress.best_step and best.exists():
+        if self.ranks.is_main and self.progress.best_step and best.exists():
             files.point_to(self._checkpoints / "best", best.name)
 
 

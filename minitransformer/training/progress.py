@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitransformer.training.learner import Learner
+from minitransformer.training.learner import Learner, StepResult
 from minitransformer.training.machine import peak_flops
-from minitransformer.training.step import StepResult
 
 
 @dataclass
@@ -89,7 +88,7 @@ class Meter:
     def __init__(self, learner: Learner, progress: Progress) -> None:
         self.learner, self.progress = learner, progress
         # Before the first step, the device has memory for the measurement's matrices.
-        self._peak_flops = peak_flops(learner.machine.device, learner.precision.dtype)
+        self._peak_flops = learner.ranks.size * peak_flops(learner.machine.device, learner.precision.dtype)
         self._flops_per_token = learner.model.flops_per_token(learner.config.sequence_length)
         self._unread: list[Tensor] = []
         self._loss_scale = learner.precision.loss_scale()

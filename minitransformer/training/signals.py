@@ -1,16 +1,12 @@
-"""Ctrl-C and SIGTERM, turned into a request that the training loop reads between steps."""
+"""Ctrl-C and SIGTERM, turned into a request that the training loop reads between steps and between batches."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-
-class Interrupted(BaseException):
-    """Raised inside `StopRequest.interruptible` blocks, which are safe to abort."""
+from minitransformer.training.ranks import Ranks
 
 
 class StopRequest:
@@ -18,7 +14,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._may_interrupt = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -30,16 +25,10 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Work that may be aborted."""
-        self._may_interrupt = True
-        try:
-            yield
-        except Interrupted:
-            pass
-        finally:
-            self._may_interrupt = False
+    def agreed(self, ranks: Ranks) -> bool:
+        """Whether a stop was requested on any of `ranks`, which then all have the request."""
+        self.signal = ranks.largest(self.signal or 0) or None
+        return self.signal is not None
 
     @property
     def exit_code(self) -> int:
@@ -50,5 +39,3 @@ class StopRequest:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        if self._may_interrupt:
-            raise Interrupted

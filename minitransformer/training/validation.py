@@ -16,9 +16,12 @@ from minitransformer.evaluation.metrics import Metric, Totals, values_of
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.token_files import count_bytes
 from minitransformer.training.config import RunConfig
+from minitransformer.training.learner import Learner
 from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Log
 from minitransformer.training.precision import Precision
+from minitransformer.training.ranks import ONE_PROCESS, Ranks
+from minitransformer.training.signals import StopRequest
 
 SHARE = 10
 """default tokens per validation, relative to the training tokens between validations"""
@@ -78,30 +81,45 @@ def validate(
     subset: Subset | None = None,
     *,
     whole: bool = True,
+    ranks: Ranks = ONE_PROCESS,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Validation:
-    """The metrics over every target of the validation split, or of `subset` if not `whole`.
+    """The metrics over every target of the validation split, or of `subset` if not `whole`; `ranks` share the batches.
 
-    `advance` is called with the number of finished and of all batches.
+    `advance` is called with the number of finished and of all batches, equally often on every rank.
     """
     was_training = model.training
     model.eval()
     batches, drawn = loader.validation_batches(), set(subset.batches if subset else ())
     chosen = range(len(batches)) if whole or subset is None else subset.batches
-    totals, part = Totals(majority_baseline=loader.majority_baseline), Totals()
-    totals.bytes = loader.validation_bytes if whole or subset is None else subset.bytes
-    for done, index in enumerate(chosen):
+    totals, part = Totals(), Totals()
+    for done in range(0, len(chosen), ranks.size):
         advance(done, len(chosen))
-        batch = batches.batch(index)
+        # A rank without a batch in the last round repeats one: the model may have parts on all ranks.
+        place = done + ranks.rank
+        batch = batches.batch(index := chosen[min(place, len(chosen) - 1)])
         with precision.autocast():
             score = loader.objective.score(model, batch.to(precision.device))
-        totals.add(batch, score)
-        if index in drawn:
-            part.add(batch, score)
+        if place < len(chosen):
+            totals.add(batch, score)
+            if index in drawn:
+                part.add(batch, score)
     advance(len(chosen), len(chosen))
     model.train(was_training)
+    totals, part = (over_ranks(each, ranks) for each in (totals, part))
+    totals.majority_baseline = loader.majority_baseline
+    totals.bytes = loader.validation_bytes if whole or subset is None else subset.bytes
     subset_loss = part.nats / part.targets if subset is not None and whole else None
     return Validation(values_of(totals), totals.tokens, subset_loss)
+
+
+def over_ranks(totals: Totals, ranks: Ranks) -> Totals:
+    """The totals of the batches of all ranks."""
+    measured = ranks.any(totals.correct is not None)
+    own = [totals.nats, totals.targets, totals.tokens, totals.correct or 0, totals.texts, totals.exact]
+    nats, *counts = ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+    targets, tokens, correct, texts, exact = map(int, counts)
+    return Totals(nats, targets, tokens, correct if measured else None, texts, exact)
 
 
 def most_tokens(config: RunConfig) -> int | None:
@@ -141,16 +159,30 @@ def _bytes(loader: Loader, batches: Sequence[Any]) -> int | None:
     return round(size * count(drawn) / count(loader.validation_targets))
 
 
-class Validator:
-    """Validates on a subset of the split or all of it, and records the time per token."""
+class StoppedValidation(Exception):
+    """A stop was requested during a validation, which is repeated when the run continues."""
 
-    def __init__(self, model: nn.Module, config: RunConfig, loader: Loader, precision: Precision, log: Log) -> None:
-        self.subset = draw_subset(config, loader)
+
+class Validator:
+    """Validates on a subset of the split or all of it, until a stop is requested, and records the time per token."""
+
+    def __init__(self, learner: Learner, log: Log, stop: StopRequest) -> None:
+        model, loader = learner.model, learner.loader
+        self.subset = draw_subset(learner.config, loader)
         self.tokens = loader.validation_tokens
-        self._validate = partial(validate, model, loader, precision, self.subset, advance=log.validating)
+        self.log, self.stop, self.ranks = log, stop, learner.ranks
+        self._validate = partial(
+            validate, model, loader, learner.precision, self.subset, ranks=self.ranks, advance=self._advance
+        )
         self._seconds_per_token: float | None = None
 
+    def _advance(self, done: int, total: int) -> None:
+        self.log.validating(done, total)
+        if done < total and self.stop.agreed(self.ranks):
+            raise StoppedValidation
+
     def __call__(self, *, whole: bool) -> Validation:
+        """The metrics; raises `StoppedValidation`."""
         start = time.perf_counter()
         validation = self._validate(whole=whole)
         self._seconds_per_token = (time.perf_counter() - start) / validation.tokens

@@ -108,12 +108,12 @@ class Residual(Registered, nn.Module, kind="residual placement"):
             return x
 
         def state(self, stream: Any) -> Tensor:
-            """x, the part of the stream that the next sublayer reads, for callers that inspect it."""
-            return stream
+            """x, the part of the stream that the next sublayer reads: of a tuple, the first."""
+            return stream[0] if isinstance(stream, tuple) else stream
 
         def close(self, stream: Any, final_norm: nn.Module) -> Tensor:
             """The output of the stack, from the stream after the last sublayer."""
-            return final_norm(stream)
+            return final_norm(self.state(stream))
 
         def calibrate(self, connections: Sequence[Residual], run: Callable[[], object]) -> None:
             """Set what depends on data, before the first step: `run` is a forward pass through all `connections`."""

@@ -134,12 +134,6 @@ class GPAS(Residual, name="gpas"):
         def open(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x, self.gates
 
-        def state(self, stream: tuple[Tensor, Tensor]) -> Tensor:
-            return stream[0]
-
-        def close(self, stream: tuple[Tensor, Tensor], final_norm: nn.Module) -> Tensor:
-            return final_norm(stream[0])
-
     def forward(self, stream: tuple[Tensor, Tensor], sublayer: Sublayer) -> tuple[Tensor, Tensor]:
         x, gates = stream
         x = x + self.dropout(sublayer(self.norm(x)))

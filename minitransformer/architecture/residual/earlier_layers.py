@@ -49,9 +49,6 @@ class AttentionResiduals(Residual, name="attention-residuals"):
         def state(self, stream: Outputs) -> Tensor:
             return attend_over_depth(self.query, stream)
 
-        def close(self, stream: Outputs, final_norm: nn.Module) -> Tensor:
-            return final_norm(self.state(stream))
-
     def __init__(
         self, settings: AttentionResiduals.Settings, make_norm: MakeNorm, dropout: float, place: Place
     ) -> None:
@@ -79,12 +76,6 @@ class ValueResidual(Residual, name="value-residual"):
     class Shared(Residual.Shared):
         def open(self, x: Tensor) -> tuple[Tensor, None]:
             return x, None
-
-        def state(self, stream: tuple[Tensor, Tensor | None]) -> Tensor:
-            return stream[0]
-
-        def close(self, stream: tuple[Tensor, Tensor | None], final_norm: nn.Module) -> Tensor:
-            return final_norm(stream[0])
 
     def __init__(self, settings: Settings, make_norm: MakeNorm, dropout: float, place: Place) -> None:
         super().__init__(settings, make_norm, dropout, place)

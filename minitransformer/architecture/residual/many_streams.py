@@ -44,9 +44,6 @@ class MHCLite(Residual, name="mhc-lite"):
         def state(self, stream: Tensor) -> Tensor:
             return stream.sum(-2)
 
-        def close(self, stream: Tensor, final_norm: nn.Module) -> Tensor:
-            return final_norm(stream.sum(-2))
-
     def __init__(self, settings: Settings, make_norm: MakeNorm, dropout: float, place: Place) -> None:
         super().__init__(settings, make_norm, dropout, place)
         n = settings.streams

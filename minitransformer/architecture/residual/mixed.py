@@ -89,9 +89,6 @@ class B2TConnection(Residual, name="b2t"):
         def state(self, stream: tuple[Tensor, Tensor]) -> Tensor:
             return stream[1]
 
-        def close(self, stream: tuple[Tensor, Tensor], final_norm: nn.Module) -> Tensor:
-            return final_norm(stream[1])
-
     def forward(self, stream: tuple[Tensor, Tensor], sublayer: Sublayer) -> tuple[Tensor, Tensor]:
         bottom, x = stream
         total = x + self.dropout(sublayer(x))

@@ -19,16 +19,6 @@ from minitransformer.settings import setting
 Streams = tuple[Tensor, Tensor]
 
 
-class TwoStreams(Residual.Shared):
-    """Both streams start as x."""
-
-    def open(self, x: Tensor) -> Streams:
-        return x, x
-
-    def state(self, stream: Streams) -> Tensor:
-        return stream[0]
-
-
 class ResiDual(Residual, name="residual"):
     """o = f(x); x ← N(x + o) beside y ← y + η o, from y = η x; the output is x + N(y).
 
@@ -45,7 +35,7 @@ class ResiDual(Residual, name="residual"):
             1.0, above=0, at_most=1, help="scale η of the plain sum, against overflow in half precision"
         )
 
-    class Shared(TwoStreams):
+    class Shared(Residual.Shared):
         def __init__(self, settings: ResiDual.Settings, places: Sequence[Place]) -> None:
             super().__init__(settings, places)
             self.eta = settings.eta
@@ -101,7 +91,10 @@ class SiameseNorm(Residual, name="siamese"):
 
     has_final_norm = True
 
-    class Shared(TwoStreams):
+    class Shared(Residual.Shared):
+        def open(self, x: Tensor) -> Streams:
+            return x, x
+
         def close(self, stream: Streams, final_norm: nn.Module) -> Tensor:
             return final_norm(*stream)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minitransformer.models.config import ModelConfig
 from minitransformer.settings import setting
-from minitransformer.text.batches import IGNORE, Batch
+from minitransformer.text.batches import IGNORE, Batch, TrainingBatch
 from minitransformer.text.datasets import PlainText, PreparedData
 from minitransformer.text.tokenizers import MASK, Tokenizer
 from minitransformer.training.objectives.base import BatchKey, Objective, Score, torch_seed
@@ -27,7 +27,7 @@ STREAM = 1
 
 
 @dataclass(frozen=True)
-class MaskedBatch:
+class MaskedBatch(TrainingBatch):
     """Token ids with masks, the masked tokens as targets (IGNORE elsewhere), and segments if there are two.
 
     `follows` is 1 where the second segment follows the first in the text, and 0 where it comes from elsewhere;
@@ -41,29 +41,12 @@ class MaskedBatch:
     is_token: Bool[Tensor, "batch length"] | None = None
 
     @property
-    def num_rows(self) -> int:
-        return len(self.inputs)
-
-    @property
-    def num_targets(self) -> int:
-        return int((self.targets != IGNORE).sum())
-
-    @property
     def num_tokens(self) -> int:
         return self.inputs.numel() if self.is_token is None else int(self.is_token.sum())
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same batch on `device`."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def split(self, size: int) -> list[Self]:
-        """Micro-batches of `size` sequences."""
-        return [self._each(lambda tensor, i=i: tensor[i : i + size]) for i in range(0, len(self.inputs), size)]
-
-    def _each(self, change: Any) -> Self:
-        tensors = (self.inputs, self.targets, self.segments, self.follows, self.is_token)
-        changed: list[Any] = [None if tensor is None else change(tensor) for tensor in tensors]
-        return type(self)(*changed)
+    def without_targets(self) -> Self:
+        emptied = super().without_targets()
+        return emptied if self.follows is None else replace(emptied, follows=torch.full_like(self.follows, IGNORE))
 
 
 def mask_tokens(

@@ -1,0 +1,103 @@
+"""Runs of every kind on the ranks that torchrun starts: `python -m tests.ranks_for_tests FOLDER [NAME ...]` on each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from minitransformer.training.config import RunConfig, with_vocabulary
+from minitransformer.training.learner import Learner, build_learner
+from minitransformer.training.ranks import Ranks, joined_ranks
+from minitransformer.training.validation import validate
+from tests.runs_for_tests import configured, cpu
+
+STEPS = 50
+PAIRS = {"objective": "seq2seq", "data": "pairs.tsv", "batch_tokens": 90}  # batches of three rows and more
+# AdamW's normalised steps make noise of gradients that are nearly 0, which a usual ε lets grow tenfold a step.
+STEADY: dict[str, Any] = {"eps": 1e-4, "dropout": 0.1, "grad_accumulation": 2, "batch_size": 6, "steps": STEPS}
+CASES: dict[str, dict[str, Any]] = {
+    "decoder": {},
+    "muon": {"optimizer": "muon"},
+    "experts": {"num_experts": 4, "experts_per_token": 2},
+    "five rows": {"batch_size": 5, "grad_accumulation": 1},
+    "fewer rows than ranks": {"batch_size": 1},
+    "masked": {"objective": "masked", "topology": "encoder"},
+    "next sentence": {
+        "objective": "masked",
+        "topology": "encoder",
+        "next_sentence": True,
+        "num_segments": 2,
+        "batch_size": 3,
+    },
+    "span-corruption": {"objective": "span-corruption", "topology": "encoder-decoder", "context_length": 32},
+    "pairs": {**PAIRS, "topology": "encoder-decoder"},
+    "recurrent": {**PAIRS, "topology": "rnn"},
+    "bf16": {"precision": "bf16"},
+}
+
+
+def config_of(name: str, folder: Path, **choices: Any) -> RunConfig:
+    """The configuration of the case `name`, on the texts in `folder`."""
+    wanted = {"data": "text.txt", "validation_fraction": 0.2, **STEADY, **CASES[name], **choices}
+    if "optimizer" not in wanted and CASES[name].get("precision") == "bf16":
+        wanted["eps"] = 1e-2
+    return configured(**{**wanted, "data": str(folder / wanted["data"]), "vocab_size": None})
+
+
+def learner_of(config: RunConfig, ranks: Ranks) -> Learner:
+    prepared = config.prepare()
+    model = with_vocabulary(config.model, prepared)
+    return build_learner(
+        RunConfig(model, config.data, config.training), prepared, cpu(config.training.precision), ranks
+    )
+
+
+def trained(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """Losses, gradient norms, the metrics of the last validation, and the sum of each weight."""
+    learner = learner_of(config, ranks)
+    results = [learner.step(learner.next_batches()) for _ in range(config.training.steps)]
+    validation = validate(learner.model, learner.loader, learner.precision, ranks=ranks)
+    return {
+        "losses": [result.loss.item() for result in results],
+        "grad_norms": [float(result.grad_norm) for result in results],
+        "validation": {name: value for name, value in validation.values.items() if value is not None},
+        "tokens": validation.tokens,
+    }
+
+
+def write_texts(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "text.txt").write_text("".join(f"{i} the quick brown fox counts {i * i}.\n" for i in range(200)))
+    (folder / "pairs.tsv").write_text("".join(f"{i} times {i % 7}\t{i * (i % 7)}\n" for i in range(200)))
+
+
+def on_ranks(count: int, folder: Path, *names: str, module: str = "tests.ranks_for_tests") -> dict[str, Any]:
+    """What rank 0 of `count` ranks measured in the cases `names`."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    launcher = [sys.executable] if count == 1 else torchrun
+    command = [*launcher, "-m", module, str(folder), *names]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINITRANSFORMER_DATA": str(folder / "prepared")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def main() -> None:
+    folder, names = Path(sys.argv[1]), sys.argv[2:] or list(CASES)
+    torch.set_num_threads(1)
+    with joined_ranks(timeout=60) as ranks:
+        measured = {name: trained(config_of(name, folder), ranks) for name in names}
+        if ranks.is_main:
+            print(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()
