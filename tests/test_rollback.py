@@ -161,12 +161,12 @@ def test_a_rollback_forgets_a_best_validation_whose_checkpoint_it_removes(text, 
     assert validations == [2, 4, 6, 8, 10, 12, 13]
 
 
-@pytest.mark.parametrize("moment", ["forget_later_checkpoints", "rewind", "record", "_save"])
+@pytest.mark.parametrize("moment", ["remove_later_checkpoints", "rewind", "record", "_save"])
 def test_a_kill_within_a_rollback_repeats_it_and_says_it_once(text, tmp_path, monkeypatch, moment):
     whole = poisoned(trainer_for(tmp_path / "whole", text, configured(**ROLLBACK)), 9, 10)
     whole.train()
     first = poisoned(trainer_for(tmp_path / "run", text, configured(**ROLLBACK)), 9, 10)
-    owner = {"forget_later_checkpoints": loop, "rewind": first.log, "record": first.log, "_save": first}[moment]
+    owner = {"remove_later_checkpoints": loop, "rewind": first.log, "record": first.log, "_save": first}[moment]
     do = getattr(owner, moment)
 
     def killed(*given):

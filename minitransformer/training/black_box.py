@@ -60,29 +60,34 @@ def leave_black_box(folder: Path, learner: Learner, skipped: StepFigures | None)
         "loss": None if skipped is None else json_number(skipped.loss),
         "grad_norm": None if skipped is None else json_number(skipped.grad_norm),
         "state": state,
-        "norms": norms.to_json(),
+        "norms": norms.to_json(learner.ranks),
     }
-    try:
-        with files.whole_folder(path) as partial:
-            files.write_tensors(partial / MODEL, weights)
-            files.write_tensors(partial / STATE, tensors)
-            _write_batches(partial, batches, learner)
-            record["sha256"] = {file.name: files.sha256(file) for file in sorted(partial.iterdir())}
-            (partial / RECORD).write_text(json.dumps(files.sealed(record), indent=2, allow_nan=False) + "\n")
-    except OSError as error:
-        return f"its black box {path} could not be written ({error.strerror})"
-    return f"`python -m minitransformer replay {path}` shows where"
+
+    def write() -> str:
+        try:
+            with files.whole_folder(path) as partial:
+                files.write_tensors(partial / MODEL, weights)
+                files.write_tensors(partial / STATE, tensors)
+                _write_batches(partial, batches, learner)
+                record["sha256"] = {file.name: files.sha256(file) for file in sorted(partial.iterdir())}
+                (partial / RECORD).write_text(json.dumps(files.sealed(record), indent=2, allow_nan=False) + "\n")
+        except OSError as error:
+            return f"its black box {path} could not be written ({error.strerror})"
+        return f"`python -m minitransformer replay {path}` shows where"
+
+    return learner.ranks.from_main(write)
 
 
 def _description(learner: Learner) -> dict[str, Any]:
     """What a replay needs beside tensors."""
+    ranks = learner.ranks.size
     return {
         "format": FORMAT,
         "seed": learner.config.training.seed,
         "config": learner.config.to_json(),
         "plugins": [vars(plugin) for plugin in plugins_of(learner.config)],
         "machine": learner.machine.resolved.to_json(),
-        "machine_in_words": learner.machine.description,
+        "machine_in_words": f"{f'{ranks} ranks, each ' if ranks > 1 else ''}{learner.machine.description}",
         "versions": {
             **{name: version(name) for name in ("minitransformer", "torch", "numpy")},
             "python": platform.python_version(),

@@ -15,7 +15,7 @@ from minitransformer.training.learner import Learner
 from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Log
 from minitransformer.training.progress import Meter, Progress
-from minitransformer.training.recovery import end_of_training, forget_later_checkpoints, plan_rollback
+from minitransformer.training.recovery import end_of_training, plan_rollback, remove_later_checkpoints
 from minitransformer.training.signals import StopRequest
 from minitransformer.training.validation import StoppedValidation, Validation, Validator
 
@@ -70,7 +70,7 @@ class Trainer:
 
     def _recover(self, divergence: Divergence) -> None:
         """Go back to a checkpoint from before `divergence`; raises `NonFiniteTraining` if the run is to end."""
-        rollback = plan_rollback(self._checkpoints, self.learner, self.progress)
+        rollback = self.ranks.from_main(lambda: plan_rollback(self._checkpoints, self.learner, self.progress))
         if rollback is None:
             raise end_of_training(divergence, self.folder, self.learner, self.progress)
         end, rollbacks = self.progress.diverged_step or self.progress.step, self.progress.rollbacks + 1
@@ -78,7 +78,9 @@ class Trainer:
         step, before = self.progress.step, self.learner.skipped_batches
         self.learner.skipped_batches = rollback.batch - step
         self.progress.rollbacks = rollbacks
-        forget_later_checkpoints(self._checkpoints, self.progress)
+        self.ranks.from_main(lambda: remove_later_checkpoints(self._checkpoints, step))
+        if not (self._checkpoints / checkpoint.checkpoint_name(self.progress.best_step)).exists():
+            self.progress.forget_best()
         skipped = self.learner.skipped_batches - before
         self.log.rewind(step, rollbacks)
         self.log.record({"step": step, "rollback": rollbacks, "rolled_back_from": end, "skipped_batches": skipped})

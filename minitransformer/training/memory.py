@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minitransformer.errors import UserError
 from minitransformer.text.batches import TrainingBatch
+from minitransformer.training.ranks import Ranks
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
 """parts of the messages of a RuntimeError of torch: of CUDA and MPS, of the CPU's allocator, of C++, of cuBLAS"""
@@ -34,8 +35,8 @@ class MicroBatches:
     The rows of a step stay the same, and so do its loss and its gradient, but for rounding.
     """
 
-    def __init__(self, batch_size: int, *, may_halve: bool) -> None:
-        self.batch_size, self.may_halve, self.halvings = batch_size, may_halve, 0
+    def __init__(self, batch_size: int, may_halve: bool, ranks: Ranks) -> None:
+        self.batch_size, self.may_halve, self.ranks, self.halvings = batch_size, may_halve, ranks, 0
 
     def compute(
         self,
@@ -45,13 +46,14 @@ class MicroBatches:
     ) -> Tensor:
         """The loss that `add_gradients` returns for the parts of `batches`; halves them until they fit into memory.
 
-        Raises `OutOfMemory` if they may not be halved, or cannot be.
+        Raises `OutOfMemory` if they may not be halved, or cannot be; all ranks halve them, or none.
         """
         while True:
             parts = [part for batch in batches for part in parts_of(batch, self.halvings)]
             loss, reason = _attempt(add_gradients, parts)
-            # Several ranks would have to agree here, before any of them goes on.
-            if loss is not None:
+            # Ranks that may not halve do not ask each other: the others may wait for gradients already.
+            others_fit = not self.may_halve or not self.ranks.any(loss is None)
+            if loss is not None and others_fit:
                 return loss
             drop_gradients()
             if torch.cuda.is_available():
@@ -93,7 +95,7 @@ def _attempt(
 ) -> tuple[Tensor | None, str]:
     """The result of `add_gradients`, or None and why memory ran out; afterwards the memory of a failure is free."""
     try:
-        return add_gradients(parts), ""
+        return add_gradients(parts), "on another rank"
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minitransformer.training.probe import Probe
+from minitransformer.training.ranks import Ranks
 
 
 class Norms(Probe):
@@ -45,10 +46,12 @@ class Norms(Probe):
         named = self.model.named_parameters()
         self._gradients = {name: _norm(weight.grad) for name, weight in named if weight.grad is not None}
 
-    def to_json(self) -> dict[str, dict[str, float | str]]:
-        """The norms by name; those that are not finite as text."""
+    def to_json(self, ranks: Ranks) -> dict[str, dict[str, float | str]]:
+        """The norms by name, of the activations of all `ranks`; those that are not finite as text."""
         weights = {name: _norm(weight) for name, weight in self.model.named_parameters()}
-        activations = {name or "model": math.sqrt(square) for name, square in self._squares.items()}
+        names = [name for name, _ in self.model.named_modules()]
+        squares = ranks.sum(torch.tensor([self._squares[name] for name in names], dtype=torch.float64)).tolist()
+        activations = {name or "model": math.sqrt(square) for name, square in zip(names, squares, strict=True)}
         parts = {"weights": weights, "gradients": self._gradients, "activations": activations}
         return {part: {name: json_number(norm) for name, norm in norms.items()} for part, norms in parts.items()}
 

@@ -12,7 +12,6 @@ from minitransformer.models.model import Model, build_model
 from minitransformer.training.black_box import leave_black_box
 from minitransformer.training.checkpoint import (
     CHECKPOINTS,
-    checkpoint_name,
     checkpoint_step,
     checkpoints_in,
     damage,
@@ -93,13 +92,11 @@ def plan_rollback(checkpoints: Path, learner: Learner, progress: Progress) -> Ro
     return None if sound is None else RollbackPlan(sound, batch)
 
 
-def forget_later_checkpoints(checkpoints: Path, progress: Progress) -> None:
-    """Remove the checkpoints after the step of `progress`, the best one too, and its loss."""
+def remove_later_checkpoints(checkpoints: Path, step: int) -> None:
+    """Remove the checkpoints after `step`, the best one too."""
     for path in checkpoints_in(checkpoints):
-        if checkpoint_step(path) > progress.step:
+        if checkpoint_step(path) > step:
             files.remove(path)
-    if progress.best_step and not (checkpoints / checkpoint_name(progress.best_step)).exists():
-        progress.forget_best()
     if not (checkpoints / "best").exists():
         (checkpoints / "best").unlink(missing_ok=True)
 
@@ -113,7 +110,8 @@ def end_of_training(divergence: Divergence, folder: Path, learner: Learner, prog
         reasons.append(
             f"there were {limit} rollbacks" if often else "no checkpoint from before can go on with other data"
         )
-    sound = sound_checkpoint(reversed(checkpoints_in(folder / CHECKPOINTS)), learner, progress.first_loss)
+    found = reversed(checkpoints_in(folder / CHECKPOINTS))
+    sound = learner.ranks.from_main(lambda: sound_checkpoint(found, learner, progress.first_loss))
     if not divergence.is_finite:
         reasons.append(leave_black_box(folder, learner, divergence.skipped))
     reasons.append(remedy(folder, training, sound, precision))
