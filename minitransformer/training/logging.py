@@ -170,6 +170,8 @@ class Terminal(Log):
             return
         speed = f"{numbers['tokens_per_second'] / 1000:.1f}k tokens/s, mfu {numbers['mfu']:.0%}"
         loss = "none finite" if numbers["loss"] is None else f"{numbers['loss']:.4f}"
+        if skipped := numbers["skipped_steps"]:
+            loss += f" ({skipped} step{'s' * (skipped > 1)} skipped)"
         if self.bar is not None:
             self._end, self._news = time.monotonic() + numbers["seconds_left"], f"loss {loss}, {speed}"
             return
