@@ -29,8 +29,8 @@ class Options:
 
     box: tyro.conf.Positional[Path]
     """folder of the black box, such as runs/small-my/black-box"""
-    device: str | None = None
-    """cpu, cuda, cuda:1, mps, …; None is the kind on which the run was trained, if there is one here"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, …; auto is that of the run, if there is one here"""
     json: bool = False
     """print one JSON object"""
 
@@ -40,9 +40,10 @@ def main(arguments: Sequence[str]) -> int:
     """Replay a black box; returns the exit code."""
     options = parse(Options, arguments, prog="minitransformer replay", description=ABOUT)
     box = BlackBox.open(options.box)
-    training = replace(box.config.training, device=options.device or box.config.training.device)
-    anew = [] if options.device is None else ["device"]
-    machine, changes = machine_again(box.machine, replace(box.config, training=training), anew)
+    config, anew = box.config, []
+    if options.device != "auto":
+        config, anew = replace(config, training=replace(config.training, device=options.device)), ["device"]
+    machine, changes = machine_again(box.machine, config, anew)
     done = replay(box, machine)
     print(json.dumps(_to_json(done), indent=2) if options.json else _in_words(done, changes))
     return DONE if done.is_exact or (done.is_close and done.is_elsewhere) else FAILED

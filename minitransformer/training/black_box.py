@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from minitransformer.training.checkpoint import MODEL, unique_tensors
 from minitransformer.training.config import RunConfig
 from minitransformer.training.learner import Learner
 from minitransformer.training.machine import Resolved
+from minitransformer.training.memory import OutOfMemory
 from minitransformer.training.norms import Norms, json_number
 from minitransformer.training.progress import StepFigures
 
@@ -43,39 +44,45 @@ def leave_black_box(folder: Path, learner: Learner, skipped: StepFigures | None)
     Its step is the last one, whose figures are `skipped`, or the next one if none was skipped. This changes the state
     of `learner`, whose run is at its end.
     """
-    path = folder / BLACK_BOX
     if skipped is not None:
         learner.steps_done -= 1  # its weights are those before the step
         learner.precision.set_loss_scale(skipped.loss_scale)
     batches = learner.loader.training_batches(learner.steps_done + learner.skipped_batches)
     tensors: dict[str, Tensor] = {}
-    state = packed(learner.state_dict(), "state", tensors)
-    weights = {name: tensor.to("cpu", copy=True) for name, tensor in unique_tensors(learner.model).items()}
-    learner.probe = norms = Norms(learner.model)
-    with norms.recorded():
-        learner.step(batches)
     record = {
         **_description(learner),
-        "step": learner.steps_done,
+        "step": learner.steps_done + 1,
         "loss": None if skipped is None else json_number(skipped.loss),
         "grad_norm": None if skipped is None else json_number(skipped.grad_norm),
-        "state": state,
-        "norms": norms.to_json(learner.ranks),
+        "state": packed(learner.state_dict(), "state", tensors),
     }
+    weights = {name: tensor.to("cpu", copy=True) for name, tensor in unique_tensors(learner.model).items()}
+    learner.probe = norms = Norms(learner.model)
+    try:
+        with norms.recorded():
+            learner.step(batches)
+    except OutOfMemory as error:
+        return f"there is no black box ({error})"
+    record["norms"] = norms.to_json(learner.ranks)
 
-    def write() -> str:
-        try:
-            with files.whole_folder(path) as partial:
-                files.write_tensors(partial / MODEL, weights)
-                files.write_tensors(partial / STATE, tensors)
-                _write_batches(partial, batches, learner)
-                record["sha256"] = {file.name: files.sha256(file) for file in sorted(partial.iterdir())}
-                (partial / RECORD).write_text(json.dumps(files.sealed(record), indent=2, allow_nan=False) + "\n")
-        except OSError as error:
-            return f"its black box {path} could not be written ({error.strerror})"
-        return f"`python -m minitransformer replay {path}` shows where"
+    def write(partial: Path) -> None:
+        files.write_tensors(partial / MODEL, weights)
+        files.write_tensors(partial / STATE, tensors)
+        _write_batches(partial, batches, learner)
 
-    return learner.ranks.from_main(write)
+    return learner.ranks.from_main(lambda: _written(folder / BLACK_BOX, record, write))
+
+
+def _written(path: Path, record: dict[str, Any], write: Callable[[Path], object]) -> str:
+    """Write the black box `path` with `record` and the files that `write` adds; returns where it is, in words."""
+    try:
+        with files.whole_folder(path) as partial:
+            write(partial)
+            record["sha256"] = {file.name: files.sha256(file) for file in sorted(partial.iterdir())}
+            (partial / RECORD).write_text(json.dumps(files.sealed(record), indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        return f"its black box {path} could not be written ({error.strerror})"
+    return f"`python -m minitransformer replay {path}` shows where"
 
 
 def _description(learner: Learner) -> dict[str, Any]:
