@@ -30,6 +30,7 @@ from minitransformer.training.machine import Resolved
 from minitransformer.training.memory import OutOfMemory
 from minitransformer.training.norms import Norms, json_number
 from minitransformer.training.progress import StepFigures
+from minitransformer.training.shards import whole_tensor
 
 BLACK_BOX = "black-box"
 RECORD, STATE, BATCHES, TEXT = "box.json", "state.safetensors", "batches.safetensors", "text.txt"
@@ -56,7 +57,9 @@ def leave_black_box(folder: Path, learner: Learner, skipped: StepFigures | None)
         "grad_norm": None if skipped is None else json_number(skipped.grad_norm),
         "state": packed(learner.state_dict(), "state", tensors),
     }
-    weights = {name: tensor.to("cpu", copy=True) for name, tensor in unique_tensors(learner.model).items()}
+    weights = {
+        name: whole_tensor(tensor).to("cpu", copy=True) for name, tensor in unique_tensors(learner.model).items()
+    }
     learner.probe = norms = Norms(learner.model)
     try:
         with norms.recorded():
@@ -106,7 +109,7 @@ def _description(learner: Learner) -> dict[str, Any]:
 def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON; tensors in it are copied to `tensors`, under names that begin with `name`."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = whole_tensor(value.detach()).to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if isinstance(value, dict):
         return {"entries": [[key, packed(part, f"{name}.{key}", tensors)] for key, part in value.items()]}

@@ -11,6 +11,7 @@ from torch import Tensor
 from minitransformer.training.checkpoint import unique_tensors
 from minitransformer.training.learner import Learner
 from minitransformer.training.progress import Progress, StepFigures
+from minitransformer.training.shards import local_part
 
 
 class Divergence(Exception):
@@ -96,11 +97,11 @@ class DivergenceWatch:
         )
 
     def check_finite(self) -> None:
-        """Raises `Divergence` if a weight or an optimizer state is not finite."""
+        """Raises `Divergence` on all ranks if a weight or an optimizer state is not finite on one of them."""
         kept = list(unique_tensors(self.learner.model).values())
         for optimizer in self.learner.optimizers:
             kept += [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
-        if self.learner.ranks.any(not are_finite([tensor for tensor in kept if tensor.is_floating_point()])):
+        if self.learner.ranks.any(not are_finite([local_part(each) for each in kept if each.is_floating_point()])):
             raise Divergence(
                 f"after step {self.progress.step}, the weights or the optimizer state are infinite or NaN, "
                 "and are not saved",

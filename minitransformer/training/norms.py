@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minitransformer.training.probe import Probe
 from minitransformer.training.ranks import Ranks
+from minitransformer.training.shards import whole_tensor
 
 
 class Norms(Probe):
@@ -57,7 +58,7 @@ class Norms(Probe):
 
 
 def _norm(tensor: Tensor) -> float:
-    return tensor.detach().double().norm().item()
+    return whole_tensor(tensor.detach()).double().norm().item()
 
 
 def tensors_in(value: Any) -> list[Tensor]:
