@@ -133,7 +133,10 @@ def limited(self, batches):
     if self.steps_done == 1:
         now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + 8_000_000, -1))
-    return step(self, batches)
+    try:
+        return step(self, batches)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 
 step, Learner.step = Learner.step, limited
 sys.exit(main(sys.argv[1:]))

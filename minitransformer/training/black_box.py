@@ -57,9 +57,7 @@ def leave_black_box(folder: Path, learner: Learner, skipped: StepFigures | None)
         "grad_norm": None if skipped is None else json_number(skipped.grad_norm),
         "state": packed(learner.state_dict(), "state", tensors),
     }
-    weights = {
-        name: whole_tensor(tensor).to("cpu", copy=True) for name, tensor in unique_tensors(learner.model).items()
-    }
+    weights = {name: _copied(tensor) for name, tensor in unique_tensors(learner.model).items()}
     learner.probe = norms = Norms(learner.model)
     try:
         with norms.recorded():
@@ -106,10 +104,15 @@ def _description(learner: Learner) -> dict[str, Any]:
     }
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    """All of `tensor`, on the CPU."""
+    return whole_tensor(tensor.detach()).to("cpu", copy=True).contiguous()
+
+
 def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON; tensors in it are copied to `tensors`, under names that begin with `name`."""
     if isinstance(value, Tensor):
-        tensors[name] = whole_tensor(value.detach()).to("cpu", copy=True).contiguous()
+        tensors[name] = _copied(value)
         return {"tensor": name}
     if isinstance(value, dict):
         return {"entries": [[key, packed(part, f"{name}.{key}", tensors)] for key, part in value.items()]}
@@ -133,9 +136,7 @@ def _write_batches(folder: Path, batches: Sequence[TrainingBatch], learner: Lear
     """Write the micro-batches of a step, their tokenizers and their text into `folder`."""
     data = learner.loader.data
     named = [(index, name, tensor) for index, batch in enumerate(batches) for name, tensor in tensors_of(batch)]
-    files.write_tensors(
-        folder / BATCHES, {f"{index}.{name}": tensor.to("cpu", copy=True).contiguous() for index, name, tensor in named}
-    )
+    files.write_tensors(folder / BATCHES, {f"{index}.{name}": _copied(tensor) for index, name, tensor in named})
     tokenizers = dict.fromkeys((data.tokenizer, data.target_tokenizer))
     for tokenizer, file in zip(tokenizers, TOKENIZERS, strict=False):
         tokenizer.save(folder / file)
