@@ -95,7 +95,6 @@ class Trainer:
         self.log.rewind(step, rollbacks)
         self.log.record({"step": step, "rollback": rollbacks, "rolled_back_from": end, "skipped_batches": skipped})
         self.log.line(f"{divergence}: back to step {step}, and the data of {skipped} steps is skipped")
-        self._saved = None
         self._save()
 
     def _stop_agreed(self) -> bool:
