@@ -20,7 +20,7 @@ from typing_extensions import Doc
 
 from minitransformer.errors import UserError
 from minitransformer.plugins import load_installed_plugins, load_plugin, take_plugins
-from minitransformer.text.standard_input import without_standard_input
+from minitransformer.text.standard_input import names_standard_input, without_standard_input
 
 if TYPE_CHECKING:
     from minitransformer.training.config import DataConfig
@@ -159,6 +159,11 @@ def joined(arguments: Sequence[str]) -> list[str]:
             taking = None
             result.append([word])
     return [word for words in result for word in words]
+
+
+def reads_standard_input(data: DataConfig) -> bool:
+    """Whether `-` is among the sources of `data`."""
+    return names_standard_input(data.data) or names_standard_input(data.validation_data)
 
 
 def with_files(data: DataConfig) -> DataConfig:
