@@ -12,15 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import minitransformer
-from minitransformer.records import read_json
 
 ROOT = Path(minitransformer.__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 SMALL = (
-    *("--data", "text.txt", "--tokenizer", "bytes", "--num-layers", "1", "--d-model", "16", "--num-heads", "2"),
+    *("--tokenizer", "bytes", "--num-layers", "1", "--d-model", "16", "--num-heads", "2"),
     *("--context-length", "16", "--batch-size", "4", "--precision", "fp32", "--dropout", "0.1", "--log-every", "1"),
     *("--eval-every", "1000000", "--save-every", "10", "--validation-tokens", "200"),
 )
+
+
+def has_ended(pid: int) -> bool:
+    """Whether the process has ended, though its parent may not know."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def children(pid: int) -> list[int]:
@@ -44,13 +51,17 @@ class Launch:
         ranks: int = 2,
         torchrun: tuple[str, ...] = ("--standalone",),
         logs: str = "logs",
+        stdin: int | IO[bytes] = subprocess.DEVNULL,
     ) -> None:
         self.folder, self.logs = folder, folder / logs
-        (folder / "text.txt").write_text("".join(f"{i} the quick brown fox counts {i * i}.\n" for i in range(200)))
-        (folder / "train.py").write_bytes((ROOT / "train.py").read_bytes())
+        write_script(folder)
         environment = {
             **os.environ,
-            **{"OMP_NUM_THREADS": "1", "MINITRANSFORMER_DATA": str(folder / "prepared"), "PYTHONPATH": str(ROOT)},
+            **{
+                "OMP_NUM_THREADS": "1",
+                "MINITRANSFORMER_DATA": str(folder / f"prepared-{logs}"),
+                "PYTHONPATH": str(ROOT),
+            },
         }
         options = [*torchrun, f"--nproc_per_node={ranks}", "--redirects=3", f"--log-dir={self.logs}"]
         self.torchrun = subprocess.Popen(
@@ -58,7 +69,7 @@ class Launch:
             cwd=folder,
             env=environment,
             stderr=(folder / f"{logs}.txt").open("w"),
-            stdin=subprocess.PIPE,
+            stdin=stdin,
         )
 
     def process(self, rank: int) -> int:
@@ -100,9 +111,7 @@ class Launch:
         self.torchrun.wait()
 
 
-def saved_steps(run: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
-
-
-def config_of(run: Path) -> dict[str, Any]:
-    return read_json(run / "config.json", "")
+def write_script(folder: Path) -> None:
+    """Write a text, and `train.py`, into `folder`."""
+    (folder / "text.txt").write_text("".join(f"{i} the quick brown fox counts {i * i}.\n" for i in range(200)))
+    (folder / "train.py").write_bytes((ROOT / "train.py").read_bytes())

@@ -24,11 +24,6 @@ ATTEMPT, RUN, ENDED = "minitransformer/attempt", "minitransformer/run", "minitra
 """keys that outlive a restart: the name of the latest attempt, its run folder, and the end of an earlier one"""
 
 
-def is_launched() -> bool:
-    """Whether `torchrun`, or another launcher of several ranks, has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def number_from_launcher(name: str) -> int:
     """The number that the launcher gives as `name`; 0 without it."""
     return int(os.environ.get(name, "0"))

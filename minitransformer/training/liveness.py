@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 from minitransformer.amounts import duration
 
 FAILED = 1
-SUSPECT = 5.0
+SUSPECT = 10.0
 """patience with a rank after a sign that one is lost, in seconds; torchrun kills 30 seconds after its SIGTERM"""
 HANG = 60
 """patience with a step, relative to that with a process: compiling, saving or a long validation may take a while"""

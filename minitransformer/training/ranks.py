@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from minitransformer.errors import UserError
-from minitransformer.processes import processors
+from minitransformer.processes import is_launched, processors
 from minitransformer.training.launch import (
     RUN,
     earlier_end,
-    is_launched,
     launcher_command,
     meet,
     note_end,
@@ -120,6 +119,7 @@ class Processes(Ranks):
     def __init__(self, watch: Watch, memory: Store) -> None:
         self.rank, self.size = watch.rank, len(watch.vigil.names)
         self._watch, self._memory = watch, memory
+        self._command = launcher_command()  # the launcher may end before its ranks
         if memory.check([RUN]):
             self.begun = Path(memory.get(RUN).decode())
 
@@ -184,7 +184,7 @@ class Processes(Ranks):
             raise UserError(f"device {device!r} is a single one, and each rank has its own: give --device cuda")
 
     def command(self) -> str:
-        return launcher_command()
+        return self._command
 
     def unused_cores(self, device: torch.device) -> str:
         threads = processors() // max(1, number_from_launcher("LOCAL_WORLD_SIZE"))
