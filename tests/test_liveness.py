@@ -16,7 +16,7 @@ from torch.distributed import HashStore
 from minitransformer.errors import UserError
 from minitransformer.training import ranks as ranks_module
 from minitransformer.training.launch import ATTEMPT, earlier_end, meet, note_end
-from minitransformer.training.liveness import HANG, SUSPECT, Beat, Verdict, Vigil
+from minitransformer.training.liveness import HANG, SUSPECT, Beat, Ending, Vigil
 from minitransformer.training.ranks import Processes, Ranks, check_gpus
 from minitransformer.training.signals import StopRequest
 
@@ -45,7 +45,7 @@ def test_a_beat_is_read_as_it_was_written(beat: Beat) -> None:
 def test_ranks_that_beat_are_never_lost() -> None:
     watching = vigil()
     hear(watching, 10_000)
-    assert watching.verdict() is None
+    assert watching.ending() is None
 
 
 @given(silent=st.sets(st.sampled_from([0, 2]), min_size=1), timeout=st.integers(10, 600))
@@ -53,51 +53,51 @@ def test_a_silent_rank_is_named_within_the_timeout_and_not_long_before(silent: s
     watching = vigil(timeout)
     hear(watching, 3)
     hear(watching, timeout - 3, tuple(silent))
-    assert watching.verdict() is None
+    assert watching.ending() is None
     hear(watching, 2, tuple(silent))
-    verdict = watching.verdict()
-    assert verdict is not None
-    assert verdict.code == 1
-    assert [name in verdict.sentence for name in NAMES] == [rank in silent for rank in range(3)]
+    ending = watching.ending()
+    assert ending is not None
+    assert ending.code == 1
+    assert [name in ending.sentence for name in NAMES] == [rank in silent for rank in range(3)]
 
 
 def test_after_a_sign_that_one_is_lost_a_silent_rank_is_named_sooner_than_torchrun_kills() -> None:
     watching = vigil()
     hear(watching, int(SUSPECT), (2,))
-    assert watching.verdict() is None
+    assert watching.ending() is None
     watching.alarmed = True
-    verdict = watching.verdict()
-    assert verdict is not None
-    assert NAMES[2] in verdict.sentence
+    ending = watching.ending()
+    assert ending is not None
+    assert NAMES[2] in ending.sentence
     assert SUSPECT < 20
 
 
 def test_a_rank_that_has_reported_an_error_ends_the_others_with_its_code_in_silence() -> None:
     watching = vigil()
     watching.hear([Beat(1), Beat(1), Beat(1, code=3)], 1.0)
-    assert watching.verdict() == Verdict(3, "")
+    assert watching.ending() == Ending(3, "")
 
 
 def test_a_store_that_does_not_answer_is_the_loss_of_the_node_of_rank_0() -> None:
     watching = vigil()
     hear(watching, 5)
     watching.unheard = 59.0
-    verdict = watching.verdict()
-    assert verdict is not None
-    assert NAMES[0] in verdict.sentence
+    ending = watching.ending()
+    assert ending is not None
+    assert NAMES[0] in ending.sentence
     hear(watching, 1)
-    assert watching.verdict() is None
+    assert watching.ending() is None
 
 
 def test_before_the_first_step_work_may_take_any_time_and_then_an_hour() -> None:
     watching = vigil()
     hear(watching, 100_000, stand_still=True)
-    assert watching.verdict() is None
+    assert watching.ending() is None
     hear(watching, 1)
     hear(watching, HANG * 60, stand_still=True)
-    assert watching.verdict() is None
+    assert watching.ending() is None
     hear(watching, 2, stand_still=True)
-    assert watching.verdict() is not None
+    assert watching.ending() is not None
 
 
 def test_of_ranks_that_stand_still_those_that_wait_for_others_are_not_to_blame() -> None:
@@ -105,10 +105,10 @@ def test_of_ranks_that_stand_still_those_that_wait_for_others_are_not_to_blame()
     beats = [Beat(1, 5, waits=True, place="a.py:1 (f)"), Beat(1, 5, waits=True), Beat(1, 5, place="b.py:2 (g)")]
     for number in range(HANG * 10 + 3):
         watching.hear([replace(beat, number=number) for beat in beats], 1.0)
-    verdict = watching.verdict()
-    assert verdict is not None
-    assert f"{NAMES[2]} at b.py:2 (g)" in verdict.sentence
-    assert NAMES[0] not in verdict.sentence
+    ending = watching.ending()
+    assert ending is not None
+    assert f"{NAMES[2]} at b.py:2 (g)" in ending.sentence
+    assert NAMES[0] not in ending.sentence
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -38,7 +38,7 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Ending:
     """Why this process has to end: its exit code, and a sentence; "" if another rank has spoken."""
 
     code: int
@@ -76,12 +76,12 @@ class Vigil:
             self._silent[rank] = self._silent[rank] + seconds if new.number == old.number else 0.0
         self.beats, self.unheard = list(beats), 0.0
 
-    def verdict(self) -> Verdict | None:
+    def ending(self) -> Ending | None:
         """Why this process has to end, if it has to."""
         others = [rank for rank in range(len(self.names)) if rank != self.rank]
         codes = [code for rank in others if (code := self.beats[rank].code) is not None]
         if codes:
-            return Verdict(codes[0])
+            return Ending(codes[0])
         if self.unheard > self._patience(self.timeout):
             return self._lost([0], self.unheard)  # torchrun keeps the store on its node
         patience = self._patience(min(SUSPECT, self.timeout) if self.alarmed else self.timeout)
@@ -93,14 +93,14 @@ class Vigil:
         """`most` seconds, less those between a beat and a look at it."""
         return most - 2 * self.interval
 
-    def _lost(self, ranks: Sequence[int], seconds: float) -> Verdict:
+    def _lost(self, ranks: Sequence[int], seconds: float) -> Ending:
         who = ", ".join(self.names[rank] for rank in ranks)
         verb = "have" if len(ranks) > 1 else "has"
-        return Verdict(FAILED, f"{who} {verb} not answered for {duration(seconds)}; {self.advice}")
+        return Ending(FAILED, f"{who} {verb} not answered for {duration(seconds)}; {self.advice}")
 
-    def _hung(self) -> Verdict:
+    def _hung(self) -> Ending:
         """Ranks that do not wait for others hang."""
         ranks = range(len(self.names))
         hung = [rank for rank in ranks if not self.beats[rank].waits] or list(ranks)
         where = ", ".join(f"{self.names[rank]} at {self.beats[rank].place}" for rank in hung)
-        return Verdict(FAILED, f"no step has ended for {duration(self._still)}, with {where}; {self.advice}")
+        return Ending(FAILED, f"no step has ended for {duration(self._still)}, with {where}; {self.advice}")

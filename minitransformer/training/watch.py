@@ -104,8 +104,8 @@ class Watch:
                 self._finish_without_store()
             if self._deadline is not None and before > self._deadline[0]:
                 self._end(self._deadline[1], "\ninterrupted")
-            if (verdict := self.vigil.verdict()) is not None:
-                self._end(verdict.code, verdict.sentence and f"error: {verdict.sentence}")
+            if (ending := self.vigil.ending()) is not None:
+                self._end(ending.code, ending.sentence and f"error: {ending.sentence}")
 
     def _notice(self, number: int) -> None:
         """Set a time to end for a second signal, or for one that the main thread does not handle."""
