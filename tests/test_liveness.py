@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore
 
 from minitransformer.errors import UserError
+from minitransformer.runs.begin import check_same_data
+from minitransformer.training import launch
 from minitransformer.training import ranks as ranks_module
 from minitransformer.training.launch import ATTEMPT, earlier_end, meet, note_end
 from minitransformer.training.liveness import HANG, SUSPECT, Beat, Ending, Vigil
@@ -205,6 +209,24 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: Any) -> None:
     with pytest.raises(UserError, match="2 ranks share 1 GPU"):
         check_gpus(processes(), torch.device("cuda"))
     check_gpus(processes(), torch.device("cpu"))
+
+
+def test_other_data_on_a_rank_is_refused_on_all(tmp_path: Path) -> None:
+    class Others(Ranks):
+        def all(self, value: Any) -> list[Any]:
+            return [value, value, tmp_path.name, value]
+
+    prepared = SimpleNamespace(folder=tmp_path / "text-1")
+    with pytest.raises(UserError, match="rank 2 has other data than rank 0"):
+        check_same_data(Others(), prepared)  # type: ignore[arg-type]
+    check_same_data(Ranks(), prepared)  # type: ignore[arg-type]
+
+
+def test_ranks_that_do_not_all_start_are_refused(monkeypatch: Any) -> None:
+    monkeypatch.setattr(launch, "MEETING", 0.2)
+    for rank in range(2):
+        with pytest.raises(UserError, match="the 2 ranks have not all started"):
+            meet(HashStore(), rank, 2)
 
 
 @pytest.mark.parametrize(("cores", "advice"), [(8, "; OMP_NUM_THREADS=4 would use all cores"), (2, "")])

@@ -116,6 +116,7 @@ def _train_new(
     start: tuple[Parent, Model] | None = None,
 ) -> int:
     """Train a new run, from the weights of its parent if given."""
+    check_same_data(ranks, prepared)
     _print_data(config, prepared)
     if start is not None and (length := config.training.sequence_length) is not None:
         print(f"sequences  {length:,} tokens, of a context of {config.model.context_length:,}")
@@ -213,7 +214,6 @@ def _train(
 ) -> int:
     config = run.config.training
     check_gpus(ranks, machine.device)
-    check_same_data(ranks, prepared)
     tokens = config.steps * run.config.tokens_per_step
     print(f"model      {amount(count_parameters(run.config.model))} parameters, {amount(tokens)} tokens to read")
     count = f"{ranks.size} ranks ({config.parallel.name}), each " if ranks.size > 1 else ""

@@ -44,22 +44,36 @@ def meet(store: Store, rank: int, size: int) -> tuple[str, list[str]]:
     """Wait for all ranks of this attempt; returns its name, unique among attempts, and the names of the ranks.
 
     The store may hold what ranks of earlier attempts have written, and nodes may disagree on the number of restarts:
-    rank 0 names the attempt, and a rank has met the others if rank 0 has read what it wrote.
+    rank 0 names the attempt, and a rank has met the others if rank 0 has read what it wrote. Raises `UserError` if a
+    rank is missing.
     """
     me = [f"rank {rank} (process {os.getpid()} on {socket.gethostname()})", uuid.uuid4().hex]
     if rank == 0:
         store.set(ATTEMPT, me[1])
     end = time.monotonic() + MEETING
     while time.monotonic() < end:
-        attempt = store.get(ATTEMPT).decode()
+        attempt = _latest_attempt(store)
         store.set(f"{attempt}/{rank}", json.dumps(me))
         if rank == 0:
-            store.set(f"{attempt}/all", json.dumps([json.loads(store.get(f"{attempt}/{i}")) for i in range(size)]))
-        while time.monotonic() < end and store.get(ATTEMPT).decode() == attempt:
+            _present(store, attempt, size, end)
+        while time.monotonic() < end and _latest_attempt(store) == attempt:
             if store.check([f"{attempt}/all"]) and me in (present := json.loads(store.get(f"{attempt}/all"))):
                 return attempt, [name for name, _ in present]
             time.sleep(0.05)
-    raise UserError(f"rank 0 has not started within {MEETING:.0f} seconds: start all ranks at the same time")
+    raise UserError(f"the {size} ranks have not all started within {MEETING:.0f} seconds: start them together")
+
+
+def _latest_attempt(store: Store) -> str:
+    return store.get(ATTEMPT).decode() if store.check([ATTEMPT]) else ""
+
+
+def _present(store: Store, attempt: str, size: int, end: float) -> None:
+    """Publish what all ranks of `attempt` have written, if they come before `end`."""
+    keys = [f"{attempt}/{rank}" for rank in range(size)]
+    while not store.check(keys) and time.monotonic() < end:
+        time.sleep(0.05)
+    if store.check(keys):
+        store.set(f"{attempt}/all", json.dumps([json.loads(store.get(key)) for key in keys]))
 
 
 def note_end(store: Store, code: int) -> None:

@@ -221,10 +221,10 @@ def joined_ranks(timeout: float = 60.0) -> Iterator[Ranks]:
         os._exit(code)
     rank, size = number_from_launcher("RANK"), int(os.environ["WORLD_SIZE"])
     attempt, names = meet(memory, rank, size)
-    # Connections are not shared: the watch must not wait for an operation of the main thread.
+    # A connection of its own: the watch must not wait for an operation of the main thread.
     of_watch = distributed.PrefixStore(f"{attempt}/watch", open_store())
     with Watch(of_watch, memory, rank, names, timeout) as watch:
-        _join(distributed.PrefixStore(f"{attempt}/group", open_store()), rank, size)
+        _join(distributed.PrefixStore(f"{attempt}/group", memory), rank, size)
         yield Processes(watch, memory)
         distributed.barrier()  # a rank that leaves early is taken for a lost one
     gc.collect()  # what still holds the group, in cycles, aborts the process at its exit

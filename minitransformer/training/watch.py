@@ -76,12 +76,20 @@ class Watch:
         try:
             while not self._over.wait(self.vigil.interval):
                 self._say()
-                keys = [f"beat/{rank}" for rank in range(len(self.vigil.names))]
-                beats = [Beat.decode(content) for content in self.store.multi_get(keys)]
-                self.vigil.hear(beats, self._elapsed(before))
+                self.vigil.hear(self._heard(), self._elapsed(before))
                 before = time.monotonic()
         except RuntimeError:
             self._store_lost = True
+
+    def _heard(self) -> list[Beat]:
+        keys = [f"beat/{rank}" for rank in range(len(self.vigil.names))]
+        if self.store.check(keys):
+            return [Beat.decode(content) for content in self.store.multi_get(keys)]
+        # Some have not begun, and the store would wait for them.
+        return [
+            Beat.decode(self.store.get(key)) if self.store.check([key]) else last
+            for key, last in zip(keys, self.vigil.beats, strict=True)
+        ]
 
     def _elapsed(self, before: float) -> float:
         """Seconds since `before`, without those in which this process was stopped."""
@@ -137,6 +145,8 @@ class Watch:
             self._end(_exit_code(error), (speaks and f"error: {f'{name}: ' if self.rank else ''}{error}") or "")
         if isinstance(error, KeyboardInterrupt):
             self._end(INTERRUPTED, "\ninterrupted")
+        if isinstance(error, BrokenPipeError):  # nobody reads the output
+            self._end(FAILED)
         if isinstance(error, RuntimeError):  # as an operation raises when another rank is lost
             self.vigil.alarmed = True
             self.vigil.unheard += self.vigil.timeout if self._store_lost else 0.0
