@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from minitransformer.errors import UserError
+from minitransformer.errors import StorageError, UserError
 from minitransformer.processes import is_launched, processors
 from minitransformer.training.launch import (
     RUN,
@@ -63,7 +63,7 @@ class Ranks:
         return bool(self.largest(flag))
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes; a `UserError` there is raised on all ranks."""
+        """What rank 0 makes; a `UserError` or an `OSError` there is raised on all ranks."""
         return make()
 
     def all(self, value: T) -> list[T]:
@@ -95,6 +95,12 @@ class Ranks:
         """`code`, with which all ranks end for good."""
         return code
 
+    def main_first(self, make: Callable[[], T], open: Callable[[], T]) -> T:
+        """What rank 0 makes, and the others `open` then; a `UserError` of rank 0 is raised on all ranks."""
+        made: list[T] = []
+        self.from_main(lambda: made.append(make()))
+        return made[0] if self.is_main else open()
+
     def share(self, count: int) -> range:
         """This rank's part of `count` rows: all parts are adjacent and differ by one row at most."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
@@ -108,9 +114,9 @@ class ErrorOfMain(UserError):
 
     reported = True
 
-    def __init__(self, error: UserError) -> None:
+    def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
-        self.exit_code = error.exit_code
+        self.exit_code = getattr(error, "exit_code", StorageError.exit_code)
 
 
 class Processes(Ranks):
@@ -145,10 +151,10 @@ class Processes(Ranks):
         if self.is_main:
             try:
                 made = [make()]
-            except UserError as error:
+            except (UserError, OSError) as error:
                 made = [error]
         broadcast_object_list(made, device=torch.device("cpu"))
-        if isinstance(made[0], UserError):
+        if isinstance(made[0], UserError | OSError):
             raise made[0] if self.is_main else ErrorOfMain(made[0])
         return made[0]
 

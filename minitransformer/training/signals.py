@@ -9,6 +9,9 @@ from typing import Any
 from minitransformer.training.ranks import Ranks
 from minitransformer.training.watch import NOTICE
 
+FAILED = 255
+"""above all signals"""
+
 
 class StopRequest:
     """While entered, the first signal requests a stop, and a second one interrupts at once; a notice never does."""
@@ -27,10 +30,10 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def agreed(self, ranks: Ranks) -> bool:
-        """Whether a stop was requested on any of `ranks`, which then all have the request."""
-        most = ranks.largest(self.signal or 0)
-        if most:  # otherwise, keep a signal that has come in between for the next time
+    def agreed(self, ranks: Ranks, *, failed: bool = False) -> bool:
+        """Whether a stop was requested, or something has `failed`, on any of `ranks`; a request is then on all."""
+        most = ranks.largest(FAILED if failed else self.signal or 0)
+        if most not in (0, FAILED):
             self.signal = most
         return most > 0
 
