@@ -116,14 +116,15 @@ def test_of_ranks_that_stand_still_those_that_wait_for_others_are_not_to_blame()
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_ranks_meet_whatever_earlier_attempts_have_left_in_the_store(size: int) -> None:
+def test_ranks_meet_whatever_earlier_attempts_have_left_in_the_store(size: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(launch, "MEETING", 20.0)
     store = HashStore()
     attempts = set()
     for _ in range(3):
         with ThreadPoolExecutor(size) as pool:
             # Rank 0 comes last, when the others have read the name of the attempt before.
             others = [pool.submit(meet, store, rank, size) for rank in range(1, size)]
-            met = [meet(store, 0, size), *(each.result(timeout=20) for each in others)]
+            met = [meet(store, 0, size), *(each.result() for each in others)]
         [attempt] = {attempt for attempt, _ in met}
         attempts.add(attempt)
         assert all([name.split(" (")[0] for name in names] == [f"rank {i}" for i in range(size)] for _, names in met)
@@ -169,7 +170,7 @@ def test_the_signal_that_all_ranks_get_is_no_second_one_after_another_rank_has_t
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGUSR1])
-def test_a_notice_never_interrupts_and_is_a_terminations_equal(first: signal.Signals) -> None:
+def test_a_notice_never_interrupts_and_ends_as_a_termination_does(first: signal.Signals) -> None:
     with StopRequest() as stop:
         for number in (first, signal.SIGUSR1, signal.SIGUSR1):
             signal.raise_signal(number)
