@@ -82,7 +82,12 @@ class Launch:
         until(
             lambda: self.torchrun.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= step)
         )
-        assert self.torchrun.poll() is None, self.said("stderr", 0)
+        assert self.torchrun.poll() is None, self.errors()
+
+    def wait_for_checkpoint(self, run: str = "run") -> None:
+        """Checkpoints are written beside training."""
+        self.wait_for_step(1, run)
+        until((self.folder / run / "checkpoints/latest").exists)
 
     def said(self, stream: str, rank: int, attempt: int = 0) -> str:
         """What `rank` has written to `stream` in an attempt."""

@@ -83,7 +83,7 @@ def test_torchrun_continues_after_a_killed_rank_as_if_nothing_had_happened(tmp_p
 
 def test_a_stopped_rank_ends_the_others_within_the_timeout(tmp_path: Path) -> None:
     with Launch(tmp_path, *LONG, "--rank-timeout", "6") as launch:
-        launch.wait_for_step(12)
+        launch.wait_for_checkpoint()
         stopped, other = launch.process(0), launch.process(1)
         os.kill(stopped, signal.SIGSTOP)
         until(lambda: has_ended(other), seconds=10)
@@ -92,7 +92,7 @@ def test_a_stopped_rank_ends_the_others_within_the_timeout(tmp_path: Path) -> No
     [error] = launch.errors()
     assert error.startswith(f"error: rank 0 (process {stopped} on ")
     assert error.endswith("train.py --resume run")
-    assert Run.open(tmp_path / "run").load_model("step-000010")
+    assert Run.open(tmp_path / "run").load_model("latest")
 
 
 def test_a_rank_that_hangs_is_named_with_the_place(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_notice_to_one_rank_stops_all_after_saving(tmp_path: Path) -> None:
 
 def test_a_second_interrupt_does_not_wait_for_another_rank(tmp_path: Path) -> None:
     with Launch(tmp_path, *LONG, "--rank-timeout", "60") as launch:
-        launch.wait_for_step(12)
+        launch.wait_for_checkpoint()
         main_rank, stopped = launch.process(0), launch.process(1)
         os.kill(stopped, signal.SIGSTOP)
         os.kill(main_rank, signal.SIGINT)
@@ -146,7 +146,7 @@ def test_a_second_interrupt_does_not_wait_for_another_rank(tmp_path: Path) -> No
         os.kill(stopped, signal.SIGKILL)
         launch.end()
     assert [error for error in launch.errors() if error] == ["interrupted"]
-    assert Run.open(tmp_path / "run").load_model("step-000010")
+    assert Run.open(tmp_path / "run").load_model("latest")
 
 
 def test_two_nodes_of_two_ranks_have_the_losses_of_one_process(tmp_path: Path, alone: list[float]) -> None:
