@@ -157,7 +157,10 @@ class TrainingConfig:
         Parallel, "ddp", observes_only=True, help="how the ranks that torchrun starts share the training"
     )
     rank_timeout: float = setting(
-        60.0, above=0, observes_only=True, help="seconds after which a rank that does not answer ends the run"
+        60.0,
+        at_least=1,
+        observes_only=True,
+        help="seconds after which a rank whose process does not answer ends the run",
     )
     seed: int = setting(
         0,
