@@ -18,7 +18,7 @@ from tests.fuzz_for_tests import any_texts, cases, for_cases, pieces, texts
 from tests.runs_for_tests import SMALL
 
 pytestmark = pytest.mark.unchecked_shapes
-FLAGS = [flag for flag in SMALL if flag not in ("--tokenizer", "bytes")]
+FLAGS = [flag for flag in SMALL if flag not in ("--tokenizer", "bytes")] + ["--validation-fraction", "0.001"]
 long_texts = st.builds(
     lambda parts, times, end: "".join(parts) * times + end,
     st.lists(pieces, min_size=1, max_size=9),
