@@ -1,4 +1,7 @@
-"""Runs of every kind on the ranks that torchrun starts: `python -m tests.ranks_for_tests FOLDER [NAME ...]` on each."""
+"""Runs of every kind on the ranks that torchrun starts.
+
+`python -m tests.ranks_for_tests FOLDER PARALLEL [NAME ...]` on each.
+"""
 
 from __future__ import annotations
 
@@ -78,11 +81,13 @@ def write_texts(folder: Path) -> None:
     (folder / "pairs.tsv").write_text("".join(f"{i} times {i % 7}\t{i * (i % 7)}\n" for i in range(200)))
 
 
-def on_ranks(count: int, folder: Path, *names: str, module: str = "tests.ranks_for_tests") -> dict[str, Any]:
+def on_ranks(
+    count: int, folder: Path, *names: str, parallel: str = "ddp", module: str = "tests.ranks_for_tests"
+) -> dict[str, Any]:
     """What rank 0 of `count` ranks measured in the cases `names`."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     launcher = [sys.executable] if count == 1 else torchrun
-    command = [*launcher, "-m", module, str(folder), *names]
+    command = [*launcher, "-m", module, str(folder), parallel, *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINITRANSFORMER_DATA": str(folder / "prepared")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -91,10 +96,10 @@ def on_ranks(count: int, folder: Path, *names: str, module: str = "tests.ranks_f
 
 
 def main() -> None:
-    folder, names = Path(sys.argv[1]), sys.argv[2:] or list(CASES)
+    folder, parallel, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or list(CASES)
     torch.set_num_threads(1)
     with joined_ranks(timeout=60) as ranks:
-        measured = {name: trained(config_of(name, folder), ranks) for name in names}
+        measured = {name: trained(config_of(name, folder, parallel=parallel), ranks) for name in names}
         if ranks.is_main:
             print(json.dumps(measured))
 

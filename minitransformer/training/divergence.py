@@ -68,7 +68,9 @@ class DivergenceWatch:
         kept = list(unique_tensors(self.learner.model).values())
         for optimizer in self.learner.optimizers:
             kept += [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
-        if not are_finite([tensor for tensor in kept if tensor.is_floating_point()]):
+        local = self.learner.parallel.local
+        finite = are_finite([local(tensor) for tensor in kept if tensor.is_floating_point()])
+        if self.learner.ranks.any(not finite):
             raise self._diverged(
                 f"after step {self.progress.step}, the weights or the optimizer state are infinite or NaN, "
                 "and are not saved"

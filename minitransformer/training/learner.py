@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from minitransformer.architecture.dropout import rows_from
-from minitransformer.models.model import Model, build_model
+from minitransformer.models.model import Model
 from minitransformer.text.batches import TrainingBatch
 from minitransformer.text.datasets import PreparedData
+from minitransformer.training.activation_checkpointing import checkpoint_activations
 from minitransformer.training.checkpoint import load_model_weights
 from minitransformer.training.config import RunConfig
 from minitransformer.training.experts import ExpertBalance
@@ -60,13 +61,14 @@ def build_learner(
     """
     keep_freed_memory()
     loader = Loader.of_run(config, data)
+    parallel = parallel_over(ranks, config.training.parallel)
+    parallel.check(config.model, probe=bool(config.training.probe))
     torch.manual_seed(config.training.seed)
-    model = build_model(config.model).to(machine.device).train()
+    model = parallel.build(config.model, machine.device).train()
     if initial is None:
         model.calibrate(lambda: loader.objective.loss_sum(model, loader.training_batches(0)[0].to(machine.device)))
     else:
         load_model_weights(initial, model)
-    parallel = parallel_over(ranks, config.training.parallel)
     return Learner(config, model, loader, machine, make_probe(model, loader, machine.device), parallel)
 
 
@@ -90,10 +92,12 @@ class Learner:
         self.loader, self.objective = loader, loader.objective
         self.parallel = parallel or Parallel()
         self.ranks = self.parallel.ranks
-        self.fast_model = self.parallel.shard(compiled(model) if machine.compile else model)
-        self.optimizers = build_optimizers(training.optimizer, model, training.rates)
-        self.balance = ExpertBalance(model, training.expert_balance, self.ranks)
         self.precision = Precision.named(machine.precision)(machine.device)
+        if training.activation_checkpointing:
+            checkpoint_activations(model, self.precision)
+        self.fast_model = self.parallel.wrap(compiled(model) if machine.compile else model)
+        self.optimizers = build_optimizers(training.optimizer, model, training.rates, self.parallel)
+        self.balance = ExpertBalance(model, training.expert_balance, self.ranks)
         self.steps_done = 0
         self._batches = prefetched(loader.training_batches, machine.device)
 
@@ -132,7 +136,8 @@ class Learner:
         total = torch.zeros((), device=self.machine.device)
         for number, (batch, count) in enumerate(zip(batches, counts, strict=True), start=1):
             mine = self.ranks.share(batch.num_rows)
-            first, self.balance.counts = row + mine.start, bool(mine)
+            first = row + mine.start
+            self.balance.record(counted=bool(mine))
             rows = batch.rows(mine.start, mine.stop).to(self.machine.device, non_blocking=True)
             torch.manual_seed(self._seed(first))
             with rows_from(first), self.parallel.synchronised(self.fast_model, now=number == len(batches)):

@@ -13,6 +13,7 @@ from minitransformer.registry import Registered
 from minitransformer.settings import Chosen, setting
 from minitransformer.training.light import LightAdamW, LightOptimizer
 from minitransformer.training.muon import NEWTON_SCHULZ, Muon
+from minitransformer.training.parallel import Parallel
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class ParameterGroups:
 class Optimizer(Registered, kind="optimizer"):
     """One or several of torch's optimizers, which share the parameters of a model."""
 
-    def __init__(self, settings: Any, rates: Rates) -> None:
-        self.settings, self.rates = settings, rates
+    def __init__(self, settings: Any, rates: Rates, parallel: Parallel | None = None) -> None:
+        self.settings, self.rates, self.parallel = settings, rates, parallel
 
     def build(self, weights: ParameterGroups) -> list[LightOptimizer]:
         """The optimizers, with their parameter groups and peak learning rates."""
@@ -119,13 +120,16 @@ class MuonWithAdamW(AdamW, name="muon"):
             momentum=settings.momentum,
             weight_decay=rates.weight_decay,
             quintics=NEWTON_SCHULZ[settings.newton_schulz](settings.newton_schulz_steps),
+            parallel=self.parallel,
         )
         return [matrices, self.adamw(rest)]
 
 
-def build_optimizers(optimizer: Chosen[Optimizer], model: nn.Module, rates: Rates) -> list[LightOptimizer]:
+def build_optimizers(
+    optimizer: Chosen[Optimizer], model: nn.Module, rates: Rates, parallel: Parallel | None = None
+) -> list[LightOptimizer]:
     """The optimizers of `model`; each parameter group stores its peak learning rate."""
-    optimizers = optimizer.make(rates).build(ParameterGroups.of(model))
+    optimizers = optimizer.make(rates, parallel).build(ParameterGroups.of(model))
     for each in optimizers:
         for group in each.param_groups:
             group["peak_lr"] = group["lr"]

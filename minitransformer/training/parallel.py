@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from minitransformer.architecture.block import Stack
 from minitransformer.architecture.feedforward import MixtureOfExperts
+from minitransformer.architecture.residual import Residual
+from minitransformer.errors import UserError
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import Model, build_in_parts, build_model
 from minitransformer.registry import Registered
 from minitransformer.training.ranks import ONE_PROCESS, Ranks
+
+OfMatrices = Callable[[Tensor], Tensor]
+"""A function of matrices, [count, rows, columns], each by itself"""
 
 
 class Parallel(Registered, kind="parallel"):
@@ -22,8 +32,15 @@ class Parallel(Registered, kind="parallel"):
     def __init__(self, settings: Any = None, ranks: Ranks = ONE_PROCESS) -> None:
         self.ranks = ranks
 
-    def shard(self, model: nn.Module) -> nn.Module:
-        """The model to call in training, whose gradients are those of all ranks together."""
+    def check(self, model: ModelConfig, probe: bool) -> None:
+        """Raises `UserError` for a model, or a probe, that cannot be trained in this way."""
+
+    def build(self, config: ModelConfig, device: torch.device) -> Model:
+        """The model, or this rank's part of it, with the initial weights of one process."""
+        return build_model(config).to(device)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to call in training, whose gradients are those of all ranks together."""
         return model
 
     def synchronised(self, model: nn.Module, now: bool) -> AbstractContextManager[Any]:
@@ -34,6 +51,23 @@ class Parallel(Registered, kind="parallel"):
         """Scale the gradients down to a norm of `most`; returns the norm before."""
         return nn.utils.clip_grad_norm_(parameters, most)
 
+    def local(self, tensor: Tensor) -> Tensor:
+        """This rank's rows of a weight, its gradient, or its optimizer state; they share memory."""
+        return tensor
+
+    def of_matrices(
+        self, function: OfMatrices, rows: Float[Tensor, "count local columns"], shape: torch.Size
+    ) -> Float[Tensor, "count local columns"]:
+        """These rows of `function` of matrices of this `shape`, of each of which a rank has `rows`.
+
+        Every rank computes it for some of the matrices.
+        """
+        return function(rows)
+
+    def whole(self, model: Model) -> Model:
+        """On rank 0, a model with all weights of `model`; every rank takes part."""
+        return model
+
 
 class DDP(Parallel, name="ddp"):
     """Every rank has the whole model. Li et al. 2020 (PyTorch Distributed, arXiv 2006.15704)."""
@@ -42,7 +76,7 @@ class DDP(Parallel, name="ddp"):
         super().__init__(settings, ranks)
         self.gradients_scale = ranks.size  # torch takes the mean over ranks
 
-    def shard(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module) -> nn.Module:
         from torch.nn.parallel import DistributedDataParallel
 
         # An expert may get no token on a rank.
@@ -53,6 +87,80 @@ class DDP(Parallel, name="ddp"):
 
     def synchronised(self, model: nn.Module, now: bool) -> AbstractContextManager[Any]:
         return nullcontext() if now else model.no_sync()  # type: ignore[operator]
+
+    def of_matrices(
+        self, function: OfMatrices, rows: Float[Tensor, "count local columns"], shape: torch.Size
+    ) -> Float[Tensor, "count local columns"]:
+        mine = self.ranks.share(len(rows))
+        return self.ranks.gather(function(rows[mine.start : mine.stop]), len(rows))
+
+
+class FSDP(Parallel, name="fsdp"):
+    """Every rank has a part of each weight, of its gradient and of its optimizer state, and gathers a block to use it.
+
+    torch's `fully_shard`, over rows. Rajbhandari et al. 2019 (ZeRO, arXiv 1910.02054), stage 3; Zhao et al. 2023
+    (PyTorch FSDP, arXiv 2304.11277).
+    """
+
+    def check(self, model: ModelConfig, probe: bool) -> None:
+        if probe:
+            raise UserError("diagnostics read whole weights, which fsdp divides: leave --probe out, or --parallel fsdp")
+        shared = model.residual.variant.Shared
+        if shared.calibrate is not Residual.Shared.calibrate:
+            raise UserError(
+                f"residual {model.residual.name!r} sets weights in a forward pass, which fsdp divides: "
+                "leave --parallel fsdp out"
+            )
+
+    def build(self, config: ModelConfig, device: torch.device) -> Model:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (self.ranks.size,))
+
+        def shard(module: nn.Module) -> None:
+            sharded: Any = fully_shard(module.to(device), mesh=mesh)
+            sharded.set_gradient_divide_factor(1.0)  # the sum over ranks
+            sharded.set_force_sum_reduction_for_comms(True)
+
+        return build_in_parts(config, shard)
+
+    def synchronised(self, model: Any, now: bool) -> AbstractContextManager[Any]:
+        model.set_requires_gradient_sync(now)
+        model.set_is_last_backward(now)
+        return nullcontext()
+
+    def clip_grad_norm(self, parameters: Iterable[Tensor], most: float) -> Tensor:
+        norm: Any = nn.utils.clip_grad_norm_(parameters, most)
+        return norm.full_tensor()
+
+    def local(self, tensor: Any) -> Tensor:
+        return tensor.to_local()
+
+    def of_matrices(
+        self, function: OfMatrices, rows: Float[Tensor, "count local columns"], shape: torch.Size
+    ) -> Float[Tensor, "count local columns"]:
+        (count, local, columns), ranks = rows.shape, self.ranks
+        shares = [len(ranks.share(count, rank)) for rank in range(ranks.size)]
+        height = -(-shape[0] // ranks.size)  # as `torch.chunk`
+        heights = [max(0, min(height, shape[0] - rank * height)) for rank in range(ranks.size)]
+        mine = shares[ranks.rank]
+        # Rows of all matrices to whole matrices, and back.
+        there, here = [share * local * columns for share in shares], [mine * each * columns for each in heights]
+        parts = ranks.exchange(rows.flatten(), there, here).split(here)
+        whole = torch.cat([part.view(mine, each, columns) for part, each in zip(parts, heights, strict=True)], dim=1)
+        done = torch.cat([part.flatten() for part in function(whole).split(heights, dim=1)])
+        return ranks.exchange(done, here, there).view(count, local, columns)
+
+    def whole(self, model: Model) -> Model:
+        with torch.random.fork_rng(devices=()):
+            copy = build_model(model.config) if self.ranks.is_main else None
+        weights = {} if copy is None else copy.state_dict()
+        for name, tensor in model.state_dict().items():
+            value: Any = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if copy is not None:
+                weights[name].copy_(value)
+        return model if copy is None else copy.to(next(model.parameters()).device).train(model.training)
 
 
 def parallel_over(ranks: Ranks, chosen: Any) -> Parallel:

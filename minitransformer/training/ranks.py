@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -47,9 +47,18 @@ class Ranks:
         """What rank 0 makes; a `UserError` there is raised on all ranks."""
         return make()
 
-    def share(self, count: int) -> range:
-        """This rank's part of `count` rows: all parts are adjacent and differ by one row at most."""
-        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+    def share(self, count: int, rank: int | None = None) -> range:
+        """The part of `count` rows of `rank`, by default this one: all are adjacent and differ by one row at most."""
+        rank = self.rank if rank is None else rank
+        return range(rank * count // self.size, (rank + 1) * count // self.size)
+
+    def gather(self, part: Tensor, count: int) -> Tensor:
+        """All `count` rows, of which each rank has its share in `part`."""
+        return part
+
+    def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """What each rank sends to this one, one after the other: `sent[r]` numbers of `x` go to rank r."""
+        return x
 
 
 ONE_PROCESS = Ranks()
@@ -84,6 +93,21 @@ class Processes(Ranks):
         most = torch.tensor(number)  # on the CPU: a GPU need not be waited for
         all_reduce(most, ReduceOp.MAX)
         return int(most)
+
+    def gather(self, part: Tensor, count: int) -> Tensor:
+        shares = [len(self.share(count, rank)) for rank in range(self.size)]
+        # Every rank has the same for all; gloo cannot gather parts of several sizes.
+        sent = part.expand(self.size, *part.shape).flatten()
+        row = part.shape[1:].numel()
+        received = self.exchange(sent, [part.numel()] * self.size, [share * row for share in shares])
+        return received.view(count, *part.shape[1:])
+
+    def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        from torch.distributed import all_to_all_single
+
+        result = x.new_empty(sum(received))
+        all_to_all_single(result, x, list(received), list(sent))
+        return result
 
     def from_main(self, make: Callable[[], T]) -> T:
         from torch.distributed import broadcast_object_list
