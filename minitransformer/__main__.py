@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from minitransformer.commands import run_command, start
+from minitransformer.commands import DONE, HELP, USAGE, start, with_exit_code
 from minitransformer.registry import lookup
 
 COMMANDS = {
@@ -20,20 +20,17 @@ COMMANDS = {
 }
 
 
+@with_exit_code
 def main() -> int:
     """Run the command that the first argument names."""
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in HELP:
         print("usage: minitransformer COMMAND [--help | options]\n")
         for name, what in COMMANDS.items():
             print(f"  {name:10} {what}")
-        return 0 if arguments else 2
-
-    def command() -> int:
-        lookup("command", arguments[0], COMMANDS)
-        return start(arguments[0], arguments[1:])
-
-    return run_command(command)
+        return DONE if arguments else USAGE
+    lookup("command", arguments[0], COMMANDS)
+    return start(arguments[0], arguments[1:])
 
 
 if __name__ == "__main__":

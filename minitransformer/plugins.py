@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
@@ -103,7 +103,16 @@ def loaded_files() -> tuple[str, ...]:
 
 def plugins_of(config: Any) -> list[Plugin]:
     """The plugins that define variants chosen in `config`."""
-    modules = {value.variant.__module__ for each, value in settings_of(config) if each.family}
+    return _defining(value.variant for each, value in settings_of(config) if each.family)
+
+
+def plugins_behind(*classes: type) -> list[str]:
+    """The SHA-256 of each plugin that defines one of `classes`, for what they compute to be cached under."""
+    return [plugin.sha256 for plugin in _defining(classes)]
+
+
+def _defining(classes: Iterable[type]) -> list[Plugin]:
+    modules = {each.__module__ for each in classes}
     return [plugin for name, (plugin, _) in _loaded.items() if name in modules]
 
 

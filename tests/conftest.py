@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ install_import_hook(["minitransformer.architecture", "minitransformer.models"], 
 
 from minitransformer.generation.fast import recording  # noqa: E402
 from minitransformer.models.config import ModelConfig  # noqa: E402
-from minitransformer.models.decoder import DecoderLM  # noqa: E402
+from minitransformer.models.model import Model, build_model  # noqa: E402
 from minitransformer.settings import with_settings  # noqa: E402
 from tests.late_for_tests import late  # noqa: E402
 
@@ -96,12 +97,31 @@ def shake() -> Callable[[torch.nn.Module], Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny_decoder(shake: Callable[[torch.nn.Module], DecoderLM]) -> Callable[..., DecoderLM]:
-    """Makes a decoder of the given choices, small, in float64 and eval mode, with shaken weights."""
+def tiny_model(shake: Callable[[torch.nn.Module], Model]) -> Callable[..., Model]:
+    """Makes a model of the given topology and choices, small, in float64 and eval mode, with shaken weights."""
 
-    def make(**choices: Any) -> DecoderLM:
+    def make(topology: str, **choices: Any) -> Model:
         sizes = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context_length": 32, "vocab_size": 11}
-        return shake(DecoderLM(with_settings(ModelConfig(), {**sizes, **choices}))).double().eval()
+        return (
+            shake(build_model(with_settings(ModelConfig(), {"topology": topology, **sizes, **choices}))).double().eval()
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tiny_model: Callable[..., Model]) -> Callable[..., Model]:
+    return partial(tiny_model, "decoder")
+
+
+@pytest.fixture(scope="session")
+def make_model(tiny_model: Callable[..., Model]) -> Callable[..., Model]:
+    """`tiny_model` with a vocabulary of bytes and two heads, for looks at it."""
+    from tests.looks_for_tests import TOKENIZER
+
+    def make(topology: str, **choices: Any) -> Model:
+        heads = {} if topology == "rnn" else {"num_heads": 2}
+        return tiny_model(topology, vocab_size=TOKENIZER.vocab_size, **{**heads, **choices})
 
     return make
 
@@ -133,6 +153,33 @@ def run(here: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     assert train("--out", "run", "--save-every", "2") == 0
     capsys.readouterr()
     return here / "run"
+
+
+@pytest.fixture
+def short_text(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shorter text in `here`, to sweep over."""
+    from minitransformer.analysis import trials
+    from tests.sweeping_for_tests import TEXT
+
+    monkeypatch.setenv("COLUMNS", "80")
+    trials._prepared.cache_clear()
+    (here / "my.txt").write_text(TEXT)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Trials run here, one after the other, and leave a note; real processes take seconds to start."""
+    from minitransformer.tasks import pool
+
+    began = []
+
+    def outcomes(tasks: Any, measure: Any, processes: int) -> Iterator[Any]:
+        for task in tasks:
+            began.append(task)
+            yield pool._outcome(measure, task)
+
+    monkeypatch.setattr(pool, "outcomes", outcomes)
+    return began
 
 
 @pytest.fixture

@@ -28,10 +28,11 @@ from minitransformer.pretrained.shards import INDEX, WEIGHTS
 from minitransformer.pretrained.tokenizers import load_tokenizer
 from minitransformer.runs import Run
 from minitransformer.tasks.store import ResultStore
-from minitransformer.text.tokenizers import BPE, END_OF_TEXT, Bytes, Characters, Framing, Tokenizer
+from minitransformer.text.tokenizers import BPE, END_OF_TEXT, Bytes, Framing, Tokenizer
 from minitransformer.training.checkpoint import checkpoints_in, write_checkpoint
 from minitransformer.training.logging import records_until
 from tests.mutations import mutated
+from tests.prepared_for_tests import fitted
 from tests.runs_for_tests import TINY, configured
 
 SECONDS = 20
@@ -148,7 +149,7 @@ def tokenizer_folder(path: Path) -> Path:
     path.mkdir()
     trained = BPE.train(iter(["some text, some words"] * 3), 262)
     trained.framed(Framing(prefix=(1,), suppressed=(2,), start=3)).save(path / "bpe.json")
-    Characters.fit(lambda: iter(["a text"])).save(path / "chars.json")
+    fitted("chars", "a text").save(path / "chars.json")
     Bytes().save(path / "bytes.json")
     return path
 

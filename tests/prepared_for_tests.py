@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from minitransformer.settings import Chosen
 from minitransformer.text.corpora import Corpus, open_corpus
 from minitransformer.text.datasets.text import PreparedText, TextPreparation
+from minitransformer.text.tokenizers import Tokenizer
 
 FILES = ("train.bin", "validation.bin", "tokenizer.json", "meta.json")
 
@@ -23,8 +25,15 @@ def written(path: Path, documents: list[str]) -> Corpus:
     return open_corpus(str(path))
 
 
+def fitted(tokenizer: str | Chosen[Tokenizer], *texts: str, vocab_size: int | None = None) -> Tokenizer:
+    """A `tokenizer`, by name with its default settings, fitted to `texts`."""
+    chosen = Tokenizer.choose(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    return chosen.variant.fit(chosen.settings, lambda: iter(texts), vocab_size)
+
+
 def made(corpus: Corpus, tokenizer: Any = "bytes", **settings: Any) -> PreparedText:
     defaults = {"validation_fraction": 0.1, "context_length": 8, "progress": False}
+    tokenizer = Tokenizer.choose(tokenizer) if isinstance(tokenizer, str) else tokenizer
     return TextPreparation(corpus, tokenizer, **{**defaults, **settings}).run()
 
 

@@ -70,7 +70,7 @@ def prepared_text(folder: Path, text: str = TEXT) -> PreparedText:
     if not source.exists():
         source.write_text(text)
     return TextPreparation(
-        open_corpus(str(source)), "bytes", context_length=16, cache=folder / "cache", workers=1, progress=False
+        open_corpus(str(source)), Bytes.choose(), context_length=16, cache=folder / "cache", workers=1, progress=False
     ).run()
 
 
@@ -127,6 +127,19 @@ def trainer_for(
     )
     learner, log = learner_for(text, run.config, **choices), Logs(RunFiles(path, resume_at=resume_at))
     return Trainer(path, learner, log, stop or StopRequest(), sample=lambda model, objective: "a sample")
+
+
+def assert_resumes_exactly(path: Path, text: PreparedText, config: RunConfig) -> None:
+    """A run of four steps that was interrupted after two ends as an uninterrupted one, as it is opened too."""
+    config = configured(config, steps=4, save_every=2, eval_every=4)
+    whole = trainer_for(path / "whole", text, config)
+    whole.train()
+    trainer_for(path / "parts", text, configured(config, steps=2)).train()
+    rest = trainer_for(path / "parts", text, config, resume_at=2)
+    rest.restore(path / "parts" / "checkpoints" / "step-000002")
+    rest.train()
+    assert_same_weights(weights_after(whole), weights_after(rest))
+    assert_same_weights(weights_after(whole), Run.open(path / "parts").load_model("latest").state_dict())
 
 
 def call_after_step(trainer: Trainer, step: int, do: Callable[[], object]) -> None:

@@ -3,10 +3,8 @@
 import json
 from pathlib import Path
 
-from minitransformer.analysis import trials
 from minitransformer.analysis.search_space import Values
 from minitransformer.commands import sweep as command
-from minitransformer.tasks import pool
 from tests.runs_for_tests import SMALL as SMALL_RUN
 from tests.runs_for_tests import TEXT as LONG_TEXT
 from tests.runs_for_tests import assert_same_weights, saved_weights
@@ -16,26 +14,6 @@ ROOT = Path(__file__).parent.parent
 SMALL = [*SMALL_RUN, "--device", "cpu"]
 TEXT = LONG_TEXT[:2400]
 LR, RESIDUAL = Values("lr", (1e-3, 3e-3)), Values("residual", ("pre", "post"))
-
-
-def working_folder(here, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    trials._prepared.cache_clear()
-    (here / "my.txt").write_text(TEXT)
-    return here
-
-
-def trials_in_process(monkeypatch):
-    """Trials run here, one after the other, and leave a note; real processes take seconds to start."""
-    began = []
-
-    def outcomes(tasks, measure, processes):
-        for task in tasks:
-            began.append(task)
-            yield pool._outcome(measure, task)
-
-    monkeypatch.setattr(pool, "outcomes", outcomes)
-    return began
 
 
 def sweep(*arguments, steps=6):

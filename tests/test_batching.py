@@ -18,7 +18,7 @@ from minitransformer.generation.decode import generate, generate_each
 from minitransformer.generation.fast import recording, steps
 from minitransformer.generation.streaming import stream_text, texts_in_batches
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.text.tokenizers import Bytes
 
 MakeDecoder = Callable[..., DecoderLM]
 prompt_lists = st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=20), min_size=1, max_size=6)
@@ -120,7 +120,7 @@ def test_no_prompts_are_no_texts(tiny_decoder: MakeDecoder) -> None:
 
 
 def test_texts_come_in_the_order_of_their_prompts_up_to_their_stops(tiny_decoder: MakeDecoder) -> None:
-    tokenizer = Tokenizer.named("bytes").fit(lambda: iter(["abc"]))
+    tokenizer = Bytes()
     model = tiny_decoder(vocab_size=257)
     prompts = [tokenizer.encode(text) for text in ("a", "bc", "abc", "c", "ca")]
     free = SamplingConfig(temperature=3.0, max_new_tokens=30, seed=2)

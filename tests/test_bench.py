@@ -12,8 +12,8 @@ import pytest
 
 from minitransformer.benchmark.case import Absent, Cost, Work, missing
 from minitransformer.benchmark.peers import NanoGPT
+from minitransformer.benchmark.report import growth_as_json, growth_table
 from minitransformer.benchmark.scaling import Axis, Quantity, grow
-from minitransformer.benchmark.scaling_report import growth_as_json, growth_table
 from minitransformer.benchmark.subjects import Subject
 from minitransformer.benchmark.subjects.tokenizers import texts_of
 from minitransformer.benchmark.workers import ContestantFailed, TimeUp, Worker
@@ -164,7 +164,8 @@ def test_a_loss_that_the_schedule_does_not_reach_is_an_error(text, monkeypatch):
     preset = learning.PRESETS["nanogpt-cpu"]
     short = replace(preset, training=replace(preset.training, steps=2, warmup_steps=0))
     monkeypatch.setitem(learning.PRESETS, "nanogpt-cpu", short)
-    with pytest.raises(UserError, match=r"^2 steps did not reach a loss of 0.001: raise --target-loss$"):
+    said = r"^2 steps did not reach a validation loss \(nats per target\) of 0.001: raise --target-loss$"
+    with pytest.raises(UserError, match=said):
         learning.seconds_to_loss(replace(TINY, data=str(text), target_loss=0.001), "classic")
 
 

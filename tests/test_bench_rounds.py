@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitransformer.benchmark import budget, rounds
+from minitransformer.benchmark import rounds
 from minitransformer.benchmark.case import Absent, Case, Contestant
 from minitransformer.benchmark.rounds import AGAIN, measure
 from minitransformer.benchmark.workers import TimeUp
@@ -125,8 +125,7 @@ class Clocked(Fake):
 
 @pytest.fixture
 def clock(monkeypatch):
-    for module in (rounds, budget):
-        monkeypatch.setattr(module, "monotonic", lambda: Clocked.now)
+    monkeypatch.setattr(rounds, "monotonic", lambda: Clocked.now)
 
 
 durations = st.lists(st.sampled_from([0.1, 1.0, 3.0, 20.0, 500.0]), min_size=1, max_size=6)
@@ -136,8 +135,7 @@ durations = st.lists(st.sampled_from([0.1, 1.0, 3.0, 20.0, 500.0]), min_size=1, 
 @given(durations, st.sampled_from([0.5, 10.0, 100.0, 1000.0]))
 def test_a_case_keeps_its_time_and_says_who_did_not_fit(fresh, seconds_of, seconds):
     with pytest.MonkeyPatch.context() as patch:
-        for module in (rounds, budget):
-            patch.setattr(module, "monotonic", lambda: Clocked.now)
+        patch.setattr(rounds, "monotonic", lambda: Clocked.now)
         Clocked.now = 0.0
         values = {f"contestant {i}": [value] for i, value in enumerate(seconds_of)}
         result = measure(case_of(fresh=fresh, **values), replace(PLAN, seconds=seconds), start=Clocked)

@@ -7,32 +7,39 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minitransformer.benchmark.rounds import CaseResult
 from minitransformer.benchmark.statistics import (
     Exponent,
     Spread,
     compare_rounds,
     least_rounds,
     median_interval,
-    paired_ratio,
 )
+from tests.bench_for_tests import case_of
 
 
 def test_quartiles_stand_around_the_median():
     assert Spread.of([5, 1, 2, 3, 4]) == Spread(3, 2, 4)
 
 
+def result_of(values, base, lower_is_better=False):
+    """Of two contestants, b and the base a."""
+    case = case_of(lower_is_better=lower_is_better, a=[1.0], b=[1.0])
+    return CaseResult(case, "a", {"a": list(base), "b": list(values)}, {"b": list(base)})
+
+
 @pytest.mark.parametrize("lower_is_better", [False, True])
 def test_exactly_twice_as_good_is_a_ratio_of_two_whatever_the_unit(lower_is_better):
     base = np.array([3.0, 1.0, 7.0, 2.0, 5.0, 4.0])
     values = base / 2 if lower_is_better else base * 2
-    ratio = paired_ratio(values, base, lower_is_better=lower_is_better)
+    ratio = result_of(values, base, lower_is_better).ratio("b")
     assert (ratio.median, ratio.low, ratio.high) == (2, 2, 2)
 
 
 def test_what_slows_a_whole_round_leaves_no_trace_in_paired_ratios():
     draws = np.random.default_rng(0)
     load = draws.uniform(1, 10, 15)
-    ratio = paired_ratio(1.5 / load, 1 / load, lower_is_better=False)
+    ratio = result_of(1.5 / load, 1 / load).ratio("b")
     assert ratio.low == pytest.approx(1.5)
     assert ratio.high == pytest.approx(1.5)
 
@@ -67,36 +74,33 @@ def test_the_least_rounds_are_the_first_with_an_interval(level):
 
 def test_two_equal_contestants_are_never_told_apart():
     same = [3.0, 1.0, 2.0] * 5
-    assert not compare_rounds({"a": same, "b": same}, lower_is_better=True).winner
+    assert not compare_rounds({"a": same, "b": same}).winner
 
 
 def test_the_best_of_many_alike_is_called_in_no_more_than_one_of_twenty():
     draws = np.random.default_rng(2)
-    called = sum(
-        compare_rounds({name: draws.lognormal(0, 0.2, 13) for name in "abcd"}, lower_is_better=False).winner
-        for _ in range(500)
-    )
+    called = sum(compare_rounds({name: draws.lognormal(0, 0.2, 13) for name in "abcd"}).winner for _ in range(500))
     assert called <= 25
 
 
 def test_a_contestant_twice_as_good_in_noise_is_called():
     draws = np.random.default_rng(3)
     samples = {"slow": draws.lognormal(0, 0.1, 11), "fast": 2 * draws.lognormal(0, 0.1, 11)}
-    found = compare_rounds(samples, lower_is_better=False)
+    found = compare_rounds(samples)
     assert found.winner
     assert str(found).startswith("fast wins: ")
 
 
 def test_a_lead_within_what_the_same_differs_by_from_itself_is_noise():
     samples = {"a": [1.0] * 11, "b": [1.1] * 11}
-    assert compare_rounds(samples, lower_is_better=False, floor=1.05).winner
-    found = compare_rounds(samples, lower_is_better=False, floor=1.2)
+    assert compare_rounds(samples, floor=1.05).winner
+    found = compare_rounds(samples, floor=1.2)
     assert not found.winner
     assert str(found) == "no winner: b and a differ by less than the noise"
 
 
 def test_three_rounds_say_too_little():
-    found = compare_rounds({"a": [1.0] * 3, "b": [2.0] * 3}, lower_is_better=False)
+    found = compare_rounds({"a": [1.0] * 3, "b": [2.0] * 3})
     assert str(found) == "no winner: 3 rounds are too few, at least 6 are needed"
 
 

@@ -51,14 +51,14 @@ def texts_in(data: PreparedData, split: str) -> str:
 @pytest.mark.parametrize("kind", sorted(Dataset.registry))
 def test_files_for_validation_are_all_of_it_whatever_the_data(kind: str) -> None:
     data = config_of(kind, validation_data=files_of(kind)[1]).prepare()
-    alone = Dataset.choose(kind).make().prepare_whole(DataRequest(files_of(kind)[1], "bytes", 32))
+    alone = Dataset.choose(kind).make().prepare_whole(DataRequest(files_of(kind)[1], Bytes.choose(), 32))
     assert texts_in(data, "validation") == texts_in(alone, "train")
     assert texts_in(data, "train") == texts_in(config_of(kind, validation_fraction=0.0).prepare(), "train")
 
 
 @pytest.mark.parametrize("kind", sorted(Dataset.registry))
 def test_a_whole_file_is_one_split_of_which_every_target_comes_once(kind: str) -> None:
-    request = DataRequest(files_of(kind)[0], "bytes", 32, tokenizers=[Bytes()])
+    request = DataRequest(files_of(kind)[0], Bytes.choose(), 32, tokenizers=[Bytes()])
     data = Dataset.choose(kind).make().prepare_whole(request)
     assert data.num_tokens("validation") == 0
     batches = list(data.ordered_batches("train", SHAPE))

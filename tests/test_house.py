@@ -46,7 +46,7 @@ ROOMS = {
     "tasks": {"runs"},
     "lab": {*MODEL, "evaluation", "training", "runs", "diagnostics", "reporting", "tasks"},
     "analysis": {*MODEL, "evaluation", "training", "generation", "runs", "diagnostics", "reporting", "tasks"},
-    "benchmark": {*MODEL, "training", "generation", "reporting"},
+    "benchmark": {*MODEL, "evaluation", "training", "generation", "reporting"},
     "commands": {
         *{*MODEL, "evaluation", "training", "generation", "pretrained", "runs", "diagnostics", "reporting"},
         *{"tasks", "lab", "analysis", "benchmark"},

@@ -19,7 +19,7 @@ from minitransformer.architecture.attention import AttentionView, MultiHeadAtten
 from minitransformer.architecture.block import Block
 from minitransformer.architecture.residual import Residual
 from minitransformer.diagnostics import Diagnostic, probe
-from minitransformer.diagnostics.attention_maps import captured_attention
+from minitransformer.diagnostics.attention import captured_attention
 from minitransformer.diagnostics.gradients import spikes
 from minitransformer.diagnostics.streams import angular_distance
 from minitransformer.errors import UserError

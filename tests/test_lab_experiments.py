@@ -12,16 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from minitransformer.lab import judging
 from minitransformer.lab.checks import small_model
 from minitransformer.lab.defects import DEFECTS
-from minitransformer.lab.experiment import Experiment, ExperimentSettings, Findings
+from minitransformer.lab.experiment import Experiment, ExperimentSettings, Findings, between, exponent, geometric_mean
 from minitransformer.lab.experiments import forward
 from minitransformer.lab.experiments.audit import Audit
 from minitransformer.lab.experiments.forward import Amplification, ForwardStatistics, forward_statistics
 from minitransformer.lab.experiments.gradients import GradientAgainstDepth, GradientProfile, last_gradient
 from minitransformer.lab.experiments.identities import CHECKS, Identities
-from minitransformer.lab.judging import between, exponent, geometric_mean
 from minitransformer.lab.subjects import MODES, Placement, loss, make_model, random_tokens
 from minitransformer.tasks.task import Result
 
@@ -61,8 +59,8 @@ def findings(kind: type[Experiment]) -> Findings:
 
 @pytest.mark.parametrize("kind", REDUCED)
 def test_no_mean_over_two_seeds_contradicts_what_must_hold(kind, monkeypatch):
-    for module in (judging, forward):
-        monkeypatch.setattr(module, "within", lambda value, low, high: low <= value.mean <= high)
+    for module in ("minitransformer.lab.experiment", forward.__name__):
+        monkeypatch.setattr(f"{module}.within", lambda value, low, high: low <= value.mean <= high)
     assert [c for c in reduced(kind).conclude(results(kind)).criteria if not c.holds] == []
 
 
@@ -159,7 +157,7 @@ def test_deepnorm_without_beta_fails_the_slope():
 
 
 def test_gradients_of_layers_that_do_nothing_are_no_power_law():
-    assert last_gradient(DEFECTS["idle-layers"].make, "real", PRE, 2, 0) == (0, 0)
+    assert last_gradient(DEFECTS["IdleLayers"].make, "real", PRE, 2, 0) == (0, 0)
     criterion = between("a slope", exponent([2, 4], [[1.0, 0.0]]), -1, 1)
     assert criterion.holds is False
     assert "a value is 0" in criterion.measured
@@ -174,13 +172,13 @@ def test_the_gradient_of_the_last_layer_is_autograds():
 
 
 def test_layers_that_are_never_called_change_nothing():
-    measured = forward_statistics(DEFECTS["idle-layers"].make, "pre", 4, 0)
+    measured = forward_statistics(DEFECTS["IdleLayers"].make, "pre", 4, 0)
     assert measured["change"][0] > 0.1
     assert measured["change"][2:] == [0, 0]
     assert measured["output"][1] == measured["output"][3]
 
 
-NOTICED_BY = {"none": "E0", "inverted-beta": "E1", "fixed-alpha": "E0", "idle-layers": "E3"}
+NOTICED_BY = {"none": "E0", "InvertedBeta": "E1", "FixedAlpha": "E0", "IdleLayers": "E3"}
 """of the experiments that flag a defect, the one that is tried here; E0 for all others"""
 
 
@@ -201,12 +199,12 @@ def test_the_audit_flags_every_defect_and_no_healthy_model(audit):
 def test_the_audit_says_by_which_criterion(audit):
     rows = [row[:2] for table in audit.tables for row in table.rows]
     assert {defect for defect, _ in rows} == {DEFECTS[name].title for name in DEFECTS if name != "none"}
-    assert (DEFECTS["idle-layers"].title, "E3") in rows
+    assert (DEFECTS["IdleLayers"].title, "E3") in rows
 
 
 def test_a_defect_leaves_the_placements_of_others_alone():
     broken, healthy, after = (
-        make(config_of(POST), 0) for make in (DEFECTS["no-final-norm"].make, make_model, make_model)
+        make(config_of(POST), 0) for make in (DEFECTS["NoFinalNorm"].make, make_model, make_model)
     )
     assert all(torch.equal(x, y) for x, y in zip(broken.parameters(), healthy.parameters(), strict=True))
     assert all(torch.equal(x, y) for x, y in zip(after.parameters(), healthy.parameters(), strict=True))

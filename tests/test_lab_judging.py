@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from minitransformer.lab.experiment import Claim, ExperimentSettings, Findings
+from minitransformer.lab.experiment import Claim, ExperimentSettings, Findings, between, expected
 from minitransformer.lab.experiments.gradients import GradientAgainstDepth
-from minitransformer.lab.judging import between, expected, on_trial
 from minitransformer.reporting.statistics import FEWEST_SEEDS, Interval, holm
 from minitransformer.tasks.task import Result
 
@@ -36,7 +35,7 @@ def verdicts(claims: list[Claim]) -> dict[str, bool | None]:
 
 def test_a_claim_that_five_claims_leave_uncertain_is_open_though_its_own_interval_excludes_no_gain():
     figures = {**E9, "Peri-LN": (-0.006, 0.013)}
-    claims = [on_trial(name, gains_like(*figure), " nats") for name, figure in figures.items()]
+    claims = [Claim(name, gains_like(*figure), " nats") for name, figure in figures.items()]
     assert verdicts(claims[1:2]) == {"ResiDual": False}
     assert verdicts(claims) == {"HybridNorm": True, "ResiDual": None, "LNS": None, "Mix": None, "Peri-LN": None}
     measured = {criterion.claim: criterion.measured for criterion in Findings([], claims=claims).criteria}
@@ -45,7 +44,7 @@ def test_a_claim_that_five_claims_leave_uncertain_is_open_though_its_own_interva
 
 @given(st.lists(gains, min_size=1, max_size=5))
 def test_claims_are_decided_by_holm_s_p_values_of_paired_t_tests_and_never_below_five_seeds(rows):
-    claims = [on_trial(str(i), row) for i, row in enumerate(rows)]
+    claims = [Claim(str(i), row) for i, row in enumerate(rows)]
     plain = []
     for row in rows:
         with np.errstate(all="ignore"):
@@ -58,21 +57,21 @@ def test_claims_are_decided_by_holm_s_p_values_of_paired_t_tests_and_never_below
 
 @pytest.mark.parametrize("seeds", [1, 2, 4])
 def test_fewer_than_five_paired_seeds_leave_a_claim_open(seeds):
-    claim = on_trial("it helps", [1.0, 1.01, 0.99, 1.02][:seeds])
+    claim = Claim("it helps", [1.0, 1.01, 0.99, 1.02][:seeds])
     (criterion,) = Findings([], claims=[claim]).criteria
     assert criterion.holds is None
     assert "fewer than 5 decide nothing" in criterion.measured
 
 
 def test_claims_without_values_are_open_and_count_among_the_claims():
-    claims = [on_trial("never measured", []), on_trial("it helps", gains_like(0.063, 0.0185))]
+    claims = [Claim("never measured", []), Claim("it helps", gains_like(0.063, 0.0185))]
     lost, helps = Findings([], claims=claims).criteria
     assert (lost.measured, lost.holds, helps.holds) == ("not measured", None, True)
     assert "(Holm, 2 claims)" in helps.measured
 
 
 def test_gains_of_runs_that_diverged_are_open():
-    (criterion,) = Findings([], claims=[on_trial("it helps", [math.inf, 1.0, 1.0, 1.0, 1.0])]).criteria
+    (criterion,) = Findings([], claims=[Claim("it helps", [math.inf, 1.0, 1.0, 1.0, 1.0])]).criteria
     assert criterion.holds is None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,18 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from minitransformer.analysis import look as looking
-from minitransformer.analysis.look_record import Look
-from minitransformer.analysis.watched import watched
+from minitransformer.analysis.look_record import Look, watched
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
-from minitransformer.models.model import Model
-from tests.looks_for_tests import END, PROMPT, TOKENIZER, TOPOLOGIES, MakeModel, looked, model_maker
+from tests.looks_for_tests import END, PROMPT, TOKENIZER, TOPOLOGIES, MakeModel, looked
 from tests.placements_for_tests import choosing
-
-
-@pytest.fixture(scope="session")
-def make_model(shake: Callable[[Model], Model]) -> MakeModel:
-    return model_maker(shake)
 
 
 def losses_by_place(look: Look) -> dict[int, float]:

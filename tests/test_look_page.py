@@ -19,16 +19,10 @@ from hypothesis import strategies as st
 from minitransformer.analysis.look_record import AttentionMaps, Look, Text
 from minitransformer.analysis.viewer import page_of, quantise_weights, restored, spelled, visible
 from minitransformer.commands import look as command
-from minitransformer.models.model import Model
 from minitransformer.runs import Run
 from minitransformer.training.checkpoint import write_checkpoint
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
-from tests.looks_for_tests import END, PROMPT, TOKENIZER, TOPOLOGIES, MakeModel, looked, model_maker
-
-
-@pytest.fixture(scope="session")
-def make_model(shake: Callable[[Model], Model]) -> MakeModel:
-    return model_maker(shake)
+from tests.looks_for_tests import END, PROMPT, TOKENIZER, TOPOLOGIES, MakeModel, looked
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=50))

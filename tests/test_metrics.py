@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from minitransformer.analysis.trials import minimised_metrics
+from minitransformer.analysis.trials import recorded_metrics
 from minitransformer.evaluation.metrics import Metric, Totals, metric_called, values_of
 from minitransformer.training.objectives import Score
 from minitransformer.training.validation import Validation
@@ -70,7 +70,7 @@ def test_one_class_adds_a_metric_to_what_is_recorded_said_and_searched_by(new_me
     validation = Validation(values_of(ALL))
     assert validation.record()[new_metric] == 6.0
     assert str(validation).endswith("surprise 6.0")
-    assert new_metric in minimised_metrics()
+    assert new_metric in recorded_metrics()
     assert metric_called(new_metric).label == "surprise (nats)"
 
 

@@ -18,6 +18,7 @@ from minitransformer.text.datasets.pair_preparation import EncodedPair, PairPrep
 from minitransformer.text.pairs import PairCorpus, open_pairs
 from minitransformer.text.token_files import Ragged, TokenPairs
 from minitransformer.text.tokenizers import BPE, Tokenizer
+from tests.prepared_for_tests import fitted
 
 PAIRS = [("Un chat.", "A cat."), ("Où\u2028est-il ?", "Where is he?"), ("Là-bas\x0b!", "Over there!")]
 
@@ -131,6 +132,7 @@ def sums(count: int) -> list[tuple[str, str]]:
 
 def made(tmp_path: Path, pairs: list[tuple[str, str]], tokenizer: Any = "bytes", **settings: Any) -> PreparedPairs:
     corpus = open_pairs(put(tmp_path / "a.tsv", as_table(pairs)))
+    tokenizer = Tokenizer.choose(tokenizer) if isinstance(tokenizer, str) else tokenizer
     return PairPreparation(corpus, tokenizer, **{"context_length": 64, "progress": False, **settings}).run()
 
 
@@ -195,7 +197,7 @@ def test_a_damaged_folder_is_made_again_and_a_failed_build_leaves_none(
     again = made(tmp_path, sums(50))
     assert decoded(again, again.train) == pairs
     with pytest.raises(UserError, match="not among the 2 of this chars tokenizer"):
-        made(tmp_path, [("ab", "ab"), ("ab", "xx")], Tokenizer.named("chars").fit(lambda: iter(["ab"])))
+        made(tmp_path, [("ab", "ab"), ("ab", "xx")], fitted("chars", "ab"))
     assert not list((work / "prepared").glob("*.partial"))
 
 
@@ -245,7 +247,7 @@ def test_what_cannot_be_prepared_is_said(tmp_path: Path, settings: dict[str, Any
 
 
 def test_a_ready_target_tokenizer_may_be_larger_than_that_of_the_sources(tmp_path: Path) -> None:
-    source, target = (Tokenizer.named("chars").fit(lambda text=text: iter([text])) for text in ("ab", "cdefg"))
+    source, target = (fitted("chars", text) for text in ("ab", "cdefg"))
     pairs = [("ab", "cd"), ("ba", "efg")]
     prepared = made(tmp_path, pairs, source, target_tokenizer=target, vocab_size=source.vocab_size)
     assert prepared.target_tokenizer is not prepared.tokenizer

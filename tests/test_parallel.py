@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,7 @@ def test_every_row_belongs_to_one_rank_and_ranks_differ_by_one_row_at_most(count
 def test_what_dropout_drops_in_a_row_depends_on_the_row_alone(rows: int, cuts: set[int], first: int, p: float) -> None:
     dropout, x = Dropout(p).train(), torch.ones(rows, 3, 7)
     parts = []
-    for start, end in zip(
-        [0, *sorted(cut for cut in cuts if cut < rows)], [*sorted(c for c in cuts if c < rows), rows]
-    ):
+    for start, end in pairwise([0, *sorted(cut for cut in cuts if cut < rows), rows]):
         torch.manual_seed(7)
         with rows_from(first + start):
             parts.append(dropout(x[start:end]))

@@ -20,7 +20,7 @@ from minitransformer.runs import Run
 from minitransformer.text.datasets.text import PreparedText
 from minitransformer.training.optimizers import Optimizer, Rates, build_optimizers
 from tests.placements_for_tests import OURS, choosing
-from tests.runs_for_tests import configured, trainer_for
+from tests.runs_for_tests import assert_resumes_exactly, configured, trainer_for
 
 SETTINGS = Rates(lr=1e-2, embedding_lr=1e-2, head_lr=1e-2, weight_decay=0.0)
 every_placement = pytest.mark.parametrize("name", list(Residual.registry))
@@ -87,17 +87,7 @@ def test_every_placement_compiles_as_one_graph_that_computes_the_same(topology: 
 def test_an_interrupted_run_of_a_placement_ends_as_an_uninterrupted_one(
     name: str, text: PreparedText, tmp_path: Path
 ) -> None:
-    config = configured(init="xavier", dropout=0.1, steps=4, save_every=2, eval_every=4, **choosing(name))
-    whole = trainer_for(tmp_path / "whole", text, config)
-    whole.train()
-    trainer_for(tmp_path / "parts", text, configured(config, steps=2)).train()
-    rest = trainer_for(tmp_path / "parts", text, config, resume_at=2)
-    rest.restore(tmp_path / "parts" / "checkpoints" / "step-000002")
-    rest.train()
-    reopened = Run.open(tmp_path / "parts").load_model("latest").state_dict()
-    for key, weight in whole.learner.model.state_dict().items():
-        assert torch.equal(weight, rest.learner.model.state_dict()[key]), key
-        assert torch.equal(weight, reopened[key]), key
+    assert_resumes_exactly(tmp_path, text, configured(init="xavier", dropout=0.1, **choosing(name)))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Variants from outside the package: the README's own example, run as a user would, and what can go wrong."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -181,15 +182,33 @@ def test_one_file_adds_a_variant_of_every_family(here: Path) -> None:
         *("--feedforward=mish", "--norm=p-norm", "--norm-eps=1e-6", "--positions=last-first", "--last-first-every=3"),
         *("--init=gpt2-half", "--optimizer=adamw-without-decay", "--schedule=power", "--power-exponent=3"),
         *("--objective=causal-tempered", "--causal-tempered-scale=0.5"),
+        *("--tokenizer=bytes-shifted", "--bytes-shifted-by=3"),
     )
     assert trained.returncode == 0, trained.stderr
     assert "tokens per target" in trained.stdout
     record = json.loads((here / "run/config.json").read_text())
     assert record["training"]["objective"] == {"name": "causal-tempered", "scale": 0.5}
+    assert record["data"]["tokenizer"] == {"name": "bytes-shifted", "by": 3}
     written = run("sample", "run", plugin, "--prompt", "A fox", "--max-new-tokens", "4")
     assert written.returncode == 0, written.stderr
     assert "mine" in run("lab", plugin, "list").stdout
     assert "gpt2-cousin" in run("export", plugin, "--help").stdout
+
+
+def test_a_tokenizer_of_a_plugin_is_recorded_and_fitted_anew_by_another_version(here: Path) -> None:
+    source = (ROOT / "tests/plugins/one_of_each.py").read_text()
+    tokenizers = []
+    for name, content in (("one", source), ("two", source.replace("cls(settings.by)", "cls(settings.by + 1)"))):
+        (here / "mine.py").write_text(content)
+        trained = train("--plugin=mine.py", "--tokenizer=bytes-shifted", f"--out={name}")
+        assert trained.returncode == 0, trained.stderr
+        [plugin] = json.loads((here / name / "config.json").read_text())["plugins"]
+        assert plugin == {"name": "mine.py", "sha256": hashlib.sha256(content.encode()).hexdigest()}
+        tokenizers.append(json.loads((here / name / "tokenizer.json").read_text())["by"])
+    assert tokenizers == [1, 2]
+    without = run("sample", "two", "--prompt", "A fox")
+    assert without.returncode == 2
+    assert "needs the plugin mine.py: give it with --plugin mine.py" in without.stderr
 
 
 @pytest.mark.parametrize("recorded", [5, "rezero.py", [5], [{"name": "rezero.py"}], [{"name": 3, "sha256": "0"}]])

@@ -296,5 +296,5 @@ def test_files_of_a_folder_that_are_left_out_are_counted(tmp_path, capsys):
     folder.mkdir()
     (folder / "a.txt").write_text("some text " * 100)
     (folder / "b.csv").write_text("text\nmore text\n")
-    TextPreparation(open_corpus(str(folder)), "bytes", context_length=8, cache=tmp_path / "cache").run()
+    TextPreparation(open_corpus(str(folder)), Bytes.choose(), context_length=8, cache=tmp_path / "cache").run()
     assert "1 of its files without a text suffix are left out" in capsys.readouterr().err

@@ -16,8 +16,7 @@ import pytest
 from minitransformer.errors import UserError
 from minitransformer.files import locked
 from minitransformer.text.corpora import Corpus, Piece
-from minitransformer.text.tokenizers import Characters
-from tests.prepared_for_tests import FILES, contents, leftovers, made, stories, written
+from tests.prepared_for_tests import FILES, contents, fitted, leftovers, made, stories, written
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,7 +40,7 @@ def test_a_damaged_folder_is_made_again(tmp_path: Path, name: str) -> None:
 def test_a_failure_half_way_leaves_nothing(tmp_path: Path, work: Path) -> None:
     corpus = written(tmp_path / "a.jsonl", [*stories(50), "ж"])
     with pytest.raises(UserError, match=r"U\+0436"):
-        made(corpus, Characters.fit(lambda: iter(stories(50))), workers=3)
+        made(corpus, fitted("chars", *stories(50)), workers=3)
     assert not leftovers(work)
     assert not list((work / "prepared").glob("*/meta.json"))
 
@@ -80,7 +79,7 @@ def slow(self, text):
     return quick(self, text)
 Bytes.encode_array = slow
 made = TextPreparation(
-    open_corpus(sys.argv[1]), 'bytes', validation_fraction=0.1, context_length=8, workers=2, progress=False
+    open_corpus(sys.argv[1]), Bytes.choose(), validation_fraction=0.1, context_length=8, workers=2, progress=False
 ).run()
 print(made.folder)
 """

@@ -17,7 +17,8 @@ from minitransformer.errors import UserError
 from minitransformer.generation.streaming import TextStream
 from minitransformer.pretrained.tokenizer_files import described, save_tokenizer
 from minitransformer.pretrained.tokenizers import PublicTokenizer, characters_of_bytes, load_tokenizer
-from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Bytes, Characters, Tokenizer
+from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Bytes, Tokenizer
+from tests.prepared_for_tests import fitted
 from tests.tokenizers_for_tests import (
     PROSE,
     byte_level,
@@ -276,7 +277,7 @@ def test_a_public_tokenizer_takes_a_package(ours: dict[str, Tokenizer], monkeypa
 
 def test_a_public_tokenizer_is_not_fitted() -> None:
     with pytest.raises(UserError, match="cannot be trained here: choose bpe, bytes or chars"):
-        PublicTokenizer.fit(lambda: iter(PROSE))
+        PublicTokenizer.fit(PublicTokenizer.Settings(), lambda: iter(PROSE))
 
 
 def test_every_byte_has_a_character_of_its_own() -> None:
@@ -288,7 +289,7 @@ OWN: dict[str, Callable[[], Tokenizer]] = {
     "bpe": lambda: BPE.train(iter(PROSE), 400),
     "gpt2's split": lambda: BPE(BPE.train(iter(PROSE), 400).ranks, pattern=GPT2),
     "bytes": Bytes,
-    "chars": lambda: Characters.fit(lambda: iter(PROSE)),
+    "chars": lambda: fitted("chars", *PROSE),
 }
 
 

@@ -23,9 +23,8 @@ from minitransformer.lab.stated import stated_checks
 from minitransformer.lab.subjects import make_model
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
-from minitransformer.runs import Run
 from tests.placements_for_tests import nudged
-from tests.runs_for_tests import configured, prepared_text, trainer_for
+from tests.runs_for_tests import assert_resumes_exactly, configured
 
 PLUGINS = Path(__file__).parent / "plugins"
 Bring = Callable[[str], Any]
@@ -194,19 +193,9 @@ def test_an_idea_decodes_from_a_cache_as_without_one(file: str, bring: Bring, sh
 
 @pytest.mark.unchecked_shapes
 @every_idea
-def test_an_interrupted_run_of_an_idea_ends_as_an_uninterrupted_one(file: str, bring: Bring, tmp_path: Path) -> None:
+def test_an_interrupted_run_of_an_idea_ends_as_an_uninterrupted_one(file, bring, text, tmp_path):
     bring(file)
-    text = prepared_text(tmp_path)
-    config = configured(dropout=0.1, steps=4, save_every=2, eval_every=4, **BROUGHT[file])
-    whole = trainer_for(tmp_path / "whole", text, config)
-    whole.train()
-    trainer_for(tmp_path / "parts", text, configured(config, steps=2)).train()
-    rest = trainer_for(tmp_path / "parts", text, config, resume_at=2)
-    rest.restore(tmp_path / "parts" / "checkpoints" / "step-000002")
-    rest.train()
-    found, expected = (Run.open(tmp_path / name).load_model("latest").state_dict() for name in ("parts", "whole"))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in found)
+    assert_resumes_exactly(tmp_path, text, configured(dropout=0.1, **BROUGHT[file]))
 
 
 LAWS = ("test_norms", "test_block", "test_residual", "test_placements", "test_lab_equations")

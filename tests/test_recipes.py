@@ -36,10 +36,9 @@ def texts(path: Path) -> list[str]:
 
 def test_every_file_of_the_folder_is_a_recipe_named_with_dashes() -> None:
     assert {"pydocs", "shakespeare", "stdlib-code"} <= set(recipes.known())
-    for name, description in recipes.descriptions().items():
-        recipe = recipes.load_recipe(name)
-        assert len(description) < 80
-        assert "\n" not in description
+    for recipe in map(recipes.load_recipe, recipes.known()):
+        assert len(recipe.DESCRIPTION) < 80
+        assert "\n" not in recipe.DESCRIPTION
         assert recipe.version() == recipe.version()
 
 

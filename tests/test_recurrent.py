@@ -1,4 +1,4 @@
-"""The recurrent encoder-decoder: its attention against a loop, and the laws that it shares with the Transformer."""
+"""The recurrent encoder-decoder: its attention and itself against their equations, and its counts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minitransformer.architecture.additive_attention import AdditiveAttention, additive_attention_weights
-from minitransformer.architecture.block import Memory
 from minitransformer.architecture.init import Initialisation
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import build_model, count_parameters
@@ -21,32 +20,6 @@ from tests.texts_for_tests import close, texts
 
 D, LENGTH = 8, 6
 SIZES = {"topology": "rnn", "d_model": D, "num_layers": 1, "context_length": 32, "vocab_size": 11}
-VARIANTS: list[dict[str, Any]] = [
-    {},
-    {"num_layers": 2, "num_decoder_layers": 3},
-    {"target_vocab_size": 13, "scaled_embeddings": True, "tied_embeddings": False},
-    {"shared_embeddings": False, "dropout": 0.5},
-]
-every_variant = pytest.mark.parametrize("choices", VARIANTS, ids=str)
-
-
-@pytest.fixture(scope="module")
-def tiny(shake: Any) -> Any:
-    def make(**choices: Any) -> RecurrentEncoderDecoder:
-        return shake(RecurrentEncoderDecoder(ModelConfig(**{**SIZES, **choices}))).double().eval()
-
-    return make
-
-
-def padded(tokens: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
-    """`tokens` with anything around them, and where they are."""
-    inside = slice(left, left + tokens.size(1))
-    wide = texts(len(tokens), left + tokens.size(1) + right)
-    wide[:, inside] = tokens
-    is_token = torch.zeros_like(wide).bool()
-    is_token[:, inside] = True
-    return wide, is_token
-
 
 # Attention
 
@@ -108,52 +81,13 @@ def reference(model: RecurrentEncoderDecoder, source: Tensor, inputs: Tensor) ->
     return torch.stack(logits)
 
 
-def test_the_model_is_its_equations(tiny: Any) -> None:
-    model, source, inputs = tiny(), texts(), texts(length=4)
+def test_the_model_is_its_equations(tiny_model: Any) -> None:
+    model, source, inputs = tiny_model(**SIZES), texts(), texts(length=4)
     close(model(source, inputs)[0], reference(model, source[0], inputs[0]))
 
 
-@every_variant
-@settings(max_examples=10)
-@given(changed=st.integers(1, LENGTH - 1))
-def test_a_future_target_token_never_changes_past_logits(choices: dict[str, Any], changed: int, tiny: Any) -> None:
-    model, source, inputs = tiny(**choices), texts(2, 5), texts(2)
-    others = inputs.clone()
-    others[:, changed:] = (others[:, changed:] + 1) % 11
-    before, after = model(source, inputs), model(source, others)
-    assert torch.equal(after[:, :changed], before[:, :changed])
-    assert not torch.allclose(after[:, changed], before[:, changed])
-
-
-@every_variant
-def test_every_source_token_changes_every_logit(choices: dict[str, Any], tiny: Any) -> None:
-    model, source, inputs = tiny(**choices), texts(1, 5), texts()
-    for place in range(5):
-        other = source.clone()
-        other[:, place] = (other[:, place] + 1) % 11
-        assert (model(other, inputs) != model(source, inputs)).any(-1).all()
-
-
-@every_variant
-@settings(max_examples=10)
-@given(left=st.integers(0, 3), right=st.integers(0, 3))
-def test_padding_of_the_source_never_matters(choices: dict[str, Any], left: int, right: int, tiny: Any) -> None:
-    model, source, inputs = tiny(**choices), texts(), texts()
-    wide, is_token = padded(source, left, right)
-    close(model(wide, inputs, source_is_token=is_token), model(source, inputs))
-
-
-@every_variant
-@settings(max_examples=10)
-@given(left=st.integers(0, 3), right=st.integers(0, 3))
-def test_padding_of_the_target_never_matters(choices: dict[str, Any], left: int, right: int, tiny: Any) -> None:
-    model, source, inputs = tiny(**choices), texts(), texts()
-    wide, is_token = padded(inputs, left, right)
-    close(model(source, wide, is_token=is_token)[:, left : left + LENGTH], model(source, inputs))
-
-
-def test_padding_between_tokens_does_not_matter_either(tiny: Any) -> None:
-    model, source, inputs, wide = tiny(), texts(), texts(), texts(1, 9)
+def test_padding_between_tokens_does_not_matter_either(tiny_model: Any) -> None:
+    model, source, inputs, wide = tiny_model(**SIZES), texts(), texts(), texts(1, 9)
     is_token = torch.tensor([[True, False, True, True, False, False, True, True, True]])
     wide[is_token] = source[0]
     close(model(wide, inputs, source_is_token=is_token), model(source, inputs))
@@ -161,100 +95,14 @@ def test_padding_between_tokens_does_not_matter_either(tiny: Any) -> None:
     close(model(source, wide, is_token=is_token)[is_token], model(source, inputs)[0])
 
 
-def test_texts_of_a_batch_do_not_meet(tiny: Any) -> None:
-    model, source, inputs = tiny(num_layers=2), texts(3, 5), texts(3)
-    is_token = torch.arange(5) < torch.tensor([[3], [5], [1]])
-    for row, logits in enumerate(model(source, inputs, source_is_token=is_token)):
-        alone = slice(row, row + 1)
-        close(logits, model(source[alone, : is_token[row].sum()], inputs[alone])[0])
-
-
-def test_an_empty_source_is_an_empty_source_whatever_its_padding_holds(tiny: Any) -> None:
-    model, inputs, nothing = tiny(), texts(), torch.zeros(1, 4).bool()
+def test_an_empty_source_is_an_empty_source_whatever_its_padding_holds(tiny_model: Any) -> None:
+    model, inputs, nothing = tiny_model(**SIZES), texts(), torch.zeros(1, 4).bool()
     logits = [model(texts(1, 4), inputs, source_is_token=nothing) for _ in range(2)]
     assert logits[0].isfinite().all()
     close(logits[0], logits[1])
 
 
-@every_variant
-@pytest.mark.parametrize("with_padding", [True, False])
-def test_finite_gradients_reach_every_weight(choices: dict[str, Any], with_padding: bool, tiny: Any) -> None:
-    model, every_token = tiny(**choices).train(), torch.arange(11).repeat(2, 1)
-    is_token = torch.arange(11) < torch.tensor([[11], [0]]) if with_padding else None
-    logits = model(every_token, every_token.flip(1), source_is_token=is_token, is_token=is_token)
-    logits.sin().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.any(), name
-
-
-# With a cache
-
-
-@every_variant
-def test_cached_equals_uncached(choices: dict[str, Any], tiny: Any) -> None:
-    model, tokens = tiny(**choices), texts(2)
-    memory = model.encode(texts(2, 5), is_token=torch.arange(5) >= torch.tensor([[0], [2]]))
-    is_token = torch.arange(LENGTH) >= torch.tensor([[0], [2]])
-    expected = model.hidden_states(tokens, memory, is_token=is_token)
-    for sizes in ([1] * LENGTH, [4, 2], [1, 3, 2]):
-        cache, parts = model.new_cache(LENGTH), []
-        for part in tokens.split(sizes, dim=1):
-            new = is_token[:, cache.length : cache.length + part.size(1)]
-            parts.append(model.hidden_states(part, memory, is_token=new, cache=cache))
-        close(torch.cat(parts, dim=1), expected)
-        assert cache.length == LENGTH
-
-
-def test_with_a_cache_the_memory_is_projected_once(tiny: Any) -> None:
-    model, projected, cache = tiny(), [], tiny().new_cache()
-    model.attention.key.register_forward_hook(lambda module, inputs, output: projected.append(module))
-    memory = model.encode(texts())
-    for token in texts().split(1, dim=1):
-        model.hidden_states(token, memory, cache=cache)
-    assert len(projected) == 1
-
-
-@pytest.mark.parametrize("rows", [[2, 0, 0], [1], [0, 1, 2, 2, 1]], ids=str)
-def test_selected_rows_of_a_cache_go_on_as_those_texts(rows: list[int], tiny: Any) -> None:
-    model, tokens, chosen = tiny(num_layers=2), texts(3), torch.tensor(rows)
-    memory = model.encode(texts(3, 5), is_token=torch.arange(5) < torch.tensor([[5], [3], [2]]))
-    cache = model.new_cache()
-    cache.select(chosen)
-    model.hidden_states(tokens[:, :4], memory, cache=cache)
-    cache.select(chosen)
-    after = model.hidden_states(tokens[chosen, 4:], memory.select(chosen), cache=cache)
-    close(after, model.hidden_states(tokens, memory)[chosen, 4:])
-
-
-def test_reordered_beams_go_on_as_each_other_beside_the_same_memory(tiny: Any) -> None:
-    model, tokens, rows = tiny(), texts(4), torch.tensor([1, 0, 3, 3])
-    memory = model.encode(texts(2, 5)).select(torch.tensor([0, 0, 1, 1]))
-    cache = model.new_cache()
-    model.hidden_states(tokens[:, :4], memory, cache=cache)
-    cache.reorder(rows)
-    after = model.hidden_states(tokens[rows, 4:], memory, cache=cache)
-    close(after, model.hidden_states(tokens[rows], memory)[:, 4:])
-
-
-def test_more_tokens_than_the_cache_holds_is_a_bug(tiny: Any) -> None:
-    model, memory = tiny(), Memory(torch.randn(1, 3, 2 * D).double())
-    assert model.new_cache().max_length == 32
-    with pytest.raises(AssertionError, match="4 tokens in a cache for 3"):
-        model.hidden_states(texts(1, 4), memory, cache=model.new_cache(3))
-
-
 # Its weights
-
-
-@every_variant
-def test_tables_are_shared_and_tied_as_asked_for(choices: dict[str, Any], tiny: Any) -> None:
-    model = tiny(**choices)
-    one_table = model.config.shared_embeddings and model.config.target_vocab_size is None
-    assert (model.target_embedding is model.embedding) == one_table
-    assert (model.head.weight is model.target_embedding.table.weight) == model.config.tied_embeddings
-    assert model(texts(), texts()).size(-1) == choices.get("target_vocab_size", 11)
 
 
 @pytest.mark.parametrize("name", Initialisation.registry)
@@ -281,14 +129,7 @@ def test_the_configuration_makes_it_and_its_parameters_are_counted_without_weigh
     assert model.num_parameters() == count_parameters(config) == 11 * D + encoder + decoder + linears
 
 
-def test_evaluation_is_deterministic_and_training_drops(tiny: Any) -> None:
-    model, source, inputs = tiny(num_layers=2, dropout=0.3), texts(), texts()
-    assert torch.equal(model(source, inputs), model(source, inputs))
-    model.train()
-    assert not torch.equal(model(source, inputs), model(source, inputs))
-
-
-def test_flops_are_six_for_each_weight_of_a_product_and_those_of_attention(tiny: Any) -> None:
+def test_flops_are_six_for_each_weight_of_a_product_and_those_of_attention(tiny_model: Any) -> None:
     gates = 2 * 3 * D * (D + D) + 3 * D * (3 * D + D)
     linears = D * D + (D * D + 2 * D * D + D) + 4 * D * 2 * D + 11 * D
-    assert tiny().flops_per_token(10) == 6 * (gates + linears) + 6 * (D + 2 * D) * 10
+    assert tiny_model(**SIZES).flops_per_token(10) == 6 * (gates + linears) + 6 * (D + 2 * D) * 10

@@ -26,11 +26,12 @@ from minitransformer.runs import GENERATION, Run
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import write_checkpoint
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from tests.prepared_for_tests import fitted
 from tests.runs_for_tests import Call
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 CONTEXT = 32
-TOKENIZER = Tokenizer.named("chars").fit(lambda: iter(["abcdé \n"]))
+TOKENIZER = fitted("chars", "abcdé \n")
 MODEL = ModelConfig(d_model=16, num_layers=1, num_heads=2, context_length=CONTEXT, vocab_size=16)
 
 
@@ -185,7 +186,7 @@ def test_a_draft_answers_line_after_line_too(command: Any) -> None:
 
 
 def test_a_draft_with_another_tokenizer_is_refused(command: Any, runs: Path, tmp_path: Path) -> None:
-    other = Tokenizer.named("chars").fit(lambda: iter(["abcdé \nx"]))
+    other = fitted("chars", "abcdé \nx")
     write_run(tmp_path / "other", [DecoderLM(MODEL)], other)
     code, out, err = command("runs/chars", "--prompt", "ab", "--draft", str(tmp_path / "other"))
     assert (code, out) == (2, "")

@@ -23,7 +23,7 @@ from minitransformer.generation.sampling import draw_by_weight, own_generators
 from minitransformer.generation.speculation import Draft, accept, speculate
 from minitransformer.generation.streaming import stream_text
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.text.tokenizers import Tokenizer
+from tests.prepared_for_tests import fitted
 
 pytestmark = pytest.mark.unchecked_shapes
 
@@ -278,7 +278,7 @@ def test_a_draft_with_fewer_tokens_or_none_to_guess_is_refused(tiny_decoder: Mak
 
 
 def test_a_stream_with_a_draft_stops_at_stop_strings_and_ends(tiny_decoder: MakeDecoder) -> None:
-    tokenizer = Tokenizer.named("chars").fit(lambda: iter(["abcdefghij"]))
+    tokenizer = fitted("chars", "abcdefghij")
     model, small = unrecorded(tiny_decoder()), unrecorded(tiny_decoder(num_layers=1))
     wanted = {"temperature": 1.5, "num_samples": 4, "max_new_tokens": 60, "seed": 2}
     sampling = SamplingConfig(**wanted)

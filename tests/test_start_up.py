@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
 
+from minitransformer.__main__ import COMMANDS
 from minitransformer.commands import start
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import build_model, count_parameters
@@ -30,6 +32,20 @@ def test_help_loads_no_compiler(command: str) -> None:
     loaded = set(out.partition("LOADED")[2].split())
     assert "torch" in loaded
     assert not {"torch._dynamo", "sympy", "transformers"} & loaded
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_into_80_columns_and_has_no_two_blank_lines(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        import_module(f"minitransformer.commands.{command}").main(["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "usage: " in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "\n\n\n" not in out
 
 
 TRAINED = """

@@ -15,7 +15,7 @@ from minitransformer.generation.decode import generate
 from minitransformer.generation.samples import sample_of
 from minitransformer.generation.streaming import TextStream, stream_text
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.text.tokenizers import Bytes
 
 MakeDecoder = Callable[..., DecoderLM]
 
@@ -78,7 +78,7 @@ def test_text_is_held_back_only_while_it_may_be_a_stop_string() -> None:
 
 @pytest.fixture
 def byte_tokenizer() -> Any:
-    return Tokenizer.named("bytes").fit(lambda: iter(["abc"]))
+    return Bytes()
 
 
 def test_a_text_stream_is_the_decoding_of_the_tokens(tiny_decoder: MakeDecoder, byte_tokenizer: Any) -> None:

@@ -6,19 +6,9 @@ import pytest
 
 from minitransformer.commands import sweep as command
 from minitransformer.commands import train as train_command_module
-from tests.sweeping_for_tests import SMALL, refused, sweep, trials_in_process, working_folder
+from tests.sweeping_for_tests import SMALL, refused, sweep
 
-pytestmark = pytest.mark.unchecked_shapes
-
-
-@pytest.fixture
-def here(here, monkeypatch):
-    return working_folder(here, monkeypatch)
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    return trials_in_process(monkeypatch)
+pytestmark = [pytest.mark.unchecked_shapes, pytest.mark.usefixtures("short_text")]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +92,9 @@ def test_tokens_that_differ_are_compared_by_bits_per_byte(here, in_process, caps
 
 def test_a_metric_that_the_objective_does_not_have_is_refused(here, capsys):
     arguments = ["--set", "lr=1,2", "--metric", "bits_per_byte", "--data", "my.txt", *SMALL]
-    assert "validation_loss" in refused(capsys, "bert-mini", *arguments)
+    assert "objective 'masked' has no bits per byte" in refused(capsys, "bert-mini", *arguments)
+    arguments[3] = "accuracy"
+    assert "no accuracy: use --metric validation_loss" in refused(capsys, "gpt-nano", *arguments)
 
 
 @pytest.mark.parametrize("module", ["matplotlib.figure", "scipy.stats"])

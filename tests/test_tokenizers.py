@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
+from minitransformer.pretrained.tokenizers import PublicTokenizer
 from minitransformer.text.corpora import cut
-from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Bytes, Characters, Tokenizer
+from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Characters, TiktokenEncoding, Tokenizer
+from tests.prepared_for_tests import fitted
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -28,16 +30,21 @@ TEXTS = st.one_of(TRICKY, st.text(max_size=60))
 published = pytest.mark.skipif(not (SHARED / "tiktoken_cache").is_dir(), reason="needs the GPT-2 files of shared/data")
 
 
-def fitted(name: str) -> Tokenizer:
-    texts = SAMPLE if name == "bpe" else SAMPLE + "".join(map(chr, range(0x3000)))
-    return Tokenizer.named(name).fit(lambda: iter([texts]), 400 if name == "bpe" else None)
+def is_fitted(kind: type[Tokenizer]) -> bool:
+    """Whether it learns from a text, and does not come from a file as published."""
+    return kind is not PublicTokenizer and not issubclass(kind, TiktokenEncoding)
 
 
-@pytest.fixture(scope="module", params=["bpe", "bytes", "chars", pytest.param("gpt2", marks=published)])
+FITTED = [name for name, kind in Tokenizer.registry.items() if is_fitted(kind)]
+
+
+@pytest.fixture(scope="module", params=[*FITTED, pytest.param("gpt2", marks=published)])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
-        return fitted(request.param)
+        if request.param == "bpe":
+            return fitted("bpe", SAMPLE, vocab_size=400)
+        return fitted(request.param, SAMPLE + "".join(map(chr, range(0x3000))))
 
 
 def accepted(tokenizer: Tokenizer, text: str) -> str:
@@ -170,9 +177,9 @@ def test_a_single_text_trains_bpe_as_one_document_and_not_as_characters() -> Non
 @pytest.mark.parametrize("place", [0, 200])
 def test_half_a_surrogate_pair_in_a_text_to_train_on_is_refused(place: int) -> None:
     texts = ["hat "] * place + ["hat \ud83d"]
-    for kind in (BPE, Characters):
+    for kind in ("bpe", "chars"):
         with pytest.raises(UserError, match=r"U\+D83D"):
-            kind.fit(lambda: iter(texts), 300)
+            fitted(kind, *texts, vocab_size=300)
     with pytest.raises(UserError, match=r"U\+D83D"):
         BPE.train(texts[-1], 300)
 
@@ -182,7 +189,8 @@ def test_bpe_merges_what_is_frequent() -> None:
 
 
 def test_characters_are_sorted_and_the_specials_follow() -> None:
-    tokenizer = Characters.fit(lambda: iter(["ba", "cab\n"]))
+    tokenizer = fitted("chars", "ba", "cab\n")
+    assert isinstance(tokenizer, Characters)
     assert tokenizer.characters == "\nabc"
     assert tokenizer.encode("cab\n") == [3, 1, 2, 0]
     assert (tokenizer.end_of_text, tokenizer.vocab_size) == (4, 5)
@@ -197,11 +205,30 @@ def test_an_unknown_character_is_named(stranger: str) -> None:
 @pytest.mark.parametrize(("name", "size", "least"), [("bpe", 256, 257), ("bytes", 256, 257), ("chars", 4, 5)])
 def test_a_vocabulary_that_is_too_small_is_refused_with_both_numbers(name: str, size: int, least: int) -> None:
     with pytest.raises(UserError, match=f"vocabulary too small: vocab_size is {size}, .* {least} "):
-        Tokenizer.named(name).fit(lambda: iter(["abca\n"]), size)
+        fitted(name, "abca\n", vocab_size=size)
 
 
 def test_a_larger_vocabulary_than_needed_is_no_mistake() -> None:
-    assert Bytes.fit(lambda: iter([]), 512).vocab_size == 257
+    assert fitted("bytes", vocab_size=512).vocab_size == 257
+
+
+@pytest.mark.parametrize(
+    ("own", "of_model", "size"), [(300, None, 300), (300, 400, 300), (None, 280, 280), (None, None, 4096)]
+)
+def test_a_bpe_has_its_own_size_or_the_models_or_the_usual_one(
+    monkeypatch: pytest.MonkeyPatch, own: int | None, of_model: int | None, size: int
+) -> None:
+    wanted: list[int] = []
+    train = BPE.train
+    monkeypatch.setattr(BPE, "train", lambda texts, size: wanted.append(size) or train(texts, 260))
+    fitted(BPE.choose(vocab_size=own), SAMPLE, vocab_size=of_model)
+    assert wanted == [size]
+
+
+def test_a_bpe_larger_than_its_model_is_refused_before_it_is_trained() -> None:
+    message = r"^bpe_vocab_size is 300, but vocab_size leaves room for 299 trained tokens: lower it"
+    with pytest.raises(UserError, match=message):
+        fitted(BPE.choose(vocab_size=300), SAMPLE, vocab_size=299)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +274,7 @@ def test_a_published_encoding_that_cannot_be_had_says_how_to_supply_it(
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(UserError) as caught:
-        Tokenizer.named("cl100k_base").fit(lambda: iter([]))
+        fitted("cl100k_base")
     for hint in (
         "no network",
         "cl100k_base.tiktoken as 9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
@@ -259,11 +286,11 @@ def test_a_published_encoding_that_cannot_be_had_says_how_to_supply_it(
 @published
 def test_gpt2_is_gpt2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
-    tokenizer = Tokenizer.named("gpt2").fit(lambda: iter([]))
+    tokenizer = fitted("gpt2")
     assert tokenizer.encode("Hello, world!") == [15496, 11, 995, 0]
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
     with pytest.raises(UserError, match="50257"):
-        Tokenizer.named("gpt2").fit(lambda: iter([]), 50256)
+        fitted("gpt2", vocab_size=50256)
 
 
 @published

@@ -1,14 +1,15 @@
-"""Compare runs: settings, training curves, and significance across seeds."""
+"""Compare runs: settings, training curves, and significance across seeds, as tables, pictures and a page."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from minitransformer.analysis.comparability import comparability, rank_groups
+from minitransformer.analysis.comparability import comparability, rank_groups, remarks_on
 from minitransformer.analysis.groups import (
     RunGroup,
     group_runs,
@@ -18,13 +19,13 @@ from minitransformer.analysis.groups import (
     without_repetitions,
 )
 from minitransformer.analysis.history import Abscissa, History
-from minitransformer.analysis.remarks import remarks_on
 from minitransformer.analysis.verdicts import check_smallest_difference, pairs_table
 from minitransformer.errors import UserError
 from minitransformer.evaluation.metrics import metric_called
 from minitransformer.registry import lookup
 from minitransformer.reporting import figures
 from minitransformer.reporting.figures import Curve
+from minitransformer.reporting.pages import Link, Page
 from minitransformer.reporting.statistics import Interval, Ranking, decimals_of
 from minitransformer.reporting.tables import Picture, Table
 
@@ -199,3 +200,36 @@ def _mean_text(interval: Interval | None) -> str | float | None:
         return int(interval.mean) if interval.mean.is_integer() else interval.mean
     decimals = decimals_of(reach)
     return f"{interval.mean:.{decimals}f} ± {reach:.{decimals}f}"
+
+
+def comparison_page(comparison: RunComparison, command: str, folder: Path, csv: Path | None = None) -> str:
+    """The comparison as one self-contained HTML file in `folder`, with links to the runs and to `csv`; raises
+    `UserError` without matplotlib."""
+    names = [group.label for group in comparison.groups]
+    result = Page("Comparison of " + (" and ".join(names) if len(names) < 3 else f"{len(names)} groups of runs"))
+    result.paragraph(comparison.verdict)
+    for remark in comparison.remarks:
+        result.paragraph(remark)
+    tables = [comparison.results(), comparison.differences(), comparison.pairs(), comparison.runs()]
+    pictures = [(picture, figures.png(picture.draw())) for picture in comparison.pictures()]
+    for picture, png in pictures[:1]:
+        result.figure(png, picture.caption, picture.title)
+    for table in tables[:3]:
+        if table is not None and table.rows:
+            result.heading(table.title)
+            result.table(table.columns, table.rows)
+    for picture, png in pictures[1:]:
+        result.figure(png, picture.caption, picture.title)
+    result.heading("Runs")
+    runs = comparison.runs()
+    result.table(runs.columns, [[_link(Path(path), folder), *row] for path, *row in runs.rows])
+    if csv is not None:
+        result.links("With all digits:", [_link(csv, folder)])
+    result.heading("How to reproduce this")
+    result.code(command)
+    return result.html()
+
+
+def _link(path: Path, folder: Path) -> Link:
+    """To `path`, from a page in `folder`."""
+    return Link(str(path), Path(os.path.relpath(path, folder)).as_posix())

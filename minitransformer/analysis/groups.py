@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minitransformer.analysis.history import Abscissa, History
-from minitransformer.analysis.known_settings import defaults_of_others, settings_with
+from minitransformer.analysis.known_settings import defaults_of_others, settings_of_text, settings_with
 from minitransformer.analysis.verdicts import choice_text, is_number
 from minitransformer.reporting.figures import Curve
 from minitransformer.reporting.statistics import Interval, mean_interval
@@ -57,10 +57,9 @@ class RunGroup:
         return self.settings.get(name)
 
     @property
-    def sources(self) -> str:
-        """The source of the text, independent of the tokenizer."""
-        data = self.histories[0].config["data"]
-        return settings_key({n: value for n, value in data.items() if n not in ("tokenizer", "separate_vocabularies")})
+    def sources(self) -> list[Any]:
+        """The settings that determine the text, whatever its tokenizer."""
+        return [self.setting(name) for name in settings_of_text()]
 
 
 def distinct(values: Iterable[T]) -> list[T]:

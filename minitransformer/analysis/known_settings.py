@@ -36,6 +36,13 @@ def settings_of_task() -> list[str]:
     return sorted(names_with(TrainingConfig, "changes_task"))
 
 
+def settings_of_text() -> list[str]:
+    """The data settings that change the text, and not only how it is tokenized."""
+    from minitransformer.training.config import DataConfig
+
+    return sorted(names_with(DataConfig, "changes_task"))
+
+
 def defaults_of_others(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The default settings of all variants that are not chosen in the flat `settings`."""
     chosen = {each.name for choice, each in _of_variants() if settings.get(choice) == each.variant.name}

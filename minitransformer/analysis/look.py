@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.analysis.look_record import Look, LookRequest, MapPlan, Prediction, Text
-from minitransformer.analysis.watched import watched
+from minitransformer.analysis.look_record import Look, LookRequest, MapPlan, Prediction, Text, watched
 from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.fill import encode_with_masks

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from minitransformer.analysis.search_space import Combination, label, value_text
 from minitransformer.analysis.sweep_plan import SweepPlan
 from minitransformer.analysis.trials import prepared_for, shared_machine, train_trial, trial_machine
 from minitransformer.errors import UserError
-from minitransformer.evaluation.metrics import SMALLEST_DIFFERENCE
 from minitransformer.reporting.statistics import Interval, Ranking, mean_interval, ranking
 from minitransformer.tasks.progress import SILENT, TaskProgress
 from minitransformer.tasks.runner import TaskFolder, run_tasks
@@ -42,7 +41,7 @@ class Standing:
     diverged: tuple[int, ...]
     """seeds that diverged"""
     missing: tuple[int, ...]
-    """seeds that were not measured"""
+    """seeds that were not measured, or without the metric"""
 
     @property
     def mean(self) -> float:
@@ -53,10 +52,6 @@ class Standing:
     def interval(self) -> Interval | None:
         """The confidence interval over seeds; None if a value is not finite."""
         return mean_interval(self.values) if math.isfinite(self.mean) else None
-
-    def best_seed(self, seeds: Iterable[int]) -> int:
-        """The seed with the best result among `seeds`."""
-        return min(zip(self.values, seeds, strict=True))[1]
 
 
 class SweepFolder(TaskFolder):
@@ -101,7 +96,7 @@ class SweepFolder(TaskFolder):
 
         Call `plan.prepare` first. Raises `UserError` if the data has changed since the results.
         """
-        self._check_text()
+        self._check_results()
         if not self.is_measured:
             self.write_record()
         failures = []
@@ -113,10 +108,10 @@ class SweepFolder(TaskFolder):
         return failures
 
     def standings(self, number: int) -> list[Standing]:
-        """The standings at rung `number`, counted from 1, by ascending mean; those without a mean are last."""
+        """The standings at rung `number`, counted from 1, the best mean first; those without a mean are last."""
         rung = self.plan.rungs[number - 1]
         unordered = [self._standing(combination, rung) for combination in self._entrants(number)]
-        return sorted(unordered, key=lambda standing: standing.mean)
+        return sorted(unordered, key=lambda standing: self.plan.sign * standing.mean)
 
     def all_standings(self) -> list[Standing]:
         """Each combination at the last rung that it reached, furthest first."""
@@ -150,26 +145,31 @@ class SweepFolder(TaskFolder):
     def _standing(self, combination: Combination, rung: int | None) -> Standing:
         tasks = self._tasks(combination, rung)
         results = {result.task["seed"]: result.measured for result in self.store.results(tasks)}
-        known = {seed: measured[self.plan.metric] for seed, measured in results.items() if measured["finite"]}
+        diverged = tuple(seed for seed, measured in results.items() if not measured["finite"])
+        known = {seed: measured[self.plan.metric] for seed, measured in results.items() if seed not in diverged}
+        known = {seed: value for seed, value in known.items() if value is not None}
         seeds = self.plan.seeds
         return Standing(
             combination,
             until=tasks[0]["until"],
-            values=tuple(known.get(seed, math.inf) for seed in seeds),
-            diverged=tuple(seed for seed in seeds if seed in results and seed not in known),
-            missing=tuple(seed for seed in seeds if seed not in results),
+            values=tuple(known.get(seed, self.plan.sign * math.inf) for seed in seeds),
+            diverged=diverged,
+            missing=tuple(seed for seed in seeds if seed not in known and seed not in diverged),
         )
 
-    def _check_text(self) -> None:
+    def _check_results(self) -> None:
         for result in self.results():
+            if self.plan.metric not in result.measured:
+                raise UserError(f"{self.folder} has results without {self.plan.metric}: {REMEDY}")
             config = self.plan.config(_combination(result.task), result.task["seed"])
             if result.measured["text"] != prepared_for(config).folder.name:
                 raise UserError(f"{named(config.data.data)} is not the text that {self.folder} started with: {REMEDY}")
 
 
-def standings_ranking(standings: Sequence[Standing], smallest: float = SMALLEST_DIFFERENCE) -> Ranking:
+def standings_ranking(standings: Sequence[Standing], *, lower_is_better: bool = True, smallest: float) -> Ranking:
     """The ranking of standings at one rung."""
-    return ranking({label(standing.combination): standing.values for standing in standings}, smallest=smallest)
+    values = {label(standing.combination): standing.values for standing in standings}
+    return ranking(values, lower_is_better=lower_is_better, smallest=smallest)
 
 
 def _combination(task: Task) -> Combination:
@@ -187,5 +187,5 @@ def _measure(folder: Path, plan: SweepPlan, shared: Resolved, task: Task) -> Mea
     combination, seed = _combination(task), task["seed"]
     name, config = trial_name(combination, seed), plan.config(combination, seed)
     machine = trial_machine(config, shared, plan.varied)
-    measured = train_trial(folder / TRIALS / name, config, task["until"], machine)
+    measured = train_trial(folder / TRIALS / name, config, task["until"], machine, metrics=[plan.metric])
     return {**measured, "run": f"{TRIALS}/{name}"}

@@ -10,13 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minitransformer.analysis.search_space import Combination, Range, SweptSetting, Values, draws, grid, label, rungs
 from minitransformer.analysis.trials import prepared_for
 from minitransformer.analysis.verdicts import check_smallest_difference
 from minitransformer.errors import UserError
-from minitransformer.evaluation.metrics import SMALLEST_DIFFERENCE, Metric
+from minitransformer.evaluation.metrics import Metric
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import count_parameters
+from minitransformer.models.model import build_model, count_parameters
 from minitransformer.settings import flat, kinds, names_with, with_settings
 from minitransformer.tasks.task import Task
 from minitransformer.text.datasets import PreparedData
@@ -26,6 +28,8 @@ from minitransformer.training.config import (
     with_vocabulary,
 )
 from minitransformer.training.loader import Loader
+from minitransformer.training.precision import Precision
+from minitransformer.training.validation import Subset, validate
 
 JUDGED_BY = "the last validation"
 
@@ -75,8 +79,9 @@ class SweepPlan:
     halving: int | None = None
     """factor of successive halving; None trains all combinations to the end"""
     metric: str = "validation_loss"
-    smallest_difference: float = SMALLEST_DIFFERENCE
-    """smallest difference that names a winner"""
+    """a metric with a direction"""
+    smallest_difference: float | None = None
+    """smallest difference that names a winner; None is that of the metric"""
 
     def __post_init__(self) -> None:
         if not self.settings:
@@ -92,10 +97,20 @@ class SweepPlan:
         for name in self.varied:
             if name in of_task:
                 raise UserError(f"{name} changes the task, so that losses are not comparable: sweep another setting")
-            if name in of_tokens and not Metric.named(self.metric).across_tokenizers:
+            if name in of_tokens and not self.judge.across_tokenizers:
                 raise UserError(f"losses are not comparable if {name} differs: use --metric bits_per_byte")
             if name in ("steps", "eval_every") and self.halving is not None:
                 raise UserError(f"--halving needs the same {name} for all combinations: give one, with --{name}")
+
+    @property
+    def judge(self) -> type[Metric]:
+        """The metric that combinations are compared by."""
+        return Metric.named(self.metric)
+
+    @property
+    def sign(self) -> int:
+        """1 where a lower metric is better, −1 where a higher one is."""
+        return 1 if self.judge.lower_is_better else -1
 
     @property
     def varied(self) -> list[str]:
@@ -163,10 +178,18 @@ class SweepPlan:
             config = replace(config, model=with_vocabulary(config.model, prepared))
             with _naming(combination):
                 loader = Loader.of_run(config, prepared)
-            if self.metric == "bits_per_byte" and loader.validation_bytes is None:
-                name = loader.objective.name
-                raise UserError(f"objective {name!r} has no bits per byte: use --metric validation_loss")
+        self._check_metric(config.model, loader)
         return list(found.values())
+
+    def _check_metric(self, config: ModelConfig, loader: Loader) -> None:
+        """Raises `UserError` for a metric that validations with this objective lack, found on a batch of one."""
+        if self.metric == "validation_loss" or not self.judge.in_words:
+            return
+        one_batch = Subset([0], 0, loader.validation_bytes)
+        precision = Precision.named("fp32")(torch.device("cpu"))
+        if validate(build_model(config), loader, precision, one_batch, whole=False).values[self.metric] is None:
+            name = loader.objective.name
+            raise UserError(f"objective {name!r} has no {self.judge.title}: use --metric validation_loss")
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from minitransformer import files
 from minitransformer.analysis.search_space import label, value_text
 from minitransformer.analysis.sweep import Standing, SweepFolder, standings_ranking
 from minitransformer.analysis.sweep_plan import SweepPlan, flags
-from minitransformer.analysis.trials import minimised_metrics
 from minitransformer.analysis.verdicts import pairs_table
 from minitransformer.evaluation.metrics import Metric
 from minitransformer.reporting import figures
@@ -40,11 +39,11 @@ WIDE = 10.0
 
 
 def standings_table(sweep: SweepFolder) -> Table:
-    """Each combination at the last rung that it reached, furthest first, then by ascending metric."""
+    """Each combination at the last rung that it reached, furthest first, then the best first."""
     plan = sweep.plan
     names = [setting.name for setting in plan.settings]
     halved = plan.halving is not None
-    columns = [*names, *(["steps"] * halved), Metric.named(plan.metric).title + " [95 %]" * (len(plan.seeds) > 1)]
+    columns = [*names, *(["steps"] * halved), plan.judge.title + " [95 %]" * (len(plan.seeds) > 1)]
     rows = [
         [
             *(_cell(standing.combination[name]) for name in names),
@@ -88,11 +87,11 @@ def diverged(standings: Sequence[Standing]) -> str | None:
 
 @dataclass(frozen=True)
 class Conclusion:
-    """The conclusion about the lowest, at the last rung with several combinations."""
+    """The conclusion about the best, at the last rung with several combinations."""
 
     text: str
     pairs: Table | None = None
-    """comparison of the lowest with every other; None without pairs"""
+    """comparison of the best with every other; None without pairs"""
 
 
 def conclusion(sweep: SweepFolder) -> Conclusion:
@@ -101,37 +100,50 @@ def conclusion(sweep: SweepFolder) -> Conclusion:
     for number in range(len(plan.rungs), 0, -1):
         standings = sweep.standings(number)
         if len(standings) > 1:
-            ranked = standings_ranking(standings, plan.smallest_difference)
+            least = plan.judge.smallest_difference if plan.smallest_difference is None else plan.smallest_difference
+            ranked = standings_ranking(standings, lower_is_better=plan.sign > 0, smallest=least)
             when = f"At {standings[0].until} steps: " if plan.halving is not None else ""
-            what = f"the last {Metric.named(plan.metric).title}" + (f" at {standings[0].until} steps" if when else "")
+            what = f"the last {plan.judge.title}" + (f" at {standings[0].until} steps" if when else "")
             pairs = pairs_table(ranked, what, of=ranked.order[0]) if ranked.comparisons else None
             return Conclusion(f"{when}{ranked}", pairs)
     return Conclusion("There is nothing to compare.")
 
 
+def best_seed(plan: SweepPlan, standing: Standing) -> int:
+    """The seed with the best result."""
+    return min((plan.sign * value, seed) for value, seed in zip(standing.values, plan.seeds, strict=True))[1]
+
+
 def train_command(plan: SweepPlan, standing: Standing) -> str:
     """The command that trains the best trial of a combination from scratch."""
-    config = plan.config(standing.combination, standing.best_seed(plan.seeds))
+    config = plan.config(standing.combination, best_seed(plan, standing))
     return shlex.join(["python", "train.py", plan.preset, *flags(PRESETS[plan.preset], config)])
 
 
 def trials_table(sweep: SweepFolder) -> Table:
     """A row for each trial and rung."""
     names = [setting.name for setting in sweep.plan.settings]
-    columns = [*names, "seed", "steps", *minimised_metrics(), *BEST, "finite", "run", "seconds"]
+    results = sweep.results()
+    metrics = [name for name in Metric.registry if any(name in result.measured for result in results)]
+    columns = [*names, "seed", "steps", *metrics, *BEST, "finite", "run", "seconds"]
     rows = [
         [
             *(result.task[name] for name in names),
             result.task["seed"],
             result.measured["steps"],
-            *(result.measured.get(name) for name in (*minimised_metrics(), *BEST)),
+            *(result.measured.get(name) for name in (*metrics, *BEST)),
             result.measured["finite"],
             result.measured["run"],
             sweep.store.seconds[task_key(result.task)],
         ]
-        for result in sweep.results()
+        for result in results
     ]
     return Table("Trials", columns, rows)
+
+
+def extreme(plan: SweepPlan) -> str:
+    """What the best metric is."""
+    return "lowest" if plan.sign > 0 else "highest"
 
 
 def pictures(sweep: SweepFolder) -> list[Picture]:
@@ -145,7 +157,7 @@ def pictures(sweep: SweepFolder) -> list[Picture]:
 
 
 def _picture(plan: SweepPlan, name: str, standings: Sequence[Standing], steps: str) -> Picture:
-    caption = "Each point is a trial; those of the lowest mean are filled."
+    caption = f"Each point is a trial; those of the {extreme(plan)} mean are filled."
     if len(plan.varied) > 1:
         caption += " Trials with the same value differ in other settings."
     points = [(standing, value) for standing in standings for value in standing.values if math.isfinite(value)]
@@ -153,15 +165,15 @@ def _picture(plan: SweepPlan, name: str, standings: Sequence[Standing], steps: s
     y = [value for _, value in points]
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in x)
     return Picture(
-        f"{Metric.named(plan.metric).title.capitalize()}{steps} by {name}",
+        f"{plan.judge.title.capitalize()}{steps} by {name}",
         lambda: figures.points(
             x if numeric else [value_text(value) for value in x],  # type: ignore[arg-type]
             y,
             [standing is standings[0] for standing, _ in points],
             x_label=name,
-            y_label=Metric.named(plan.metric).title,
+            y_label=plan.judge.title,
             title=f"{plan.preset}{steps}",
-            mark="lowest mean",
+            mark=f"{extreme(plan)} mean",
             log_x=numeric and _is_wide(x),  # type: ignore[arg-type]
             log_y=_is_wide(y),
         ),
@@ -201,8 +213,8 @@ def _linked(table: Table) -> Table:
 
 
 def _plan(page: Page, plan: SweepPlan) -> None:
-    minimised = f"Minimised: the final {Metric.named(plan.metric).title} of a trial, as in `compare`."
-    page.paragraph(f"{method(plan)} {minimised}")
+    sought = "Minimised" if plan.sign > 0 else "Maximised"
+    page.paragraph(f"{method(plan)} {sought}: the final {plan.judge.title} of a trial, as in `compare`.")
     page.table(["setting", "values"], [(setting.name, str(setting)) for setting in plan.settings])
 
 
@@ -221,7 +233,7 @@ def method(plan: SweepPlan) -> str:
 def _standings(page: Page, sweep: SweepFolder, said: Conclusion) -> None:
     add_table(page, standings_table(sweep))
     best = sweep.standings(len(sweep.plan.rungs))[0]
-    page.paragraph(f"Lowest: {label(best.combination)}, {outcome_text(best)}. {said.text}")
+    page.paragraph(f"{extreme(sweep.plan).capitalize()}: {label(best.combination)}, {outcome_text(best)}. {said.text}")
     if (sentence := diverged(sweep.all_standings())) is not None:
         page.paragraph(sentence)
     if math.isfinite(best.mean):

@@ -28,9 +28,9 @@ from minitransformer.training.run_machine import SETTINGS, machine_again, machin
 from minitransformer.training.signals import StopRequest
 
 
-def minimised_metrics() -> list[str]:
-    """The validation metrics that can be minimised."""
-    return [name for name, metric in Metric.registry.items() if metric.in_words and metric.lower_is_better]
+def recorded_metrics() -> list[str]:
+    """The metrics of a validation that have a direction, which the results of every trial have."""
+    return [name for name, metric in Metric.registry.items() if metric.in_words and metric.lower_is_better is not None]
 
 
 def shared_machine(configs: Sequence[RunConfig], kept: Resolved | None, swept: Collection[str]) -> Resolved:
@@ -68,8 +68,10 @@ def prepared_for(config: RunConfig) -> PreparedData:
     return _prepared(replace(config, training=TrainingConfig(objective=config.training.objective)))
 
 
-def train_trial(path: Path, config: RunConfig, until: int, machine: Machine | None = None) -> Measurement:
-    """Train the run at `path` from its latest checkpoint up to step `until`, and return its results.
+def train_trial(
+    path: Path, config: RunConfig, until: int, machine: Machine | None = None, *, metrics: Sequence[str] = ()
+) -> Measurement:
+    """Train the run at `path` from its latest checkpoint up to step `until`, and return its results, with `metrics`.
 
     `machine` defaults to the one chosen for `config`. A folder that cannot be resumed, as after a
     kill before its first checkpoint, is recreated: the state after a step does not depend on
@@ -79,7 +81,7 @@ def train_trial(path: Path, config: RunConfig, until: int, machine: Machine | No
     config = replace(config, model=with_vocabulary(config.model, prepared))
     with files.writing(path, REMEDY), only_writer(path):
         finite = _advance(path, config, prepared, until, machine or machine_for(config))
-    return {**_outcome(path, until, finite), "text": prepared.folder.name}
+    return {**_outcome(path, until, finite, metrics), "text": prepared.folder.name}
 
 
 def _advance(path: Path, config: RunConfig, prepared: PreparedData, until: int, machine: Machine) -> bool:
@@ -116,7 +118,7 @@ def _found(path: Path, config: RunConfig, machine: Resolved) -> tuple[Run, Path]
     return (run if run.machine else run.reconfigured(config, machine)), checkpoint  # old runs have no machine
 
 
-def _outcome(path: Path, until: int, finite: bool) -> Measurement:
+def _outcome(path: Path, until: int, finite: bool, metrics: Sequence[str] = ()) -> Measurement:
     """The results of the run at `path` up to step `until`: its last and best validation, and whether it diverged."""
     records = records_until(path / "metrics.jsonl", until)
     losses = [record["loss"] for record in records if "loss" in record]
@@ -126,7 +128,7 @@ def _outcome(path: Path, until: int, finite: bool) -> Measurement:
     usable = [record for record in known if math.isfinite(record["validation_loss"])]
     best: dict[str, Any] = min(usable, key=lambda record: record["validation_loss"], default={})
     return {
-        **{metric: last_value(records, metric) for metric in minimised_metrics()},
+        **{metric: last_value(records, metric) for metric in (*recorded_metrics(), *metrics)},
         "best_validation_loss": best.get("validation_loss"),
         "best_step": best.get("step"),
         "steps": max((record["step"] for record in records), default=0),

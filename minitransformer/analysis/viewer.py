@@ -6,7 +6,6 @@ import base64
 import json
 import math
 from collections.abc import Mapping
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from minitransformer.analysis.look_record import AttentionMaps, Look, Prediction, Text
-from minitransformer.reporting.pages import STYLE
+from minitransformer.reporting.pages import templates
 from minitransformer.text.tokenizers import Tokenizer
 
 LEVELS = 255
@@ -25,10 +24,7 @@ def page_of(look: Look, title: str, facts: Mapping[str, str]) -> str:
     """The HTML of `look`, under a title and a few facts about the model."""
     # "<" could end the script element, so it is escaped.
     data = json.dumps({"title": title, "facts": facts, **look_data(look)}, allow_nan=False).replace("<", "\\u003c")
-    template = files(__package__).joinpath("viewer.html").read_text(encoding="utf-8")
-    before, between, after = template.replace("{{style}}", STYLE).partition("{{data}}")
-    assert between
-    return before + data + after
+    return templates().get_template("analysis/viewer.html").render(data=data)
 
 
 def look_data(look: Look) -> dict[str, Any]:

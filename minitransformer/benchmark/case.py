@@ -9,7 +9,11 @@ from typing import ClassVar
 
 from minitransformer.benchmark.peers import NanoGPT
 from minitransformer.benchmark.shape import Shape
+from minitransformer.evaluation.metrics import Metric
 from minitransformer.registry import Registered
+
+JUDGE = Metric.named("validation_loss")
+"""what training is compared by"""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class BenchSetting:
     tokens: int = 500
     """number of tokens to generate, capped by the context length"""
     target_loss: float = 2.6
-    """validation loss in nats per character"""
+    """`JUDGE` that time-to-loss trains to; a target is a character"""
     seconds: float = 0.3
     """minimum duration of a sample; shorter work is repeated"""
     seed: int = 0
@@ -84,27 +88,11 @@ class Case:
     """whether the first samples of a process differ from later ones"""
 
     @classmethod
-    def of(
-        cls,
-        title: str,
-        unit: str,
-        entries: Iterable[Contestant | Absent],
-        *,
-        lower_is_better: bool = False,
-        fresh: bool = False,
-        warmup: bool = True,
-    ) -> Case:
-        """The case of `entries`, available or absent."""
+    def of(cls, title: str, unit: str, entries: Iterable[Contestant | Absent], **about: bool) -> Case:
+        """The case of `entries`, available or absent; `about` are the other fields."""
         entries = list(entries)
-        return cls(
-            title,
-            unit,
-            tuple(entry for entry in entries if isinstance(entry, Contestant)),
-            tuple(entry for entry in entries if isinstance(entry, Absent)),
-            lower_is_better,
-            fresh,
-            warmup,
-        )
+        present = tuple(entry for entry in entries if isinstance(entry, Contestant))
+        return cls(title, unit, present, tuple(entry for entry in entries if isinstance(entry, Absent)), **about)
 
 
 class Subject(Registered, kind="subject"):

@@ -6,6 +6,7 @@ All sample from the full distribution at temperature 1, so that the work per tok
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,35 +63,26 @@ def transformers_decode(setting: BenchSetting, precision: str, tokens: int, batc
 def ours_prefill(setting: BenchSetting, precision: str, tokens: int, batch: int) -> Once:
     """A prompt into a new cache."""
     model = _ours(setting, precision)
-    prompt = _prompt(setting, tokens, batch)
-
-    @torch.inference_mode()
-    def once() -> Tensor:
-        return CachedReader(model, tokens)(prompt)
-
-    return once
+    return _reading(lambda prompt: CachedReader(model, tokens)(prompt), setting, tokens, batch)
 
 
 def nanogpt_prefill(setting: BenchSetting, precision: str, tokens: int, batch: int) -> Once:
     """A forward pass, which computes the last logits only; there is no cache to fill."""
-    model = _nanogpt(setting, precision)
-    prompt = _prompt(setting, tokens, batch)
-
-    @torch.inference_mode()
-    def once() -> Tensor:
-        return model(prompt)[0]
-
-    return once
+    return _reading(_nanogpt(setting, precision), setting, tokens, batch)
 
 
 def transformers_prefill(setting: BenchSetting, precision: str, tokens: int, batch: int) -> Once:
     """A forward pass that fills its cache and computes the last logits only."""
-    model = _transformers(setting, precision)
+    read = partial(_transformers(setting, precision), use_cache=True, logits_to_keep=1)
+    return _reading(read, setting, tokens, batch)
+
+
+def _reading(read: Callable[[Tensor], object], setting: BenchSetting, tokens: int, batch: int) -> Once:
     prompt = _prompt(setting, tokens, batch)
 
     @torch.inference_mode()
-    def once() -> Tensor:
-        return model(prompt, use_cache=True, logits_to_keep=1).logits
+    def once() -> object:
+        return read(prompt)
 
     return once
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitransformer.benchmark.case import BenchSetting
+from minitransformer.benchmark.case import JUDGE, BenchSetting
 from minitransformer.benchmark.ours import config_of, synchronise
 from minitransformer.benchmark.stepping import NANOGPT_STEPS, TrainingStep, nanogpt_steps
 from minitransformer.errors import UserError
@@ -19,6 +19,7 @@ from minitransformer.models.config import MODERN, ModelConfig
 from minitransformer.text.batches import SequentialWindows
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.datasets.text import PreparedText, TextPreparation
+from minitransformer.text.tokenizers import Characters
 from minitransformer.training.config import DataConfig, RunConfig
 from minitransformer.training.learner import build_learner
 from minitransformer.training.machine import choose_machine
@@ -37,7 +38,7 @@ def seconds_to_loss(setting: BenchSetting, recipe: str) -> float:
     """Seconds of training to the target validation loss; raises `UserError` if it is not reached."""
     setting = replace(setting, seed=setting.seed + next(SEEDS))
     corpus, length = open_corpus(setting.data), setting.shape.context_length
-    prepared = TextPreparation(corpus, "chars", context_length=length, progress=False).run()
+    prepared = TextPreparation(corpus, Characters.choose(), context_length=length, progress=False).run()
     setting = replace(setting, shape=replace(setting.shape, vocab_size=prepared.tokenizer.vocab_size))
     return _nanogpt(setting, prepared) if recipe == "nanogpt" else _ours(setting, recipe, prepared)
 
@@ -98,7 +99,7 @@ def _until_reached(
             if loss <= setting.target_loss:
                 return clock.seconds
             look = int(look * GROWTH) + 1
-    raise UserError(f"{steps} steps did not reach a loss of {setting.target_loss:g}: raise --target-loss")
+    raise UserError(f"{steps} steps did not reach a {JUDGE.label} of {setting.target_loss:g}: raise --target-loss")
 
 
 @torch.no_grad()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from minitransformer.benchmark.case import Cost, Work
-from minitransformer.benchmark.workers import ContestantFailed, Worker
+from minitransformer.benchmark.workers import ContestantFailed, measured_alone
 from minitransformer.errors import UserError
 
 DEVICES = ("cpu", "cuda", "mps")
@@ -38,18 +37,8 @@ class Limits:
 
 def measure_limits(device: str) -> Limits:
     """Both limits, each measured in a separate process; raises `ContestantFailed`."""
-    return Limits(
-        {name: _measured(partial(_multiplying, device, name)) for name in DTYPES}, _measured(partial(_reading, device))
-    )
-
-
-def _measured(prepare: Callable[[], Work]) -> float:
-    worker = Worker(prepare)
-    try:
-        worker.cost()
-        return max(worker.sample() for _ in range(REPEATS))
-    finally:
-        worker.close()
+    flops = {name: measured_alone(partial(_multiplying, device, name), REPEATS) for name in DTYPES}
+    return Limits(flops, measured_alone(partial(_reading, device), REPEATS))
 
 
 def _multiplying(device: str, precision: str) -> Work:
@@ -78,14 +67,10 @@ def chosen_device(name: str) -> str:
     contestant; raises `UserError` if it is unavailable."""
     if name == "cpu":
         return name
-    worker = Worker(partial(_choosing, name))
     try:
-        worker.cost()
-        kind = DEVICES[int(worker.sample())]
+        kind = DEVICES[int(measured_alone(partial(_choosing, name)))]
     except ContestantFailed as failure:
         raise UserError(str(failure)) from None
-    finally:
-        worker.close()
     return kind if name == "auto" else name
 
 

@@ -1,4 +1,4 @@
-"""The results as 80-column tables, as JSON, and as a plot."""
+"""Comparisons and growth as 80-column tables, as JSON, and as plots."""
 
 from __future__ import annotations
 
@@ -15,37 +15,33 @@ from typing import TYPE_CHECKING, Any
 from minitransformer.benchmark.case import BenchSetting
 from minitransformer.benchmark.limits import Limits
 from minitransformer.benchmark.rounds import AGAIN, CaseResult, RoundsPlan
+from minitransformer.benchmark.scaling import Growth
 from minitransformer.benchmark.statistics import Ratio, interval_text, least_rounds
 from minitransformer.processes import processors
+from minitransformer.reporting.plain import titled_table
+from minitransformer.reporting.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 80
-NAME, SPREAD, RATIO = 26, 23, 22
 FORMAT = 2
 
 
 def case_table(result: CaseResult, limits: Limits | None) -> Iterator[str]:
     """The lines of a case: contestants, verdict, and absent contestants."""
-    yield ""
-    heading = f"{result.case.title}, {result.case.unit}"
-    if len(heading) < NAME:
-        heading = f"{heading:{NAME}}median [quartiles]"
-    yield f"{heading:{NAME + SPREAD}}{'times as good':{RATIO}} of limit"
-    yield "-" * WIDTH
+    rows = []
     for name in result.samples:
-        yield _row(result, name, limits).rstrip()
+        spread, share = result.spread(name), _share(result, name, limits)
+        values = f"{number(spread.median)} [{number(spread.low)}–{number(spread.high)}]"
+        ratio = "base" if name == result.base else interval_text(result.ratio(name))
+        rows.append([name, values, ratio, None if share is None else f"{share:.0%}"])
+    columns = ["contestant", "median [quartiles]", "times as good", "of limit"]
+    title = f"{result.case.title}, {result.case.unit}"
+    yield ""
+    yield from (titled_table(Table(title, columns, rows), WIDTH) or title).splitlines()
     for line in _remarks(result, limits):
         yield from textwrap.wrap(line, WIDTH, subsequent_indent="  ")
-
-
-def _row(result: CaseResult, name: str, limits: Limits | None) -> str:
-    spread = result.spread(name)
-    values = f"{number(spread.median)} [{number(spread.low)}–{number(spread.high)}]"
-    ratio = "base" if name == result.base else interval_text(result.ratio(name))
-    share = _share(result, name, limits)
-    return f"{name:{NAME}}{values:{SPREAD}}{ratio:{RATIO}}  {'' if share is None else f'{share:.0%}':>7}"
 
 
 def _share(result: CaseResult, name: str, limits: Limits | None) -> float | None:
@@ -203,3 +199,63 @@ def number(value: float) -> str:
 def _three_digits(value: float) -> str:
     decimals = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:.{min(decimals, 4)}f}"
+
+
+def growth_table(growths: Sequence[Growth]) -> Iterator[str]:
+    """The lines of a table for each axis: its quantities, their ends, and the exponent between them."""
+    columns = ["quantity", "from – to", "grows from – to", "exponent", "at last"]
+    for growth in growths:
+        rows = []
+        for name, points in growth.points.items():
+            if points:
+                (first, low), (last, high) = points[0], points[-1]
+                values = f"{number(low)} – {number(high)} {growth.units[name]}"
+                exponents = [found and str(found) for found in (growth.exponent(name), growth.last_exponent(name))]
+                rows.append([name, f"{number(first)} – {number(last)}", values, *exponents])
+        title = f"{growth.axis.name}, {growth.axis.size_unit}"
+        yield from (titled_table(Table(title, columns, rows), WIDTH) or title).splitlines()
+        yield from textwrap.wrap(f"ends: {growth.stopped}", WIDTH, subsequent_indent="  ")
+        yield ""
+    yield "exponent p of value ∝ size^p: 1 is linear, 2 quadratic, 0 flat; ± standard error"
+    yield "at last: between the two largest sizes, where constant terms matter least"
+
+
+def growth_as_json(growths: Sequence[Growth]) -> dict[str, Any]:
+    """All measurements."""
+    return {"machine": machine(), "axes": {growth.axis.name: _as_json(growth) for growth in growths}}
+
+
+def _as_json(growth: Growth) -> dict[str, Any]:
+    quantities = {}
+    for name, points in growth.points.items():
+        exponent, last = growth.exponent(name), growth.last_exponent(name)
+        known = exponent is not None and not math.isnan(exponent.error)
+        quantities[name] = {
+            "unit": growth.units[name],
+            "sizes": [size for size, _ in points],
+            "values": [value for _, value in points],
+            "exponent": None if exponent is None else exponent.value,
+            "standard_error": exponent.error if exponent is not None and known else None,
+            "last_exponent": None if last is None else last.value,
+        }
+    return {"size_unit": growth.axis.size_unit, "stopped": growth.stopped, "quantities": quantities}
+
+
+def growth_picture(growths: Sequence[Growth]) -> Figure:
+    """Every quantity relative to its first value, over sizes relative to the first; `UserError` without matplotlib."""
+    from minitransformer.reporting.figures import Curve, curves
+
+    drawn = []
+    for growth in growths:
+        for name, points in growth.points.items():
+            if len(points) > 1 and points[0][1] > 0:
+                x = [size / points[0][0] for size, _ in points]
+                drawn.append(Curve(f"{growth.axis.name}: {name}", x, [value / points[0][1] for _, value in points]))
+    return curves(
+        drawn,
+        x_label="size / smallest size",
+        y_label="value / value at the smallest size",
+        title="Growth of memory and time",
+        log_x=True,
+        log_y=True,
+    )

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Protocol
 
-from minitransformer.benchmark.budget import Budget
 from minitransformer.benchmark.case import Absent, Case, Contestant, Cost, Work
 from minitransformer.benchmark.statistics import Ratio, Spread, Verdict, compare_rounds, median_interval
 from minitransformer.benchmark.workers import NO_TIME, ContestantFailed, TimeUp, Worker
@@ -22,6 +21,29 @@ AGAIN = " (again)"
 """suffix of the base measured as its own contestant, which shows the noise"""
 LEAST_ROUNDS = 3
 """minimum rounds, for which a contestant may take twice its share of the time"""
+
+LEAST_SECONDS = 20.0
+"""minimum seconds of a part, while they last: less is not enough to import torch"""
+
+
+class Budget:
+    """`seconds` from now on for `parts` in sequence.
+
+    Each may take its share of the rest when it starts, and twice that for preparation and a minimum of rounds;
+    unused time is left to the others. If the shares are too short, the first parts take what they need, and the last
+    ones get nothing.
+    """
+
+    def __init__(self, seconds: float, parts: int) -> None:
+        self.end = monotonic() + seconds
+        self.parts = parts
+
+    def next_part(self) -> tuple[float, float]:
+        """The soft and the hard deadline of the part that starts now."""
+        now = monotonic()
+        share = (self.end - now) / self.parts
+        self.parts = max(1, self.parts - 1)
+        return min(self.end, now + max(share, LEAST_SECONDS)), min(self.end, now + max(2 * share, LEAST_SECONDS))
 
 
 class Measurer(Protocol):
@@ -96,9 +118,7 @@ class CaseResult:
         if not rivals:
             return None
         rounds = min(len(values) for values in rivals.values())
-        return compare_rounds(
-            {name: row[:rounds] for name, row in rivals.items()}, lower_is_better=False, floor=self.floor
-        )
+        return compare_rounds({name: row[:rounds] for name, row in rivals.items()}, self.floor)
 
 
 def measure(

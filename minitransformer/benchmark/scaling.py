@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from minitransformer.benchmark.case import BenchSetting, Work
 from minitransformer.benchmark.statistics import Exponent
-from minitransformer.benchmark.workers import ContestantFailed, Worker, peak_megabytes
+from minitransformer.benchmark.workers import ContestantFailed, measured_alone, peak_megabytes
 from minitransformer.registry import Registered
 
 LEAST_SECONDS = 0.05
@@ -71,25 +71,12 @@ class Growth:
         return Exponent.of([size for size, _ in points], [value for _, value in points])
 
 
-MeasureWork = Callable[[Callable[[], Work]], float]
-
-
-def measured_alone(prepare: Callable[[], Work]) -> float:
-    """One sample in a separate process; raises `ContestantFailed`."""
-    worker = Worker(prepare)
-    try:
-        worker.cost()
-        return worker.sample()
-    finally:
-        worker.close()
-
-
 def grow(
     axis: Axis,
     budget_seconds: float,
     *,
     report: Callable[[str], None] = lambda line: None,
-    measure: MeasureWork = measured_alone,
+    measure: Callable[[Callable[[], Work]], float] = measured_alone,
     clock: Callable[[], float] = time.monotonic,
 ) -> Growth:
     """Measure increasing sizes, until the next one would exceed `budget_seconds`.
@@ -244,6 +231,7 @@ def _prepared(setting: BenchSetting) -> tuple[float, float]:
     from minitransformer.benchmark.subjects.tokenizers import texts_of
     from minitransformer.text.corpora import open_corpus
     from minitransformer.text.datasets.text import TextPreparation
+    from minitransformer.text.tokenizers import Bytes
 
     with tempfile.TemporaryDirectory(prefix="minitransformer-bench-") as folder:
         path = Path(folder) / "text.txt"
@@ -253,7 +241,7 @@ def _prepared(setting: BenchSetting) -> tuple[float, float]:
                 file.write(first)
         start = time.perf_counter()
         cache = Path(folder) / "prepared"
-        TextPreparation(open_corpus(str(path)), "bytes", context_length=64, cache=cache, progress=False).run()
+        TextPreparation(open_corpus(str(path)), Bytes.choose(), context_length=64, cache=cache, progress=False).run()
         return time.perf_counter() - start, peak_megabytes()
 
 

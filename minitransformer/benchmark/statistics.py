@@ -52,12 +52,6 @@ def least_rounds(level: float = LEVEL) -> int:
     return max(2, math.ceil(1 - math.log2(1 - level)))
 
 
-def paired_ratio(values: ArrayLike, base: ArrayLike, *, lower_is_better: bool, level: float = LEVEL) -> Ratio:
-    """The paired ratio of `values` [rounds] to `base` [rounds]; above 1 is better."""
-    ours, theirs = np.asarray(values, dtype=float), np.asarray(base, dtype=float)
-    return median_interval(theirs / ours if lower_is_better else ours / theirs, level)
-
-
 def median_interval(values: ArrayLike, level: float = LEVEL) -> Ratio:
     """The median of positive `values`, between the order statistics that hold the true one with at least `level`."""
     ordered = np.sort(np.asarray(values, dtype=float))
@@ -104,28 +98,21 @@ class Verdict:
         return f"no winner: {self.best} and {', '.join(self.tied)} differ by less than the noise"
 
 
-def compare_rounds(
-    samples: Mapping[str, ArrayLike], *, lower_is_better: bool, floor: float = 1.0, level: float = LEVEL
-) -> Verdict:
-    """Whether the contestant with the best median in `samples` (name -> [rounds]) is the winner.
+def compare_rounds(ratios: Mapping[str, ArrayLike], floor: float = 1.0) -> Verdict:
+    """Whether the contestant with the best median of `ratios` (name -> [rounds], above 1 is better) is the winner.
 
     It is if the interval of its paired ratio to every other is above `floor`. The best was chosen on the same data, so
     intervals are Bonferroni-corrected. `floor` is the measured ratio of the base to itself.
     """
-    by_name = {name: np.asarray(values, dtype=float) for name, values in samples.items()}
-    sign = 1 if lower_is_better else -1
-    order = sorted(by_name, key=lambda name: sign * float(np.median(by_name[name])))
-    best, others = order[0], order[1:]
+    by_name = {name: np.asarray(values, dtype=float) for name, values in ratios.items()}
+    best, *others = sorted(by_name, key=lambda name: -float(np.median(by_name[name])))
     if not others:
         return Verdict(best, winner=False)
-    corrected = 1 - (1 - level) / len(others)
-    ratios = {
-        name: paired_ratio(by_name[best], by_name[name], lower_is_better=lower_is_better, level=corrected)
-        for name in others
-    }
-    tied = tuple(name for name in others if not ratios[name].exceeds(floor))
+    level = 1 - (1 - LEVEL) / len(others)
+    leads = {name: median_interval(by_name[best] / by_name[name], level) for name in others}
+    tied = tuple(name for name in others if not leads[name].exceeds(floor))
     rounds = len(by_name[best])
-    return Verdict(best, not tied, others[0], ratios[others[0]], tied, rounds, least_rounds(corrected))
+    return Verdict(best, not tied, others[0], leads[others[0]], tied, rounds, least_rounds(level))
 
 
 @dataclass(frozen=True)

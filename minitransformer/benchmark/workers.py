@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from multiprocessing import connection
 from typing import Any
 
@@ -61,6 +61,13 @@ class Worker:
         if kind == "failed":
             raise ContestantFailed(answer)
         return answer
+
+
+def measured_alone(prepare: Callable[[], Work], samples: int = 1) -> float:
+    """The largest of some samples in a separate process; raises `ContestantFailed`."""
+    with closing(Worker(prepare)) as worker:
+        worker.cost()
+        return max(worker.sample() for _ in range(samples))
 
 
 def _serve(remote: connection.Connection, prepare: Callable[[], Work]) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import stat
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from typing_extensions import Doc
 
 from minitransformer.errors import UserError
 from minitransformer.plugins import load_installed_plugins, load_plugin, take_plugins
@@ -21,13 +26,47 @@ if TYPE_CHECKING:
     from minitransformer.training.config import DataConfig
 
 Options = TypeVar("Options")
+P = ParamSpec("P")
 
 SEVERAL = ("--data", "--validation-data")
 """flags that take one value or several"""
 PLUGINS = "--plugin FILE.py (repeatable) adds the variants that a Python file defines to the choices."
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, UserError.exit_code, 130
+HELP = {"-h", "--help"}
+WIDTH = 80
+"""of `--help` and of tables, in characters"""
+LEAST_WIDTH, MOST_WIDTH = 40, 120
+"""of a table that fits a terminal"""
+SMALLEST = Doc(
+    "smallest difference in the metric's unit that names a winner; None is 0.002 for losses and bits per byte, and 0 "
+    "for other metrics"
+)
 
 
+def with_exit_code(command: Callable[P, int | None]) -> Callable[P, int]:
+    """`command` with an exit code; a user's mistake is one sentence on standard error instead of a traceback."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return command(*args, **kwargs) or DONE
+        except UserError as error:
+            if not error.reported:
+                print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:
+            # The reader of our output has closed the pipe; without this, Python reports an error when it flushes at
+            # exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
+
+    return run
+
+
+@with_exit_code
 def start(name: str, arguments: Sequence[str]) -> int:
     """Run the command called `name`; returns its exit code."""
     # Importing torch creates a million permanent objects. Each garbage collection over them takes a tenth of a second,
@@ -37,12 +76,6 @@ def start(name: str, arguments: Sequence[str]) -> int:
         with _delay_ctrl_c():
             arguments = with_plugins(arguments)
             command = import_module(f"minitransformer.commands.{name}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
     finally:
         gc.freeze()
         gc.enable()
@@ -71,29 +104,8 @@ def _delay_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def run_command(command: Callable[[], int | None]) -> int:
-    """The exit code of `command`; a user's mistake is one sentence on standard error instead of a traceback."""
-    try:
-        return command() or DONE
-    except UserError as error:
-        if not error.reported:
-            print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has closed the pipe; without this, Python reports an error when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-
-
 def parse(
-    options: type[Options],
-    arguments: Sequence[str],
-    *,
-    known: Iterable[str] = (),
-    **about: str,
+    options: type[Options], arguments: Sequence[str], *, prog: str, description: str = "", known: Iterable[str] = ()
 ) -> Options:
     """Parse `options` from flat flags; `known` are further settings that have flags.
 
@@ -101,13 +113,17 @@ def parse(
     """
     import tyro
 
-    about["description"] = f"{about.get('description', '')}\n\n{PLUGINS}"
+    if HELP & set(arguments):
+        # tyro joins the lines of a description and never breaks them, so it is printed before.
+        for line in f"{description}\n\n{PLUGINS}\n".split("\n"):
+            print(textwrap.fill(line, WIDTH))
     parsed, unknown = tyro.cli(
         options,
+        prog=prog,
+        description="",
         args=joined(arguments),
         config=(tyro.conf.OmitArgPrefixes,),
         return_unknown_args=True,
-        **about,  # type: ignore[call-overload]
     )
     if unknown:
         from minitransformer.commands.unknown_flags import check_known
@@ -152,6 +168,11 @@ def with_files(data: DataConfig) -> DataConfig:
         "validation_data": without_standard_input(data.validation_data, data.data),
     }
     return replace(data, **sources)
+
+
+def table_width() -> int:
+    """The characters of a line on the terminal, within limits."""
+    return min(max(shutil.get_terminal_size((WIDTH, 24)).columns, LEAST_WIDTH), MOST_WIDTH)
 
 
 def piped_text() -> str:

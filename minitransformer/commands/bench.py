@@ -14,18 +14,25 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
-from minitransformer.benchmark.budget import Budget
-from minitransformer.benchmark.case import BenchSetting, Case
+from minitransformer.benchmark.case import JUDGE, BenchSetting, Case
 from minitransformer.benchmark.limits import Limits, chosen_device, measure_limits
 from minitransformer.benchmark.peers import NanoGPT
-from minitransformer.benchmark.report import WIDTH, as_json, case_table, heading, picture
-from minitransformer.benchmark.rounds import CaseResult, RoundsPlan, measure
+from minitransformer.benchmark.report import (
+    WIDTH,
+    as_json,
+    case_table,
+    growth_as_json,
+    growth_picture,
+    growth_table,
+    heading,
+    picture,
+)
+from minitransformer.benchmark.rounds import Budget, CaseResult, RoundsPlan, measure
 from minitransformer.benchmark.scaling import Axis, Growth, grow
-from minitransformer.benchmark.scaling_report import growth_as_json, growth_picture, growth_table
 from minitransformer.benchmark.shape import SHAPES
 from minitransformer.benchmark.subjects import Subject
 from minitransformer.benchmark.workers import ContestantFailed
-from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command
+from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.files import whole_file, write_text, writing
 from minitransformer.registry import lookup
@@ -60,8 +67,9 @@ class Options:
     """megabytes of text for the tokenizer subjects"""
     tokens: int = BenchSetting.tokens
     """number of tokens to generate, capped by the context length"""
-    target_loss: float = BenchSetting.target_loss
-    """validation loss that time-to-loss trains to, in nats per character"""
+    target_loss: Annotated[float, Doc(f"{JUDGE.label} that time-to-loss trains to; a target is a character")] = (
+        BenchSetting.target_loss
+    )
     scaling: bool = False
     """measure instead how memory and time scale with context, vocabulary, batch and corpus size"""
     minutes: float = 20.0
@@ -77,14 +85,11 @@ class Options:
         return RoundsPlan(self.rounds, self.warmup, self.base, seed=self.seed)
 
 
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Measure; returns the exit code."""
-    return run_command(lambda: _bench(arguments))
-
-
-def _bench(arguments: Sequence[str]) -> int:
     about = "Measure speed and memory, relative to peers and to the limits of the machine.\n\nSubjects:\n"
-    about += "\n".join(f"  {name:20}{subject.about}" for name, subject in sorted(Subject.registry.items()))
+    about += "\n".join(f"  {name:19}{subject.about}" for name, subject in sorted(Subject.registry.items()))
     about += "\n\nAxes of --scaling: " + ", ".join(Axis.registry)
     options = parse(Options, arguments, prog="minitransformer bench", description=about)
     _check(options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,22 +10,14 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from typing_extensions import Doc
 
 from minitransformer import files
-from minitransformer.analysis.compare import X_LABELS, RunComparison, compare
-from minitransformer.analysis.comparison_page import comparison_page
+from minitransformer.analysis.compare import X_LABELS, RunComparison, compare, comparison_page
 from minitransformer.analysis.history import Abscissa
-from minitransformer.commands import DONE, parse, run_command
+from minitransformer.commands import DONE, SMALLEST, parse, table_width, with_exit_code
 from minitransformer.reporting import plain
 from minitransformer.reporting.report import csv_text
 from minitransformer.reporting.tables import Table
-
-LEAST_WIDTH, MOST_WIDTH = 40, 120
-SMALLEST = Doc(
-    "smallest difference between groups, in the metric's unit, that names a winner; None is 0.002 for losses and bits "
-    "per byte, and 0 for other metrics"
-)
 
 
 @dataclass(frozen=True)
@@ -46,19 +37,15 @@ class Options:
     """also write a CSV table with one row per run"""
 
 
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Compare; returns the exit code."""
-    return run_command(lambda: _compare(arguments))
-
-
-def _compare(arguments: Sequence[str]) -> int:
     about = "Compare runs: their settings, their training curves, and which differences are significant across seeds."
     options = parse(Options, arguments, prog="minitransformer compare", description=about)
     comparison = compare(
         options.runs, by=options.by, metric=options.metric, smallest_difference=options.smallest_difference
     )
-    columns = shutil.get_terminal_size((80, 24)).columns
-    print(_text(comparison, min(max(columns, LEAST_WIDTH), MOST_WIDTH)))
+    print(_text(comparison, table_width()))
     if options.html is not None:
         command = shlex.join(["python", "-m", "minitransformer", "compare", *arguments])
         _write(
@@ -72,17 +59,13 @@ def _compare(arguments: Sequence[str]) -> int:
 
 
 def _text(comparison: RunComparison, width: int) -> str:
-    parts = [_table(comparison.results(), width), _table(comparison.differences(), width)]
+    parts = [plain.titled_table(comparison.results(), width), plain.titled_table(comparison.differences(), width)]
     drawn, label = comparison.shown_curves()
     parts.append(plain.plot(drawn, x_label=X_LABELS[comparison.by], y_label=label, width=width))
     if (pairs := comparison.pairs()) is not None:
-        parts.append(_table(pairs, width))
+        parts.append(plain.titled_table(pairs, width))
     parts += [textwrap.fill(line, width) for line in (*comparison.remarks, comparison.verdict)]
     return "\n\n".join(part for part in parts if part)
-
-
-def _table(table: Table, width: int) -> str:
-    return f"{table.title}\n{plain.plain_table(table.columns, table.rows, width)}" if table.rows else ""
 
 
 def _with_plain_names(table: Table) -> Table:

@@ -13,7 +13,7 @@ import tyro
 from typing_extensions import Doc
 
 from minitransformer import pretrained
-from minitransformer.commands import DONE, FAILED, parse, run_command
+from minitransformer.commands import DONE, FAILED, HELP, parse, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
 from minitransformer.pretrained.families import Family, Obstacle, families_of, nearest_family
@@ -26,29 +26,26 @@ from minitransformer.settings import kinds
 # Relative error of the logits: rounding gives about 1e-5, a wrong epsilon or GELU at least 3e-4.
 TOLERANCE = 2e-4
 
+FAMILIES = Doc(f"model family; None is the first that can represent the model: {', '.join(Family.registry)}")
+
 
 @dataclass(frozen=True)
 class Options:
     """Which run to export, where, and in which format."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN-FOLDER")]
     """run folder"""
-    to: Path
+    to: Annotated[Path, tyro.conf.arg(metavar="NEW-FOLDER")]
     """output folder, which must not exist yet"""
-    format: Annotated[
-        str | None, Doc(f"model family; None is the first that can represent the model: {', '.join(Family.registry)}")
-    ] = None
-    checkpoint: str | None = None
+    format: Annotated[str | None, tyro.conf.arg(metavar="{None}|FAMILY"), FAMILIES] = None
+    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="{None}|CHECKPOINT")] = None
     """checkpoint of the run; None is the best, or else the latest"""
 
 
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Export; returns the exit code."""
-    return run_command(lambda: _export(arguments))
-
-
-def _export(arguments: Sequence[str]) -> int:
-    about = _description() if {"-h", "--help"} & set(arguments) else ""
+    about = _description() if HELP & set(arguments) else ""
     options = parse(Options, arguments, prog="minitransformer export", description=about)
     run = Run.open(options.run)
     family = _format(run.config.model, options.format)

@@ -11,7 +11,7 @@ import tyro
 
 from minitransformer import files, pretrained
 from minitransformer.amounts import amount
-from minitransformer.commands import DONE, parse, run_command
+from minitransformer.commands import DONE, parse, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.generation.published import published
 from minitransformer.pretrained.originals import keep_originals
@@ -31,12 +31,9 @@ class Options:
     """folder of the new run; None is runs/NAME"""
 
 
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Import; returns the exit code."""
-    return run_command(lambda: _import(arguments))
-
-
-def _import(arguments: Sequence[str]) -> int:
     about = "Turn a public checkpoint into a run, to sample from or to fine-tune."
     options = parse(Options, arguments, prog="minitransformer import", description=about)
     path = options.out or free_run_path(Path(options.checkpoint).name)

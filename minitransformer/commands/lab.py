@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import tyro
 
 from minitransformer import files
 from minitransformer.amounts import duration
-from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command
+from minitransformer.commands import DONE, FAILED, INTERRUPTED, WIDTH, parse, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.lab.experiment import Criterion, ExperimentSettings
 from minitransformer.lab.experiments import Experiment
@@ -30,7 +29,6 @@ from minitransformer.tasks.store import REMEDY
 from minitransformer.toolchain import check_importable
 
 LIST, ALL = "list", "all"
-WIDTH = 80
 OUTCOME, CLAIM, MEASURED = 13, 34, 29
 """column widths of the table of criteria, in characters, separated by two spaces"""
 
@@ -61,12 +59,9 @@ class Options:
         return Path("lab") / (f"{name}-quick" if self.quick else name)
 
 
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Run experiments, or list them; returns the exit code."""
-    return run_command(lambda: _lab(arguments))
-
-
-def _lab(arguments: Sequence[str]) -> int:
     about = "Experiments on norm placement. `lab list` shows the question and the duration of each."
     options = parse(Options, arguments, prog="minitransformer lab", description=about)
     if options.processes is not None and options.processes < 1:
@@ -150,7 +145,7 @@ def _run_all(options: Options) -> int:
     for kind in _in_order():
         if kind.name in left_out:
             continue
-        outcomes[kind.name] = code = run_command(partial(_guarded, kind, options))
+        outcomes[kind.name] = code = _guarded(kind, options)
         if code == INTERRUPTED:
             return INTERRUPTED
         print(flush=True)
@@ -186,6 +181,7 @@ def _why_not(experiment: Experiment) -> str | None:
     return None
 
 
+@with_exit_code
 def _guarded(kind: type[Experiment], options: Options) -> int:
     """`_run`, but an unexpected exception fails this experiment only."""
     try:

@@ -13,7 +13,7 @@ from minitransformer.amounts import size
 from minitransformer.analysis.look import look_at
 from minitransformer.analysis.look_record import Look, LookRequest
 from minitransformer.analysis.viewer import page_of
-from minitransformer.commands import DONE, parse, piped_text, run_command
+from minitransformer.commands import DONE, parse, piped_text, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.files import write_text
 from minitransformer.models.model import Model
@@ -44,12 +44,9 @@ class Options:
     """auto, cpu, cuda or mps"""
 
 
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Write the page; returns the exit code."""
-    return run_command(lambda: _look(arguments))
-
-
-def _look(arguments: Sequence[str]) -> int:
     about = "Write an HTML page with a model's attention, predictions and residual norms for a text."
     options = parse(Options, arguments, prog="minitransformer look", description=about)
     run = Run.open(options.run or latest_run())

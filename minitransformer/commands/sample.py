@@ -19,7 +19,7 @@ import torch
 import tyro
 from typing_extensions import Doc
 
-from minitransformer.commands import DONE, given_flags, piped_text, run_command, utf8_text
+from minitransformer.commands import DONE, given_flags, piped_text, utf8_text, with_exit_code
 from minitransformer.commands.sampling_flags import check_flags, sampling_groups
 from minitransformer.commands.settings_flags import parse_groups
 from minitransformer.errors import UserError
@@ -88,12 +88,9 @@ class Options:
         StoredWeights.named(self.weights)
 
 
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Sample; returns the exit code."""
-    return run_command(lambda: _sample(arguments))
-
-
-def _sample(arguments: Sequence[str]) -> int:
     options, settings = parse_groups(Options, arguments, sampling_groups(), SamplingConfig().flat, **ABOUT)
     _check_together(options, SamplingConfig(**settings))
     path = options.run or latest_run()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from typing_extensions import Doc
 
-from minitransformer.commands import given_flags, parse
+from minitransformer.commands import HELP, given_flags, parse
 from minitransformer.settings import Declared, declared, flat, is_part, with_settings
 
 Options = TypeVar("Options")
@@ -51,7 +51,7 @@ def parse_groups(
     Only given flags are added to the parser, except for `--help`, which lists the command's own under `title`, and
     shows the defaults `now`. Raises `UserError` for a flag that does not exist.
     """
-    wanted = None if {"-h", "--help"} & set(arguments) else given_flags(arguments)
+    wanted = None if HELP & set(arguments) else given_flags(arguments)
     settings = [each for group in groups for each in group.settings]
     known = [each.name for each in settings] + [f"no_{each.name}" for each in settings if each.kind is bool]
     # Without a help text, tyro looks for one in the source file of each class, which takes a tenth of a second.

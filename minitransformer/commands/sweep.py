@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -20,20 +19,21 @@ from minitransformer.analysis.search_space import Range, SweptSetting, Values, l
 from minitransformer.analysis.sweep import SweepFolder
 from minitransformer.analysis.sweep_plan import SweepPlan
 from minitransformer.analysis.sweep_report import (
+    best_seed,
     conclusion,
     diverged,
+    extreme,
     method,
     outcome_text,
     standings_table,
     train_command,
     write_sweep_report,
 )
-from minitransformer.analysis.trials import minimised_metrics
-from minitransformer.commands import DONE, FAILED, INTERRUPTED, parse, run_command, with_files
+from minitransformer.commands import DONE, FAILED, INTERRUPTED, SMALLEST, parse, table_width, with_exit_code, with_files
 from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError, suggestion
-from minitransformer.evaluation.metrics import SMALLEST_DIFFERENCE, Metric
+from minitransformer.evaluation.metrics import Metric
 from minitransformer.processes import processors
 from minitransformer.registry import lookup
 from minitransformer.reporting import plain
@@ -51,26 +51,26 @@ from minitransformer.training.machine import choose_device
 from minitransformer.training.presets import DEFAULT, PRESETS
 
 PROGRAM = "minitransformer sweep [PRESET]"
-LEAST_WIDTH, MOST_WIDTH = 40, 120
 MOST_ROWS = 40
 """rows of the table on the terminal; the report has more, and trials.csv has all"""
+JUDGES = [name for name, metric in Metric.registry.items() if metric.lower_is_better is not None]
 METRIC = Doc(
-    f"metric to minimise: {', '.join(minimised_metrics())}; None is validation_loss, or bits_per_byte "
+    f"metric of trials, whose best value is sought: {', '.join(JUDGES)}; None is validation_loss, or bits_per_byte "
     "if tokenizers differ"
 )
 ABOUT = """Search hyper-parameters of a preset. Each trial is a run, as train.py makes it.
 
-  --set lr=1e-3,3e-3 --set residual=pre,post   all combinations
-  --set lr=1e-4..1e-2 --random 20              20 draws; wide ranges are logarithmic
-  --seeds 0,1,2                                three seeds per combination
-  --halving 3                                  successive halving: keep the best third
+  --set lr=1e-3,3e-3 --set residual=pre,post  all combinations
+  --set lr=1e-4..1e-2 --random 20             20 draws, log-uniform if wide
+  --seeds 0,1,2                               three seeds per combination
+  --halving 3                                 successive halving: the best third
 
-Settings are named as the flags of train.py; flags given here apply to all trials.
-Repeating the command continues an interrupted sweep."""
+Settings are named as the flags of train.py; flags given here apply to all trials. Repeating the command continues an \
+interrupted sweep."""
 
 
 @dataclass(frozen=True)
-class Flags:
+class Options:
     """What to vary, and how trials are chosen; all other flags apply to every trial."""
 
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -84,33 +84,21 @@ class Flags:
     halving: int | None = None
     """successive halving: at each rung, the best 1/N of the trials continue for N times the steps; None is off"""
     metric: Annotated[str | None, METRIC] = None
-    smallest_difference: float = SMALLEST_DIFFERENCE
-    """smallest difference between combinations that names a winner, in nats or bits per byte"""
+    smallest_difference: Annotated[float | None, SMALLEST] = None
     out: Path | None = None
     """folder for trials and report; an interrupted sweep continues there; None is sweeps/PRESET-SETTINGS"""
     processes: int | None = None
     """number of parallel trials, of one thread each; None is one per CPU core, or one on a GPU"""
 
 
-@dataclass(frozen=True)
-class Options(Flags):
-    """The flags, and the configuration that all trials share."""
-
-    config: RunConfig = field(default_factory=RunConfig)
-
-
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Search; returns the exit code."""
-    return run_command(lambda: _sweep(arguments))
-
-
-def _sweep(arguments: Sequence[str]) -> int:
     has_preset = bool(arguments) and not arguments[0].startswith("-")
     preset = arguments[0] if has_preset else DEFAULT
     base = lookup("preset", preset, PRESETS)
-    flags, config = parse_with_settings(Flags, arguments[has_preset:], base, prog=PROGRAM, description=ABOUT)
-    options = Options(**vars(flags), config=replace(config, data=with_files(config.data)))
-    plan = _plan(preset, options)
+    options, config = parse_with_settings(Options, arguments[has_preset:], base, prog=PROGRAM, description=ABOUT)
+    plan = _plan(preset, options, replace(config, data=with_files(config.data)))
     processes = _check(options, plan)
     folder = options.out or Path("sweeps") / "-".join([preset, *(setting.name for setting in plan.settings)])
     SweepFolder(folder, plan)
@@ -131,8 +119,7 @@ def _sweep(arguments: Sequence[str]) -> int:
         return _report(sweep, failures, command)
 
 
-def _plan(preset: str, options: Options) -> SweepPlan:
-    base = options.config
+def _plan(preset: str, options: Options, base: RunConfig) -> SweepPlan:
     settings = tuple(_setting(text) for text in options.set)
     names = [setting.name for setting in settings]
     for name in names:
@@ -140,7 +127,7 @@ def _plan(preset: str, options: Options) -> SweepPlan:
             raise UserError(f"--set names {name} {names.count(name)} times: give all of its values at once")
     of_tokens = names_with(RunConfig, "changes_tokens")
     if options.metric is not None:
-        lookup("metric", options.metric, dict.fromkeys(minimised_metrics()))
+        lookup("metric", options.metric, dict.fromkeys(JUDGES))
     tokens_differ = any(s.name in of_tokens and not (isinstance(s, Values) and len(s.values) == 1) for s in settings)
     return SweepPlan(
         preset,
@@ -207,11 +194,11 @@ def _check(options: Options, plan: SweepPlan) -> int:
     check_importable("sweeps need", "lab", "matplotlib.figure", "scipy.stats")
     if options.processes is not None and options.processes < 1:
         raise UserError(f"--processes is {options.processes}: give 1 or more, or leave it out")
-    if options.config.training.tensorboard:
+    if plan.base.training.tensorboard:
         TensorBoard.check()
-    check_probe(options.config)
+    check_probe(plan.base)
     plan.check()
-    device = choose_device(options.config.training.device)
+    device = choose_device(plan.base.training.device)
     return options.processes or (processors() if device.type == "cpu" else 1)
 
 
@@ -229,11 +216,9 @@ def _print_plan(plan: SweepPlan, folder: Path, processes: int) -> None:
 
 
 def _wrapped(text: str, margin: int) -> str:
-    return textwrap.fill(text, _width(), subsequent_indent=" " * margin, break_long_words=False, break_on_hyphens=False)
-
-
-def _width() -> int:
-    return min(max(shutil.get_terminal_size((80, 24)).columns, LEAST_WIDTH), MOST_WIDTH)
+    return textwrap.fill(
+        text, table_width(), subsequent_indent=" " * margin, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _report(sweep: SweepFolder, failures: Sequence[Failure], command: str) -> int:
@@ -244,7 +229,7 @@ def _report(sweep: SweepFolder, failures: Sequence[Failure], command: str) -> in
     said = conclusion(sweep)
     report = write_sweep_report(sweep, said, failures, command)
     for table in filter(None, (standings_table(sweep), said.pairs)):
-        print(f"\n{plain.plain_table(table.columns, table.rows[:MOST_ROWS], _width())}\n")
+        print(f"\n{plain.plain_table(table.columns, table.rows[:MOST_ROWS], table_width())}\n")
         if len(table.rows) > MOST_ROWS:
             print(f"and {len(table.rows) - MOST_ROWS} more, in {report}\n")
     plan, best = sweep.plan, sweep.standings(len(sweep.plan.rungs))[0]
@@ -255,12 +240,11 @@ def _report(sweep: SweepFolder, failures: Sequence[Failure], command: str) -> in
     if failures:
         print(f"failed     {len(failures)} trials; the same command retries them")
     if not best.values or best.interval is None:
-        print("lowest     none: no combination has a finite metric for all of its seeds")
+        print(f"{extreme(plan):10} none: no combination has a finite metric for all of its seeds")
     else:
-        metric = Metric.named(plan.metric).title
-        print(_wrapped(f"lowest     {label(best.combination)}: {metric} {outcome_text(best)}", 11))
+        print(_wrapped(f"{extreme(plan):10} {label(best.combination)}: {plan.judge.title} {outcome_text(best)}", 11))
         print(_wrapped(f"ranking    {said.text}", 11))
         print(f"repeat     {train_command(plan, best)}")
-        print(f"run        {sweep.path(best.combination, best.best_seed(plan.seeds))}")
+        print(f"run        {sweep.path(best.combination, best_seed(plan, best))}")
     print(f"report     {report}")
     return FAILED if failures else DONE

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from typing_extensions import Doc
 
 from minitransformer.amounts import amount, duration
-from minitransformer.commands import DONE, given_flags, run_command, with_files
+from minitransformer.commands import DONE, HELP, given_flags, with_exit_code, with_files
 from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError
@@ -54,7 +54,7 @@ FINE_TUNING = Doc(
 
 
 @dataclass(frozen=True)
-class Flags:
+class Options:
     """The run folder, and what the run starts from."""
 
     out: Path | None = None
@@ -66,18 +66,12 @@ class Flags:
     init_from: Annotated[Path | None, FINE_TUNING] = None
 
 
-@dataclass(frozen=True)
-class Options(Flags):
-    """The command's own flags, and the configuration of the run."""
-
-    config: RunConfig = field(default_factory=RunConfig)
-
-
+@spoken_by_main()
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Train, or resume, in one process or in those that `torchrun` has started; returns the exit code."""
     resume = _option(arguments, "--resume")
-    with spoken_by_main():
-        return run_command(lambda: _begin(arguments) if resume is None else _resume(resume, arguments))
+    return _begin(arguments) if resume is None else _resume(resume, arguments)
 
 
 def _begin(arguments: Sequence[str]) -> int:
@@ -87,11 +81,10 @@ def _begin(arguments: Sequence[str]) -> int:
             raise UserError(f"--init-from {initial} determines the model: leave the preset {arguments[0]!r} out")
         return _fine_tune(initial, arguments)
     preset = arguments[0] if has_preset else DEFAULT
-    options = _parse(arguments[has_preset:], lookup("preset", preset, PRESETS))
+    options, config = _parse(arguments[has_preset:], lookup("preset", preset, PRESETS))
     print(f"preset     {preset}", flush=True)  # the next line has to wait for more of torch
     if options.checkpoint is not None:
         raise UserError(f"--checkpoint {options.checkpoint} needs a run: name it with --resume or --init-from")
-    config = options.config
     with joined_ranks(config.training.rank_timeout) as ranks:
         ranks.from_main(lambda: check_possible(config, options.out))
         return _train_new(options, preset, config, config.prepare(), ranks)
@@ -101,16 +94,16 @@ def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
     source = Run.open(initial)
     new_data = "data" in given_flags(arguments)
     usual = fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data)
-    options = _parse(arguments, usual)
+    options, config = _parse(arguments, usual)
     weights = source.checkpoint(options.checkpoint)
     size = f"{source.config.model.topology} of {amount(count_parameters(source.config.model))} parameters"
     print(f"from       {initial} ({size}, {weights.name})", flush=True)
-    check_fits_run(source, options.config)
-    with joined_ranks(options.config.training.rank_timeout) as ranks:
-        ranks.from_main(lambda: check_possible(options.config, options.out))
-        config, prepared = prepare_fine_tuning(options.config, usual, source.tokenizers)
+    check_fits_run(source, config)
+    with joined_ranks(config.training.rank_timeout) as ranks:
+        ranks.from_main(lambda: check_possible(config, options.out))
+        whole, prepared = prepare_fine_tuning(config, usual, source.tokenizers)
         start = Parent.of(initial, weights), source.load_model(weights.name)
-        return _train_new(options, source.path.resolve().name, config, prepared, ranks, start)
+        return _train_new(options, source.path.resolve().name, whole, prepared, ranks, start)
 
 
 def _train_new(
@@ -145,20 +138,19 @@ def _option(arguments: Sequence[str], flag: str) -> Path | None:
 
 def _resume(path: Path, arguments: Sequence[str]) -> int:
     run = Run.open(path)
-    options = _parse(arguments, run.config)
+    options, config = _parse(arguments, run.config)
     if options.init_from is not None:
         raise UserError("--resume continues a run, and --init-from starts one: give one of them")
     check_can_resume(run)
-    if options.config.training.tensorboard:
+    if config.training.tensorboard:
         TensorBoard.check()
-    with joined_ranks(options.config.training.rank_timeout) as ranks, only_writer_of(ranks, path):
-        return _continue(Run.open(path), options, ranks)  # reopened under the lock
+    with joined_ranks(config.training.rank_timeout) as ranks, only_writer_of(ranks, path):
+        return _continue(Run.open(path), config, options.checkpoint, ranks)  # reopened under the lock
 
 
-def _continue(run: Run, options: Options, ranks: Ranks) -> int:
-    config = options.config
+def _continue(run: Run, config: RunConfig, wanted: str | None, ranks: Ranks) -> int:
     changes = changed_settings(run.config, config, silent=() if run.machine is None else SETTINGS)
-    checkpoint = checkpoint_to_resume(run, config, options.checkpoint)
+    checkpoint = checkpoint_to_resume(run, config, wanted)
     anew = [name for name in SETTINGS if getattr(run.config.training, name) != getattr(config.training, name)]
     machine, others = ranks.from_main(lambda: machine_again(run.machine, config, anew))
     for change in (*changes, *others):
@@ -173,18 +165,18 @@ def _continue(run: Run, options: Options, ranks: Ranks) -> int:
     return _train(Run.open(run.path), prepared, machine, ranks, checkpoint=checkpoint)
 
 
-def _parse(arguments: Sequence[str], config: RunConfig) -> Options:
-    about = _describe_presets() if {"-h", "--help"} & set(arguments) else ""
-    flags, config = parse_with_settings(Flags, arguments, config, prog="train.py [PRESET]", description=about)
+def _parse(arguments: Sequence[str], base: RunConfig) -> tuple[Options, RunConfig]:
+    about = _describe_presets() if HELP & set(arguments) else ""
+    options, config = parse_with_settings(Options, arguments, base, prog="train.py [PRESET]", description=about)
     check_probe(config)
     config.check_trainable()
-    return Options(**vars(flags), config=replace(config, data=with_files(config.data)))
+    return options, replace(config, data=with_files(config.data))
 
 
 def _describe_presets() -> str:
     sizes = {name: count_parameters(with_usual_vocabulary(run)) / 1e6 for name, run in PRESETS.items()}
     lines = "\n".join(f"  {name:18}{size:7.2f}M" for name, size in sizes.items())
-    about = f"Presets (default: {DEFAULT}) and their parameter counts, with the tokenizer's usual vocabulary:"
+    about = f"Presets (default: {DEFAULT}), and their parameters with the tokenizer's usual vocabulary:"
     return f"Train a model, resume a run, or fine-tune one.\n\n{about}\n{lines}\n\n{EXPORTED}"
 
 

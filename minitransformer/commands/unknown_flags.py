@@ -9,76 +9,44 @@ from typing import Any, get_type_hints
 
 from minitransformer.errors import UserError
 
-# Names in other libraries that are not similar. Of several flags, the first that the command has is suggested.
 ELSEWHERE = {
-    "learning-rate": ("lr",),
-    "max-lr": ("lr",),
-    "head-learning-rate": ("head-lr",),
-    "embedding-learning-rate": ("embedding-lr",),
-    "max-steps": ("steps",),
-    "max-iters": ("steps",),
-    "iterations": ("steps",),
-    "iters": ("steps",),
-    "epochs": ("steps",),
-    "num-epochs": ("steps",),
-    "num-train-epochs": ("steps",),
-    "block-size": ("context-length",),
-    "max-seq-length": ("context-length", "max-new-tokens"),
-    "seq-len": ("context-length",),
-    "max-length": ("context-length", "max-new-tokens"),
-    "max-tokens": ("max-new-tokens",),
-    "n-embd": ("d-model",),
-    "hidden-size": ("d-model",),
-    "embed-dim": ("d-model",),
-    "intermediate-size": ("d-ff",),
-    "num-hidden-layers": ("num-layers",),
-    "depth": ("num-layers",),
-    "num-attention-heads": ("num-heads",),
-    "num-key-value-heads": ("num-kv-heads",),
-    "per-device-train-batch-size": ("batch-size",),
-    "micro-batch-size": ("batch-size",),
-    "gradient-accumulation-steps": ("grad-accumulation",),
-    "max-grad-norm": ("grad-clip",),
-    "clip": ("grad-clip",),
-    "wd": ("weight-decay",),
-    "lr-scheduler-type": ("schedule",),
-    "lr-scheduler": ("schedule",),
-    "dtype": ("precision",),
-    "bf16": ("precision",),
-    "fp16": ("precision",),
-    "fp32": ("precision",),
-    "amp": ("precision",),
-    "no-cuda": ("device",),
-    "cpu": ("device",),
-    "gpu": ("device",),
-    "dataset": ("data",),
-    "train-file": ("data",),
-    "input": ("data", "prompt"),
-    "text": ("data", "prompt"),
-    "output-dir": ("out",),
-    "out-dir": ("out",),
-    "output": ("out", "to"),
-    "eval-interval": ("eval-every",),
-    "eval-steps": ("eval-every",),
-    "save-interval": ("save-every",),
-    "save-steps": ("save-every",),
-    "log-interval": ("log-every",),
-    "logging-steps": ("log-every",),
-    "early-stopping-patience": ("patience",),
-    "resume-from-checkpoint": ("resume",),
-    "finetune": ("init-from",),
-    "finetune-from": ("init-from",),
-    "model-name-or-path": ("init-from",),
-    "num-return-sequences": ("num-samples",),
-    "temp": ("temperature",),
-    "beams": ("num-beams",),
+    "lr": ("learning-rate", "max-lr"),
+    "head-lr": ("head-learning-rate",),
+    "embedding-lr": ("embedding-learning-rate",),
+    "steps": ("max-steps", "max-iters", "iterations", "iters", "epochs", "num-epochs", "num-train-epochs"),
+    "context-length": ("block-size", "max-seq-length", "seq-len", "max-length"),
+    "max-new-tokens": ("max-seq-length", "max-length", "max-tokens"),
+    "d-model": ("n-embd", "hidden-size", "embed-dim"),
+    "d-ff": ("intermediate-size",),
+    "num-layers": ("num-hidden-layers", "depth"),
+    "num-heads": ("num-attention-heads",),
+    "num-kv-heads": ("num-key-value-heads",),
+    "batch-size": ("per-device-train-batch-size", "micro-batch-size"),
+    "grad-accumulation": ("gradient-accumulation-steps",),
+    "grad-clip": ("max-grad-norm", "clip"),
+    "weight-decay": ("wd",),
+    "schedule": ("lr-scheduler-type", "lr-scheduler"),
+    "precision": ("dtype", "bf16", "fp16", "fp32", "amp"),
+    "device": ("no-cuda", "cpu", "gpu"),
+    "data": ("dataset", "train-file", "input", "text"),
+    "prompt": ("input", "text"),
+    "out": ("output-dir", "out-dir", "output"),
+    "to": ("output",),
+    "eval-every": ("eval-interval", "eval-steps"),
+    "save-every": ("save-interval", "save-steps"),
+    "log-every": ("log-interval", "logging-steps"),
+    "patience": ("early-stopping-patience",),
+    "resume": ("resume-from-checkpoint",),
+    "init-from": ("finetune", "finetune-from", "model-name-or-path"),
+    "num-samples": ("num-return-sequences",),
+    "temperature": ("temp",),
+    "num-beams": ("beams",),
 }
+"""what other libraries call a flag, where that is not similar; the first that the command has is suggested"""
 
 
 def check_known(options: type[Any], settings: Iterable[str], unknown: Sequence[str]) -> None:
     """Raises `UserError` for the first flag among the `unknown` words, suggesting a known one."""
-    if not unknown:
-        return
     flag = next((word for word in unknown if word.startswith("--")), None)
     if flag is None:
         raise UserError(f"unexpected argument {unknown[0]!r}: give it after a flag, as --help shows")
@@ -90,7 +58,7 @@ def check_known(options: type[Any], settings: Iterable[str], unknown: Sequence[s
 
 def _nearest(flag: str, known: Sequence[str]) -> str | None:
     name = flag.removeprefix("--").replace("_", "-").lower()
-    found = next((other for other in ELSEWHERE.get(name, ()) if other in known), None)
+    found = next((ours for ours, theirs in ELSEWHERE.items() if name in theirs and ours in known), None)
     if found is None:
         found = next(iter(get_close_matches(name, known, n=1, cutoff=0.6)), None)
     if found is None:

@@ -17,8 +17,6 @@ class Defect:
     """A class with a defect, described in its docstring, that replaces its parent (None: no defect)."""
 
     placement: type[Residual] | None
-    needs_memory: bool = False
-    """whether the defect needs an encoder-decoder"""
 
     @property
     def title(self) -> str:
@@ -34,48 +32,9 @@ class Defect:
         return make_model(config, seed)
 
 
-DEFECTS = {
-    "none": Defect(None),
-    "inverted-beta": Defect(mistakes.InvertedBeta),
-    "fixed-alpha": Defect(mistakes.FixedAlpha),
-    "torchscale-beta": Defect(mistakes.TorchscaleBeta, needs_memory=True),
-    "scores-scaled-too": Defect(mistakes.ScoresScaledToo),
-    "alpha-of-the-other-stack": Defect(mistakes.AlphaOfTheOtherStack, needs_memory=True),
-    "no-final-norm": Defect(mistakes.NoFinalNorm),
-    "two-final-norms": Defect(mistakes.TwoFinalNorms),
-    "idle-layers": Defect(mistakes.IdleLayers),
-    "cross-attention-unnormalised": Defect(mistakes.CrossAttentionUnnormalised, needs_memory=True),
-    "final-norm-after-post": Defect(mistakes.FinalNormAfterPost),
-    "sandwich-swapped": Defect(mistakes.SandwichSwapped),
-    "peri-without-embedding-norm": Defect(mistakes.PeriWithoutEmbeddingNorm),
-    "olmo2-norm-of-the-sum": Defect(mistakes.OLMo2NormOfTheSum),
-    "final-norm-after-none": Defect(mistakes.FinalNormAfterNone),
-    "admin-scales-branch": Defect(mistakes.AdminScalesBranch),
-    "admin-from-variance": Defect(mistakes.AdminFromVariance),
-    "lns-without-root": Defect(mistakes.LayerNormScalingWithoutRoot),
-    "lns-goes-on": Defect(mistakes.LayerNormScalingGoesOn, needs_memory=True),
-    "keel-counts-layers": Defect(mistakes.KeelCountsLayers),
-    "keel-forgets-cross-attention": Defect(mistakes.KeelForgetsCrossAttention, needs_memory=True),
-    "mix-first-layer-only": Defect(mistakes.MixFirstLayerOnly),
-    "mix-by-the-other-stack": Defect(mistakes.MixByTheOtherStack, needs_memory=True),
-    "hybrid-without-qkv-norm": Defect(mistakes.HybridWithoutQKVNorm),
-    "hybrid-adds-input": Defect(mistakes.HybridAddsInput),
-    "hybrid-cross-attention": Defect(mistakes.HybridCrossAttention, needs_memory=True),
-    "hybrid-star-is-hybrid": Defect(mistakes.HybridStarIsHybrid),
-    "b2t-without-bottom": Defect(mistakes.B2TWithoutBottom),
-    "b2t-without-gains": Defect(mistakes.B2TWithoutGains),
-    "b2t-at-cross-attention": Defect(mistakes.B2TAtCrossAttention, needs_memory=True),
-    "residual-without-embedding": Defect(mistakes.ResiDualWithoutEmbedding),
-    "residual-norm-of-both": Defect(mistakes.ResiDualNormOfBoth),
-    "residual-eps-of-others": Defect(mistakes.ResiDualEpsOfOthers),
-    "residual-scaled-full-embedding": Defect(mistakes.ScaledResiDualFullEmbedding),
-    "siamese-without-two": Defect(mistakes.SiameseWithoutTwo),
-    "siamese-from-raw-stream": Defect(mistakes.SiameseFromRawStream),
-    "gpas-scales-gradient": Defect(mistakes.GPASScalesGradient),
-    "gpas-before-sum": Defect(mistakes.GPASBeforeSum),
-    "mhc-lite-takes-turns-by-layer": Defect(mistakes.MHCLiteTakesTurnsByLayer),
-    "mhc-lite-writes-once": Defect(mistakes.MHCLiteWritesOnce),
-    "attention-residuals-without-last-query": Defect(mistakes.AttentionResidualsWithoutLastQuery),
-    "value-residual-from-before": Defect(mistakes.ValueResidualFromBefore),
+DEFECTS = {"none": Defect(None)} | {
+    name: Defect(mistake)
+    for name, mistake in vars(mistakes).items()
+    if getattr(mistake, "__module__", "") == mistakes.__name__
 }
-"""at least one per placement of the package"""
+"""the classes in `mistakes` by name, at least one per placement of the package"""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,19 +101,11 @@ STATEMENTS: dict[str, Statement] = {}
 """statements by placement name"""
 
 
-def states(
-    name: str,
-    *,
-    gains: Callable[[Depth], tuple[float, float]] | None = None,
-    init: str = "xavier",
-    attention_norms: Mapping[str, str] | None = None,
-    published_norms: Mapping[str, str] | None = None,
-    starts: Mapping[str, StartingWeight] | None = None,
-) -> Callable[[Equation], Equation]:
-    """A decorator that registers a function as the equation of the placement `name`; arguments as in `Statement`."""
+def states(name: str, **about: Any) -> Callable[[Equation], Equation]:
+    """A decorator that registers a function as the equation of the placement `name`; `about` as in `Statement`."""
 
     def keep(equation: Equation) -> Equation:
-        STATEMENTS[name] = Statement(equation, gains, init, attention_norms or {}, published_norms or {}, starts or {})
+        STATEMENTS[name] = Statement(equation, **about)
         return equation
 
     return keep

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from minitransformer.architecture.residual import Residual
 from minitransformer.diagnostics import probe_for
-from minitransformer.lab.experiment import Experiment
-from minitransformer.lab.judging import curve
+from minitransformer.lab.experiment import Experiment, curve
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model
 from minitransformer.reporting.figures import Curve

@@ -82,7 +82,7 @@ class ModelConfig:
         None,
         changes_tokens=True,
         follows_data=True,
-        help="vocabulary size: a BPE is trained to it, other tokenizers must fit into it; None is 4096, or theirs",
+        help="vocabulary size, into which the tokenizer must fit; None is the tokenizer's",
     )
     target_vocab_size: int | None = size_setting(
         None,

@@ -118,7 +118,7 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
         return re.compile(f"{before}(?:{Tokenizer.mask_pattern.pattern}){after}")
 
     @classmethod
-    def fit(cls, texts: Texts, vocab_size: int | None = None) -> Self:
+    def fit(cls, settings: Any, texts: Texts, vocab_size: int | None = None) -> Self:
         raise UserError("a public tokenizer cannot be trained here: choose bpe, bytes or chars")
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:

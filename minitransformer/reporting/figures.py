@@ -78,26 +78,18 @@ def heatmap(
     columns: Sequence[str],
     title: str,
     value_label: str,
-    row_label: str = "",
-    column_label: str = "",
-    center: float | None = None,
     format_spec: str = ".3g",
 ) -> Figure:
     """A heatmap of `values` (rows × columns), with the number in each cell; raises `UserError` without matplotlib.
 
-    `center` is the centre of a diverging colour map. Non-finite cells are blank, with a dash.
+    Non-finite cells are blank, with a dash.
     """
     table = np.asarray(values, dtype=float)
     assert table.shape == (len(rows), len(columns)), "a label for each row and each column"
     longest = max(len(str(label)) for label in rows)
     figure = _figure(min(14.0, 2.0 + 0.09 * longest + 0.62 * len(columns)), min(14.0, 1.6 + 0.36 * len(rows)))
-    axes = _axes(figure, title=title, x_label=column_label, y_label=row_label)
-    limits: dict[str, Any] = {}
-    if center is not None:
-        reach = float(np.abs(table[np.isfinite(table)] - center).max(initial=0.0)) or 1.0
-        limits = {"vmin": center - reach, "vmax": center + reach}
-    shown = np.ma.masked_invalid(table)
-    image = axes.imshow(shown, aspect="auto", cmap="cividis" if center is None else "PuOr_r", **limits)
+    axes = _axes(figure, title=title, x_label="", y_label="")
+    image = axes.imshow(np.ma.masked_invalid(table), aspect="auto", cmap="cividis")
     axes.set_xticks(range(len(columns)), columns, **_slant(columns))
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)

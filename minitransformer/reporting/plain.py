@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minitransformer.reporting.figures import Curve
-from minitransformer.reporting.pages import cell_text, number_columns
+from minitransformer.reporting.tables import Table, cell_text, number_columns
 
 MARKS = "ox+*#@%&$~"
 GAP = 2
@@ -30,6 +30,11 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: in
         rule = "-" * (sum(widths[i] for i in chosen) + GAP * (len(chosen) - 1))
         blocks.append("\n".join([lines[0], rule, *lines[1:]]))
     return "\n\n".join(blocks)
+
+
+def titled_table(table: Table, width: int = 80) -> str:
+    """The table below its title; "" without rows."""
+    return f"{table.title}\n{plain_table(table.columns, table.rows, width)}" if table.rows else ""
 
 
 def plot(curves: Sequence[Curve], *, x_label: str, y_label: str, width: int = 80, height: int = 16) -> str:

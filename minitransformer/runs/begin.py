@@ -31,7 +31,7 @@ def check_fits_run(source: Run, config: RunConfig) -> None:
     """Raises `UserError` unless a run of `config` can start from the weights and the tokenizer of `source`."""
     check_fits(source.config.model, config.model)
     if config.data.tokenizer != source.config.data.tokenizer:
-        raise UserError(f"--init-from {source.path} determines the tokenizer: leave --tokenizer out")
+        raise UserError(f"--init-from {source.path} determines the tokenizer: leave --tokenizer and its settings out")
 
 
 def begin_run(

@@ -70,9 +70,10 @@ class Batches(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[Any]: ...
-
     def batch(self, index: int) -> Any: ...
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.batch, range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _epoch_starts(count: int, length: int, room: int, seed: int, epoch: int) -> 
 
 
 @dataclass(frozen=True)
-class SequentialWindows:
+class SequentialWindows(Batches):
     """All of `tokens` [tokens] once, in order, in adjacent windows: every token but the first is a target once.
 
     The last batch may have fewer rows, and its last row is padded with targets of IGNORE (inputs: the last token).
@@ -156,9 +157,6 @@ class SequentialWindows:
     def __len__(self) -> int:
         """Number of batches."""
         return max(0, -(-(len(self.tokens) - 1) // (self.context_length * self.batch_size)))
-
-    def __iter__(self) -> Iterator[Batch]:
-        return map(self.batch, range(len(self)))
 
     def batch(self, index: int) -> Batch:
         """Batch number `index`."""

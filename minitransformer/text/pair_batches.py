@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from minitransformer.text.batches import IGNORE, TrainingBatch
+from minitransformer.text.batches import IGNORE, Batches, TrainingBatch
 from minitransformer.text.token_files import Ragged, TokenPairs
 
 Integers = npt.NDArray[np.int64]
@@ -128,7 +127,7 @@ def _epoch(pairs: TokenPairs, batch_tokens: int, seed: int, epoch: int) -> tuple
 
 
 @dataclass(frozen=True)
-class SequentialPairs:
+class SequentialPairs(Batches):
     """All `pairs` once, longest first, in batches of at most `batch_tokens` as in ShuffledPairs."""
 
     pairs: TokenPairs
@@ -140,9 +139,6 @@ class SequentialPairs:
     def __len__(self) -> int:
         """How many batches."""
         return len(layout(self.pairs, self.batch_tokens).ends) - 1
-
-    def __iter__(self) -> Iterator[PairBatch]:
-        return map(self.batch, range(len(self)))
 
     def batch(self, index: int) -> PairBatch:
         """Batch number `index`, so that several processes can share the work."""

@@ -45,11 +45,6 @@ def load_recipe(name: str) -> Recipe:
     return cast(Recipe, module)
 
 
-def descriptions() -> dict[str, str]:
-    """A one-line description of each recipe."""
-    return {name: load_recipe(name).DESCRIPTION for name in known()}
-
-
 def made_at(name: str, recipe: Recipe) -> Path:
     """The file of this recipe's documents, named by a hash of what they depend on."""
     source = known()[name].read_bytes()

@@ -32,8 +32,8 @@ VALIDATION_TOKENS = (
 )
 
 
-FORMAT = 2
-"""version of `config.json`; format 1 had the settings of variants flat among the others"""
+FORMAT = 3
+"""version of `config.json`; format 1 had the settings of variants flat, format 2 the tokenizer as a name"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class DataConfig:
         changes_task=True,
         help="validation data, given as --data is; None holds out a part of the data",
     )
-    tokenizer: str = setting("bpe", choices=Tokenizer.registry, changes_tokens=True, help="tokenizer")
+    tokenizer: Choice[Tokenizer] = Choice(Tokenizer, "bpe", changes_tokens=True, help="tokenizer")
     validation_fraction: float = setting(
         0.1,
         changes_task=True,
@@ -303,10 +303,10 @@ def _other_dataset(objective: type[Objective], name: str) -> UserError:
 def as_of_today(record: dict[str, Any], origin: str) -> dict[str, dict[str, Any]]:
     """The parts of the configuration `record`, migrated to the current format; raises `UserError` for a newer one."""
     version = record.get("format", 1)
-    if version not in (1, FORMAT):
+    if version not in (1, 2, FORMAT):
         raise UserError(f"{origin} has format {shown(version)}, and this version reads up to {FORMAT}: update")
     values = {name: record[name] for name in ("model", "data", "training")}
-    return from_format_1(values) if version == 1 else values
+    return from_format_1(values) if version == 1 else from_format_2(values) if version == 2 else values
 
 
 def from_format_1(record: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -328,10 +328,17 @@ def from_format_1(record: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
     }
 
 
+def from_format_2(record: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Migrate a configuration in which the tokenizer was a name, and had no settings."""
+    tokenizer = {"tokenizer": {"name": record["data"]["tokenizer"]}} if "tokenizer" in record["data"] else {}
+    return {**record, "data": {**record["data"], **tokenizer}}
+
+
 def with_usual_vocabulary(config: RunConfig) -> ModelConfig:
     """The model of `config` with the usual vocabulary size of its tokenizer, before the data is known."""
     own = config.training.objective.variant.special_tokens
-    usual = Tokenizer.named(config.data.tokenizer).usual_vocab_size + len(own)
+    tokenizer = config.data.tokenizer
+    usual = tokenizer.variant.usual_vocab_size(tokenizer.settings) + len(own)
     return replace(config.model, vocab_size=config.model.vocab_size or usual)
 
 

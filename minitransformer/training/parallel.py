@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -81,9 +82,10 @@ class DDP(Parallel, name="ddp"):
 
         # An expert may get no token on a rank.
         may_idle = any(isinstance(module, MixtureOfExperts) for module in model.modules())
-        return DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=may_idle
-        )
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # `broadcast_buffers` changes its name
+            return DistributedDataParallel(
+                model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=may_idle
+            )
 
     def synchronised(self, model: nn.Module, now: bool) -> AbstractContextManager[Any]:
         return nullcontext() if now else model.no_sync()  # type: ignore[operator]

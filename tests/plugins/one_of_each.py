@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from minitransformer.evaluation.metrics import Metric, Totals
 from minitransformer.lab.experiment import Experiment, Findings
 from minitransformer.pretrained.gpt import GPT2Family
 from minitransformer.settings import setting
+from minitransformer.text.tokenizers import Bytes, Tokenizer
 from minitransformer.training.objectives.base import Score
 from minitransformer.training.objectives.causal import Causal
 from minitransformer.training.objectives.cross_entropy import summed_loss
@@ -98,6 +100,36 @@ class TokensPerTarget(Metric, name="tokens_per_target"):
     @staticmethod
     def value(totals: Totals) -> float:
         return totals.tokens / totals.targets
+
+
+class Shifted(Tokenizer, name="bytes-shifted"):
+    """The bytes of UTF-8, with ids that are `by` further on."""
+
+    @dataclass(frozen=True)
+    class Settings:
+        by: int = setting(1, at_least=0, at_most=255, help="how far the ids are shifted")
+
+    def __init__(self, by: int, special_tokens: dict[str, int] | None = None) -> None:
+        super().__init__([bytes([(i - by) % 256]) for i in range(256)], special_tokens)
+        self.by = by
+
+    @classmethod
+    def fit(cls, settings: Settings, texts: object, vocab_size: int | None = None) -> "Shifted":
+        return cls(settings.by).check_vocab_size(vocab_size)
+
+    @classmethod
+    def usual_vocab_size(cls, settings: Settings) -> int:
+        return 256 + 1
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return (Bytes().encode_array(text) + self.by) % 256
+
+    def to_json(self) -> dict:
+        return self._described(by=self.by)
+
+    @classmethod
+    def _from_json(cls, content: dict) -> "Shifted":
+        return cls(content["by"], content["special_tokens"])
 
 
 class Sixth(Experiment, name="mine"):

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from minitransformer.benchmark.case import Absent, BenchSetting, Case, Contestant, Subject, Work
+from minitransformer.benchmark.case import JUDGE, Absent, BenchSetting, Case, Contestant, Subject, Work
 
 RECIPES = ("classic", "modern")
 
 
 class TimeToLoss(Subject, name="time-to-loss"):
-    """Seconds of training to the target validation loss, in nats per character.
+    """Seconds of training to the target validation loss; a target is a character.
 
     Every sample is a new training with another seed; validation time is not counted. "classic" is nanoGPT's recipe in
     our code, "modern" is ours (Muon, rotary positions, QK-norm, squared ReLU, untied head) with the same sizes, both in
     the precision that `train.py` chooses.
     """
 
-    about = "seconds of training to a validation loss (--target-loss)"
+    about = f"seconds of training to a {JUDGE.title} (--target-loss)"
 
     def cases(self) -> Iterator[Case]:
-        title = f"training to a loss of {self.setting.target_loss:g}"
+        title = f"training to a {JUDGE.label} of {self.setting.target_loss:g}"
         yield Case.of(title, "s", _entries(self.setting), lower_is_better=True, warmup=False)
 
 

@@ -75,7 +75,7 @@ def texts_of(data: str, megabytes: float) -> Iterator[str]:
 def _train_ours(texts: list[str]) -> Callable[[], object]:
     from minitransformer.text.tokenizers import BPE
 
-    return lambda: BPE.fit(lambda: iter(texts), VOCABULARY)
+    return lambda: BPE.train(texts, VOCABULARY)
 
 
 def _train_theirs(texts: list[str]) -> Callable[[], object]:
@@ -106,7 +106,7 @@ def _encode_ours(texts: list[str], threads: int) -> Callable[[], object]:
     from minitransformer.text.threads import in_order
     from minitransformer.text.tokenizers import BPE
 
-    tokenizer = BPE.fit(lambda: islice(iter(texts), 200), VOCABULARY)
+    tokenizer = BPE.train(islice(texts, 200), VOCABULARY)
 
     def once() -> int:
         return sum(map(len, in_order(tokenizer.encode_array, texts, threads, len)))

@@ -17,7 +17,7 @@ MEMORY_STEPS = 2
 class Training(Subject, name="training"):
     """Training throughput of whole steps: batch, loss, gradient, update."""
 
-    about = "training throughput in tokens/s: batch, loss, gradient and update"
+    about = "training throughput of whole steps, in tokens/s"
 
     def cases(self) -> Iterator[Case]:
         yield Case.of("training step", "tokens/s", contestants(self.setting, _speed))

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
 
 import numpy as np
 import torch
 
 from minitransformer.diagnostics import probe
-from minitransformer.lab.experiment import Claim, Criterion, Findings, select
-from minitransformer.lab.judging import curve, expected, on_trial
+from minitransformer.lab.experiment import Claim, Criterion, Findings, curve, expected, select
 from minitransformer.lab.training import TrainingExperiment, per_seed
 from minitransformer.reporting.figures import curves
 from minitransformer.reporting.statistics import mean_interval
 from minitransformer.reporting.tables import Picture, Table
 from minitransformer.tasks.task import Measurement, Result, Task
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LOOKS = {
     "angular-distance": "angular distance of a layer's input and output",
@@ -103,12 +99,12 @@ class UseOfDepth(TrainingExperiment, name="E6"):
 
     def _on_trial(self, results: Sequence[Result]) -> list[Claim]:
         return [
-            on_trial(
+            Claim(
                 f"LNS revives deep layers: leaving out one of the last {DEEP} costs more than with Pre-LN",
                 per_seed(results, ["lns", "pre"], lambda lns, pre: _deep(lns, SKIPPED) - _deep(pre, SKIPPED)),
                 " nats",
             ),
-            on_trial(
+            Claim(
                 "ResiDual's diversity buys loss: its validation loss is below Pre-LN's",
                 per_seed(results, ["pre", "residual"], lambda pre, dual: pre[LOSS] - dual[LOSS]),
                 " nats",
@@ -149,10 +145,8 @@ def _by_layer(names: Sequence[str], results: Sequence[Result]) -> Table:
 
 
 def _picture(look: str, names: Sequence[str], results: Sequence[Result]) -> Picture:
-    def draw() -> Figure:
-        x = range(1, LAYERS + 1)
-        lines = [curve(name, x, [run.measured[look] for run in select(results, {"residual": name})]) for name in names]
-        title = f"{LOOKS[look]}, after training"
-        return curves(lines, x_label="layer", y_label=LOOKS[look], title=title, log_y=look == SIZE)
-
+    x = range(1, LAYERS + 1)
+    lines = [curve(name, x, [run.measured[look] for run in select(results, {"residual": name})]) for name in names]
+    title = f"{LOOKS[look]}, after training"
+    draw = partial(curves, lines, x_label="layer", y_label=LOOKS[look], title=title, log_y=look == SIZE)
     return Picture(f"{LOOKS[look]} by layer", draw, "Means over seeds, with their 95 % intervals.")

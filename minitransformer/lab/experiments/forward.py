@@ -12,8 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitransformer.lab.experiment import Criterion, Experiment, ExperimentSettings, Findings, seeds, select
-from minitransformer.lab.judging import between, curve, exponent, within
+from minitransformer.lab.experiment import (
+    Criterion,
+    Experiment,
+    ExperimentSettings,
+    Findings,
+    between,
+    curve,
+    exponent,
+    seeds,
+    select,
+    within,
+)
 from minitransformer.lab.subjects import MODES, MakeModel, Placement, make_model, random_tokens
 from minitransformer.reporting import figures
 from minitransformer.reporting.statistics import mean_interval

@@ -10,8 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitransformer.lab.experiment import Criterion, Experiment, ExperimentSettings, Findings, select
-from minitransformer.lab.judging import between, curve, exponent, geometric_mean
+from minitransformer.lab.experiment import (
+    Criterion,
+    Experiment,
+    ExperimentSettings,
+    Findings,
+    between,
+    curve,
+    exponent,
+    geometric_mean,
+    select,
+)
 from minitransformer.lab.subjects import (
     MODES,
     MakeModel,

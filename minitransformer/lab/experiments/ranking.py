@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
 
 from minitransformer.architecture.residual import HybridNorm
 from minitransformer.errors import UserError
 from minitransformer.evaluation.metrics import SMALLEST_DIFFERENCE
-from minitransformer.lab.experiment import Criterion, Findings, select
+from minitransformer.lab.experiment import Claim, Criterion, Findings, select
 from minitransformer.lab.experiments.trainability import PLACEMENTS
-from minitransformer.lab.judging import on_trial
 from minitransformer.lab.training import TrainingExperiment
 from minitransformer.reporting.figures import intervals
 from minitransformer.reporting.statistics import Ranking, mean_interval, paired_difference, ranking
 from minitransformer.reporting.tables import Picture, Table
 from minitransformer.tasks.task import Measurement, Result, Task
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """learning rates that may be tried"""
@@ -153,7 +149,7 @@ class PlacementRanking(TrainingExperiment, name="E9"):
             criteria=[
                 Criterion("one placement is better than every other", f"{outcome} {seeds}.", won, must_hold=False),
             ],
-            claims=[on_trial(claim, _gains(losses[worse], losses[better]), " nats") for better, worse, claim in claims],
+            claims=[Claim(claim, _gains(losses[worse], losses[better]), " nats") for better, worse, claim in claims],
             tables=[_places(outcome, losses, rates), _pairs(outcome)],
             pictures=[_picture(outcome, losses)],
             remarks=remarks,
@@ -201,12 +197,9 @@ def _pairs(outcome: Ranking) -> Table:
 def _picture(outcome: Ranking, losses: dict[str, list[float]]) -> Picture:
     reference = "pre" if "pre" in losses else outcome.order[0]
     title = f"Validation loss relative to {reference}, nats a character"
-
-    def draw() -> Figure:
-        others = [name for name in outcome.order if name != reference]
-        gaps = [mean_interval(_gains(losses[name], losses[reference])) for name in others]
-        low, high = [gap.low for gap in gaps], [gap.high for gap in gaps]
-        means = [gap.mean for gap in gaps]
-        return intervals(others, means, low, high, x_label="difference", title=title, reference=0.0)
-
+    others = [name for name in outcome.order if name != reference]
+    gaps = [mean_interval(_gains(losses[name], losses[reference])) for name in others]
+    ends = [gap.low for gap in gaps], [gap.high for gap in gaps]
+    means = [gap.mean for gap in gaps]
+    draw = partial(intervals, others, means, *ends, x_label="difference", title=title, reference=0.0)
     return Picture(title, draw, "Paired differences with 95 % intervals, each placement at its own best rate.")

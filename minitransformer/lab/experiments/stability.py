@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
 
 from minitransformer.diagnostics import probe
 from minitransformer.diagnostics.gradients import spikes
-from minitransformer.lab.experiment import Findings, select
-from minitransformer.lab.judging import on_trial
+from minitransformer.lab.experiment import Claim, Findings, select
 from minitransformer.lab.training import STUCK, TrainingExperiment, per_seed
 from minitransformer.reporting.figures import intervals
 from minitransformer.reporting.statistics import mean_interval
 from minitransformer.reporting.tables import Picture, Table
 from minitransformer.tasks.task import Measurement, Result, Task
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MARGIN, OUTLIER = "fp16-margin", "outlier-ratio"
 LAYERS, WARM_UP = 12, 100
@@ -64,7 +60,7 @@ class Stability(TrainingExperiment, name="E8"):
         return Findings(
             criteria=[],
             claims=[
-                on_trial(f"{claim}, lr {max(rates):g}", per_seed(highest, ["peri", "pre"], gain))
+                Claim(f"{claim}, lr {max(rates):g}", per_seed(highest, ["peri", "pre"], gain))
                 for claim, gain in claims.items()
             ],
             tables=[_table(names, rates, results)],
@@ -101,11 +97,8 @@ def _table(names: Sequence[str], rates: Sequence[float], results: Sequence[Resul
 def _picture(quantity: str, label: str, names: Sequence[str], results: Sequence[Result]) -> Picture:
     found = [name for name in names if select(results, {"residual": name})]
     means = [mean_interval(per_seed(results, [name], lambda run: run[quantity])) for name in found]
-
-    def draw() -> Figure:
-        low, high = [mean.low for mean in means], [mean.high for mean in means]
-        return intervals(found, [mean.mean for mean in means], low, high, x_label=label, title=label.capitalize())
-
+    values = ([getattr(mean, end) for mean in means] for end in ("mean", "low", "high"))
+    draw = partial(intervals, found, *values, x_label=label, title=label.capitalize())
     return Picture(
         label.capitalize(), draw, "At the highest learning rate; means over seeds, with their 95 % intervals."
     )

@@ -5,17 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
 
 from minitransformer.lab.experiment import Claim, Findings, select
-from minitransformer.lab.judging import on_trial
 from minitransformer.lab.training import STUCK, TrainingCurve, TrainingExperiment, final_loss
 from minitransformer.reporting.figures import heatmap
 from minitransformer.reporting.tables import Picture, Table
 from minitransformer.tasks.task import Measurement, Result, Task
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PLACEMENTS = (
     "post",
@@ -89,17 +85,15 @@ class Trainability(TrainingExperiment, name="E7"):
         largest = {(name, *place): _largest_rate(results, (name, *place)) for name in names for place in places}
         labels = [f"{layers} layers, {'warm-up' if warmup > 1 else 'none'}" for layers, warmup in places]
         rows = [[name, *(_rate(largest[name, *place]) for place in places)] for name in names]
-
-        def draw() -> Figure:
-            return heatmap(
-                [[math.log10(largest[name, *place] or math.nan) for place in places] for name in names],
-                rows=names,
-                columns=labels,
-                title="Largest learning rate at which all seeds learn (dash: none of those tried)",
-                value_label="log₁₀ of the learning rate",
-                format_spec=".1f",
-            )
-
+        draw = partial(
+            heatmap,
+            [[math.log10(largest[name, *place] or math.nan) for place in places] for name in names],
+            rows=names,
+            columns=labels,
+            title="Largest learning rate at which all seeds learn (dash: none of those tried)",
+            value_label="log₁₀ of the learning rate",
+            format_spec=".1f",
+        )
         return Findings(
             criteria=[],
             claims=_claims(results, max(depths)),
@@ -146,7 +140,7 @@ def _claims(results: Sequence[Result], layers: int) -> list[Claim]:
         for name, title in (("pre", "Pre-LN"), ("deepnorm", "DeepNorm"), ("residual", "ResiDual"), ("admin", "Admin"))
     ]
     claims += [(f"warm-up lets Post-LN learn at larger rates, {layers} layers", ("post", layers, 100))]
-    return [on_trial(claim, _decades(results, better, post), " decades") for claim, better in claims]
+    return [Claim(claim, _decades(results, better, post), " decades") for claim, better in claims]
 
 
 def _decades(results: Sequence[Result], better: Cell, worse: Cell) -> list[float]:

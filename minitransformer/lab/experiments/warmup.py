@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from minitransformer.lab.experiment import Criterion, Findings, select
-from minitransformer.lab.judging import expected
+from minitransformer.lab.experiment import Criterion, Findings, expected, select
 from minitransformer.lab.training import STUCK, TrainingExperiment, loss_curve
 from minitransformer.reporting.figures import Curve, curves
 from minitransformer.reporting.statistics import mean_interval

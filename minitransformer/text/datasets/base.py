@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from minitransformer.errors import UserError
 from minitransformer.registry import Registered
+from minitransformer.settings import Chosen
 from minitransformer.text.token_files import Tokens
 from minitransformer.text.tokenizers import Tokenizer
 
@@ -28,7 +29,7 @@ class DataRequest:
     """
 
     data: Names
-    tokenizer: str
+    tokenizer: Chosen[Tokenizer]
     context_length: int
     field: str = "text"
     validation_data: Names | None = None

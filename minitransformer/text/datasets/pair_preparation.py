@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from minitransformer.errors import UserError
 from minitransformer.processes import processors
+from minitransformer.settings import Chosen
 from minitransformer.text.datasets.pair_data import PreparedPairs, framed_but_last
 from minitransformer.text.datasets.pipeline import SPLITS, Preparation
 from minitransformer.text.pairs import Pair, PairCorpus
@@ -81,15 +82,15 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
 
     def choose_tokenizers(self) -> tuple[Tokenizer, ...]:
         source, target = self.tokenizer, self.target_tokenizer
-        if isinstance(source, str):
+        if isinstance(source, Chosen):
             if target is None and self.separate:
                 target = self._fitted(source, 1)
             source = self._fitted(source, 0) if target is not None else self._fitted(source, 0, 1)
         source = source.check_vocab_size(self.vocab_size)
         return (source,) if target is None or target is source else (source, target)
 
-    def _fitted(self, name: str, *sides: int) -> Tokenizer:
-        """The tokenizer `name`, fitted to the texts of `sides`."""
+    def _fitted(self, chosen: Chosen[Tokenizer], *sides: int) -> Tokenizer:
+        """The `chosen` tokenizer, fitted to the texts of `sides`."""
 
         def side_of(side: int) -> Iterator[str]:
             return (pair[side] for pair in self.corpus.pairs())
@@ -97,7 +98,7 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
         # One side after the other: an even sample of alternating sides could miss one.
         scan = self.scans[0]
         size = sum(scan.bytes[side] for side in sides)
-        return self.fitted(name, lambda: map(side_of, sides), size, [scan.digest], self.vocab_size, sides)
+        return self.fitted(chosen, lambda: map(side_of, sides), size, [scan.digest], self.vocab_size, sides)
 
     @property
     def both(self) -> tuple[Tokenizer, Tokenizer]:

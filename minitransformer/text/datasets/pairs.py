@@ -12,6 +12,7 @@ from minitransformer.text.datasets.generated_pairs import generate_pairs, genera
 from minitransformer.text.datasets.pair_data import PairData
 from minitransformer.text.datasets.pair_preparation import PairPreparation
 from minitransformer.text.pairs import PairCorpus, open_pairs
+from minitransformer.text.tokenizers import Bytes
 
 
 class Pairs(Dataset, name="pairs"):
@@ -120,7 +121,7 @@ class Pairs(Dataset, name="pairs"):
         for flag, value in files.items():
             if value is not None:
                 raise UserError(f"{flag} is {value!r}, but {name} generates its pairs and ignores it: leave it out")
-        if not request.tokenizers and request.tokenizer != "bytes":
+        if not request.tokenizers and request.tokenizer.variant is not Bytes:
             raise UserError(f"{name} generates bytes, not {request.tokenizer}: give --tokenizer bytes")
         if settings.separate_vocabularies:
             raise UserError(f"{name} uses bytes on both sides: leave --separate-vocabularies out")

@@ -13,7 +13,9 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from minitransformer.errors import UserError
 from minitransformer.files import sweep, writing
+from minitransformer.plugins import plugins_behind
 from minitransformer.records import read_json
+from minitransformer.settings import Chosen, to_json
 from minitransformer.text.caching import build_once, fit_once, hash_of, note_once
 from minitransformer.text.corpora import Files, Signature
 from minitransformer.text.folders import REMEDY, work_folder
@@ -46,14 +48,14 @@ TextParts = Callable[[], Iterable[Iterator[str]]]
 class Preparation(ABC, Generic[C, S, D]):
     """The pipeline from files to token ids, executed by `run`; subclasses define the steps.
 
-    `tokenizer` is a registered name, to be fitted with `vocab_size`, or a tokenizer, which must fit into
+    `tokenizer` is a choice, to be fitted with `vocab_size`, or a tokenizer, which must fit into
     `vocab_size`. A corpus for `validation` is the validation split, and all of `corpus` is trained
     on; otherwise `validation_fraction` of `corpus`, which may be 0, is held out. `workers` threads encode (default: one
     per core). Results are cached in `cache` (default: the work folder's `prepared/`).
     """
 
     corpus: C
-    tokenizer: str | Tokenizer
+    tokenizer: Chosen[Tokenizer] | Tokenizer
     _: KW_ONLY
     context_length: int
     vocab_size: int | None = None
@@ -92,7 +94,7 @@ class Preparation(ABC, Generic[C, S, D]):
             self.tokenizers = self.choose_tokenizers()
             fault: UserError | None = None
             for division in self.divisions():
-                folder = self.cache / self._hash(self.identity(division))
+                folder = self.cache / self._hash(self.identity(division), *map(type, self.tokenizers))
                 prepared = build_once(folder, partial(self._build, division), self.open)
                 fault = self.fault(prepared)
                 if fault is None:
@@ -137,13 +139,14 @@ class Preparation(ABC, Generic[C, S, D]):
 
     # Shared by all datasets
 
-    def fitted(self, name: str, texts: TextParts, size: int, digests: Sequence[str], *key: Any) -> Tokenizer:
-        """The tokenizer `name` for `texts` of `size` bytes, cached on disk.
+    def fitted(
+        self, chosen: Chosen[Tokenizer], texts: TextParts, size: int, digests: Sequence[str], *key: Any
+    ) -> Tokenizer:
+        """The `chosen` tokenizer for `texts` of `size` bytes, cached on disk.
 
-        `key` starts with its vocabulary size, or None for the default.
+        `key` starts with the model's vocabulary size, or None.
         """
-        member = Tokenizer.named(name)
-        limit = member.fit_limit
+        name, limit = chosen.name, chosen.variant.fit_limit
         if limit and size > limit and self.progress:
             sampled = f"an even sample of {limit / 1e6:.0f} MB of the {size / 1e6:.0f} MB"
             print(f"fitting {name} to {sampled}", file=sys.stderr)
@@ -155,11 +158,12 @@ class Preparation(ABC, Generic[C, S, D]):
                     yield from counted if limit is None else sample(counted, limit / size)
 
         def fit() -> Tokenizer:
-            tokenizer = member.fit(read, key[0])
+            tokenizer = chosen.variant.fit(chosen.settings, read, key[0])
             self._check_unchanged()
             return tokenizer
 
-        return fit_once(self.cache / f"tokenizer-{self._hash([*digests, member.name, *key])}.json", fit)
+        place = self._hash([*digests, name, to_json(chosen.settings), *key], chosen.variant)
+        return fit_once(self.cache / f"tokenizer-{place}.json", fit)
 
     @classmethod
     def open(cls, folder: Path) -> D | None:
@@ -171,8 +175,9 @@ class Preparation(ABC, Generic[C, S, D]):
         except (OSError, ValueError, KeyError, TypeError, UserError):
             return None
 
-    def _hash(self, content: list[Any]) -> str:
-        return hash_of([*self.key, FORMAT, *content])[:16]
+    def _hash(self, content: list[Any], *tokenizers: type[Tokenizer]) -> str:
+        """The cache key of `content`, made by this dataset and `tokenizers`, which plugins may have defined."""
+        return hash_of([*self.key, FORMAT, *content, *plugins_behind(type(self), *tokenizers)])[:16]
 
     def _remembered_scan(self, corpus: C, signature: Signature) -> S:
         """The scan of these files in this state, cached on disk."""

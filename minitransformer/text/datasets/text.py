@@ -17,6 +17,7 @@ import numpy as np
 from minitransformer.amounts import size
 from minitransformer.errors import UserError
 from minitransformer.processes import processors
+from minitransformer.settings import Chosen
 from minitransformer.text.corpora import Corpus, Piece, kind, open_corpus
 from minitransformer.text.datasets.base import BatchShape, DataRequest, Dataset, PreparedData
 from minitransformer.text.datasets.pipeline import SPLITS, Preparation
@@ -211,7 +212,7 @@ class TextPreparation(Preparation[Corpus, TextScan, PreparedText]):
 
     def choose_tokenizers(self) -> tuple[Tokenizer]:
         tokenizer = self.tokenizer
-        if isinstance(tokenizer, str):
+        if isinstance(tokenizer, Chosen):
             ordinary = None if self.vocab_size is None else self.vocab_size - len(self.special_tokens)
             digests = [scan.digest for scan in self.scans]
             tokenizer = self.fitted(tokenizer, lambda: [self._texts()], self.bytes, digests, ordinary)

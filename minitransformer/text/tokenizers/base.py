@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
@@ -44,13 +43,12 @@ class Tokenizer(Registered, kind="tokenizer"):
     """Converts text to ids in [0, vocab_size) and back.
 
     `pieces[i]` are the bytes of id i, empty for special tokens and gaps of published vocabularies. Special tokens
-    spelled out in a text are encoded as ordinary text, so that no text can end a document.
+    spelled out in a text are encoded as ordinary text, so that no text can end a document. `fit` makes a tokenizer
+    from a member's `Settings`; a fitted one no longer needs them.
     """
 
     fit_limit: ClassVar[int | None] = None
     """maximum bytes of text for `fit`; None for no limit"""
-    usual_vocab_size: ClassVar[int] = 4096
-    """typical vocabulary size after `fit`, for the parameter counts in --help"""
     mask_pattern: re.Pattern[str] = re.compile("|".join(map(re.escape, MASKS)))
     """pattern of a mask in a text, including the spaces that it replaces"""
     framing = Framing()
@@ -68,24 +66,30 @@ class Tokenizer(Registered, kind="tokenizer"):
         self.pieces = [*pieces, *[b""] * (self.vocab_size - len(pieces))]
 
     @classmethod
-    @abstractmethod
-    def fit(cls, texts: Texts, vocab_size: int | None = None) -> Self:
-        """A tokenizer fitted to `texts()`; `vocab_size` includes special tokens, None is the default.
+    def fit(cls, settings: Any, texts: Texts, vocab_size: int | None = None) -> Self:
+        """A tokenizer fitted to `texts()`; `vocab_size`, special tokens included, is the model's, if it has one.
 
         Raises `UserError` when `vocab_size` is too small for this tokenizer.
         """
-
-    @abstractmethod
-    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        """The ids of `text`, shape [tokens]; raises `UserError` for characters that cannot be encoded."""
-
-    @abstractmethod
-    def to_json(self) -> dict[str, Any]:
-        """Everything needed to encode and decode, without network, cache or pickle."""
+        raise NotImplementedError
 
     @classmethod
-    @abstractmethod
-    def _from_json(cls, content: dict[str, Any]) -> Self: ...
+    def usual_vocab_size(cls, settings: Any) -> int:
+        """The typical vocabulary size after `fit`, for the parameter counts in --help."""
+        return 4096
+
+    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+        """The ids of `text`, shape [tokens]; raises `UserError` for characters that cannot be encoded."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything needed to encode and decode, without network, cache or pickle."""
+        raise NotImplementedError
+
+    @classmethod
+    def _from_json(cls, content: dict[str, Any]) -> Self:
+        """The inverse of `to_json`, without its framing."""
+        raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`."""

@@ -16,14 +16,16 @@ CODE_POINTS = 0x110000
 class Bytes(Tokenizer, name="bytes"):
     """The 256 values of a UTF-8 byte. Xue et al. 2022, ByT5 (arXiv 2105.13626)."""
 
-    usual_vocab_size = 257
-
     def __init__(self, special_tokens: dict[str, int] | None = None) -> None:
         super().__init__([bytes([value]) for value in range(256)], special_tokens)
 
     @classmethod
-    def fit(cls, texts: Texts, vocab_size: int | None = None) -> Self:
+    def fit(cls, settings: Any, texts: Texts, vocab_size: int | None = None) -> Self:
         return cls().check_vocab_size(vocab_size)
+
+    @classmethod
+    def usual_vocab_size(cls, settings: Any) -> int:
+        return 256 + 1
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         try:
@@ -42,8 +44,6 @@ class Bytes(Tokenizer, name="bytes"):
 class Characters(Tokenizer, name="chars"):
     """One id per character of the training text, in code point order."""
 
-    usual_vocab_size = 66  # Tiny Shakespeare's
-
     def __init__(self, characters: str, special_tokens: dict[str, int] | None = None) -> None:
         if sorted(set(characters)) != list(characters):
             raise ValueError("characters must be sorted and distinct")
@@ -56,11 +56,15 @@ class Characters(Tokenizer, name="chars"):
         self._ids[points] = np.arange(len(points))
 
     @classmethod
-    def fit(cls, texts: Texts, vocab_size: int | None = None) -> Self:
+    def fit(cls, settings: Any, texts: Texts, vocab_size: int | None = None) -> Self:
         seen = np.zeros(CODE_POINTS, bool)
         for text in texts():
             seen[cls._points(text)] = True
         return cls("".join(map(chr, np.flatnonzero(seen)))).check_vocab_size(vocab_size)
+
+    @classmethod
+    def usual_vocab_size(cls, settings: Any) -> int:
+        return 66  # Tiny Shakespeare's
 
     @staticmethod
     def _points(text: str) -> npt.NDArray[np.uint32]:

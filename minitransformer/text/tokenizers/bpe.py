@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from minitransformer.errors import UserError
 from minitransformer.records import shown
+from minitransformer.settings import setting
 from minitransformer.text.tokenizers.base import Texts, Tokenizer, not_text, special_tokens_in, typed_entry
 
 # A sample of everything that a split pattern must preserve.
 ALL_KINDS = "It's  two WORDS,\tnaïve 東京 12345 x1\r\n\n 🦊 _-=+ \x07 \u00a0\u2028e\u0301 '"
+LEAST_TOKENS = 256 + 1
+"""the single bytes and the end-of-text token"""
 # GPT-4's (cl100k) split pattern in tiktoken's form, whose backtracking cannot overflow the stack.
 GPT4_SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
@@ -28,7 +32,15 @@ class BPE(Tokenizer, name="bpe"):
     Sennrich et al. 2016 (arXiv 1508.07909); on bytes: Radford et al. 2019 (GPT-2), section 2.2.
     """
 
-    default_vocab_size: ClassVar[int] = 4096
+    @dataclass(frozen=True)
+    class Settings:
+        vocab_size: int | None = setting(
+            None,
+            at_least=LEAST_TOKENS,
+            changes_tokens=True,
+            help="number of tokens to train, with the 256 bytes and the end-of-text token; None is vocab_size, or 4096",
+        )
+
     # rustbpe stores every distinct word; more text than this changes few merges and costs memory.
     fit_limit = 32 << 20
 
@@ -68,10 +80,9 @@ class BPE(Tokenizer, name="bpe"):
         """
         import rustbpe
 
-        minimum = 256 + 1
-        if vocab_size < minimum:
+        if vocab_size < LEAST_TOKENS:
             raise UserError(
-                f"vocabulary too small: vocab_size is {vocab_size}, but bpe needs {minimum} or more "
+                f"vocabulary too small: vocab_size is {vocab_size}, but bpe needs {LEAST_TOKENS} or more "
                 "(256 bytes and the end-of-text token): set vocab_size higher"
             )
         trainer = rustbpe.Tokenizer()
@@ -85,8 +96,18 @@ class BPE(Tokenizer, name="bpe"):
         return cls([bytes(token) for token, _ in ranks])
 
     @classmethod
-    def fit(cls, texts: Texts, vocab_size: int | None = None) -> Self:
-        return cls.train(texts(), cls.default_vocab_size if vocab_size is None else vocab_size)
+    def fit(cls, settings: Any, texts: Texts, vocab_size: int | None = None) -> Self:
+        wanted = settings.vocab_size or vocab_size or cls.usual_vocab_size(settings)
+        if vocab_size is not None and wanted > vocab_size:
+            raise UserError(
+                f"bpe_vocab_size is {wanted}, but vocab_size leaves room for {vocab_size} trained tokens: "
+                "lower it, or set vocab_size higher"
+            )
+        return cls.train(texts(), wanted)
+
+    @classmethod
+    def usual_vocab_size(cls, settings: Any) -> int:
+        return settings.vocab_size or super().usual_vocab_size(settings)
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         try:

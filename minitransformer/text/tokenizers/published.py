@@ -6,24 +6,26 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from minitransformer.errors import UserError
 from minitransformer.files import whole_file
-from minitransformer.text.tokenizers.base import Texts
+from minitransformer.text.tokenizers.base import Texts, Tokenizer
 from minitransformer.text.tokenizers.bpe import BPE
 
 
 class TiktokenEncoding(BPE):
     """A published tiktoken encoding; a saved one includes its ranks and needs no network."""
 
-    default_vocab_size = 0
+    Settings = Tokenizer.Settings  # type: ignore[assignment]
+
     fit_limit = 0
+    size: ClassVar[int]
     host: ClassVar[str] = "https://openaipublic.blob.core.windows.net/"
     files: ClassVar[tuple[str, ...]]
 
     @classmethod
-    def fit(cls, texts: Texts, vocab_size: int | None = None) -> Self:
+    def fit(cls, settings: Any, texts: Texts, vocab_size: int | None = None) -> Self:
         import tiktoken
 
         cls._fetch()
@@ -34,6 +36,10 @@ class TiktokenEncoding(BPE):
         ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.__getitem__)
         special_tokens = dict(encoding._special_tokens)
         return cls(ranks, pattern=encoding._pat_str, special_tokens=special_tokens).check_vocab_size(vocab_size)
+
+    @classmethod
+    def usual_vocab_size(cls, settings: Any) -> int:
+        return cls.size
 
     @classmethod
     def _cached(cls) -> dict[str, Path]:
@@ -72,19 +78,19 @@ class TiktokenEncoding(BPE):
 class GPT2Encoding(TiktokenEncoding, name="gpt2"):
     """GPT-2's 50,257 tokens; r50k_base is the same."""
 
-    usual_vocab_size = 50_257
+    size = 50_257
     files = ("gpt-2/encodings/main/vocab.bpe", "gpt-2/encodings/main/encoder.json")
 
 
 class CL100KEncoding(TiktokenEncoding, name="cl100k_base"):
     """GPT-4's 100,277 ids."""
 
-    usual_vocab_size = 100_277
+    size = 100_277
     files = ("encodings/cl100k_base.tiktoken",)
 
 
 class O200KEncoding(TiktokenEncoding, name="o200k_base"):
     """GPT-4o's 200,019 ids."""
 
-    usual_vocab_size = 200_019
+    size = 200_019
     files = ("encodings/o200k_base.tiktoken",)
