@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -150,6 +151,7 @@ class Counter:
 
     def __init__(self, at: int, fault: str) -> None:
         self.calls, self._at = 0, at
+        self._lock = threading.Lock()  # checkpoints are written by a thread
         self._fault = {"kill": _kill, "fill": _fill, "vanish": _vanish}[fault]
 
     def count(self) -> None:
@@ -160,8 +162,10 @@ class Counter:
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def called(*arguments: Any, **named: Any) -> Any:
-            self.calls += 1
-            if self.calls == self._at:
+            with self._lock:
+                self.calls += 1
+                now = self.calls == self._at
+            if now:
                 self._fault()
             return function(*arguments, **named)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,11 +36,11 @@ class NonFiniteTraining(Exception):
 class DivergenceWatch:
     """Counts the steps that were skipped because the loss or gradient was infinite or NaN, and stops the run.
 
-    Its checks raise `NonFiniteTraining` with a remedy.
+    Its checks raise `NonFiniteTraining` with a remedy; `finish_saving` is called before it looks for checkpoints.
     """
 
-    def __init__(self, folder: Path, learner: Learner, progress: Progress) -> None:
-        self.folder, self.learner, self.progress = folder, learner, progress
+    def __init__(self, folder: Path, learner: Learner, progress: Progress, finish_saving: Callable[[], object]) -> None:
+        self.folder, self.learner, self.progress, self._finish_saving = folder, learner, progress, finish_saving
         self._steps_without_update = 0
 
     def note(self, losses: Sequence[float | None]) -> None:
@@ -77,6 +77,7 @@ class DivergenceWatch:
             )
 
     def _diverged(self, what: str) -> NonFiniteTraining:
+        self._finish_saving()
         sound = sound_checkpoint(self.folder / CHECKPOINTS, self.learner, self.progress.first_loss)
         training, precision = self.learner.config.training, self.learner.machine.precision
         return NonFiniteTraining(f"{what}; {remedy(self.folder, training, sound, precision)}")
