@@ -25,4 +25,8 @@ def checkpoint_activations(model: nn.Module, precision: Precision) -> None:
 
     for module in model.modules():
         if isinstance(module, Stack):
-            module.run_block = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+            module.run_block = partial(
+                checkpoint,
+                use_reentrant=False,
+                **({} if __import__("os").environ.get("NOCTX") else dict(context_fn=contexts)),
+            )

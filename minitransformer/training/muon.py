@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minitransformer.training.light import LightOptimizer
 from minitransformer.training.parallel import Parallel
+from minitransformer.training.shards import local_part
 
 Quintic = tuple[float, float, float]
 """coefficients (a, b, c) of a x + b x³ + c x⁵"""
@@ -116,10 +117,9 @@ class Muon(LightOptimizer):
 
     def _step_together(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         rows, columns = shape = parameters[0].shape
-        local = self.parallel.local
-        averages = [local(self.state[p].setdefault("momentum", torch.zeros_like(p))) for p in parameters]
-        gradients = [local(p.grad) for p in parameters if p.grad is not None]
-        weights = [local(p) for p in parameters]
+        averages = [local_part(self.state[p].setdefault("momentum", torch.zeros_like(p))) for p in parameters]
+        gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+        weights = [local_part(p) for p in parameters]
         skip = self.found_inf if self.found_inf is not None else torch.zeros((), device=weights[0].device)
         # In a skipped step, the average is unchanged and the update is 0.
         gradients = [torch.where(skip > 0, a, g) for a, g in zip(averages, gradients, strict=True)]

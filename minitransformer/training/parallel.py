@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.architecture.block import Stack
 from minitransformer.architecture.feedforward import MixtureOfExperts
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
@@ -19,6 +18,7 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_in_parts, build_model
 from minitransformer.registry import Registered
 from minitransformer.training.ranks import ONE_PROCESS, Ranks
+from minitransformer.training.shards import whole_tensor
 
 OfMatrices = Callable[[Tensor], Tensor]
 """A function of matrices, [count, rows, columns], each by itself"""
@@ -53,10 +53,6 @@ class Parallel(Registered, kind="parallel"):
     def clip_grad_norm(self, parameters: Iterable[Tensor], most: float) -> Tensor:
         """Scale the gradients down to a norm of `most`; returns the norm before."""
         return nn.utils.clip_grad_norm_(parameters, most)
-
-    def local(self, tensor: Tensor) -> Tensor:
-        """This rank's rows of a weight, its gradient, or its optimizer state; they share memory."""
-        return tensor
 
     def of_matrices(
         self, function: OfMatrices, rows: Float[Tensor, "count local columns"], shape: torch.Size
@@ -106,6 +102,8 @@ class FSDP(Parallel, name="fsdp"):
     (PyTorch FSDP, arXiv 2304.11277).
     """
 
+    shards_weights = True
+
     def check(self, model: ModelConfig, probe: bool) -> None:
         if probe:
             raise UserError("diagnostics read whole weights, which fsdp divides: leave --probe out, or --parallel fsdp")
@@ -138,9 +136,6 @@ class FSDP(Parallel, name="fsdp"):
         norm: Any = nn.utils.clip_grad_norm_(parameters, most)
         return norm.full_tensor()
 
-    def local(self, tensor: Any) -> Tensor:
-        return tensor.to_local()
-
     def of_matrices(
         self, function: OfMatrices, rows: Float[Tensor, "count local columns"], shape: torch.Size
     ) -> Float[Tensor, "count local columns"]:
@@ -161,7 +156,7 @@ class FSDP(Parallel, name="fsdp"):
             copy = build_model(model.config) if self.ranks.is_main else None
         weights = {} if copy is None else copy.state_dict()
         for name, tensor in model.state_dict().items():
-            value: Any = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            value = whole_tensor(tensor)
             if copy is not None:
                 weights[name].copy_(value)
         return model if copy is None else copy.to(next(model.parameters()).device).train(model.training)
