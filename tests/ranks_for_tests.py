@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pairs": {**PAIRS, "topology": "encoder-decoder"},
     "recurrent": {**PAIRS, "topology": "rnn"},
     "bf16": {"precision": "bf16"},
+    "recomputed": {"activation_checkpointing": True, "num_experts": 4, "optimizer": "muon"},
 }
 
 

@@ -15,6 +15,7 @@ from minitransformer.architecture.dropout import Dropout, rows_from
 from minitransformer.text.batches import IGNORE, Batch
 from minitransformer.training.learner import Learner
 from minitransformer.training.objectives import Objective
+from minitransformer.training.parallel import Parallel
 from minitransformer.training.ranks import ONE_PROCESS, Ranks
 from tests.ranks_for_tests import CASES, config_of, learner_of, on_ranks, write_texts
 
@@ -86,13 +87,16 @@ def one_process(tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-def test_losses_over_50_steps_are_those_of_one_process(count: int, one_process: Any) -> None:
+@pytest.mark.parametrize("parallel", list(Parallel.registry))
+def test_losses_over_50_steps_are_those_of_one_process(parallel: str, count: int, one_process: Any) -> None:
     folder, alone = one_process
-    together = on_ranks(count, folder)
+    together = on_ranks(count, folder, parallel=parallel)
     for name in CASES:
         # In bfloat16, another order of the same additions gives another rounding.
         rel = 1e-3 if CASES[name].get("precision") == "bf16" else 1e-5
-        for numbers in ("losses", "grad_norms"):
-            assert together[name][numbers] == pytest.approx(alone[name][numbers], rel=rel), (name, numbers)
+        # Of few rows, the gradient is small and noisy, and its norm is added up over rows of the weights.
+        rel_of_norm = 1e-4 if parallel == "fsdp" and name == "fewer rows than ranks" else rel
+        assert together[name]["losses"] == pytest.approx(alone[name]["losses"], rel=rel), name
+        assert together[name]["grad_norms"] == pytest.approx(alone[name]["grad_norms"], rel=rel_of_norm), name
         assert together[name]["validation"] == pytest.approx(alone[name]["validation"], rel=rel), name
         assert together[name]["tokens"] == alone[name]["tokens"]

@@ -12,21 +12,19 @@ from minitransformer.architecture.block import Stack
 from minitransformer.training.precision import Precision
 
 
-def checkpoint_activations(model: nn.Module, precision: Precision) -> None:
+def checkpoint_activations(model: nn.Module, precision: Precision, *, compiled: bool) -> None:
     """Keep only the stream between the blocks of `model`; its gradients are the same, bit for bit.
 
-    Chen et al. 2016 (Sublinear Memory Cost, arXiv 1604.06174), section 4, with a segment for each block.
+    In a `compiled` model, within rounding. Chen et al. 2016 (Sublinear Memory Cost, arXiv 1604.06174), section 4, with
+    a segment for each block.
     """
     from torch.utils.checkpoint import checkpoint
 
-    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        # torch restores autocast itself, but not what else a precision does.
+    def in_precision() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return nullcontext(), precision.autocast()
 
+    # torch restores autocast itself, but not what else a precision does; a compiled graph has it inside.
+    contexts = {} if compiled else {"context_fn": in_precision}
     for module in model.modules():
         if isinstance(module, Stack):
-            module.run_block = partial(
-                checkpoint,
-                use_reentrant=False,
-                **({} if __import__("os").environ.get("NOCTX") else dict(context_fn=contexts)),
-            )
+            module.run_block = partial(checkpoint, use_reentrant=False, **contexts)

@@ -95,7 +95,7 @@ class Learner:
         self.ranks = self.parallel.ranks
         self.precision = Precision.named(machine.precision)(machine.device)
         if training.activation_checkpointing:
-            checkpoint_activations(model, self.precision)
+            checkpoint_activations(model, self.precision, compiled=machine.compile)
         self.fast_model = self.parallel.wrap(compiled(model) if machine.compile else model)
         self.optimizers = build_optimizers(training.optimizer, model, training.rates, self.parallel)
         self.balance = ExpertBalance(model, training.expert_balance, self.ranks)
