@@ -86,7 +86,7 @@ def _begin(arguments: Sequence[str]) -> int:
     if options.checkpoint is not None:
         raise UserError(f"--checkpoint {options.checkpoint} needs a run: name it with --resume or --init-from")
     with joined_ranks(config.training.rank_timeout) as ranks:
-        ranks.from_main(lambda: check_possible(config, options.out))
+        ranks.from_main(lambda: check_possible(config, options.out, ranks))
         return _train_new(options, preset, config, config.prepare(), ranks)
 
 
@@ -100,7 +100,7 @@ def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
     print(f"from       {initial} ({size}, {weights.name})", flush=True)
     check_fits_run(source, config)
     with joined_ranks(config.training.rank_timeout) as ranks:
-        ranks.from_main(lambda: check_possible(config, options.out))
+        ranks.from_main(lambda: check_possible(config, options.out, ranks))
         whole, prepared = prepare_fine_tuning(config, usual, source.tokenizers)
         start = Parent.of(initial, weights), source.load_model(weights.name)
         return _train_new(options, source.path.resolve().name, whole, prepared, ranks, start)

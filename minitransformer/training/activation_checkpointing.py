@@ -24,7 +24,7 @@ def checkpoint_activations(model: nn.Module, precision: Precision, *, compiled: 
         return nullcontext(), precision.autocast()
 
     # torch restores autocast itself, but not what else a precision does; a compiled graph has it inside.
-    contexts = {} if compiled else {"context_fn": in_precision}
+    contexts: dict[str, Any] = {} if compiled else {"context_fn": in_precision}
     for module in model.modules():
         if isinstance(module, Stack):
             module.run_block = partial(checkpoint, use_reentrant=False, **contexts)
