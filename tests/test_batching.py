@@ -16,6 +16,8 @@ from minitransformer.generation.batch import Rows
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate, generate_each
 from minitransformer.generation.fast import recording, steps
+from minitransformer.generation.fast.steps import recorded_steps
+from minitransformer.generation.prefill import PromptPrefill
 from minitransformer.generation.streaming import stream_text, texts_in_batches
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.tokenizers import Bytes
@@ -100,14 +102,32 @@ def test_a_row_is_given_to_the_next_prompt_at_once(tiny_decoder: MakeDecoder, mo
     lengths = {0: 2, 1: 6, 2: 4}
     written: dict[int, int] = {}
 
-    def over(number: int, token: int) -> bool:
+    def stops(number: int, token: int) -> bool:
         written[number] = written.get(number, 0) + 1
         return written[number] == lengths[number]
 
     model, sampling = tiny_decoder(), SamplingConfig(max_new_tokens=50, seed=0)
-    order = [number for number, _ in generate_each(model, [[1], [2], [3]], sampling, batch_size=2, over=over)]
+    order = [number for number, _ in generate_each(model, [[1], [2], [3]], sampling, batch_size=2, stops=stops)]
     assert order == [0, 2, 1], "both of the last two end in step 6"
     assert len(steps) == 5, "2 and then 4 tokens in one row, beside 6 in the other, of which prompts give the first"
+
+
+@pytest.mark.parametrize("choices", [{}, {"positions": "t5"}, {"attention_window": 3}], ids=str)
+def test_rows_of_different_lengths_take_several_tokens_at_a_time(
+    tiny_decoder: MakeDecoder, choices: dict[str, Any]
+) -> None:
+    model, texts = tiny_decoder(**choices), torch.randint(11, (2, 16))
+    rows = Rows(model, 2, 14, recorded_steps)
+    with torch.no_grad():
+        for row, length in enumerate((2, 5)):
+            prefill = PromptPrefill(model, [texts[row, :length].tolist()])
+            prefill.advance(length)
+            rows.fill([row], prefill.results([0])[0], length)
+        expected = model(texts)
+        for begin in (0, 3, 6):
+            new = torch.stack([texts[row, at : at + 3] for row, at in enumerate((2 + begin, 5 + begin))])
+            logits = torch.stack([expected[row, at + 1 : at + 3] for row, at in enumerate((2 + begin, 5 + begin))])
+            torch.testing.assert_close(rows.decode(new, 2), logits)
 
 
 def test_an_empty_prompt_is_refused(tiny_decoder: MakeDecoder) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 from minitransformer.errors import UserError
 from minitransformer.generation.beam import beam_search
 from minitransformer.generation.config import SamplingConfig
-from minitransformer.generation.decode import generate, generate_each, padded, search, translate
+from minitransformer.generation.decode import generate, generate_each, padded, search_each, translate
 from minitransformer.generation.fill import fill_masks
+from minitransformer.generation.logits import TargetLogits
 from minitransformer.generation.processors import NEVER, MinLength, NoRepeatNGram
 from minitransformer.generation.speculation import Draft, speculate
 from minitransformer.generation.streaming import best_texts
@@ -29,7 +30,7 @@ VOCAB, END, LENGTH = 4, 3, 4
 
 
 class Chain:
-    """A reader whose next token depends on the last one alone, and that counts how rows are reordered."""
+    """Logits that depend on the last token alone, and a record of how rows are reordered."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
@@ -101,9 +102,10 @@ def test_beams_of_a_decoder_are_the_same_with_a_cache_and_without_within_the_con
 ) -> None:
     model = tiny_decoder(num_layers=1, context_length=12, **choices)
     sampling = SamplingConfig(num_beams=3, num_samples=3, max_new_tokens=new, no_repeat_ngram=4)
-    found = search(model, [1, 2, 3], sampling, ends=[9])
-    assert found == search(model, [1, 2, 3], sampling, ends=[9], cached=False)
-    assert len(found) == 3
+    prompts = [[1, 2, 3], [4, 5], list(range(9)) * 2, [1, 2, 3]]
+    found = list(search_each(model, prompts, sampling, ends=[9]))
+    assert found == list(search_each(model, prompts, sampling, ends=[9], cached=False))
+    assert [len(texts) for texts in found] == [3] * 4
 
 
 def test_of_the_beams_of_a_decoder_none_is_likelier_than_the_best_of_all_texts(tiny_decoder: Any) -> None:
@@ -114,18 +116,20 @@ def test_of_the_beams_of_a_decoder_none_is_likelier_than_the_best_of_all_texts(t
         log_p = model(torch.cat([torch.tensor([prompt]).expand(len(every), -1), every], 1)).log_softmax(-1)
     scores = log_p[:, 1:-1].gather(-1, every[..., None]).sum((1, 2))
     best = every[scores.argsort(descending=True)].tolist()
-    found = search(model, prompt, SamplingConfig(num_beams=64, num_samples=5, max_new_tokens=length))
+    sampling = SamplingConfig(num_beams=64, num_samples=5, max_new_tokens=length)
+    [found] = search_each(model, [prompt], sampling)
     assert found == best[:5]
 
 
 def test_a_stop_string_ends_a_beam_as_an_end_does_and_is_not_shown(tiny_decoder: Any) -> None:
     tokenizer, model = Characters("abcdefghij"), tiny_decoder(vocab_size=11)
     sampling = SamplingConfig(num_beams=4, num_samples=4, max_new_tokens=8)
-    stop = best_texts(model, tokenizer, [1, 2], sampling)[0][2:4]
-    texts = best_texts(model, tokenizer, [1, 2], replace(sampling, stop=(stop,)))
+    [[best, *_]] = best_texts(model, tokenizer, [[1, 2]], sampling)
+    stop = best[2:4]
+    [texts] = best_texts(model, tokenizer, [[1, 2]], replace(sampling, stop=(stop,)))
     assert not any(stop in text for text in texts)
     stops = tokenizer.encode(stop)
-    found = search(model, [1, 2], sampling, ends=[10], stops=lambda new: new[-2:] == stops)
+    [found] = search_each(model, [[1, 2]], sampling, ends=[10], stops=lambda new: new[-2:] == stops)
     assert texts == [tokenizer.decode(tokens).removesuffix(stop) for tokens in found]
     assert any(tokens[-2:] == stops for tokens in found)
 
@@ -145,9 +149,9 @@ def test_a_model_that_predicts_nothing_finite_is_refused_by_a_beam_search_too(ti
     model = tiny_decoder()
     model.embedding.table.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="no finite probabilities"):
-        search(model, [1], SamplingConfig(num_beams=2))
+        list(search_each(model, [[1]], SamplingConfig(num_beams=2)))
     with pytest.raises(UserError, match="no token"):
-        search(model, [], SamplingConfig(num_beams=2))
+        list(search_each(model, [[]], SamplingConfig(num_beams=2)))
 
 
 @given(
@@ -192,12 +196,10 @@ def test_a_source_is_translated_alike_alone_and_beside_longer_ones(
 
 def test_one_beam_is_greedy_search(translator: EncoderDecoder) -> None:
     """Beam search with one beam, told apart from the loop that takes the likeliest token."""
-    from minitransformer.generation.readers import TargetReader
-
     source, is_token = padded([[1, 2, 3]], torch.device("cpu"))
     with torch.no_grad():
-        read = TargetReader(translator, translator.encode(source, is_token=is_token))
-        [found] = beam_search(read, torch.tensor([[10]]), SamplingConfig(max_new_tokens=9), ends=[10])
+        next_logits = TargetLogits(translator, translator.encode(source, is_token=is_token))
+        [found] = beam_search(next_logits, torch.tensor([[10]]), SamplingConfig(max_new_tokens=9), ends=[10])
     [[greedy]] = translate(
         translator, [[1, 2, 3]], SamplingConfig(temperature=0, max_new_tokens=9), start=10, ends=[10]
     )

@@ -11,7 +11,7 @@ import torch
 
 from minitransformer import pretrained
 from minitransformer.generation.config import SamplingConfig
-from minitransformer.generation.decode import generate, search, translate
+from minitransformer.generation.decode import generate, search_each, translate
 from minitransformer.models.decoder import DecoderLM
 from tests.members_for_tests import public
 from tests.test_pretrained_parity import folder, transformers  # noqa: F401  (fixtures)
@@ -96,7 +96,7 @@ def test_decoders_write_what_the_reference_writes(
         if sampling.num_beams == 1:
             found = [[token for [token] in generate(ours, prompt, sampling, ends=ends)]]
         else:
-            found = search(ours, prompt, sampling, ends=ends)
+            [found] = search_each(ours, [prompt], sampling, ends=ends)
         assert [up_to_an_end(text, ends) for text in expected] == found
         if likely[0] in ends and (sampling.num_beams == 1 or sampling.early_stopping == "true"):
             assert any(text[-1] in ends for text in found)

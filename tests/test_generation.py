@@ -23,14 +23,14 @@ from minitransformer.architecture.cache import KVCache
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
-from minitransformer.generation.arriving import on_host
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate, generate_each
 from minitransformer.generation.fast import recording, steps
 from minitransformer.generation.fast.rows import RowLinear
-from minitransformer.generation.fast.steps import recorded_reads
-from minitransformer.generation.readers import window_length
+from minitransformer.generation.fast.steps import recorded_steps
+from minitransformer.generation.host import stream_to_host
 from minitransformer.generation.speculation import Draft, speculate
+from minitransformer.generation.window import window_length
 from minitransformer.models.decoder import DecoderLM
 from tests.placements_for_tests import choosing
 
@@ -137,7 +137,7 @@ def test_an_asynchronous_device_has_the_next_step_to_do_while_one_is_read(asynch
             events.append(str(step))
             yield torch.tensor([step])
 
-    for [step] in on_host(steps(), asynchronous):
+    for [step] in stream_to_host(steps(), asynchronous):
         events.append("abc"[step])
     assert "".join(events) == order
 
@@ -231,8 +231,8 @@ WAYS: dict[str, Callable[[DecoderLM], Iterator[Any]]] = {
     "left early": lambda model: islice(generate(model, [1, 2], SAMPLING), 4),
     "past the context": lambda model: generate(model, [1, 2], SamplingConfig(max_new_tokens=40, seed=0)),
     "many at a time": lambda model: generate_each(model, [[1, 2], [3], [4, 5]], SAMPLING, batch_size=2),
-    "guessed": lambda model: chain.from_iterable(
-        speculate(model, Draft(model), [1, 2], SAMPLING, make_reads=recorded_reads)
+    "speculative": lambda model: chain.from_iterable(
+        speculate(model, Draft(model), [1, 2], SAMPLING, make_steps=recorded_steps)
     ),
 }
 

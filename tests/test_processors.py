@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.processors import MinP, RepetitionPenalty, Temperature, TopK, TopP
-from minitransformer.generation.sampling import draw, own_generators, uniform_numbers
+from minitransformer.generation.sampling import draw, sample_generators, uniform_numbers
 from minitransformer.models.decoder import DecoderLM
 
 MakeDecoder = Callable[..., DecoderLM]
@@ -184,7 +184,10 @@ def test_no_number_draws_an_impossible_token(vocab: int, seed: int) -> None:
 
 def test_every_sample_has_its_own_numbers_whatever_their_count_and_length() -> None:
     long, short = (
-        [list(islice(uniform_numbers(own), steps)) for own in own_generators(samples, torch.Generator().manual_seed(5))]
+        [
+            list(islice(uniform_numbers(own), steps))
+            for own in sample_generators(samples, torch.Generator().manual_seed(5))
+        ]
         for samples, steps in ((4, 600), (2, 30))
     )
     assert [numbers[:30] for numbers in long[:2]] == short

@@ -18,8 +18,8 @@ from minitransformer.architecture.positions import PositionScheme
 from minitransformer.generation.fast import recording
 from minitransformer.generation.fast.recording import FEW_PRODUCTS, SOON, Recorded
 from minitransformer.generation.fast.rows import RowLinear, for_single_rows, gelu_by_columns
-from minitransformer.generation.fast.steps import recorded_reads
-from minitransformer.generation.readers import CachedReader
+from minitransformer.generation.fast.steps import recorded_steps
+from minitransformer.generation.logits import CachedLogits
 from minitransformer.models.decoder import DecoderLM
 from tests.placements_for_tests import EVERY_PLACEMENT
 
@@ -52,9 +52,9 @@ def test_what_is_replayed_is_what_the_model_says(tiny_decoder: MakeDecoder, choi
     tokens = torch.randint(11, (2, 25))
     tokens[:, :3] = tokens[0, :3]
     with torch.no_grad():
-        reader, expected = CachedReader(model, 32, recorded_reads), model(tokens)
+        next_logits, expected = CachedLogits(model, 2, 32, recorded_steps), model(tokens)
         for length in range(3, 26):
-            torch.testing.assert_close(reader(tokens[:, :length]), expected[:, length - 1])
+            torch.testing.assert_close(next_logits(tokens[:, :length]), expected[:, length - 1])
 
 
 def test_a_step_is_recorded_when_it_comes_again_and_each_shape_has_its_own() -> None:
@@ -163,14 +163,14 @@ def test_few_products_are_done_by_one_thread_which_no_other_process_can_delay(
 
 def test_products_are_those_with_weights_and_with_the_keys_and_values_that_are_seen(tiny_decoder: MakeDecoder) -> None:
     model = tiny_decoder(d_model=16, num_layers=3, d_ff=10, feedforward="relu", vocab_size=11)
-    reader = CachedReader(model, 8, recorded_reads)
+    next_logits = CachedLogits(model, 1, 8, recorded_steps)
     with torch.no_grad():
         for length in (2, 3):
-            reader(torch.ones(1, length, dtype=torch.long))
+            next_logits(torch.ones(1, length, dtype=torch.long))
     weights = 3 * (4 * 16 * 16 + 2 * 10 * 16) + 11 * 16
     tokens, seen = torch.zeros(5, 1), torch.zeros(1, 7)
-    products = reader._reads[1].products  # type: ignore[attr-defined]
-    assert products(tokens, torch.zeros(1), seen) == 5 * (weights + 3 * 2 * 16 * 7)
+    products = next_logits._rows._steps[1, True].products  # type: ignore[attr-defined]
+    assert products(tokens, torch.zeros(1), seen, torch.zeros(1)) == 5 * (weights + 3 * 2 * 16 * 7)
 
 
 def test_an_interruption_while_a_step_is_recorded_is_not_lost() -> None:
@@ -214,11 +214,11 @@ def test_only_small_queries_keys_and_values_are_one_product(
     assert called == outputs
 
 
-def test_the_reader_repeats_its_cache_exactly(tiny_decoder: MakeDecoder) -> None:
+def test_the_cache_of_one_prompt_is_repeated_exactly(tiny_decoder: MakeDecoder) -> None:
     model = tiny_decoder()
-    reader = CachedReader(model, 20, recorded_reads)
+    next_logits = CachedLogits(model, 3, 20, recorded_steps)
     tokens = torch.randint(11, (1, 6)).expand(3, -1)
     with torch.no_grad():
-        torch.testing.assert_close(reader(tokens), model(tokens)[:, -1])
+        torch.testing.assert_close(next_logits(tokens), model(tokens)[:, -1])
         longer = torch.cat([tokens, torch.tensor([[1], [2], [3]])], 1)
-        torch.testing.assert_close(reader(longer), model(longer)[:, -1])
+        torch.testing.assert_close(next_logits(longer), model(longer)[:, -1])

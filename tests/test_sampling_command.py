@@ -172,10 +172,10 @@ def test_a_draft_changes_no_greedy_text_and_its_luck_is_told(command: Any, runs:
     _, alone, _ = command(*greedy)
     code, out, err = command(*greedy, "--draft", "runs/chars", "--draft-tokens", "3")
     assert (code, out) == (0, alone)
-    assert re.fullmatch(r"note: of the draft's (\d+) guesses, the model accepted \1 \(100%\)\n", err)
+    assert re.fullmatch(r"note: of (\d+) tokens proposed by the draft, \1 were accepted \(100%\)\n", err)
     code, out, err = command(*greedy, "--draft", str(endless))
     assert (code, out) == (0, alone)
-    assert re.fullmatch(r"note: of the draft's \d+ guesses, the model accepted \d+ \(\d+%\)\n", err)
+    assert re.fullmatch(r"note: of \d+ tokens proposed by the draft, \d+ were accepted \(\d+%\)\n", err)
 
 
 def test_a_draft_answers_line_after_line_too(command: Any) -> None:
@@ -183,7 +183,7 @@ def test_a_draft_answers_line_after_line_too(command: Any) -> None:
     _, alone, _ = command(*flags, piped=b"ab\nc")
     _, out, err = command(*flags, "--draft", "runs/chars", piped=b"ab\nc")
     assert out == alone
-    assert err.count("guesses") == 1
+    assert err.count("proposed") == 1
 
 
 def test_a_draft_with_another_tokenizer_is_refused(command: Any, runs: Path, tmp_path: Path) -> None:
@@ -270,9 +270,8 @@ def test_contradictions_in_numbers_are_refused(command: Any) -> None:
 def test_a_beam_search_writes_the_best_texts_and_draws_nothing(command: Any, runs: Path) -> None:
     run = Run.open(runs / "runs" / "chars")
     sampling = SamplingConfig(num_beams=4, num_samples=2, max_new_tokens=10)
-    best, second = (
-        f"ab{text}" for text in best_texts(run.load_model(), run.tokenizer, run.tokenizer.encode_prompt("ab"), sampling)
-    )
+    [found] = best_texts(run.load_model(), run.tokenizer, [run.tokenizer.encode_prompt("ab")], sampling)
+    best, second = (f"ab{text}" for text in found)
     flags = ("runs/chars", "--num-beams", "4")
     assert command(*flags, "--prompt", "ab") == (0, best.removesuffix("\n") + "\n", "")
     _, out, err = command(*flags, "--prompt", "ab", "--num-samples", "2")

@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
-from minitransformer.generation.fast.steps import recorded_reads
-from minitransformer.generation.readers import CachedReader, window_length
-from minitransformer.generation.sampling import draw_by_weight, own_generators
+from minitransformer.generation.fast import recording, steps
+from minitransformer.generation.fast.steps import recorded_steps
+from minitransformer.generation.logits import CachedLogits
+from minitransformer.generation.sampling import draw_by_weight, sample_generators
 from minitransformer.generation.speculation import Draft, accept, speculate
 from minitransformer.generation.streaming import stream_text
+from minitransformer.generation.window import window_length
 from minitransformer.models.decoder import DecoderLM
 from tests.prepared_for_tests import fitted
 
@@ -32,13 +34,13 @@ MakeDecoder = Callable[..., DecoderLM]
 
 def texts(model: DecoderLM, draft: Draft, prompt: list[int], ends: Any = (), **choices: Any) -> list[list[int]]:
     samples = speculate(
-        model, draft, prompt, SamplingConfig(**{"seed": 3, **choices}), ends=ends, make_reads=recorded_reads
+        model, draft, prompt, SamplingConfig(**{"seed": 3, **choices}), ends=ends, make_steps=recorded_steps
     )
     return [[token for tokens in steps for token in tokens] for steps in samples]
 
 
 def unrecorded(model: DecoderLM) -> DecoderLM:
-    """`model` with a listener: its steps are not recorded, which takes longer than a few steps of many shapes."""
+    """`model` with a hook, so that its steps are not recorded: that takes longer than a few steps of many shapes."""
     model.head.register_forward_hook(lambda module, args, output: None)
     return model
 
@@ -118,7 +120,7 @@ def test_greedy_decoding_with_a_draft_writes_what_the_model_alone_writes(
 
 def slowly(model: DecoderLM, draft: Draft, prompt: list[int], sampling: SamplingConfig, end: int) -> list[int]:
     """One text by algorithm 1 of the paper: no cache, everything read anew for every token."""
-    [numbers] = own_generators(1, torch.Generator().manual_seed(sampling.seed or 0))
+    [generator] = sample_generators(1, torch.Generator().manual_seed(sampling.seed or 0))
     processors = sampling.make_processors(len(prompt), [end])
 
     def probabilities(judge: DecoderLM, tokens: list[int]) -> torch.Tensor:
@@ -131,7 +133,7 @@ def slowly(model: DecoderLM, draft: Draft, prompt: list[int], sampling: Sampling
     new: list[int] = []
     while len(new) < sampling.max_new_tokens and end not in new:
         so_far = [*prompt, *new]
-        drawing, judging = torch.rand(2, draft.tokens + 1, generator=numbers).tolist()
+        drawing, judging = torch.rand(2, draft.tokens + 1, generator=generator).tolist()
         room = model.config.context_length - window_length(len(so_far), model.config.context_length)
         count = min(draft.tokens, room)
         judging = judging[draft.tokens - count :]
@@ -216,10 +218,10 @@ def test_texts_come_as_often_as_from_the_model_alone(tiny_decoder: MakeDecoder, 
         expected = probabilities_of_texts(model, [1, 2], sampling, 3, end=0)
     assert math.isclose(sum(expected.values()), 1, abs_tol=1e-9)
     draft = Draft(small, 2)
-    samples = speculate(model, draft, [1, 2], sampling, ends=[0], make_reads=recorded_reads)
+    samples = speculate(model, draft, [1, 2], sampling, ends=[0], make_steps=recorded_steps)
     counts = Counter(tuple(token for tokens in steps for token in tokens) for steps in samples)
     assert set(counts) <= set(expected), "a text came that the model cannot write"
-    assert 0.05 < draft.accepted / draft.guessed < 0.95, "nothing was tried"
+    assert 0.05 < draft.accepted / draft.proposed < 0.95, "nothing was tried"
     # Texts that are expected less than five times count as one, as is usual for this test.
     likely = {text: 500 * p for text, p in expected.items() if 500 * p >= 5}
     observed = [counts[text] for text in likely] + [500 - sum(counts[text] for text in likely)]
@@ -234,18 +236,18 @@ def test_a_draft_that_is_the_model_is_always_right(tiny_decoder: MakeDecoder) ->
     model = tiny_decoder()
     draft = Draft(model, 4)
     [text] = texts(model, draft, [1, 2], temperature=1.0, max_new_tokens=15)
-    assert (draft.guessed, draft.accepted, len(text)) == (12, 12, 15)
+    assert (draft.proposed, draft.accepted, len(text)) == (12, 12, 15)
 
 
-def test_the_prompt_is_read_once_by_both_and_guesses_are_read_together(tiny_decoder: MakeDecoder) -> None:
+def test_both_prefill_the_prompt_once_and_proposed_tokens_are_verified_together(tiny_decoder: MakeDecoder) -> None:
     model, small = tiny_decoder(), tiny_decoder()
-    read: dict[str, list[int]] = {"model": [], "draft": []}
-    model.embedding.register_forward_hook(lambda module, args, output: read["model"].append(args[0].size(1)))
-    small.embedding.register_forward_hook(lambda module, args, output: read["draft"].append(args[0].size(1)))
+    lengths: dict[str, list[int]] = {"model": [], "draft": []}
+    model.embedding.register_forward_hook(lambda module, args, output: lengths["model"].append(args[0].size(1)))
+    small.embedding.register_forward_hook(lambda module, args, output: lengths["draft"].append(args[0].size(1)))
     texts(model, Draft(small, 3), [1, 2, 3, 4, 5, 6, 7], max_new_tokens=8, num_samples=3, temperature=1.0)
-    assert read["model"][0] == read["draft"][0] == 7
-    assert set(read["model"][1:]) == {4}
-    assert set(read["draft"][1:]) <= {1, 2}
+    assert lengths["model"][0] == lengths["draft"][0] == 7
+    assert set(lengths["model"][1:]) == {4}
+    assert set(lengths["draft"][1:]) <= {1, 2}
 
 
 def test_the_seed_decides_and_neither_length_nor_number_of_samples_does(tiny_decoder: MakeDecoder) -> None:
@@ -261,7 +263,7 @@ def test_a_sample_that_is_left_early_changes_no_other(tiny_decoder: MakeDecoder)
     model, small = tiny_decoder(), tiny_decoder(num_layers=1)
     whole = texts(model, Draft(small), [1, 2], num_samples=3, max_new_tokens=20)
     samples = speculate(
-        model, Draft(small), [1, 2], SamplingConfig(seed=3, num_samples=3, max_new_tokens=20), make_reads=recorded_reads
+        model, Draft(small), [1, 2], SamplingConfig(seed=3, num_samples=3, max_new_tokens=20), make_steps=recorded_steps
     )
     begun = [next(steps) for steps in samples]
     assert [text[: len(some)] for text, some in zip(whole, begun, strict=True)] == begun
@@ -291,23 +293,27 @@ def test_a_stream_with_a_draft_stops_at_stop_strings_and_ends(tiny_decoder: Make
     assert ["".join(pieces) for pieces in streams] == [tokenizer.decode(text).split(stop)[0] for text in ended]
 
 
-# The reader behind it
+# The cache behind it
 
 
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 4)), max_size=12), st.integers(1, 12))
-def test_a_reader_that_forgets_reads_what_comes_instead(
-    tiny_decoder: MakeDecoder, steps: list[tuple[int, int]], context: int
+@pytest.mark.parametrize("fixed", [False, True])
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), max_size=12), st.integers(1, 12))
+@settings(max_examples=15)
+def test_logits_after_a_rewind_are_those_of_the_tokens_that_follow_it(
+    tiny_decoder: MakeDecoder, fixed: bool, rounds: list[tuple[int, int]], context: int
 ) -> None:
-    model = unrecorded(tiny_decoder(context_length=context))
-    reader = CachedReader(model, 100, recorded_reads)
-    tokens = torch.randint(11, (1, 7))
-    with torch.no_grad():
-        reader(tokens)
-        for forgotten, new in steps:
-            length = max(1, tokens.size(1) - forgotten)
-            reader.forget(length)
+    model, tokens = unrecorded(tiny_decoder(context_length=context)), torch.randint(11, (1, 7))
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        for module in (steps, recording):
+            patch.setattr(module, "has_fixed_shapes", lambda device: fixed)
+        patch.setattr(recording, "captured", recording.traced)
+        next_logits = CachedLogits(model, 1, 100, recorded_steps)
+        next_logits(tokens)
+        for removed, new in rounds:
+            length = max(0, tokens.size(1) - removed)
+            next_logits.rewind(length)
             tokens = torch.cat([tokens[:, :length], torch.randint(11, (1, new))], dim=1)
             window = window_length(tokens.size(1), context)
             count = min(new, window)
             expected = model(tokens[:, -window:])[:, -count:]
-            torch.testing.assert_close(reader.after_each(tokens, count), expected)
+            torch.testing.assert_close(next_logits.after_each(tokens, count), expected)

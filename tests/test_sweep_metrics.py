@@ -8,19 +8,9 @@ from minitransformer.analysis.sweep_plan import SweepPlan
 from minitransformer.analysis.sweep_report import best_seed, conclusion
 from minitransformer.commands import sweep as command
 from tests.runs_for_tests import configured as tiny
-from tests.sweeping_for_tests import SMALL, refused, results, trials_in_process, working_folder
+from tests.sweeping_for_tests import SMALL, refused, results
 
-pytestmark = pytest.mark.unchecked_shapes
-
-
-@pytest.fixture
-def here(here, monkeypatch):
-    return working_folder(here, monkeypatch)
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    return trials_in_process(monkeypatch)
+pytestmark = [pytest.mark.unchecked_shapes, pytest.mark.usefixtures("short_text", "in_process")]
 
 
 @pytest.mark.parametrize(("metric", "order"), [("accuracy", [0.3, 0.2, 0.1]), ("perplexity", [0.1, 0.2, 0.3])])

@@ -18,8 +18,8 @@ from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.fast import row_kernel, rows
 from minitransformer.generation.fast.rows import KernelLinear, with_row_kernel
-from minitransformer.generation.fast.steps import recorded_reads
-from minitransformer.generation.readers import CachedReader
+from minitransformer.generation.fast.steps import recorded_steps
+from minitransformer.generation.logits import CachedLogits
 from minitransformer.generation.weights import BFloat16, Float32, Int8, StoredWeights
 from minitransformer.models.decoder import DecoderLM
 
@@ -159,9 +159,9 @@ def test_cached_decoding_is_uncached_decoding_with_stored_weights(
     model = with_row_kernel(kind.applied(tiny_decoder(context_length=8, **choices).float()))
     tokens = torch.randint(11, (1, 8))
     with torch.no_grad():
-        reader, expected = CachedReader(model, 8, recorded_reads), model(tokens)
+        next_logits, expected = CachedLogits(model, 1, 8, recorded_steps), model(tokens)
         for length in range(3, 9):
-            torch.testing.assert_close(reader(tokens[:, :length]), expected[:, length - 1], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(next_logits(tokens[:, :length]), expected[:, length - 1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("choices", MODELS, ids=str)

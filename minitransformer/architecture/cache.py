@@ -183,6 +183,12 @@ class KVCache:
         held.index_copy_(1, slots, positions.expand(held.size(0), -1))
         return held.narrow(1, 0, visible)
 
+    def truncate(self, length: int) -> None:
+        """Empty all but the first `length` slots."""
+        self.length = min(length, self.length)
+        if self._positions is not None:
+            self._positions[:, length:] = EMPTY
+
     def put(self, other: KVCache, rows: list[int], slot: int, of: int) -> None:
         """Replace `rows`, some of `of`, by the contents of `other`, of one row or of as many, from `slot` on."""
         self.clear(rows)

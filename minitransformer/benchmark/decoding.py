@@ -18,7 +18,7 @@ from minitransformer.benchmark.peers import transformers_model
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.fast.rows import with_row_kernel
-from minitransformer.generation.readers import CachedReader
+from minitransformer.generation.prefill import PromptPrefill
 from minitransformer.generation.weights import StoredWeights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -63,7 +63,9 @@ def transformers_decode(setting: BenchSetting, precision: str, tokens: int, batc
 def ours_prefill(setting: BenchSetting, precision: str, tokens: int, batch: int) -> Once:
     """A prompt into a new cache."""
     model = _ours(setting, precision)
-    return _reading(lambda prompt: CachedReader(model, tokens)(prompt), setting, tokens, batch)
+    return _reading(
+        lambda prompt: PromptPrefill(model, prompt.tolist()).advance(prompt.numel()), setting, tokens, batch
+    )
 
 
 def nanogpt_prefill(setting: BenchSetting, precision: str, tokens: int, batch: int) -> Once:

@@ -28,11 +28,11 @@ from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.fast.rows import with_row_kernel
 from minitransformer.generation.fill import MASK, encode_with_masks
 from minitransformer.generation.published import published
-from minitransformer.generation.readers import window_length
 from minitransformer.generation.samples import filled_text, translations
 from minitransformer.generation.speculation import Draft
 from minitransformer.generation.streaming import best_texts, stream_text, texts_in_batches
 from minitransformer.generation.weights import StoredWeights
+from minitransformer.generation.window import window_length
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM
 from minitransformer.models.encoder_decoder import Seq2SeqLM
@@ -118,9 +118,9 @@ def main(arguments: Sequence[str]) -> int:
         _converse(model, session)
     else:
         answer(model, prompt, session)
-    if draft is not None and draft.guessed:
-        share = draft.accepted / draft.guessed
-        _note(f"of the draft's {draft.guessed} guesses, the model accepted {draft.accepted} ({share:.0%})")
+    if draft is not None and draft.proposed:
+        share = draft.accepted / draft.proposed
+        _note(f"of {draft.proposed} tokens proposed by the draft, {draft.accepted} were accepted ({share:.0%})")
     return DONE
 
 
@@ -170,7 +170,7 @@ def _draft_run(path: Path, run: Run) -> Run:
 
 
 def _decoder(run: Run, beside: Model, device: str) -> DecoderLM:
-    """The model of `run`, which guesses for another: both continue prompts."""
+    """The model of `run`, the draft of another: both are decoders."""
     model = run.load_model(device=device)
     for one in (beside, model):
         if not isinstance(one, DecoderLM):
@@ -224,7 +224,7 @@ def _continue(model: DecoderLM, prompt: str, session: Session) -> None:
     prompt_ids = tokenizer.encode_prompt(prompt)
     _note_context(len(prompt_ids), sampling.max_new_tokens, model.config.context_length)
     if sampling.num_beams > 1:
-        found = best_texts(model, tokenizer, prompt_ids, sampling)
+        [found] = best_texts(model, tokenizer, [prompt_ids], sampling)
         for number, text in enumerate(found):
             _print(f"{SEPARATOR}\n{prompt}{text}" if number else prompt + text)
             _end_line(prompt + text)
@@ -248,7 +248,7 @@ def _continue_lines(model: DecoderLM, prompts: Sequence[str], session: Session) 
     _note_context(longest, sampling.max_new_tokens, model.config.context_length)
     texts: Iterator[str]
     if sampling.num_beams > 1:
-        texts = (best_texts(model, tokenizer, ids, sampling)[0] for ids in prompt_ids)
+        texts = (best for best, *_ in best_texts(model, tokenizer, prompt_ids, sampling))
     else:
         texts = texts_in_batches(model, tokenizer, prompt_ids, sampling, session.options.batch_size)
     for prompt, text in zip(prompts, texts, strict=True):

@@ -1,1 +1,1 @@
-"""From a model to text: processors of logits, the loop that decodes, and tokens that become text as they come."""
+"""From a model to text: the engine, sampling, beam search, speculative decoding, and streaming."""

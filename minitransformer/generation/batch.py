@@ -1,4 +1,4 @@
-"""The rows of a batch, in one cache: texts that begin at different times, each of which is given one token a step."""
+"""The rows of a batch in one cache: sequences of different lengths that grow by as many tokens in each step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from minitransformer.architecture.cache import EMPTY, KVCache
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.surgery import copied
 
-RowStep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""From a token of each row, its slot, a tensor with as many numbers as visible slots, and positions, to logits"""
-MakeStep = Callable[[KVCache, bool], RowStep]
-"""From a cache, and whether every visible slot holds a token, to what decodes a token of each row.
+DecodeStep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""From new tokens of each row, their slots, a tensor as long as the visible slots, and positions, to logits"""
+MakeStep = Callable[[KVCache, int, bool], DecodeStep]
+"""From a cache, the number of newest tokens to give logits for, and whether every visible slot holds a token, to a step
 
-A step need not note the positions of new tokens in the cache where every slot holds one: nothing asks for them.
+Where every slot holds one, a step need not store the positions of new tokens: nothing reads them.
 """
 
 
@@ -27,31 +27,35 @@ def plain_steps(model: DecoderLM) -> MakeStep:
     return partial(plain_step, copied(model, lambda name, module: None).eval())
 
 
-def plain_step(model: DecoderLM, cache: KVCache, full: bool) -> RowStep:
+def plain_step(model: DecoderLM, cache: KVCache, count: int, full: bool) -> DecodeStep:
     """A step of `model`, which is in eval mode."""
-    return partial(decode_rows, model, cache, full)
+    return partial(decode_rows, model, cache, count, full)
 
 
 def decode_rows(
     model: DecoderLM,
     cache: KVCache,
+    count: int,
     full: bool,
-    tokens: Int[Tensor, "rows 1"],
-    slot: Int[Tensor, "1"],
+    tokens: Int[Tensor, "rows new"],
+    slots: Int[Tensor, "new"],
     visible: Tensor,
-    positions: Int[Tensor, "#rows 1"],
-) -> Float[Tensor, "rows vocab"]:
-    """The logits after `tokens`, which all go to one slot."""
-    # In every row, nothing is later than the one new token.
-    chosen = cache.at(slot, visible.size(0), full=full, in_order=True)
-    return model.head(model.hidden_states(tokens, positions=positions, cache=chosen)[:, -1])
+    positions: Int[Tensor, "#rows new"],
+) -> Float[Tensor, "rows {count} vocab"]:
+    """The logits after each of the newest `count` tokens; the slots of `tokens` are the same in all rows."""
+    # A single new token is the latest. Several take an explicit mask: a kernel's own depends on the number of keys,
+    # which would become a constant of a recording.
+    chosen = cache.at(slots, visible.size(0), full=full, in_order=bool(tokens.size(1) == 1))
+    hidden = model.hidden_states(tokens, positions=positions, cache=chosen)
+    # Logits of all new tokens would take their number times the vocabulary.
+    return model.head(hidden[:, -count:])
 
 
 class Rows:
-    """Rows whose tokens all end at the same slot, and begin at slots of their own.
+    """Rows that all end at the same slot, and begin at slots of their own: left padding.
 
-    All rows write to one slot in a step, so that a step has the same shapes whatever the rows hold. Slots before the
-    beginning of a row are empty. Rows that are not in use do what the others do, and nobody looks at it.
+    All rows write to the same slots in a step, so that its shapes do not depend on what the rows hold. Slots before the
+    beginning of a row are empty. Rows that are not in use are computed too, and ignored.
     """
 
     def __init__(self, model: DecoderLM, rows: int, slots: int, make_steps: Callable[[DecoderLM], MakeStep]) -> None:
@@ -59,25 +63,25 @@ class Rows:
         self.cache = model.new_cache(slots)
         self.device = next(model.parameters()).device
         self._slots = torch.arange(slots, device=self.device)
-        # Every row has positions of its own from the start: a recorded step writes to the tensor that it knows.
+        # Every row has positions of its own from the start: a recording holds the tensor that it writes to.
         self.cache.hold(torch.full((rows, 1), EMPTY, device=self.device), self._slots[:1], 1)
         self._make_steps, self._model = make_steps, model
-        self._steps: dict[bool, RowStep] = {}
+        self._steps: dict[tuple[int, bool], DecodeStep] = {}
         self._make_step: MakeStep | None = None
         self.end = 0
         self.starts: dict[int, int] = {}
-        """of the rows in use"""
+        """first slot of each row in use"""
 
     def length(self, row: int) -> int:
-        """How many tokens the row holds."""
+        """Number of tokens of the row."""
         return self.end - self.starts[row]
 
     def longest(self) -> int:
-        """The most tokens that a row holds."""
+        """Number of tokens of the longest row."""
         return self.end - min(self.starts.values(), default=self.end)
 
     def fill(self, rows: list[int], prefilled: KVCache, length: int) -> None:
-        """From here on, these rows hold what `prefilled` has read, `length` tokens for each or for all alike."""
+        """Start these rows with the contents of `prefilled`: `length` tokens, of a row for each or of one for all."""
         if self.starts and self._is_aligned():
             self.cache.hold(self._slots[None, : self.end], self._slots[: self.end], self.end)
         if not self.starts:
@@ -88,36 +92,47 @@ class Rows:
         self.cache.put(prefilled, rows, self.end - length, self.rows)
 
     def free(self, row: int) -> None:
-        """The row is not in use."""
+        """The row is no longer in use."""
         del self.starts[row]
 
-    def decode(self, tokens: Int[Tensor, "rows"]) -> Float[Tensor, "rows vocab"]:
-        """Every row is given one token; the logits of the next."""
-        if self.end == self.slots:
+    def clear(self) -> None:
+        """No row is in use any more."""
+        self.starts.clear()
+
+    def truncate(self, slots: int) -> None:
+        """Keep only the tokens in the first `slots` slots."""
+        if slots < self.end:
+            self.end = slots
+            self.cache.truncate(slots)
+
+    def decode(self, tokens: Int[Tensor, "rows new"], count: int = 1) -> Float[Tensor, "rows {count} vocab"]:
+        """Append `tokens` to the rows; the logits after each of the newest `count`."""
+        new = tokens.size(1)
+        if self.end + new > self.slots:
             self._move(-min(self.starts.values()))
         aligned = self._is_aligned()
-        slot = self._slots.narrow(0, self.end, 1)
+        slots = self._slots.narrow(0, self.end, new)
         if aligned:
-            positions = slot[None]
+            positions = slots[None]
         else:
-            lengths = [self.end - self.starts.get(row, self.end) for row in range(self.rows)]
-            positions = torch.tensor(lengths, device=self.device)[:, None]
-        self.end += 1
-        return self._step(aligned)(tokens[:, None], slot, self._slots.narrow(0, 0, self.end), positions)
+            first = [self.end - self.starts.get(row, self.end) for row in range(self.rows)]
+            positions = torch.tensor([[*range(one, one + new)] for one in first], device=self.device)
+        self.end += new
+        return self._step(count, aligned)(tokens, slots, self._slots.narrow(0, 0, self.end), positions)
 
     def _is_aligned(self) -> bool:
-        """Whether all rows begin at the first slot: they have the same positions, and no empty slot to be masked."""
+        """Whether all rows begin at the first slot: they have the same positions, and no empty slot to mask."""
         return not any(self.starts.values())
 
-    def _step(self, aligned: bool) -> RowStep:
-        if aligned not in self._steps:
+    def _step(self, count: int, aligned: bool) -> DecodeStep:
+        if (count, aligned) not in self._steps:
             if self._make_step is None:
-                self._make_step = self._make_steps(self._model)  # after the prompts, which need not wait for it
-            self._steps[aligned] = self._make_step(self.cache, aligned)
-        return self._steps[aligned]
+                self._make_step = self._make_steps(self._model)  # not before the prefill, which need not wait for it
+            self._steps[count, aligned] = self._make_step(self.cache, count, aligned)
+        return self._steps[count, aligned]
 
     def _move(self, by: int) -> None:
-        """All that is held lies so many slots further; positions stay."""
+        """Shift all rows by this many slots; positions stay."""
         assert by, "a row has more tokens than there are slots"
         self.cache.roll(by)
         self.end += by

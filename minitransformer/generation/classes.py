@@ -1,4 +1,4 @@
-"""Classes of texts: what a classifier makes of each."""
+"""Classification of texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minitransformer.models.encoder import EncoderClassifier
 
 @torch.inference_mode()
 def classify(model: EncoderClassifier, tokens: Sequence[int]) -> list[float]:
-    """p(class | tokens) for each class; of a model with a single one, the number that it gives (a regression)."""
+    """p(class | tokens) for each class; of a model with a single output, its value (a regression)."""
     device = next(model.parameters()).device
     with evaluating(model):
         logits = model(torch.tensor([tokens], device=device))[0].float()

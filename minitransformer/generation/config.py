@@ -11,7 +11,7 @@ from minitransformer.generation.processors import Processor, Temperature
 from minitransformer.settings import Chosen, Declared, check_settings, declared, setting
 
 MOST_NEW_TOKENS = 1_000_000
-"""random numbers for all of them are drawn at once"""
+"""memory for the tokens of a text is allocated at once"""
 
 
 def ordered_processors() -> list[type[Processor]]:

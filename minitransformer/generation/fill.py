@@ -1,4 +1,4 @@
-"""Filling masks: what an encoder thinks stands where a text says nothing."""
+"""Filling masks: the most likely tokens of an encoder at masked positions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from minitransformer.models.encoder import EncoderLM
 from minitransformer.text.tokenizers import Tokenizer
 
 MASK = Tokenizer.mask_pattern
-"""how a text spells a place to be filled"""
+"""how a prompt spells a mask"""
 
 
 def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of `text`, with the tokenizer's mask wherever a mask is spelled out."""
+    """The ids of `text`, with the tokenizer's mask token for each spelled mask."""
     first, *others = (tokenizer.encode(part) for part in tokenizer.mask_pattern.split(text))
     return [*first, *(token for part in others for token in (tokenizer.mask, *part))]
 
@@ -24,9 +24,9 @@ def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
 def fill_masks(
     model: EncoderLM, tokens: Sequence[int], mask: int, *, guesses: int = 5, vocab_size: int | None = None
 ) -> list[list[tuple[int, float]]]:
-    """For each `mask` among `tokens`, the likeliest tokens with their probabilities, the likeliest first.
+    """For each `mask` among `tokens`, the most likely tokens with their probabilities, the most likely first.
 
-    Every mask is filled as if the others stayed masked: p(token | all that is not masked).
+    Each mask is filled independently of the others: p(token | unmasked tokens).
     """
     device = next(model.parameters()).device
     with evaluating(model):

@@ -1,4 +1,4 @@
-"""Eval mode for a while."""
+"""Eval mode in a `with` block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` is in eval mode meanwhile."""
+    """`model` is in eval mode inside the block."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -1,4 +1,4 @@
-"""Prefill: prompts go into a cache of their own, a chunk at a time, before their requests are decoded."""
+"""Prefill: the forward pass over prompts, a chunk at a time, into a cache of their own."""
 
 from __future__ import annotations
 
@@ -10,43 +10,39 @@ from torch import Tensor
 
 from minitransformer.architecture.cache import KVCache
 from minitransformer.generation.modes import evaluating
-from minitransformer.generation.sampling import Request
 from minitransformer.models.decoder import DecoderLM
 
 
 class PromptPrefill:
-    """The tokens of some requests, as many for each; equal prompts are prefilled once."""
+    """The prefill of prompts of one length; equal prompts are computed once."""
 
-    def __init__(self, model: DecoderLM, requests: Sequence[Request], windows: Sequence[Sequence[int]]) -> None:
-        self.model, self.requests = model, requests
+    def __init__(self, model: DecoderLM, prompts: Sequence[Sequence[int]]) -> None:
+        self.model = model
         rows: dict[tuple[int, ...], int] = {}
-        self._row_of = {
-            request: rows.setdefault(tuple(window), len(rows))
-            for request, window in zip(requests, windows, strict=True)
-        }
+        self._rows = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompts]
         self._tokens = torch.tensor(list(rows), dtype=torch.long, device=next(model.parameters()).device)
         self.length = self._tokens.size(1)
         self._cache = model.new_cache(self.length)
         self._logits = torch.empty(0)
-        self._read = 0
+        self._done = 0
 
     @property
     def complete(self) -> bool:
-        return self._read == self.length
+        return self._done == self.length
 
     def advance(self, most: int) -> int:
-        """Prefill about as many tokens as `most`; returns their number."""
-        new = min(self.length - self._read, max(1, most // len(self._tokens)))
+        """Prefill about `most` tokens more; returns their number."""
+        new = min(self.length - self._done, max(1, most // len(self._tokens)))
         with evaluating(self.model):
-            hidden = self.model.hidden_states(self._tokens.narrow(1, self._read, new), cache=self._cache)
-            self._read += new
+            hidden = self.model.hidden_states(self._tokens.narrow(1, self._done, new), cache=self._cache)
+            self._done += new
             if self.complete:
                 self._logits = self.model.head(hidden[:, -1:])[:, 0]
         return new * len(self._tokens)
 
-    def found_for(self, requests: Sequence[Request]) -> tuple[KVCache, Float[Tensor, "requests vocab"]]:
-        """The cache of these requests, a row for each or one for all, and the logits of their next tokens."""
-        rows = torch.tensor([self._row_of[request] for request in requests], device=self._tokens.device)
+    def results(self, prompts: Sequence[int]) -> tuple[KVCache, Float[Tensor, "prompts vocab"]]:
+        """The cache of these prompts, by number, with a row for each or one for all, and their next logits."""
+        rows = torch.tensor([self._rows[prompt] for prompt in prompts], device=self._tokens.device)
         if len(self._tokens) > 1:
             self._cache.select(rows)
         return self._cache, self._logits[rows]

@@ -1,4 +1,4 @@
-"""How the publisher of a checkpoint would have it generate: `generation_config.json`, as `SamplingConfig` has it."""
+"""Sampling settings published with a checkpoint: from `generation_config.json` to those of `SamplingConfig`."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ NOT_FOLLOWED = {
 
 @dataclass(frozen=True)
 class Published:
-    """What a `generation_config.json` says: `settings` by the names of `SamplingConfig`, and what is not followed."""
+    """The contents of a `generation_config.json`: `settings` of `SamplingConfig`, and entries that are not followed."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     not_followed: list[str] = field(default_factory=list)
 
 
 def published(content: Mapping[str, Any], name: str, *, two_sided: bool) -> Published:
-    """What `content`, the file called `name`, says for a decoder, or for a model that is `two_sided`.
+    """The settings in `content`, the file called `name`, for a decoder, or for a model that is `two_sided`.
 
-    Only what it says: the defaults of another library for what it leaves out are not taken over, but that drawing is
-    at temperature 1. Raises `UserError` for a value that its field cannot have.
+    Of the other library's defaults for fields that are missing, only the temperature of 1 is taken over. Raises
+    `UserError` for a value that its field cannot have.
     """
     try:
         settings = _settings(content)
@@ -82,13 +82,13 @@ def published(content: Mapping[str, Any], name: str, *, two_sided: bool) -> Publ
 
 
 def _without_drawing(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `settings` that have an effect where nothing is drawn."""
+    """Those of `settings` that have an effect without sampling."""
     drawing = {each.name for each in processor_settings(keeps_likeliest=True)}
     return {name: value for name, value in settings.items() if name not in drawing}
 
 
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What means the same for every kind of model."""
+    """The settings that mean the same for every topology."""
     numbers = {theirs: _number(content, theirs) for theirs in SAME if content.get(theirs) is not None}
     found = {SAME[theirs]: value for theirs, value in numbers.items() if value or theirs not in OFF_AT_ZERO}
     early = content.get("early_stopping")
@@ -100,7 +100,7 @@ def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_targets(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Their lengths count the token that every target begins after."""
+    """Lengths of targets, without their start token, which the file counts."""
     lengths = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
     return {
         ours: max(_number(content, theirs, whole=True) - 1, 0)

@@ -1,4 +1,4 @@
-"""What a model makes of something, for the eye: a text, filled masks, translations."""
+"""Samples to look at: a text, filled masks, translations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sample_of(
     examples: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> str:
-    """A sample that is always the same for the same model; `examples` are inputs for models that need them."""
+    """A deterministic sample of `model`; `examples` are inputs for models that need them."""
     raise NotImplementedError(f"no sample of {type(model).__name__}")
 
 
@@ -37,7 +37,7 @@ def written(
     examples: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> str:
-    """What `model` generates from an empty prompt with the default sampling settings."""
+    """A text from an empty prompt with the default sampling settings and seed 0."""
     sampling = SamplingConfig(max_new_tokens=max_new_tokens, seed=0)
     prompt = tokenizer.encode_prompt("")
     steps = generate(model, prompt, sampling, ends=tokenizer.ends, vocab_size=tokenizer.vocab_size)
@@ -52,12 +52,12 @@ def filled(
     examples: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> str:
-    """The examples with a number at each mask, and below them the likeliest tokens for each."""
+    """`filled_text` of each example."""
     return "\n\n".join(filled_text(model, tokenizer, example) for example in examples)
 
 
 def filled_text(model: EncoderLM, tokenizer: Tokenizer, tokens: Sequence[int], guesses: int = 5) -> str:
-    """The text of `tokens` with a number at each mask, and below it the likeliest tokens for each."""
+    """The text of `tokens` with its masks numbered, and the most likely tokens for each mask."""
     found = fill_masks(model, tokens, tokenizer.mask, guesses=guesses, vocab_size=tokenizer.vocab_size)
     lines = [""]
     begin = number = 0
@@ -83,7 +83,7 @@ def translated(
     examples: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> str:
-    """Each example, and what `model` makes of it, always taking the likeliest token."""
+    """Each example, and its translation by greedy decoding."""
     targets = translations(
         model, examples, SamplingConfig(temperature=0, max_new_tokens=max_new_tokens), target_tokenizer
     )
@@ -100,7 +100,7 @@ def translations(
     target_tokenizer: Tokenizer,
     generator: torch.Generator | None = None,
 ) -> list[list[list[int]]]:
-    """What `translate` finds, with targets framed as `target_tokenizer` says."""
+    """`translate`, with the framing of `target_tokenizer`."""
     framing = target_tokenizer.framing
     return translate(
         model,

@@ -24,22 +24,22 @@ def never(token: int) -> bool:
 
 @dataclass(eq=False)
 class Request:
-    """A text under way: a prompt, how to go on from it, and the new tokens so far.
+    """A prompt, how to continue it, and the new tokens so far.
 
-    `stops` is told each new token, and may end the text. `numbers` are the random numbers of this text alone. `rules`
-    decide beside `sampling` which tokens are possible.
+    `stops` is called with each new token, and may end the text. `uniform` are the random numbers of this text alone.
+    `rules` decide beside `sampling` which tokens are possible.
     """
 
     prompt: Sequence[int]
     sampling: SamplingConfig
-    numbers: Iterator[float]
+    uniform: Iterator[float]
     ends: Sequence[int] = ()
     stops: Callable[[int], bool] = never
     rules: Sequence[Processor] = ()
     tokens: list[int] = field(default_factory=list)
     done: bool = False
     chosen: int = 0
-    """tokens so far, those that a device has not told yet included"""
+    """number of new tokens, including those not yet copied to the host"""
 
     def __post_init__(self) -> None:
         self.processors = self.sampling.make_processors(len(self.prompt), self.ends, self.rules)
@@ -55,18 +55,18 @@ class Request:
     def text(self, device: torch.device) -> Int[Tensor, "length"]:
         """The prompt and the tokens so far, for processors that look back at them."""
         if self._text is None:
-            # One more than fits: a device may be a token ahead of what is known of it.
+            # One more than fits: a device may be a token ahead of the host.
             room = torch.zeros(self.sampling.max_new_tokens + 1, dtype=torch.long)
             self._text = torch.cat([torch.tensor(self.prompt), room]).to(device)
         return self._text[: len(self.prompt) + self.chosen]
 
     def note(self, chosen: Int[Tensor, "requests"], row: int) -> None:
-        """The next token of the text has been chosen, which its device may not have told yet."""
+        """Add the next token to the text on the device, before the host knows it."""
         if self._text is not None:
             self._text[len(self.prompt) + self.chosen] = chosen[row]
 
-    def take(self, token: int) -> None:
-        """The next of the chosen tokens is known."""
+    def append(self, token: int) -> None:
+        """Add the next of the chosen tokens, now on the host."""
         self.tokens.append(token)
         stopped = self.stops(token)
         self.done = stopped or token in self.ends or len(self.tokens) == self.sampling.max_new_tokens
@@ -122,7 +122,7 @@ def _choose_alike(logits: Float[Tensor, "requests vocab"], requests: Sequence[Re
         logits = processed(logits, first.processors, tokens)
     if first.sampling.greedy:
         return logits.argmax(-1)
-    uniform = torch.tensor([next(request.numbers) for request in requests])
+    uniform = torch.tensor([next(request.uniform) for request in requests])
     return draw(logits, uniform.to(device, non_blocking=True) if logits.is_cuda else uniform)
 
 
@@ -153,14 +153,14 @@ def draw_by_weight(
     return torch.searchsorted(cumulative, share, right=True).squeeze(1)
 
 
-def own_generators(samples: int, generator: torch.Generator) -> list[torch.Generator]:
-    """A stream of random numbers for each sample, the same ones whatever the number of samples."""
+def sample_generators(samples: int, generator: torch.Generator) -> list[torch.Generator]:
+    """A generator for each sample, the same ones whatever the number of samples."""
     seeds = torch.randint(2**63 - 1, (samples,), generator=generator).tolist()
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def seeded(generator: torch.Generator | None, sampling: SamplingConfig) -> torch.Generator:
-    """`generator`, by default one on the CPU with the seed of `sampling`, or with a new one if it has none."""
+    """`generator`, by default one on the CPU with the seed of `sampling`, or with a random one if it has none."""
     if generator is None:
         generator = torch.Generator()
         generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
@@ -168,6 +168,6 @@ def seeded(generator: torch.Generator | None, sampling: SamplingConfig) -> torch
 
 
 def uniform_numbers(generator: torch.Generator) -> Iterator[float]:
-    """Numbers in [0, 1), without an end."""
+    """Random numbers in [0, 1), without end."""
     while True:
         yield from torch.rand(NUMBERS_AT_ONCE, generator=generator).tolist()

@@ -1,4 +1,4 @@
-"""Tokens that become text as they come: never half a character, and never a part of a stop string."""
+"""From tokens to text while they are generated: never half a character, and never a part of a stop string."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from minitransformer.generation.config import SamplingConfig
-from minitransformer.generation.decode import generate, generate_each, search
-from minitransformer.generation.fast.steps import recorded_reads
+from minitransformer.generation.decode import generate, generate_each, search_each
+from minitransformer.generation.fast.steps import recorded_steps
 from minitransformer.generation.speculation import Draft, speculate
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.text.tokenizers import Tokenizer
 
 
 class TextStream:
-    """The text of one sample, from the bytes of its tokens.
+    """Incremental decoding of UTF-8 bytes, up to a stop string.
 
     All that `feed` and `finish` return, joined, is the text of all bytes (U+FFFD where they are not UTF-8) up to the
     stop string that is complete first, the longest of those complete at once; `stopped` says that there is one.
@@ -29,11 +29,11 @@ class TextStream:
         self._held = ""
 
     def feed(self, piece: bytes) -> str:
-        """The text that is certain now; what may be half a character or the beginning of a stop string is held back."""
+        """The text that is certain now, without what may be half a character or the beginning of a stop string."""
         return self._advance(self._decoder.decode(piece))
 
     def finish(self) -> str:
-        """The rest: what was held back is text after all."""
+        """The rest, which was held back."""
         text = self._advance(self._decoder.decode(b"", final=True)) + self._held
         self._held = ""
         return text
@@ -60,7 +60,7 @@ class TextStream:
 
 
 class TokenStream(TextStream):
-    """The text of one sample, from its tokens: one of the tokenizer's `ends` has none, and is the last."""
+    """The text of one sample, from its tokens up to one of the tokenizer's `ends`."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         super().__init__(stop)
@@ -73,7 +73,7 @@ class TokenStream(TextStream):
         return self.stopped or self._ended
 
     def feed_tokens(self, *tokens: int) -> str:
-        """`feed` of what the tokens stand for."""
+        """`feed` the bytes of these tokens."""
         self._ended |= tokens[-1] in self._tokenizer.ends
         return self.feed(self._tokenizer.decode_bytes(token for token in tokens if token not in self._tokenizer.ends))
 
@@ -88,13 +88,13 @@ def stream_text(
     cached: bool = True,
     draft: Draft | None = None,
 ) -> Iterator[list[str]]:
-    """The text that follows `prompt`, step by step: each step gives the new text of each sample, which may be "".
+    """The text that follows `prompt`: at each step, the new text of each sample, which may be "".
 
-    A sample ends with a token that ends texts or a stop string; the stream ends when all have. The arguments are those
-    of `generate`; with a `draft`, those of `speculate`, and the samples come one after the other.
+    A sample ends with an end-of-text token or a stop string; the stream ends when all have. The arguments are those of
+    `generate`; with a `draft`, those of `speculate`, and the samples come one after the other.
     """
     if draft is not None:
-        yield from _stream_guessed_text(model, draft, tokenizer, prompt, sampling, generator)
+        yield from _stream_speculated_text(model, draft, tokenizer, prompt, sampling, generator)
         return
     streams = [TokenStream(tokenizer, sampling.stop) for _ in range(sampling.num_samples)]
     steps = generate(
@@ -114,22 +114,24 @@ def stream_text(
     yield [stream.finish() for stream in streams]
 
 
-def best_texts(model: DecoderLM, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingConfig) -> list[str]:
-    """The `num_samples` best texts after `prompt` that `search` finds, the best first, up to their stop strings."""
+def best_texts(
+    model: DecoderLM, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], sampling: SamplingConfig
+) -> Iterator[list[str]]:
+    """For each prompt, the `num_samples` best texts of a beam search, the best first, up to their stop strings."""
 
-    def read(tokens: Sequence[int]) -> tuple[str, bool]:
+    def decode(tokens: Sequence[int]) -> tuple[str, bool]:
         stream = TokenStream(tokenizer, sampling.stop)
         return stream.feed_tokens(*tokens) + stream.finish(), stream.stopped
 
-    found = search(
+    for found in search_each(
         model,
-        prompt,
+        prompts,
         sampling,
         ends=tokenizer.ends,
         vocab_size=tokenizer.vocab_size,
-        stops=(lambda tokens: read(tokens)[1]) if sampling.stop else None,
-    )
-    return [read(tokens)[0] for tokens in found]
+        stops=(lambda tokens: decode(tokens)[1]) if sampling.stop else None,
+    ):
+        yield [decode(tokens)[0] for tokens in found]
 
 
 def texts_in_batches(
@@ -139,14 +141,14 @@ def texts_in_batches(
     sampling: SamplingConfig,
     batch_size: int,
 ) -> Iterator[str]:
-    """The text that follows each prompt, in their order, each as soon as it and those before it are there.
+    """The text that follows each prompt, in their order, each as soon as it and those before it are complete.
 
-    As many are written at a time as `batch_size` says: `generate_each`. `num_samples` is taken for 1.
+    `batch_size` of them are generated at a time. `num_samples` is taken for 1.
     """
     streams = [TokenStream(tokenizer, sampling.stop) for _ in prompts]
     texts = [""] * len(prompts)
 
-    def over(number: int, token: int) -> bool:
+    def stops(number: int, token: int) -> bool:
         texts[number] += streams[number].feed_tokens(token)
         return streams[number].over
 
@@ -158,7 +160,7 @@ def texts_in_batches(
         batch_size=batch_size,
         ends=tokenizer.ends,
         vocab_size=tokenizer.vocab_size,
-        over=over,
+        stops=stops,
     ):
         texts[number] += streams[number].finish()
         done.add(number)
@@ -167,7 +169,7 @@ def texts_in_batches(
             shown += 1
 
 
-def _stream_guessed_text(
+def _stream_speculated_text(
     model: DecoderLM,
     draft: Draft,
     tokenizer: Tokenizer,
@@ -183,7 +185,7 @@ def _stream_guessed_text(
         generator=generator,
         ends=tokenizer.ends,
         vocab_size=tokenizer.vocab_size,
-        make_reads=recorded_reads,
+        make_steps=recorded_steps,
     )
     for number, steps in enumerate(samples):
         stream = TokenStream(tokenizer, sampling.stop)

@@ -1,7 +1,7 @@
-"""How the matrices of linear maps are stored while a model decodes.
+"""Storage formats of weight matrices for decoding.
 
-A step for one token reads every weight once and does one multiplication with it: how long it takes depends on how many
-bytes the weights have. Embeddings, norms, biases, caches and all that is computed stay as they are.
+A decode step for one token reads every weight once and does one multiplication with it: its time is that of reading
+the weights from memory. Embeddings, norms, biases, caches and activations are not converted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class StoredWeights(Registered, nn.Module, kind="weights"):
     stored: Tensor
     scale: Tensor | None
     few_rows: ClassVar[int] = 64
-    """up to so many, it pays to widen weights on their way from memory (measured on CPUs)"""
+    """maximum rows for which converting weights in the product is faster (measured on CPUs)"""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -49,12 +49,12 @@ class StoredWeights(Registered, nn.Module, kind="weights"):
 
     @classmethod
     def applied(cls, model: M) -> M:
-        """`model` with its matrices stored in this way; it shares its other weights."""
+        """A copy of `model` with its matrices in this format; it shares the other weights."""
         return replaced(model, ".*", cls)
 
 
 class Float32(StoredWeights, name="fp32"):
-    """As the checkpoint has them: nothing is rounded."""
+    """The weights of the checkpoint, unchanged."""
 
     few_rows = 8
 
@@ -71,7 +71,7 @@ class Float32(StoredWeights, name="fp32"):
 
 
 class BFloat16(StoredWeights, name="bf16"):
-    """Half the bytes. Each weight is rounded to 8 significant bits: it changes by a share of 2^-8 at most."""
+    """Half the bytes. Each weight is rounded to 8 significant bits: a relative error of at most 2^-8."""
 
     @classmethod
     def store(cls, weight: Float[Tensor, "out in"]) -> tuple[Tensor, None]:
@@ -85,10 +85,10 @@ class BFloat16(StoredWeights, name="bf16"):
 
 
 class Int8(StoredWeights, name="int8"):
-    """A quarter of the bytes. Each weight is rounded to a 127th of the largest of its row, with which it is stored.
+    """A quarter of the bytes. Each weight is rounded to a multiple of its row's scale, max |w| / 127.
 
-    Its change is at most half of that. Dettmers et al. 2022 (LLM.int8(), arXiv 2208.07339), section 2.1, for weights
-    alone: what they are multiplied with is not rounded to 8 bits.
+    The error is at most half the scale. Dettmers et al. 2022 (LLM.int8(), arXiv 2208.07339), section 2.1, for weights
+    alone: activations are not rounded to 8 bits.
     """
 
     @classmethod

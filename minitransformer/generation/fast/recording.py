@@ -1,10 +1,10 @@
-"""The model's steps, recorded once and replayed without Python.
+"""Decode steps, recorded once and replayed without Python.
 
-For one token of a small model, walking through its modules takes longer than the arithmetic in them. All steps do the
-same, once the caller chooses the slots of a cache that has room for all tokens to come (`KVCache.at`): so a step is
-recorded, and the later ones replay its operations, with the slots that are in use by then. `torch.jit.trace` records
-in milliseconds, where `torch.compile` takes longer than most texts take to decode. On CUDA, a graph replays all kernels
-of a step by one call, for fixed shapes.
+For one token of a small model, the Python of its modules takes longer than their arithmetic. All steps are the same
+operations once the caller chooses the slots of a cache with room for all tokens to come (`KVCache.at`): so one step is
+recorded, and later ones replay it with the slots then in use. `torch.jit.trace` records in milliseconds, where
+`torch.compile` takes longer than most texts take to decode. On CUDA, a graph replays all kernels of a step by one call,
+for fixed shapes.
 """
 
 # `torch.jit.trace` is deprecated, in favour of `torch.export`, which takes seconds where tracing takes milliseconds.
@@ -31,38 +31,37 @@ from minitransformer.models.joined import has_hooks
 SOON = 8
 """steps"""
 FEW_PRODUCTS = 1 << 21
-"""that one thread does about as fast as several (measured), and several times as fast if another process is at work"""
+"""that one thread computes about as fast as several (measured), and faster if other processes are busy"""
 FEW_SLOTS = 512
-"""that it costs little to look at"""
+"""whose attention costs little"""
 StepFunction = Callable[..., Tensor]
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the end: torch can lose it while it records."""
+    """Delays Ctrl-C to the end of the block: torch can lose it while it records."""
     if threading.current_thread() is not threading.main_thread():  # where there are no signals
         yield
         return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came:
+    if received:
         signal.raise_signal(signal.SIGINT)
 
 
 def has_fixed_shapes(device: torch.device) -> bool:
-    """Whether what is recorded there holds for the very shapes that it was recorded with."""
+    """Whether a recording on this device is valid only for the shapes that it was recorded with."""
     return device.type == "cuda"
 
 
 def slots_visible(length: int, most: int, fixed: bool) -> int:
-    """How many of `most` slots attention looks at when `length` are in use: these, where recordings take any size.
+    """Number of the `most` slots that attention reads when `length` are in use: these, unless shapes are `fixed`.
 
-    Where their shapes are `fixed`, up to a quarter more, or `FEW_SLOTS`: all would cost a short text as much as the
-    longest.
+    Then up to a quarter more, or `FEW_SLOTS`: all would make a short text as slow as the longest.
     """
     if not fixed:
         return length
@@ -71,11 +70,11 @@ def slots_visible(length: int, most: int, fixed: bool) -> int:
 
 
 class Recorded:
-    """`step`, a function of tensors that does the same whatever they hold; recorded when shapes come again soon.
+    """`step`, a function of tensors whose operations do not depend on their values; recorded when shapes recur soon.
 
-    What comes now and then, such as reading a window anew, is not worth a recording. One is made for each shape of the
-    first tensor, and holds for any size of the others, unless `fixed`: then it is a CUDA graph. `products` counts what
-    there is to do for such tensors.
+    A shape that recurs seldom is not worth a recording. One is made for each shape of the first tensor, and is valid
+    for any size of the others, unless `fixed`: then it is a CUDA graph. `products` is the number of multiplications for
+    such tensors.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class Recorded:
 
     def _replayed(self, replay: StepFunction, tensors: Sequence[Tensor]) -> Tensor:
         optimizing = torch._C._get_graph_executor_optimize()
-        # To optimise a recording takes as long as hundreds of replays gain by it. The switch is the thread's own.
+        # Optimising a recording takes as long as hundreds of replays gain by it. The switch is thread-local.
         torch._C._set_graph_executor_optimize(False)
         try:
             few = self.products(*tensors) < FEW_PRODUCTS
@@ -113,25 +112,25 @@ class Recorded:
 
 
 def traced(step: StepFunction, tensors: Sequence[Tensor]) -> StepFunction:
-    """`step` without Python, for as long as someone keeps it.
+    """`step` without Python, freed with its last reference.
 
-    As `torch.jit.trace`, which would put it, with the weights and the cache that are its constants, into a compilation
-    unit of the whole process, for ever. A write to a tensor that nothing in the step reads is left out.
+    `torch.jit.trace` would keep it, with the weights and the cache that are its constants, in a compilation unit of the
+    process, for ever. Writes to tensors that nothing in the step reads are left out.
     """
     with warnings.catch_warnings():
-        # Of sizes that become constants: here they are.
+        # That sizes become constants is intended.
         warnings.simplefilter("ignore")
         graph, _ = torch._C._create_graph_by_tracing(step, tuple(tensors), lambda value: "", True, False)
     return torch._C.CompilationUnit().create_function("step", graph)
 
 
 def captured(step: StepFunction, tensors: Sequence[Tensor]) -> StepFunction:
-    """`step` as a CUDA graph, or as it is where it asks the device for what decides how it goes on."""
+    """`step` as a CUDA graph, or unchanged where its operations depend on values on the device."""
     inputs = [tensor.clone() for tensor in tensors]
     graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        step(*inputs)  # what libraries do the first time cannot be captured
+        step(*inputs)  # a warm-up: the initialisation of libraries cannot be captured
     torch.cuda.current_stream().wait_stream(aside)
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -149,7 +148,7 @@ def captured(step: StepFunction, tensors: Sequence[Tensor]) -> StepFunction:
 
 
 def recorded(step: StepFunction, model: nn.Module) -> StepFunction:
-    """`step`, to be replayed, unless a module of `model` has hooks, which a replay would not run.
+    """`step`, recorded unless a module of `model` has hooks, which a replay would not run.
 
     It takes tokens, their slots, a tensor whose last size is the number of visible slots, and others.
     """

@@ -22,13 +22,13 @@ FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-DTORCH
 
 
 class CannotCompile(Exception):
-    """Why there is no kernel here, in words that follow "as"."""
+    """Why there is no kernel, as a clause that follows "as"."""
 
 
 def prepare(report: Callable[[str], None]) -> None:
-    """From here on there is `torch.ops.minitransformer.row_product`, compiled now if it never was.
+    """Load `torch.ops.minitransformer.row_product`, compiled first if it never was, which `report` announces.
 
-    `report` is told if that takes a while. Raises `CannotCompile`.
+    Raises `CannotCompile`.
     """
     _load(_built(report))
 
@@ -42,7 +42,7 @@ def _load(library: Path) -> None:
 
 
 def _built(report: Callable[[str], None]) -> Path:
-    """The library for this source, torch and processor, which no other can be mistaken for."""
+    """The library for this source, torch version and processor, which are hashed into its name."""
     capability = torch.backends.cpu.get_cpu_capability()
     what = SOURCE.read_bytes() + repr((FLAGS, torch.__version__, platform.platform(), capability)).encode()
     folder = cache_folder()
@@ -57,7 +57,7 @@ def _built(report: Callable[[str], None]) -> Path:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 made = Path(scratch) / library.name
                 _compile(compiler, [*FLAGS, *LEVELS.get(capability, [])], made)
-                made.replace(library)  # at once, so that no one loads a half
+                made.replace(library)  # atomic, so that no process loads a part of it
         except OSError as error:
             raise CannotCompile(f"{folder} cannot be written ({error.strerror})") from None
     return library

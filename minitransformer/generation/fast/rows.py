@@ -1,4 +1,4 @@
-"""Linear maps that are fast for the few rows that a step of decoding has, made for evaluation only."""
+"""Linear maps that are fast for the few rows of a decode step, for evaluation only."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from minitransformer.models.joined import has_hooks, is_plain
 from minitransformer.models.surgery import copied, is_linear_map
 
 FEW_WEIGHTS = 1 << 21
-"""models with fewer fit into caches, and gain nothing from the kernel (measured)"""
+"""models with fewer fit into the processor's caches, and gain nothing from the kernel (measured)"""
 MANY_WEIGHTS = 1 << 17
-"""of which a product with one row takes much longer than to call it"""
-FEW_NUMBERS = 1 << 13
-"""that torch's own GELU takes less time for than oneDNN's (measured)"""
+"""a product of one row with more takes much longer than the call"""
+FEW_ELEMENTS = 1 << 13
+"""for which torch's own GELU is faster than oneDNN's (measured)"""
 M = TypeVar("M", bound=nn.Module)
 
 
 def with_row_kernel(model: M, report: Callable[[str], None] = lambda line: None) -> M:
     """A copy of `model`, with the same weights, whose linear maps multiply few rows by the kernel of `row_product.cpp`.
 
-    On CPUs, where it can be compiled and pays; otherwise `model` itself. That depends on the machine and the model
-    alone, so that the same seed gives the same text, however long it is. `report` is told what users should know.
+    On CPUs where it can be compiled and is faster; otherwise `model` itself. That depends on the machine and the model
+    alone, so that the same seed gives the same text, of any length. `report` is called with what users should know.
     """
     why_not = _why_no_kernel(model, report)
     if why_not is None:
@@ -66,7 +66,7 @@ class KernelLinear(nn.Module):
 
 
 def _why_no_kernel(model: nn.Module, report: Callable[[str], None]) -> str | None:
-    """Why rows are not multiplied by our own kernel, in words that follow "as", or None if they are."""
+    """Why the kernel is not used, as a clause that follows "as", or None if it is."""
     if any(weight.device.type != "cpu" for weight in model.parameters()):
         return "ours is for CPUs"
     if any(weight.dtype != torch.float32 for weight in model.parameters()):
@@ -81,7 +81,7 @@ def _why_no_kernel(model: nn.Module, report: Callable[[str], None]) -> str | Non
 
 
 def count_matrix_weights(model: nn.Module) -> int:
-    """The number of weights that a token is multiplied with, in all linear maps."""
+    """Number of weights in all linear maps: multiplications for each token."""
     maps = [module for module in model.modules() if isinstance(module, nn.Linear | StoredWeights)]
     return sum(linear.in_features * linear.out_features for linear in maps)
 
@@ -90,7 +90,7 @@ def for_single_rows(model: M) -> M:
     """A copy of `model` in eval mode, with the same weights as constants, whose linear maps are fast for one row."""
     rows = copied(model, lambda name, module: RowLinear(module) if is_plain(module) else None)
     for module in list(rows.modules()):
-        # What requires a gradient cannot be a constant of a recording.
+        # A tensor that requires a gradient cannot be a constant of a recording.
         constants = {name: _constant(weight) for name, weight in module._parameters.items()}
         vars(module).update(_parameters=constants, training=False)  # faster than `nn.Module.__setattr__`
         if isinstance(module, MultiHeadAttention):
@@ -139,23 +139,23 @@ class RowLinear(nn.Linear):
 
 
 class RowProjection(nn.Module):
-    """Queries, keys and values of `maps` by one product: for few features, calling it takes the longest."""
+    """Queries, keys and values of `maps` by one product: for few features, the calls take most of the time."""
 
     def __init__(self, maps: Sequence[nn.Linear]) -> None:
         super().__init__()
         self.together, self.sizes = RowLinear(*maps), [linear.out_features for linear in maps]
 
     def forward(self, x: Float[Tensor, "*batch in"], *maps: nn.Module) -> Sequence[Float[Tensor, "*batch _"]]:
-        """As `project_each` of the `maps` that this was made from."""
+        """The outputs of the `maps` that this was made from, as by `project_each`."""
         return self.together(x).split(self.sizes, dim=-1)
 
 
 def gelu_by_columns(x: Tensor) -> Tensor:
-    """`F.gelu`, for few numbers of float32 without oneDNN, which takes several times as long as torch (measured).
+    """`F.gelu`, for few elements of float32 without oneDNN, which takes several times as long as torch (measured).
 
-    torch leaves to oneDNN what lies in memory row by row, and does itself what lies column by column.
+    torch uses oneDNN for row-major tensors, and its own kernel for column-major ones.
     """
-    numbers = x.nbytes // x.itemsize  # which no recording takes for a size that it has to ask for
-    if x.device.type == "cpu" and x.dtype == torch.float32 and numbers <= FEW_NUMBERS and numbers % 2 == 0:
+    elements = x.nbytes // x.itemsize  # unlike `numel`, no operation of a recording
+    if x.device.type == "cpu" and x.dtype == torch.float32 and elements <= FEW_ELEMENTS and elements % 2 == 0:
         return F.gelu(x.view(2, -1).t()).t().view_as(x) if x.is_contiguous() else F.gelu(x)
     return F.gelu(x)

@@ -1,4 +1,4 @@
-"""Steps that are recorded: what `plain_steps` and `plain_reads` do, faster."""
+"""Recorded decode steps: faster than `plain_steps`, with the same results."""
 
 from __future__ import annotations
 
@@ -8,42 +8,28 @@ import torch
 from torch import Tensor
 
 from minitransformer.architecture.cache import KVCache
-from minitransformer.generation.batch import MakeStep, RowStep, decode_rows
+from minitransformer.generation.batch import DecodeStep, MakeStep, decode_rows
 from minitransformer.generation.fast.recording import StepFunction, has_fixed_shapes, recorded, slots_visible
 from minitransformer.generation.fast.rows import for_single_rows
-from minitransformer.generation.readers import MakeRead, ReadStep, read_slots
 from minitransformer.models.decoder import DecoderLM
 
 
 def recorded_steps(model: DecoderLM) -> MakeStep:
-    """Steps of a copy of `model` that is fast for few rows."""
+    """Recorded steps of a copy of `model` that is fast for few rows."""
     return partial(recorded_step, model, for_single_rows(model))
 
 
-def recorded_step(model: DecoderLM, fast: DecoderLM, cache: KVCache, full: bool) -> RowStep:
-    """A step of `fast`, which is `model` made of constants."""
-    device = next(model.parameters()).device
-    if not has_fixed_shapes(device):
-        return recorded(partial(decode_rows, fast, cache, full), model)
-    # More slots are visible than hold tokens.
-    return _with_fewer_shapes(recorded(partial(decode_rows, fast, cache, False), model), cache, device)
-
-
-def recorded_reads(model: DecoderLM) -> MakeRead:
-    """Reads of a copy of `model` that is fast for few rows."""
-    return partial(recorded_read, model, for_single_rows(model))
-
-
-def recorded_read(model: DecoderLM, fast: DecoderLM, cache: KVCache, count: int) -> ReadStep:
-    """A read of `fast`, which is `model` made of constants; `count` is a part of the recording."""
+def recorded_step(model: DecoderLM, fast: DecoderLM, cache: KVCache, count: int, full: bool) -> DecodeStep:
+    """A step of `fast`, which is `model` with constant weights; `count` and `full` are constants of the recording."""
     device = next(model.parameters()).device
     fixed = has_fixed_shapes(device)
-    step = recorded(partial(read_slots, fast, cache, count, not fixed), model)
+    # Where shapes are fixed, more slots are visible than hold tokens.
+    step = recorded(partial(decode_rows, fast, cache, count, full and not fixed), model)
     return _with_fewer_shapes(step, cache, device) if fixed else step
 
 
 def _with_fewer_shapes(step: StepFunction, cache: KVCache, device: torch.device) -> StepFunction:
-    """`step`, whose third argument, as many numbers as slots are visible, comes in few sizes."""
+    """`step` with its third argument, as long as the visible slots, rounded up to one of few lengths."""
     slots = torch.arange(cache.max_length, device=device)
 
     def rounded(tokens: Tensor, new: Tensor, visible: Tensor, *others: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""One thread for few products, without a change for any other thread of the process.
+"""One OpenMP thread for small operations, without a change for other threads of the process.
 
-`torch.set_num_threads` is for all of them. The number that OpenMP goes by belongs to the thread that sets it (OpenMP
-5.2, table 2.2, nthreads-var), and MKL has one of this kind too.
+`torch.set_num_threads` is for all of them. OpenMP's own setting belongs to the thread that sets it (OpenMP 5.2, table
+2.2, nthreads-var), and so does MKL's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def run_with_one_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)`, whose operations use one thread, where torch is built with OpenMP."""
+    """`function(*arguments)` with operations that use one thread, where torch is built with OpenMP."""
     threads, library = torch.get_num_threads(), _library()
     if threads == 1 or library is None:
         return function(*arguments)
@@ -35,7 +35,7 @@ def run_with_one_thread(function: Callable[..., T], *arguments: Any) -> T:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """What torch calls OpenMP and MKL by, or None where they are not found in it."""
+    """The library through which torch calls OpenMP and MKL, or None without one."""
     for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
         library = ctypes.CDLL(str(path))
         names = ["omp_set_num_threads", *(["MKL_Set_Num_Threads_Local"] if torch.backends.mkl.is_available() else [])]
