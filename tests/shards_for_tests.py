@@ -36,6 +36,7 @@ from minitransformer.training.parallel import Parallel
 from minitransformer.training.progress import Progress
 from minitransformer.training.ranks import Processes
 from minitransformer.training.saving import Saver
+from minitransformer.training.shards import is_sharded
 from tests.runs_for_tests import TINY, configured
 
 SIZES: dict[str, Any] = {"d_model": 18, "num_layers": 2, "num_heads": 3, "vocab_size": 37, "context_length": 16}
@@ -115,6 +116,9 @@ def loaded_from(checkpoint: Path, model: Model) -> dict[str, Tensor]:
     optimizers = optimizers_of(model)
     load_model_weights(checkpoint, model)
     load_optimizer_states(optimizers, model, load_learner_state(checkpoint, model)["optimizers"])
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            assert all(is_sharded(each) == is_sharded(parameter) for each in state.values() if each.dim())
     return whole_state(model, optimizers)
 
 

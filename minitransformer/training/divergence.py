@@ -65,12 +65,11 @@ class DivergenceWatch:
             )
 
     def check_finite(self) -> None:
-        """Raises if a weight or an optimizer state is not finite."""
+        """Raises on all ranks if a weight or an optimizer state is not finite on one of them."""
         kept = list(unique_tensors(self.learner.model).values())
         for optimizer in self.learner.optimizers:
             kept += [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
-        finite = are_finite([local_part(tensor) for tensor in kept if tensor.is_floating_point()])
-        if self.learner.ranks.any(not finite):
+        if self.learner.ranks.any(not are_finite([local_part(each) for each in kept if each.is_floating_point()])):
             raise self._diverged(
                 f"after step {self.progress.step}, the weights or the optimizer state are infinite or NaN, "
                 "and are not saved"

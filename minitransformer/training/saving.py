@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +21,11 @@ from minitransformer.training.logging import Log
 from minitransformer.training.parallel import Parallel
 from minitransformer.training.shard_writer import ShardWriter
 
+SECONDS_TO_ASK = 1.0
+"""after how long ranks that wait for a checkpoint ask whether it is written"""
+SECONDS_FOR_OTHERS = 10.0
+"""how long a rank that ends with an error waits for the others to complete a checkpoint"""
+
 
 class Saver:
     """Writes the checkpoints of a run in a thread, one at a time.
@@ -31,7 +36,8 @@ class Saver:
     """
 
     def __init__(self, folder: Path, config: RunConfig, log: Log, parallel: Parallel) -> None:
-        self.folder, self.config, self.log, self.ranks = folder, config, log, parallel.ranks
+        self.folder, self.config, self.log, self.parallel = folder, config, log, parallel
+        self.ranks = parallel.ranks
         self.writes = self.ranks.is_main or parallel.shards_weights
         self.write_state = ShardWriter().write_state if parallel.shards_weights else write_state
         self._buffers = Buffers()
@@ -50,8 +56,8 @@ class Saver:
             return
         if not issubclass(kind, Exception):
             self._interrupted.set()
-        if self._writing is not None:
-            wait_for([self._writing])  # the error of the block is the one to report
+        if self._writing is not None:  # the error of the block is the one to report
+            wait_for([self._writing], SECONDS_FOR_OTHERS if self.parallel.shards_weights else None)
 
     def save(self, step: int, model: Model, state: dict[str, Any], *, best: bool, also_before: int) -> None:
         """Begin to write the checkpoint of `step`; returns once everything in it is copied.
@@ -72,9 +78,8 @@ class Saver:
                     files.point_to(self.folder / "best", path.name)
                 remove_old_checkpoints(self.folder, self.config.training.keep_last, also_before=also_before)
 
-        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing = thread.submit(write)
-        thread.shutdown(wait=False)
+        # The process may end while the thread waits for a rank that does not answer, but not while it writes alone.
+        self._writing = begun(write, daemon=self.parallel.shards_weights)
 
     @property
     def failed(self) -> bool:
@@ -84,6 +89,9 @@ class Saver:
     def wait(self) -> None:
         """Wait until the last checkpoint is written; raises the error of the main rank on all of them."""
         writing, self._writing = self._writing, None
+        # A slow disk may take longer than a collective operation may; a rank that does not answer is noticed here.
+        while self.ranks.any(writing is not None and bool(wait_for([writing], SECONDS_TO_ASK).not_done)):
+            pass
         error = None if writing is None else writing.exception()
 
         def check() -> None:
@@ -96,6 +104,22 @@ class Saver:
     def _go_on(self) -> None:
         if self._interrupted.is_set():
             raise InterruptedError("training was interrupted")
+
+
+def begun(work: Callable[[], None], *, daemon: bool) -> Future[None]:
+    """`work`, begun in a thread of its own, for which the end of the process waits unless it is a `daemon`."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    Thread(target=run, name="checkpoint", daemon=daemon).start()
+    return future
 
 
 class Buffers:
@@ -112,9 +136,14 @@ class Buffers:
         copied = self._copied(state, ())
         if not torch.cuda.is_initialized():
             return copied, lambda: None
-        done = torch.cuda.Event(blocking=True)
+        done, device = torch.cuda.Event(blocking=True), torch.cuda.current_device()
         done.record()
-        return copied, done.synchronize
+
+        def wait() -> None:
+            torch.cuda.set_device(device)  # a thread begins with the first one
+            done.synchronize()
+
+        return copied, wait
 
     def _copied(self, state: Any, place: tuple[Any, ...]) -> Any:
         if isinstance(state, dict):
