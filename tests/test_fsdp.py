@@ -20,7 +20,7 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_in_parts, build_model
 from minitransformer.training.learner import Learner
 from minitransformer.training.parallel import FSDP
-from minitransformer.training.ranks import ONE_PROCESS
+from minitransformer.training.ranks import ONE_PROCESS, Ranks
 from tests.placements_for_tests import EVERY_PLACEMENT
 from tests.ranks_for_tests import config_of, learner_of, on_ranks, write_texts
 from tests.runs_for_tests import SMALL, metrics
@@ -103,13 +103,20 @@ def folder(tmp_path: Path, monkeypatch: Any) -> Path:
     return tmp_path
 
 
+def fsdp_over(ranks: Ranks, chosen: Any) -> FSDP:
+    """On a single rank too, for which `parallel_over` leaves it out."""
+    return FSDP(chosen.settings if chosen.variant is FSDP else FSDP.Settings(), ranks)
+
+
 @pytest.mark.parametrize("name", ["decoder", "muon", "experts", "recurrent", "recomputed"])
 def test_steps_on_a_rank_that_holds_every_row_are_those_of_one_process(
     name: str, folder: Path, monkeypatch: Any
 ) -> None:
     plain = losses(learner_of(config_of(name, folder), ONE_PROCESS))
     with one_rank(folder):
-        monkeypatch.setattr("minitransformer.training.learner.parallel_over", lambda ranks, chosen: FSDP(None, ranks))
+        monkeypatch.setattr(
+            "minitransformer.training.learner.parallel_over", lambda ranks, chosen: FSDP(FSDP.Settings(), ranks)
+        )
         learner = learner_of(config_of(name, folder), ONE_PROCESS)
         assert losses(learner) == pytest.approx(plain, rel=1e-6)
         whole = learner.parallel.whole(learner.model)
@@ -129,7 +136,9 @@ def losses(learner: Learner, steps: int = 3) -> list[float]:
     [({"probe": ("gradient-norm",)}, "leave --probe out"), ({"residual": "admin"}, "residual 'admin' sets weights")],
 )
 def test_what_fsdp_cannot_do_is_refused(choices: dict[str, Any], sentence: str, folder: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("minitransformer.training.learner.parallel_over", lambda ranks, chosen: FSDP(None, ranks))
+    monkeypatch.setattr(
+        "minitransformer.training.learner.parallel_over", lambda ranks, chosen: FSDP(FSDP.Settings(), ranks)
+    )
     with pytest.raises(UserError, match=sentence):
         learner_of(config_of("decoder", folder, **choices), ONE_PROCESS)
 

@@ -180,13 +180,17 @@ def check_size(config: ModelConfig, tensors: int, size: int, origin: str) -> Non
         )
 
 
+def model_without_storage(config: ModelConfig) -> Model:
+    """The model that `config` describes, whose parameters have a shape only."""
+    with _Unmade():
+        return _constructed(config)
+
+
 def count_parameters(config: ModelConfig) -> int:
     """The number of parameters of the model that `config` describes, without allocating them."""
-    with _Unmade():
-        return _constructed(config).num_parameters()
+    return model_without_storage(config).num_parameters()
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the parameters of the model that `config` describes, without allocating them."""
-    with _Unmade():
-        return {name: tuple(tensor.shape) for name, tensor in _constructed(config).state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in model_without_storage(config).state_dict().items()}

@@ -26,7 +26,7 @@ def check_possible(config: RunConfig, out: Path | None, ranks: Ranks) -> None:
     if config.training.tensorboard:
         TensorBoard.check()
     choose_precision(choose_device(config.training.device), config.training.precision)
-    parallel_over(ranks, config.training.parallel).check(config.model, probe=bool(config.training.probe))
+    parallel_over(ranks, config.training.parallel).check(config.model, config.training)
     count_parameters(with_usual_vocabulary(config))
 
 

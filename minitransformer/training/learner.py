@@ -63,7 +63,7 @@ def build_learner(
     keep_freed_memory()
     loader = Loader.of_run(config, data)
     parallel = parallel_over(ranks, config.training.parallel)
-    parallel.check(config.model, probe=bool(config.training.probe))
+    parallel.check(config.model, config.training)
     torch.manual_seed(config.training.seed)
     model = parallel.build(config.model, machine.device).train()
     if initial is None:

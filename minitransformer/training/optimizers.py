@@ -14,6 +14,7 @@ from minitransformer.settings import Chosen, setting
 from minitransformer.training.light import LightAdamW, LightOptimizer
 from minitransformer.training.muon import NEWTON_SCHULZ, Muon
 from minitransformer.training.parallel import Parallel
+from minitransformer.training.shards import by_mesh
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ class AdamW(Optimizer, name="adamw"):
         ]
         return [self.adamw(groups)]
 
-    def adamw(self, groups: list[dict[str, object]]) -> LightOptimizer:
-        """torch's fused AdamW for `groups`."""
+    def adamw(self, groups: list[dict[str, Any]]) -> LightOptimizer:
+        """torch's fused AdamW for `groups`, whose parameters it takes together only on the same ranks."""
+        groups = [{**group, "params": parameters} for group in groups for parameters in by_mesh(group["params"])]
         betas = (self.settings.beta1, self.settings.beta2)
         return LightAdamW(groups, betas=betas, eps=self.settings.eps, fused=True)
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minitransformer.architecture.block import Block
 from minitransformer.architecture.feedforward import MixtureOfExperts
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, build_in_parts, build_model
+from minitransformer.models.model import Model, build_in_parts, build_model, model_without_storage
 from minitransformer.registry import Registered
+from minitransformer.settings import setting
 from minitransformer.training.ranks import ONE_PROCESS, Ranks
-from minitransformer.training.shards import whole_tensor
+from minitransformer.training.shards import by_mesh, whole_tensor
+from minitransformer.training.tensor_parallel import REMEDY, DataRanks, check_divisible, divide
 
 OfMatrices = Callable[[Tensor], Tensor]
 """A function of matrices, [count, rows, columns], each by itself"""
@@ -35,8 +40,8 @@ class Parallel(Registered, kind="parallel"):
     def __init__(self, settings: Any = None, ranks: Ranks = ONE_PROCESS) -> None:
         self.ranks = ranks
 
-    def check(self, model: ModelConfig, probe: bool) -> None:
-        """Raises `UserError` for a model, or a probe, that cannot be trained in this way."""
+    def check(self, model: ModelConfig, training: Any) -> None:
+        """Raises `UserError` for a configuration of a model and its training that is impossible in this way."""
 
     def build(self, config: ModelConfig, device: torch.device) -> Model:
         """The model, or this rank's part of it, with the initial weights of one process."""
@@ -102,10 +107,24 @@ class FSDP(Parallel, name="fsdp"):
     (PyTorch FSDP, arXiv 2304.11277).
     """
 
+    @dataclass(frozen=True)
+    class Settings:
+        tensor_parallel: int = setting(
+            1,
+            flag="tensor-parallel",
+            at_least=1,
+            observes_only=True,
+            help="number of neighbouring ranks that read the same rows, and share the heads and features of each block",
+        )
+
     shards_weights = True
 
-    def check(self, model: ModelConfig, probe: bool) -> None:
-        if probe:
+    def __init__(self, settings: Settings, ranks: Ranks = ONE_PROCESS) -> None:
+        super().__init__(settings, ranks)
+        self.members = settings.tensor_parallel
+
+    def check(self, model: ModelConfig, training: Any) -> None:
+        if training.probe:
             raise UserError("diagnostics read whole weights, which fsdp divides: leave --probe out, or --parallel fsdp")
         shared = model.residual.variant.Shared
         if shared.calibrate is not Residual.Shared.calibrate:
@@ -113,15 +132,35 @@ class FSDP(Parallel, name="fsdp"):
                 f"residual {model.residual.name!r} sets weights in a forward pass, which fsdp divides: "
                 "leave --parallel fsdp out"
             )
+        if self.members == 1:
+            return
+        if self.ranks.size % self.members:
+            raise UserError(f"{self.ranks.size} ranks are no multiple of {self.members}: {REMEDY}")
+        if training.optimizer.name == "muon":
+            raise UserError(
+                "tensor_parallel divides matrices, which Muon needs whole: choose --optimizer adamw, or "
+                "leave --tensor-parallel out"
+            )
+        if training.precision in ("fp16", "fp8"):
+            raise UserError(f"tensor_parallel is impossible in {training.precision}: choose --precision bf16")
+        check_divisible(model_without_storage(replace(model, vocab_size=model.vocab_size or 1)), self.members)
 
     def build(self, config: ModelConfig, device: torch.device) -> Model:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(device.type, (self.ranks.size,))
+        shape = self.ranks.size // self.members, self.members
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
+        if self.members > 1:
+            self.ranks = DataRanks(self.ranks, mesh)
+            # It warns, on every rank, of the order of operations that it chooses itself.
+            logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
         def shard(module: nn.Module) -> None:
-            sharded: Any = fully_shard(module.to(device), mesh=mesh)
+            module.to(device)
+            if self.members > 1 and isinstance(module, Block):
+                divide(module, mesh["tensor"])
+            sharded: Any = fully_shard(module, mesh=mesh["data"])
             sharded.set_gradient_divide_factor(1.0)  # the sum over ranks
             sharded.set_force_sum_reduction_for_comms(True)
 
@@ -133,8 +172,12 @@ class FSDP(Parallel, name="fsdp"):
         return nullcontext()
 
     def clip_grad_norm(self, parameters: Iterable[Tensor], most: float) -> Tensor:
-        norm: Any = nn.utils.clip_grad_norm_(parameters, most)
-        return norm.full_tensor()
+        groups = by_mesh([parameter for parameter in parameters if parameter.grad is not None])
+        norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+        norm = torch.stack([whole_tensor(each) for each in norms]).norm()
+        for group in groups:
+            nn.utils.clip_grads_with_norm_(group, most, norm)
+        return norm
 
     def of_matrices(
         self, function: OfMatrices, rows: Float[Tensor, "count local columns"], shape: torch.Size

@@ -31,6 +31,11 @@ class Ranks:
         """Whether this is rank 0, which writes logs and checkpoints."""
         return self.rank == 0
 
+    @property
+    def processes(self) -> int:
+        """The number of processes, of which several may be one rank that reads rows."""
+        return self.size
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum of `x` over ranks."""
         return x
