@@ -1,6 +1,6 @@
 """Runs of every kind on the ranks that torchrun starts.
 
-`python -m tests.ranks_for_tests FOLDER PARALLEL [NAME ...]` on each.
+`python -m tests.ranks_for_tests FOLDER PARALLEL NAME ...` on each, where PARALLEL may also be "tensor".
 """
 
 from __future__ import annotations
@@ -46,11 +46,20 @@ CASES: dict[str, dict[str, Any]] = {
     "recomputed": {"activation_checkpointing": True, "num_experts": 4, "optimizer": "muon"},
 }
 
+TENSOR: dict[str, dict[str, Any]] = {
+    "heads and features": {"qk_norm": "head", "value_norm": True, "bias": True, "feedforward": "swiglu"},
+    "shared heads": {"num_heads": 4, "num_kv_heads": 2, "norm": "rms", "activation_checkpointing": True},
+    "memory": {**PAIRS, "topology": "encoder-decoder"},
+    "two rows": {"batch_size": 1, "block": "parallel", "tied_embeddings": False},
+}
+"""runs in which pairs of ranks share matrices"""
+
 
 def config_of(name: str, folder: Path, **choices: Any) -> RunConfig:
     """The configuration of the case `name`, on the texts in `folder`."""
-    wanted = {"data": "text.txt", "validation_fraction": 0.2, **STEADY, **CASES[name], **choices}
-    if "optimizer" not in wanted and CASES[name].get("precision") == "bf16":
+    case = {**TENSOR[name], "dropout": 0.0} if name in TENSOR else CASES[name]
+    wanted = {"data": "text.txt", "validation_fraction": 0.2, **STEADY, **case, **choices}
+    if "optimizer" not in wanted and case.get("precision") == "bf16":
         wanted["eps"] = 1e-2
     return configured(**{**wanted, "data": str(folder / wanted["data"]), "vocab_size": None})
 
@@ -67,7 +76,7 @@ def trained(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """Losses, gradient norms, the metrics of the last validation, and the sum of each weight."""
     learner = learner_of(config, ranks)
     results = [learner.step(learner.next_batches()) for _ in range(config.training.steps)]
-    validation = validate(learner.model, learner.loader, learner.precision, ranks=ranks)
+    validation = validate(learner.model, learner.loader, learner.precision, ranks=learner.ranks)
     return {
         "losses": [result.loss.item() for result in results],
         "grad_norms": [float(result.grad_norm) for result in results],
@@ -97,10 +106,11 @@ def on_ranks(
 
 
 def main() -> None:
-    folder, parallel, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or list(CASES)
+    folder, parallel, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    choices = {"parallel": "fsdp", "tensor_parallel": 2} if parallel == "tensor" else {"parallel": parallel}
     torch.set_num_threads(1)
     with joined_ranks(timeout=60) as ranks:
-        measured = {name: trained(config_of(name, folder, parallel=parallel), ranks) for name in names}
+        measured = {name: trained(config_of(name, folder, **choices), ranks) for name in names}
         if ranks.is_main:
             print(json.dumps(measured))
 

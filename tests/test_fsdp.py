@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from minitransformer.architecture.block import Block
 from minitransformer.architecture.init import Initialisation
@@ -21,6 +22,7 @@ from minitransformer.models.model import Model, build_in_parts, build_model
 from minitransformer.training.learner import Learner
 from minitransformer.training.parallel import FSDP
 from minitransformer.training.ranks import ONE_PROCESS, Ranks
+from minitransformer.training.tensor_parallel import divide
 from tests.placements_for_tests import EVERY_PLACEMENT
 from tests.ranks_for_tests import config_of, learner_of, on_ranks, write_texts
 from tests.runs_for_tests import SMALL, metrics
@@ -114,9 +116,7 @@ def test_steps_on_a_rank_that_holds_every_row_are_those_of_one_process(
 ) -> None:
     plain = losses(learner_of(config_of(name, folder), ONE_PROCESS))
     with one_rank(folder):
-        monkeypatch.setattr(
-            "minitransformer.training.learner.parallel_over", lambda ranks, chosen: FSDP(FSDP.Settings(), ranks)
-        )
+        monkeypatch.setattr("minitransformer.training.learner.parallel_over", fsdp_over)
         learner = learner_of(config_of(name, folder), ONE_PROCESS)
         assert losses(learner) == pytest.approx(plain, rel=1e-6)
         whole = learner.parallel.whole(learner.model)
@@ -131,16 +131,41 @@ def losses(learner: Learner, steps: int = 3) -> list[float]:
     return [value.item() for result in results for value in (result.loss, result.grad_norm)]
 
 
-@pytest.mark.parametrize(
-    ("choices", "sentence"),
-    [({"probe": ("gradient-norm",)}, "leave --probe out"), ({"residual": "admin"}, "residual 'admin' sets weights")],
-)
+DIVIDED = {"tensor_parallel": 2, "dropout": 0.0}
+IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
+    ({"probe": ("gradient-norm",)}, "leave --probe out"),
+    ({"residual": "admin"}, "residual 'admin' sets weights"),
+    ({**DIVIDED, "tensor_parallel": 3}, "4 ranks are no multiple of 3"),
+    ({**DIVIDED, "dropout": 0.1}, "set --dropout 0"),
+    ({**DIVIDED, "optimizer": "muon"}, "choose --optimizer adamw"),
+    ({**DIVIDED, "precision": "fp16"}, "impossible in fp16"),
+    ({**DIVIDED, "num_heads": 1}, "2 ranks cannot share 1 heads"),
+    ({**DIVIDED, "num_kv_heads": 1}, "2 ranks cannot share 1 heads"),
+    ({**DIVIDED, "d_ff": 7}, "2 ranks cannot share 7 features"),
+    ({**DIVIDED, "qk_norm": "full"}, "set --qk-norm head"),
+    ({**DIVIDED, "num_experts": 4}, "cannot divide MixtureOfExperts"),
+    ({**DIVIDED, "objective": "seq2seq", "data": "pairs.tsv", "topology": "rnn"}, "this model has none"),
+]
+
+
+@pytest.mark.parametrize(("choices", "sentence"), IMPOSSIBLE)
 def test_what_fsdp_cannot_do_is_refused(choices: dict[str, Any], sentence: str, folder: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(
-        "minitransformer.training.learner.parallel_over", lambda ranks, chosen: FSDP(FSDP.Settings(), ranks)
-    )
+    monkeypatch.setattr("minitransformer.training.learner.parallel_over", fsdp_over)
+    ranks = Ranks()
+    ranks.size = 4
     with pytest.raises(UserError, match=sentence):
-        learner_of(config_of("decoder", folder, **choices), ONE_PROCESS)
+        learner_of(config_of("decoder", folder, parallel="fsdp", **choices), ranks)
+
+
+@pytest.mark.parametrize("choices", [{"positions": "alibi"}, {"positions": "t5"}, {"residual": "value-residual"}])
+def test_what_all_heads_share_is_refused_when_ranks_share_the_heads(choices: dict[str, Any], tmp_path: Path) -> None:
+    with one_rank(tmp_path):
+        model: Any = build_model(ModelConfig(**{**SIZES, **choices}))
+        mesh = init_device_mesh("cpu", (1,))
+        for block in model.stack.blocks:
+            divide(block, mesh)
+        with pytest.raises(UserError, match="cannot divide biases of scores, or values of other layers"):
+            model(torch.zeros(1, 4, dtype=torch.long))
 
 
 # --- activation checkpointing
@@ -240,11 +265,24 @@ def test_each_rank_orthogonalises_its_share_of_whole_matrices(parallel: str, col
 @pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on_with_any_other_number(here: Path, capsys: Any) -> None:
     """Divided weights and optimizer states: saved by two ranks, and continued by one and by four."""
-    flags = ["--data", "my.txt", "--schedule", "constant", "--dropout", "0.1", "--save-every", "4", *SMALL]
+    flags = [
+        "--data",
+        "my.txt",
+        "--schedule",
+        "constant",
+        "--dropout",
+        "0",
+        "--optimizer",
+        "adamw",
+        "--save-every",
+        "4",
+        *SMALL,
+    ]
     assert train_main([*flags, "--steps", "8", "--out", "alone"]) == 0
     for count in (1, 4):
         out = f"then-{count}"
-        train_on(2, *flags, "--steps", "4", "--out", out, "--parallel", "fsdp", "--sample-at-eval")
+        tensor = ["--tensor-parallel", "2"] if count == 4 else []
+        train_on(2, *flags, "--steps", "4", "--out", out, "--parallel", "fsdp", *tensor, "--sample-at-eval")
         assert list((here / out / "checkpoints/step-000004").glob("shard-00002-*"))
         train_on(count, "--resume", out, "--steps", "8")
         ours, expected = metrics(here / out)[-1], metrics(here / "alone")[-1]
