@@ -191,6 +191,11 @@ def count_parameters(config: ModelConfig) -> int:
     return model_without_storage(config).num_parameters()
 
 
+def count_flops(config: ModelConfig, length: int) -> int:
+    """`flops_per_token` of the model that `config` describes, without allocating it."""
+    return model_without_storage(config).flops_per_token(length)
+
+
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the parameters of the model that `config` describes, without allocating them."""
     return {name: tuple(tensor.shape) for name, tensor in model_without_storage(config).state_dict().items()}

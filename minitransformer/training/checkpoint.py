@@ -42,17 +42,21 @@ CHECKPOINTS, LOCK = "checkpoints", "train.lock"
 MARGIN = 1_000_000
 
 
-def check_room(path: Path, config: RunConfig) -> None:
-    """Raise a `StorageError` if the disk of `path` cannot hold the checkpoints of a run."""
+def check_room(path: Path, config: RunConfig) -> tuple[int, int]:
+    """The bytes that the checkpoints of a run need, and those that are free on the disk of `path`.
+
+    Raises `StorageError` if they are too few.
+    """
     # Weights and AdamW's two moments, in float32; plus the best checkpoint and one being written.
     needed = 3 * 4 * count_parameters(config.model) * (config.training.keep_last + 2) + 10_000_000
-    folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    folder = files.existing(path)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(
             f"the checkpoints of this run need {size(needed)} and {folder} has {size(free)} free: "
             "free some, lower --keep-last, or choose an --out on another disk"
         )
+    return needed, free
 
 
 def check_room_for(folder: Path, name: str, size_of_tensors: int) -> None:

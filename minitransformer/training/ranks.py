@@ -52,6 +52,12 @@ class Ranks:
         """What rank 0 makes; a `UserError` or an `OSError` there is raised on all ranks."""
         return make()
 
+    def main_first(self, make: Callable[[], T], open: Callable[[], T]) -> T:
+        """What rank 0 makes, and the others `open` then; a `UserError` of rank 0 is raised on all ranks."""
+        made: list[T] = []
+        self.from_main(lambda: made.append(make()))
+        return made[0] if self.is_main else open()
+
     def share(self, count: int, rank: int | None = None) -> range:
         """The part of `count` rows of `rank`, by default this one: all are adjacent and differ by one row at most."""
         rank = self.rank if rank is None else rank
