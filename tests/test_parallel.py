@@ -96,8 +96,9 @@ def test_losses_over_50_steps_are_those_of_one_process(parallel: str, count: int
         # In bfloat16, another order of the same additions gives another rounding.
         rel = 1e-3 if case.get("precision") == "bf16" else 1e-5
         assert together[name]["losses"] == pytest.approx(alone[name]["losses"], rel=rel), name
-        # Of single rows, the gradient is noisy, and its norm is added up in another order.
-        rel_of_norm = 1e-4 if parallel != "ddp" and case.get("batch_size") == 1 else rel
+        # Products in parts round otherwise, and so does a norm in parts; the gradient of single rows is noisy.
+        noisy = parallel == "tensor" or (parallel == "fsdp" and case.get("batch_size") == 1)
+        rel_of_norm = 1e-4 if noisy else rel
         assert together[name]["grad_norms"] == pytest.approx(alone[name]["grad_norms"], rel=rel_of_norm), name
         assert together[name]["validation"] == pytest.approx(alone[name]["validation"], rel=rel), name
         assert together[name]["tokens"] == alone[name]["tokens"]

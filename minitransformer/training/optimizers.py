@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -52,6 +52,9 @@ class ParameterGroups:
 
 class Optimizer(Registered, kind="optimizer"):
     """One or several of torch's optimizers, which share the parameters of a model."""
+
+    needs_whole_matrices: ClassVar[bool] = False
+    """whether the update of a number depends on the others of its matrix"""
 
     def __init__(self, settings: Any, rates: Rates, parallel: Parallel | None = None) -> None:
         self.settings, self.rates, self.parallel = settings, rates, parallel
@@ -109,6 +112,7 @@ class MuonWithAdamW(AdamW, name="muon"):
         )
 
     settings: Settings
+    needs_whole_matrices = True
 
     def build(self, weights: ParameterGroups) -> list[LightOptimizer]:
         settings, rates = self.settings, self.rates

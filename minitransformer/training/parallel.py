@@ -136,10 +136,10 @@ class FSDP(Parallel, name="fsdp"):
             return
         if self.ranks.size % self.members:
             raise UserError(f"{self.ranks.size} ranks are no multiple of {self.members}: {REMEDY}")
-        if training.optimizer.name == "muon":
+        if training.optimizer.variant.needs_whole_matrices:
             raise UserError(
-                "tensor_parallel divides matrices, which Muon needs whole: choose --optimizer adamw, or "
-                "leave --tensor-parallel out"
+                f"tensor_parallel divides matrices, which optimizer {training.optimizer.name!r} needs whole: "
+                "choose --optimizer adamw, or leave --tensor-parallel out"
             )
         if training.precision in ("fp16", "fp8"):
             raise UserError(f"tensor_parallel is impossible in {training.precision}: choose --precision bf16")
