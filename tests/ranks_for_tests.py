@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 TENSOR: dict[str, dict[str, Any]] = {
-    "heads and features": {"qk_norm": "head", "value_norm": True, "bias": True, "feedforward": "swiglu"},
+    "heads and features": {"qk_norm": "head", "value_norm": True, "bias": True, "feedforward": "swiglu", "eps": 1e-2},
     "shared heads": {"num_heads": 4, "num_kv_heads": 2, "norm": "rms", "activation_checkpointing": True},
     "memory": {**PAIRS, "topology": "encoder-decoder"},
     "two rows": {"batch_size": 1, "block": "parallel", "tied_embeddings": False},
