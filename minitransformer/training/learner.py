@@ -100,7 +100,7 @@ class Learner:
         self.optimizers = build_optimizers(training.optimizer, model, training.rates, self.parallel)
         self.balance = ExpertBalance(model, training.expert_balance, self.ranks)
         self.steps_done = 0
-        self._batches = prefetched(loader.training_batches, machine.device)
+        self._batches = prefetched(loader.training_batches, machine.device, self.ranks.share)
 
     def next_batches(self) -> Sequence[TrainingBatch]:
         """The micro-batches of the next step, with the rows of all ranks."""
