@@ -160,8 +160,16 @@ class _WithoutStorage(_Unmade):
 
     makers = frozenset({torch.empty})
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory = torch.empty(0)  # one for all draws: freed ones would leave holes in the heap
+
     def draw(self, function: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        function(torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor, *args, **kwargs)
+        if not tensor.is_meta:
+            return function(tensor, *args, **kwargs)
+        if self._memory.numel() < tensor.numel():
+            self._memory = torch.empty(tensor.numel())
+        function(self._memory[: tensor.numel()].view(tensor.shape), *args, **kwargs)
         return tensor
 
 

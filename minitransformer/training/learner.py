@@ -60,12 +60,12 @@ def build_learner(
 
     Weights are initialised by the run's seed and calibrated on its first batch, or loaded from `initial`.
     """
-    keep_freed_memory()
     loader = Loader.of_run(config, data)
     parallel = parallel_over(ranks, config.training.parallel)
     parallel.check(config.model, config.training)
     torch.manual_seed(config.training.seed)
     model = parallel.build(config.model, machine.device).train()
+    keep_freed_memory()
     if initial is None:
         model.calibrate(lambda: loader.objective.loss_sum(model, loader.training_batches(0)[0].to(machine.device)))
     else:

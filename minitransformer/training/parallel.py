@@ -21,6 +21,7 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_in_parts, build_model, model_without_storage
 from minitransformer.registry import Registered
 from minitransformer.settings import setting
+from minitransformer.training.machine import return_freed_memory
 from minitransformer.training.ranks import ONE_PROCESS, Ranks
 from minitransformer.training.shards import by_mesh, whole_tensor
 from minitransformer.training.tensor_parallel import REMEDY, DataRanks, check_divisible, divide
@@ -164,6 +165,7 @@ class FSDP(Parallel, name="fsdp"):
             sharded.set_gradient_divide_factor(1.0)  # the sum over ranks
             sharded.set_force_sum_reduction_for_comms(True)
 
+        return_freed_memory()
         return build_in_parts(config, shard)
 
     def synchronised(self, model: Any, now: bool) -> AbstractContextManager[Any]:
