@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from minitransformer.models.config import ModelConfig
 from minitransformer.training import muon
 from minitransformer.training.learner import Learner
+from minitransformer.training.parallel import Parallel, parallel_over
 from minitransformer.training.ranks import Ranks, joined_ranks
 from minitransformer.training.shards import local_part, whole_tensor
 from tests.ranks_for_tests import config_of, learner_of
@@ -33,6 +36,16 @@ def kept_bytes(learner: Learner) -> int:
     """Memory of the weights and of the optimizer state on this rank."""
     moments = [t for each in learner.optimizers for state in each.state.values() for t in state.values()]
     return sum(local_part(tensor).nbytes for tensor in [*learner.model.parameters(), *moments])
+
+
+def peak_of_building(ranks: Ranks, parallel: str) -> int:
+    """By how many bytes the memory of this process grows at most while it builds a model of 150 MB, or its part."""
+    sizes: list[int] = []
+    for layers in (1, 12):  # the first one imports torch's modules
+        config = ModelConfig(d_model=512, num_layers=layers, num_heads=8, vocab_size=64, context_length=16)
+        parallel_over(ranks, Parallel.choose(parallel)).build(config, torch.device("cpu"))
+        sizes.append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return sizes[1] - sizes[0]
 
 
 @contextmanager
@@ -53,6 +66,8 @@ def orthogonalised_shapes() -> Iterator[list[list[int]]]:
 
 
 def measured(folder: Path, ranks: Ranks, parallel: str) -> dict[str, Any]:
+    peak = peak_of_building(ranks, parallel)
+
     def learner(**choices: Any) -> Learner:
         return learner_of(config_of("decoder", folder, parallel=parallel, **choices), ranks)
 
@@ -67,7 +82,13 @@ def measured(folder: Path, ranks: Ranks, parallel: str) -> dict[str, Any]:
     if ranks.size > 1:
         everyone = [None] * ranks.size
         torch.distributed.all_gather_object(everyone, shapes)
-    return {"weights": weights, "collectives": collectives, "bytes": kept_bytes(once), "orthogonalised": everyone}
+    return {
+        "weights": weights,
+        "collectives": collectives,
+        "bytes": kept_bytes(once),
+        "peak": peak,
+        "orthogonalised": everyone,
+    }
 
 
 if __name__ == "__main__":
