@@ -37,6 +37,13 @@ def check_fits_run(source: Run, config: RunConfig) -> None:
         raise UserError(f"--init-from {source.path} determines the tokenizer: leave --tokenizer and its settings out")
 
 
+def check_same_data(ranks: Ranks, prepared: PreparedData) -> None:
+    """Raises `UserError` on all ranks unless their data is the same."""
+    names = ranks.all(prepared.folder.name)
+    if others := [str(rank) for rank, name in enumerate(names) if name != names[0]]:
+        raise UserError(f"rank {', '.join(others)} has other data than rank 0: give every node the same files")
+
+
 def begin_run(
     path: Path,
     config: RunConfig,

@@ -37,7 +37,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """`tensor` with the parts of all ranks, which all call this."""
+    """All of `tensor`; all ranks call it alike."""
     whole: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return whole
 
