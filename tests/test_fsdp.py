@@ -157,6 +157,12 @@ def test_what_fsdp_cannot_do_is_refused(choices: dict[str, Any], sentence: str, 
         learner_of(config_of("decoder", folder, parallel="fsdp", **choices), ranks)
 
 
+def test_a_rank_of_fsdp_cannot_repeat_a_pass(folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("minitransformer.training.learner.parallel_over", fsdp_over)
+    with one_rank(folder), pytest.raises(UserError, match="--on-oom halve is not possible"):
+        learner_of(config_of("decoder", folder, parallel="fsdp", on_oom="halve"), ONE_PROCESS)
+
+
 @pytest.mark.parametrize("choices", [{"positions": "alibi"}, {"positions": "t5"}, {"residual": "value-residual"}])
 def test_what_all_heads_share_is_refused_when_ranks_share_the_heads(choices: dict[str, Any], tmp_path: Path) -> None:
     with one_rank(tmp_path):

@@ -128,7 +128,7 @@ class FSDP(Parallel, name="fsdp"):
             help="number of neighbouring ranks that read the same rows, and share the heads and features of each block",
         )
 
-    shards_weights = True
+    shards_weights = is_shared = True
 
     def __init__(self, settings: Settings, ranks: Ranks = ONE_PROCESS) -> None:
         super().__init__(settings, ranks)
