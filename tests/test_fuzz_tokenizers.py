@@ -55,7 +55,7 @@ def use(tokenizer: Tokenizer, text: str = PROSE) -> None:
     assert Tokenizer.from_json(json.loads(json.dumps(tokenizer.to_json()))).fingerprint == tokenizer.fingerprint
 
 
-@cases(100, 2000)
+@cases(60, 1000)
 def test_any_value_in_any_place_of_a_file_is_taken_or_refused(
     tmp_path: Path, contents: dict[str, dict[str, Any]], count: int
 ) -> None:
@@ -76,7 +76,7 @@ def test_any_value_in_any_place_of_a_file_is_taken_or_refused(
     for_cases(count, check, named, json_values)
 
 
-@cases(40, 800)
+@cases(30, 500)
 def test_a_vocabulary_with_any_ids_and_merges_is_taken_or_refused(
     tmp_path: Path, contents: dict[str, dict[str, Any]], count: int
 ) -> None:
@@ -123,7 +123,7 @@ def split(pattern: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
-@cases(20, 400)
+@cases(20, 200)
 def test_any_pattern_is_taken_or_refused(
     tmp_path: Path, contents: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
@@ -177,7 +177,7 @@ def test_a_text_does_not_grow_without_bounds(
         opened(tmp_path, "like_t5", content)
 
 
-@cases(40, 1000)
+@cases(30, 600)
 def test_any_text_comes_back_or_is_refused(contents: dict[str, dict[str, Any]], tmp_path: Path, count: int) -> None:
     tokenizers = {name: opened(tmp_path, name, content) for name, content in contents.items()}
     exact = [name for name, each in tokenizers.items() if isinstance(each, BPE | Bytes)]
@@ -194,35 +194,18 @@ def test_any_text_comes_back_or_is_refused(contents: dict[str, dict[str, Any]], 
     for_cases(count, check, any_texts)
 
 
-LONG = [
-    "a",
-    " ",
-    "\n",
-    "\0",
-    "\ufeff",
-    "1",
-    "'",
-    "e\u0301",
-    "\u0301",
-    "🦊",
-    "\U0010ffff",
-    "東",
-    "\r\n",
-    "\ufdfa",
-    "\u1100\u1161",
-]
+LONG = ["a", " ", "\0", "\ufeff", "\u0301", "🦊", "東", "\r\n"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["", "x"])
 @pytest.mark.parametrize("piece", LONG, ids=ascii)
-def test_a_million_of_a_character_are_encoded_or_refused(
-    contents: dict[str, dict[str, Any]], tmp_path: Path, piece: str, end: str
+def test_half_a_million_of_a_character_are_encoded_or_refused(
+    contents: dict[str, dict[str, Any]], tmp_path: Path, piece: str
 ) -> None:
     for name, content in contents.items():
         tokenizer = opened(tmp_path, name, content)
         with at_most(60):
-            said = sentence_of(lambda tokenizer=tokenizer: tokenizer.encode(piece * 1_000_000 + end))
+            said = sentence_of(lambda tokenizer=tokenizer: tokenizer.encode(piece * 500_000 + "x"))
         assert said is None or name == "chars" or "split this text" in said
 
 

@@ -48,7 +48,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(outcomes: dict[str, tuple[s
 
 
 def test_a_model_that_is_larger_than_the_memory_is_refused() -> None:
-    config = ModelConfig(d_model=1 << 15, num_layers=900, num_heads=64, vocab_size=1 << 20)
+    config = ModelConfig(d_model=1 << 15, num_layers=100, num_heads=64, vocab_size=1 << 20)
     with pytest.raises(UserError, match=r"weights, which take [\d.]+ TB, and this machine has .* of memory"):
         models.check_memory(config, "it")
 
