@@ -26,6 +26,7 @@ from minitransformer.runs import Run
 from minitransformer.training.config import RunConfig
 from minitransformer.training.machine import COMPILE_PAYS_AFTER_FLOPS, Resolved
 from minitransformer.training.presets import PRESETS
+from minitransformer.training.ranks import ONE_PROCESS
 from tests.runs_for_tests import TINY
 from tests.runs_for_tests import configured as tiny
 from tests.sweeping_for_tests import (
@@ -105,7 +106,7 @@ def test_the_command_that_repeats_a_trial_says_all_that_differs_from_the_preset(
         },
     )
     for changed in (config, replace(config, model=replace(config.model, d_ff=None, tied_embeddings=False))):
-        _, config = train_command_module._parse(flags(PRESETS["gpt-nano"], changed), PRESETS["gpt-nano"])
+        _, config = train_command_module._parse(flags(PRESETS["gpt-nano"], changed), PRESETS["gpt-nano"], ONE_PROCESS)
         assert config == changed
 
 

@@ -246,7 +246,7 @@ def test_a_terminal_has_a_bar_for_validation_which_goes_away_and_a_pipe_has_none
 def test_the_bar_of_training_counts_down_the_time_that_training_tells(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     terminal = Terminal(steps=10, done=0)
-    record = {"step": 1, "loss": 2.0, "tokens_per_second": 1e3, "mfu": 0.1, "seconds_left": 3725.5}
+    record = {"step": 1, "loss": 2.0, "tokens_per_second": 1e3, "mfu": 0.1, "skipped_steps": 0, "seconds_left": 3725.5}
     terminal.record(record)
     terminal.advance(1)
     assert terminal.bar.postfix == "1:02:05 left, loss 2.0000, 1.0k tokens/s, mfu 10%"
