@@ -44,12 +44,13 @@ ROOMS = {
     "reporting": set(),
     "diagnostics": {*MODEL, "training"},
     "tasks": {"runs"},
+    "reliability": {*MODEL, "training", "runs"},
     "lab": {*MODEL, "evaluation", "training", "runs", "diagnostics", "reporting", "tasks"},
     "analysis": {*MODEL, "evaluation", "training", "generation", "runs", "diagnostics", "reporting", "tasks"},
     "benchmark": {*MODEL, "evaluation", "training", "generation", "reporting"},
     "commands": {
         *{*MODEL, "evaluation", "training", "generation", "pretrained", "runs", "diagnostics", "reporting"},
-        *{"tasks", "lab", "analysis", "benchmark"},
+        *{"tasks", "reliability", "lab", "analysis", "benchmark"},
     },
     "__main__": {"commands"},
 }

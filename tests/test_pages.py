@@ -149,10 +149,11 @@ def rezero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("rezero")
 def test_every_command_that_a_page_prints_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, *arguments = shlex.split(command)
-    module = import_module(f"minitransformer.commands.{name.removesuffix('.py')}")
+    module = import_module(f"minitransformer.commands.{name.removesuffix('.py').replace('-', '_')}")
     monkeypatch.setattr(train, "_option", lambda arguments, flag: None)  # the runs that are named are not there
     understood: dict[str, Callable[[], None]] = {
         "train": lambda: monkeypatch.setattr(module, "with_files", stop),
+        "verify_resume": lambda: monkeypatch.setattr(module, "with_files", stop),
         "sweep": lambda: monkeypatch.setattr(module, "_check", stop),
         "sample": lambda: monkeypatch.setattr(module, "_check_together", stop),
     }

@@ -31,7 +31,7 @@ P = ParamSpec("P")
 SEVERAL = ("--data", "--validation-data")
 """flags that take one value or several"""
 PLUGINS = "--plugin FILE.py (repeatable) adds the variants that a Python file defines to the choices."
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, UserError.exit_code, 130
+DONE, FAILED, USAGE, NON_FINITE, INTERRUPTED = 0, 1, UserError.exit_code, 3, 130
 HELP = {"-h", "--help"}
 WIDTH = 80
 """of `--help` and of tables, in characters"""
@@ -75,7 +75,7 @@ def start(name: str, arguments: Sequence[str]) -> int:
     try:
         with _delay_ctrl_c():
             arguments = with_plugins(arguments)
-            command = import_module(f"minitransformer.commands.{name}")
+            command = import_module(f"minitransformer.commands.{name.replace('-', '_')}")
     finally:
         gc.freeze()
         gc.enable()

@@ -11,7 +11,7 @@ from typing import Annotated
 from typing_extensions import Doc
 
 from minitransformer.amounts import amount, duration
-from minitransformer.commands import DONE, HELP, given_flags, with_exit_code, with_files
+from minitransformer.commands import DONE, HELP, NON_FINITE, given_flags, with_exit_code, with_files
 from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError
@@ -37,7 +37,6 @@ from minitransformer.training.ranks import Ranks, joined_ranks, spoken_by_main
 from minitransformer.training.run_machine import SETTINGS, machine_again, machine_for
 from minitransformer.training.signals import StopRequest
 
-NON_FINITE = 3
 TRANSLATE = 'echo "..." | python sample.py {path}'
 NEXT = {
     "decoder": 'python sample.py {path} --prompt "..."',

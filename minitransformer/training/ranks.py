@@ -47,6 +47,10 @@ class Ranks:
         """What rank 0 makes; a `UserError` there is raised on all ranks."""
         return make()
 
+    def gather(self, made: T) -> list[T]:
+        """What each rank has made."""
+        return [made]
+
     def share(self, count: int) -> range:
         """This rank's part of `count` rows: all parts are adjacent and differ by one row at most."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
@@ -98,6 +102,13 @@ class Processes(Ranks):
         if isinstance(made[0], UserError):
             raise made[0] if self.is_main else ErrorOfMain(made[0])
         return made[0]
+
+    def gather(self, made: T) -> list[T]:
+        from torch.distributed import all_gather_object
+
+        gathered: list[Any] = [None] * self.size
+        all_gather_object(gathered, made)
+        return gathered
 
 
 @contextmanager
