@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from typing_extensions import Doc
@@ -75,11 +76,16 @@ def start(name: str, arguments: Sequence[str]) -> int:
     try:
         with _delay_ctrl_c():
             arguments = with_plugins(arguments)
-            command = import_module(f"minitransformer.commands.{name.replace('-', '_')}")
+            command = load_command(name)
     finally:
         gc.freeze()
         gc.enable()
     return command.main(arguments)
+
+
+def load_command(name: str) -> ModuleType:
+    """The file of the command called `name`."""
+    return import_module(f"minitransformer.commands.{name.replace('-', '_')}")
 
 
 def with_plugins(arguments: Sequence[str]) -> list[str]:

@@ -73,6 +73,7 @@ class Recorder(Log):
     """Keeps the losses of every step, and the state after it, in `folder`."""
 
     trainer: Trainer
+    difference: FirstDifference | None = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -102,7 +103,6 @@ class ComparingRecorder(Recorder):
     """Compares a training with the recorded one, up to the first difference."""
 
     when = BEFORE
-    difference: FirstDifference | None = None
 
     def resume(self, trainer: Trainer) -> None:
         """Compare `trainer`, which was restored from disk."""
@@ -113,9 +113,10 @@ class ComparingRecorder(Recorder):
     def note(self, step: int, kind: str, state: State) -> None:
         if self.difference is not None:
             return
-        whole: State = torch.load(self.path(step, kind), map_location="cpu", weights_only=True)
+        path = self.path(step, kind)
+        whole: State = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
         if self.when == ON:  # a checkpoint is made later than the record of its step: its progress knows the validation
-            whole, state = ({part: each[part] for part in STORED} for each in (whole, state))
+            whole, state = ({part: each.get(part, {}) for part in STORED} for each in (whole, state))
         if found := differences(whole, state):
             self.difference = FirstDifference(step, self.when, self.trainer.ranks.rank, found)
 
@@ -188,8 +189,8 @@ def _copy(run: Run, checkpoint: Path | None, target: Path) -> None:
     replace(run, path=target).reconfigured(run.config)
 
 
-def _train(path: Path, log: Log, begin: Callable[[Trainer], None], ranks: Ranks, until: int) -> None:
-    """Continue the run at `path` until a step, as `train.py --resume` does."""
+def _train(path: Path, log: Recorder, begin: Callable[[Trainer], None], ranks: Ranks, until: int) -> None:
+    """Continue the run at `path` until a step, as `train.py --resume` does; not if it begins with a difference."""
     run = Run.open(path)
     checkpoint = checkpoint_to_resume(run, run.config, None)
     machine, _ = ranks.from_main(lambda: machine_again(run.machine, run.config, ()))
@@ -197,7 +198,8 @@ def _train(path: Path, log: Log, begin: Callable[[Trainer], None], ranks: Ranks,
     check_same_text(run, run.config, prepared)
     trainer = build_trainer(run, prepared, machine, log, StopRequest(), ranks, checkpoint=checkpoint)
     begin(trainer)
-    trainer.train(until)
+    if not ranks.any(log.difference is not None):
+        trainer.train(until)
 
 
 def _scramble_generators() -> None:

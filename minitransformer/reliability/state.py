@@ -37,7 +37,7 @@ class Difference:
     total: int
 
     def __str__(self) -> str:
-        where = f"{self.name}{list(self.index)}" if self.index else self.name
+        where = f"{self.name} at {list(self.index)}" if self.index else self.name
         return f"{where} is {self.resumed!r} instead of {self.whole!r} ({self.count} of {self.total} differ)"
 
 
