@@ -164,7 +164,7 @@ def prove_resume(run: Run, ranks: Ranks, steps: int, folder: Path) -> ResumeProo
     _train(parts, comparison, comparison.begin, ranks, stop)
     _scramble_generators()
     _train(parts, comparison, comparison.resume, ranks, last)
-    found = [each for each in ranks.gather(comparison.difference) if each is not None]
+    found = [each for each in ranks.all(comparison.difference) if each is not None]
     return ResumeProof(first, stop, last, recorder.compared, min(found, key=lambda each: each.order, default=None))
 
 

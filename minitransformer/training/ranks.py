@@ -47,9 +47,9 @@ class Ranks:
         """What rank 0 makes; a `UserError` there is raised on all ranks."""
         return make()
 
-    def gather(self, made: T) -> list[T]:
-        """What each rank has made."""
-        return [made]
+    def all(self, value: T) -> list[T]:
+        """The `value` of each rank."""
+        return [value]
 
     def share(self, count: int) -> range:
         """This rank's part of `count` rows: all parts are adjacent and differ by one row at most."""
@@ -103,12 +103,12 @@ class Processes(Ranks):
             raise made[0] if self.is_main else ErrorOfMain(made[0])
         return made[0]
 
-    def gather(self, made: T) -> list[T]:
+    def all(self, value: T) -> list[T]:
         from torch.distributed import all_gather_object
 
-        gathered: list[Any] = [None] * self.size
-        all_gather_object(gathered, made)
-        return gathered
+        values: list[Any] = [None] * self.size
+        all_gather_object(values, value)
+        return values
 
 
 @contextmanager
