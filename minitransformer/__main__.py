@@ -14,6 +14,7 @@ COMMANDS = {
     "compare": "compare runs: settings, training curves, and significance across seeds",
     "sweep": "search hyper-parameters of a preset: grid, random draws, successive halving",
     "verify-resume": "prove on this machine that a run resumes exactly, bit for bit",
+    "campaign": "prove on this machine that no kill, full disk or damaged file loses a run",
     "lab": "run experiments on norm placement, each with a report",
     "bench": "measure speed and memory, relative to peers and to the limits of the machine",
     "import": "turn a public checkpoint into a run",

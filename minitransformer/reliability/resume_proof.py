@@ -19,7 +19,7 @@ import torch
 from minitransformer.amounts import size
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.model import count_parameters
-from minitransformer.reliability.state import LOSSES, PARTS, Difference, State, differences, state_of, without_times
+from minitransformer.reliability.state import LOSSES, Difference, State, differences, state_of, without_times
 from minitransformer.runs import Run
 from minitransformer.runs.begin import begin_run, check_possible
 from minitransformer.runs.layout import TARGET_TOKENIZER, TOKENIZER
@@ -92,7 +92,7 @@ class Recorder(Log):
 
     def note(self, step: int, kind: str, state: State) -> None:
         if kind == "step":
-            self.compared = {part: len(state[part]) for part in PARTS if part in state}
+            self.compared = {part: len(numbers) for part, numbers in state.items()}
         torch.save(state, self.path(step, kind))
 
     def path(self, step: int, kind: str) -> Path:

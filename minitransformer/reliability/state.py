@@ -15,8 +15,6 @@ from minitransformer.training.loop import Trainer
 State = dict[str, dict[str, Any]]
 """tensors and numbers by name, in each part of the state"""
 LOSSES = "losses"
-PARTS = "data", LOSSES, "weights", "optimizer state", "precision state", "progress"
-"""in the order in which a step needs or makes them"""
 OF_TIME = {"seconds", "seconds_left", "tokens_per_second", "mfu"}
 """figures that are measured, and differ between equal runs"""
 
@@ -72,8 +70,8 @@ def _optimizer_state(learner: Learner) -> Iterator[tuple[str, Any]]:
 
 
 def differences(whole: State, resumed: State) -> list[Difference]:
-    """The first difference in each part that differs, in the order of `PARTS`."""
-    found = (_difference(part, whole.get(part, {}), resumed.get(part, {})) for part in PARTS)
+    """The first difference in each part that differs."""
+    found = (_difference(part, whole.get(part, {}), resumed.get(part, {})) for part in {**resumed, **whole})
     return [difference for difference in found if difference is not None]
 
 
