@@ -9,6 +9,7 @@ from minitransformer.registry import lookup
 
 COMMANDS = {
     "train": "train a model, resume a run, or fine-tune one",
+    "doctor": "say whether a training run would work, and what it needs, without training",
     "sample": "generate from the model of a run: continue, fill in masks, translate",
     "look": "show attention, predictions and residual norms for a text, as an HTML page",
     "compare": "compare runs: settings, training curves, and significance across seeds",

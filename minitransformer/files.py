@@ -60,6 +60,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def existing(path: Path) -> Path:
+    """`path`, or the nearest parent that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
 def make_folder(path: Path) -> None:
     """Create `path` and its missing parents, flushed to disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]

@@ -48,9 +48,10 @@ ROOMS = {
     "lab": {*MODEL, "evaluation", "training", "runs", "diagnostics", "reporting", "tasks"},
     "analysis": {*MODEL, "evaluation", "training", "generation", "runs", "diagnostics", "reporting", "tasks"},
     "benchmark": {*MODEL, "evaluation", "training", "generation", "reporting"},
+    "preflight": {"models", "text", "training", "runs"},
     "commands": {
         *{*MODEL, "evaluation", "training", "generation", "pretrained", "runs", "diagnostics", "reporting"},
-        *{"tasks", "reliability", "lab", "analysis", "benchmark"},
+        *{"tasks", "reliability", "lab", "analysis", "benchmark", "preflight"},
     },
     "__main__": {"commands"},
 }

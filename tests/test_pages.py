@@ -149,9 +149,10 @@ def rezero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_command_that_a_page_prints_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, *arguments = shlex.split(command)
     module = load_command(name.removesuffix(".py"))
-    monkeypatch.setattr(train, "_option", lambda arguments, flag: None)  # the runs that are named are not there
+    # The runs that are named are not there.
+    monkeypatch.setattr(train, "folder_option", lambda arguments, flag: None)
     understood: dict[str, Callable[[], None]] = {
-        "train": lambda: monkeypatch.setattr(module, "with_files", stop),
+        **dict.fromkeys(("train", "doctor"), lambda: monkeypatch.setattr(train, "with_files", stop)),
         "verify_resume": lambda: monkeypatch.setattr(module, "with_files", stop),
         "sweep": lambda: monkeypatch.setattr(module, "_check", stop),
         "sample": lambda: monkeypatch.setattr(module, "_check_together", stop),

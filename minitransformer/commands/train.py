@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from typing_extensions import Doc
 
@@ -65,34 +65,30 @@ class Options:
     init_from: Annotated[Path | None, FINE_TUNING] = None
 
 
+Given = TypeVar("Given", bound=Options)
+
+
 @spoken_by_main()
 @with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Train, or resume, in one process or in those that `torchrun` has started; returns the exit code."""
-    resume = _option(arguments, "--resume")
+    resume = folder_option(arguments, "--resume")
     return _begin(arguments) if resume is None else _resume(resume, arguments)
 
 
 def _begin(arguments: Sequence[str]) -> int:
-    has_preset = bool(arguments) and not arguments[0].startswith("-")
-    if (initial := _option(arguments, "--init-from")) is not None:
-        if has_preset:
-            raise UserError(f"--init-from {initial} determines the model: leave the preset {arguments[0]!r} out")
+    if (initial := folder_option(arguments, "--init-from")) is not None:
         return _fine_tune(initial, arguments)
-    preset = arguments[0] if has_preset else DEFAULT
-    options, config = _parse(arguments[has_preset:], lookup("preset", preset, PRESETS))
+    preset, flags = preset_and_flags(arguments)
+    options, config = _parse(flags, lookup("preset", preset, PRESETS))
     print(f"preset     {preset}", flush=True)  # the next line has to wait for more of torch
-    if options.checkpoint is not None:
-        raise UserError(f"--checkpoint {options.checkpoint} needs a run: name it with --resume or --init-from")
     with joined_ranks(config.training.rank_timeout) as ranks:
         ranks.from_main(lambda: check_possible(config, options.out))
         return _train_new(options, preset, config, config.prepare(), ranks)
 
 
 def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
-    source = Run.open(initial)
-    new_data = "data" in given_flags(arguments)
-    usual = fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data)
+    source, usual = open_parent(initial, arguments)
     options, config = _parse(arguments, usual)
     weights = source.checkpoint(options.checkpoint)
     size = f"{source.config.model.topology} of {amount(count_parameters(source.config.model))} parameters"
@@ -122,13 +118,28 @@ def _train_new(
     machine = ranks.from_main(lambda: machine_for(config))
     path = options.out or ranks.from_main(lambda: claimed_run_path(f"{name}-{short_name(config.data.data)}"))
     with only_writer_of(ranks, path):
-        ranks.from_main(lambda: begin_run(path, config, prepared, machine.resolved, *(start or ())))
-        run = Run.open(path)
+        run = ranks.main_first(
+            lambda: begin_run(path, config, prepared, machine.resolved, *(start or ())), lambda: Run.open(path)
+        )
         initial = None if start is None else run.checkpoint_to_continue()
         return _train(run, prepared, machine, ranks, initial=initial)
 
 
-def _option(arguments: Sequence[str], flag: str) -> Path | None:
+def preset_and_flags(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The preset, which is the first word or the default, and the flags after it."""
+    has_preset = bool(arguments) and not arguments[0].startswith("-")
+    return arguments[0] if has_preset else DEFAULT, arguments[has_preset:]
+
+
+def open_parent(path: Path, arguments: Sequence[str]) -> tuple[Run, RunConfig]:
+    """The run that a fine-tune starts from, and the default configuration of the fine-tune."""
+    if arguments and not arguments[0].startswith("-"):
+        raise UserError(f"--init-from {path} determines the model: leave the preset {arguments[0]!r} out")
+    source, new_data = Run.open(path), "data" in given_flags(arguments)
+    return source, fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data)
+
+
+def folder_option(arguments: Sequence[str], flag: str) -> Path | None:
     """The folder that `flag` names, which determines the defaults of the other flags."""
     parser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
     parser.add_argument(flag, type=Path, dest="folder")
@@ -138,8 +149,6 @@ def _option(arguments: Sequence[str], flag: str) -> Path | None:
 def _resume(path: Path, arguments: Sequence[str]) -> int:
     run = Run.open(path)
     options, config = _parse(arguments, run.config)
-    if options.init_from is not None:
-        raise UserError("--resume continues a run, and --init-from starts one: give one of them")
     check_can_resume(run)
     if config.training.tensorboard:
         TensorBoard.check()
@@ -160,13 +169,22 @@ def _continue(run: Run, config: RunConfig, wanted: str | None, ranks: Ranks) -> 
     _print_data(config, prepared)
     check_same_text(run, config, prepared)
     ranks.from_main(lambda: check_room(run.path, config))
-    ranks.from_main(lambda: run.reconfigured(config, machine.resolved))
-    return _train(Run.open(run.path), prepared, machine, ranks, checkpoint=checkpoint)
+    run = ranks.main_first(lambda: run.reconfigured(config, machine.resolved), lambda: Run.open(run.path))
+    return _train(run, prepared, machine, ranks, checkpoint=checkpoint)
 
 
 def _parse(arguments: Sequence[str], base: RunConfig) -> tuple[Options, RunConfig]:
     about = _describe_presets() if HELP & set(arguments) else ""
-    options, config = parse_with_settings(Options, arguments, base, prog="train.py [PRESET]", description=about)
+    return parse_run(Options, arguments, base, prog="train.py [PRESET]", description=about)
+
+
+def parse_run(kind: type[Given], arguments: Sequence[str], base: RunConfig, **about: str) -> tuple[Given, RunConfig]:
+    """Parse a command's own options, and the flags that change `base`, which must become a run that can train."""
+    options, config = parse_with_settings(kind, arguments, base, **about)
+    if options.resume is not None and options.init_from is not None:
+        raise UserError("--resume continues a run, and --init-from starts one: give one of them")
+    if options.checkpoint is not None and options.resume is None and options.init_from is None:
+        raise UserError(f"--checkpoint {options.checkpoint} needs a run: name it with --resume or --init-from")
     check_probe(config)
     config.check_trainable()
     return options, replace(config, data=with_files(config.data))

@@ -157,6 +157,12 @@ def count_parameters(config: ModelConfig) -> int:
         return build_model(config).num_parameters()
 
 
+def count_flops(config: ModelConfig, length: int) -> int:
+    """`flops_per_token` of the model that `config` describes, without allocating it."""
+    with _Unmade():
+        return build_model(config).flops_per_token(length)
+
+
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the parameters of the model that `config` describes, without allocating them."""
     with _Unmade():

@@ -147,9 +147,7 @@ class Truncated(Fault, name="truncate"):
         return case.compared(case.reference.longer, spared=path.name) if ended.done else REFUSED
 
     def file_of(self, case: Case) -> Path:
-        found = [path.resolve() for folder in (case.run, case.folder / "work") for path in folder.rglob("*")]
-        held = {path for path in found if path.is_file() and path.stat().st_size and path.suffix != ".lock"}
-        return case.draw.choice(sorted(held))
+        return case.draw.choice(files_in(case.run, case.folder / "work"))
 
     def damage(self, case: Case, path: Path) -> None:
         os.truncate(path, case.draw.randrange(path.stat().st_size))
@@ -176,6 +174,12 @@ class ChangedData(Truncated, name="changed-data"):
         text = path.read_text()
         place = case.draw.randrange(len(text))
         path.write_text(text[:place] + case.draw.choice(["", "x", "another line\n"]) + text[place + 1 :])
+
+
+def files_in(*folders: Path) -> list[Path]:
+    """The files below `folders` that hold something, except locks, each once, in order."""
+    found = [path.resolve() for folder in folders for path in folder.rglob("*")]
+    return sorted({path for path in found if path.is_file() and path.stat().st_size and path.suffix != ".lock"})
 
 
 def flip_bit(path: Path, place: int, bit: int) -> None:

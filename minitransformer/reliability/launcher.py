@@ -64,6 +64,11 @@ class Ended:
     seconds: float
 
     @property
+    def code(self) -> int | None:
+        """The exit code of rank 0."""
+        return self.codes[0]
+
+    @property
     def output(self) -> str:
         return "".join(self.outputs)
 

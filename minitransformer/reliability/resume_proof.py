@@ -127,8 +127,7 @@ def new_run(config: RunConfig, path: Path, ranks: Ranks) -> Run:
     prepared = config.prepare()
     config = replace(config, model=with_vocabulary(config.model, prepared))
     machine = ranks.from_main(lambda: machine_for(config))
-    ranks.from_main(lambda: begin_run(path, config, prepared, machine.resolved))
-    return Run.open(path)
+    return ranks.main_first(lambda: begin_run(path, config, prepared, machine.resolved), lambda: Run.open(path))
 
 
 def changed_run(run: Run, config: RunConfig, ranks: Ranks) -> Run:

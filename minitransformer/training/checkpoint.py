@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,15 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model, check_size, count_parameters
 from minitransformer.records import read_json
 from minitransformer.training.config import RunConfig, fixed_settings
+from minitransformer.training.shards import (
+    SHARD_NAME,
+    Stored,
+    is_of_optimizer,
+    is_sharded,
+    local_part,
+    read_optimizers,
+    weight_files,
+)
 
 MODEL, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
 # In a run folder, which is locked by the process that writes to it.
@@ -32,22 +42,26 @@ CHECKPOINTS, LOCK = "checkpoints", "train.lock"
 MARGIN = 1_000_000
 
 
-def check_room(path: Path, config: RunConfig) -> None:
-    """Raise a `StorageError` if the disk of `path` cannot hold the checkpoints of a run."""
+def check_room(path: Path, config: RunConfig) -> tuple[int, int]:
+    """The bytes that the checkpoints of a run need, and those that are free on the disk of `path`.
+
+    Raises `StorageError` if they are too few.
+    """
     # Weights and AdamW's two moments, in float32; plus the best checkpoint and one being written.
     needed = 3 * 4 * count_parameters(config.model) * (config.training.keep_last + 2) + 10_000_000
-    folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    folder = files.existing(path)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(
             f"the checkpoints of this run need {size(needed)} and {folder} has {size(free)} free: "
             "free some, lower --keep-last, or choose an --out on another disk"
         )
+    return needed, free
 
 
-def _check_room_for(folder: Path, name: str, tensors: Mapping[str, Tensor], trainer_state: dict[str, Any]) -> None:
-    """Raise a `StorageError` if the disk of `folder` cannot hold one more checkpoint."""
-    needed = sum(tensor.nbytes for tensor in (*tensors.values(), *_tensors_in(trainer_state))) + MARGIN
+def check_room_for(folder: Path, name: str, size_of_tensors: int) -> None:
+    """Raise a `StorageError` if the disk of `folder` cannot hold one more checkpoint, called `name`."""
+    needed = size_of_tensors + MARGIN
     free = shutil.disk_usage(folder).free
     if free < needed:
         whole = [path.name for path in checkpoints_in(folder)]
@@ -59,12 +73,12 @@ def _check_room_for(folder: Path, name: str, tensors: Mapping[str, Tensor], trai
         )
 
 
-def _tensors_in(state: Any) -> Iterator[Tensor]:
+def size_of(state: Any) -> int:
+    """The number of bytes of the tensors in `state`, or of their parts on this rank."""
     if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, dict | list | tuple):
-        for part in state.values() if isinstance(state, dict) else state:
-            yield from _tensors_in(part)
+        return local_part(state).nbytes
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return sum(map(size_of, parts))
 
 
 def checkpoint_name(step: int) -> str:
@@ -79,25 +93,50 @@ def checkpoint_step(checkpoint: Path) -> int:
 def write_checkpoint(
     folder: Path, step: int, model: nn.Module, trainer_state: dict[str, Any], config: RunConfig | None = None
 ) -> Path:
+    """Write `folder`/step-NNNNNN with the weights of `model`, as `write_state` does."""
+    return write_state(folder, step, unique_tensors(model), trainer_state, config)
+
+
+def write_state(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    trainer_state: dict[str, Any],
+    config: RunConfig | None = None,
+    *,
+    go_on: Callable[[], None] = lambda: None,
+) -> Path:
     """Write `folder`/step-NNNNNN and point `latest` to it; `config` is the configuration of the run.
 
-    Raises `StorageError` if the disk is too full, and `OSError` if it cannot be written.
+    What `go_on` raises between two files ends it. Raises `StorageError` if the disk is too full, and `OSError` if it
+    cannot be written.
     """
-    path, tensors = folder / checkpoint_name(step), unique_tensors(model)
-    _check_room_for(folder, path.name, tensors, trainer_state)
+    path = folder / checkpoint_name(step)
+    check_room_for(folder, path.name, size_of((tensors, trainer_state)))
     with files.whole_folder(path) as temporary:
         files.write_tensors(temporary / MODEL, tensors)
-        _write_state(trainer_state, temporary / TRAINER)
-        manifest: dict[str, Any] = {"step": step}
-        if config is not None:
-            manifest["config"] = config.to_json()
-        manifest["sha256"] = {name: files.sha256(temporary / name) for name in (MODEL, TRAINER)}
-        (temporary / MANIFEST).write_text(json.dumps(files.sealed(manifest), indent=2) + "\n")
+        go_on()
+        write_trainer_state(trainer_state, temporary / TRAINER)
+        digests = {}
+        for name in (MODEL, TRAINER):
+            go_on()
+            digests[name] = files.sha256(temporary / name)
+        write_manifest(temporary, step, config, digests)
+        go_on()
     files.point_to(folder / "latest", path.name)
     return path
 
 
-def _write_state(state: dict[str, Any], path: Path) -> None:
+def write_manifest(folder: Path, step: int, config: RunConfig | None, digests: Mapping[str, str], **about: Any) -> None:
+    """Write the manifest of a checkpoint in `folder`: its step, its configuration, and the checksum of each file."""
+    manifest = {"step": step, **about}
+    if config is not None:
+        manifest["config"] = config.to_json()
+    manifest["sha256"] = dict(digests)
+    (folder / MANIFEST).write_text(json.dumps(files.sealed(manifest), indent=2) + "\n")
+
+
+def write_trainer_state(state: dict[str, Any], path: Path) -> None:
     with path.open("wb") as file:
         try:
             torch.save(state, file)
@@ -119,12 +158,23 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def weights_digest(checkpoint: Path) -> str:
+    """The SHA-256 of the file with the weights; of the checksums of all of them in a sharded checkpoint."""
+    shards = weight_files(checkpoint)
+    if not shards:
+        return files.sha256(checkpoint / MODEL)
+    return hashlib.sha256("".join(map(files.sha256, shards)).encode()).hexdigest()
+
+
 def check_weights(checkpoint: Path, config: ModelConfig) -> None:
     """Raise a `UserError` if `checkpoint` is far too small for a model of `config`."""
-    path = checkpoint / MODEL
-    with _safetensors(path), safe_open(path, "pt") as stored:
-        count = len(stored.keys())
-    check_size(config, count, path.stat().st_size, str(path))
+    names: set[str] = set()
+    size = 0
+    for path in weight_files(checkpoint) or [checkpoint / MODEL]:
+        with _safetensors(path), safe_open(path, "pt") as stored:
+            names.update(stored.keys())
+            size += path.stat().st_size
+    check_size(config, len(names), size, str(checkpoint / MODEL if path.name == MODEL else checkpoint))
 
 
 @contextmanager
@@ -138,22 +188,36 @@ def _safetensors(path: Path) -> Iterator[None]:
 
 
 def load_model_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Load the weights of a checkpoint into `model`; names and shapes must match exactly."""
-    with _safetensors(checkpoint / MODEL):
-        stored = load_file(checkpoint / MODEL)
+    """Load the weights of a checkpoint into `model`; names and shapes must match exactly.
+
+    Either of them, or both, may be divided over ranks.
+    """
     wanted = unique_tensors(model)
-    faults = [f"missing {name}" for name in wanted.keys() - stored.keys()]
-    faults += [f"unknown {name}" for name in stored.keys() - wanted.keys()]
+    if weight_files(checkpoint) or any(map(is_sharded, wanted.values())):
+        stored = Stored(checkpoint)
+        shapes = {name: shape for name, shape in stored.shapes.items() if not is_of_optimizer(name)}
+        _check_fits(checkpoint, shapes, wanted)
+        stored.read(wanted)
+        return
+    with _safetensors(checkpoint / MODEL):
+        whole = load_file(checkpoint / MODEL)
+    _check_fits(checkpoint, {name: tensor.shape for name, tensor in whole.items()}, wanted)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(whole[name])
+
+
+def _check_fits(checkpoint: Path, shapes: Mapping[str, torch.Size], wanted: Mapping[str, Tensor]) -> None:
+    """Raise a `UserError` unless `shapes`, those of the weights in `checkpoint`, are `wanted`."""
+    faults = [f"missing {name}" for name in wanted.keys() - shapes.keys()]
+    faults += [f"unknown {name}" for name in shapes.keys() - wanted.keys()]
     faults += [
-        f"{name} is {list(stored[name].shape)} instead of {list(wanted[name].shape)}"
-        for name in wanted.keys() & stored.keys()
-        if stored[name].shape != wanted[name].shape
+        f"{name} is {list(shapes[name])} instead of {list(wanted[name].shape)}"
+        for name in wanted.keys() & shapes.keys()
+        if shapes[name] != wanted[name].shape
     ]
     if faults:
         raise UserError(f"{checkpoint} does not fit the model of its run: {', '.join(sorted(faults))}")
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(stored[name])
 
 
 def load_model(checkpoint: Path, config: RunConfig, device: torch.device | str = "cpu") -> Model:
@@ -168,8 +232,16 @@ def load_model(checkpoint: Path, config: RunConfig, device: torch.device | str =
     return model.to(device).eval()
 
 
+def load_learner_state(checkpoint: Path, model: nn.Module) -> dict[str, Any]:
+    """The trainer's state in a checkpoint, with the optimizer states of the parameters of `model`."""
+    state = load_trainer_state(checkpoint)
+    if state and weight_files(checkpoint):
+        read_optimizers(Stored(checkpoint), state["optimizers"], dict(model.named_parameters()))
+    return state
+
+
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's state in a checkpoint; loading executes no code."""
+    """The trainer's state in a checkpoint, without tensors in shards; loading executes no code."""
     try:
         state = torch.load(checkpoint / TRAINER, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
@@ -191,23 +263,29 @@ def damage(checkpoint: Path) -> str | None:
 
     Raises `StorageError` for a file without read permission.
     """
-    for path in (checkpoint / name for name in (MANIFEST, MODEL, TRAINER)):
-        if path.exists() and not os.access(path, os.R_OK):
-            raise StorageError(f"{path} cannot be read: ask its owner for permission")
+    present = {path.name for path in checkpoint.iterdir() if path.is_file()} if checkpoint.is_dir() else set()
+    for name in sorted(present):
+        if not os.access(checkpoint / name, os.R_OK):
+            raise StorageError(f"{checkpoint / name} cannot be read: ask its owner for permission")
     try:
         manifest = files.unsealed(read_json(checkpoint / MANIFEST, "choose another --checkpoint"))
-        digests, step = dict(manifest["sha256"]), manifest["step"]
-    except (ValueError, KeyError, TypeError, UserError):
+        digests, step, ranks = dict(manifest["sha256"]), manifest["step"], manifest.get("ranks")
+    except (ValueError, KeyError, TypeError, AttributeError, UserError):
         return f"{MANIFEST} is missing or damaged"
     if step != checkpoint_step(checkpoint):
         return f"{MANIFEST} belongs to step {step}"
-    for name in (MODEL, TRAINER):
+    shards = [name for name in digests if SHARD_NAME.fullmatch(name)]
+    names = [MODEL, TRAINER] if ranks is None or not shards else [*shards, TRAINER]
+    for name in names:
         if name not in digests:
             return f"{MANIFEST} has no checksum of {name}"
-        if not (checkpoint / name).is_file():
+        if name not in present:
             return f"{name} is missing"
         if files.sha256(checkpoint / name) != digests[name]:
             return f"{name} does not have the checksum of its manifest"
+    # All of these are read.
+    if others := sorted(name for name in present - set(names) if name.endswith(".safetensors")):
+        return f"{MANIFEST} does not know {others[0]}"
     return None
 
 

@@ -240,10 +240,10 @@ class RunConfig:
         """Approximate number of tokens per step."""
         return self.data.dataset.make().tokens_per_step(self.batch_shape(self.sequence_length))
 
-    def prepare(self, tokenizers: Sequence[Tokenizer] = ()) -> PreparedData:
+    def prepare(self, tokenizers: Sequence[Tokenizer] = (), *, only_cached: bool = False) -> PreparedData:
         """The tokenized data of this run; `tokenizers` are fitted unless given.
 
-        Raises `UserError` for data that cannot be used.
+        Raises `UserError` for data that cannot be used, and with `only_cached` `NotPrepared` for data that is not yet.
         """
         data = self.data
         request = DataRequest(
@@ -256,6 +256,7 @@ class RunConfig:
             vocab_size=self.model.vocab_size,
             special_tokens=self.training.objective.variant.special_tokens,
             tokenizers=tokenizers,
+            only_cached=only_cached,
         )
         return data.dataset.make().prepare(request)
 

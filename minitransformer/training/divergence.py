@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from minitransformer.training.checkpoint import (
 from minitransformer.training.config import TrainingConfig
 from minitransformer.training.learner import Learner
 from minitransformer.training.progress import Progress
+from minitransformer.training.shards import local_part
 
 # float16 needs some skipped steps to find its loss scale; more never recover.
 MOST_STEPS_WITHOUT_UPDATE = 20
@@ -36,11 +37,11 @@ class NonFiniteTraining(Exception):
 class DivergenceWatch:
     """Counts the steps that were skipped because the loss or gradient was infinite or NaN, and stops the run.
 
-    Its checks raise `NonFiniteTraining` with a remedy.
+    Its checks raise `NonFiniteTraining` with a remedy; `finish_saving` is called before it looks for checkpoints.
     """
 
-    def __init__(self, folder: Path, learner: Learner, progress: Progress) -> None:
-        self.folder, self.learner, self.progress = folder, learner, progress
+    def __init__(self, folder: Path, learner: Learner, progress: Progress, finish_saving: Callable[[], object]) -> None:
+        self.folder, self.learner, self.progress, self._finish_saving = folder, learner, progress, finish_saving
         self._steps_without_update = 0
 
     def note(self, losses: Sequence[float | None]) -> None:
@@ -64,17 +65,18 @@ class DivergenceWatch:
             )
 
     def check_finite(self) -> None:
-        """Raises if a weight or an optimizer state is not finite."""
+        """Raises on all ranks if a weight or an optimizer state is not finite on one of them."""
         kept = list(unique_tensors(self.learner.model).values())
         for optimizer in self.learner.optimizers:
             kept += [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
-        if not are_finite([tensor for tensor in kept if tensor.is_floating_point()]):
+        if self.learner.ranks.any(not are_finite([local_part(each) for each in kept if each.is_floating_point()])):
             raise self._diverged(
                 f"after step {self.progress.step}, the weights or the optimizer state are infinite or NaN, "
                 "and are not saved"
             )
 
     def _diverged(self, what: str) -> NonFiniteTraining:
+        self._finish_saving()
         sound = sound_checkpoint(self.folder / CHECKPOINTS, self.learner, self.progress.first_loss)
         training, precision = self.learner.config.training, self.learner.machine.precision
         return NonFiniteTraining(f"{what}; {remedy(self.folder, training, sound, precision)}")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from minitransformer.errors import UserError
-from minitransformer.files import sha256
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import weight_shapes
 from minitransformer.records import whole_record
@@ -16,7 +15,7 @@ from minitransformer.settings import declared, flat
 from minitransformer.text.datasets import PreparedData
 from minitransformer.text.datasets.text import TooShort
 from minitransformer.text.tokenizers import Tokenizer
-from minitransformer.training.checkpoint import MODEL
+from minitransformer.training.checkpoint import weights_digest
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 
 # A tenth of the learning rates of pretraining preserves most of what was learned. 3e-4 becomes nanoGPT's 3e-5; runs
@@ -41,7 +40,7 @@ class Parent:
     @classmethod
     def of(cls, run: Path, checkpoint: Path) -> Parent:
         """The parent for `checkpoint` of the run folder `run`."""
-        return cls(str(run), checkpoint.name, sha256(checkpoint / MODEL))
+        return cls(str(run), checkpoint.name, weights_digest(checkpoint))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -21,6 +21,7 @@ from minitransformer.training.config import RunConfig
 from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.loader import Loader
 from minitransformer.training.machine import Machine, compiled, keep_freed_memory
+from minitransformer.training.optimizer_state import load_optimizer_states, optimizer_states
 from minitransformer.training.optimizers import build_optimizers, set_learning_rate
 from minitransformer.training.parallel import Parallel, parallel_over
 from minitransformer.training.precision import Precision
@@ -157,18 +158,14 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """All state that the next step depends on, except the weights, which checkpoints store separately."""
         return {
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": optimizer_states(self.optimizers, self.model),
             "precision": self.precision.state_dict(),
             "step": self.steps_done,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`; changed optimizer settings keep their new values."""
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(saved)
-            for group, new in zip(optimizer.param_groups, settings, strict=True):
-                group.update(new)
+        load_optimizer_states(self.optimizers, self.model, state["optimizers"])
         self.precision.load_state_dict(state["precision"])
         self.steps_done = state["step"]
 

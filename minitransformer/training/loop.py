@@ -15,6 +15,7 @@ from minitransformer.training.learner import Learner
 from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Log
 from minitransformer.training.progress import Meter, Progress
+from minitransformer.training.saving import Saver
 from minitransformer.training.signals import StopRequest
 from minitransformer.training.validation import StoppedValidation, Validation, Validator
 
@@ -35,6 +36,7 @@ class Trainer:
         self.progress = Progress()
         self.validator = Validator(learner, log, stop)
         self.validation: Validation | None = None
+        self._saver = Saver(self._checkpoints, learner.config, log, learner.parallel)
         self._saved: Progress | None = None
 
     def train(self, until: int | None = None) -> None:
@@ -45,10 +47,14 @@ class Trainer:
         """
         last = self.config.steps if until is None else min(until, self.config.steps)
         self._meter = Meter(self.learner, self.progress)
-        self._divergence = DivergenceWatch(self.folder, self.learner, self.progress)
+        self._divergence = DivergenceWatch(self.folder, self.learner, self.progress, self._saver.wait)
         self.learner.model.train()
+        with self._saver:
+            self._train(last)
+
+    def _train(self, last: int) -> None:
         self._finish_validation()
-        while self.progress.step < last and not self.stopped_early and not self.stop.agreed(self.ranks):
+        while self.progress.step < last and not self.stopped_early and not self._stop_agreed():
             self._step()
             if self._due(self.config.log_every):
                 self._log()
@@ -58,6 +64,10 @@ class Trainer:
             self._save_if_due()
         self._read()
         self._save()
+
+    def _stop_agreed(self) -> bool:
+        """Whether the ranks agree to stop: on a request, or to report a checkpoint that could not be written."""
+        return self.stop.agreed(self.ranks, failed=self._saver.failed)
 
     def _step(self) -> None:
         start = time.perf_counter()
@@ -168,29 +178,23 @@ class Trainer:
         if self._saved == self.progress:
             return
         self._divergence.check_finite()
-        self.ranks.from_main(self._write_checkpoint)
-        self._saved = replace(self.progress)
-
-    def _write_checkpoint(self) -> None:
-        self.log.sync()  # first, so that no checkpoint is ahead of the logs
-        path = checkpoint.write_checkpoint(
-            self._checkpoints,
-            self.progress.step,
+        progress = replace(self.progress)
+        self._saver.save(
+            progress.step,
             self.learner.model,
-            {**self.learner.state_dict(), "progress": asdict(self.progress)},
-            self.learner.config,
+            {**self.learner.state_dict(), "progress": asdict(progress)},
+            # Without validation, the last checkpoint counts as the best.
+            best=progress.best_step == progress.step or not self.learner.loader.validates,
+            # The loss of a step belongs to the weights before it.
+            also_before=progress.skipped_step - 1,
         )
-        # Without validation, the last checkpoint counts as the best.
-        if self.progress.best_step == self.progress.step or not self.learner.loader.validates:
-            files.point_to(self._checkpoints / "best", path.name)
-        # The loss of a step belongs to the weights before it.
-        also = self.progress.skipped_step - 1
-        checkpoint.remove_old_checkpoints(self._checkpoints, self.config.keep_last, also_before=also)
+        self._saved = progress
 
     def restore(self, chosen: Path) -> None:
         """Continue from the checkpoint `chosen`; changed settings keep their new values."""
+        self._saver.wait()
         checkpoint.load_model_weights(chosen, self.learner.model)
-        state = checkpoint.load_trainer_state(chosen)
+        state = checkpoint.load_learner_state(chosen, self.learner.model)
         # It may be an older one; after a stop before the next save, the run must continue from it again.
         self.ranks.from_main(lambda: files.point_to(self._checkpoints / "latest", chosen.name))
         if not state:

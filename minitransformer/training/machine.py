@@ -51,12 +51,14 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Machine:
-    """The resolved device, precision and compilation, and a line that explains them."""
+    """The resolved device, precision and compilation, a line that explains them, and the reasons in it."""
 
     device: torch.device
     precision: str
     compile: bool
     description: str
+    why_precision: str = ""
+    why_compile: str = ""
 
     @property
     def resolved(self) -> Resolved:
@@ -129,7 +131,7 @@ def _described(device: torch.device, precision: tuple[str, str], compiled: tuple
     threads = torch.get_num_threads()
     count = f", {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else ""
     description = f"{device}{count}, {name} ({why}), compile {'on' if is_compiled else 'off'} ({why_compiled})"
-    return Machine(device, name, is_compiled, description)
+    return Machine(device, name, is_compiled, description, why, why_compiled)
 
 
 def choose_device(name: str) -> torch.device:

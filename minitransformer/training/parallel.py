@@ -17,6 +17,8 @@ from minitransformer.training.ranks import ONE_PROCESS, Ranks
 class Parallel(Registered, kind="parallel"):
     """A way to train one model on several ranks; this base class is the null form, one process."""
 
+    shards_weights = False
+    """whether a rank keeps only its part of the weights"""
     gradients_scale = 1
     """factor of the loss that makes the gradients of all ranks add up"""
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from minitransformer.errors import UserError
+from minitransformer.errors import StorageError, UserError
 
 T = TypeVar("T")
 
@@ -44,12 +44,18 @@ class Ranks:
         return bool(self.largest(flag))
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes; a `UserError` there is raised on all ranks."""
+        """What rank 0 makes; a `UserError` or an `OSError` there is raised on all ranks."""
         return make()
 
     def all(self, value: T) -> list[T]:
         """The `value` of each rank."""
         return [value]
+
+    def main_first(self, make: Callable[[], T], open: Callable[[], T]) -> T:
+        """What rank 0 makes, and the others `open` then; a `UserError` of rank 0 is raised on all ranks."""
+        made: list[T] = []
+        self.from_main(lambda: made.append(make()))
+        return made[0] if self.is_main else open()
 
     def share(self, count: int) -> range:
         """This rank's part of `count` rows: all parts are adjacent and differ by one row at most."""
@@ -64,9 +70,9 @@ class ErrorOfMain(UserError):
 
     reported = True
 
-    def __init__(self, error: UserError) -> None:
+    def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
-        self.exit_code = error.exit_code
+        self.exit_code = getattr(error, "exit_code", StorageError.exit_code)
 
 
 class Processes(Ranks):
@@ -96,10 +102,10 @@ class Processes(Ranks):
         if self.is_main:
             try:
                 made = [make()]
-            except UserError as error:
+            except (UserError, OSError) as error:
                 made = [error]
         broadcast_object_list(made, device=torch.device("cpu"))
-        if isinstance(made[0], UserError):
+        if isinstance(made[0], UserError | OSError):
             raise made[0] if self.is_main else ErrorOfMain(made[0])
         return made[0]
 

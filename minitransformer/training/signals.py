@@ -8,6 +8,9 @@ from typing import Any
 
 from minitransformer.training.ranks import Ranks
 
+FAILED = 255
+"""above all signals"""
+
 
 class StopRequest:
     """While entered, the first signal requests a stop, and a second one interrupts at once."""
@@ -25,10 +28,12 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def agreed(self, ranks: Ranks) -> bool:
-        """Whether a stop was requested on any of `ranks`, which then all have the request."""
-        self.signal = ranks.largest(self.signal or 0) or None
-        return self.signal is not None
+    def agreed(self, ranks: Ranks, *, failed: bool = False) -> bool:
+        """Whether a stop was requested, or something has `failed`, on any of `ranks`; a request is then on all."""
+        most = ranks.largest(FAILED if failed else self.signal or 0)
+        if most not in (0, FAILED):
+            self.signal = most
+        return most > 0
 
     @property
     def exit_code(self) -> int:

@@ -37,6 +37,8 @@ class DataRequest:
     vocab_size: int | None = None
     special_tokens: Sequence[str] = ()
     tokenizers: Sequence[Tokenizer] = ()
+    only_cached: bool = False
+    """raise `NotPrepared` unless the data is cached"""
 
 
 @dataclass(frozen=True)

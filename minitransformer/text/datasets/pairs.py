@@ -103,6 +103,7 @@ class Pairs(Dataset, name="pairs"):
             validation_fraction=request.validation_fraction,
             context_length=request.context_length,
             too_long=self.settings.too_long,
+            only_cached=request.only_cached,
         ).run()
 
     def _opened(self, name: str, target_name: str | None) -> PairCorpus:

@@ -30,6 +30,10 @@ META = "meta.json"
 TOKENIZERS = ("tokenizer.json", "target_tokenizer.json")
 
 
+class NotPrepared(Exception):
+    """Data that would have to be read, fitted or encoded, where only cached data was asked for."""
+
+
 class Scan(Protocol):
     """Statistics of a corpus, needed before encoding; `digest` is the hash of its content."""
 
@@ -64,6 +68,8 @@ class Preparation(ABC, Generic[C, S, D]):
     cache: Path = field(default_factory=lambda: work_folder() / "prepared")
     workers: int | None = None
     progress: bool = True
+    only_cached: bool = False
+    """raise `NotPrepared` where anything would have to be read, fitted or encoded"""
 
     scan_type: ClassVar[type]
     key: ClassVar[Sequence[str]] = ()
@@ -147,7 +153,7 @@ class Preparation(ABC, Generic[C, S, D]):
         `key` starts with the model's vocabulary size, or None.
         """
         name, limit = chosen.name, chosen.variant.fit_limit
-        if limit and size > limit and self.progress:
+        if limit and size > limit and self.progress and not self.only_cached:
             sampled = f"an even sample of {limit / 1e6:.0f} MB of the {size / 1e6:.0f} MB"
             print(f"fitting {name} to {sampled}", file=sys.stderr)
 
@@ -158,6 +164,7 @@ class Preparation(ABC, Generic[C, S, D]):
                     yield from counted if limit is None else sample(counted, limit / size)
 
         def fit() -> Tokenizer:
+            self._check_may_prepare()
             tokenizer = chosen.variant.fit(chosen.settings, read, key[0])
             self._check_unchanged()
             return tokenizer
@@ -183,6 +190,7 @@ class Preparation(ABC, Generic[C, S, D]):
         """The scan of these files in this state, cached on disk."""
 
         def find() -> S:
+            self._check_may_prepare()
             with progress_bar("reading", corpus.size, self.progress) as bar:
                 scan = self.scan(corpus, bar.update)
             corpus.check_unchanged(signature)
@@ -191,7 +199,12 @@ class Preparation(ABC, Generic[C, S, D]):
         note = self.cache / f"scan-{self._hash([signature, *self.scan_key(corpus)])}.json"
         return note_once(note, self.scan_type, find)
 
+    def _check_may_prepare(self) -> None:
+        if self.only_cached:
+            raise NotPrepared
+
     def _build(self, division: str, folder: Path) -> None:
+        self._check_may_prepare()
         for tokenizer, name in zip(self.tokenizers, TOKENIZERS, strict=False):
             tokenizer.save(folder / name)
         meta = self.write(division, folder)

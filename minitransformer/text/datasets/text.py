@@ -125,6 +125,7 @@ class PlainText(Dataset, name="text"):
             validation_fraction=request.validation_fraction,
             context_length=request.context_length,
             special_tokens=request.special_tokens,
+            only_cached=request.only_cached,
         ).run()
 
 
