@@ -6,7 +6,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ COURSE = (
 LONGER = ("--steps", "10")
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
 """tolerance for sums over rows in another order"""
+MOST_STRIKES = 20
 EQUAL, NEAR, REFUSED, FAILED_CASE = "equal", "near", "refused", "failed"
 
 
@@ -114,6 +115,15 @@ class Case:
 
     def copy(self, origin: Path) -> None:
         shutil.copytree(origin, self.folder, symlinks=True, dirs_exist_ok=True)
+
+    def begin_struck(self, strike: Callable[[], Strike]) -> None:
+        """Begin the run in a copy of the empty folder, until a strike comes before it has ended."""
+        for _ in range(MOST_STRIKES):
+            self.copy(self.reference.empty)
+            if not self.begin(strike()).done:
+                return
+            shutil.rmtree(self.folder)
+        raise Broken(f"it ended before each of {MOST_STRIKES} strikes")
 
     def begin(self, strike: Strike = NOTHING) -> Ended:
         return self._checked(self.commands(self.folder, *self.kind.begin, ranks=self.kind.ranks, strike=strike))

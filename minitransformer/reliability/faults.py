@@ -42,8 +42,7 @@ class Kill(Fault, name="kill"):
     about = "kill -9 at a random time"
 
     def try_on(self, case: Case) -> str:
-        case.copy(case.reference.empty)
-        case.begin(Strike(after=case.draw.uniform(0, case.reference.seconds)))
+        case.begin_struck(lambda: Strike(after=case.draw.uniform(0, case.reference.seconds)))
         return case.finish()
 
 
@@ -53,10 +52,9 @@ class KillAtWrite(Fault, name="kill-write"):
     about = "kill -9 as it writes"
 
     def try_on(self, case: Case) -> str:
-        case.copy(case.reference.empty)
         calls = case.reference.calls
         rank = case.draw.choice([rank for rank, count in enumerate(calls) if count])
-        case.begin(Strike(rank=rank, at=case.draw.randint(1, calls[rank])))
+        case.begin_struck(lambda: Strike(rank=rank, at=case.draw.randint(1, calls[rank])))
         return case.finish()
 
 
@@ -68,10 +66,8 @@ class KillRank(Fault, name="kill-rank"):
     signal = signal.SIGKILL
 
     def try_on(self, case: Case) -> str:
-        case.copy(case.reference.empty)
-        rank = case.draw.randrange(case.kind.ranks)
-        after = case.draw.uniform(0, case.reference.seconds / 2)
-        case.begin(Strike(rank=rank, after=after, signal=self.signal, once=case.run / "config.json"))
+        rank, begun = case.draw.randrange(case.kind.ranks), case.run / "config.json"
+        case.begin_struck(lambda: Strike(rank, case.draw.uniform(0, case.reference.seconds / 2), self.signal, begun))
         return case.finish()
 
 
