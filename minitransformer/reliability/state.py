@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minitransformer.training.learner import Learner
 from minitransformer.training.loop import Trainer
+from minitransformer.training.shards import local_part
 
 State = dict[str, dict[str, Any]]
 """tensors and numbers by name, in each part of the state"""
@@ -44,7 +45,7 @@ def state_of(trainer: Trainer) -> State:
     learner = trainer.learner
     return {
         "data": dict(_tensors_of(learner.next_batches())),
-        "weights": {name: tensor.detach() for name, tensor in learner.model.state_dict(keep_vars=True).items()},
+        "weights": {name: local_part(tensor) for name, tensor in learner.model.state_dict().items()},
         "optimizer state": dict(_optimizer_state(learner)),
         "precision state": learner.precision.state_dict(),
         "progress": without_times(asdict(trainer.progress)),
@@ -66,7 +67,8 @@ def _optimizer_state(learner: Learner) -> Iterator[tuple[str, Any]]:
     names: dict[Tensor, str] = {parameter: name for name, parameter in learner.model.named_parameters()}
     for optimizer in learner.optimizers:
         for parameter, state in optimizer.state.items():
-            yield from ((f"{key} of {names[parameter]}", value) for key, value in state.items())
+            for key, value in state.items():
+                yield f"{key} of {names[parameter]}", local_part(value) if isinstance(value, Tensor) else value
 
 
 def differences(whole: State, resumed: State) -> list[Difference]:
