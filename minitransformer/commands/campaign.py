@@ -63,9 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     known = run_kinds()
     kinds = [lookup("kind", name, known) for name in options.kind or known]
     faults = [Fault.named(name) for name in options.fault or Fault.registry]
+    _check(options)
     count = options.count or (LONG if options.long else 1)
-    if not hasattr(os, "fork"):
-        raise UserError("the campaign starts processes by fork, which this system lacks: run it on Linux or macOS")
     parent = options.folder or Path(tempfile.gettempdir())
     with writing(parent, REMEDY):
         make_folder(parent)
@@ -82,6 +81,17 @@ def main(arguments: Sequence[str]) -> int:
     if not failures:
         shutil.rmtree(folder)
     return FAILED if failures else DONE
+
+
+def _check(options: Options) -> None:
+    if not hasattr(os, "fork"):
+        raise UserError("the campaign starts processes by fork, which this system lacks: run it on Linux or macOS")
+    if options.long and options.count is not None:
+        raise UserError(f"--long determines the count: leave --count {options.count} out")
+    if options.count is not None and options.count < 1:
+        raise UserError(f"--count is {options.count}: give at least 1")
+    if options.json and options.markdown:
+        raise UserError("--json prints no table: leave --markdown out")
 
 
 class Table:
@@ -109,7 +119,7 @@ class Table:
 
 def _conclusion(outcomes: Sequence[Outcome], faults: Sequence[type[Fault]]) -> str:
     disk = "a disk in memory" if can_mount() else "a limit on the size of files"
-    lines = [f"\n{len(outcomes)} cases: {LEGEND}; the full disk is {disk}"]
+    lines = [f"\n{len(outcomes)} cases: {LEGEND}", f"the full disk is {disk}"]
     lines += [f"not tried: {fault.about}, as {why}" for fault in faults if (why := fault.why_not()) is not None]
     return "\n".join(lines)
 

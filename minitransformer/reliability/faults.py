@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from minitransformer.errors import StorageError
 from minitransformer.registry import Registered
-from minitransformer.reliability.disturbed_runs import LONGER, REFUSED, Broken, Case
+from minitransformer.reliability.disturbed_runs import REFUSED, Broken, Case
 from minitransformer.reliability.injection import BALLAST
 from minitransformer.reliability.launcher import Ended, Strike
 
@@ -86,11 +87,11 @@ class FullDisk(Fault, name="full-disk"):
     def try_on(self, case: Case) -> str:
         at = case.draw.randint(1, case.reference.calls[0])
         if not can_mount():
-            case.copy(case.reference.empty)
+            case.prepare()
             size = int(10 ** case.draw.uniform(0, 5))
             return self._go_on(case, case.begin(Strike(rank=0, at=at, fault="limit", size=size)))
         with small_disk(case.folder):
-            case.copy(case.reference.empty)
+            case.prepare()
             ended = case.begin(Strike(rank=0, at=at, fault="fill"))
             (case.folder / BALLAST).unlink(missing_ok=True)
             return self._go_on(case, ended)
@@ -114,19 +115,19 @@ class ReadOnly(Fault, name="read-only"):
 
     def try_on(self, case: Case) -> str:
         if not can_mount():
-            case.copy(case.reference.whole)
+            case.begin_half()
             with _without_right(case.run):
                 self._refused(case)
-            return case.finish(*LONGER)
+            return case.finish()
         with small_disk(case.folder):
-            case.copy(case.reference.whole)
+            case.begin_half()
             _remount(case.folder, "ro")
             self._refused(case)
             _remount(case.folder, "rw")
-            return case.finish(*LONGER)
+            return case.finish()
 
     def _refused(self, case: Case) -> None:
-        if not case.resume(*LONGER).in_one_sentence:
+        if not case.resume().in_one_sentence:
             raise Broken("a run in a read-only folder goes on")
 
 
@@ -136,11 +137,15 @@ class Truncated(Fault, name="truncate"):
     about = "truncated file"
 
     def try_on(self, case: Case) -> str:
-        case.copy(case.reference.whole)
+        case.begin_half()
         path = self.file_of(case)
         self.damage(case, path)
-        ended = case.resume(*LONGER)
-        return case.compared(case.reference.longer, spared=path.name) if ended.done else REFUSED
+        if not case.resume().done:
+            return REFUSED
+        try:
+            return case.compared(spared=path.name)
+        except StorageError:  # the best checkpoint, which resuming does not read
+            return REFUSED
 
     def file_of(self, case: Case) -> Path:
         return case.draw.choice(files_in(case.run, case.folder / "work"))
