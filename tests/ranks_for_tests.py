@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "span-corruption": {"objective": "span-corruption", "topology": "encoder-decoder", "context_length": 32},
     "pairs": {**PAIRS, "topology": "encoder-decoder"},
     "recurrent": {**PAIRS, "topology": "rnn"},
+    "shards": {"data": "index.json", "batch_size": 5},
     "bf16": {"precision": "bf16"},
 }
 
@@ -75,6 +76,9 @@ def trained(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
 def write_texts(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "text.txt").write_text("".join(f"{i} the quick brown fox counts {i * i}.\n" for i in range(200)))
+    for name, number in (("a", 60), ("b", 90)):
+        (folder / f"{name}.txt").write_text("".join(f"{i} lazy dogs of shard {name}.\n" for i in range(number)))
+    (folder / "index.json").write_text('{"shards": ["text.txt", {"path": "a.txt"}], "validation": ["b.txt"]}')
     (folder / "pairs.tsv").write_text("".join(f"{i} times {i % 7}\t{i * (i % 7)}\n" for i in range(200)))
 
 

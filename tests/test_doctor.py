@@ -9,7 +9,7 @@ import tempfile
 
 import pytest
 
-from minitransformer.commands import doctor
+from minitransformer.commands import doctor, tokenize
 from minitransformer.commands.train import main as train_main
 from minitransformer.preflight import data_state, machine_checks, memory_checks
 from minitransformer.preflight.check import PreflightCheck, split_remedy
@@ -140,6 +140,27 @@ def test_data_that_takes_long_to_prepare_is_estimated_and_not_prepared(here, cap
     assert prepared["data"]["figures"]["tokens"] == pytest.approx(0.9 * size, rel=0.1)
     for figure in ("bytes", "activation_bytes"):
         assert found["memory"]["figures"][figure] == pytest.approx(prepared["memory"]["figures"][figure], rel=0.02)
+
+
+def test_shards_of_tokens_are_counted_by_their_size_and_need_no_room_in_the_cache(here, capsys, monkeypatch):
+    monkeypatch.setattr(data_state, "QUICK", 10)
+    assert tokenize.main(["my.txt", "--out", "shards", "--tokenizer", "bytes", "--shard-size", "2000"]) == 0
+    (here / "text.txt").write_text("some text " * 100)
+    flags = [*FLAGS, "--data", "shards/index.json"]
+    tokens = sum(path.stat().st_size for path in (here / "shards").glob("*.bin")) // 2
+    found = examined(capsys, *flags, code=0)
+    assert found["data"]["figures"]["tokens"] == tokens
+    assert found["cache"]["figures"]["bytes"] == 0
+    assert train_main(flags) == 0
+    assert examined(capsys, *flags, code=0)["data"]["figures"]["tokens"] == pytest.approx(0.9 * tokens, rel=0.01)
+    index = {"shards": ["shards/index.json", "text.txt"]}
+    (here / "mixed.json").write_text(json.dumps(index))
+    found = examined(capsys, *FLAGS, "--data", "mixed.json", code=0)
+    assert found["data"]["figures"]["tokens"] == tokens + 1000
+    assert found["cache"]["figures"]["bytes"] == 2 * 1000
+    next((here / "shards").glob("*.bin")).unlink()
+    text, _ = problem(capsys, "data", *flags)
+    assert "No such file" in text
 
 
 def test_a_recipe_that_is_not_made_yet_is_not_made(here, capsys):

@@ -1,11 +1,11 @@
 """Batches ahead of time: the same ones, and errors as if they were made when they are asked for."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
-from minitransformer.training.prefetch import Ahead, pinned, prefetched
+from minitransformer.text.batches import UnreadBatch
+from minitransformer.training.objectives.masked import MaskedBatch
+from minitransformer.training.prefetch import Ahead, prefetched
 
 
 def batches_of(step: int) -> list[str]:
@@ -39,17 +39,29 @@ def test_a_step_that_fails_does_so_when_it_is_asked_for() -> None:
 
 
 def test_a_cpu_makes_batches_when_it_needs_them() -> None:
-    assert prefetched(batches_of, torch.device("cpu")) is batches_of
+    assert prefetched(batches_of, torch.device("cpu"), range) is batches_of
+
+
+def test_on_a_gpu_the_rows_of_this_rank_are_read_ahead_and_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, range]] = []
+
+    def batches(step: int) -> list[UnreadBatch]:
+        def windows(rows: range) -> torch.Tensor:
+            read.append((step, rows))
+            return torch.arange(len(rows) * 3).view(-1, 3)
+
+        return [UnreadBatch(windows, range(4), 2)]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 100)  # a machine without a GPU cannot
+    ahead = prefetched(batches, torch.device("cuda"), lambda count: range(1, count - 1))
+    [batch] = ahead(7)
+    ahead._begun[8].result(timeout=60)  # type: ignore[attr-defined]
+    assert batch.num_targets == 4 * 2
+    assert batch.rows(1, 3).inputs.tolist() == [[100, 101], [103, 104]]
+    assert read == [(7, range(1, 3)), (8, range(1, 3))]
 
 
 def test_all_tensors_of_a_batch_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclass(frozen=True)
-    class Pair:
-        source: torch.Tensor
-        target: torch.Tensor
-        mask: torch.Tensor | None = None
-        name: str = "pair"
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)  # a machine without a GPU cannot
-    batch = pinned(Pair(torch.zeros(1), torch.ones(1)))
-    assert (batch.source.item(), batch.target.item(), batch.mask, batch.name) == (1, 2, None, "pair")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
+    batch = MaskedBatch(torch.zeros(1, 1).long(), torch.ones(1, 1).long()).pinned()
+    assert (batch.inputs.item(), batch.targets.item(), batch.segments) == (1, 2, None)

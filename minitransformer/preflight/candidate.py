@@ -123,5 +123,6 @@ def largest_batches(loader: Loader) -> Sequence[TrainingBatch]:
 
 
 def _elements(batch: TrainingBatch) -> int:
-    values = [getattr(batch, each.name) for each in fields(batch)]  # type: ignore[arg-type]
+    whole = batch.whole
+    values = [getattr(whole, each.name) for each in fields(whole)]  # type: ignore[arg-type]
     return sum(value.numel() for value in values if isinstance(value, Tensor))

@@ -72,7 +72,7 @@ class DataCheck(PreflightCheck, name="data"):
 
 def cache_size(candidate: Candidate) -> int:
     """Bytes that preparing its data would write; 0 if it is prepared, or generated."""
-    size_of_text = candidate.data.size or 0
+    size_of_text = (candidate.data.size or 0) - candidate.data.tokenized
     vocabulary = candidate.whole.model.vocab_size or 0
     return (2 if vocabulary <= 1 << 16 else 4) * (size_of_text // bytes_per_token(candidate.whole))
 

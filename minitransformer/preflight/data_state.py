@@ -15,6 +15,7 @@ from minitransformer.text.corpora import open_corpus
 from minitransformer.text.datasets import NotPrepared, PreparedData
 from minitransformer.text.datasets.pair_data import PreparedPairs
 from minitransformer.text.datasets.text import PreparedText, TooShort
+from minitransformer.text.shard_index import ShardIndex, index_in
 from minitransformer.text.token_files import Ragged, TokenPairs
 from minitransformer.text.tokenizers import Bytes, Tokenizer
 from minitransformer.training.config import RunConfig, with_usual_vocabulary
@@ -39,6 +40,8 @@ class DataState:
     """recipe that has not been made"""
     size: int | None = None
     """bytes of unprepared text"""
+    tokenized: int = 0
+    """about how many of these are tokens already, and are not written again"""
 
     @property
     def tokens(self) -> int | None:
@@ -65,7 +68,7 @@ def data_state(config: RunConfig, tokenizers: Sequence[Tokenizer], usual: RunCon
         if (recipe := _unmade(config)) is not None:
             return DataState(config, unmade=recipe)
         if not _is_cached(config, tokenizers) and (size := text_size(config)) > QUICK:
-            return DataState(config, size=size)
+            return DataState(config, size=size, tokenized=tokenized_size(config))
         if usual is not None:
             return DataState(*prepare_fine_tuning(config, usual, tokenizers))
         return DataState(config, config.prepare(tokenizers))
@@ -99,10 +102,23 @@ def _unmade(config: RunConfig) -> str | None:
 def text_size(config: RunConfig) -> int:
     """Bytes of the files of `config`."""
     data, dataset = config.data, config.data.dataset
+    if dataset.variant.cuts_text and (index := index_in(data.data)) is not None:
+        found = ShardIndex.read(index)
+        return sum(found.size(shard) for shard in found.all if shard.is_text) + tokenized_size(config)
     if dataset.variant.cuts_text:
         return sum(open_corpus(name, data.field).size for name in (data.data, data.validation_data) if name is not None)
     targets = [getattr(dataset.settings, name, None) for name in ("target_data", "validation_target_data")]
     return sum(Path(name).expanduser().stat().st_size for name in (*_names(config), *targets) if name is not None)
+
+
+def tokenized_size(config: RunConfig) -> int:
+    """About how many bytes of the text are tokens already, in shards of an index."""
+    if not config.data.dataset.variant.cuts_text or (path := index_in(config.data.data)) is None:
+        return 0
+    index = ShardIndex.read(path)
+    tokens = [shard for shard in index.all if not shard.is_text]
+    bytes_each = index.token_bytes if tokens else 1
+    return sum(index.size(shard) // bytes_each for shard in tokens) * bytes_per_token(config)
 
 
 def stand_in(config: RunConfig) -> PreparedData:

@@ -44,5 +44,5 @@ def begin_run(
 ) -> Run:
     """Create the folder of a new run of `config`, with known vocabulary; `initial` are the weights of its `parent`."""
     inherit = partial(inherit_originals, None if parent is None else Path(parent.path))
-    tokenizers = prepared.tokenizer, prepared.target_tokenizer
-    return Run.create(path, config, *tokenizers, prepared.folder.name, machine, parent, initial, inherit)
+    tokenizers, text = (prepared.tokenizer, prepared.target_tokenizer), prepared.folder.name
+    return Run.create(path, config, *tokenizers, text, machine, parent, initial, inherit, prepared.sources)

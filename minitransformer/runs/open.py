@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from minitransformer import files
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.model import Model
 from minitransformer.plugins import check_plugins, plugins_of
-from minitransformer.records import read_json
+from minitransformer.records import checked_value, read_json
 from minitransformer.runs.layout import (
     CONFIG,
     GENERATION,
@@ -54,6 +55,8 @@ class Run:
     """its device, precision and compilation; None for imports and old runs"""
     parent: Parent | None = None
     """the checkpoint that it started from; None from scratch"""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """a digest of each shard of its data, by its path"""
 
     @classmethod
     def create(
@@ -67,6 +70,7 @@ class Run:
         parent: Parent | None = None,
         initial: Model | None = None,
         add_files: Callable[[Path], object] = lambda path: None,
+        sources: Mapping[str, str] = MappingProxyType({}),
     ) -> Run:
         """Create a run folder; `config.json` is written last, and completes it.
 
@@ -75,7 +79,7 @@ class Run:
         `StorageError` if it cannot be written.
         """
         check_free(path)
-        run = cls(path, config, tokenizer, target_tokenizer, text, machine, parent)
+        run = cls(path, config, tokenizer, target_tokenizer, text, machine, parent, sources)
         with files.writing(path, REMEDY):
             files.make_folder(path)
             clear(path)
@@ -96,6 +100,8 @@ class Run:
         run = replace(self, config=config, machine=machine or self.machine)
         origins = {"machine": run.machine, "parent": run.parent}
         about: dict[str, Any] = {name: origin.to_json() for name, origin in origins.items() if origin is not None}
+        if self.sources:
+            about["sources"] = dict(self.sources)
         if plugins := [vars(plugin) for plugin in plugins_of(config)]:
             about["plugins"] = plugins
         record = {**config.to_json(), "text": self.text, **about, "provenance": provenance()}
@@ -131,7 +137,8 @@ class Run:
         target_tokenizer = Tokenizer.load(own) if own.exists() else tokenizer
         machine = Resolved.from_json(record.get("machine"), str(path / CONFIG))
         parent = Parent.from_json(record.get("parent"), str(path / CONFIG))
-        return cls(path, config, tokenizer, target_tokenizer, str(record.get("text", "")), machine, parent)
+        sources = checked_value(record.get("sources", {}), dict, "sources", str(path / CONFIG))
+        return cls(path, config, tokenizer, target_tokenizer, str(record.get("text", "")), machine, parent, sources)
 
     @property
     def tokenizers(self) -> list[Tokenizer]:

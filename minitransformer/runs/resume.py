@@ -26,9 +26,10 @@ def check_can_resume(run: Run) -> None:
 def check_same_text(run: Run, config: RunConfig, prepared: PreparedData) -> None:
     """Raises `UserError` unless `prepared`, the data of `config`, is the original data of `run`."""
     if prepared.folder.name != run.text:
-        raise UserError(
-            f"{named(config.data.data)} is not the text that {run.path} started with: restore it, or train a new run"
-        )
+        now = prepared.sources
+        shard = next((path for path, digest in run.sources.items() if now.get(path, digest) != digest), None)
+        what = named(config.data.data) if shard is None else f"shard {shard} of {named(config.data.data)}"
+        raise UserError(f"{what} is not the text that {run.path} started with: restore it, or train a new run")
 
 
 def changed_settings(old: RunConfig, new: RunConfig, silent: Sequence[str] = ()) -> list[str]:

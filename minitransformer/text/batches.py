@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -14,7 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from minitransformer.errors import UserError
-from minitransformer.text.token_files import Tokens
+from minitransformer.text.token_files import TokenSource
 
 IGNORE = -100
 """Target that the loss ignores, as torch's cross_entropy does by default."""
@@ -41,17 +42,30 @@ class TrainingBatch:
         """Number of input tokens."""
         return self.inputs.numel()
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+    @property
+    def whole(self) -> TrainingBatch:
+        """The same batch with all of its rows in memory."""
+        return self
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainingBatch:
         """The same batch on `device`."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def rows(self, first: int, last: int) -> Self:
+    def pinned(self) -> TrainingBatch:
+        """The same batch in pinned memory, for asynchronous copies."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def ready(self, rows: range) -> TrainingBatch:
+        """The same batch, with these rows already read."""
+        return self
+
+    def rows(self, first: int, last: int) -> TrainingBatch:
         """The rows from `first` to before `last`; if there are none, a first row without targets."""
         if first < last:
             return self._each(lambda tensor: tensor[first:last])
         return self._each(lambda tensor: tensor[:1]).without_targets()
 
-    def split(self, size: int) -> list[Self]:
+    def split(self, size: int) -> list[TrainingBatch]:
         """Micro-batches of `size` sequences."""
         return [self.rows(first, first + size) for first in range(0, self.num_rows, size)]
 
@@ -99,14 +113,90 @@ class Batch(TrainingBatch):
 
 
 @dataclass(frozen=True)
-class ShuffledWindows:
+class UnreadBatch(TrainingBatch):
+    """Windows of text that are read when they are used, so that a rank reads its own rows only.
+
+    `read` gives windows [rows, length + 1] of a range of rows; `held` are rows that were read ahead of time.
+    """
+
+    read: Callable[[range], Int64[Tensor, "rows window"]]
+    of: range
+    length: int
+    held: tuple[range, TrainingBatch] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.of)
+
+    @property
+    def num_targets(self) -> int:
+        return self.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_rows * self.length
+
+    @cached_property
+    def whole(self) -> TrainingBatch:
+        return self.rows(0, self.num_rows)
+
+    @property
+    def inputs(self) -> Tensor:  # type: ignore[override]
+        return self.whole.inputs
+
+    @property
+    def targets(self) -> Tensor:  # type: ignore[override]
+        return self.whole.targets
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainingBatch:
+        return self.whole.to(device, non_blocking)
+
+    def pinned(self) -> TrainingBatch:
+        return self if self.held is None else replace(self, held=(self.held[0], self.held[1].pinned()))
+
+    def ready(self, rows: range) -> TrainingBatch:
+        return replace(self, held=(rows, self.rows(rows.start, rows.stop)))
+
+    def rows(self, first: int, last: int) -> TrainingBatch:
+        if self.held is not None and self.held[0] == range(first, last):
+            return self.held[1]
+        if first >= last:
+            return Batch(*torch.zeros(2, 1, self.length, dtype=torch.int64)).without_targets()
+        windows = self.read(self.of[first:last])
+        return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+
+    def split(self, size: int) -> list[TrainingBatch]:
+        parts = (self.of[first : first + size] for first in range(0, self.num_rows, size))
+        return [replace(self, of=part, held=None) for part in parts]
+
+
+class RandomWindows(ABC):
+    """Endless windows; each depends on the seed and its number alone, so that a run can resume anywhere."""
+
+    context_length: int
+    batch_size: int
+
+    @abstractmethod
+    def windows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The windows [numbers, context_length + 1] with these numbers, counted from 0 over all batches."""
+
+    def batch(self, index: int) -> UnreadBatch:
+        """Batch number `index`, which is read when it is used."""
+        return UnreadBatch(partial(self._read, index * self.batch_size), range(self.batch_size), self.context_length)
+
+    def _read(self, first: int, rows: range) -> Int64[Tensor, "rows window"]:
+        return torch.from_numpy(self.windows(first + np.arange(rows.start, rows.stop)))
+
+
+@dataclass(frozen=True)
+class ShuffledWindows(RandomWindows):
     """Epochs of adjacent windows of `tokens` [tokens] from a random offset, in random order.
 
     Every token is a target equally often, except up to two windows at the ends of an epoch.
     Raises `UserError` when `tokens` is shorter than one window of `context_length` + 1.
     """
 
-    tokens: Tokens
+    tokens: TokenSource
     context_length: int
     batch_size: int
     seed: int
@@ -120,19 +210,23 @@ class ShuffledWindows:
 
     @property
     def windows_per_epoch(self) -> int:
-        return max(1, (len(self.tokens) - 1) // self.context_length - 1)
+        return windows_in(len(self.tokens), self.context_length)
 
-    def batch(self, index: int) -> Batch:
-        """Batch number `index`, which depends on the seed and the index alone, so that a run can resume anywhere."""
-        epochs, places = np.divmod(index * self.batch_size + np.arange(self.batch_size), self.windows_per_epoch)
-        starts = np.empty((self.batch_size, 1), np.int64)
+    def windows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        epochs, places = np.divmod(numbers, self.windows_per_epoch)
+        starts = np.empty((len(numbers), 1), np.int64)
         for epoch in np.unique(epochs):
             inside = epochs == epoch
             room = len(self.tokens) - self.windows_per_epoch * self.context_length
             order = _epoch_starts(self.windows_per_epoch, self.context_length, room, self.seed, int(epoch))
             starts[inside, 0] = order[places[inside]]
-        windows = torch.from_numpy(self.tokens[starts + np.arange(self.context_length + 1)].astype(np.int64))
-        return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+        windows: npt.NDArray[np.int64] = self.tokens[starts + np.arange(self.context_length + 1)].astype(np.int64)
+        return windows
+
+
+def windows_in(tokens: int, length: int) -> int:
+    """Number of windows of `length` and its next token in an epoch, which begins at a random offset."""
+    return max(1, (tokens - 1) // length - 1)
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
@@ -150,7 +244,7 @@ class SequentialWindows(Batches):
     The last batch may have fewer rows, and its last row is padded with targets of IGNORE (inputs: the last token).
     """
 
-    tokens: Tokens
+    tokens: TokenSource
     context_length: int
     batch_size: int
 

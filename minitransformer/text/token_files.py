@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
+from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from minitransformer.errors import StorageError
 from minitransformer.text.tokenizers import Tokenizer
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 OFFSET = np.dtype("<i8")
+BLOCK = 1 << 22
+"""tokens that are counted at a time"""
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
@@ -40,10 +46,124 @@ def mapped(path: Path, dtype: np.dtype[Any], count: int) -> Any:
     return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
 
 
-def count_bytes(tokenizer: Tokenizer, tokens: Tokens) -> int:
+class TokenSource(Protocol):
+    """Token ids by position: an array, or files that are read where they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: Any, /) -> Any: ...
+
+
+class StoredTokens(ABC):
+    """Token ids on disk that are not mapped into memory, but read where they are asked for."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, first: int, last: int) -> Tokens:
+        """The ids from `first` to before `last`."""
+
+    def __getitem__(self, places: slice | npt.NDArray[np.int64]) -> Tokens:
+        """The ids at a slice, or at places [rows, length] of which each row is near together."""
+        if isinstance(places, slice):
+            first, last, _ = places.indices(len(self))
+            return self.read(first, max(first, last))
+        lowest = places.min(1).tolist()
+        rows = zip(places, lowest, places.max(1).tolist(), strict=True)
+        return np.stack([self.read(low, high + 1)[row - low] for row, low, high in rows])
+
+
+@dataclass(frozen=True)
+class TokenFile(StoredTokens):
+    """The ids from `first` to before `last` in the file at `path`, as it was when `state` was noted.
+
+    A file that has vanished or changed since is a `StorageError` in place of a bus error, or of other ids.
+    """
+
+    path: Path
+    dtype: np.dtype[Any]
+    first: int
+    last: int
+    state: tuple[int, int]
+
+    @classmethod
+    def open(cls, path: Path, dtype: np.dtype[Any]) -> TokenFile:
+        """All of the ids at `path`; raises `StorageError` for a missing or truncated file."""
+        with reading_shard(path):
+            state = _state(path.stat())
+        if state[0] % dtype.itemsize:
+            raise StorageError(
+                f"shard {path} has {state[0]:,} bytes, not a multiple of the {dtype.itemsize} of each token: "
+                "it is truncated: copy it again"
+            )
+        return cls(path, dtype, 0, state[0] // dtype.itemsize, state)
+
+    def part(self, first: int, last: int) -> TokenFile:
+        """The ids from `first` to before `last` of these."""
+        return replace(self, first=self.first + first, last=self.first + last)
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def read(self, first: int, last: int) -> Tokens:
+        with reading_shard(self.path), self.path.open("rb") as file:
+            if _state(os.fstat(file.fileno())) != self.state:
+                raise StorageError(f"shard {self.path} has changed while it was in use: restore it, and resume")
+            file.seek((self.first + first) * self.dtype.itemsize)
+            return np.frombuffer(file.read((last - first) * self.dtype.itemsize), self.dtype)
+
+
+@contextmanager
+def reading_shard(path: Path) -> Iterator[None]:
+    """Turn an `OSError` while reading the shard at `path` into a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"shard {path} cannot be read ({error.strerror}): restore it, and start again") from None
+
+
+def _state(entry: os.stat_result) -> tuple[int, int]:
+    return entry.st_size, entry.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class JoinedTokens(StoredTokens):
+    """The ids of several files, one after the other."""
+
+    parts: tuple[TokenFile, ...]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(map(len, self.parts), initial=0))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, first: int, last: int) -> Tokens:
+        return np.concatenate([np.empty(0, np.uint16), *(part[:] for part in self.part(first, last).parts)])
+
+    def part(self, first: int, last: int) -> JoinedTokens:
+        """The ids from `first` to before `last` of these."""
+        found = []
+        for part, start in zip(self.parts, self._ends, strict=False):
+            low, high = max(first - start, 0), min(last - start, len(part))
+            if low < high:
+                found.append(part.part(low, high))
+        return JoinedTokens(tuple(found))
+
+
+def count_ids(tokens: TokenSource, vocab_size: int) -> npt.NDArray[np.int64]:
+    """[vocab_size] how often each id is in `tokens`, of which a block at a time is in memory."""
+    counts = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(tokens), BLOCK):
+        counts += np.bincount(tokens[start : start + BLOCK], minlength=vocab_size)
+    return counts
+
+
+def count_bytes(tokenizer: Tokenizer, tokens: TokenSource) -> int:
     """Number of bytes of text in `tokens` [tokens]."""
-    sizes = np.array([len(piece) for piece in tokenizer.pieces])
-    return int(sizes @ np.bincount(tokens, minlength=len(sizes)))
+    return int(np.array([len(piece) for piece in tokenizer.pieces]) @ count_ids(tokens, tokenizer.vocab_size))
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,7 +96,7 @@ class Learner:
         self.balance = ExpertBalance(model, training.expert_balance, self.ranks)
         self.precision = Precision.named(machine.precision)(machine.device)
         self.steps_done = 0
-        self._batches = prefetched(loader.training_batches, machine.device)
+        self._batches = prefetched(loader.training_batches, machine.device, self.ranks.share)
 
     def next_batches(self) -> Sequence[TrainingBatch]:
         """The micro-batches of the next step, with the rows of all ranks."""

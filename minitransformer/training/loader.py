@@ -8,7 +8,7 @@ from typing import Any
 
 from minitransformer.text.batches import Batches, MadeBatches, TrainingBatch
 from minitransformer.text.datasets import BatchShape, PreparedData
-from minitransformer.text.token_files import Tokens
+from minitransformer.text.token_files import TokenSource
 from minitransformer.training.config import RunConfig
 from minitransformer.training.objectives import Objective
 from minitransformer.training.objectives.base import BatchKey
@@ -52,7 +52,7 @@ class Loader:
         return self.data.num_tokens("validation")
 
     @property
-    def validation_targets(self) -> Tokens:
+    def validation_targets(self) -> TokenSource:
         """The target ids that `validation_bytes` counts."""
         return self.data.targets("validation")
 

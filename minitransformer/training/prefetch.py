@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 BatchesOf = Callable[[int], Sequence[Any]]
 
 
-def prefetched(batches_of: BatchesOf, device: torch.device) -> BatchesOf:
+def prefetched(batches_of: BatchesOf, device: torch.device, share: Callable[[int], range]) -> BatchesOf:
     """`batches_of` with prefetching if training runs on an accelerator; in pinned memory for CUDA.
 
-    On a CPU, prefetching would only compete with the current step.
+    Of a batch with n rows, this process uses `share(n)`. On a CPU, prefetching would only compete with the current
+    step.
     """
     if device.type == "cpu":
         return batches_of
-    if device.type == "cuda":
-        return Ahead(lambda step: [pinned(batch) for batch in batches_of(step)])
-    return Ahead(batches_of)
+
+    def ready(step: int) -> Sequence[Any]:
+        batches = [batch.ready(share(batch.num_rows)) for batch in batches_of(step)]
+        return [batch.pinned() for batch in batches] if device.type == "cuda" else batches
+
+    return Ahead(ready)
 
 
 class Ahead:
@@ -38,9 +40,3 @@ class Ahead:
         batches = self.batches_of(step) if begun is None else begun.result()
         self._begun = {step + 1: self._thread.submit(self.batches_of, step + 1)}
         return batches
-
-
-def pinned(batch: Any) -> Any:
-    """`batch` in pinned memory, for asynchronous copies; missing tensors stay None."""
-    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(batch, **{name: value.pin_memory() for name, value in tensors.items() if isinstance(value, Tensor)})

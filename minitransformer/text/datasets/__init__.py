@@ -3,6 +3,6 @@
 from minitransformer.text.datasets.base import BatchShape, DataRequest, Dataset, PreparedData
 from minitransformer.text.datasets.pairs import Pairs
 from minitransformer.text.datasets.pipeline import NotPrepared
-from minitransformer.text.datasets.text import PlainText
+from minitransformer.text.datasets.plain_text import PlainText
 
 __all__ = ["BatchShape", "DataRequest", "Dataset", "NotPrepared", "Pairs", "PlainText", "PreparedData"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from minitransformer.errors import UserError
 from minitransformer.registry import Registered
 from minitransformer.settings import Chosen
-from minitransformer.text.token_files import Tokens
+from minitransformer.text.token_files import TokenSource
 from minitransformer.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -86,12 +86,17 @@ class PreparedData(ABC):
         """UTF-8 bytes of the text in `targets`: bits per byte = total nats / ln 2 / num_bytes."""
 
     @property
+    def sources(self) -> Mapping[str, str]:
+        """A digest of each shard, by its path; none for data in one piece."""
+        return {}
+
+    @property
     def majority_baseline(self) -> float | None:
         """Validation accuracy of always predicting the most frequent training token, if known."""
         return None
 
     @abstractmethod
-    def targets(self, split: str) -> Tokens:
+    def targets(self, split: str) -> TokenSource:
         """[tokens] of the targets, where these are the text itself."""
 
 

@@ -92,12 +92,8 @@ class Preparation(ABC, Generic[C, S, D]):
 
         Raises `UserError` for too little text, unreadable text, and a full disk.
         """
+        self.fit()
         with writing(self.cache, REMEDY):
-            self.cache.mkdir(parents=True, exist_ok=True)
-            sweep(self.cache)
-            self.signatures = [corpus.signature() for corpus in self.corpora]
-            self.scans: list[S] = list(map(self._remembered_scan, self.corpora, self.signatures))
-            self.tokenizers = self.choose_tokenizers()
             fault: UserError | None = None
             for division in self.divisions():
                 folder = self.cache / self._hash(self.identity(division), *map(type, self.tokenizers))
@@ -107,6 +103,16 @@ class Preparation(ABC, Generic[C, S, D]):
                     return prepared
         assert fault is not None
         raise fault
+
+    def fit(self) -> tuple[Tokenizer, ...]:
+        """The tokenizers alone, fitted to the scanned corpora if necessary."""
+        with writing(self.cache, REMEDY):
+            self.cache.mkdir(parents=True, exist_ok=True)
+            sweep(self.cache)
+            self.signatures = [corpus.signature() for corpus in self.corpora]
+            self.scans: list[S] = list(map(self._remembered_scan, self.corpora, self.signatures))
+            self.tokenizers = self.choose_tokenizers()
+        return self.tokenizers
 
     # Defined by subclasses
 
@@ -166,7 +172,7 @@ class Preparation(ABC, Generic[C, S, D]):
         def fit() -> Tokenizer:
             self._check_may_prepare()
             tokenizer = chosen.variant.fit(chosen.settings, read, key[0])
-            self._check_unchanged()
+            self.check_unchanged()
             return tokenizer
 
         place = self._hash([*digests, name, to_json(chosen.settings), *key], chosen.variant)
@@ -208,10 +214,11 @@ class Preparation(ABC, Generic[C, S, D]):
         for tokenizer, name in zip(self.tokenizers, TOKENIZERS, strict=False):
             tokenizer.save(folder / name)
         meta = self.write(division, folder)
-        self._check_unchanged()
+        self.check_unchanged()
         (folder / META).write_text(json.dumps({"format": FORMAT, **meta}))
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
+        """Raises `UserError` if a file has changed since it was scanned."""
         for corpus, signature in zip(self.corpora, self.signatures, strict=True):
             corpus.check_unchanged(signature)
 

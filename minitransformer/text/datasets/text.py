@@ -18,12 +18,12 @@ from minitransformer.amounts import size
 from minitransformer.errors import UserError
 from minitransformer.processes import processors
 from minitransformer.settings import Chosen
-from minitransformer.text.corpora import Corpus, Piece, kind, open_corpus
-from minitransformer.text.datasets.base import BatchShape, DataRequest, Dataset, PreparedData
+from minitransformer.text.corpora import Corpus, Piece, kind
+from minitransformer.text.datasets.base import BatchShape, PreparedData
 from minitransformer.text.datasets.pipeline import SPLITS, Preparation
 from minitransformer.text.tables import TABLES
 from minitransformer.text.threads import in_order, progress_bar
-from minitransformer.text.token_files import Tokens, dtype_of, mapped, stored_dtype
+from minitransformer.text.token_files import Tokens, count_ids, dtype_of, mapped, stored_dtype
 from minitransformer.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class PreparedText(PreparedData):
     @cached_property
     def majority_baseline(self) -> float:
         """Fraction of validation tokens that equal the most frequent training token."""
-        most_frequent = np.bincount(np.asarray(self.train)).argmax()
+        most_frequent = count_ids(self.train, self.tokenizer.vocab_size).argmax()
         return float((np.asarray(self.validation) == most_frequent).mean())
 
     def targets(self, split: str) -> Tokens:
@@ -110,23 +110,6 @@ class PreparedText(PreparedData):
             return "\n".join([*lines, "validation none: overfitting goes unnoticed"])
         validation = f"{len(self.validation):,} tokens from {size(self.validation_bytes)}"
         return "\n".join([*lines, f"validation {validation}, documents: {self.validation_documents:,}"])
-
-
-class PlainText(Dataset, name="text"):
-    """Running text: concatenated documents, cut into windows."""
-
-    def prepare(self, request: DataRequest) -> PreparedText:
-        validation = request.validation_data
-        return TextPreparation(
-            open_corpus(request.data, request.field),
-            request.tokenizers[0] if request.tokenizers else request.tokenizer,
-            vocab_size=request.vocab_size,
-            validation=None if validation is None else open_corpus(validation, request.field),
-            validation_fraction=request.validation_fraction,
-            context_length=request.context_length,
-            special_tokens=request.special_tokens,
-            only_cached=request.only_cached,
-        ).run()
 
 
 class TooShort(UserError):
@@ -237,7 +220,8 @@ class TextPreparation(Preparation[Corpus, TextScan, PreparedText]):
 
     def write(self, division: str, folder: Path) -> dict[str, Any]:
         tokenizer = self.tokenizers[0]
-        counts = encode_parts(self.parts(division), tokenizer, folder, self.bytes, self.workers, self.progress)
+        parts = encode_in_order(self.parts(division), tokenizer, self.bytes, self.workers, self.progress)
+        counts = write_splits(parts, folder)
         return {"dtype": dtype_of(tokenizer).name, "split": division, **counts}
 
     def parts(self, division: str) -> Iterator[Part]:
@@ -322,10 +306,10 @@ class EncodedPart(NamedTuple):
     part: Part
 
 
-def encode_parts(
-    parts: Iterable[Part], tokenizer: Tokenizer, folder: Path, total: int, workers: int | None, progress: bool
-) -> dict[str, dict[str, int]]:
-    """Write each split's tokens in order; counts tokens, bytes of text and documents."""
+def encode_in_order(
+    parts: Iterable[Part], tokenizer: Tokenizer, total: int, workers: int | None = None, progress: bool = True
+) -> Iterator[EncodedPart]:
+    """The tokens of each part in order, encoded by `workers` threads; `total` bytes of text are expected."""
     dtype = dtype_of(tokenizer)
     start = np.array(tokenizer.separator, dtype)
 
@@ -333,15 +317,21 @@ def encode_parts(
         tokens = tokenizer.encode_array(part.text).astype(dtype)
         return EncodedPart(np.concatenate([start, tokens]) if part.opens else tokens, len(part.text.encode()), part)
 
+    with progress_bar(f"encoding with {tokenizer.name}", total, progress) as bar:
+        for encoded in in_order(encode, parts, workers or processors(), lambda part: len(part.text)):
+            yield encoded
+            bar.update(encoded.bytes)
+
+
+def write_splits(parts: Iterable[EncodedPart], folder: Path) -> dict[str, dict[str, int]]:
+    """Write each split's tokens in order; counts tokens, bytes of text and documents."""
     counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
     with ExitStack() as stack:
         files = [stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS]
-        bar = stack.enter_context(progress_bar(f"encoding with {tokenizer.name}", total, progress))
-        for tokens, size, part in in_order(encode, parts, workers or processors(), lambda part: len(part.text)):
+        for tokens, size, part in parts:
             files[part.validation].write(tokens.data)
             count = counts[SPLITS[part.validation]]
             count["tokens"] += len(tokens)
             count["bytes"] += size
             count["documents"] += part.opens
-            bar.update(size)
     return counts

@@ -142,7 +142,7 @@ class Masked(Objective, name="masked"):
         follows = torch.randint(2, (rows,), generator=generator)
         rest = windows.size(1) - half
         starts = torch.randint(len(tokens) - rest, (rows,), generator=generator).numpy()
-        elsewhere = torch.from_numpy(np.asarray(tokens)[starts[:, None] + np.arange(rest)].astype(np.int64))
+        elsewhere = torch.from_numpy(tokens[starts[:, None] + np.arange(rest)].astype(np.int64))
         second = torch.where(follows[:, None] == 1, windows[:, half:], elsewhere)
         segments = torch.zeros(rows, windows.size(1) + self.framing.length, dtype=torch.long)
         segments[:, len(self.framing.prefix) + half :] = 1
@@ -170,7 +170,7 @@ class Masked(Objective, name="masked"):
 
     def examples(self, data: PreparedData, batch: MaskedBatch, count: int) -> list[list[int]]:
         """Excerpts from all over the validation text (else of training), each with two masks."""
-        tokens = np.asarray(data.targets("validation" if data.num_tokens("validation") else "train"))
+        tokens = data.targets("validation" if data.num_tokens("validation") else "train")
         length = min(EXCERPT, self.window, len(tokens))
         starts = np.linspace(0, len(tokens) - length, count, dtype=np.int64)
         excerpts = tokens[starts[:, None] + np.arange(length)].astype(np.int64)
