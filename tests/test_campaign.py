@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from minitransformer.commands import campaign as command
-from minitransformer.commands.campaign import Table, main
+from minitransformer.commands.campaign import FaultTable, main
 from minitransformer.reliability import faults
-from minitransformer.reliability.campaign import Outcome, applies
+from minitransformer.reliability.campaign import FaultOutcome, can_disturb
 from minitransformer.reliability.disturbed_runs import run_kinds
 from minitransformer.reliability.faults import Fault, can_mount
 from minitransformer.reliability.launcher import KILLED, Commands, Strike
@@ -36,7 +36,7 @@ def outcomes(capsys: Any, folder: Path, *arguments: str, code: int = 0) -> list[
 
 def test_every_fault_leaves_a_run_equal_or_is_refused_in_one_sentence(tmp_path: Path, capsys: Any) -> None:
     found = outcomes(capsys, tmp_path, "--kind", "train")
-    possible = [fault.name for fault in Fault.registry.values() if applies(fault, run_kinds()["train"])]
+    possible = [fault.name for fault in Fault.registry.values() if can_disturb(fault, run_kinds()["train"])]
     assert [each["fault"] for each in found] == possible
     results = {each["fault"]: each["result"] for each in found}
     assert results.pop("changed-data") == "refused"
@@ -181,9 +181,9 @@ def test_a_mistake_is_one_sentence(here: Path, capsys: Any, arguments: list[str]
 
 def test_the_table_fits_into_80_columns(capsys: Any) -> None:
     kinds = list(run_kinds().values())
-    table = Table(kinds, markdown=False, quiet=False)
+    table = FaultTable(kinds, markdown=False, quiet=False)
     found = [
-        Outcome(fault, kind.name, 0, result)
+        FaultOutcome(fault, kind.name, 0, result)
         for fault in Fault.registry
         for kind in kinds
         for result in ["equal"] * 9 + ["refused"] * 8
@@ -196,6 +196,6 @@ def test_the_table_fits_into_80_columns(capsys: Any) -> None:
 
 
 def test_a_table_in_markdown_has_a_row_for_each_fault(capsys: Any) -> None:
-    table = Table([run_kinds()["train"]], markdown=True, quiet=False)
-    table.add(Fault.named("kill"), [Outcome("kill", "train", 0, "equal")])
+    table = FaultTable([run_kinds()["train"]], markdown=True, quiet=False)
+    table.add(Fault.named("kill"), [FaultOutcome("kill", "train", 0, "equal")])
     assert capsys.readouterr().out == "| fault | train |\n| --- | --- |\n| kill -9 at a random time | 1= |\n"

@@ -17,7 +17,7 @@ from minitransformer.commands import DONE, FAILED, parse, start, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.files import make_folder, writing
 from minitransformer.registry import lookup
-from minitransformer.reliability.campaign import Campaign, Outcome, cell
+from minitransformer.reliability.campaign import Campaign, FaultOutcome, cell
 from minitransformer.reliability.disturbed_runs import FAILED_CASE, RunKind, run_kinds
 from minitransformer.reliability.faults import Fault, can_mount
 from minitransformer.reliability.launcher import Commands
@@ -70,8 +70,8 @@ def main(arguments: Sequence[str]) -> int:
         make_folder(parent)
         folder = Path(tempfile.mkdtemp(prefix="campaign-", dir=parent.resolve()))
         campaign = Campaign(Commands(start, ["minitransformer.commands.train"]), kinds, faults, folder)
-        table = Table(kinds, markdown=options.markdown, quiet=options.json)
-        outcomes: list[Outcome] = []
+        table = FaultTable(kinds, markdown=options.markdown, quiet=options.json)
+        outcomes: list[FaultOutcome] = []
         for fault in faults:
             outcomes += campaign.outcomes(fault, count, options.seed)
             table.add(fault, outcomes)
@@ -94,7 +94,7 @@ def _check(options: Options) -> None:
         raise UserError("--json prints no table: leave --markdown out")
 
 
-class Table:
+class FaultTable:
     """Faults × kinds of run, printed row by row."""
 
     def __init__(self, kinds: Sequence[RunKind], *, markdown: bool, quiet: bool) -> None:
@@ -104,7 +104,7 @@ class Table:
         if markdown:
             self._line("---", ["---"] * len(names))
 
-    def add(self, fault: type[Fault], outcomes: Sequence[Outcome]) -> None:
+    def add(self, fault: type[Fault], outcomes: Sequence[FaultOutcome]) -> None:
         """The row of `fault`."""
         self._line(fault.about, [cell(outcomes, fault, kind) for kind in self.kinds])
 
@@ -117,14 +117,14 @@ class Table:
             print(line.rstrip(), flush=True)
 
 
-def _conclusion(outcomes: Sequence[Outcome], faults: Sequence[type[Fault]]) -> str:
+def _conclusion(outcomes: Sequence[FaultOutcome], faults: Sequence[type[Fault]]) -> str:
     disk = "a disk in memory" if can_mount() else "a limit on the size of files"
     lines = [f"\n{len(outcomes)} cases: {LEGEND}", f"the full disk is {disk}"]
     lines += [f"not tried: {fault.about}, as {why}" for fault in faults if (why := fault.why_not()) is not None]
     return "\n".join(lines)
 
 
-def _report(failures: Sequence[Outcome]) -> None:
+def _report(failures: Sequence[FaultOutcome]) -> None:
     for each in failures:
         command = f'{PROGRAM} --fault {each.fault} --kind "{each.kind}" --seed {each.seed}'
         print(

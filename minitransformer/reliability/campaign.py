@@ -16,7 +16,7 @@ from minitransformer.reliability.disturbed_runs import (
     NEAR,
     REFUSED,
     Broken,
-    Case,
+    DisturbedRun,
     Reference,
     RunKind,
 )
@@ -27,7 +27,7 @@ LETTERS = {EQUAL: "=", NEAR: "≈", REFUSED: "r", FAILED_CASE: "FAILED"}
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FaultOutcome:
     """What came of a fault: "equal" to the uninterrupted run, "near", "refused" in one sentence, or "failed"."""
 
     fault: str
@@ -49,33 +49,33 @@ class Campaign:
         self.commands, self.kinds, self.faults, self.folder = commands, kinds, faults, folder
         self._references: dict[str, Reference] = {}
 
-    def outcomes(self, fault: type[Fault], count: int, seed: int) -> Iterator[Outcome]:
+    def outcomes(self, fault: type[Fault], count: int, seed: int) -> Iterator[FaultOutcome]:
         """Those of one fault, kind by kind."""
         for kind in self.kinds:
-            if applies(fault, kind):
+            if can_disturb(fault, kind):
                 yield from (self.outcome(fault, kind, seed + number) for number in range(count))
 
-    def outcome(self, fault: type[Fault], kind: RunKind, seed: int) -> Outcome:
+    def outcome(self, fault: type[Fault], kind: RunKind, seed: int) -> FaultOutcome:
         if kind.name not in self._references:
             place = self.folder / "uninterrupted" / kind.name.replace(" ", "-")
             self._references[kind.name] = Reference(self.commands, kind, place)
         folder = self.folder / f"{fault.name}-{kind.name.replace(' ', '-')}-{seed}"
-        case = Case(self._references[kind.name], folder, random.Random(f"{fault.name}, {kind.name}, {seed}"))
+        case = DisturbedRun(self._references[kind.name], folder, random.Random(f"{fault.name}, {kind.name}, {seed}"))
         try:
             result = fault().try_on(case)
         except Broken as error:
-            return Outcome(fault.name, kind.name, seed, FAILED_CASE, str(error), str(folder))
+            return FaultOutcome(fault.name, kind.name, seed, FAILED_CASE, str(error), str(folder))
         except Exception as error:  # such as a checkpoint that cannot be read
-            return Outcome(fault.name, kind.name, seed, FAILED_CASE, one_line(error), str(folder))
+            return FaultOutcome(fault.name, kind.name, seed, FAILED_CASE, one_line(error), str(folder))
         shutil.rmtree(folder)
-        return Outcome(fault.name, kind.name, seed, result)
+        return FaultOutcome(fault.name, kind.name, seed, result)
 
 
-def applies(fault: type[Fault], kind: RunKind) -> bool:
+def can_disturb(fault: type[Fault], kind: RunKind) -> bool:
     return fault.why_not() is None and (kind.ranks > 1 or not fault.of_a_rank)
 
 
-def cell(outcomes: Sequence[Outcome], fault: type[Fault], kind: RunKind) -> str:
+def cell(outcomes: Sequence[FaultOutcome], fault: type[Fault], kind: RunKind) -> str:
     """How often each result came of `fault` on `kind`, such as "3= 1r"."""
     counts = Counter(each.result for each in outcomes if (each.fault, each.kind) == (fault.name, kind.name))
     return " ".join(f"{counts[result]}{letter}" for result, letter in LETTERS.items() if counts[result]) or "-"

@@ -101,7 +101,7 @@ class Reference:
         return self.folder / "whole"
 
 
-class Case:
+class DisturbedRun:
     """A run in `folder` that is to be disturbed, by what `draw` says."""
 
     def __init__(self, reference: Reference, folder: Path, draw: random.Random) -> None:

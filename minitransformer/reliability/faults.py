@@ -12,7 +12,7 @@ from pathlib import Path
 
 from minitransformer.errors import StorageError
 from minitransformer.registry import Registered
-from minitransformer.reliability.disturbed_runs import REFUSED, Broken, Case
+from minitransformer.reliability.disturbed_runs import REFUSED, Broken, DisturbedRun
 from minitransformer.reliability.injection import BALLAST
 from minitransformer.reliability.launcher import Ended, Strike
 
@@ -32,7 +32,7 @@ class Fault(Registered, kind="fault"):
         """Why it cannot be tried here, in words; None if it can."""
         return None
 
-    def try_on(self, case: Case) -> str:
+    def try_on(self, case: DisturbedRun) -> str:
         """The result: equal, near or refused. Raises `Broken` for any other."""
         raise NotImplementedError
 
@@ -42,7 +42,7 @@ class Kill(Fault, name="kill"):
 
     about = "kill -9 at a random time"
 
-    def try_on(self, case: Case) -> str:
+    def try_on(self, case: DisturbedRun) -> str:
         case.begin_struck(lambda: Strike(after=case.draw.uniform(0, case.reference.seconds)))
         return case.finish()
 
@@ -52,7 +52,7 @@ class KillAtWrite(Fault, name="kill-write"):
 
     about = "kill -9 as it writes"
 
-    def try_on(self, case: Case) -> str:
+    def try_on(self, case: DisturbedRun) -> str:
         calls = case.reference.calls
         rank = case.draw.choice([rank for rank, count in enumerate(calls) if count])
         case.begin_struck(lambda: Strike(rank=rank, at=case.draw.randint(1, calls[rank])))
@@ -66,7 +66,7 @@ class KillRank(Fault, name="kill-rank"):
     of_a_rank = True
     signal = signal.SIGKILL
 
-    def try_on(self, case: Case) -> str:
+    def try_on(self, case: DisturbedRun) -> str:
         rank, begun = case.draw.randrange(case.kind.ranks), case.run / "config.json"
         case.begin_struck(lambda: Strike(rank, case.draw.uniform(0, case.reference.seconds / 2), self.signal, begun))
         return case.finish()
@@ -84,7 +84,7 @@ class FullDisk(Fault, name="full-disk"):
 
     about = "full disk"
 
-    def try_on(self, case: Case) -> str:
+    def try_on(self, case: DisturbedRun) -> str:
         at = case.draw.randint(1, case.reference.calls[0])
         if not can_mount():
             case.prepare()
@@ -96,7 +96,7 @@ class FullDisk(Fault, name="full-disk"):
             (case.folder / BALLAST).unlink(missing_ok=True)
             return self._go_on(case, ended)
 
-    def _go_on(self, case: Case, ended: Ended) -> str:
+    def _go_on(self, case: DisturbedRun, ended: Ended) -> str:
         if not ended.done and not ended.in_one_sentence:
             raise Broken(f"it ended with {ended.codes}")
         return case.finish()
@@ -113,7 +113,7 @@ class ReadOnly(Fault, name="read-only"):
             return None
         return "this user may write everywhere, and may not mount a disk"
 
-    def try_on(self, case: Case) -> str:
+    def try_on(self, case: DisturbedRun) -> str:
         if not can_mount():
             case.begin_half()
             with _without_right(case.run):
@@ -126,7 +126,7 @@ class ReadOnly(Fault, name="read-only"):
             _remount(case.folder, "rw")
             return case.finish()
 
-    def _refused(self, case: Case) -> None:
+    def _refused(self, case: DisturbedRun) -> None:
         if not case.resume().in_one_sentence:
             raise Broken("a run in a read-only folder goes on")
 
@@ -136,7 +136,7 @@ class Truncated(Fault, name="truncate"):
 
     about = "truncated file"
 
-    def try_on(self, case: Case) -> str:
+    def try_on(self, case: DisturbedRun) -> str:
         case.begin_half()
         path = self.file_of(case)
         self.damage(case, path)
@@ -147,10 +147,10 @@ class Truncated(Fault, name="truncate"):
         except StorageError:  # the best checkpoint, which resuming does not read
             return REFUSED
 
-    def file_of(self, case: Case) -> Path:
+    def file_of(self, case: DisturbedRun) -> Path:
         return case.draw.choice(files_in(case.run, case.folder / "work"))
 
-    def damage(self, case: Case, path: Path) -> None:
+    def damage(self, case: DisturbedRun, path: Path) -> None:
         os.truncate(path, case.draw.randrange(path.stat().st_size))
 
 
@@ -159,7 +159,7 @@ class Flipped(Truncated, name="flip"):
 
     about = "flipped bit in a file"
 
-    def damage(self, case: Case, path: Path) -> None:
+    def damage(self, case: DisturbedRun, path: Path) -> None:
         flip_bit(path, case.draw.randrange(path.stat().st_size), case.draw.randrange(8))
 
 
@@ -168,10 +168,10 @@ class ChangedData(Truncated, name="changed-data"):
 
     about = "changed data file"
 
-    def file_of(self, case: Case) -> Path:
+    def file_of(self, case: DisturbedRun) -> Path:
         return case.folder / "my.txt"
 
-    def damage(self, case: Case, path: Path) -> None:
+    def damage(self, case: DisturbedRun, path: Path) -> None:
         text = path.read_text()
         place = case.draw.randrange(len(text))
         path.write_text(text[:place] + case.draw.choice(["", "x", "another line\n"]) + text[place + 1 :])

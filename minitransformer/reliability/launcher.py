@@ -106,7 +106,7 @@ class Commands:
         """Run the command `words` in `folder`; what takes more than `patience` seconds is killed, and has hung."""
         with tempfile.TemporaryDirectory() as notes:
             begun = time.monotonic()
-            works = [Work(folder, words, rank, ranks, strike, Path(notes)) for rank in range(ranks)]
+            works = [RankWork(folder, words, rank, ranks, strike, Path(notes)) for rank in range(ranks)]
             with _Processes(self._context, self._start, works) as processes:
                 codes = processes.codes(strike, begun + patience)
             seconds = time.monotonic() - begun
@@ -115,7 +115,7 @@ class Commands:
 
 
 @dataclass(frozen=True)
-class Work:
+class RankWork:
     """The part of one rank in a command."""
 
     folder: Path
@@ -147,7 +147,7 @@ class Work:
 class _Processes:
     """The processes of a command's ranks, and one with the store by which they find each other."""
 
-    def __init__(self, context: object, start: Start, works: Sequence[Work]) -> None:
+    def __init__(self, context: object, start: Start, works: Sequence[RankWork]) -> None:
         self._context, self._start, self._works = context, start, works
         self._all: list[BaseProcess] = []
 
@@ -218,7 +218,7 @@ def _host_store(remote: Connection) -> None:
         signal.pause()
 
 
-def _work(start: Start, work: Work, port: int) -> None:
+def _work(start: Start, work: RankWork, port: int) -> None:
     """In the process of a rank: never returns."""
     import torch
 
