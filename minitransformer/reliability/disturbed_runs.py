@@ -19,7 +19,7 @@ from minitransformer.errors import UserError
 from minitransformer.reliability.launcher import KILLED, NOTHING, Commands, Ended, Strike
 from minitransformer.reliability.state import State, differences, without_times
 from minitransformer.runs import Run
-from minitransformer.training.checkpoint import load_trainer_state
+from minitransformer.training.checkpoint import CHECKPOINTS, checkpoint_step, checkpoints_in, load_trainer_state
 from minitransformer.training.parallel import Parallel
 
 TEXT = "".join(f"Line {i}: the {'quick brown' if i % 3 else 'slow red'} fox counts {i * i}.\n" for i in range(200))
@@ -147,7 +147,10 @@ class DisturbedRun:
 
     def finish(self) -> str:
         """Do what the messages say: resume the run, or begin it where there is none; returns what it is then."""
+        saved = any(checkpoint_step(path) for path in checkpoints_in(self.run / CHECKPOINTS))
         ended = self.resume()
+        if saved and any(words in ended.output for words in ("checkpoint none yet", "is not a run folder")):
+            raise Broken("the checkpoint that it had saved is lost")
         if not ended.done and "is not a run folder" in ended.output:
             ended = self.begin()
         if not ended.done and "has done its" not in ended.output:
