@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": "say whether a training run would work, and what it needs, without training",
     "sample": "generate from the model of a run: continue, fill in masks, translate",
     "look": "show attention, predictions and residual norms for a text, as an HTML page",
+    "replay": "repeat the last step of a run that has diverged, and show where",
     "compare": "compare runs: settings, training curves, and significance across seeds",
     "sweep": "search hyper-parameters of a preset: grid, random draws, successive halving",
     "verify-resume": "prove on this machine that a run resumes exactly, bit for bit",

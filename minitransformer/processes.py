@@ -20,6 +20,11 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def is_launched() -> bool:
+    """Whether `torchrun`, or another launcher of several ranks, has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 class Process:
     """A process that runs `work(remote, *arguments)`, all of it picklable.
 

@@ -131,7 +131,7 @@ def train(run: Path) -> None:
             take_step(model, optimizers, step)
             if step % 2 == 0:
                 expected = whole_state(model, optimizers)
-                saver.save(step, model, state_of(optimizers, model, step), best=step == 2, also_before=0)
+                saver.save(step, model, state_of(optimizers, model, step), best=step == 2, also_before=())
     if distributed.get_rank() == 0:
         torch.save(expected, run / "expected.pt")
 
@@ -146,7 +146,7 @@ def load(run: Path) -> None:
 def save_step_6(run: Path) -> None:
     model = sharded_model()
     saver = Saver(run / CHECKPOINTS, CONFIG, Log(), Sharded(ranks=Processes()))
-    saver.save(6, model, state_of(optimizers_of(model), model, 6), best=True, also_before=0)
+    saver.save(6, model, state_of(optimizers_of(model), model, 6), best=True, also_before=())
     try:
         saver.wait()
     except (OSError, RuntimeError, UserError) as error:

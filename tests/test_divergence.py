@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minitransformer.training.checkpoint import checkpoint_step, checkpoints_in
-from minitransformer.training.divergence import MOST_STEPS_WITHOUT_UPDATE, NonFiniteTraining, are_finite
+from minitransformer.training.divergence import NonFiniteTraining, are_finite
 from minitransformer.training.logging import RunFiles
 from minitransformer.training.optimizers import Optimizer
 from tests.runs_for_tests import assert_same_weights, call_after_step, configured, metrics, trainer_for, weights_after
@@ -22,7 +22,7 @@ def test_training_that_stays_non_finite_ends_with_the_weights_it_had(text, tmp_p
     with pytest.raises(NonFiniteTraining, match=r"train again with lower learning rates, such as --lr 0\.001$"):
         trainer.train()
     assert_same_weights(before, weights_after(trainer))
-    assert trainer.progress.step == MOST_STEPS_WITHOUT_UPDATE
+    assert trainer.progress.step == trainer.config.max_skipped_steps
     assert all(record["loss"] is None for record in metrics(tmp_path / "run"))
     assert not list((tmp_path / "run/checkpoints").iterdir())
 

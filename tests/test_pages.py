@@ -153,7 +153,7 @@ def test_every_command_that_a_page_prints_is_understood(command: str, monkeypatc
     monkeypatch.setattr(train, "folder_option", lambda arguments, flag: None)
     understood: dict[str, Callable[[], None]] = {
         **dict.fromkeys(("train", "doctor"), lambda: monkeypatch.setattr(train, "with_files", stop)),
-        "verify_resume": lambda: monkeypatch.setattr(module, "with_files", stop),
+        "verify_resume": lambda: monkeypatch.setattr(module, "trainable", stop),
         "sweep": lambda: monkeypatch.setattr(module, "_check", stop),
         "sample": lambda: monkeypatch.setattr(module, "_check_together", stop),
     }

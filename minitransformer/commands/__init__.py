@@ -9,6 +9,7 @@ import signal
 import stat
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,8 @@ from typing_extensions import Doc
 
 from minitransformer.errors import UserError
 from minitransformer.plugins import load_installed_plugins, load_plugin, take_plugins
-from minitransformer.text.standard_input import without_standard_input
+from minitransformer.processes import is_launched
+from minitransformer.text.standard_input import names_standard_input, without_standard_input
 
 if TYPE_CHECKING:
     from minitransformer.training.config import DataConfig
@@ -53,7 +55,7 @@ def with_exit_code(command: Callable[P, int | None]) -> Callable[P, int]:
             return command(*args, **kwargs) or DONE
         except UserError as error:
             if not error.reported:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {_name_of_rank()}{error}", file=sys.stderr)
             return error.exit_code
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
@@ -67,9 +69,22 @@ def with_exit_code(command: Callable[P, int | None]) -> Callable[P, int]:
     return run
 
 
+def _name_of_rank() -> str:
+    """The name of another rank than 0, before they have joined, to report an error that rank 0 does not have.
+
+    When rank 0 ends with an error, `torchrun` ends this process meanwhile.
+    """
+    if (rank := os.environ.get("RANK", "0")) == "0":
+        return ""
+    time.sleep(5)
+    return f"rank {rank}: "
+
+
 @with_exit_code
 def start(name: str, arguments: Sequence[str]) -> int:
     """Run the command called `name`; returns its exit code."""
+    if is_launched():
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one rank reports what happens to another, in a sentence
     # Importing torch creates a million permanent objects. Each garbage collection over them takes a tenth of a second,
     # some of them before the first output.
     gc.disable()
@@ -165,6 +180,11 @@ def joined(arguments: Sequence[str]) -> list[str]:
             taking = None
             result.append([word])
     return [word for words in result for word in words]
+
+
+def reads_standard_input(data: DataConfig) -> bool:
+    """Whether `-` is among the sources of `data`."""
+    return names_standard_input(data.data) or names_standard_input(data.validation_data)
 
 
 def with_files(data: DataConfig) -> DataConfig:

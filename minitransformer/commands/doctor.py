@@ -17,7 +17,7 @@ from minitransformer.preflight import Candidate, Finding, findings_of
 from minitransformer.registry import lookup
 from minitransformer.runs import Run
 from minitransformer.training.presets import PRESETS
-from minitransformer.training.ranks import joined_ranks, spoken_by_main
+from minitransformer.training.ranks import Ranks, joined_ranks, spoken_by_main
 
 ABOUT = "Say whether train.py with the same flags would work, and what it would need, without training."
 WIDTH, INDENT = 80, 20
@@ -35,8 +35,8 @@ class Options(TrainOptions):
 @with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Print what is found, under torchrun for all ranks; returns the exit code: 0 if it would train, 1 if not."""
-    options, about = _read(arguments)
-    with joined_ranks(about["config"].training.rank_timeout) as ranks:
+    with joined_ranks() as ranks:
+        options, about = _read(arguments, ranks)
         answered = int(ranks.sum(torch.ones(())))
         candidate = Candidate(**about, ranks=ranks.size, answered=answered)
         found = ranks.from_main(lambda: list(findings_of(candidate)))
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     return FAILED if fails else DONE
 
 
-def _read(arguments: Sequence[str]) -> tuple[Options, dict[str, Any]]:
+def _read(arguments: Sequence[str], ranks: Ranks) -> tuple[Options, dict[str, Any]]:
     """The command's flags, and the run that they describe, as arguments of `Candidate`."""
     about: dict[str, Any] = {}
     if (resume := folder_option(arguments, "--resume")) is not None:
@@ -60,7 +60,8 @@ def _read(arguments: Sequence[str]) -> tuple[Options, dict[str, Any]]:
     else:
         preset, arguments = preset_and_flags(arguments)
         base = lookup("preset", preset, PRESETS)
-    options, config = parse_run(Options, arguments, base, prog="minitransformer doctor [PRESET]", description=ABOUT)
+    prog = "minitransformer doctor [PRESET]"
+    options, config = parse_run(Options, arguments, base, ranks, prog=prog, description=ABOUT)
     return options, {**about, "config": config, "out": options.out, "checkpoint": options.checkpoint}
 
 

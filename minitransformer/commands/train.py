@@ -11,15 +11,23 @@ from typing import Annotated, TypeVar
 from typing_extensions import Doc
 
 from minitransformer.amounts import amount, duration
-from minitransformer.commands import DONE, HELP, NON_FINITE, given_flags, with_exit_code, with_files
+from minitransformer.commands import (
+    DONE,
+    HELP,
+    NON_FINITE,
+    given_flags,
+    reads_standard_input,
+    with_exit_code,
+    with_files,
+)
 from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError
 from minitransformer.files import writing
 from minitransformer.models.model import Model, count_parameters
 from minitransformer.registry import lookup
-from minitransformer.runs import REMEDY, Run, claimed_run_path, only_writer_of
-from minitransformer.runs.begin import begin_run, check_fits_run, check_possible
+from minitransformer.runs import CONFIG, REMEDY, Run, claimed_run_path, only_writer_of
+from minitransformer.runs.begin import begin_run, check_fits_run, check_possible, check_same_data
 from minitransformer.runs.resume import changed_settings, check_can_resume, check_same_text, checkpoint_to_resume
 from minitransformer.runs.trainer import build_trainer, open_log
 from minitransformer.text.corpora import named, short_name
@@ -33,7 +41,7 @@ from minitransformer.training.loop import Trainer
 from minitransformer.training.machine import Machine
 from minitransformer.training.outcome import describe
 from minitransformer.training.presets import DEFAULT, PRESETS
-from minitransformer.training.ranks import Ranks, joined_ranks, spoken_by_main
+from minitransformer.training.ranks import Ranks, check_gpus, joined_ranks, spoken_by_main
 from minitransformer.training.run_machine import SETTINGS, machine_again, machine_for
 from minitransformer.training.signals import StopRequest
 
@@ -72,33 +80,34 @@ Given = TypeVar("Given", bound=Options)
 @with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Train, or resume, in one process or in those that `torchrun` has started; returns the exit code."""
-    resume = folder_option(arguments, "--resume")
-    return _begin(arguments) if resume is None else _resume(resume, arguments)
+    with joined_ranks() as ranks:
+        if ranks.begun is not None and (ranks.begun / CONFIG).exists():
+            return ranks.ended(_restart(ranks.begun, arguments, ranks))
+        resume = folder_option(arguments, "--resume")
+        return ranks.ended(_begin(arguments, ranks) if resume is None else _resume(resume, arguments, ranks))
 
 
-def _begin(arguments: Sequence[str]) -> int:
+def _begin(arguments: Sequence[str], ranks: Ranks) -> int:
     if (initial := folder_option(arguments, "--init-from")) is not None:
-        return _fine_tune(initial, arguments)
+        return _fine_tune(initial, arguments, ranks)
     preset, flags = preset_and_flags(arguments)
-    options, config = _parse(flags, lookup("preset", preset, PRESETS))
+    options, config = _parse(flags, lookup("preset", preset, PRESETS), ranks)
     print(f"preset     {preset}", flush=True)  # the next line has to wait for more of torch
-    with joined_ranks(config.training.rank_timeout) as ranks:
-        ranks.from_main(lambda: check_possible(config, options.out))
-        return _train_new(options, preset, config, config.prepare(), ranks)
+    ranks.from_main(lambda: check_possible(config, options.out))
+    return _train_new(options, preset, config, ranks.first_on_node(config.prepare), ranks)
 
 
-def _fine_tune(initial: Path, arguments: Sequence[str]) -> int:
+def _fine_tune(initial: Path, arguments: Sequence[str], ranks: Ranks) -> int:
     source, usual = open_parent(initial, arguments)
-    options, config = _parse(arguments, usual)
+    options, config = _parse(arguments, usual, ranks)
     weights = source.checkpoint(options.checkpoint)
     size = f"{source.config.model.topology} of {amount(count_parameters(source.config.model))} parameters"
     print(f"from       {initial} ({size}, {weights.name})", flush=True)
     check_fits_run(source, config)
-    with joined_ranks(config.training.rank_timeout) as ranks:
-        ranks.from_main(lambda: check_possible(config, options.out))
-        whole, prepared = prepare_fine_tuning(config, usual, source.tokenizers)
-        start = Parent.of(initial, weights), source.load_model(weights.name)
-        return _train_new(options, source.path.resolve().name, whole, prepared, ranks, start)
+    ranks.from_main(lambda: check_possible(config, options.out))
+    whole, prepared = ranks.first_on_node(lambda: prepare_fine_tuning(config, usual, source.tokenizers))
+    start = Parent.of(initial, weights), source.load_model(weights.name)
+    return _train_new(options, source.path.resolve().name, whole, prepared, ranks, start)
 
 
 def _train_new(
@@ -110,13 +119,16 @@ def _train_new(
     start: tuple[Parent, Model] | None = None,
 ) -> int:
     """Train a new run, from the weights of its parent if given."""
+    check_same_data(ranks, prepared)
     _print_data(config, prepared)
     if start is not None and (length := config.training.sequence_length) is not None:
         print(f"sequences  {length:,} tokens, of a context of {config.model.context_length:,}")
     config = replace(config, model=with_vocabulary(config.model, prepared))
     ranks.from_main(lambda: check_room(options.out or Path("runs"), config))
     machine = ranks.from_main(lambda: machine_for(config))
-    path = options.out or ranks.from_main(lambda: claimed_run_path(f"{name}-{short_name(config.data.data)}"))
+    named_by_us = f"{name}-{short_name(config.data.data)}"
+    path = options.out or ranks.begun or ranks.from_main(lambda: claimed_run_path(named_by_us))
+    ranks.use_run(path)
     with only_writer_of(ranks, path):
         run = ranks.main_first(
             lambda: begin_run(path, config, prepared, machine.resolved, *(start or ())), lambda: Run.open(path)
@@ -146,14 +158,23 @@ def folder_option(arguments: Sequence[str], flag: str) -> Path | None:
     return parser.parse_known_args(arguments)[0].folder
 
 
-def _resume(path: Path, arguments: Sequence[str]) -> int:
+def _resume(path: Path, arguments: Sequence[str], ranks: Ranks) -> int:
     run = Run.open(path)
-    options, config = _parse(arguments, run.config)
+    options, config = _parse(arguments, run.config, ranks)
     check_can_resume(run)
     if config.training.tensorboard:
         TensorBoard.check()
-    with joined_ranks(config.training.rank_timeout) as ranks, only_writer_of(ranks, path):
+    ranks.use_run(path)
+    with only_writer_of(ranks, path):
         return _continue(Run.open(path), config, options.checkpoint, ranks)  # reopened under the lock
+
+
+def _restart(path: Path, arguments: Sequence[str], ranks: Ranks) -> int:
+    """Continue the run that ranks of this launch have begun, from its latest checkpoint, with the same flags."""
+    _, config = _parse(preset_and_flags(arguments)[1], Run.open(path).config, ranks)
+    ranks.use_run(path)
+    with only_writer_of(ranks, path):
+        return _continue(Run.open(path), config, None, ranks)
 
 
 def _continue(run: Run, config: RunConfig, wanted: str | None, ranks: Ranks) -> int:
@@ -165,7 +186,7 @@ def _continue(run: Run, config: RunConfig, wanted: str | None, ranks: Ranks) -> 
         print(f"changed    {change}")
     if checkpoint is None:
         print(f"checkpoint none yet: {run.path} starts at step 0", flush=True)
-    prepared = config.prepare(run.tokenizers)
+    prepared = ranks.first_on_node(lambda: config.prepare(run.tokenizers))
     _print_data(config, prepared)
     check_same_text(run, config, prepared)
     ranks.from_main(lambda: check_room(run.path, config))
@@ -173,21 +194,30 @@ def _continue(run: Run, config: RunConfig, wanted: str | None, ranks: Ranks) -> 
     return _train(run, prepared, machine, ranks, checkpoint=checkpoint)
 
 
-def _parse(arguments: Sequence[str], base: RunConfig) -> tuple[Options, RunConfig]:
+def _parse(arguments: Sequence[str], base: RunConfig, ranks: Ranks) -> tuple[Options, RunConfig]:
     about = _describe_presets() if HELP & set(arguments) else ""
-    return parse_run(Options, arguments, base, prog="train.py [PRESET]", description=about)
+    return parse_run(Options, arguments, base, ranks, prog="train.py [PRESET]", description=about)
 
 
-def parse_run(kind: type[Given], arguments: Sequence[str], base: RunConfig, **about: str) -> tuple[Given, RunConfig]:
-    """Parse a command's own options, and the flags that change `base`, which must become a run that can train."""
+def parse_run(
+    kind: type[Given], arguments: Sequence[str], base: RunConfig, ranks: Ranks, **about: str
+) -> tuple[Given, RunConfig]:
+    """Parse a command's own options, and the flags that change `base`, to become a run that `ranks` can train."""
     options, config = parse_with_settings(kind, arguments, base, **about)
     if options.resume is not None and options.init_from is not None:
         raise UserError("--resume continues a run, and --init-from starts one: give one of them")
     if options.checkpoint is not None and options.resume is None and options.init_from is None:
         raise UserError(f"--checkpoint {options.checkpoint} needs a run: name it with --resume or --init-from")
+    return options, trainable(config, ranks)
+
+
+def trainable(config: RunConfig, ranks: Ranks) -> RunConfig:
+    """`config` with standard input, which rank 0 reads, in a file; raises `UserError` if `ranks` cannot train it."""
     check_probe(config)
     config.check_trainable()
-    return options, replace(config, data=with_files(config.data))
+    ranks.use_timeout(config.training.rank_timeout)
+    ranks.check_launch(config.training.device, standard_input=reads_standard_input(config.data))
+    return replace(config, data=ranks.from_main(lambda: with_files(config.data)))
 
 
 def _describe_presets() -> str:
@@ -211,10 +241,11 @@ def _train(
     checkpoint: Path | None = None,
 ) -> int:
     config = run.config.training
+    check_gpus(ranks, machine.device)
     tokens = config.steps * run.config.tokens_per_step
     print(f"model      {amount(count_parameters(run.config.model))} parameters, {amount(tokens)} tokens to read")
     count = f"{ranks.size} ranks ({config.parallel.name}), each " if ranks.size > 1 else ""
-    print(f"machine    {count}{machine.description}")
+    print(f"machine    {count}{machine.description}{ranks.unused_cores(machine.device)}")
     print(f"run        {run.path}", flush=True)
     with StopRequest() as stop, writing(run.path, REMEDY):
         done = 0 if checkpoint is None else checkpoint_step(checkpoint)
@@ -224,7 +255,7 @@ def _train(
             log.line(str(trainer.validator))
         try:
             trainer.train()
-            stopped = stop.signal is not None
+            stopped = stop.agreed(ranks)
             if not stopped:
                 trainer.write_last_sample()
         except NonFiniteTraining as error:
@@ -236,8 +267,8 @@ def _train(
 
 
 def _stopped(trainer: Trainer, stop: StopRequest) -> int:
-    path, step = trainer.folder, trainer.progress.step
-    print(f"stopped at step {step}, which is saved; to continue:\n\n    python train.py --resume {path}\n")
+    path, step, command = trainer.folder, trainer.progress.step, trainer.ranks.command()
+    print(f"stopped at step {step}, which is saved; to continue:\n\n    {command} --resume {path}\n")
     return stop.exit_code
 
 

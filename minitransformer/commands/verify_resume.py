@@ -8,13 +8,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minitransformer.commands import DONE, FAILED, NON_FINITE, with_exit_code, with_files
+from minitransformer.commands import DONE, FAILED, NON_FINITE, with_exit_code
 from minitransformer.commands.settings_flags import parse_with_settings
-from minitransformer.diagnostics import check_probe
+from minitransformer.commands.train import preset_and_flags, trainable
 from minitransformer.errors import UserError
 from minitransformer.files import writing
 from minitransformer.registry import lookup
@@ -28,7 +28,7 @@ from minitransformer.reliability.resume_proof import (
 )
 from minitransformer.runs import Run
 from minitransformer.training.divergence import NonFiniteTraining
-from minitransformer.training.presets import DEFAULT, PRESETS
+from minitransformer.training.presets import PRESETS
 from minitransformer.training.ranks import Ranks, joined_ranks, spoken_by_main
 
 PROGRAM = "minitransformer verify-resume [PRESET | RUN]"
@@ -54,25 +54,23 @@ class Flags:
     """print the result as JSON"""
 
 
+@spoken_by_main()
+@with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Compare, in one process or in those that `torchrun` has started; returns the exit code."""
-    with spoken_by_main():
-        return _verify(arguments)
+    with joined_ranks() as ranks:
+        return ranks.ended(_verify(arguments, ranks))
 
 
-@with_exit_code
-def _verify(arguments: Sequence[str]) -> int:
-    named = bool(arguments) and not arguments[0].startswith("-")
-    name = arguments[0] if named else DEFAULT
+def _verify(arguments: Sequence[str], ranks: Ranks) -> int:
+    name, given = preset_and_flags(arguments)
     run = Run.open(Path(name)) if name not in PRESETS and Path(name).is_dir() else None
     base = run.config if run is not None else lookup("preset", name, PRESETS)
-    flags, config = parse_with_settings(Flags, arguments[named:], base, prog=PROGRAM, description=ABOUT)
+    flags, changed = parse_with_settings(Flags, given, base, prog=PROGRAM, description=ABOUT)
     if flags.steps < 2 or flags.steps % 2:
         raise UserError(f"--steps is {flags.steps}, and half of them come before the stop: give an even number above 0")
-    check_probe(config)
-    config.check_trainable()
-    config = replace(config, data=with_files(config.data))
-    with joined_ranks(config.training.rank_timeout) as ranks, deterministic_cuda(), _folder(ranks, flags) as folder:
+    config = trainable(changed, ranks)
+    with deterministic_cuda(), _folder(ranks, flags) as folder:
         start = new_run(config, folder / "new", ranks) if run is None else changed_run(run, config, ranks)
         if not flags.json:
             print(_heading(start, name, ranks), flush=True)

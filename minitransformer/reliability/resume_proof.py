@@ -124,7 +124,7 @@ class ComparingRecorder(Recorder):
 def new_run(config: RunConfig, path: Path, ranks: Ranks) -> Run:
     """A run of `config` that is to begin, in a new folder."""
     ranks.from_main(lambda: check_possible(config, path))
-    prepared = config.prepare()
+    prepared = ranks.first_on_node(config.prepare)
     config = replace(config, model=with_vocabulary(config.model, prepared))
     machine = ranks.from_main(lambda: machine_for(config))
     return ranks.main_first(lambda: begin_run(path, config, prepared, machine.resolved), lambda: Run.open(path))
@@ -193,7 +193,7 @@ def _train(path: Path, log: Recorder, begin: Callable[[Trainer], None], ranks: R
     run = Run.open(path)
     checkpoint = checkpoint_to_resume(run, run.config, None)
     machine, _ = ranks.from_main(lambda: machine_again(run.machine, run.config, ()))
-    prepared = run.config.prepare(run.tokenizers)
+    prepared = ranks.first_on_node(lambda: run.config.prepare(run.tokenizers))
     check_same_text(run, run.config, prepared)
     trainer = build_trainer(run, prepared, machine, log, StopRequest(), ranks, checkpoint=checkpoint)
     begin(trainer)

@@ -1,6 +1,7 @@
 """Run folders: the output of training, and the input of every other command."""
 
 from minitransformer.runs.layout import (
+    CONFIG,
     GENERATION,
     REMEDY,
     check_free,
@@ -15,6 +16,7 @@ from minitransformer.runs.layout import (
 from minitransformer.runs.open import Run
 
 __all__ = [
+    "CONFIG",
     "GENERATION",
     "REMEDY",
     "Run",

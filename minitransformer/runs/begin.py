@@ -15,6 +15,7 @@ from minitransformer.training.config import RunConfig, with_usual_vocabulary
 from minitransformer.training.finetuning import Parent, check_fits
 from minitransformer.training.logging import TensorBoard
 from minitransformer.training.machine import Resolved, choose_device, choose_precision
+from minitransformer.training.ranks import Ranks
 
 
 def check_possible(config: RunConfig, out: Path | None) -> None:
@@ -32,6 +33,13 @@ def check_fits_run(source: Run, config: RunConfig) -> None:
     check_fits(source.config.model, config.model)
     if config.data.tokenizer != source.config.data.tokenizer:
         raise UserError(f"--init-from {source.path} determines the tokenizer: leave --tokenizer and its settings out")
+
+
+def check_same_data(ranks: Ranks, prepared: PreparedData) -> None:
+    """Raises `UserError` on all ranks unless their data is the same."""
+    names = ranks.all(prepared.folder.name)
+    if others := [str(rank) for rank, name in enumerate(names) if name != names[0]]:
+        raise UserError(f"rank {', '.join(others)} has other data than rank 0: give every node the same files")
 
 
 def begin_run(

@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,9 @@ def check_room(path: Path, config: RunConfig) -> tuple[int, int]:
 
     Raises `StorageError` if they are too few.
     """
-    # Weights and AdamW's two moments, in float32; plus the best checkpoint and one being written.
-    needed = 3 * 4 * count_parameters(config.model) * (config.training.keep_last + 2) + 10_000_000
+    # Plus the best checkpoint and one being written.
+    most = config.training.keep_last + 2 + config.training.on_spike.make().spare_checkpoints
+    needed = 3 * 4 * count_parameters(config.model) * most + 10_000_000  # weights and AdamW's two moments, in float32
     folder = files.existing(path)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -349,13 +350,15 @@ def _restore(folder: Path) -> None:
                 lock.release()
 
 
-def remove_old_checkpoints(folder: Path, keep_last: int, *, also_before: int = 0) -> None:
+def remove_old_checkpoints(folder: Path, keep_last: int, *, also_before: Iterable[int] = ()) -> None:
     """Remove all checkpoints except the newest `keep_last`, the best and the latest.
 
-    The newest one before step `also_before` is kept too.
+    The newest one before each step of `also_before` is kept too.
     """
     kept = {(folder / link).resolve().name for link in ("best", "latest") if (folder / link).exists()}
-    kept |= {path.name for path in [p for p in checkpoints_in(folder) if checkpoint_step(p) < also_before][-1:]}
-    for path in checkpoints_in(folder)[:-keep_last]:
+    found = checkpoints_in(folder)
+    for step in also_before:
+        kept |= {path.name for path in [path for path in found if checkpoint_step(path) < step][-1:]}
+    for path in found[:-keep_last]:
         if path.name not in kept:
             shutil.rmtree(path)

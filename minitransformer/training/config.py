@@ -19,6 +19,7 @@ from minitransformer.training.optimizers import Optimizer, Rates
 from minitransformer.training.parallel import Parallel
 from minitransformer.training.precision import Precision
 from minitransformer.training.schedules import Schedule
+from minitransformer.training.spikes import SpikePolicy
 
 DATA = (
     "training data, one or several of: a recipe; a file, a folder or a glob of .txt, .md, .jsonl or source code; "
@@ -105,6 +106,20 @@ class TrainingConfig:
     weight_decay: float = setting(0.1, at_least=0, help="weight decay of matrices (not of biases and norms)")
     expert_balance: float = setting(0.01, at_least=0, help="weight of the load-balancing loss of mixtures of experts")
     grad_clip: float = setting(1.0, at_least=0, help="maximum gradient norm; 0 disables clipping")
+    max_skipped_steps: int = setting(
+        20,
+        at_least=1,
+        help="skipped steps in a row, for an infinite or NaN loss or gradient, that end the run with exit code 3",
+    )
+    on_spike: Choice[SpikePolicy] = Choice(
+        SpikePolicy,
+        "stop",
+        help="what follows max_skipped_steps: stop, or rollback to a checkpoint, also after a spike of the loss",
+    )
+    on_oom: Literal["stop", "halve"] = setting(
+        "stop",
+        help="if a step runs out of memory, stop, or halve the micro-batches and double their number in a step",
+    )
     eval_every: int = setting(250, at_least=1, help="steps between validations; the last step always has one")
     validation_tokens: int | None = setting(None, at_least=0, observes_only=True, help=VALIDATION_TOKENS)
     save_every: int = setting(
@@ -142,7 +157,10 @@ class TrainingConfig:
         Parallel, "ddp", observes_only=True, help="how the ranks that torchrun starts share the training"
     )
     rank_timeout: float = setting(
-        60.0, above=0, observes_only=True, help="seconds after which a rank that does not answer ends the run"
+        60.0,
+        at_least=1,
+        observes_only=True,
+        help="seconds after which a rank whose process does not answer ends the run",
     )
     seed: int = setting(
         0,

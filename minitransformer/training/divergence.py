@@ -1,85 +1,118 @@
-"""Detecting divergence of training, and finding a checkpoint to continue from."""
+"""Detecting divergence of training."""
 
 from __future__ import annotations
 
 import math
-import shlex
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from minitransformer.models.model import Model, build_model
-from minitransformer.training.checkpoint import (
-    CHECKPOINTS,
-    checkpoint_step,
-    checkpoints_in,
-    damage,
-    load_model_weights,
-    unique_tensors,
-)
-from minitransformer.training.config import TrainingConfig
+from minitransformer.training.checkpoint import unique_tensors
 from minitransformer.training.learner import Learner
-from minitransformer.training.progress import Progress
+from minitransformer.training.progress import Progress, StepFigures
 from minitransformer.training.shards import local_part
 
-# float16 needs some skipped steps to find its loss scale; more never recover.
-MOST_STEPS_WITHOUT_UPDATE = 20
-NOISE = 1.02
-"""tolerance for losses on different batches or dropout masks"""
+
+class Divergence(Exception):
+    """What is wrong with the loss, the gradients or the weights, in words.
+
+    `skipped` is the latest step if it was skipped; `is_finite` if only the loss is too high.
+    """
+
+    def __init__(self, what: str, *, skipped: StepFigures | None = None, is_finite: bool = False) -> None:
+        super().__init__(what)
+        self.skipped, self.is_finite = skipped, is_finite
 
 
 class NonFiniteTraining(Exception):
-    """The loss or gradient was infinite or NaN for many steps in a row, or the weights became so."""
+    """The end of a run that has diverged: why, and what to do."""
 
 
 class DivergenceWatch:
-    """Counts the steps that were skipped because the loss or gradient was infinite or NaN, and stops the run.
+    """Finds steps in a row without an update, or in a spike of the loss, and weights that are not finite.
 
-    Its checks raise `NonFiniteTraining` with a remedy; `finish_saving` is called before it looks for checkpoints.
+    Its checks raise `Divergence`. What it knows of the steps is in `progress`, so that a resumed run decides alike.
     """
 
-    def __init__(self, folder: Path, learner: Learner, progress: Progress, finish_saving: Callable[[], object]) -> None:
-        self.folder, self.learner, self.progress, self._finish_saving = folder, learner, progress, finish_saving
-        self._steps_without_update = 0
+    def __init__(self, learner: Learner, progress: Progress) -> None:
+        self.learner, self.progress = learner, progress
+        self.most_skipped = learner.config.training.max_skipped_steps
+        self.save_every = learner.config.training.save_every
+        self.policy = learner.config.training.on_spike.make()
+        self._skipped: StepFigures | None = None
 
-    def note(self, losses: Sequence[float | None]) -> None:
-        """The losses of the latest steps, None for those that were skipped."""
-        for step, loss in enumerate(losses, start=self.progress.step - len(losses) + 1):
-            if loss is None:
-                self._steps_without_update += 1
-                self.progress.skipped_step = self.progress.skipped_step or step
-            else:
-                self._steps_without_update = 0
-                self.progress.first_loss = loss if self.progress.first_loss == math.inf else self.progress.first_loss
+    def note(self, figures: Sequence[StepFigures]) -> None:
+        """The figures of the latest steps; those after a divergence do not count."""
+        for step, each in enumerate(figures, start=self.progress.step - len(figures) + 1):
+            self._skipped = None if each.finite else each
+            if not self.progress.diverged_step and not each.lowered_scale:
+                self._note(step, each)
+
+    def _note(self, step: int, figures: StepFigures) -> None:
+        progress = self.progress
+        if figures.finite:
+            progress.steps_without_update = 0
+            self._note_loss(figures.loss)
+        else:
+            progress.steps_without_update += 1
+            progress.skipped_step = progress.skipped_step or step
+        is_bad = progress.steps_without_update or progress.steps_in_spike
+        progress.bad_since = (progress.bad_since or step) if is_bad else 0
+        if self._was_skipped_too_often or progress.steps_in_spike >= self.policy.patience:
+            progress.diverged_step = step
+
+    def _note_loss(self, loss: float) -> None:
+        progress = self.progress
+        progress.first_loss = loss if progress.first_loss == math.inf else progress.first_loss
+        if self.policy.is_high(loss, progress.recent_losses):
+            progress.steps_in_spike += 1
+            return
+        progress.steps_in_spike = 0
+        if self.policy.window:
+            progress.recent_losses = [*progress.recent_losses, loss][-self.policy.window :]
+
+    @property
+    def _was_skipped_too_often(self) -> bool:
+        return self.progress.steps_without_update >= self.most_skipped
 
     def check(self) -> None:
-        """Raises if a step was skipped and the weights are not finite, or too many steps in a row were skipped."""
-        if self._steps_without_update:
+        """Raises `Divergence` if too many steps were bad, or a step was skipped and the weights are not finite."""
+        progress = self.progress
+        if progress.steps_without_update:
             self.check_finite()
-        if self._steps_without_update >= MOST_STEPS_WITHOUT_UPDATE:
-            raise self._diverged(
-                f"{self._steps_without_update} steps in a row had an infinite or NaN loss or gradient, the last one "
-                f"step {self.progress.step}; none changed the weights"
+        if not progress.diverged_step:
+            return
+        if self._was_skipped_too_often:
+            raise Divergence(
+                f"{progress.steps_without_update} steps in a row had an infinite or NaN loss or gradient, the last one "
+                f"step {progress.diverged_step}; none changed the weights",
+                skipped=self._skipped,
             )
+        usual = math.fsum(progress.recent_losses) / len(progress.recent_losses)
+        raise Divergence(
+            f"{progress.steps_in_spike} steps in a row had a loss far above the mean of {usual:.4f} before them, the "
+            f"last one step {progress.diverged_step}",
+            is_finite=True,
+        )
 
     def check_finite(self) -> None:
-        """Raises on all ranks if a weight or an optimizer state is not finite on one of them."""
+        """Raises `Divergence` on all ranks if a weight or an optimizer state is not finite on one of them."""
         kept = list(unique_tensors(self.learner.model).values())
         for optimizer in self.learner.optimizers:
             kept += [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
         if self.learner.ranks.any(not are_finite([local_part(each) for each in kept if each.is_floating_point()])):
-            raise self._diverged(
+            raise Divergence(
                 f"after step {self.progress.step}, the weights or the optimizer state are infinite or NaN, "
-                "and are not saved"
+                "and are not saved",
+                skipped=self._skipped,
             )
 
-    def _diverged(self, what: str) -> NonFiniteTraining:
-        self._finish_saving()
-        sound = sound_checkpoint(self.folder / CHECKPOINTS, self.learner, self.progress.first_loss)
-        training, precision = self.learner.config.training, self.learner.machine.precision
-        return NonFiniteTraining(f"{what}; {remedy(self.folder, training, sound, precision)}")
+    def needed_before(self) -> set[int]:
+        """The steps before which a checkpoint must be kept, to continue from after a divergence."""
+        progress = self.progress
+        back = self.policy.needed_before(progress.bad_since or progress.step + 1, self.save_every)
+        return {progress.skipped_step - 1} | back  # the loss of a step belongs to the weights before it
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
@@ -87,51 +120,3 @@ def are_finite(tensors: Sequence[Tensor]) -> bool:
     if torch.stack(torch._foreach_norm(list(tensors))).isfinite().all():
         return True
     return all(tensor.isfinite().all() for tensor in tensors)  # the norm of large numbers overflows
-
-
-def sound_checkpoint(checkpoints: Path, learner: Learner, first_loss: float) -> Path | None:
-    """The newest checkpoint in `checkpoints` that training can continue from; None if there is none.
-
-    Its next step has a finite gradient and a loss of at most `first_loss`, the run's first, in nats per target.
-    """
-    model = build_model(learner.config.model).to(learner.machine.device)
-    for path in reversed(checkpoints_in(checkpoints)):
-        if damage(path) is not None:
-            continue
-        load_model_weights(path, model)
-        if _next_loss(model, learner, checkpoint_step(path)) <= NOISE * first_loss:
-            return path
-    return None
-
-
-def _next_loss(model: Model, learner: Learner, step: int) -> float:
-    """The mean loss of `model` in the step after `step`; NaN if its gradient is not finite."""
-    device = learner.machine.device
-    batches = [batch.to(device) for batch in learner.loader.training_batches(step)]
-    targets, total = sum(batch.num_targets for batch in batches), 0.0
-    model.zero_grad(set_to_none=True)
-    model.begin_step(step)
-    for batch in batches:
-        with learner.precision.autocast():
-            loss = learner.objective.loss_sum(model, batch) / targets
-        loss.backward()
-        total += loss.item()
-    finite = are_finite([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    return total if finite else float("nan")
-
-
-def remedy(folder: Path, training: TrainingConfig, sound: Path | None, precision: str) -> str:
-    """What to do after divergence, with the checkpoint to continue from, if there is a usable one."""
-    rates = " ".join(f"--{name.replace('_', '-')} {rate:g}" for name, rate in _lower_rates(training).items())
-    other = "" if precision == "fp32" else ", or in another --precision, such as fp32"
-    if sound is None:
-        return f"no checkpoint is usable: train again with lower learning rates, such as {rates}{other}"
-    path = shlex.quote(str(folder))
-    return f"continue from before it: python train.py --resume {path} --checkpoint {sound.name} {rates}{other}"
-
-
-def _lower_rates(training: TrainingConfig) -> dict[str, float]:
-    """A tenth of the given learning rates, and at most the default ones."""
-    given = {name: getattr(training, name) for name in ("lr", "embedding_lr", "head_lr")}
-    rates = {name: min(rate / 10, TrainingConfig.lr) for name, rate in given.items() if rate is not None}
-    return {**rates, "min_lr": 0.0} if training.min_lr > rates["lr"] else rates

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minitransformer.architecture.dropout import rows_from
+from minitransformer.errors import UserError
 from minitransformer.models.model import Model, build_model
 from minitransformer.text.batches import TrainingBatch
 from minitransformer.text.datasets import PreparedData
@@ -21,6 +23,7 @@ from minitransformer.training.config import RunConfig
 from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.loader import Loader
 from minitransformer.training.machine import Machine, compiled, keep_freed_memory
+from minitransformer.training.memory import MicroBatches
 from minitransformer.training.optimizer_state import load_optimizer_states, optimizer_states
 from minitransformer.training.optimizers import build_optimizers, set_learning_rate
 from minitransformer.training.parallel import Parallel, parallel_over
@@ -95,23 +98,25 @@ class Learner:
         self.optimizers = build_optimizers(training.optimizer, model, training.rates)
         self.balance = ExpertBalance(model, training.expert_balance, self.ranks)
         self.precision = Precision.named(machine.precision)(machine.device)
-        self.steps_done = 0
+        self.micro_batches = MicroBatches(training.batch_size, training.on_oom == "halve", self.ranks)
+        self.ranks.from_main(self._check_repeatable)
+        self.steps_done, self.skipped_batches = 0, 0
         self._batches = prefetched(loader.training_batches, machine.device, self.ranks.share)
 
     def next_batches(self) -> Sequence[TrainingBatch]:
-        """The micro-batches of the next step, with the rows of all ranks."""
-        return self._batches(self.steps_done)
+        """The micro-batches of the next step, with the rows of all ranks; their data comes after skipped data."""
+        return self._batches(self.steps_done + self.skipped_batches)
 
     def step(self, batches: Sequence[TrainingBatch]) -> StepResult:
         """One optimizer step on the mean loss over all targets of `batches`.
 
-        If the loss or a gradient is infinite or NaN, the step is skipped.
+        If the loss or a gradient is infinite or NaN, the step is skipped. Raises `OutOfMemory`.
         """
         step, training = self.steps_done, self.config.training
         self.probe.before_step(step + 1)
         set_learning_rate(self.optimizers, training.learning_rate_multiplier(step))
         self.model.begin_step(step)
-        loss = self._add_gradients(batches)
+        loss = self.ranks.sum(self._loss_with_gradients(batches))
         self.precision.unscale(self.optimizers)
         self.probe.before_update()
         grad_norm = self.parallel.clip_grad_norm(self.model.parameters(), training.grad_clip or math.inf)
@@ -122,11 +127,39 @@ class Learner:
         self.steps_done += 1
         return StepResult(loss, grad_norm, finite, self.probe.after_update(grad_norm))
 
-    def _add_gradients(self, batches: Sequence[TrainingBatch]) -> Tensor:
-        """Add the gradients of all micro-batches, and return the mean loss over all of their targets.
+    def _loss_with_gradients(self, batches: Sequence[TrainingBatch]) -> Tensor:
+        """Add the gradients of `batches`, and return this rank's part of the loss; raises `OutOfMemory`."""
+        if not self._must_agree:
+            return self.micro_batches.compute(batches, self._add_gradients, self._drop_gradients)
+        add = partial(self._add_gradients, synchronised=False)
+        loss = self.micro_batches.compute(batches, add, self._drop_gradients)
+        # The passes of all ranks fit into their memory: one over a row without targets adds up their gradients.
+        self.balance.counts = False
+        with self.parallel.synchronised(self.fast_model, now=True):
+            with self.precision.autocast():
+                nothing = self.objective.loss_sum(self.fast_model, batches[0].rows(0, 0).to(self.machine.device))
+            self.precision.backward(nothing)
+        return loss
+
+    @property
+    def _must_agree(self) -> bool:
+        """Whether ranks ask each other, before they add up their gradients, if one has run out of memory."""
+        return self.config.training.on_oom == "halve" and self.parallel.is_shared
+
+    def _check_repeatable(self) -> None:
+        if self._must_agree and not self.parallel.can_repeat(self.model):
+            raise UserError(
+                "--on-oom halve is not possible on several ranks with --parallel "
+                f"{self.config.training.parallel.name} and this model, as a rank that runs out of memory stops the "
+                "others in mid-pass: halve --batch-size and double --grad-accumulation instead"
+            )
+
+    def _add_gradients(self, batches: Sequence[TrainingBatch], *, synchronised: bool = True) -> Tensor:
+        """Add the gradients of all micro-batches, and return this rank's part of the mean loss over all their targets.
 
         The sum over each micro-batch is divided by the number of targets in all of them, so that k micro-batches equal
         one batch, on one rank or divided over several; the load-balancing loss of experts is added to the gradients.
+        If `synchronised`, the last backward pass adds up the gradients of all ranks.
         """
         counts = [batch.num_targets for batch in batches]  # on the CPU, to avoid synchronising with the device
         targets, row = sum(counts), 0
@@ -136,14 +169,19 @@ class Learner:
             first, self.balance.counts = row + mine.start, bool(mine)
             rows = batch.rows(mine.start, mine.stop).to(self.machine.device, non_blocking=True)
             torch.manual_seed(self._seed(first))
-            with rows_from(first), self.parallel.synchronised(self.fast_model, now=number == len(batches)):
+            now = synchronised and number == len(batches)
+            with rows_from(first), self.parallel.synchronised(self.fast_model, now=now):
                 with self.precision.autocast():
                     loss = self.objective.loss_sum(self.fast_model, rows) / targets
                     total += loss.detach()
                     loss = loss + self.balance.loss() * count / targets
                 self.precision.backward(loss * self.parallel.gradients_scale)
             row += batch.num_rows
-        return self.ranks.sum(total)
+        return total
+
+    def _drop_gradients(self) -> None:
+        self.balance.loss()
+        self.model.zero_grad(set_to_none=True)
 
     def _seed(self, first_row: int) -> int:
         """The random seed of rows of this step; on a CPU, dropout depends on the row anyway."""
@@ -161,6 +199,8 @@ class Learner:
             "optimizers": optimizer_states(self.optimizers, self.model),
             "precision": self.precision.state_dict(),
             "step": self.steps_done,
+            "skipped_batches": self.skipped_batches,
+            "micro_batches": self.micro_batches.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -168,6 +208,10 @@ class Learner:
         load_optimizer_states(self.optimizers, self.model, state["optimizers"])
         self.precision.load_state_dict(state["precision"])
         self.steps_done = state["step"]
+        # Older checkpoints have neither.
+        self.skipped_batches = state.get("skipped_batches", 0)
+        if "micro_batches" in state:
+            self.micro_batches.load_state_dict(state["micro_batches"])
 
 
 def random_seed(*numbers: int) -> int:

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ class Log:
 
     def forget_validation(self, step: int) -> None:
         """Discard the validation at `step`, which no checkpoint includes and which is repeated."""
+
+    def rewind(self, step: int, rollback: int) -> None:
+        """Discard all records after `step`, and one of this rollback: the run goes on from `step`."""
 
     def sync(self) -> None:
         """Flush everything to disk."""
@@ -70,6 +73,10 @@ class Logs(Log):
         for log in self.logs:
             log.forget_validation(step)
 
+    def rewind(self, step: int, rollback: int) -> None:
+        for log in self.logs:
+            log.rewind(step, rollback)
+
     def sync(self) -> None:
         for log in self.logs:
             log.sync()
@@ -98,8 +105,15 @@ class RunFiles(Log):
         def again(record: dict[str, Any]) -> bool:
             return record["step"] == step and "validation_loss" in record
 
+        self._drop_after(step, again)
+
+    def rewind(self, step: int, rollback: int) -> None:
+        # A kill may have come between the record of the rollback and the checkpoint that says so.
+        self._drop_after(step, lambda record: record.get("rollback") == rollback)
+
+    def _drop_after(self, step: int, drop: Callable[[dict[str, Any]], bool]) -> None:
         self.metrics.close()
-        self._keep(record for record in records_until(self.path, step) if not again(record))
+        self._keep(record for record in records_until(self.path, step) if not drop(record))
         self.metrics = self.path.open("a", encoding="utf-8")
 
     def record(self, numbers: dict[str, Any]) -> None:
@@ -156,6 +170,8 @@ class Terminal(Log):
             return
         speed = f"{numbers['tokens_per_second'] / 1000:.1f}k tokens/s, mfu {numbers['mfu']:.0%}"
         loss = "none finite" if numbers["loss"] is None else f"{numbers['loss']:.4f}"
+        if skipped := numbers["skipped_steps"]:
+            loss += f" ({skipped} step{'s' * (skipped > 1)} skipped)"
         if self.bar is not None:
             self._end, self._news = time.monotonic() + numbers["seconds_left"], f"loss {loss}, {speed}"
             return

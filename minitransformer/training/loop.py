@@ -10,11 +10,12 @@ from pathlib import Path
 from minitransformer import files
 from minitransformer.models.model import Model
 from minitransformer.training import checkpoint
-from minitransformer.training.divergence import MOST_STEPS_WITHOUT_UPDATE, DivergenceWatch
+from minitransformer.training.divergence import Divergence, DivergenceWatch
 from minitransformer.training.learner import Learner
 from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Log
 from minitransformer.training.progress import Meter, Progress
+from minitransformer.training.recovery import end_of_training, plan_rollback, remove_later_checkpoints
 from minitransformer.training.saving import Saver
 from minitransformer.training.signals import StopRequest
 from minitransformer.training.validation import StoppedValidation, Validation, Validator
@@ -46,13 +47,24 @@ class Trainer:
         Raises `NonFiniteTraining` if training diverges; non-finite states are not saved.
         """
         last = self.config.steps if until is None else min(until, self.config.steps)
-        self._meter = Meter(self.learner, self.progress)
-        self._divergence = DivergenceWatch(self.folder, self.learner, self.progress, self._saver.wait)
         self.learner.model.train()
         with self._saver:
+            while not self._advance(last):
+                pass
+
+    def _advance(self, last: int) -> bool:
+        """Train until step `last`, or back from a divergence to an earlier step; whether it was the former."""
+        self._meter = Meter(self.learner, self.progress)
+        self._divergence = DivergenceWatch(self.learner, self.progress)
+        try:
             self._train(last)
+        except Divergence as divergence:
+            self._recover(divergence)
+            return False
+        return True
 
     def _train(self, last: int) -> None:
+        self._divergence.check()  # of the last step before an interruption
         self._finish_validation()
         while self.progress.step < last and not self.stopped_early and not self._stop_agreed():
             self._step()
@@ -65,6 +77,26 @@ class Trainer:
         self._read()
         self._save()
 
+    def _recover(self, divergence: Divergence) -> None:
+        """Go back to a checkpoint from before `divergence`; raises `NonFiniteTraining` if the run is to end."""
+        self._saver.wait()
+        rollback = self.ranks.from_main(lambda: plan_rollback(self._checkpoints, self.learner, self.progress))
+        if rollback is None:
+            raise end_of_training(divergence, self.folder, self.learner, self.progress)
+        end, rollbacks = self.progress.diverged_step or self.progress.step, self.progress.rollbacks + 1
+        self.restore(rollback.checkpoint)
+        step, before = self.progress.step, self.learner.skipped_batches
+        self.learner.skipped_batches = rollback.batch - step
+        self.progress.rollbacks = rollbacks
+        self.ranks.from_main(lambda: remove_later_checkpoints(self._checkpoints, step))
+        if not (self._checkpoints / checkpoint.checkpoint_name(self.progress.best_step)).exists():
+            self.progress.forget_best()
+        skipped = self.learner.skipped_batches - before
+        self.log.rewind(step, rollbacks)
+        self.log.record({"step": step, "rollback": rollbacks, "rolled_back_from": end, "skipped_batches": skipped})
+        self.log.line(f"{divergence}: back to step {step}, and the data of {skipped} steps is skipped")
+        self._save()
+
     def _stop_agreed(self) -> bool:
         """Whether the ranks agree to stop: on a request, or to report a checkpoint that could not be written."""
         return self.stop.agreed(self.ranks, failed=self._saver.failed)
@@ -72,7 +104,10 @@ class Trainer:
     def _step(self) -> None:
         start = time.perf_counter()
         batches = self.learner.next_batches()
+        halvings = self.learner.micro_batches.halvings
         result = self.learner.step(batches)
+        if self.learner.micro_batches.halvings > halvings:
+            self.log.line(f"step {self.learner.steps_done}: {self.learner.micro_batches}")
         self.progress.step = self.learner.steps_done
         self.progress.tokens += sum(batch.num_tokens for batch in batches)
         self._meter.add(result)
@@ -88,9 +123,10 @@ class Trainer:
         self._divergence.note(self._meter.read())
 
     def _reading_due(self) -> bool:
-        """Whether to synchronise with the device, which may be some steps behind."""
+        """Whether to synchronise with the device, which may be some steps behind, except for a CPU."""
         config = self.config
-        return any(map(self._due, (config.log_every, config.eval_every, config.save_every, MOST_STEPS_WITHOUT_UPDATE)))
+        often = (config.log_every, config.eval_every, config.save_every, config.max_skipped_steps)
+        return self.learner.machine.device.type == "cpu" or any(map(self._due, often))
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.config.steps
@@ -185,8 +221,7 @@ class Trainer:
             {**self.learner.state_dict(), "progress": asdict(progress)},
             # Without validation, the last checkpoint counts as the best.
             best=progress.best_step == progress.step or not self.learner.loader.validates,
-            # The loss of a step belongs to the weights before it.
-            also_before=progress.skipped_step - 1,
+            also_before=self._divergence.needed_before(),
         )
         self._saved = progress
 

@@ -21,9 +21,15 @@ class Parallel(Registered, kind="parallel"):
     """whether a rank keeps only its part of the weights"""
     gradients_scale = 1
     """factor of the loss that makes the gradients of all ranks add up"""
+    is_shared = False
+    """whether a step waits for other ranks"""
 
     def __init__(self, settings: Any = None, ranks: Ranks = ONE_PROCESS) -> None:
         self.ranks = ranks
+
+    def can_repeat(self, model: nn.Module) -> bool:
+        """Whether a rank can give up a pass before it is `synchronised`, while the others finish theirs."""
+        return True
 
     def shard(self, model: nn.Module) -> nn.Module:
         """The model to call in training, whose gradients are those of all ranks together."""
@@ -41,6 +47,8 @@ class Parallel(Registered, kind="parallel"):
 class DDP(Parallel, name="ddp"):
     """Every rank has the whole model. Li et al. 2020 (PyTorch Distributed, arXiv 2006.15704)."""
 
+    is_shared = True
+
     def __init__(self, settings: Any = None, ranks: Ranks = ONE_PROCESS) -> None:
         super().__init__(settings, ranks)
         self.gradients_scale = ranks.size  # torch takes the mean over ranks
@@ -48,15 +56,21 @@ class DDP(Parallel, name="ddp"):
     def shard(self, model: nn.Module) -> nn.Module:
         from torch.nn.parallel import DistributedDataParallel
 
-        # An expert may get no token on a rank.
-        may_idle = any(isinstance(module, MixtureOfExperts) for module in model.modules())
+        may_idle = has_experts(model)  # an expert may get no token on a rank
         with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # `broadcast_buffers` changes its name
             return DistributedDataParallel(
                 model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=may_idle
             )
 
+    def can_repeat(self, model: nn.Module) -> bool:
+        return not has_experts(model)  # the balance of experts is counted over all ranks in every pass
+
     def synchronised(self, model: nn.Module, now: bool) -> AbstractContextManager[Any]:
         return nullcontext() if now else model.no_sync()  # type: ignore[operator]
+
+
+def has_experts(model: nn.Module) -> bool:
+    return any(isinstance(module, MixtureOfExperts) for module in model.modules())
 
 
 def parallel_over(ranks: Ranks, chosen: Any) -> Parallel:

@@ -38,6 +38,13 @@ class Precision(Registered, kind="precision"):
         """Add the gradients of `loss`."""
         loss.backward()
 
+    def loss_scale(self) -> Tensor:
+        """The factor of the loss in the next backward pass, without synchronising with the device."""
+        return torch.ones((), device=self.device)
+
+    def set_loss_scale(self, scale: float) -> None:
+        """Use this factor in the next backward pass, where it is not always 1."""
+
     def unscale(self, optimizers: list[LightOptimizer]) -> None:
         """Undo the scaling of the gradients."""
 
@@ -99,6 +106,12 @@ class FP16(Precision, name="fp16"):
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
+
+    def loss_scale(self) -> Tensor:
+        return self.scaler.scale(super().loss_scale())
+
+    def set_loss_scale(self, scale: float) -> None:
+        self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale})
 
     def unscale(self, optimizers: list[LightOptimizer]) -> None:
         for optimizer in optimizers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,27 @@ class Progress:
     first_loss: float = math.inf
     skipped_step: int = 0
     """the first step with a non-finite loss or gradient since the best validation; 0 for none"""
+    steps_without_update: int = 0
+    """latest steps in a row that were skipped because the loss or gradient was not finite"""
+    steps_in_spike: int = 0
+    """latest steps in a row with a loss far above those before"""
+    bad_since: int = 0
+    """the first of these steps; 0 for none"""
+    diverged_step: int = 0
+    """the step in which there were too many of them; 0 for none"""
+    recent_losses: list[float] = field(default_factory=list)
+    """losses that the next one is compared with to find a spike"""
+    record_begin: tuple[int, int, float] | None = None
+    """steps, tokens and seconds at the last record of metrics; None in old checkpoints"""
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    """those since then"""
+    rollbacks: int = 0
+    """how often the run went back to a checkpoint"""
+
+    def forget_best(self) -> None:
+        """Forget the best validation, whose checkpoint is lost."""
+        self.best_loss, self.best_step, self.validations_since_best = math.inf, 0, 0
 
     def note(self, validation_loss: float) -> None:
         """Record the loss of a validation at this step, comparable with the others of the run."""
@@ -39,8 +60,30 @@ class Progress:
             self.skipped_step = 0
 
 
+@dataclass(frozen=True)
+class StepFigures:
+    """The loss and the gradient norm of a step, and the loss scale in it and after it."""
+
+    loss: float
+    grad_norm: float
+    finite: bool
+    loss_scale: float
+    next_scale: float
+
+    @property
+    def lowered_scale(self) -> bool:
+        """Whether the step was skipped only because the loss scale of float16 was too large, as it may often be.
+
+        Below a scale of 1, a gradient that overflows is not due to scaling.
+        """
+        return not self.finite and math.isfinite(self.loss) and 1 < self.loss_scale > self.next_scale
+
+
 class Meter:
-    """Loss, gradient norm and speed between two records; results stay on the device until `read`."""
+    """Loss, gradient norm and speed between two records; results stay on the device until `read`.
+
+    What is read is in `progress`, so that an interruption between two records changes neither.
+    """
 
     def __init__(self, learner: Learner, progress: Progress) -> None:
         self.learner, self.progress = learner, progress
@@ -48,35 +91,43 @@ class Meter:
         self._peak_flops = learner.ranks.size * peak_flops(learner.machine.device, learner.precision.dtype)
         self._flops_per_token = learner.model.flops_per_token(learner.config.sequence_length)
         self._unread: list[Tensor] = []
-        self._begin()
+        self._loss_scale = learner.precision.loss_scale()
+        if progress.record_begin is None:
+            self._begin()
 
     def _begin(self) -> None:
-        self._first = self.progress.step, self.progress.tokens, self.progress.seconds
-        self._losses: list[float] = []
-        self._grad_norms: list[float] = []
+        progress = self.progress
+        progress.record_begin = progress.step, progress.tokens, progress.seconds
+        progress.losses, progress.grad_norms = [], []
 
     def add(self, result: StepResult) -> None:
         """Add a step, without synchronising with the device."""
-        self._unread.append(torch.stack([result.loss, result.grad_norm, result.finite.to(result.loss.dtype)]))
+        scale, self._loss_scale = self._loss_scale, self.learner.precision.loss_scale()
+        figures = result.loss, result.grad_norm, result.finite, scale, self._loss_scale
+        self._unread.append(torch.stack([figure.to(result.loss.dtype) for figure in figures]))
 
-    def read(self) -> list[float | None]:
-        """Synchronise with the device; returns the loss of each step since the last call, None if it was skipped."""
-        figures = torch.stack(self._unread).tolist() if self._unread else []
+    def read(self) -> list[StepFigures]:
+        """Synchronise with the device; returns the figures of each step since the last call."""
+        read = torch.stack(self._unread).tolist() if self._unread else []
         self._unread = []
-        self._losses += [loss for loss, _, finite in figures if finite]
-        self._grad_norms += [norm for _, norm, finite in figures if finite]
-        return [loss if finite else None for loss, _, finite in figures]
+        figures = [StepFigures(loss, norm, bool(finite), *scales) for loss, norm, finite, *scales in read]
+        progress, finite = self.progress, [each for each in figures if each.finite]
+        progress.losses = progress.losses + [each.loss for each in finite]
+        progress.grad_norms = progress.grad_norms + [each.grad_norm for each in finite]
+        return figures
 
     def record(self) -> dict[str, Any]:
         """The metrics since the last record, as far as read; starts the next record."""
-        steps, tokens, seconds = self.progress.step, self.progress.tokens, self.progress.seconds
-        first_step, first_token, first_second = self._first
+        progress = self.progress
+        assert progress.record_begin is not None
+        steps, tokens, seconds = progress.step, progress.tokens, progress.seconds
+        first_step, first_token, first_second = progress.record_begin
         tokens_per_second = (tokens - first_token) / (seconds - first_second)
         record = {
             "step": steps,
-            "loss": _mean(self._losses),
-            "grad_norm": _mean(self._grad_norms),
-            "skipped_steps": steps - first_step - len(self._losses),
+            "loss": _mean(progress.losses),
+            "grad_norm": _mean(progress.grad_norms),
+            "skipped_steps": steps - first_step - len(progress.losses),
             "lr": self.learner.learning_rate,
             "tokens": tokens,
             "tokens_per_second": tokens_per_second,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from pathlib import Path
@@ -59,7 +59,7 @@ class Saver:
         if self._writing is not None:  # the error of the block is the one to report
             wait_for([self._writing], SECONDS_FOR_OTHERS if self.parallel.shards_weights else None)
 
-    def save(self, step: int, model: Model, state: dict[str, Any], *, best: bool, also_before: int) -> None:
+    def save(self, step: int, model: Model, state: dict[str, Any], *, best: bool, also_before: Iterable[int]) -> None:
         """Begin to write the checkpoint of `step`; returns once everything in it is copied.
 
         Raises the error of the checkpoint before it. `best` and `also_before` say which checkpoints are kept.

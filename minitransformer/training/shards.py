@@ -35,6 +35,12 @@ def local_part(tensor: Tensor) -> Tensor:
     return part
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of `tensor`; all ranks call it alike."""
+    whole: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return whole
+
+
 def sharded_like(whole: Tensor, tensor: Any) -> Tensor:
     """`whole`, which every rank has, divided as `tensor` is; without communication."""
     from torch.distributed.tensor import distribute_tensor

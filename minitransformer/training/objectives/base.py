@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minitransformer.models.config import ModelConfig
 from minitransformer.registry import Registered
+from minitransformer.text.batches import Batch, TrainingBatch
 from minitransformer.text.datasets import Dataset, PreparedData
 from minitransformer.text.tokenizers import Tokenizer
 
@@ -45,6 +46,8 @@ class Objective(Registered, kind="objective"):
 
     topologies: ClassVar[frozenset[str]]
     dataset: ClassVar[type[Dataset]]
+    batch_type: ClassVar[type[TrainingBatch]] = Batch
+    """class of its training batches, a dataclass of tensors"""
     special_tokens: ClassVar[Sequence[str]] = ()
     """special tokens that it adds to the vocabulary"""
     fixed_shapes: ClassVar[bool] = True

@@ -96,6 +96,7 @@ class Masked(Objective, name="masked"):
     settings: Settings
     topologies = frozenset({"encoder"})
     dataset = PlainText
+    batch_type = MaskedBatch
     special_tokens = (MASK,)
     fixed_shapes = False  # the number of masked tokens varies
     predicts_text = False

@@ -38,6 +38,7 @@ class Seq2Seq(Objective, name="seq2seq"):
     settings: Settings
     topologies = frozenset({"encoder-decoder", "rnn"})
     dataset = Pairs
+    batch_type = PairBatch
     fixed_shapes = False
 
     def score(self, model: nn.Module, batch: PairBatch) -> Score:

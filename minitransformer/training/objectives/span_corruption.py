@@ -67,6 +67,7 @@ class SpanCorruption(Objective, name="span-corruption"):
     settings: Settings
     topologies = frozenset({"encoder-decoder", "rnn"})
     dataset = PlainText
+    batch_type = PairBatch
     special_tokens = SENTINELS
     predicts_text = False
     whole_windows = True
