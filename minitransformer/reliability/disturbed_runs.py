@@ -6,7 +6,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from minitransformer import files
 from minitransformer.errors import UserError
 from minitransformer.reliability.launcher import KILLED, NOTHING, Commands, Ended, Strike
-from minitransformer.reliability.state import State, differences, without_times
+from minitransformer.reliability.state import State, differences, leaves_of, without_times
 from minitransformer.runs import Run
 from minitransformer.training.checkpoint import CHECKPOINTS, checkpoint_step, checkpoints_in, load_trainer_state
 from minitransformer.training.parallel import Parallel
@@ -179,21 +179,12 @@ def _final_state(path: Path, spared: str) -> State:
     run = Run.open(path)
     weights = {name: run.load_model(name).state_dict() for name in ("latest", "best")}
     state = {f"weights of {name}": dict(tensors) for name, tensors in weights.items()}
-    state["trainer state"] = dict(_leaves(load_trainer_state(run.checkpoint("latest")), ""))
+    state["trainer state"] = dict(leaves_of(load_trainer_state(run.checkpoint("latest"))))
     if spared != "metrics.jsonl":
         lines = (path / "metrics.jsonl").read_text().splitlines()
         rows = [without_times(json.loads(line)) for line in lines]
         state["records"] = {f"{name} of record {i}": value for i, row in enumerate(rows) for name, value in row.items()}
     return state
-
-
-def _leaves(nested: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(nested, dict | list | tuple):
-        parts = without_times(nested) if isinstance(nested, dict) else dict(enumerate(nested))
-        for key, part in parts.items():
-            yield from _leaves(part, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, nested
 
 
 def _near(whole: State, mine: State) -> bool:

@@ -38,7 +38,7 @@ BEFORE, ON, AFTER = "before the stop", "on resuming", "after resuming"
 NO_RESUME = "the two runs differ without any resuming: training itself is not deterministic on this machine"
 NOT_RESTORED = "what is restored from disk is not what was saved"
 NOT_SAVED = "what was restored is equal, so this step depends on something that no checkpoint holds"
-STORED = "data", "weights", "optimizer state", "precision state"
+STORED = "data", "weights", "optimizer state", "precision state", "learner"
 """parts of the state that are equal after a step and after resuming from its checkpoint"""
 REASONS = {BEFORE: NO_RESUME, ON: NOT_RESTORED, AFTER: NOT_SAVED}
 

@@ -16,7 +16,7 @@ from minitransformer.training.shards import local_part
 State = dict[str, dict[str, Any]]
 """tensors and numbers by name, in each part of the state"""
 LOSSES = "losses"
-OF_TIME = {"seconds", "seconds_left", "tokens_per_second", "mfu"}
+OF_TIME = {"seconds", "seconds_left", "tokens_per_second", "mfu", "record_begin"}
 """figures that are measured, and differ between equal runs"""
 
 
@@ -43,12 +43,14 @@ class Difference:
 def state_of(trainer: Trainer) -> State:
     """All that the next step depends on, with its batches, as far as this rank holds it."""
     learner = trainer.learner
+    others = {name: part for name, part in learner.state_dict().items() if name not in ("optimizers", "precision")}
     return {
         "data": dict(_tensors_of(learner.next_batches())),
         "weights": {name: local_part(tensor) for name, tensor in learner.model.state_dict().items()},
         "optimizer state": dict(_optimizer_state(learner)),
         "precision state": learner.precision.state_dict(),
-        "progress": without_times(asdict(trainer.progress)),
+        "learner": dict(leaves_of(others)),
+        "progress": dict(leaves_of(asdict(trainer.progress))),
     }
 
 
@@ -56,10 +58,20 @@ def without_times(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in numbers.items() if name not in OF_TIME}
 
 
+def leaves_of(nested: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The tensors and numbers in a nested state, without times, each with the path to it."""
+    if not isinstance(nested, dict | list | tuple):
+        yield name, nested
+        return
+    parts = without_times(nested) if isinstance(nested, dict) else dict(enumerate(nested))
+    for key, part in parts.items():
+        yield from leaves_of(part, f"{name}.{key}" if name else str(key))
+
+
 def _tensors_of(batches: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
     for number, batch in enumerate(batches):
-        for field in fields(batch):
-            if (tensor := getattr(batch, field.name)) is not None:
+        for field in fields(whole := batch.whole):
+            if (tensor := getattr(whole, field.name)) is not None:
                 yield f"{field.name} of micro-batch {number}", tensor
 
 
