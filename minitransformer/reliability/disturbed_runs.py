@@ -33,7 +33,7 @@ COURSE = (
 )
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
 """tolerance for sums over rows in another order"""
-MOST_STRIKES = 20
+MOST_STRIKES, SOONER = 20, 0.8
 EQUAL, NEAR, REFUSED, FAILED_CASE = "equal", "near", "refused", "failed"
 
 
@@ -116,12 +116,17 @@ class DisturbedRun:
         """Make the folder in which the run is to begin."""
         shutil.copytree(self.reference.empty, self.folder, symlinks=True, dirs_exist_ok=True)
 
-    def begin_struck(self, strike: Callable[[], Strike]) -> None:
-        """Begin the run, and again, until a strike comes before it has ended."""
+    def begin_struck(self, strike: Callable[[float], Strike]) -> None:
+        """Begin the run, and again, until a strike comes before it has ended.
+
+        `strike` is given the time within which it should come, less each time.
+        """
+        seconds = self.reference.seconds
         for _ in range(MOST_STRIKES):
             self.prepare()
-            if not self.begin(strike()).done:
+            if not self.begin(strike(seconds)).done:
                 return
+            seconds *= SOONER
             for path in self.folder.iterdir():
                 files.remove(path)
         raise Broken(f"it ended before each of {MOST_STRIKES} strikes")
@@ -129,7 +134,7 @@ class DisturbedRun:
     def begin_half(self) -> None:
         """Begin the run, and kill it at some time after its first checkpoint."""
         first = self.run / "checkpoints/latest"
-        self.begin_struck(lambda: Strike(after=self.draw.uniform(0, self.reference.seconds / 4), once=first))
+        self.begin_struck(lambda seconds: Strike(after=self.draw.uniform(0, seconds / 4), once=first))
 
     def begin(self, strike: Strike = NOTHING) -> Ended:
         return self._checked(self.commands(self.folder, *self.kind.begin, ranks=self.kind.ranks, strike=strike))

@@ -43,7 +43,7 @@ class Kill(Fault, name="kill"):
     about = "kill -9 at a random time"
 
     def try_on(self, case: DisturbedRun) -> str:
-        case.begin_struck(lambda: Strike(after=case.draw.uniform(0, case.reference.seconds)))
+        case.begin_struck(lambda seconds: Strike(after=case.draw.uniform(0, seconds)))
         return case.finish()
 
 
@@ -55,7 +55,7 @@ class KillAtWrite(Fault, name="kill-write"):
     def try_on(self, case: DisturbedRun) -> str:
         calls = case.reference.calls
         rank = case.draw.choice([rank for rank, count in enumerate(calls) if count])
-        case.begin_struck(lambda: Strike(rank=rank, at=case.draw.randint(1, calls[rank])))
+        case.begin_struck(lambda _: Strike(rank=rank, at=case.draw.randint(1, calls[rank])))
         return case.finish()
 
 
@@ -68,7 +68,7 @@ class KillRank(Fault, name="kill-rank"):
 
     def try_on(self, case: DisturbedRun) -> str:
         rank, begun = case.draw.randrange(case.kind.ranks), case.run / "config.json"
-        case.begin_struck(lambda: Strike(rank, case.draw.uniform(0, case.reference.seconds / 2), self.signal, begun))
+        case.begin_struck(lambda seconds: Strike(rank, case.draw.uniform(0, seconds / 2), self.signal, begun))
         return case.finish()
 
 
