@@ -1,4 +1,7 @@
-"""Runs of every kind on the ranks that torchrun starts: `python -m tests.ranks_for_tests FOLDER [NAME ...]` on each."""
+"""Runs of every kind on the ranks that torchrun starts.
+
+`python -m tests.ranks_for_tests FOLDER PARALLEL NAME ...` on each, where PARALLEL may also be "tensor".
+"""
 
 from __future__ import annotations
 
@@ -41,13 +44,23 @@ CASES: dict[str, dict[str, Any]] = {
     "recurrent": {**PAIRS, "topology": "rnn"},
     "shards": {"data": "index.json", "batch_size": 5},
     "bf16": {"precision": "bf16"},
+    "recomputed": {"activation_checkpointing": True, "num_experts": 4, "optimizer": "muon"},
 }
+
+TENSOR: dict[str, dict[str, Any]] = {
+    "heads and features": {"qk_norm": "head", "value_norm": True, "bias": True, "feedforward": "swiglu", "eps": 1e-2},
+    "shared heads": {"num_heads": 4, "num_kv_heads": 2, "norm": "rms", "activation_checkpointing": True},
+    "memory": {**PAIRS, "topology": "encoder-decoder"},
+    "two rows": {"batch_size": 1, "block": "parallel", "tied_embeddings": False},
+}
+"""runs in which pairs of ranks share matrices"""
 
 
 def config_of(name: str, folder: Path, **choices: Any) -> RunConfig:
     """The configuration of the case `name`, on the texts in `folder`."""
-    wanted = {"data": "text.txt", "validation_fraction": 0.2, **STEADY, **CASES[name], **choices}
-    if "optimizer" not in wanted and CASES[name].get("precision") == "bf16":
+    case = {**TENSOR[name], "dropout": 0.0} if name in TENSOR else CASES[name]
+    wanted = {"data": "text.txt", "validation_fraction": 0.2, **STEADY, **case, **choices}
+    if "optimizer" not in wanted and case.get("precision") == "bf16":
         wanted["eps"] = 1e-2
     return configured(**{**wanted, "data": str(folder / wanted["data"]), "vocab_size": None})
 
@@ -64,7 +77,7 @@ def trained(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """Losses, gradient norms, the metrics of the last validation, and the sum of each weight."""
     learner = learner_of(config, ranks)
     results = [learner.step(learner.next_batches()) for _ in range(config.training.steps)]
-    validation = validate(learner.model, learner.loader, learner.precision, ranks=ranks)
+    validation = validate(learner.model, learner.loader, learner.precision, ranks=learner.ranks)
     return {
         "losses": [result.loss.item() for result in results],
         "grad_norms": [float(result.grad_norm) for result in results],
@@ -82,11 +95,13 @@ def write_texts(folder: Path) -> None:
     (folder / "pairs.tsv").write_text("".join(f"{i} times {i % 7}\t{i * (i % 7)}\n" for i in range(200)))
 
 
-def on_ranks(count: int, folder: Path, *names: str, module: str = "tests.ranks_for_tests") -> dict[str, Any]:
+def on_ranks(
+    count: int, folder: Path, *names: str, parallel: str = "ddp", module: str = "tests.ranks_for_tests"
+) -> dict[str, Any]:
     """What rank 0 of `count` ranks measured in the cases `names`."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     launcher = [sys.executable] if count == 1 else torchrun
-    command = [*launcher, "-m", module, str(folder), *names]
+    command = [*launcher, "-m", module, str(folder), parallel, *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINITRANSFORMER_DATA": str(folder / "prepared")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -95,10 +110,11 @@ def on_ranks(count: int, folder: Path, *names: str, module: str = "tests.ranks_f
 
 
 def main() -> None:
-    folder, names = Path(sys.argv[1]), sys.argv[2:] or list(CASES)
+    folder, parallel, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    choices = {"parallel": "fsdp", "tensor_parallel": 2} if parallel == "tensor" else {"parallel": parallel}
     torch.set_num_threads(1)
     with joined_ranks(timeout=60) as ranks:
-        measured = {name: trained(config_of(name, folder), ranks) for name in names}
+        measured = {name: trained(config_of(name, folder, **choices), ranks) for name in names}
         if ranks.is_main:
             print(json.dumps(measured))
 

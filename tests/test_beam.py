@@ -22,8 +22,8 @@ from minitransformer.generation.processors import NEVER, MinLength, NoRepeatNGra
 from minitransformer.generation.speculation import Draft, speculate
 from minitransformer.generation.streaming import best_texts
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.encoder import EncoderLM
 from minitransformer.models.encoder_decoder import EncoderDecoder
+from minitransformer.models.model import build_model
 from minitransformer.text.tokenizers import Characters
 
 VOCAB, END, LENGTH = 4, 3, 4
@@ -177,7 +177,7 @@ def translator(shake: Any) -> EncoderDecoder:
     config = ModelConfig(
         topology="encoder-decoder", d_model=16, num_layers=2, num_heads=4, context_length=24, vocab_size=11
     )
-    return shake(EncoderDecoder(config)).double().eval()
+    return shake(build_model(config)).double().eval()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_one_beam_is_greedy_search(translator: EncoderDecoder) -> None:
 
 def test_masks_are_filled_with_the_likeliest_tokens_and_their_probabilities(shake: Any) -> None:
     config = ModelConfig(topology="encoder", d_model=16, num_layers=1, num_heads=4, context_length=8, vocab_size=11)
-    model = shake(EncoderLM(config)).eval()
+    model = shake(build_model(config)).eval()
     tokens = [1, 9, 3, 9, 5]
     found = fill_masks(model, tokens, mask=9, guesses=3, vocab_size=9)
     with torch.no_grad():

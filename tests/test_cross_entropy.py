@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minitransformer.architecture.embeddings import LMHead, TokenEmbedding, TransformedHead
 from minitransformer.models.build import build_head
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.model import build_model
 from minitransformer.text.batches import IGNORE
 from minitransformer.training.objectives import cross_entropy
 from minitransformer.training.objectives.cross_entropy import score_tokens, summed_loss, tokens_at_once
@@ -124,7 +124,7 @@ def test_weights_that_are_frozen_get_no_gradient(head: nn.Module) -> None:
 
 
 def test_a_tied_table_sums_the_gradients_of_both_its_uses() -> None:
-    model = DecoderLM(ModelConfig(d_model=8, num_heads=2, num_layers=1, vocab_size=VOCAB, context_length=32)).double()
+    model = build_model(ModelConfig(d_model=8, num_heads=2, num_layers=1, vocab_size=VOCAB, context_length=32)).double()
     tokens = torch.randint(VOCAB, (2, 33), generator=torch.Generator().manual_seed(0))
     found = []
     for loss in (plain, summed_loss):

@@ -14,8 +14,7 @@ from torch import nn
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
-from minitransformer.models.decoder import DecoderLM
-from minitransformer.models.model import count_parameters
+from minitransformer.models.model import build_model, count_parameters
 from tests.placements_for_tests import EVERY_PLACEMENT
 from tests.texts_for_tests import with_another_end, with_padding, without_padding
 
@@ -89,7 +88,7 @@ def test_the_stack_reads_scaled_embeddings(tiny_decoder: Any) -> None:
 
 def test_tied_embeddings_are_one_parameter_and_stay_one(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"d_model": 8, "num_heads": 2, "num_layers": 1, "context_length": 8, "vocab_size": 7}
-    tied, untied = DecoderLM(ModelConfig(**sizes)), DecoderLM(ModelConfig(**sizes, tied_embeddings=False))
+    tied, untied = build_model(ModelConfig(**sizes)), build_model(ModelConfig(**sizes, tied_embeddings=False))
     assert tied.head.weight is tied.embedding.table.weight
     assert untied.head.weight is not untied.embedding.table.weight
     assert untied.num_parameters() == tied.num_parameters() + 7 * 8
@@ -111,7 +110,7 @@ def test_a_state_dict_makes_the_same_model_again(choices: dict[str, Any], tiny_d
 def test_the_state_dict_holds_parameters_alone() -> None:
     for positions in PositionScheme.registry:
         with torch.device("meta"):
-            model = DecoderLM(ModelConfig(positions=positions, vocab_size=7, tied_embeddings=False))
+            model = build_model(ModelConfig(positions=positions, vocab_size=7, tied_embeddings=False))
         assert list(model.state_dict()) == [name for name, _ in model.named_parameters()]
 
 
@@ -133,7 +132,7 @@ def test_parameters_counted_without_weights_are_those_of_the_formula_and_of_the_
     smear = d if config.token_smear else 0
     assert count_parameters(config) == tables + table + smear + config.num_layers * linears + norms
     if name != "gpt2-124m":
-        model = DecoderLM(config)
+        model = build_model(config)
         assert count_parameters(config) == model.num_parameters()
         assert model.num_parameters() == sum(weight.numel() for weight in set(model.parameters()))
 
@@ -146,16 +145,16 @@ def test_flops_are_six_for_each_weight_of_a_product_and_those_of_the_scores(tied
     length = 10
     weights = 3 * (4 * 8 * 8 + 2 * 8 * 20) + 7 * 8  # the head multiplies, tied or not; the embedding looks up
     scores_and_sums = 2 * 2 * (2 * 4 * length)  # Q Kᵀ and its product with V, 2 heads of 4 features, 2 flops each
-    assert DecoderLM(config).flops_per_token(length) == 6 * weights + 3 * 3 * scores_and_sums
+    assert build_model(config).flops_per_token(length) == 6 * weights + 3 * 3 * scores_and_sums
 
 
 def test_a_model_without_a_vocabulary_says_what_is_missing() -> None:
     with pytest.raises(UserError, match="vocab_size is not set: give"):
-        DecoderLM(ModelConfig())
+        build_model(ModelConfig())
 
 
 def test_a_fresh_model_finds_all_tokens_about_equally_likely() -> None:
-    model = DecoderLM(ModelConfig(vocab_size=50))
+    model = build_model(ModelConfig(vocab_size=50))
     tokens = torch.randint(0, 50, (4, 32))
     loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), torch.randint(0, 50, (128,)))
     assert loss.item() == pytest.approx(math.log(50), abs=0.3)

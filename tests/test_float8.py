@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitransformer.errors import UserError
-from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.model import build_model
 from minitransformer.training.float8 import BACKWARDS, FORWARDS, Float8Products, linear, quantised
 from minitransformer.training.machine import choose_machine
 from minitransformer.training.precision import FP8
@@ -92,7 +92,7 @@ def test_sizes_that_the_kernels_lack_are_multiplied_as_ever(sizes):
 
 
 def test_all_linear_maps_of_a_model_are_multiplied_in_8_bits_there_and_back():
-    model = DecoderLM(TINY.model)
+    model = build_model(TINY.model)
     tokens = torch.randint(TINY.model.vocab_size, (2, 16))
     plain = model(tokens)
     with Products() as products:

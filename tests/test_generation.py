@@ -294,13 +294,13 @@ import torch
 from minitransformer.generation.decode import generate
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.model import build_model
 
 def memory():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 / 1e6
 
-model = DecoderLM(ModelConfig(d_model=256, num_layers=2, num_heads=4, context_length=256, vocab_size=4000)).eval()
+model = build_model(ModelConfig(d_model=256, num_layers=2, num_heads=4, context_length=256, vocab_size=4000)).eval()
 for number in range(24):
     for _ in generate(model, [1, 2, 3], SamplingConfig(max_new_tokens=5, seed=0)):
         pass

@@ -23,7 +23,7 @@ LAYERS, D, D_FF, VOCABULARY = 3, 64, 256, 500
 
 def model_of(name: str, **choices: Any) -> DecoderLM:
     sizes = {"d_model": D, "num_layers": LAYERS, "num_heads": 4, "context_length": 64, "vocab_size": VOCABULARY}
-    return DecoderLM(ModelConfig(**{**sizes, "init": name, "bias": True, "positions": "learned", **choices}))
+    return build_model(ModelConfig(**{**sizes, "init": name, "bias": True, "positions": "learned", **choices}))
 
 
 EXPECTED: dict[str, dict[str, float]] = {

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.model import build_model
 from minitransformer.training.light import LightAdamW
 from minitransformer.training.muon import Muon, jordan, nearest_to_one, orthogonalise, polar_express
 from minitransformer.training.optimizers import AdamW, Optimizer, Rates, build_optimizers
@@ -18,7 +18,7 @@ SETTINGS = Rates(lr=0.1, embedding_lr=0.1, head_lr=0.1, weight_decay=0.1)
 
 
 def test_only_matrices_decay():
-    model = DecoderLM(TINY.model)
+    model = build_model(TINY.model)
     [optimizer] = build_optimizers(AdamW.choose(), model, SETTINGS)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert all(decays[id(p)] == (0.1 if p.dim() > 1 else 0.0) for p in model.parameters())
@@ -27,7 +27,7 @@ def test_only_matrices_decay():
 @pytest.mark.parametrize("name", Optimizer.registry)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_optimizer_updates_every_weight_once(name, tied):
-    model = DecoderLM(replace(TINY.model, tied_embeddings=tied, bias=True, positions="learned", qk_norm="head"))
+    model = build_model(replace(TINY.model, tied_embeddings=tied, bias=True, positions="learned", qk_norm="head"))
     updated = [
         id(p)
         for o in build_optimizers(Optimizer.choose(name), model, SETTINGS)

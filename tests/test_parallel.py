@@ -15,8 +15,9 @@ from minitransformer.architecture.dropout import Dropout, rows_from
 from minitransformer.text.batches import IGNORE, Batch
 from minitransformer.training.learner import Learner
 from minitransformer.training.objectives import Objective
+from minitransformer.training.parallel import Parallel
 from minitransformer.training.ranks import ONE_PROCESS, Ranks
-from tests.ranks_for_tests import CASES, config_of, learner_of, on_ranks, write_texts
+from tests.ranks_for_tests import CASES, TENSOR, config_of, learner_of, on_ranks, write_texts
 
 pytestmark = pytest.mark.unchecked_shapes
 
@@ -81,18 +82,23 @@ def test_every_objective_is_among_the_cases_on_several_ranks() -> None:
 def one_process(tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     write_texts(folder)
-    return folder, on_ranks(1, folder)
+    return folder, on_ranks(1, folder, *CASES, *TENSOR)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-def test_losses_over_50_steps_are_those_of_one_process(count: int, one_process: Any) -> None:
+@pytest.mark.parametrize("parallel", [*Parallel.registry, "tensor"])
+def test_losses_over_50_steps_are_those_of_one_process(parallel: str, count: int, one_process: Any) -> None:
     folder, alone = one_process
-    together = on_ranks(count, folder)
-    for name in CASES:
+    names = TENSOR if parallel == "tensor" else CASES
+    together = on_ranks(count, folder, *names, parallel=parallel)
+    for name, case in names.items():
         # In bfloat16, another order of the same additions gives another rounding.
-        rel = 1e-3 if CASES[name].get("precision") == "bf16" else 1e-5
-        for numbers in ("losses", "grad_norms"):
-            assert together[name][numbers] == pytest.approx(alone[name][numbers], rel=rel), (name, numbers)
+        rel = 1e-3 if case.get("precision") == "bf16" else 1e-5
+        assert together[name]["losses"] == pytest.approx(alone[name]["losses"], rel=rel), name
+        # Products in parts round otherwise, and so does a norm in parts; the gradient of single rows is noisy.
+        noisy = parallel == "tensor" or (parallel == "fsdp" and case.get("batch_size") == 1)
+        rel_of_norm = 1e-4 if noisy else rel
+        assert together[name]["grad_norms"] == pytest.approx(alone[name]["grad_norms"], rel=rel_of_norm), name
         assert together[name]["validation"] == pytest.approx(alone[name]["validation"], rel=rel), name
         assert together[name]["tokens"] == alone[name]["tokens"]

@@ -18,7 +18,7 @@ from minitransformer import pretrained
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.models.encoder import EncoderClassifier
+from minitransformer.models.model import build_model
 from minitransformer.pretrained.checkpoint import Undrawn
 from minitransformer.pretrained.shards import Shards, write_shards
 from minitransformer.text.tokenizers import Bytes
@@ -111,7 +111,7 @@ def test_the_first_names_of_norms_are_understood(tmp_path: Path, shake: Any) -> 
         embedding_norm=True,
         bias=True,
     )
-    model = shake(EncoderClassifier(config))
+    model = shake(build_model(config))
     pretrained.save(model, tmp_path / "bert", "bert")
     tensors = load_file(tmp_path / "bert" / "model.safetensors")
     first = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -257,5 +257,5 @@ def test_a_tokenizer_travels_with_its_model(model: DecoderLM, tmp_path: Path) ->
 def test_weights_that_will_be_filled_are_not_drawn() -> None:
     before = torch.get_rng_state()
     with Undrawn():
-        DecoderLM(ModelConfig(d_model=16, num_layers=1, vocab_size=11))
+        build_model(ModelConfig(d_model=16, num_layers=1, vocab_size=11))
     assert torch.equal(torch.get_rng_state(), before)

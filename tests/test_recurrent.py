@@ -107,7 +107,7 @@ def test_an_empty_source_is_an_empty_source_whatever_its_padding_holds(tiny_mode
 
 @pytest.mark.parametrize("name", Initialisation.registry)
 def test_gates_start_with_orthogonal_recurrence_and_without_biases(name: str) -> None:
-    model = RecurrentEncoderDecoder(ModelConfig(**{**SIZES, "init": name, "num_layers": 2, "d_model": 64}))
+    model = build_model(ModelConfig(**{**SIZES, "init": name, "num_layers": 2, "d_model": 64}))
     for parameter_name, parameter in [*model.encoder.named_parameters(), *model.decoder.named_parameters()]:
         for gate in parameter.chunk(3):
             if parameter_name.startswith("bias"):

@@ -20,7 +20,6 @@ from minitransformer.errors import UserError
 from minitransformer.lab.stated import STATEMENTS
 from minitransformer.models.build import build_stack
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.model import build_model
 from tests.late_for_tests import late
 from tests.placements_for_tests import OURS, SUBLAYERS, Connections, Function, by_hand, choosing, nudged
@@ -316,7 +315,7 @@ def test_every_parameter_of_every_combination_is_used_and_every_logit_is_finite(
         config = ModelConfig(**{**sizes, **others, **choosing(name), **choice})
     except UserError as refusal:
         pytest.skip(f"refused, see the tests of configurations: {refusal}")
-    model, tokens = DecoderLM(config), torch.randint(0, 5, (2, 6))
+    model, tokens = build_model(config), torch.randint(0, 5, (2, 6))
     assert model(tokens).isfinite().all()
     nudged(model)(tokens).logsumexp(-1).sum().backward()
     for parameter_name, parameter in model.named_parameters():
@@ -349,7 +348,7 @@ def test_a_new_placement_is_one_class_that_a_config_names(sandwich: type[Residua
     config = ModelConfig(
         d_model=16, num_layers=2, num_heads=2, context_length=16, vocab_size=7, residual="toy-sandwich"
     )
-    model = DecoderLM(config)
+    model = build_model(config)
     gains = [
         [block.attention_residual.gain, block.feedforward_residual.gain]
         for block in model.stack.blocks

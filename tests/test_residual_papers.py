@@ -86,7 +86,7 @@ def admin_decoder(dropout: float = 0.0, seed: int = 3, **choices: Any) -> Decode
     """A decoder with embeddings N(0, 0.02²), whose Admin saw a batch."""
     sizes: dict[str, Any] = {"d_model": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 50, "positions": "none"}
     torch.manual_seed(seed)
-    model = DecoderLM(ModelConfig(residual="admin", dropout=dropout, **sizes, **choices))
+    model = build_model(ModelConfig(residual="admin", dropout=dropout, **sizes, **choices))
     tokens = torch.arange(64).reshape(4, 16).remainder(50)
     model.eval().calibrate(lambda: model(tokens))
     assert not model.training

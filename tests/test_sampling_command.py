@@ -22,6 +22,7 @@ from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.streaming import best_texts, stream_text
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.model import build_model
 from minitransformer.runs import GENERATION, Run
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import write_checkpoint
@@ -40,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shake: Callable[[DecoderLM], 
     """A folder with the run `runs/chars`, whose model has more tokens than its tokenizer."""
     folder = tmp_path_factory.mktemp("sampling")
     torch.manual_seed(1)
-    write_run(folder / "runs" / "chars", [shake(DecoderLM(MODEL)), shake(DecoderLM(MODEL))])
+    write_run(folder / "runs" / "chars", [shake(build_model(MODEL)), shake(build_model(MODEL))])
     return folder
 
 
@@ -48,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shake: Callable[[DecoderLM], 
 def endless(tmp_path_factory: pytest.TempPathFactory, shake: Callable[[DecoderLM], DecoderLM]) -> Path:
     """A run whose model knows nothing: all its logits are 0, and the greedy choice is for ever the first character."""
     path = tmp_path_factory.mktemp("sampling") / "endless"
-    model = shake(DecoderLM(replace(MODEL, tied_embeddings=False)))
+    model = shake(build_model(replace(MODEL, tied_embeddings=False)))
     torch.nn.init.zeros_(model.head.weight)
     write_run(path, [model])
     return path
@@ -187,7 +188,7 @@ def test_a_draft_answers_line_after_line_too(command: Any) -> None:
 
 def test_a_draft_with_another_tokenizer_is_refused(command: Any, runs: Path, tmp_path: Path) -> None:
     other = fitted("chars", "abcdé \nx")
-    write_run(tmp_path / "other", [DecoderLM(MODEL)], other)
+    write_run(tmp_path / "other", [build_model(MODEL)], other)
     code, out, err = command("runs/chars", "--prompt", "ab", "--draft", str(tmp_path / "other"))
     assert (code, out) == (2, "")
     assert "has another tokenizer than runs/chars" in err

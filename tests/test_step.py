@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.model import build_model
 from minitransformer.text.batches import IGNORE, Batch
 from minitransformer.text.tokenizers import Bytes
 from minitransformer.training.learner import Learner
@@ -42,7 +42,7 @@ def random_batch(size, generator, ignored=0.0):
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 999))
 def test_k_micro_batches_give_the_gradient_of_one_batch(count, size, seed):
     torch.manual_seed(seed)
-    model = DecoderLM(TINY.model)
+    model = build_model(TINY.model)
     # Padding is spread unevenly, so that a mean over micro-batch means would be wrong.
     batch = random_batch(count * size, torch.Generator().manual_seed(seed), ignored=0.5)
     whole, whole_result = gradients(model, [batch])
@@ -53,7 +53,7 @@ def test_k_micro_batches_give_the_gradient_of_one_batch(count, size, seed):
 
 
 def test_the_loss_is_the_mean_over_the_targets_that_count():
-    model = DecoderLM(TINY.model)
+    model = build_model(TINY.model)
     batch = random_batch(3, torch.Generator().manual_seed(0), ignored=0.3)
     _, result = gradients(model, [batch])
     log_p = model(batch.inputs).double().log_softmax(-1)
@@ -63,7 +63,7 @@ def test_the_loss_is_the_mean_over_the_targets_that_count():
 
 
 def test_clipping_scales_the_gradient_down_to_the_given_norm():
-    model = DecoderLM(TINY.model)
+    model = build_model(TINY.model)
     batch = random_batch(2, torch.Generator().manual_seed(0))
     free, result = gradients(model, [batch])
     clipped, _ = gradients(model, [batch], grad_clip=0.5 * result.grad_norm.item())
@@ -88,7 +88,7 @@ class TimesNaN(Causal):
 @pytest.mark.parametrize("first", [True, False])
 def test_a_loss_or_gradient_that_is_not_finite_changes_neither_weights_nor_averages(precision, broken, first):
     config = configured(optimizer="muon", momentum=0.9, lr=0.1, schedule="constant", warmup_steps=0)
-    model = DecoderLM(config.model)
+    model = build_model(config.model)
     learner = Learner(config, model, loader_of(causal()), cpu(precision))
     batch = random_batch(2, torch.Generator().manual_seed(0))
 
@@ -126,7 +126,7 @@ def test_a_step_asks_the_device_for_no_number(precision, optimizer):
             return Batch(self.inputs, self.targets)
 
     config = configured(optimizer=optimizer, dropout=0.1)
-    learner = Learner(config, DecoderLM(config.model), loader_of(causal()), cpu(precision))
+    learner = Learner(config, build_model(config.model), loader_of(causal()), cpu(precision))
     random = random_batch(2, torch.Generator().manual_seed(0))
     batch = OnHost(**{field.name: getattr(random, field.name) for field in fields(random)})
     with NoNumber():

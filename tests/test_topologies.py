@@ -56,7 +56,13 @@ PARTS: list[dict[str, Any]] = [
 ]
 
 
+OF_A_LANGUAGE_MODEL = {"head", "head_bias", "tied_embeddings", "logit_softcap"}
+"""settings of what predicts tokens, refused by a classifier"""
+
+
 def make(topology: str, **choices: Any) -> Model:
+    if topology == "encoder-classifier":
+        choices = {name: value for name, value in choices.items() if name not in OF_A_LANGUAGE_MODEL}
     return build_model(with_settings(ModelConfig(), {**SIZES, "topology": topology, **TOPOLOGIES[topology], **choices}))
 
 

@@ -162,6 +162,11 @@ class ParallelTwoNorms(ParallelBlock, name="parallel-two-norms"):
         )
 
 
+def run_block(block: nn.Module, stream: Any, **context: Any) -> Any:
+    """The stream after `block`; the backward pass finds what it needs in memory."""
+    return block(stream, **context)
+
+
 class Stack(nn.Module):
     """A stack of blocks, with positions, masks and embedding norm, computed once for all layers.
 
@@ -192,6 +197,7 @@ class Stack(nn.Module):
         self.dropout = Dropout(dropout)
         self.causal = causal
         self.windows = list(windows)
+        self.run_block: Callable[..., Any] = run_block
 
     def forward(
         self,
@@ -223,7 +229,8 @@ class Stack(nn.Module):
         }
         stream = self.shared.open(self.dropout(self.embedding_norm(self.positions.embed(x, positions))))
         for layer, block in enumerate(self.blocks):
-            stream = block(
+            stream = self.run_block(
+                block,
                 stream,
                 view=views[self.windows[layer]],
                 cache=cache and cache.layers[layer],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -84,27 +85,63 @@ class ZeroOutput(GPT2, name="zero-output"):
         nn.init.zeros_(weight)
 
 
-def initialise(model: nn.Module, scheme: Initialisation) -> None:
+def initialise(
+    model: nn.Module, scheme: Initialisation, complete: Callable[[nn.Module], object] = lambda module: None
+) -> None:
     """Initialise every linear layer and embedding of `model` by `scheme`, scaled by its residual placement.
 
     Depth scaling is applied once: if the placement has branch gains, `scheme` initialises as for a single sublayer.
-    Other parameters keep the values of their constructor. At the end, every other module with a method
-    `reset_parameters` is called, inner modules first, and may also change weights inside it. Raises
+    Other parameters keep the values of their constructor. At the end of each block, and of the model, every other
+    module in it with a method `reset_parameters` is called, inner modules first, and may also change weights inside
+    it. Then `complete` is called with the block, or the model; parameters without storage get it just before. Raises
     `UserError` for parameters of a module that is not a variant and has no such method.
     """
-    branches = [branch for module in model.modules() if isinstance(module, Block) for branch in module.branches]
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    inside = {part for block in blocks for part in block.modules()}
+    outside = [module for module in model.modules() if module not in inside]
+    give_storage(outside)
+    tables = {id(module.weight) for module in outside if isinstance(module, nn.Embedding)}
+    others = []
+    for module in list(model.modules()):
+        if isinstance(module, Block):
+            give_storage(module.modules())
+            _initialise_block(module, scheme)
+            complete(module)
+        elif module not in inside and not _draw(module, scheme, tables, {}):
+            others.append(module)
+    _reset(others)
+    complete(model)
+
+
+def give_storage(modules: Iterable[nn.Module]) -> None:
+    """Give storage on the CPU to the parameters of `modules` that have a shape only; tied ones stay tied."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in modules:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                empty = made.get(parameter)
+                if empty is None:
+                    empty = made[parameter] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                setattr(module, name, empty)
+
+
+def _initialise_block(block: Block, scheme: Initialisation) -> None:
     num_sublayers = {
         part: branch.residual.place.num_sublayers
-        for branch in branches
+        for branch in block.branches
         if branch.residual.branch_gains() is None
         for part in branch.sublayer.modules()
     }
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    others = [module for module in model.modules() if not _draw(module, scheme, tables, num_sublayers)]
-    for branch in branches:
+    others = [module for module in block.modules() if not _draw(module, scheme, set(), num_sublayers)]
+    for branch in block.branches:
         if (gains := branch.residual.branch_gains()) is not None:
             _scale(branch.sublayer, gains)
-    for module in reversed(others):
+    _reset(others)
+
+
+def _reset(modules: Sequence[nn.Module]) -> None:
+    """Initialise `modules`, outer ones first, by their own methods."""
+    for module in reversed(modules):
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
         elif list(module.parameters(recurse=False)) and not isinstance(module, Registered | Residual.Shared):

@@ -93,7 +93,7 @@ def _begin(arguments: Sequence[str], ranks: Ranks) -> int:
     preset, flags = preset_and_flags(arguments)
     options, config = _parse(flags, lookup("preset", preset, PRESETS), ranks)
     print(f"preset     {preset}", flush=True)  # the next line has to wait for more of torch
-    ranks.from_main(lambda: check_possible(config, options.out))
+    ranks.from_main(lambda: check_possible(config, options.out, ranks))
     return _train_new(options, preset, config, ranks.first_on_node(config.prepare), ranks)
 
 
@@ -104,7 +104,7 @@ def _fine_tune(initial: Path, arguments: Sequence[str], ranks: Ranks) -> int:
     size = f"{source.config.model.topology} of {amount(count_parameters(source.config.model))} parameters"
     print(f"from       {initial} ({size}, {weights.name})", flush=True)
     check_fits_run(source, config)
-    ranks.from_main(lambda: check_possible(config, options.out))
+    ranks.from_main(lambda: check_possible(config, options.out, ranks))
     whole, prepared = ranks.first_on_node(lambda: prepare_fine_tuning(config, usual, source.tokenizers))
     start = Parent.of(initial, weights), source.load_model(weights.name)
     return _train_new(options, source.path.resolve().name, whole, prepared, ranks, start)

@@ -25,7 +25,6 @@ class DecoderLM(Model, name="decoder"):
         self.embedding = build_embedding(config, config.vocab_size)
         self.stack = build_stack(config, causal=True)
         self.head = build_head(config, self.embedding)
-        self.initialise()
 
     def hidden_states(
         self,

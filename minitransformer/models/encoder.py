@@ -46,7 +46,6 @@ class EncoderLM(Encoder, name="encoder"):
         super().__init__(config)
         self.head = build_head(config, self.embedding)
         self.next_sentence = ClassificationHead(config.d_model, 2) if config.next_sentence else None
-        self.initialise()
 
     def token_logits(
         self,
@@ -104,7 +103,6 @@ class EncoderClassifier(Encoder, name="encoder-classifier"):
         self.head = ClassificationHead(
             config.d_model, config.num_classes, pooling=config.pooling, dropout=config.dropout
         )
-        self.initialise()
 
     def forward(
         self, tokens: TokensOrEmbeddings, *, is_token: Bool[Tensor, "batch length"] | None = None, **inputs: Any

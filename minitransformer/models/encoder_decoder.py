@@ -72,7 +72,6 @@ class EncoderDecoder(Seq2SeqLM, name="encoder-decoder"):
             config, causal=True, num_layers=config.decoder_layers, partner_layers=config.num_layers, has_memory=True
         )
         self.head = build_head(config, self.target_embedding)
-        self.initialise()
 
     def encode(
         self,

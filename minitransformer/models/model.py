@@ -39,9 +39,9 @@ class Model(Registered, nn.Module, kind="topology"):
         super().__init__()
         self.config = config
 
-    def initialise(self) -> None:
-        """Initialise every weight as configured."""
-        initialise(self, self.config.init.make())
+    def initialise(self, complete: Callable[[nn.Module], object] = lambda module: None) -> None:
+        """Initialise every weight as configured; `complete` is called with each block, then with the model."""
+        initialise(self, self.config.init.make(), complete)
         self.end_step()  # an invariant after every step holds before the first one too
 
     def calibrate(self, run: Callable[[], object]) -> None:
@@ -114,6 +114,23 @@ def next_positions(
 
 def build_model(config: ModelConfig) -> Model:
     """The model that `config` describes, with initialised weights."""
+    model = _constructed(config)
+    model.initialise()
+    return model
+
+
+def build_in_parts(config: ModelConfig, complete: Callable[[nn.Module], object]) -> Model:
+    """`build_model` with the very same weights, in which one block at a time gets storage, and then the rest.
+
+    `complete` is called with each block, then with the model, and may replace the weights by those of one rank.
+    """
+    with _WithoutStorage():
+        model = _constructed(config)
+    model.initialise(complete)
+    return model
+
+
+def _constructed(config: ModelConfig) -> Model:
     import_module(f"minitransformer.models.{TOPOLOGIES[config.topology]}")
     return Model.named("encoder-pretraining" if config.next_sentence else config.topology)(config)
 
@@ -125,15 +142,35 @@ class _Unmade(TorchFunctionMode):
     """
 
     makers = frozenset({torch.empty, torch.ones, torch.zeros})
-    draws = frozenset(
-        {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.orthogonal_, Tensor.normal_}
-    )
+    draws = frozenset({nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_})
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function in self.draws:
-            return args[0] if args else kwargs["tensor"]
+            return self.draw(function, *args, **kwargs)
         return function(*args, **(kwargs | ({"device": "meta"} if function in self.makers else {})))
+
+    def draw(self, function: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`tensor`, unchanged, in place of what `function` would draw."""
+        return tensor
+
+
+class _WithoutStorage(_Unmade):
+    """Matrices with a shape only, where torch's generator is left as if they had been drawn."""
+
+    makers = frozenset({torch.empty})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory = torch.empty(0)  # one for all draws: freed ones would leave holes in the heap
+
+    def draw(self, function: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not tensor.is_meta:
+            return function(tensor, *args, **kwargs)
+        if self._memory.numel() < tensor.numel():
+            self._memory = torch.empty(tensor.numel())
+        function(self._memory[: tensor.numel()].view(tensor.shape), *args, **kwargs)
+        return tensor
 
 
 def check_size(config: ModelConfig, tensors: int, size: int, origin: str) -> None:
@@ -151,19 +188,22 @@ def check_size(config: ModelConfig, tensors: int, size: int, origin: str) -> Non
         )
 
 
+def model_without_storage(config: ModelConfig) -> Model:
+    """The model that `config` describes, whose parameters have a shape only."""
+    with _Unmade():
+        return _constructed(config)
+
+
 def count_parameters(config: ModelConfig) -> int:
     """The number of parameters of the model that `config` describes, without allocating them."""
-    with _Unmade():
-        return build_model(config).num_parameters()
+    return model_without_storage(config).num_parameters()
 
 
 def count_flops(config: ModelConfig, length: int) -> int:
     """`flops_per_token` of the model that `config` describes, without allocating it."""
-    with _Unmade():
-        return build_model(config).flops_per_token(length)
+    return model_without_storage(config).flops_per_token(length)
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the parameters of the model that `config` describes, without allocating them."""
-    with _Unmade():
-        return {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in model_without_storage(config).state_dict().items()}

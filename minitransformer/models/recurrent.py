@@ -59,7 +59,6 @@ class RecurrentEncoderDecoder(Seq2SeqLM, name="rnn"):
         self.readout = nn.Linear(4 * d, 2 * d)
         self.dropout = Dropout(config.dropout)
         self.head = build_head(config, self.target_embedding)
-        self.initialise()
 
     def encode(
         self, source: Int[Tensor, "batch source"], *, is_token: Bool[Tensor, "batch source"] | None = None

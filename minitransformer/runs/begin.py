@@ -15,16 +15,18 @@ from minitransformer.training.config import RunConfig, with_usual_vocabulary
 from minitransformer.training.finetuning import Parent, check_fits
 from minitransformer.training.logging import TensorBoard
 from minitransformer.training.machine import Resolved, choose_device, choose_precision
+from minitransformer.training.parallel import parallel_over
 from minitransformer.training.ranks import Ranks
 
 
-def check_possible(config: RunConfig, out: Path | None) -> None:
+def check_possible(config: RunConfig, out: Path | None, ranks: Ranks) -> None:
     """Raises `UserError` early for an impossible run, before minutes of data preparation."""
     if out is not None:
         check_free(out)
     if config.training.tensorboard:
         TensorBoard.check()
     choose_precision(choose_device(config.training.device), config.training.precision)
+    parallel_over(ranks, config.training.parallel).check(config.model, config.training)
     count_parameters(with_usual_vocabulary(config))
 
 

@@ -153,6 +153,11 @@ class TrainingConfig:
     compile: Literal["auto", "on", "off"] = setting(
         "auto", help="torch.compile; auto uses it if the run is long enough to profit"
     )
+    activation_checkpointing: bool = setting(
+        False,
+        observes_only=True,
+        help="recompute the inside of each block in the backward pass: less memory, and about a third more time",
+    )
     parallel: Choice[Parallel] = Choice(
         Parallel, "ddp", observes_only=True, help="how the ranks that torchrun starts share the training"
     )
@@ -205,6 +210,10 @@ class RunConfig:
             raise UserError(
                 f"objective {objective.name!r} cannot train topology {topology!r}: "
                 f"choose --objective {' or '.join(possible)}"
+            )
+        if self.training.activation_checkpointing and topology == "rnn":
+            raise UserError(
+                "activation_checkpointing recomputes transformer blocks, and topology 'rnn' has none: leave it out"
             )
         self._choose_dataset(objective)
         if not self.data.validates:

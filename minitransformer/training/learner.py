@@ -15,9 +15,10 @@ from torch import Tensor
 
 from minitransformer.architecture.dropout import rows_from
 from minitransformer.errors import UserError
-from minitransformer.models.model import Model, build_model
+from minitransformer.models.model import Model
 from minitransformer.text.batches import TrainingBatch
 from minitransformer.text.datasets import PreparedData
+from minitransformer.training.activation_checkpointing import checkpoint_activations
 from minitransformer.training.checkpoint import load_model_weights
 from minitransformer.training.config import RunConfig
 from minitransformer.training.experts import ExpertBalance
@@ -62,15 +63,16 @@ def build_learner(
 
     Weights are initialised by the run's seed and calibrated on its first batch, or loaded from `initial`.
     """
-    keep_freed_memory()
     loader = Loader.of_run(config, data)
+    parallel = parallel_over(ranks, config.training.parallel)
+    parallel.check(config.model, config.training)
     torch.manual_seed(config.training.seed)
-    model = build_model(config.model).to(machine.device).train()
+    model = parallel.build(config.model, machine.device).train()
+    keep_freed_memory()
     if initial is None:
         model.calibrate(lambda: loader.objective.loss_sum(model, loader.training_batches(0)[0].to(machine.device)))
     else:
         load_model_weights(initial, model)
-    parallel = parallel_over(ranks, config.training.parallel)
     return Learner(config, model, loader, machine, make_probe(model, loader, machine.device), parallel)
 
 
@@ -94,10 +96,12 @@ class Learner:
         self.loader, self.objective = loader, loader.objective
         self.parallel = parallel or Parallel()
         self.ranks = self.parallel.ranks
-        self.fast_model = self.parallel.shard(compiled(model) if machine.compile else model)
-        self.optimizers = build_optimizers(training.optimizer, model, training.rates)
-        self.balance = ExpertBalance(model, training.expert_balance, self.ranks)
         self.precision = Precision.named(machine.precision)(machine.device)
+        if training.activation_checkpointing:
+            checkpoint_activations(model, self.precision, compiled=machine.compile)
+        self.fast_model = self.parallel.wrap(compiled(model) if machine.compile else model)
+        self.optimizers = build_optimizers(training.optimizer, model, training.rates, self.parallel)
+        self.balance = ExpertBalance(model, training.expert_balance, self.ranks)
         self.micro_batches = MicroBatches(training.batch_size, training.on_oom == "halve", self.ranks)
         self.ranks.from_main(self._check_repeatable)
         self.steps_done, self.skipped_batches = 0, 0
@@ -134,7 +138,6 @@ class Learner:
         add = partial(self._add_gradients, synchronised=False)
         loss = self.micro_batches.compute(batches, add, self._drop_gradients)
         # The passes of all ranks fit into their memory: one over a row without targets adds up their gradients.
-        self.balance.counts = False
         with self.parallel.synchronised(self.fast_model, now=True):
             with self.precision.autocast():
                 nothing = self.objective.loss_sum(self.fast_model, batches[0].rows(0, 0).to(self.machine.device))
@@ -166,7 +169,8 @@ class Learner:
         total = torch.zeros((), device=self.machine.device)
         for number, (batch, count) in enumerate(zip(batches, counts, strict=True), start=1):
             mine = self.ranks.share(batch.num_rows)
-            first, self.balance.counts = row + mine.start, bool(mine)
+            first = row + mine.start
+            self.balance.record(counted=bool(mine))
             rows = batch.rows(mine.start, mine.stop).to(self.machine.device, non_blocking=True)
             torch.manual_seed(self._seed(first))
             now = synchronised and number == len(batches)

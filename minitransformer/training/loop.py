@@ -181,10 +181,12 @@ class Trainer:
 
     def write_sample(self, *, best: bool = False) -> str:
         """A sample from the current or the best weights, also written to `samples.txt`; "" except on the main rank."""
+        earlier = best and self.progress.best_step not in (0, self.progress.step)
+        model = None if earlier else self.learner.parallel.whole(self.learner.model)
         if not self.ranks.is_main:
             return ""
-        model, note = self.learner.model, ""
-        if best and self.progress.best_step not in (0, self.progress.step):
+        note = ""
+        if model is None:
             model = self._best_model()
             note = f"from the best weights, of step {self.progress.best_step}:\n"
         sample = note + self.sample(model, self.learner.loader)

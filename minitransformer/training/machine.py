@@ -211,11 +211,21 @@ def compiled(model: nn.Module) -> nn.Module:
 
 def keep_freed_memory() -> None:
     """Have glibc reuse the memory that a step frees: by default, large tensors are page-faulted in again each time."""
+    if _set_malloc(M_MMAP_THRESHOLD, 1 << 30):
+        _set_malloc(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def return_freed_memory() -> None:
+    """Have glibc return the memory of large tensors at once: tensors that come and go would leave holes in its heap."""
+    _set_malloc(M_MMAP_THRESHOLD, 1 << 17)
+
+
+def _set_malloc(parameter: int, value: int) -> bool:
+    """Set a parameter of glibc's malloc; False elsewhere."""
     if not sys.platform.startswith("linux"):
-        return
+        return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries lack it
-    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, 1 << 30):
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    return mallopt is not None and bool(mallopt(parameter, value))
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.training.light import LightOptimizer
+from minitransformer.training.parallel import Parallel
+from minitransformer.training.shards import local_part
 
 Quintic = tuple[float, float, float]
 """coefficients (a, b, c) of a x + b x³ + c x⁵"""
@@ -85,7 +88,8 @@ class Muon(LightOptimizer):
     """W ← (1 − lr · decay) W − lr · √max(1, rows/columns) · orthogonalise(Nesterov momentum), for matrices.
 
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. torch's own uses bfloat16 on every device, which
-    most CPUs only emulate; this one uses float32 except on CUDA, for all matrices of a shape at once.
+    most CPUs only emulate; this one uses float32 except on CUDA, for all matrices of a shape at once. Each rank
+    orthogonalises some of the matrices, each of them whole.
     """
 
     def __init__(
@@ -96,9 +100,10 @@ class Muon(LightOptimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         quintics: Sequence[Quintic] | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.quintics = quintics or jordan(5)
+        self.quintics, self.parallel = quintics or jordan(5), parallel or Parallel()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -111,15 +116,17 @@ class Muon(LightOptimizer):
                 self._step_together(parameters, group)
 
     def _step_together(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        averages = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
-        skip = self.found_inf if self.found_inf is not None else torch.zeros((), device=parameters[0].device)
+        rows, columns = shape = parameters[0].shape
+        averages = [local_part(self.state[p].setdefault("momentum", torch.zeros_like(p))) for p in parameters]
+        gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+        weights = [local_part(p) for p in parameters]
+        skip = self.found_inf if self.found_inf is not None else torch.zeros((), device=weights[0].device)
         # In a skipped step, the average is unchanged and the update is 0.
         gradients = [torch.where(skip > 0, a, g) for a, g in zip(averages, gradients, strict=True)]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         stacked = torch.stack(torch._foreach_lerp(gradients, averages, group["momentum"]))
         stacked = stacked.bfloat16() if stacked.is_cuda else stacked
-        updates = orthogonalise(stacked, self.quintics).to(parameters[0].dtype) * (1 - skip)
-        rows, columns = parameters[0].shape
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * (1 - skip))
-        torch._foreach_add_(parameters, list(updates), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+        updates = self.parallel.of_matrices(partial(orthogonalise, quintics=self.quintics), stacked, shape)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * (1 - skip))
+        step = -group["lr"] * max(1, rows / columns) ** 0.5
+        torch._foreach_add_(weights, list(updates.to(weights[0].dtype) * (1 - skip)), alpha=step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -13,6 +13,8 @@ from minitransformer.registry import Registered
 from minitransformer.settings import Chosen, setting
 from minitransformer.training.light import LightAdamW, LightOptimizer
 from minitransformer.training.muon import NEWTON_SCHULZ, Muon
+from minitransformer.training.parallel import Parallel
+from minitransformer.training.shards import by_mesh
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,11 @@ class ParameterGroups:
 class Optimizer(Registered, kind="optimizer"):
     """One or several of torch's optimizers, which share the parameters of a model."""
 
-    def __init__(self, settings: Any, rates: Rates) -> None:
-        self.settings, self.rates = settings, rates
+    needs_whole_matrices: ClassVar[bool] = False
+    """whether the update of a number depends on the others of its matrix"""
+
+    def __init__(self, settings: Any, rates: Rates, parallel: Parallel | None = None) -> None:
+        self.settings, self.rates, self.parallel = settings, rates, parallel
 
     def build(self, weights: ParameterGroups) -> list[LightOptimizer]:
         """The optimizers, with their parameter groups and peak learning rates."""
@@ -86,8 +91,9 @@ class AdamW(Optimizer, name="adamw"):
         ]
         return [self.adamw(groups)]
 
-    def adamw(self, groups: list[dict[str, object]]) -> LightOptimizer:
-        """torch's fused AdamW for `groups`."""
+    def adamw(self, groups: list[dict[str, Any]]) -> LightOptimizer:
+        """torch's fused AdamW for `groups`, whose parameters it takes together only on the same ranks."""
+        groups = [{**group, "params": parameters} for group in groups for parameters in by_mesh(group["params"])]
         betas = (self.settings.beta1, self.settings.beta2)
         return LightAdamW(groups, betas=betas, eps=self.settings.eps, fused=True)
 
@@ -106,6 +112,7 @@ class MuonWithAdamW(AdamW, name="muon"):
         )
 
     settings: Settings
+    needs_whole_matrices = True
 
     def build(self, weights: ParameterGroups) -> list[LightOptimizer]:
         settings, rates = self.settings, self.rates
@@ -119,13 +126,16 @@ class MuonWithAdamW(AdamW, name="muon"):
             momentum=settings.momentum,
             weight_decay=rates.weight_decay,
             quintics=NEWTON_SCHULZ[settings.newton_schulz](settings.newton_schulz_steps),
+            parallel=self.parallel,
         )
         return [matrices, self.adamw(rest)]
 
 
-def build_optimizers(optimizer: Chosen[Optimizer], model: nn.Module, rates: Rates) -> list[LightOptimizer]:
+def build_optimizers(
+    optimizer: Chosen[Optimizer], model: nn.Module, rates: Rates, parallel: Parallel | None = None
+) -> list[LightOptimizer]:
     """The optimizers of `model`; each parameter group stores its peak learning rate."""
-    optimizers = optimizer.make(rates).build(ParameterGroups.of(model))
+    optimizers = optimizer.make(rates, parallel).build(ParameterGroups.of(model))
     for each in optimizers:
         for group in each.param_groups:
             group["peak_lr"] = group["lr"]

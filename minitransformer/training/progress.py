@@ -88,7 +88,7 @@ class Meter:
     def __init__(self, learner: Learner, progress: Progress) -> None:
         self.learner, self.progress = learner, progress
         # Before the first step, the device has memory for the measurement's matrices.
-        self._peak_flops = learner.ranks.size * peak_flops(learner.machine.device, learner.precision.dtype)
+        self._peak_flops = learner.ranks.processes * peak_flops(learner.machine.device, learner.precision.dtype)
         self._flops_per_token = learner.model.flops_per_token(learner.config.sequence_length)
         self._unread: list[Tensor] = []
         self._loss_scale = learner.precision.loss_scale()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +49,11 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes logs and checkpoints."""
         return self.rank == 0
+
+    @property
+    def processes(self) -> int:
+        """The number of processes, of which several may be one rank that reads rows."""
+        return self.size
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of `x` over ranks."""
@@ -101,9 +106,18 @@ class Ranks:
         self.from_main(lambda: made.append(make()))
         return made[0] if self.is_main else open()
 
-    def share(self, count: int) -> range:
-        """This rank's part of `count` rows: all parts are adjacent and differ by one row at most."""
-        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+    def share(self, count: int, rank: int | None = None) -> range:
+        """The part of `count` rows of `rank`, by default this one: all are adjacent and differ by one row at most."""
+        rank = self.rank if rank is None else rank
+        return range(rank * count // self.size, (rank + 1) * count // self.size)
+
+    def gather(self, part: Tensor, count: int) -> Tensor:
+        """All `count` rows, of which each rank has its share in `part`."""
+        return part
+
+    def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """What each rank sends to this one, one after the other: `sent[r]` numbers of `x` go to rank r."""
+        return x
 
 
 ONE_PROCESS = Ranks()
@@ -143,6 +157,21 @@ class Processes(Ranks):
         all_reduce(most, ReduceOp.MAX)
         self._watch.steps += 1
         return int(most)
+
+    def gather(self, part: Tensor, count: int) -> Tensor:
+        shares = [len(self.share(count, rank)) for rank in range(self.size)]
+        # Every rank has the same for all; gloo cannot gather parts of several sizes.
+        sent = part.expand(self.size, *part.shape).flatten()
+        row = part.shape[1:].numel()
+        received = self.exchange(sent, [part.numel()] * self.size, [share * row for share in shares])
+        return received.view(count, *part.shape[1:])
+
+    def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        from torch.distributed import all_to_all_single
+
+        result = x.new_empty(sum(received))
+        all_to_all_single(result, x, list(received), list(sent))
+        return result
 
     def from_main(self, make: Callable[[], T]) -> T:
         from torch.distributed import broadcast_object_list

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minitransformer.errors import StorageError
 
+T = TypeVar("T", bound=Tensor)
 WEIGHTS, OPTIMIZERS = 1, 2
 """numbers of a rank's files"""
 SHARD_NAME = re.compile(r"shard-\d{5}-model-0000[12]-of-0000[12]\.safetensors")
@@ -39,6 +40,14 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     """All of `tensor`; all ranks call it alike."""
     whole: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return whole
+
+
+def by_mesh(tensors: Sequence[T]) -> list[list[T]]:
+    """`tensors` in groups that are divided over the same ranks, or not at all; at least one."""
+    groups: dict[Any, list[T]] = {}
+    for tensor in tensors:
+        groups.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
+    return list(groups.values()) or [[]]
 
 
 def sharded_like(whole: Tensor, tensor: Any) -> Tensor:
