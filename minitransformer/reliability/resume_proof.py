@@ -123,7 +123,7 @@ class ComparingRecorder(Recorder):
 
 def new_run(config: RunConfig, path: Path, ranks: Ranks) -> Run:
     """A run of `config` that is to begin, in a new folder."""
-    ranks.from_main(lambda: check_possible(config, path))
+    ranks.from_main(lambda: check_possible(config, path, ranks))
     prepared = ranks.first_on_node(config.prepare)
     config = replace(config, model=with_vocabulary(config.model, prepared))
     machine = ranks.from_main(lambda: machine_for(config))
