@@ -74,8 +74,8 @@ def test_where_no_disk_can_be_mounted_files_have_a_limit(tmp_path: Path, capsys:
     finally:
         can_mount.cache_clear()
     told = capsys.readouterr().out
-    assert "full disk                        2=" in told
-    assert "read-only folder                  -" in told
+    assert "full disk                      2=" in told
+    assert "read-only folder                -" in told
     assert "the full disk is a limit on the size of files" in told
     assert "not tried: read-only folder, as this user may write everywhere" in told
 

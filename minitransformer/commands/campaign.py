@@ -30,6 +30,8 @@ ABOUT = (
 )
 LEGEND = "= equal bit for bit, ≈ equal within rounding, r refused in one sentence"
 REMEDY = "choose another --folder"
+NARROWEST = 8
+"""columns of a cell"""
 LONG = 17
 """cases of each kind and fault: more than 200 kills"""
 
@@ -112,7 +114,8 @@ class FaultTable:
         if self.markdown:
             line = f"| {' | '.join([first, *cells])} |"
         else:
-            line = f"{first:25}" + "".join(f" {text:>9}" for text in cells)
+            widths = [1 + max(NARROWEST, len(kind.name)) for kind in self.kinds]
+            line = f"{first:24}" + "".join(f"{text:>{width}}" for text, width in zip(cells, widths, strict=True))
         if not self.quiet:
             print(line.rstrip(), flush=True)
 

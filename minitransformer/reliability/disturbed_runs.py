@@ -19,8 +19,8 @@ from minitransformer.errors import UserError
 from minitransformer.reliability.launcher import KILLED, NOTHING, Commands, Ended, Strike
 from minitransformer.reliability.state import State, differences, leaves_of, without_times
 from minitransformer.runs import Run
-from minitransformer.training.checkpoint import CHECKPOINTS, checkpoint_step, checkpoints_in, load_trainer_state
-from minitransformer.training.parallel import Parallel
+from minitransformer.training.checkpoint import CHECKPOINTS, checkpoint_step, checkpoints_in, load_learner_state
+from minitransformer.training.parallel import FSDP, Parallel
 
 TEXT = "".join(f"Line {i}: the {'quick brown' if i % 3 else 'slow red'} fox counts {i * i}.\n" for i in range(200))
 PARENT = "parent"
@@ -66,7 +66,8 @@ class RunKind:
 def run_kinds() -> dict[str, RunKind]:
     """Every kind of run, by name."""
     several = [RunKind(name, 2, 2, ("--parallel", name)) for name in Parallel.registry]
-    changed = [RunKind("2 to 1", 2, 1), RunKind("1 to 2", 1, 2)]
+    # From a checkpoint in parts to a whole model, and from a whole checkpoint.
+    changed = [RunKind("2 to 1", 2, 1, ("--parallel", FSDP.name)), RunKind("1 to 2", 1, 2)]
     kinds = [RunKind("train"), RunKind("fine-tune", fine_tuned=True), *several, *changed]
     return {kind.name: kind for kind in kinds}
 
@@ -182,9 +183,9 @@ def last_line(ended: Ended) -> str:
 def _final_state(path: Path, spared: str) -> State:
     """All that a run has come to: weights, trainer state, and records of metrics."""
     run = Run.open(path)
-    weights = {name: run.load_model(name).state_dict() for name in ("latest", "best")}
-    state = {f"weights of {name}": dict(tensors) for name, tensors in weights.items()}
-    state["trainer state"] = dict(leaves_of(load_trainer_state(run.checkpoint("latest"))))
+    models = {name: run.load_model(name) for name in ("latest", "best")}
+    state = {f"weights of {name}": dict(model.state_dict()) for name, model in models.items()}
+    state["trainer state"] = dict(leaves_of(load_learner_state(run.checkpoint("latest"), models["latest"])))
     if spared != "metrics.jsonl":
         lines = (path / "metrics.jsonl").read_text().splitlines()
         rows = [without_times(json.loads(line)) for line in lines]

@@ -27,6 +27,8 @@ from minitransformer.reliability.injection import DiskFault
 Start = Callable[[str, Sequence[str]], int]
 """runs the command of this name with arguments, and returns its exit code"""
 ROOT = Path(__file__).parents[2]
+OF_RANKS = ("filelock", "torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint")
+"""what commands import late"""
 KILLED, TRACEBACK = -signal.SIGKILL, 99
 ENDED_BY_OTHERS = {KILLED, -signal.SIGTERM}
 
@@ -94,7 +96,7 @@ class Commands:
     def __init__(self, start: Start, modules: Sequence[str]) -> None:
         self._start = start
         self._context = get_context("forkserver")
-        self._context.set_forkserver_preload([*modules, "filelock", "torch.distributed", "torch.nn.parallel"])
+        self._context.set_forkserver_preload([*modules, *OF_RANKS])
         start_resource_tracker()
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         with changed_environment({"OMP_NUM_THREADS": "1", "PYTHONPATH": path}):
