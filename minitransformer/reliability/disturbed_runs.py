@@ -85,6 +85,9 @@ class Reference:
         shutil.copytree(self.empty, self.whole, symlinks=True)
         ended = self._run(self.whole, *kind.begin, ranks=kind.ranks)
         self.seconds, self.calls = ended.seconds, ended.calls
+        begun, last = (self.whole / "run" / name for name in ("config.json", "metrics.jsonl"))
+        self.training_share = max(0.0, last.stat().st_mtime - begun.stat().st_mtime) / ended.seconds
+        """part of the time that is between the beginning of the run and its last record"""
 
     def _run(self, folder: Path, *words: str, ranks: int = 1) -> Ended:
         ended = self.commands(folder, *words, ranks=ranks, patience=300)
@@ -135,7 +138,8 @@ class DisturbedRun:
     def begin_half(self) -> None:
         """Begin the run, and kill it at some time after its first checkpoint."""
         first = self.run / "checkpoints/latest"
-        self.begin_struck(lambda seconds: Strike(after=self.draw.uniform(0, seconds / 4), once=first))
+        share = self.reference.training_share / 2
+        self.begin_struck(lambda seconds: Strike(after=self.draw.uniform(0, share * seconds), once=first))
 
     def begin(self, strike: Strike = NOTHING) -> Ended:
         return self._checked(self.commands(self.folder, *self.kind.begin, ranks=self.kind.ranks, strike=strike))

@@ -68,7 +68,8 @@ class KillRank(Fault, name="kill-rank"):
 
     def try_on(self, case: DisturbedRun) -> str:
         rank, begun = case.draw.randrange(case.kind.ranks), case.run / "config.json"
-        case.begin_struck(lambda seconds: Strike(rank, case.draw.uniform(0, seconds / 2), self.signal, begun))
+        share = case.reference.training_share
+        case.begin_struck(lambda seconds: Strike(rank, case.draw.uniform(0, share * seconds), self.signal, begun))
         return case.finish()
 
 
