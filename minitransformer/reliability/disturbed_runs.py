@@ -25,8 +25,9 @@ from minitransformer.training.parallel import FSDP, Parallel
 TEXT = "".join(f"Line {i}: the {'quick brown' if i % 3 else 'slow red'} fox counts {i * i}.\n" for i in range(200))
 PARENT = "parent"
 SHAPE = ("--tokenizer", "bytes", "--d-model", "16", "--num-layers", "2", "--num-heads", "2", "--context-length", "16")
+STEPS = 8
 COURSE = (
-    *("--steps", "8", "--save-every", "2", "--eval-every", "4", "--log-every", "1", "--keep-last", "1"),
+    *("--steps", str(STEPS), "--save-every", "2", "--eval-every", "4", "--log-every", "1", "--keep-last", "1"),
     # An odd number of rows is not divided evenly; a large ε keeps the rounding of sums over ranks small.
     *("--batch-size", "3", "--grad-accumulation", "2", "--dropout", "0.1", "--warmup-steps", "2", "--eps", "1e-4"),
     *("--device", "cpu", "--precision", "fp32", "--compile", "off", "--rank-timeout", "5"),
@@ -116,19 +117,25 @@ class DisturbedRun:
     def run(self) -> Path:
         return self.folder / "run"
 
+    @property
+    def saved(self) -> int:
+        """The step of the last checkpoint; 0 for none."""
+        return max(map(checkpoint_step, checkpoints_in(self.run / CHECKPOINTS)), default=0)
+
     def prepare(self) -> None:
         """Make the folder in which the run is to begin."""
         shutil.copytree(self.reference.empty, self.folder, symlinks=True, dirs_exist_ok=True)
 
-    def begin_struck(self, strike: Callable[[float], Strike]) -> None:
-        """Begin the run, and again, until a strike comes before it has ended.
+    def begin_struck(self, strike: Callable[[float], Strike], *, before: int | None = None) -> None:
+        """Begin the run, and again, until a strike comes before it has ended, or has saved step `before`.
 
         `strike` is given the time within which it should come, less each time.
         """
         seconds = self.reference.seconds
         for _ in range(MOST_STRIKES):
             self.prepare()
-            if not self.begin(strike(seconds)).done:
+            ended = self.begin(strike(seconds))
+            if not ended.done and (before is None or self.saved < before):
                 return
             seconds *= SOONER
             for path in self.folder.iterdir():
@@ -136,10 +143,10 @@ class DisturbedRun:
         raise Broken(f"it ended before each of {MOST_STRIKES} strikes")
 
     def begin_half(self) -> None:
-        """Begin the run, and kill it at some time after its first checkpoint."""
+        """Begin the run, and kill it at some time after its first checkpoint, and before its last."""
         first = self.run / "checkpoints/latest"
         share = self.reference.training_share / 2
-        self.begin_struck(lambda seconds: Strike(after=self.draw.uniform(0, share * seconds), once=first))
+        self.begin_struck(lambda seconds: Strike(after=self.draw.uniform(0, share * seconds), once=first), before=STEPS)
 
     def begin(self, strike: Strike = NOTHING) -> Ended:
         return self._checked(self.commands(self.folder, *self.kind.begin, ranks=self.kind.ranks, strike=strike))
@@ -157,7 +164,7 @@ class DisturbedRun:
 
     def finish(self) -> str:
         """Do what the messages say: resume the run, or begin it where there is none; returns what it is then."""
-        saved = any(checkpoint_step(path) for path in checkpoints_in(self.run / CHECKPOINTS))
+        saved = self.saved > 0
         ended = self.resume()
         if saved and any(words in ended.output for words in ("checkpoint none yet", "is not a run folder")):
             raise Broken("the checkpoint that it had saved is lost")
