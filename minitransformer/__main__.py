@@ -16,6 +16,8 @@ COMMANDS = {
     "replay": "repeat the last step of a run that has diverged, and show where",
     "compare": "compare runs: settings, training curves, and significance across seeds",
     "sweep": "search hyper-parameters of a preset: grid, random draws, successive halving",
+    "verify-resume": "prove on this machine that a run resumes exactly, bit for bit",
+    "campaign": "prove on this machine that no kill, full disk or damaged file loses a run",
     "lab": "run experiments on norm placement, each with a report",
     "bench": "measure speed and memory, relative to peers and to the limits of the machine",
     "import": "turn a public checkpoint into a run",
@@ -30,7 +32,7 @@ def main() -> int:
     if not arguments or arguments[0] in HELP:
         print("usage: minitransformer COMMAND [--help | options]\n")
         for name, what in COMMANDS.items():
-            print(f"  {name:10} {what}")
+            print(f"  {name:14} {what}")
         return DONE if arguments else USAGE
     lookup("command", arguments[0], COMMANDS)
     return start(arguments[0], arguments[1:])

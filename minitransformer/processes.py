@@ -37,7 +37,7 @@ class Process:
         self.connection, remote = context.Pipe()
         # Pickled work may refer to classes of plugins, which must be loaded before it is unpickled.
         self._process = context.Process(target=_run, args=(remote, loaded_files(), pickle.dumps((work, arguments))))
-        with _block_ctrl_c(), _environment(environment):
+        with _block_ctrl_c(), changed_environment(environment):
             self._process.start()
         remote.close()
 
@@ -71,11 +71,7 @@ def _block_ctrl_c() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # not on this system
         yield
         return
-    # The first process would start multiprocessing's tracker, which unblocks the signal. It cleans up after killed
-    # processes, and by default warns about each leaked lock.
-    warnings = f"{os.environ.get('PYTHONWARNINGS', '')},ignore:resource_tracker".lstrip(",")
-    with _environment({"PYTHONWARNINGS": warnings}):
-        resource_tracker.ensure_running()
+    start_resource_tracker()  # the first process would start it, and it unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -83,8 +79,15 @@ def _block_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def start_resource_tracker() -> None:
+    """Start multiprocessing's tracker, which cleans up after killed processes, without a warning for each lock."""
+    warnings = f"{os.environ.get('PYTHONWARNINGS', '')},ignore:resource_tracker".lstrip(",")
+    with changed_environment({"PYTHONWARNINGS": warnings}):
+        resource_tracker.ensure_running()
+
+
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def changed_environment(values: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

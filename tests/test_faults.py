@@ -17,7 +17,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.faults_for_tests import KILLED, Commands, Ended, all_files, commands, flip
+from minitransformer.commands import start
+from minitransformer.reliability.faults import can_mount, files_in, flip_bit, small_disk
+from minitransformer.reliability.injection import BALLAST
+from minitransformer.reliability.launcher import KILLED, Commands, Strike
 from tests.runs_for_tests import SMALL, TEXT
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
@@ -28,9 +31,8 @@ RESUME = ("--resume", "run")
 
 
 @pytest.fixture(scope="module")
-def command() -> Iterator[Commands]:
-    with commands() as starter:
-        yield starter
+def command() -> Commands:
+    return Commands(start, ["minitransformer.commands.train", "minitransformer.commands.sample"])
 
 
 def folder_with_text(path: Path) -> Path:
@@ -68,10 +70,6 @@ def assert_same(folder: Path, whole: Path) -> None:
     assert not [path for ending in ("partial", "replaced") for path in (folder / "run").rglob(f"*.{ending}")]
 
 
-def in_one_sentence(ended: Ended) -> bool:
-    return ended.code in (1, 2) and len(ended.errors) == 1 and "Traceback" not in ended.output
-
-
 def finish(command: Commands, folder: Path) -> None:
     """What the messages say to do: resume the run, or begin it where it says that there is none."""
     ended = command(folder, "train", *RESUME)
@@ -90,11 +88,11 @@ def steps_saved(folder: Path) -> int:
 def test_a_run_that_is_killed_at_any_change_of_the_disk_ends_as_if_it_had_not_been(
     command: Commands, whole: Path, tmp_path: Path
 ) -> None:
-    calls = command(folder_with_text(tmp_path / "counted"), "train", *BEGIN).calls
+    calls = command(folder_with_text(tmp_path / "counted"), "train", *BEGIN).calls[0]
     assert calls > 60
     for number in range(1, calls + 1, max(1, calls // 60)):
         folder = folder_with_text(tmp_path / str(number))
-        assert command(folder, "train", *BEGIN, at=number).code == KILLED
+        assert command(folder, "train", *BEGIN, strike=Strike(at=number)).code == KILLED
         finish(command, folder)
         assert_same(folder, whole)
 
@@ -109,12 +107,12 @@ def test_a_checkpoint_that_is_written_again_survives_a_kill_at_any_change(
     _forget_the_last_validation(stopped / "run")
     counted = tmp_path / "counted"
     shutil.copytree(stopped, counted, symlinks=True)
-    calls = command(counted, "train", *RESUME).calls
+    calls = command(counted, "train", *RESUME).calls[0]
     assert_same(counted, whole)
     for number in range(1, calls + 1):
         folder = tmp_path / str(number)
         shutil.copytree(stopped, folder, symlinks=True)
-        assert command(folder, "train", *RESUME, at=number).code == KILLED
+        assert command(folder, "train", *RESUME, strike=Strike(at=number)).code == KILLED
         finish(command, folder)
         assert_same(folder, whole)
 
@@ -148,7 +146,7 @@ def test_a_run_that_is_killed_again_and_again_at_random_ends_as_if_it_had_not_be
     killed, saved = 0, 0
     for _ in range(30):
         began = (folder / "run/config.json").exists()
-        ended = command(folder, "train", *(RESUME if began else BEGIN), kill_after=draw.uniform(0.0, 0.5))
+        ended = command(folder, "train", *(RESUME if began else BEGIN), strike=Strike(after=draw.uniform(0.0, 0.5)))
         assert ended.code == KILLED or "has done its 8 steps" in ended.output or ended.code == 0, ended.output
         killed += ended.code == KILLED
         assert steps_saved(folder) >= saved
@@ -166,20 +164,10 @@ def test_a_run_that_is_killed_again_and_again_at_random_ends_as_if_it_had_not_be
 @contextmanager
 def disk(path: Path, options: str) -> Iterator[Path]:
     """A small disk of its own."""
-    path.mkdir(parents=True, exist_ok=True)
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True, text=True)
-    if made.returncode != 0:
-        pytest.skip(f"mounting is not allowed here: {made.stderr.strip()}")
-    try:
+    if not can_mount():
+        pytest.skip("mounting is not allowed here")
+    with small_disk(path, options):
         yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-def go_on(command: Commands, folder: Path, whole: Path) -> None:
-    """Once the disk is what it should be, the run ends as if nothing had been."""
-    finish(command, folder)
-    assert_same(folder, whole)
 
 
 def put_text_and_tokens(folder: Path, whole: Path) -> None:
@@ -194,10 +182,10 @@ def test_a_disk_that_fills_up_at_any_time_is_one_sentence_and_keeps_what_it_has(
 ) -> None:
     with disk(tmp_path / "here", "size=12m") as folder:
         put_text_and_tokens(folder, whole)
-        ended = command(folder, "train", *BEGIN, at=number, fault="fill")
-        assert in_one_sentence(ended), ended.output
+        ended = command(folder, "train", *BEGIN, strike=Strike(at=number, fault="fill"))
+        assert ended.in_one_sentence, ended.output
         assert ended.code == 1
-        (folder / "ballast").unlink()
+        (folder / BALLAST).unlink()
         finish(command, folder)
         assert_same(folder, whole)
 
@@ -209,7 +197,7 @@ def test_a_disk_without_inodes_is_one_sentence_and_keeps_what_it_has(
     with disk(tmp_path / "here", f"size=20m,nr_inodes={inodes}") as folder:
         put_text_and_tokens(folder, whole)
         ended = command(folder, "train", *BEGIN)
-        assert in_one_sentence(ended), ended.output
+        assert ended.in_one_sentence, ended.output
         assert ended.code == 1
         subprocess.run(["mount", "-o", "remount,nr_inodes=1000", str(folder)], check=True)
         finish(command, folder)
@@ -226,7 +214,7 @@ def test_a_disk_that_may_not_be_written_is_one_sentence_and_can_be_read(
             shutil.copytree(whole / "run", folder / "run", symlinks=True)
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         ended = command(folder, "train", *arguments)
-        assert in_one_sentence(ended), ended.output
+        assert ended.in_one_sentence, ended.output
         assert ended.code == 1
         assert "cannot be written" in ended.output
         if arguments is not BEGIN:
@@ -241,8 +229,8 @@ def test_a_folder_that_vanishes_at_any_time_is_one_sentence(
     folder = tmp_path / "here"
     folder.mkdir()
     put_text_and_tokens(folder, whole)
-    ended = command(folder, "train", *BEGIN, at=number, fault="vanish")
-    assert in_one_sentence(ended), ended.output
+    ended = command(folder, "train", *BEGIN, strike=Strike(at=number, fault="vanish"))
+    assert ended.in_one_sentence, ended.output
     assert ended.code == 1
     if (folder / "run").exists():
         shutil.rmtree(folder / "run")
@@ -267,14 +255,13 @@ def test_a_damaged_byte_is_noticed_or_makes_no_difference(
     for number in range(75):
         folder = tmp_path / str(number)
         shutil.copytree(whole, folder, symlinks=True)
-        candidates = [path for path in all_files([folder / "run", folder / "work"]) if path.suffix != ".lock"]
-        damaged = draw.choice(candidates)
+        damaged = draw.choice(files_in(folder / "run", folder / "work"))
         for _ in range(draw.choice([1, 1, 1, 5])):
-            flip(damaged, draw.randrange(damaged.stat().st_size), draw.randrange(8))
+            flip_bit(damaged, draw.randrange(damaged.stat().st_size), draw.randrange(8))
         ended = command(folder, "train", *longer)
         where = f"{damaged.relative_to(folder.resolve())}: {ended.output}"
         if ended.code != 0:
-            assert in_one_sentence(ended), where
+            assert ended.in_one_sentence, where
             refused += 1
             continue
         assert weights(folder) == weights(reference), where

@@ -44,13 +44,14 @@ ROOMS = {
     "reporting": set(),
     "diagnostics": {*MODEL, "training"},
     "tasks": {"runs"},
+    "reliability": {*MODEL, "training", "runs"},
     "lab": {*MODEL, "evaluation", "training", "runs", "diagnostics", "reporting", "tasks"},
     "analysis": {*MODEL, "evaluation", "training", "generation", "runs", "diagnostics", "reporting", "tasks"},
     "benchmark": {*MODEL, "evaluation", "training", "generation", "reporting"},
     "preflight": {"models", "text", "training", "runs"},
     "commands": {
         *{*MODEL, "evaluation", "training", "generation", "pretrained", "runs", "diagnostics", "reporting"},
-        *{"tasks", "lab", "analysis", "benchmark", "preflight"},
+        *{"tasks", "reliability", "lab", "analysis", "benchmark", "preflight"},
     },
     "__main__": {"commands"},
 }

@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 from minitransformer import plugins
 from minitransformer.__main__ import COMMANDS
 from minitransformer.architecture.residual import Residual
-from minitransformer.commands import train, with_plugins
+from minitransformer.commands import load_command, train, with_plugins
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.settings import kinds
 from minitransformer.training.config import RunConfig
@@ -149,11 +148,12 @@ def rezero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("rezero")
 def test_every_command_that_a_page_prints_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, *arguments = shlex.split(command)
-    module = import_module(f"minitransformer.commands.{name.removesuffix('.py')}")
+    module = load_command(name.removesuffix(".py"))
     # The runs that are named are not there.
     monkeypatch.setattr(train, "folder_option", lambda arguments, flag: None)
     understood: dict[str, Callable[[], None]] = {
         **dict.fromkeys(("train", "doctor"), lambda: monkeypatch.setattr(train, "with_files", stop)),
+        "verify_resume": lambda: monkeypatch.setattr(module, "trainable", stop),
         "sweep": lambda: monkeypatch.setattr(module, "_check", stop),
         "sample": lambda: monkeypatch.setattr(module, "_check_together", stop),
     }

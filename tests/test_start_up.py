@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 import torch
 
 from minitransformer.__main__ import COMMANDS
-from minitransformer.commands import start
+from minitransformer.commands import load_command, start
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import build_model, count_parameters
 from minitransformer.training.optimizers import Optimizer
@@ -40,7 +39,7 @@ def test_help_fits_into_80_columns_and_has_no_two_blank_lines(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stopped:
-        import_module(f"minitransformer.commands.{command}").main(["--help"])
+        load_command(command).main(["--help"])
     assert stopped.value.code == 0
     out = capsys.readouterr().out
     assert "usage: " in out

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from typing_extensions import Doc
@@ -33,7 +34,7 @@ P = ParamSpec("P")
 SEVERAL = ("--data", "--validation-data")
 """flags that take one value or several"""
 PLUGINS = "--plugin FILE.py (repeatable) adds the variants that a Python file defines to the choices."
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, UserError.exit_code, 130
+DONE, FAILED, USAGE, NON_FINITE, INTERRUPTED = 0, 1, UserError.exit_code, 3, 130
 HELP = {"-h", "--help"}
 WIDTH = 80
 """of `--help` and of tables, in characters"""
@@ -90,11 +91,16 @@ def start(name: str, arguments: Sequence[str]) -> int:
     try:
         with _delay_ctrl_c():
             arguments = with_plugins(arguments)
-            command = import_module(f"minitransformer.commands.{name}")
+            command = load_command(name)
     finally:
         gc.freeze()
         gc.enable()
     return command.main(arguments)
+
+
+def load_command(name: str) -> ModuleType:
+    """The file of the command called `name`."""
+    return import_module(f"minitransformer.commands.{name.replace('-', '_')}")
 
 
 def with_plugins(arguments: Sequence[str]) -> list[str]:

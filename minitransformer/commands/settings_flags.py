@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -31,9 +31,12 @@ def parse_with_settings(
 ) -> tuple[Options, Record]:
     """Parse a command's own `options`, and `base` with the settings given as flags.
 
-    Raises `UserError` for a flag that does not exist, and for one of a variant that is not chosen.
+    An option takes the place of a setting of the same name. Raises `UserError` for a flag that does not exist, and for
+    one of a variant that is not chosen.
     """
-    parsed, given = parse_groups(options, arguments, _groups(type(base)), flat(base), **about)
+    taken = {field.name for field in fields(options)}  # type: ignore[arg-type]
+    groups = _groups(type(base), taken)
+    parsed, given = parse_groups(options, arguments, groups, flat(base), **about)
     return parsed, with_settings(base, given)
 
 
@@ -74,13 +77,13 @@ def _is_given(name: str, flags: set[str]) -> bool:
     return name in flags or f"no_{name}" in flags
 
 
-def _groups(record: type) -> list[Group]:
-    """The settings of each part, then of each variant that it may choose; each flag once."""
+def _groups(record: type, taken: Collection[str] = ()) -> list[Group]:
+    """The settings of each part, then of each variant that it may choose; each flag once, except those `taken`."""
     groups: list[Group] = []
     for part in filter(is_part, declared(record)):
         about = (part.kind.__doc__ or "").partition("\n\n")[0]
         groups += _with_variants(Group(part.name, about, list(declared(part.kind))))
-    seen: set[str] = set()
+    seen = set(taken)
     for group in groups:
         group.settings[:] = [each for each in group.settings if each.name not in seen]
         seen |= {each.name for each in group.settings}

@@ -11,7 +11,15 @@ from typing import Annotated, TypeVar
 from typing_extensions import Doc
 
 from minitransformer.amounts import amount, duration
-from minitransformer.commands import DONE, HELP, given_flags, reads_standard_input, with_exit_code, with_files
+from minitransformer.commands import (
+    DONE,
+    HELP,
+    NON_FINITE,
+    given_flags,
+    reads_standard_input,
+    with_exit_code,
+    with_files,
+)
 from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError
@@ -37,7 +45,6 @@ from minitransformer.training.ranks import Ranks, check_gpus, joined_ranks, spok
 from minitransformer.training.run_machine import SETTINGS, machine_again, machine_for
 from minitransformer.training.signals import StopRequest
 
-NON_FINITE = 3
 TRANSLATE = 'echo "..." | python sample.py {path}'
 NEXT = {
     "decoder": 'python sample.py {path} --prompt "..."',
@@ -195,20 +202,22 @@ def _parse(arguments: Sequence[str], base: RunConfig, ranks: Ranks) -> tuple[Opt
 def parse_run(
     kind: type[Given], arguments: Sequence[str], base: RunConfig, ranks: Ranks, **about: str
 ) -> tuple[Given, RunConfig]:
-    """Parse a command's own options, and the flags that change `base`, which must become a run that `ranks` can train.
-
-    Rank 0 reads standard input, if that is the data.
-    """
+    """Parse a command's own options, and the flags that change `base`, to become a run that `ranks` can train."""
     options, config = parse_with_settings(kind, arguments, base, **about)
     if options.resume is not None and options.init_from is not None:
         raise UserError("--resume continues a run, and --init-from starts one: give one of them")
     if options.checkpoint is not None and options.resume is None and options.init_from is None:
         raise UserError(f"--checkpoint {options.checkpoint} needs a run: name it with --resume or --init-from")
+    return options, trainable(config, ranks)
+
+
+def trainable(config: RunConfig, ranks: Ranks) -> RunConfig:
+    """`config` with standard input, which rank 0 reads, in a file; raises `UserError` if `ranks` cannot train it."""
     check_probe(config)
     config.check_trainable()
     ranks.use_timeout(config.training.rank_timeout)
     ranks.check_launch(config.training.device, standard_input=reads_standard_input(config.data))
-    return options, replace(config, data=ranks.from_main(lambda: with_files(config.data)))
+    return replace(config, data=ranks.from_main(lambda: with_files(config.data)))
 
 
 def _describe_presets() -> str:
