@@ -44,8 +44,10 @@ class Candidate:
     usual: RunConfig | None = None
     checkpoint: str | None = None
     ranks: int = 1
-    answered: int = 1
-    """ranks that answered a collective operation"""
+    answered: int | None = 1
+    """ranks that answered a collective operation; None for those that are only planned"""
+    ranks_here: int = 1
+    """ranks that share this machine"""
 
     @property
     def folder(self) -> Path:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from minitransformer.architecture.block import Block
 from minitransformer.models.model import Model, build_model
 from minitransformer.training.config import RunConfig
 from minitransformer.training.parallel import FSDP, Parallel, parallel_over
@@ -47,10 +46,7 @@ def rehearsed_model(config: RunConfig, ranks: int, device: torch.device) -> Iter
         return
     with _planned_group(ranks):
         with unset_fake_temporarily():  # a mesh is made of real numbers
-            meshes = parallel.meshes(device)
-            for block in [module for module in model.modules() if isinstance(module, Block)]:
-                parallel.shard(block, *meshes)
-            parallel.shard(model, *meshes)
+            parallel.keep_part(model, device)
         yield model, parallel
 
 

@@ -39,6 +39,11 @@ class StepMemory:
     holes: int
 
     @property
+    def copy(self) -> int:
+        """Bytes of the copy from which a checkpoint is written beside training, on a rank that writes one."""
+        return self.parameters + self.optimizer
+
+    @property
     def total(self) -> int:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.holes
 

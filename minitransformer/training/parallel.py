@@ -170,6 +170,13 @@ class FSDP(Parallel, name="fsdp"):
         return_freed_memory()
         return build_in_parts(config, complete)
 
+    def keep_part(self, model: Model, device: torch.device) -> None:
+        """Divide a `model` that has been built as a whole, as `build` divides it in parts."""
+        meshes = self.meshes(device)
+        for block in [module for module in model.modules() if isinstance(module, Block)]:
+            self.shard(block, *meshes)
+        self.shard(model, *meshes)
+
     def meshes(self, device: torch.device) -> tuple[Any, Any]:
         """The ranks that read other rows than this one, and those that read the same; `ranks` are the former then."""
         from torch.distributed.device_mesh import init_device_mesh
