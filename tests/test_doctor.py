@@ -8,6 +8,7 @@ import sys
 import tempfile
 
 import pytest
+import torch
 
 from minitransformer.commands import doctor, tokenize
 from minitransformer.commands.train import main as train_main
@@ -328,3 +329,34 @@ def test_ranks_answer_and_share_the_rows(here, capsys):
     assert found["ranks"]["text"] == "2 of 2 ranks answer (ddp)"
     alone = examined(capsys, *flags[:-1], code=0)["memory"]["figures"]["activation_bytes"]
     assert found["memory"]["figures"]["activation_bytes"] == pytest.approx(alone / 2, rel=0.2)
+
+
+def test_a_rank_of_a_plan_for_many_is_examined_on_one_machine(here, capsys):
+    flags = [*RUN, "--parallel", "fsdp", "--batch-size", "16"]
+    found = examined(capsys, *flags, "--ranks", "16", code=0)
+    assert found["ranks"]["text"] == "a plan for 16 ranks (fsdp)"
+    assert "a rank" in found["memory"]["text"]
+    alone = examined(capsys, *flags, code=0)
+    for topic, figure in (("parameters", "bytes"), ("parameters", "optimizer_bytes"), ("saving", "bytes")):
+        assert found[topic]["figures"][figure] < alone[topic]["figures"][figure] / 8
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_plan_that_ranks_cannot_follow(here, capsys):
+    flags = [*RUN, "--parallel", "fsdp", "--tensor-parallel", "2", "--dropout", "0", "--optimizer", "adamw"]
+    text, remedy = problem(capsys, "ranks", *flags, "--ranks", "3")
+    assert text == "3 ranks are no multiple of 2"
+    assert "choose another --tensor-parallel" in remedy
+    examined(capsys, *flags, "--ranks", "4", code=0)
+    assert doctor.main([*flags, "--ranks", "0"]) == 2
+
+
+def test_a_host_without_room_for_the_copy_beside_a_step(here, capsys, monkeypatch):
+    figures = examined(capsys, *RUN, code=0)
+    step, copy = (figures[topic]["figures"]["bytes"] for topic in ("memory", "saving"))
+    memory = figures["parameters"]["figures"]
+    assert copy == memory["bytes"] + memory["optimizer_bytes"]
+    monkeypatch.setattr(memory_checks, "available_memory", lambda device: step + copy - 1)
+    problem(capsys, "memory", *RUN)  # a CPU has one memory for both
+    monkeypatch.setattr(memory_checks, "available_memory", lambda device: step + copy)
+    examined(capsys, *RUN, code=0)

@@ -14,10 +14,11 @@ from minitransformer.models.model import build_model
 from minitransformer.preflight.candidate import Candidate, largest_batches
 from minitransformer.preflight.rehearsal import rehearse
 from minitransformer.training.config import RunConfig, with_vocabulary
-from minitransformer.training.learner import Learner
+from minitransformer.training.learner import Learner, build_learner
 from minitransformer.training.loader import Loader
 from minitransformer.training.machine import Machine
 from minitransformer.training.presets import PRESETS
+from minitransformer.training.ranks import joined_ranks
 from tests.runs_for_tests import TEXT, configured, cpu
 
 SHAPE = {"d_model": 64, "num_heads": 4, "context_length": 64, "batch_size": 8, "data": "my.txt", "vocab_size": None}
@@ -101,6 +102,46 @@ def test_a_rank_has_the_whole_model_and_its_share_of_the_rows(texts):
     assert four.activations == pytest.approx(one.activations / 4, rel=0.25)
 
 
+FSDP: dict[str, object] = {"parallel": "fsdp", "optimizer": "adamw", "precision": "fp32", "num_layers": 4}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_of_fsdp_divide_weights_gradients_and_optimizer_state(here, ranks):
+    one, part = (Candidate(configured(**SHAPE, **FSDP), ranks=count).step_memory for count in (1, ranks))
+    for name in ("parameters", "gradients", "optimizer", "copy"):
+        assert getattr(part, name) == pytest.approx(getattr(one, name) / ranks, rel=0.02)
+
+
+def test_a_rank_of_fsdp_gathers_no_more_than_two_blocks_and_what_is_outside_them(here):
+    """The peak of a step is in the backward pass of the head, or of a block: it has no weights of all the others."""
+    shape = {**SHAPE, "batch_size": 2, "context_length": 4, "d_model": 256}
+    choices = [{**FSDP, "num_layers": layers} for layers in (4, 12)]
+    few, many = (Candidate(configured(**{**shape, **each}), ranks=2) for each in choices)
+    block = 4 * (many.parameters - few.parameters) // 8
+    gathered = many.step_memory.activations - few.step_memory.activations
+    assert gathered < block / 2  # rather than the weights of eight blocks
+    assert few.step_memory.activations > 2 * block
+
+
+def test_a_micro_batch_that_is_not_the_last_leaves_whole_gradients_on_a_rank_of_fsdp(here):
+    once, twice = (Candidate(configured(**SHAPE, **FSDP, grad_accumulation=n), ranks=4).step_memory for n in (1, 2))
+    assert twice.activations - once.activations > 2 * once.gradients
+
+
+def test_ranks_that_share_matrices_divide_them_too_and_read_the_same_rows(here):
+    choices = {**SHAPE, **FSDP, "dropout": 0.0}
+    four, pairs = (Candidate(configured(**choices, tensor_parallel=count), ranks=4).step_memory for count in (1, 2))
+    assert pairs.parameters == pytest.approx(four.parameters, rel=0.2)  # what is outside blocks has half the readers
+    assert pairs.activations > four.activations
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_recomputed_activations_are_counted_once(here, parallel):
+    choices = {**SHAPE, **FSDP, "parallel": parallel, "num_layers": 8}
+    kept, recomputed = (Candidate(configured(**choices, activation_checkpointing=c), ranks=2) for c in (False, True))
+    assert recomputed.step_memory.activations < kept.step_memory.activations / 2
+
+
 # --- beside the system
 
 REAL = {
@@ -116,7 +157,7 @@ REAL = {
 
 
 def of_preset(name):
-    choices = dict(REAL[name])
+    choices = dict((REAL | REAL_RANKS)[name])
     preset = choices.pop("preset", name)
     data = {} if "batch_tokens" in choices else {"data": "long.txt"}
     return configured(PRESETS[preset], **choices, **data)
@@ -159,6 +200,46 @@ def test_what_is_predicted_is_within_a_fifth_of_what_a_process_takes(here, name)
     assert predicted == pytest.approx(peaks[3] - peaks[0], rel=0.2)
 
 
+RANKS = {"preset": "gpt-mini", "batch_size": 16, "precision": "fp32", "parallel": "fsdp", "optimizer": "adamw"}
+REAL_RANKS = {
+    "fsdp": {**RANKS, "d_model": 512, "num_layers": 6},
+    "fsdp, accumulation": {**RANKS, "d_model": 512, "num_layers": 6, "grad_accumulation": 2},
+}
+
+
+def resident_rank(name, steps):
+    """Peak memory of one of the ranks that torchrun has started, of which others print nothing."""
+    with joined_ranks() as ranks:
+        config = of_preset(name)
+        prepared = config.prepare()
+        config = replace(config, model=with_vocabulary(config.model, prepared))
+        small = configured(config, d_model=32, num_heads=2, num_layers=1)
+        for run, count in ((small, 1), (config, steps)):  # code is loaded by the first
+            if count:
+                learner = build_learner(run, prepared, cpu("fp32"), ranks)
+                for _ in range(count):
+                    learner.step(learner.next_batches())
+                del learner
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) if ranks.is_main else 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("name", REAL_RANKS)
+def test_what_is_predicted_is_within_a_fifth_of_what_a_rank_takes(here, name):
+    (here / "long.txt").write_text("\n".join(f"{i} {TEXT}" for i in range(20)))
+    of_preset(name).prepare()
+    peaks = {}
+    for steps in (0, 3):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [*torchrun, "-m", "tests.test_step_memory", name, str(steps)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        peaks[steps] = max(map(int, printed.split()))
+    predicted = Candidate(of_preset(name), ranks=2).step_memory.total
+    assert predicted == pytest.approx(peaks[3] - peaks[0], rel=0.2)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["gpt-small", "gpt-mini", "bert-mini", "t5-mini"])
@@ -178,4 +259,5 @@ def test_what_is_predicted_is_within_a_fifth_of_what_a_gpu_has_allocated(here, n
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(resident(sys.argv[1], int(sys.argv[2])))
+    measure = resident_rank if sys.argv[1] in REAL_RANKS else resident
+    print(measure(sys.argv[1], int(sys.argv[2])))

@@ -13,9 +13,11 @@ import torch
 from minitransformer.commands import DONE, FAILED, with_exit_code
 from minitransformer.commands.train import Options as TrainOptions
 from minitransformer.commands.train import folder_option, open_parent, parse_run, preset_and_flags
+from minitransformer.errors import UserError
 from minitransformer.preflight import Candidate, Finding, findings_of
 from minitransformer.registry import lookup
 from minitransformer.runs import Run
+from minitransformer.training.launch import number_from_launcher
 from minitransformer.training.presets import PRESETS
 from minitransformer.training.ranks import Ranks, joined_ranks, spoken_by_main
 
@@ -29,6 +31,8 @@ class Options(TrainOptions):
 
     json: bool = False
     """print one JSON object"""
+    ranks: int | None = None
+    """ranks of a run that is planned, of which one is examined; None is those that torchrun has started"""
 
 
 @spoken_by_main()
@@ -38,8 +42,11 @@ def main(arguments: Sequence[str]) -> int:
     with joined_ranks() as ranks:
         options, about = _read(arguments, ranks)
         answered = int(ranks.sum(torch.ones(())))
-        candidate = Candidate(**about, ranks=ranks.size, answered=answered)
-        found = ranks.from_main(lambda: list(findings_of(candidate)))
+    # The ranks have parted: a rehearsal of one of them is on a process group of its own.
+    if not ranks.is_main:
+        return DONE
+    candidate = Candidate(**about, **_sizes(options.ranks, answered))
+    found = list(findings_of(candidate))
     fails = any(finding.status == "problem" for finding in found)
     if options.json:
         print(json.dumps({"trains": not fails, "findings": [finding.to_json() for finding in found]}, indent=2))
@@ -63,6 +70,18 @@ def _read(arguments: Sequence[str], ranks: Ranks) -> tuple[Options, dict[str, An
     prog = "minitransformer doctor [PRESET]"
     options, config = parse_run(Options, arguments, base, ranks, prog=prog, description=ABOUT)
     return options, {**about, "config": config, "out": options.out, "checkpoint": options.checkpoint}
+
+
+def _sizes(planned: int | None, answered: int) -> dict[str, Any]:
+    """The numbers of ranks of `Candidate`: those that are `planned`, or those that `answered`."""
+    if planned is None:
+        here = number_from_launcher("LOCAL_WORLD_SIZE") or 1
+        return {"ranks": answered, "answered": answered, "ranks_here": here}
+    if planned < 1:
+        raise UserError(f"{planned} ranks cannot train: give --ranks 1 or more")
+    if answered > 1:
+        raise UserError(f"--ranks {planned} is a plan, and torchrun has started {answered} ranks: give one of them")
+    return {"ranks": planned, "answered": None}
 
 
 def _lines(finding: Finding) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minitransformer.models.model import count_parameters
 from minitransformer.preflight.data_state import DataState, data_state, stand_in
+from minitransformer.preflight.planned_ranks import plan
 from minitransformer.preflight.rehearsal import StepMemory, rehearse
 from minitransformer.runs import Run
 from minitransformer.runs.resume import checkpoint_to_resume
@@ -43,8 +44,10 @@ class Candidate:
     usual: RunConfig | None = None
     checkpoint: str | None = None
     ranks: int = 1
-    answered: int = 1
-    """ranks that answered a collective operation"""
+    answered: int | None = 1
+    """ranks that answered a collective operation; None for those that are only planned"""
+    ranks_here: int = 1
+    """ranks that share this machine"""
 
     @property
     def folder(self) -> Path:
@@ -103,11 +106,11 @@ class Candidate:
     def memory(self, config: RunConfig) -> StepMemory:
         """The memory of a training step of `config` on each rank; the batch sizes may be others than those of the run.
 
-        A rank of DDP has the whole model and its share of the rows: its buckets are the gradients themselves.
+        Every rank reads its share of the rows.
         """
-        loader = self.loader(config)
-        mine = [batch.rows(0, -(-batch.num_rows // self.ranks)) for batch in largest_batches(loader)]
-        return rehearse(config, loader, self.machine, mine)
+        loader, readers = self.loader(config), self.ranks // plan(config, self.ranks).members
+        mine = [batch.rows(0, -(-batch.num_rows // readers)) for batch in largest_batches(loader)]
+        return rehearse(config, loader, self.machine, mine, self.ranks)
 
     @cached_property
     def step_memory(self) -> StepMemory:

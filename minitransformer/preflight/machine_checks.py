@@ -1,4 +1,4 @@
-"""Device, precision and compilation."""
+"""Device, precision, compilation and ranks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from minitransformer.amounts import duration
 from minitransformer.preflight.candidate import Candidate
 from minitransformer.preflight.check import Finding, PreflightCheck
+from minitransformer.preflight.planned_ranks import plan
 from minitransformer.training.capabilities import why_not_fast
 from minitransformer.training.machine import Machine, compiled
 from minitransformer.training.precision import Precision
@@ -58,6 +59,19 @@ class CompileCheck(PreflightCheck, name="compile"):
             return Finding("problem", f"torch.compile fails here ({reason})", "give --compile off", figures)
         took = duration(time.perf_counter() - start)
         return Finding("ok", f"on ({machine.why_compile}); a small network took {took}", figures=figures)
+
+
+class RanksCheck(PreflightCheck, name="ranks"):
+    """Whether the ranks see each other, and can train this model in this way."""
+
+    def find(self, candidate: Candidate) -> Finding:
+        size, answered = candidate.ranks, candidate.answered
+        plan(candidate.whole, size)
+        if size == 1:
+            return Finding("ok", "one process", figures={"ranks": 1})
+        way = candidate.config.training.parallel.name
+        text = f"a plan for {size} ranks ({way})" if answered is None else f"{answered} of {size} ranks answer ({way})"
+        return Finding("ok", text, figures={"ranks": size, "answered": answered})
 
 
 def compile_small_network(machine: Machine) -> None:

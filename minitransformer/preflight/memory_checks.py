@@ -11,8 +11,10 @@ import torch
 from minitransformer.amounts import amount, size
 from minitransformer.preflight.candidate import Candidate
 from minitransformer.preflight.check import Finding, PreflightCheck
+from minitransformer.preflight.planned_ranks import plan
 from minitransformer.settings import flat, with_settings
 
+CPU = torch.device("cpu")
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -31,10 +33,7 @@ class MemoryCheck(PreflightCheck, name="memory"):
     """Whether a training step fits into memory; ranks on a CPU share it."""
 
     def find(self, candidate: Candidate) -> Finding:
-        memory, device, ranks = candidate.step_memory, candidate.machine.device, candidate.ranks
-        free = available_memory(device)
-        if free is not None and device.type == "cpu":
-            free //= ranks
+        memory, ranks, free = candidate.step_memory, candidate.ranks, free_memory(candidate)
         figures: dict[str, int | None] = {"bytes": memory.total, "activation_bytes": memory.activations}
         figures |= {"heap_bytes": memory.holes, "available_bytes": free}
         heap = f", heap {size(memory.holes)}" if memory.holes else ""
@@ -45,6 +44,38 @@ class MemoryCheck(PreflightCheck, name="memory"):
         if memory.total > free:
             return Finding("problem", text, smaller_batch(candidate, free), figures)
         return Finding("ok", text, figures=figures)
+
+
+class SavingCheck(PreflightCheck, name="saving"):
+    """Whether the host has room for the copy from which a checkpoint is written while training goes on."""
+
+    def find(self, candidate: Candidate) -> Finding:
+        copy, copies, free = candidate.step_memory.copy, host_copies(candidate), available_memory(CPU)
+        figures = {"bytes": copy, "bytes_of_all_ranks": copies, "available_bytes": free}
+        text = f"{size(copies)} of host memory for copies"
+        if candidate.machine.device.type == "cpu":
+            return Finding("ok", f"{text}, which a step leaves free", figures=figures)
+        if free is None:
+            return Finding("note", f"{text}; what is free is unknown", "watch the first checkpoint", figures)
+        text = f"{text}, of {size(free)} free"
+        if copies > free:
+            return Finding("problem", text, "choose a smaller model, or more nodes with --parallel fsdp", figures)
+        return Finding("ok", text, figures=figures)
+
+
+def host_copies(candidate: Candidate) -> int:
+    """Bytes of the copies of all ranks of this machine that write checkpoints."""
+    all_write = plan(candidate.whole, candidate.ranks).shards_weights
+    return candidate.step_memory.copy * (candidate.ranks_here if all_write else 1)
+
+
+def free_memory(candidate: Candidate) -> int | None:
+    """Bytes that a step of a rank may allocate on its device; None if unknown. On a CPU, beside the copies."""
+    device = candidate.machine.device
+    free = available_memory(device)
+    if free is None or device.type != "cpu":
+        return free
+    return max(0, free - host_copies(candidate)) // candidate.ranks_here
 
 
 def available_memory(device: torch.device) -> int | None:

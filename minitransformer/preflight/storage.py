@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -29,11 +30,14 @@ class StorageCount(TorchDispatchMode):
         super().__init__()
         self.device, self.experts = device, experts
         self.live = self.peak = 0
-        self._seen: set[int] = set()
+        self._sizes: dict[int, int] = {}
+        self._storages: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it does the same with its local part
         kwargs = kwargs or {}
         shaped = SHAPED_BY_VALUES.get(func)
         result = func(*args, **kwargs) if shaped is None else shaped(self, *args, **kwargs)
@@ -42,19 +46,28 @@ class StorageCount(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type == self.device.type:
                 self._add(tensor.untyped_storage())
+        if func.namespace == "fsdp":
+            self.measure_again()
+        self.peak = max(self.peak, self.live)
         return result
 
     def _add(self, storage: Any) -> None:
-        if id(storage) in self._seen:
-            return
-        self._seen.add(id(storage))
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._remove, id(storage), storage.nbytes())
+        if id(storage) not in self._sizes:
+            self._sizes[id(storage)] = size = storage.nbytes()
+            self._storages[id(storage)] = weakref.ref(storage)
+            self.live += size
+            weakref.finalize(storage, self._remove, id(storage))
 
-    def _remove(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
+    def _remove(self, key: int) -> None:
+        del self._storages[key]
+        self.live -= self._sizes.pop(key)
+
+    def measure_again(self) -> None:
+        """Follow `fully_shard`, which empties the storages of gathered weights, and fills them when it needs them."""
+        for key, reference in self._storages.items():
+            if (storage := reference()) is not None:
+                self.live += storage.nbytes() - self._sizes[key]
+                self._sizes[key] = storage.nbytes()
 
 
 def each_tensor(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -92,6 +105,8 @@ def _keep_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], resu
 
 
 def _nonzero(count: StorageCount, x: Tensor) -> Tensor:
+    if not isinstance(x, FakeTensor):
+        return x.nonzero()
     values = _values(x)
     if values is None:
         return x.new_empty((x.numel() // count.experts, x.dim()), dtype=torch.int64)

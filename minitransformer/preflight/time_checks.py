@@ -1,4 +1,4 @@
-"""Ranks, and the time to the last step."""
+"""The time to the last step."""
 
 from __future__ import annotations
 
@@ -17,19 +17,6 @@ UTILISATION = 0.4
 """throughput of training relative to that of a matrix product"""
 SECONDS = 2.0
 """time to measure steps for; slower steps are modelled"""
-
-
-class RanksCheck(PreflightCheck, name="ranks"):
-    """Whether the ranks see each other."""
-
-    def find(self, candidate: Candidate) -> Finding:
-        size, answered = candidate.ranks, candidate.answered
-        if size == 1:
-            return Finding("ok", "one process", figures={"ranks": 1})
-        figures = {"ranks": size, "answered": answered}
-        return Finding(
-            "ok", f"{answered} of {size} ranks answer ({candidate.config.training.parallel.name})", "", figures
-        )
 
 
 class TimeCheck(PreflightCheck, name="time"):

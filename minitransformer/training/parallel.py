@@ -37,6 +37,8 @@ class Parallel(Registered, kind="parallel"):
     """whether a rank keeps only its part of the weights"""
     gradients_scale = 1
     """factor of the loss that makes the gradients of all ranks add up"""
+    members = 1
+    """ranks that read the same rows"""
     is_shared = False
     """whether a step waits for other ranks"""
 
@@ -160,8 +162,24 @@ class FSDP(Parallel, name="fsdp"):
         return False  # ranks gather the weights of a block in every pass
 
     def build(self, config: ModelConfig, device: torch.device) -> Model:
+        meshes = self.meshes(device)
+
+        def complete(module: nn.Module) -> None:
+            self.shard(module.to(device), *meshes)
+
+        return_freed_memory()
+        return build_in_parts(config, complete)
+
+    def keep_part(self, model: Model, device: torch.device) -> None:
+        """Divide a `model` that has been built as a whole, as `build` divides it in parts."""
+        meshes = self.meshes(device)
+        for block in [module for module in model.modules() if isinstance(module, Block)]:
+            self.shard(block, *meshes)
+        self.shard(model, *meshes)
+
+    def meshes(self, device: torch.device) -> tuple[Any, Any]:
+        """The ranks that read other rows than this one, and those that read the same; `ranks` are the former then."""
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
 
         shape = self.ranks.size // self.members, self.members
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
@@ -169,17 +187,17 @@ class FSDP(Parallel, name="fsdp"):
             self.ranks = DataRanks(self.ranks, mesh)
             # It warns, on every rank, of the order of operations that it chooses itself.
             logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+        return mesh["data"], mesh["tensor"]
 
-        def shard(module: nn.Module) -> None:
-            module.to(device)
-            if self.members > 1 and isinstance(module, Block):
-                divide(module, mesh["tensor"])
-            sharded: Any = fully_shard(module, mesh=mesh["data"])
-            sharded.set_gradient_divide_factor(1.0)  # the sum over ranks
-            sharded.set_force_sum_reduction_for_comms(True)
+    def shard(self, module: nn.Module, data: Any, tensor: Any) -> None:
+        """Keep this rank's part of a block, or of a model of which it has its part of every block."""
+        from torch.distributed.fsdp import fully_shard
 
-        return_freed_memory()
-        return build_in_parts(config, shard)
+        if self.members > 1 and isinstance(module, Block):
+            divide(module, tensor)
+        sharded: Any = fully_shard(module, mesh=data)
+        sharded.set_gradient_divide_factor(1.0)  # the sum over ranks
+        sharded.set_force_sum_reduction_for_comms(True)
 
     def synchronised(self, model: Any, now: bool) -> AbstractContextManager[Any]:
         model.set_requires_gradient_sync(now)
