@@ -16,6 +16,10 @@ class UserError(Exception):
     reported = False
     """whether another process reports it"""
 
+    def __init__(self, sentence: str) -> None:
+        # Names and values from files may hold line breaks, and sequences that control a terminal.
+        super().__init__("".join(each if each.isprintable() else repr(each)[1:-1] for each in sentence))
+
 
 class StorageError(UserError):
     """A disk that is full or not writable, or a damaged file; the command line exits with 1."""

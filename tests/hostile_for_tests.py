@@ -69,7 +69,9 @@ def refused(action: Callable[[], object]) -> str:
 def run_folder(path: Path) -> Path:
     config = configured(TINY, d_model=8, num_layers=1, seed=3)
     run = Run.create(path, config, Bytes().framed(Framing(prefix=(256,))).with_special_tokens(["<|mask|>"]), Bytes())
-    write_checkpoint(run.checkpoints, 5, build_model(config.model), {"optimizers": [], "progress": {"step": 5}})
+    write_checkpoint(
+        run.checkpoints, 5, build_model(config.model), {"optimizers": [], "precision": {}, "progress": {"step": 5}}
+    )
     lines = [{"step": step, "loss": 2.0 / step, "tokens": step, "seconds": 0.1} for step in range(1, 6)]
     lines.append({"step": 5, "validation_loss": 1.0, "bits_per_byte": 2.0, "accuracy": None})
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

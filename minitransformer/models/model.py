@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cached_property
 from importlib import import_module
@@ -12,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minitransformer.amounts import amount, size
 from minitransformer.architecture.attention import MultiHeadAttention
 from minitransformer.architecture.block import Stack
 from minitransformer.architecture.cache import ChosenSlots, KVCache
@@ -173,8 +175,8 @@ class _WithoutStorage(_Unmade):
         return tensor
 
 
-def check_size(config: ModelConfig, tensors: int, size: int, origin: str) -> None:
-    """Raises `UserError` if `origin`, of `size` bytes and `tensors` tensors, is too small for `config`.
+def check_size(config: ModelConfig, tensors: int, stored: int, origin: str) -> None:
+    """Raises `UserError` if `origin`, of `stored` bytes and `tensors` tensors, is too small for `config`.
 
     Otherwise a wrong configuration would exhaust memory before the shapes are compared.
     """
@@ -182,9 +184,22 @@ def check_size(config: ModelConfig, tensors: int, size: int, origin: str) -> Non
     if layers * (config.num_experts or 1) > tensors:
         raise UserError(f"{origin} has {tensors} tensors, too few for {layers} layers: config.json is of another model")
     # A weight takes at least 8 bits on disk.
-    if (parameters := count_parameters(config)) > size:
+    if (parameters := count_parameters(config)) > stored:
         raise UserError(
-            f"{origin} has {size:,} bytes, too few for {parameters:,} weights: config.json is of another model"
+            f"{origin} has {stored:,} bytes, too few for {parameters:,} weights: config.json is of another model"
+        )
+
+
+def check_memory(config: ModelConfig, origin: str) -> None:
+    """Raises `UserError` if the model in `origin`, of `config`, is larger than the memory of this machine."""
+    if not hasattr(os, "sysconf"):  # not on this system
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    parameters = count_parameters(config)
+    if (needed := parameters * torch.float32.itemsize) > memory:
+        raise UserError(
+            f"{origin} has {amount(parameters)} weights, which take {size(needed)}, and this machine has "
+            f"{size(memory)} of memory: use a larger machine, or a smaller model"
         )
 
 

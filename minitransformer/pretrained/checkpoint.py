@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from minitransformer import files
 from minitransformer.errors import UserError
-from minitransformer.models.model import Model, build_model, check_size
+from minitransformer.models.model import Model, build_model, check_memory, check_size
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.originals import TOKENIZER_FILES, write_originals
 from minitransformer.pretrained.rules import load_weights, save_weights
@@ -63,6 +63,7 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     # The configuration does not always say whether the head is tied.
     config = family.model_config({**hf, "has_head": "lm_head.weight" in tensors})
     check_size(config, len(shards), shards.size, str(folder))
+    check_memory(config, str(folder))
     with Undrawn():
         model = build_model(config).eval()
     load_weights(model, config, tensors, family.rules_for(config), family.ignored)

@@ -130,5 +130,5 @@ def _no_weights(folder: Path) -> UserError:
 def _opened(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
-    except (OSError, SafetensorError) as error:
+    except (OSError, MemoryError, SafetensorError) as error:
         raise StorageError(f"{path} is not a complete safetensors file ({error}): download it again") from None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,20 +14,33 @@ import numpy.typing as npt
 from minitransformer.errors import UserError
 from minitransformer.pretrained.shards import read_checkpoint_json
 from minitransformer.pretrained.vocabularies import as_its_class_reads_it, content_of_vocabulary
-from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, MASKS, Framing, Texts, Tokenizer, check_ids
+from minitransformer.text.tokenizers import (
+    BPE,
+    END_OF_TEXT,
+    GPT2_SPLIT,
+    GPT4_SPLIT,
+    MASKS,
+    Framing,
+    Texts,
+    Tokenizer,
+    check_ids,
+)
+from minitransformer.text.tokenizers.native import call_native, call_within_time
+
+T = TypeVar("T")
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # Special tokens in older checkpoints.
 NAMES = "special_tokens_map.json"
 # What a model expects of texts: the second file takes precedence; older checkpoints lack it.
 CONFIGS = ("config.json", "generation_config.json")
-# GPT-2's split pattern, the default of a ByteLevel pre-tokenizer.
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # The same patterns as written in files, where {1,3}+ is a repetition.
 SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+": GPT4_SPLIT
 }
+# Published normalizers and decoders replace a character by one or two.
+MOST_GROWTH = 100
 # Names of end-of-text tokens in different families.
 ENDS = ("</s>", END_OF_TEXT, "<|end_of_text|>", "[SEP]")
 
@@ -72,6 +85,20 @@ def piece_of(token: str, decoders: Sequence[dict[str, Any]]) -> bytes:
     return token.encode()
 
 
+def check_growth(content: dict[str, Any]) -> None:
+    """Raises `UserError` if a tokenizer.json replaces text by far longer text, which would fill the memory."""
+    growth = 1.0
+    parts: list[Any] = [content.get("normalizer"), content.get("decoder")]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict) and part.get("type") == "Replace" and isinstance(part.get("content"), str):
+            replaced = part["pattern"].get("String") or "x"
+            growth *= max(1.0, len(part["content"]) / len(replaced))
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    if growth > MOST_GROWTH:
+        raise UserError(f"{FILE} replaces text by {growth:.0e} times as much: use another tokenizer")
+
+
 class PublicTokenizer(Tokenizer, name="tokenizers"):
     """A tokenizer from a tokenizer.json (WordPiece, unigram, …), run by the `tokenizers` package.
 
@@ -84,8 +111,11 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
         except ImportError:
             raise UserError("this tokenizer needs the tokenizers package: pip install minitransformer[hub]") from None
         self.content, self.end_of_text = content, end_of_text
+        described = json.dumps(content)
+        self._may_backtrack = '"Regex"' in described
+        check_growth(content)
         try:
-            self._implementation = Implementation.from_str(json.dumps(content))
+            self._implementation = call_native(lambda: Implementation.from_str(described))
         except Exception as error:  # the package raises plain Exceptions
             raise UserError(f"the tokenizers package cannot run {FILE} ({error}): download it again") from None
         # Disable truncation, padding and special tokens spelled out in the text.
@@ -113,7 +143,8 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
         """Masks with adjacent spaces, if the file says that they include them."""
         added = self._implementation.get_added_tokens_decoder().values()
         masks = [token for token in added if token.content in MASKS]
-        before = r"\s*" if any(token.lstrip for token in masks) else ""
+        # From the first of several spaces only: trying each of them would be quadratic.
+        before = r"(?<!\s)\s*" if any(token.lstrip for token in masks) else ""
         after = r"\s*" if any(token.rstrip for token in masks) else ""
         return re.compile(f"{before}(?:{Tokenizer.mask_pattern.pattern}){after}")
 
@@ -121,17 +152,35 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
     def fit(cls, settings: Any, texts: Texts, vocab_size: int | None = None) -> Self:
         raise UserError("a public tokenizer cannot be trained here: choose bpe, bytes or chars")
 
+    def _call(self, call: Callable[[], T], size: int) -> T:
+        return call_within_time(call, size) if self._may_backtrack else call_native(call)
+
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+        def encode() -> npt.NDArray[np.uint32]:
+            # Unlike `encode`, it releases the GIL.
+            [encoding] = self._implementation.encode_batch([text], add_special_tokens=False)
+            return np.array(encoding.ids, np.uint32)
+
         try:
-            return np.array(self._implementation.encode(text, add_special_tokens=False).ids, np.uint32)
+            return self._call(encode, len(text))
         except (TypeError, UnicodeEncodeError):
             raise UserError(
                 f"{text[:40]!r} holds half a surrogate pair, which UTF-8 cannot encode: give valid UTF-8"
             ) from None
+        except ValueError as error:
+            raise UserError(f"the tokenizer cannot split this text ({error}): use another one") from None
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        text: str = self._implementation.decode(list(ids), skip_special_tokens=skip_special)
-        return text
+        tokens = list(ids)
+
+        def decode() -> str:
+            [text] = self._implementation.decode_batch([tokens], skip_special_tokens=skip_special)
+            return str(text)
+
+        try:
+            return self._call(decode, len(tokens))
+        except ValueError as error:
+            raise UserError(f"the tokenizer cannot decode these tokens ({error}): use another one") from None
 
     def to_json(self) -> dict[str, Any]:
         return self._described(content=self.content, end_of_text=self.end_of_text)

@@ -17,7 +17,11 @@ from minitransformer.training.loop import SAMPLES, sample_heading
 
 
 def check_can_resume(run: Run) -> None:
-    """Raises `UserError` for an imported run."""
+    """Raises `UserError` for an imported run, and for one with links, through which it would write elsewhere."""
+    if links := sorted(path for path in run.path.iterdir() if path.is_symlink()):
+        raise UserError(
+            f"{links[0]} is a link, and resuming the run would write to what it names: put what it names in its place"
+        )
     if not run.text:
         path = run.path
         raise UserError(f"{path} was imported and has no training to resume: fine-tune it with --init-from {path}")

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ from minitransformer import files
 from minitransformer.amounts import size
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, build_model, check_size, count_parameters
+from minitransformer.models.model import Model, build_model, check_memory, check_size, count_parameters
 from minitransformer.records import read_json
 from minitransformer.training.config import RunConfig, fixed_settings
 from minitransformer.training.shards import (
@@ -182,7 +183,7 @@ def check_weights(checkpoint: Path, config: ModelConfig) -> None:
 def _safetensors(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, MemoryError, SafetensorError) as error:
         raise StorageError(
             f"{path} is not a complete safetensors file ({error}): choose another --checkpoint"
         ) from None
@@ -228,6 +229,7 @@ def load_model(checkpoint: Path, config: RunConfig, device: torch.device | str =
     """
     check_same_settings(checkpoint, config)
     check_weights(checkpoint, config.model)
+    check_memory(config.model, str(checkpoint))
     model = build_model(config.model)
     load_model_weights(checkpoint, model)
     return model.to(device).eval()
@@ -243,15 +245,33 @@ def load_learner_state(checkpoint: Path, model: nn.Module) -> dict[str, Any]:
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's state in a checkpoint, without tensors in shards; loading executes no code."""
+    path = checkpoint / TRAINER
     try:
-        state = torch.load(checkpoint / TRAINER, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
+        _check_records(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose message says how to execute it
+        raise StorageError(
+            f"{path} holds more than tensors, numbers and texts, and could execute code: choose another --checkpoint"
+        ) from None
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
         reason = str(error).partition("\n")[0]
-        raise StorageError(f"{checkpoint / TRAINER} cannot be read ({reason}): choose another --checkpoint") from None
+        raise StorageError(f"{path} cannot be read ({reason}): choose another --checkpoint") from None
     # Initial weights have no trainer state yet.
     if not isinstance(state, dict) or (state and not state.keys() >= {"optimizers", "precision", "progress"}):
-        raise StorageError(f"{checkpoint / TRAINER} holds no trainer state: choose another --checkpoint")
+        raise StorageError(f"{path} holds no trainer state: choose another --checkpoint")
     return state
+
+
+def _check_records(path: Path) -> None:
+    """Raise `ValueError` if reading the records in `path`, a file of `torch.save`, takes more memory than it has bytes.
+
+    Torch does not compress them, and would decompress some megabytes to any size.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    if packed or sum(record.file_size for record in records) > path.stat().st_size:
+        raise ValueError("its records are compressed, as torch does not write them")
 
 
 def load_progress(checkpoint: Path) -> dict[str, Any]:
@@ -320,12 +340,12 @@ def choose_checkpoint(folder: Path, name: str | None = None) -> Path:
     _restore(folder)
     candidates = checkpoints_in(folder)
     if name is not None:
-        chosen = (folder / name).resolve()
+        chosen = _resolved(folder / name)
         if chosen not in [path.resolve() for path in candidates]:
             known = ", ".join(path.name for path in candidates) or "none"
             raise UserError(f"{folder.parent} has no checkpoint {name!r}: choose from {known}")
     elif candidates:
-        latest = (folder / "latest").resolve()
+        latest = _resolved(folder / "latest")
         chosen = latest if latest in [path.resolve() for path in candidates] else candidates[-1].resolve()
     else:
         raise UserError(f"{folder.parent} has no complete checkpoint: train it first, or choose another run")
@@ -335,6 +355,14 @@ def choose_checkpoint(folder: Path, name: str | None = None) -> Path:
     others = [path.name for path in candidates if path.name != chosen.name and damage(path) is None]
     remedy = f"use --checkpoint {others[-1]} instead" if others else "there is no other one: train the run again"
     raise StorageError(f"checkpoint {chosen.name} of {folder.parent} is damaged ({fault}): {remedy}")
+
+
+def _resolved(path: Path) -> Path:
+    """`path` without links; itself if it is a circle of links, or no name of a file."""
+    try:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError):
+        return path
 
 
 def _restore(folder: Path) -> None:

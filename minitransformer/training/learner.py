@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minitransformer.architecture.dropout import rows_from
+from minitransformer.errors import StorageError
 from minitransformer.models.model import Model
 from minitransformer.text.batches import TrainingBatch
 from minitransformer.text.datasets import PreparedData
@@ -198,14 +199,23 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; changed optimizer settings keep their new values."""
-        load_optimizer_states(self.optimizers, self.model, state["optimizers"])
-        self.precision.load_state_dict(state["precision"])
-        self.steps_done = state["step"]
-        # Older checkpoints have neither.
-        self.skipped_batches = state.get("skipped_batches", 0)
-        if "micro_batches" in state:
-            self.micro_batches.load_state_dict(state["micro_batches"])
+        """Continue from `state`; changed optimizer settings keep their new values.
+
+        Raises `StorageError` for the state of another learner, or none.
+        """
+        try:
+            load_optimizer_states(self.optimizers, self.model, state["optimizers"])
+            self.precision.load_state_dict(state["precision"])
+            self.steps_done = state["step"]
+            # Older checkpoints have neither.
+            self.skipped_batches = state.get("skipped_batches", 0)
+            if "micro_batches" in state:
+                self.micro_batches.load_state_dict(state["micro_batches"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise StorageError(
+                f"the saved state of the optimizers is damaged ({type(error).__name__}: {error}): "
+                "choose another checkpoint"
+            ) from None
 
 
 def random_seed(*numbers: int) -> int:

@@ -236,7 +236,7 @@ class Trainer:
         self.ranks.from_main(lambda: files.point_to(self._checkpoints / "latest", chosen.name))
         if not state:
             return  # initial weights, without training state
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.from_json(state["progress"], str(chosen))
         # Old checkpoints store the step in their progress only.
         self.learner.load_state_dict({"step": self.progress.step, **state})
         self._saved = replace(self.progress)

@@ -50,7 +50,10 @@ def load_optimizer_states(
                 raise StorageError(
                     f"the checkpoint has the optimizer state of a parameter {key!r}, which is not trained"
                 )
-            loaded[number] = _placed(state, parameters[number])
+            parameter = parameters[number]
+            if any(isinstance(value, Tensor) and value.numel() > parameter.numel() for value in state.values()):
+                raise StorageError(f"the checkpoint has an optimizer state that is larger than its parameter {key!r}")
+            loaded[number] = _placed(state, parameter)
         optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitransformer.errors import StorageError
+from minitransformer.records import checked_fields, shown, type_hints
 from minitransformer.training.learner import Learner, StepResult
 from minitransformer.training.machine import peak_flops
 
@@ -48,6 +50,14 @@ class Progress:
     def forget_best(self) -> None:
         """Forget the best validation, whose checkpoint is lost."""
         self.best_loss, self.best_step, self.validations_since_best = math.inf, 0, 0
+
+    @classmethod
+    def from_json(cls, saved: Any, origin: str) -> Progress:
+        """The progress `saved` in the checkpoint `origin`; raises `StorageError` if it is none."""
+        record: type = cls
+        if not isinstance(saved, dict) or not saved.keys() <= type_hints(record).keys():
+            raise StorageError(f"{origin} has a damaged progress ({shown(saved)}): choose another --checkpoint")
+        return cls(**checked_fields(record, saved, origin))
 
     def note(self, validation_loss: float) -> None:
         """Record the loss of a validation at this step, comparable with the others of the run."""

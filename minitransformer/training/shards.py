@@ -70,7 +70,10 @@ def explained(folder: Path) -> Iterator[None]:
     """Turn what reading damaged shards in `folder` raises into a `StorageError`."""
     try:
         yield
-    except (OSError, SafetensorError, LookupError, ValueError, TypeError, AssertionError, RuntimeError) as error:
+    except (
+        *(OSError, MemoryError, SafetensorError),
+        *(LookupError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError),
+    ) as error:
         reason = str(error).partition("\n")[0]
         raise StorageError(f"{folder} has no complete shards ({reason}): choose another --checkpoint") from None
 
@@ -149,7 +152,7 @@ def read_optimizers(stored: Stored, states: list[dict[str, Any]], parameters: Ma
         with explained(stored.folder):
             _, number, kind, of = name.split(".", 3)
             parameter, state = parameters[of].detach(), states[int(number)]["state"]
-        like = parameter if parameter.shape == shape else torch.empty(shape)
-        wanted[name] = torch.empty_like(like, dtype=stored.dtype(name))
-        state.setdefault(of, {})[kind] = wanted[name]
+            like = parameter if parameter.shape == shape else torch.empty(shape)
+            wanted[name] = torch.empty_like(like, dtype=stored.dtype(name))
+            state.setdefault(of, {})[kind] = wanted[name]
     stored.read(wanted)

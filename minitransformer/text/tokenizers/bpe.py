@@ -13,6 +13,7 @@ from minitransformer.errors import UserError
 from minitransformer.records import shown
 from minitransformer.settings import setting
 from minitransformer.text.tokenizers.base import Texts, Tokenizer, not_text, special_tokens_in, typed_entry
+from minitransformer.text.tokenizers.native import call_native, call_within_time
 
 # A sample of everything that a split pattern must preserve.
 ALL_KINDS = "It's  two WORDS,\tnaïve 東京 12345 x1\r\n\n 🦊 _-=+ \x07 \u00a0\u2028e\u0301 '"
@@ -23,6 +24,8 @@ GPT4_SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
+# The default of a ByteLevel pre-tokenizer in public tokenizers.
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 class BPE(Tokenizer, name="bpe"):
@@ -63,12 +66,18 @@ class BPE(Tokenizer, name="bpe"):
             raise ValueError(f"pattern {shown(pattern)} leaves out parts of a text")
 
     def _encoded(self, text: str) -> npt.NDArray[np.uint32]:
-        """The ids of `text`; raises `ValueError` if the pattern fails, and for text that is not valid UTF-8."""
-        try:
+        """The ids of `text`; raises `ValueError` if the pattern fails or never ends, and for text that is not UTF-8."""
+
+        def encode() -> npt.NDArray[np.uint32]:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except BaseException as error:  # a Rust panic is not an Exception
-            if type(error).__name__ != "PanicException":
-                raise
+
+        try:
+            if self.pattern in (GPT4_SPLIT, GPT2_SPLIT):
+                return call_native(encode)
+            return call_within_time(encode, len(text))
+        except UnicodeEncodeError:
+            raise
+        except ValueError as error:
             raise ValueError(f"pattern {shown(self.pattern)} fails ({error})") from None
 
     @classmethod
