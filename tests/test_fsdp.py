@@ -19,6 +19,7 @@ from minitransformer.commands.train import main as train_main
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_in_parts, build_model
+from minitransformer.runs.begin import check_possible
 from minitransformer.training.learner import Learner
 from minitransformer.training.parallel import FSDP
 from minitransformer.training.ranks import ONE_PROCESS, Ranks
@@ -161,6 +162,14 @@ def test_a_rank_of_fsdp_cannot_repeat_a_pass(folder: Path, monkeypatch: Any) -> 
     monkeypatch.setattr("minitransformer.training.learner.parallel_over", fsdp_over)
     with one_rank(folder), pytest.raises(UserError, match="--on-oom halve is not possible"):
         learner_of(config_of("decoder", folder, parallel="fsdp", on_oom="halve"), ONE_PROCESS)
+
+
+@pytest.mark.parametrize("choices", [{"parallel": "fsdp"}, {"parallel": "ddp", "num_experts": 4}])
+def test_halving_that_ranks_cannot_do_is_refused_before_a_run_begins(choices: dict[str, Any], folder: Path) -> None:
+    ranks = Ranks()
+    ranks.size = 2
+    with pytest.raises(UserError, match="--on-oom halve is not possible"):
+        check_possible(config_of("decoder", folder, on_oom="halve", **choices), None, ranks)
 
 
 @pytest.mark.parametrize("choices", [{"positions": "alibi"}, {"positions": "t5"}, {"residual": "value-residual"}])

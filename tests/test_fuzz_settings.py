@@ -17,6 +17,7 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import count_parameters
 from minitransformer.settings import all_declared, is_part, to_json, with_settings
 from minitransformer.training.config import FORMAT, RunConfig
+from minitransformer.training.ranks import ONE_PROCESS
 from tests.fuzz_for_tests import any_texts, cases, for_cases, json_values, sentence_of
 from tests.runs_for_tests import chosen_for
 
@@ -110,7 +111,7 @@ def flags_of(names: list[str]) -> st.SearchStrategy[list[str]]:
 @cases(10, 500)
 def test_any_flags_of_train_are_taken_or_refused(count: int) -> None:
     def check(arguments: list[str]) -> None:
-        answer(lambda words: parse_run(Options, words, RunConfig(), prog="train.py"), arguments)
+        answer(lambda words: parse_run(Options, words, RunConfig(), ONE_PROCESS, prog="train.py"), arguments)
 
     for_cases(count, check, flags_of([*NAMES, "out", "resume", "checkpoint", "init_from"]))
 

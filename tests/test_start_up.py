@@ -85,3 +85,13 @@ def test_a_command_that_starts_leaves_garbage_collection_as_it_was() -> None:
     assert start("bench", ["--device", "cpu", "--only", "nothing"]) == 2
     assert gc.isenabled()
     gc.unfreeze()
+
+
+def test_a_command_of_one_process_runs_once_or_not_at_all_under_torchrun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("minitransformer.commands.import_module", lambda name: pytest.fail(f"{name} has started"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in COMMANDS.keys() - {"train", "doctor"}:
+        assert start(command, []) == 2
+        assert f"`{command}` is one process" in capsys.readouterr().err

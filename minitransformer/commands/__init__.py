@@ -35,6 +35,8 @@ SEVERAL = ("--data", "--validation-data")
 """flags that take one value or several"""
 PLUGINS = "--plugin FILE.py (repeatable) adds the variants that a Python file defines to the choices."
 DONE, FAILED, USAGE, NON_FINITE, INTERRUPTED = 0, 1, UserError.exit_code, 3, 130
+ON_RANKS = {"train", "doctor", "verify-resume"}
+"""commands that the processes of `torchrun` run together"""
 HELP = {"-h", "--help"}
 WIDTH = 80
 """of `--help` and of tables, in characters"""
@@ -84,6 +86,8 @@ def _name_of_rank() -> str:
 def start(name: str, arguments: Sequence[str]) -> int:
     """Run the command called `name`; returns its exit code."""
     if is_launched():
+        if name not in ON_RANKS and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(f"`{name}` is one process, and torchrun has started several: start it without torchrun")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one rank reports what happens to another, in a sentence
     # Importing torch creates a million permanent objects. Each garbage collection over them takes a tenth of a second,
     # some of them before the first output.

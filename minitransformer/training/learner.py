@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minitransformer.architecture.dropout import rows_from
-from minitransformer.errors import StorageError, UserError
+from minitransformer.errors import StorageError
 from minitransformer.models.model import Model
 from minitransformer.text.batches import TrainingBatch
 from minitransformer.text.datasets import PreparedData
@@ -103,7 +103,6 @@ class Learner:
         self.optimizers = build_optimizers(training.optimizer, model, training.rates, self.parallel)
         self.balance = ExpertBalance(model, training.expert_balance, self.ranks)
         self.micro_batches = MicroBatches(training.batch_size, training.on_oom == "halve", self.ranks)
-        self.ranks.from_main(self._check_repeatable)
         self.steps_done, self.skipped_batches = 0, 0
         self._batches = prefetched(loader.training_batches, machine.device, self.ranks.share)
 
@@ -148,14 +147,6 @@ class Learner:
     def _must_agree(self) -> bool:
         """Whether ranks ask each other, before they add up their gradients, if one has run out of memory."""
         return self.config.training.on_oom == "halve" and self.parallel.is_shared
-
-    def _check_repeatable(self) -> None:
-        if self._must_agree and not self.parallel.can_repeat(self.model):
-            raise UserError(
-                "--on-oom halve is not possible on several ranks with --parallel "
-                f"{self.config.training.parallel.name} and this model, as a rank that runs out of memory stops the "
-                "others in mid-pass: halve --batch-size and double --grad-accumulation instead"
-            )
 
     def _add_gradients(self, batches: Sequence[TrainingBatch], *, synchronised: bool = True) -> Tensor:
         """Add the gradients of all micro-batches, and return this rank's part of the mean loss over all their targets.

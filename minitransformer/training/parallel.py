@@ -48,10 +48,6 @@ class Parallel(Registered, kind="parallel"):
     def check(self, model: ModelConfig, training: Any) -> None:
         """Raises `UserError` for a configuration of a model and its training that is impossible in this way."""
 
-    def can_repeat(self, model: nn.Module) -> bool:
-        """Whether a rank can give up a pass before it is `synchronised`, while the others finish theirs."""
-        return True
-
     def build(self, config: ModelConfig, device: torch.device) -> Model:
         """The model, or this rank's part of it, with the initial weights of one process."""
         return build_model(config).to(device)
@@ -91,6 +87,10 @@ class DDP(Parallel, name="ddp"):
         super().__init__(settings, ranks)
         self.gradients_scale = ranks.size  # torch takes the mean over ranks
 
+    def check(self, model: ModelConfig, training: Any) -> None:
+        if model.num_experts:  # their balance is counted over all ranks in every pass
+            check_not_repeated(training)
+
     def wrap(self, model: nn.Module) -> nn.Module:
         from torch.nn.parallel import DistributedDataParallel
 
@@ -99,9 +99,6 @@ class DDP(Parallel, name="ddp"):
             return DistributedDataParallel(
                 model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=may_idle
             )
-
-    def can_repeat(self, model: nn.Module) -> bool:
-        return not has_experts(model)  # the balance of experts is counted over all ranks in every pass
 
     def synchronised(self, model: nn.Module, now: bool) -> AbstractContextManager[Any]:
         return nullcontext() if now else model.no_sync()  # type: ignore[operator]
@@ -137,6 +134,7 @@ class FSDP(Parallel, name="fsdp"):
         self.members = settings.tensor_parallel
 
     def check(self, model: ModelConfig, training: Any) -> None:
+        check_not_repeated(training)  # ranks gather the weights of a block in every pass
         if training.probe:
             raise UserError("diagnostics read whole weights, which fsdp divides: leave --probe out, or --parallel fsdp")
         shared = model.residual.variant.Shared
@@ -157,9 +155,6 @@ class FSDP(Parallel, name="fsdp"):
         if training.precision in ("fp16", "fp8"):
             raise UserError(f"tensor_parallel is impossible in {training.precision}: choose --precision bf16")
         check_divisible(model_without_storage(replace(model, vocab_size=model.vocab_size or 1)), self.members)
-
-    def can_repeat(self, model: nn.Module) -> bool:
-        return False  # ranks gather the weights of a block in every pass
 
     def build(self, config: ModelConfig, device: torch.device) -> Model:
         meshes = self.meshes(device)
@@ -236,6 +231,16 @@ class FSDP(Parallel, name="fsdp"):
             if copy is not None:
                 weights[name].copy_(value)
         return model if copy is None else copy.to(next(model.parameters()).device).train(model.training)
+
+
+def check_not_repeated(training: Any) -> None:
+    """Raises `UserError` if a rank may give up a pass while the others finish theirs."""
+    if training.on_oom == "halve":
+        raise UserError(
+            f"--on-oom halve is not possible on several ranks with --parallel {training.parallel.name} and this model, "
+            "as a rank that runs out of memory stops the others in mid-pass: halve --batch-size and double "
+            "--grad-accumulation instead"
+        )
 
 
 def has_experts(model: nn.Module) -> bool:
