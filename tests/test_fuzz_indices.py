@@ -32,6 +32,8 @@ PATHS = [
     "b.bin",
     "nothing.bin",
     "~nobody/a",
+    "~nobody at all/a",
+    "a\0b",
     "~",
     "a.bin/b",
 ]

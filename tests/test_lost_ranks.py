@@ -41,13 +41,13 @@ Loader.training_batches = training_batches
 FAILING = """
 import os
 from minitransformer.errors import StorageError
-from minitransformer.training import learner
+from minitransformer.training import parallel
 
 def full(*_):
     raise StorageError("there is no space left")
 
 if os.environ["RANK"] == "1":
-    learner.load_model_weights = learner.build_model = full
+    parallel.build_model = full
 """
 
 

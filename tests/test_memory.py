@@ -130,9 +130,9 @@ from minitransformer.commands.train import main
 from minitransformer.training.learner import Learner
 
 def limited(self, batches):
-    if self.steps_done == 1:
+    if self.steps_done == 0:
         now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + 8_000_000, -1))
+        resource.setrlimit(resource.RLIMIT_AS, (now + 32_000_000, -1))
     try:
         return step(self, batches)
     finally:

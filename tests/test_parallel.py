@@ -78,6 +78,10 @@ def test_every_objective_is_among_the_cases_on_several_ranks() -> None:
     assert {case.get("objective", "causal") for case in CASES.values()} == set(Objective.registry)
 
 
+ON_4 = {"decoder", "five rows", "fewer rows than ranks", "experts", "heads and features", "two rows"}
+"""cases that differ most between 2 and 4 ranks: rows that they do not divide, and operations over all"""
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
@@ -90,15 +94,16 @@ def one_process(tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
 @pytest.mark.parametrize("parallel", [*Parallel.registry, "tensor"])
 def test_losses_over_50_steps_are_those_of_one_process(parallel: str, count: int, one_process: Any) -> None:
     folder, alone = one_process
-    names = TENSOR if parallel == "tensor" else CASES
+    names = {
+        name: case for name, case in (TENSOR if parallel == "tensor" else CASES).items() if count == 2 or name in ON_4
+    }
     together = on_ranks(count, folder, *names, parallel=parallel)
     for name, case in names.items():
         # In bfloat16, another order of the same additions gives another rounding.
         rel = 1e-3 if case.get("precision") == "bf16" else 1e-5
         assert together[name]["losses"] == pytest.approx(alone[name]["losses"], rel=rel), name
-        # Products in parts round otherwise, and so does a norm in parts; the gradient of single rows is noisy.
-        noisy = parallel == "tensor" or (parallel == "fsdp" and case.get("batch_size") == 1)
-        rel_of_norm = 1e-4 if noisy else rel
+        # The norm of a gradient is the noisier, the fewer rows it is of, and products in parts round otherwise.
+        rel_of_norm = max(rel, 1e-4)
         assert together[name]["grad_norms"] == pytest.approx(alone[name]["grad_norms"], rel=rel_of_norm), name
         assert together[name]["validation"] == pytest.approx(alone[name]["validation"], rel=rel), name
         assert together[name]["tokens"] == alone[name]["tokens"]

@@ -193,17 +193,18 @@ def test_what_is_predicted_is_within_a_fifth_of_what_a_process_takes(here, name)
     (here / "long.txt").write_text("\n".join(f"{i} {TEXT}" for i in range(20)))
     of_preset(name).prepare()
     peaks = {}
-    for steps in (0, 3):
+    for steps in (0, 2):
         command = [sys.executable, "-m", "tests.test_step_memory", name, str(steps)]
         peaks[steps] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     predicted = Candidate(of_preset(name)).step_memory.total
-    assert predicted == pytest.approx(peaks[3] - peaks[0], rel=0.2)
+    assert predicted == pytest.approx(peaks[2] - peaks[0], rel=0.2)
 
 
-RANKS = {"preset": "gpt-mini", "batch_size": 16, "precision": "fp32", "parallel": "fsdp", "optimizer": "adamw"}
 REAL_RANKS = {
-    "fsdp": {**RANKS, "d_model": 512, "num_layers": 6},
-    "fsdp, accumulation": {**RANKS, "d_model": 512, "num_layers": 6, "grad_accumulation": 2},
+    "fsdp": {
+        **{"preset": "gpt-mini", "batch_size": 16, "precision": "fp32", "parallel": "fsdp", "optimizer": "adamw"},
+        **{"d_model": 512, "num_layers": 6, "grad_accumulation": 2},
+    },
 }
 
 
@@ -231,13 +232,13 @@ def test_what_is_predicted_is_within_a_fifth_of_what_a_rank_takes(here, name):
     (here / "long.txt").write_text("\n".join(f"{i} {TEXT}" for i in range(20)))
     of_preset(name).prepare()
     peaks = {}
-    for steps in (0, 3):
+    for steps in (0, 2):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         command = [*torchrun, "-m", "tests.test_step_memory", name, str(steps)]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         peaks[steps] = max(map(int, printed.split()))
     predicted = Candidate(of_preset(name), ranks=2).step_memory.total
-    assert predicted == pytest.approx(peaks[3] - peaks[0], rel=0.2)
+    assert predicted == pytest.approx(peaks[2] - peaks[0], rel=0.2)
 
 
 @pytest.mark.slow

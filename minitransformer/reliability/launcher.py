@@ -113,7 +113,10 @@ class Commands:
                 codes = processes.codes(strike, begun + patience)
             seconds = time.monotonic() - begun
             outputs = [work.output.read_text(errors="replace") for work in works]
-            return Ended(codes, outputs, [int(work.calls.read_text()) for work in works], seconds)
+            calls = [
+                int(work.calls.read_text() or 0) for work in works
+            ]  # of a rank that is ended as it writes, nothing
+            return Ended(codes, outputs, calls, seconds)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class ShardIndex:
         tokenizer = record.get("tokenizer")
         if not isinstance(tokenizer, str | None):
             raise UserError(f"{path} has tokenizer {shown(tokenizer)}: give the path of a tokenizer.json")
+        _check_path(tokenizer or "", f"{path}")
         lists = [_shards(record.get(name, []), name, path) for name in ("shards", "validation")]
         index = cls(path, None if tokenizer is None else path.parent / Path(tokenizer).expanduser(), *lists)
         index = index._unfolded((*within, path.resolve()))
@@ -158,6 +160,7 @@ def _shard(entry: Any, where: str) -> Shard:
         if not fits(value, type_hints(Shard)[name]):
             raise UserError(f"{where} has {name} {shown(value)}: it must be {in_words(type_hints(Shard)[name])}")
     shard = Shard(**{name: fitted(value, type_hints(Shard)[name]) for name, value in entry.items()})
+    _check_path(shard.path, where)
     if shard.weight is not None and not LEAST_WEIGHT <= shard.weight <= MOST_WEIGHT:
         raise UserError(
             f"{where} has weight {shard.weight}: it must be between {LEAST_WEIGHT:g} and {MOST_WEIGHT:g}, "
@@ -168,6 +171,15 @@ def _shard(entry: Any, where: str) -> Shard:
     if shard.is_text and shard.tokens is not None:
         raise UserError(f"{where} has tokens {shard.tokens} and is text, whose tokens are counted: remove them")
     return shard
+
+
+def _check_path(path: str, where: str) -> None:
+    """Raises `UserError` for a path that no file can have."""
+    with suppress(OSError):
+        try:
+            Path(path).expanduser().lstat()
+        except (ValueError, RuntimeError):
+            raise UserError(f"{where} names {shown(path)}, which is no path: name a file") from None
 
 
 def _check_names(record: dict[str, Any], known: Sequence[str], where: str) -> None:
