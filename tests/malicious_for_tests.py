@@ -26,8 +26,9 @@ from minitransformer import files
 from minitransformer.errors import UserError
 from minitransformer.models.model import build_model
 from minitransformer.pretrained.shards import INDEX
-from minitransformer.training.checkpoint import choose_checkpoint, load_learner_state, load_model, unique_tensors
+from minitransformer.training.checkpoint import choose_checkpoint, load_learner_state, load_model
 from minitransformer.training.shard_writer import ShardWriter
+from minitransformer.training.weights import unique_tensors
 from tests.hostile_for_tests import at_most, changed, checkpoint_folder, open_checkpoint, open_run, run_folder
 from tests.shards_for_tests import CONFIG, one_rank, optimizers_of, sharded_model, state_of, take_step
 

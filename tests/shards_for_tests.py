@@ -22,12 +22,7 @@ from minitransformer import files
 from minitransformer.errors import UserError
 from minitransformer.models.model import Model, build_model
 from minitransformer.training import shard_writer
-from minitransformer.training.checkpoint import (
-    CHECKPOINTS,
-    load_learner_state,
-    load_model_weights,
-    unique_tensors,
-)
+from minitransformer.training.checkpoint import CHECKPOINTS, load_learner_state
 from minitransformer.training.config import RunConfig
 from minitransformer.training.light import LightOptimizer
 from minitransformer.training.logging import Log
@@ -38,6 +33,7 @@ from minitransformer.training.progress import Progress
 from minitransformer.training.ranks import Processes
 from minitransformer.training.saving import Saver
 from minitransformer.training.shards import is_sharded
+from minitransformer.training.weights import load_model_weights, unique_tensors
 from tests.runs_for_tests import TINY, configured
 
 SIZES: dict[str, Any] = {"d_model": 18, "num_layers": 2, "num_heads": 3, "vocab_size": 37, "context_length": 16}

@@ -27,11 +27,10 @@ from minitransformer.training.checkpoint import (
     load_learner_state,
     load_model,
     load_progress,
-    weights_digest,
     write_checkpoint,
 )
-from minitransformer.training.finetuning import Parent
 from minitransformer.training.shard_writer import ShardWriter
+from minitransformer.training.weights import Parent, weights_digest
 from tests.runs_for_tests import SMALL, configured, metrics, saved_weights
 from tests.shards_for_tests import (
     CONFIG,

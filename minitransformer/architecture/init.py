@@ -121,7 +121,8 @@ def give_storage(modules: Iterable[nn.Module]) -> None:
             if parameter.is_meta:
                 empty = made.get(parameter)
                 if empty is None:
-                    empty = made[parameter] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                    storage = torch.empty_like(parameter, device="cpu")
+                    empty = made[parameter] = nn.Parameter(storage, requires_grad=parameter.requires_grad)
                 setattr(module, name, empty)
 
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     about = _description() if HELP & set(arguments) else ""
     options = parse(Options, arguments, prog="minitransformer export", description=about)
     run = Run.open(options.run)
-    family = _format(run.config.model, options.format)
+    family = _format(run.config.model.base, options.format)
     model = run.load_model(options.checkpoint)
     originals = originals_of(run.path, run.target_tokenizer)
     extra = _extra(run) if originals is None else original_fields(originals)

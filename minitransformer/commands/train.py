@@ -24,7 +24,7 @@ from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError
 from minitransformer.files import writing
-from minitransformer.models.model import Model, count_parameters
+from minitransformer.models.model import Model, count_parameters, count_trained
 from minitransformer.registry import lookup
 from minitransformer.runs import CONFIG, REMEDY, Run, claimed_run_path, only_writer_of
 from minitransformer.runs.begin import begin_run, check_fits_run, check_possible, check_same_data
@@ -35,7 +35,7 @@ from minitransformer.text.datasets import PreparedData
 from minitransformer.training.checkpoint import check_room, checkpoint_step
 from minitransformer.training.config import RunConfig, with_usual_vocabulary, with_vocabulary
 from minitransformer.training.divergence import NonFiniteTraining
-from minitransformer.training.finetuning import Parent, fine_tuning, prepare_fine_tuning
+from minitransformer.training.finetuning import fine_tuning, prepare_fine_tuning
 from minitransformer.training.logging import Log, TensorBoard, Terminal
 from minitransformer.training.loop import Trainer
 from minitransformer.training.machine import Machine
@@ -44,6 +44,7 @@ from minitransformer.training.presets import DEFAULT, PRESETS
 from minitransformer.training.ranks import Ranks, check_gpus, joined_ranks, spoken_by_main
 from minitransformer.training.run_machine import SETTINGS, machine_again, machine_for
 from minitransformer.training.signals import StopRequest
+from minitransformer.training.weights import Parent
 
 TRANSLATE = 'echo "..." | python sample.py {path}'
 NEXT = {
@@ -101,10 +102,10 @@ def _fine_tune(initial: Path, arguments: Sequence[str], ranks: Ranks) -> int:
     source, usual = open_parent(initial, arguments)
     options, config = _parse(arguments, usual, ranks)
     weights = source.checkpoint(options.checkpoint)
-    size = f"{source.config.model.topology} of {amount(count_parameters(source.config.model))} parameters"
+    size = f"{source.config.model.topology} of {amount(count_parameters(source.config.model.base))} parameters"
     print(f"from       {initial} ({size}, {weights.name})", flush=True)
     check_fits_run(source, config)
-    ranks.from_main(lambda: check_possible(config, options.out, ranks))
+    ranks.from_main(lambda: check_possible(config, options.out, ranks, source))
     whole, prepared = ranks.first_on_node(lambda: prepare_fine_tuning(config, usual, source.tokenizers))
     start = Parent.of(initial, weights), source.load_model(weights.name)
     return _train_new(options, source.path.resolve().name, whole, prepared, ranks, start)
@@ -148,14 +149,23 @@ def open_parent(path: Path, arguments: Sequence[str]) -> tuple[Run, RunConfig]:
     if arguments and not arguments[0].startswith("-"):
         raise UserError(f"--init-from {path} determines the model: leave the preset {arguments[0]!r} out")
     source, new_data = Run.open(path), "data" in given_flags(arguments)
-    return source, fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data)
+    adapter = named_option(arguments, "--adapter") or "none"
+    usual = fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data, adapter=adapter)
+    return source, usual
 
 
 def folder_option(arguments: Sequence[str], flag: str) -> Path | None:
     """The folder that `flag` names, which determines the defaults of the other flags."""
+    name = named_option(arguments, flag)
+    return None if name is None else Path(name)
+
+
+def named_option(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of `flag`, which determines the defaults of the other flags."""
     parser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
-    parser.add_argument(flag, type=Path, dest="folder")
-    return parser.parse_known_args(arguments)[0].folder
+    parser.add_argument(flag, dest="value")
+    value: str | None = parser.parse_known_args(arguments)[0].value
+    return value
 
 
 def _resume(path: Path, arguments: Sequence[str], ranks: Ranks) -> int:
@@ -243,7 +253,9 @@ def _train(
     config = run.config.training
     check_gpus(ranks, machine.device)
     tokens = config.steps * run.config.tokens_per_step
-    print(f"model      {amount(count_parameters(run.config.model))} parameters, {amount(tokens)} tokens to read")
+    size, trained = count_parameters(run.config.model), count_trained(run.config.model)
+    part = "" if trained == size else f", of which {amount(trained)} are trained"
+    print(f"model      {amount(size)} parameters{part}, {amount(tokens)} tokens to read")
     count = f"{ranks.size} ranks ({config.parallel.name}), each " if ranks.size > 1 else ""
     print(f"machine    {count}{machine.description}{ranks.unused_cores(machine.device)}")
     print(f"run        {run.path}", flush=True)

@@ -15,6 +15,7 @@ from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual, Surroundings
 from minitransformer.errors import UserError
+from minitransformer.models.adapters import Adapter
 from minitransformer.registry import lookup
 from minitransformer.settings import Choice, check_settings, setting
 
@@ -164,12 +165,16 @@ class ModelConfig:
         0.0, at_least=0, below=1, help="dropout probability of embeddings, attention weights and sublayer outputs"
     )
     init: Choice[Initialisation] = Choice(Initialisation, "gpt2", help="weight initialisation")
+    adapter: Choice[Adapter] = Choice(
+        Adapter, "none", needs=WITH_ATTENTION, help="what a fine-tune trains in place of all weights"
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
         lookup("topology", self.topology, TOPOLOGIES)
         self._check_heads()
         self._check_parts()
+        self.adapter.make()
         layers = [self.num_layers, self.decoder_layers] if self.topology == "encoder-decoder" else [self.num_layers]
         around = Surroundings(min(layers), self.block.variant.is_parallel, self.norm.variant)
         self.residual.variant.check(self.residual.settings, around)
@@ -223,6 +228,11 @@ class ModelConfig:
     @property
     def decoder_layers(self) -> int:
         return self.num_decoder_layers or self.num_layers
+
+    @property
+    def base(self) -> ModelConfig:
+        """The same model without an adapter."""
+        return replace(self, adapter="none")
 
     def window_of(self, layer: int) -> int | None:
         """The attention window of a layer; None for full attention."""

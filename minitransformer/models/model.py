@@ -37,6 +37,9 @@ def apply_head(head: nn.Module, hidden: Float[Tensor, "*batch d_model"]) -> Floa
 class Model(Registered, nn.Module, kind="topology"):
     """A whole model with its configuration."""
 
+    base: Any = None
+    """the checkpoint with the weights that an adapter leaves as they are; None for a model that holds all of its own"""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -134,7 +137,15 @@ def build_in_parts(config: ModelConfig, complete: Callable[[nn.Module], object])
 
 def _constructed(config: ModelConfig) -> Model:
     import_module(f"minitransformer.models.{TOPOLOGIES[config.topology]}")
-    return Model.named("encoder-pretraining" if config.next_sentence else config.topology)(config)
+    plain = Model.named("encoder-pretraining" if config.next_sentence else config.topology)(config)
+    return config.adapter.make().applied(plain)
+
+
+def merged(model: Model) -> Model:
+    """The model without an adapter that computes what `model` does; `model` must not be used any more."""
+    plain = model.config.adapter.make().merged(model)
+    plain.config, plain.base = model.config.base, None
+    return plain.requires_grad_(True)
 
 
 class _Unmade(TorchFunctionMode):
@@ -212,6 +223,11 @@ def model_without_storage(config: ModelConfig) -> Model:
 def count_parameters(config: ModelConfig) -> int:
     """The number of parameters of the model that `config` describes, without allocating them."""
     return model_without_storage(config).num_parameters()
+
+
+def count_trained(config: ModelConfig) -> int:
+    """The number of parameters that are trained, without allocating them."""
+    return sum(each.numel() for each in model_without_storage(config).parameters() if each.requires_grad)
 
 
 def count_flops(config: ModelConfig, length: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +13,21 @@ from minitransformer.runs.layout import check_free
 from minitransformer.runs.open import Run
 from minitransformer.text.datasets import PreparedData
 from minitransformer.training.config import RunConfig, with_usual_vocabulary
-from minitransformer.training.finetuning import Parent, check_fits
+from minitransformer.training.finetuning import check_fits, starting_model
 from minitransformer.training.logging import TensorBoard
 from minitransformer.training.machine import Resolved, choose_device, choose_precision
 from minitransformer.training.parallel import parallel_over
 from minitransformer.training.ranks import Ranks
+from minitransformer.training.weights import Parent
 
 
-def check_possible(config: RunConfig, out: Path | None, ranks: Ranks) -> None:
-    """Raises `UserError` early for an impossible run, before minutes of data preparation."""
+def check_possible(config: RunConfig, out: Path | None, ranks: Ranks, parent: Run | None = None) -> None:
+    """Raises `UserError` early for an impossible run, before minutes of data preparation.
+
+    It starts from the weights of `parent`, if given.
+    """
+    if parent is None and config.model.adapter.name != "none":
+        raise UserError(f"adapter {config.model.adapter.name!r} needs a base: name its run with --init-from")
     if out is not None:
         check_free(out)
     if config.training.tensorboard:
@@ -52,7 +59,11 @@ def begin_run(
     parent: Parent | None = None,
     initial: Model | None = None,
 ) -> Run:
-    """Create the folder of a new run of `config`, with known vocabulary; `initial` are the weights of its `parent`."""
+    """Create the folder of a new run of `config`, with known vocabulary; `initial` is the model of its `parent`."""
+    if initial is not None:
+        initial = starting_model(config, initial)
+        if config.model.adapter.name != "none" and parent is not None:
+            initial.base = replace(parent, path=str(Path(parent.path).absolute()))
     inherit = partial(inherit_originals, None if parent is None else Path(parent.path))
     tokenizers, text = (prepared.tokenizer, prepared.target_tokenizer), prepared.folder.name
     return Run.create(path, config, *tokenizers, text, machine, parent, initial, inherit, prepared.sources)

@@ -33,8 +33,8 @@ from minitransformer.training.checkpoint import (
     write_checkpoint,
 )
 from minitransformer.training.config import RunConfig
-from minitransformer.training.finetuning import Parent
 from minitransformer.training.machine import Resolved
+from minitransformer.training.weights import Parent
 
 
 @dataclass(frozen=True)

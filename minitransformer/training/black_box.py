@@ -23,7 +23,6 @@ from minitransformer.plugins import check_plugins, plugins_of
 from minitransformer.records import read_json, shown, whole_record
 from minitransformer.text.batches import IGNORE, TrainingBatch
 from minitransformer.text.tokenizers import Tokenizer
-from minitransformer.training.checkpoint import MODEL, unique_tensors
 from minitransformer.training.config import RunConfig
 from minitransformer.training.learner import Learner
 from minitransformer.training.machine import Resolved
@@ -31,6 +30,7 @@ from minitransformer.training.memory import OutOfMemory
 from minitransformer.training.norms import Norms, json_number
 from minitransformer.training.progress import StepFigures
 from minitransformer.training.shards import whole_tensor
+from minitransformer.training.weights import MODEL, unique_tensors
 
 BLACK_BOX = "black-box"
 RECORD, STATE, BATCHES, TEXT = "box.json", "state.safetensors", "batches.safetensors", "text.txt"

@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitransformer import files
 from minitransformer.amounts import size
 from minitransformer.errors import StorageError, UserError
-from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, build_model, check_memory, check_size, count_parameters
+from minitransformer.models.model import Model, build_model, check_memory, count_trained, merged
 from minitransformer.records import read_json
 from minitransformer.training.config import RunConfig, fixed_settings
-from minitransformer.training.shards import (
-    SHARD_NAME,
-    Stored,
-    is_of_optimizer,
-    is_sharded,
-    local_part,
-    read_optimizers,
-    weight_files,
+from minitransformer.training.shards import SHARD_NAME, Stored, local_part, read_optimizers, weight_files
+from minitransformer.training.weights import (
+    BASE,
+    MANIFEST,
+    MODEL,
+    Parent,
+    check_weights,
+    load_model_weights,
+    stored_tensors,
 )
 
-MODEL, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
+TRAINER = "trainer.pt"
 # In a run folder, which is locked by the process that writes to it.
 CHECKPOINTS, LOCK = "checkpoints", "train.lock"
 # The size of a checkpoint without its tensors.
@@ -50,7 +47,7 @@ def check_room(path: Path, config: RunConfig) -> tuple[int, int]:
     """
     # Plus the best checkpoint and one being written.
     most = config.training.keep_last + 2 + config.training.on_spike.make().spare_checkpoints
-    needed = 3 * 4 * count_parameters(config.model) * most + 10_000_000  # weights and AdamW's two moments, in float32
+    needed = 3 * 4 * count_trained(config.model) * most + 10_000_000  # weights and AdamW's two moments, in float32
     folder = files.existing(path)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -96,7 +93,7 @@ def write_checkpoint(
     folder: Path, step: int, model: nn.Module, trainer_state: dict[str, Any], config: RunConfig | None = None
 ) -> Path:
     """Write `folder`/step-NNNNNN with the weights of `model`, as `write_state` does."""
-    return write_state(folder, step, unique_tensors(model), trainer_state, config)
+    return write_state(folder, step, stored_tensors(model), trainer_state, config, base=getattr(model, "base", None))
 
 
 def write_state(
@@ -107,9 +104,11 @@ def write_state(
     config: RunConfig | None = None,
     *,
     go_on: Callable[[], None] = lambda: None,
+    base: Parent | None = None,
 ) -> Path:
     """Write `folder`/step-NNNNNN and point `latest` to it; `config` is the configuration of the run.
 
+    `base` is the checkpoint that holds the weights which an adapter leaves as they are.
     What `go_on` raises between two files ends it. Raises `StorageError` if the disk is too full, and `OSError` if it
     cannot be written.
     """
@@ -123,15 +122,24 @@ def write_state(
         for name in (MODEL, TRAINER):
             go_on()
             digests[name] = files.sha256(temporary / name)
-        write_manifest(temporary, step, config, digests)
+        write_manifest(temporary, step, config, digests, base)
         go_on()
     files.point_to(folder / "latest", path.name)
     return path
 
 
-def write_manifest(folder: Path, step: int, config: RunConfig | None, digests: Mapping[str, str], **about: Any) -> None:
-    """Write the manifest of a checkpoint in `folder`: its step, its configuration, and the checksum of each file."""
+def write_manifest(
+    folder: Path,
+    step: int,
+    config: RunConfig | None,
+    digests: Mapping[str, str],
+    base: Parent | None = None,
+    **about: Any,
+) -> None:
+    """Write the manifest of a checkpoint in `folder`: its step, its configuration, its base, and all checksums."""
     manifest = {"step": step, **about}
+    if base is not None:
+        manifest[BASE] = base.to_json()
     if config is not None:
         manifest["config"] = config.to_json()
     manifest["sha256"] = dict(digests)
@@ -149,90 +157,19 @@ def write_trainer_state(state: dict[str, Any], path: Path) -> None:
             raise
 
 
-def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of `model`; tied ones under their first name only."""
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor.detach().contiguous()
-    return tensors
+def load_model(
+    checkpoint: Path, config: RunConfig, device: torch.device | str = "cpu", base: Path | None = None
+) -> Model:
+    """The model of `config` in eval mode, with the weights of `checkpoint`, into which an adapter is merged.
 
-
-def weights_digest(checkpoint: Path) -> str:
-    """The SHA-256 of the file with the weights; of the checksums of all of them in a sharded checkpoint."""
-    shards = weight_files(checkpoint)
-    if not shards:
-        return files.sha256(checkpoint / MODEL)
-    return hashlib.sha256("".join(map(files.sha256, shards)).encode()).hexdigest()
-
-
-def check_weights(checkpoint: Path, config: ModelConfig) -> None:
-    """Raise a `UserError` if `checkpoint` is far too small for a model of `config`."""
-    names: set[str] = set()
-    size = 0
-    for path in weight_files(checkpoint) or [checkpoint / MODEL]:
-        with _safetensors(path), safe_open(path, "pt") as stored:
-            names.update(stored.keys())
-            size += path.stat().st_size
-    check_size(config, len(names), size, str(checkpoint / MODEL if path.name == MODEL else checkpoint))
-
-
-@contextmanager
-def _safetensors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, MemoryError, SafetensorError) as error:
-        raise StorageError(
-            f"{path} is not a complete safetensors file ({error}): choose another --checkpoint"
-        ) from None
-
-
-def load_model_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Load the weights of a checkpoint into `model`; names and shapes must match exactly.
-
-    Either of them, or both, may be divided over ranks.
-    """
-    wanted = unique_tensors(model)
-    if weight_files(checkpoint) or any(map(is_sharded, wanted.values())):
-        stored = Stored(checkpoint)
-        shapes = {name: shape for name, shape in stored.shapes.items() if not is_of_optimizer(name)}
-        _check_fits(checkpoint, shapes, wanted)
-        stored.read(wanted)
-        return
-    with _safetensors(checkpoint / MODEL):
-        whole = load_file(checkpoint / MODEL)
-    _check_fits(checkpoint, {name: tensor.shape for name, tensor in whole.items()}, wanted)
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(whole[name])
-
-
-def _check_fits(checkpoint: Path, shapes: Mapping[str, torch.Size], wanted: Mapping[str, Tensor]) -> None:
-    """Raise a `UserError` unless `shapes`, those of the weights in `checkpoint`, are `wanted`."""
-    faults = [f"missing {name}" for name in wanted.keys() - shapes.keys()]
-    faults += [f"unknown {name}" for name in shapes.keys() - wanted.keys()]
-    faults += [
-        f"{name} is {list(shapes[name])} instead of {list(wanted[name].shape)}"
-        for name in wanted.keys() & shapes.keys()
-        if shapes[name] != wanted[name].shape
-    ]
-    if faults:
-        raise UserError(f"{checkpoint} does not fit the model of its run: {', '.join(sorted(faults))}")
-
-
-def load_model(checkpoint: Path, config: RunConfig, device: torch.device | str = "cpu") -> Model:
-    """The model of `config` in eval mode, with the weights of `checkpoint`.
-
-    Raises `StorageError` for a checkpoint of another run.
+    `base` is where the checkpoint of an adapter's base is now. Raises `StorageError` for a checkpoint of another run.
     """
     check_same_settings(checkpoint, config)
     check_weights(checkpoint, config.model)
     check_memory(config.model, str(checkpoint))
     model = build_model(config.model)
-    load_model_weights(checkpoint, model)
-    return model.to(device).eval()
+    load_model_weights(checkpoint, model, base)
+    return merged(model).to(device).eval()
 
 
 def load_learner_state(checkpoint: Path, model: nn.Module) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minitransformer.training.checkpoint import unique_tensors
 from minitransformer.training.learner import Learner
 from minitransformer.training.progress import Progress, StepFigures
 from minitransformer.training.shards import local_part
+from minitransformer.training.weights import unique_tensors
 
 
 class Divergence(Exception):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
+import torch
+
 from minitransformer.errors import UserError
+from minitransformer.models.adapters import Adapter
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import weight_shapes
-from minitransformer.records import whole_record
+from minitransformer.models.model import Model, build_model, weight_shapes
 from minitransformer.settings import declared, flat
 from minitransformer.text.datasets import PreparedData
 from minitransformer.text.datasets.text import TooShort
 from minitransformer.text.tokenizers import Tokenizer
-from minitransformer.training.checkpoint import weights_digest
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.optimizers import AdamW
+from minitransformer.training.weights import unique_tensors
 
 # A tenth of the learning rates of pretraining preserves most of what was learned. 3e-4 becomes nanoGPT's 3e-5; runs
 # trained by Muon are fine-tuned by Muon (Liu et al. 2025, arXiv 2502.16982, section 3.5).
@@ -28,36 +30,18 @@ WEIGHTLESS = {"dropout", "attention_kernel", "init"}
 """model settings that a fine-tune may change, because they do not change the outputs"""
 
 
-@dataclass(frozen=True)
-class Parent:
-    """The checkpoint that a run started from."""
+def fine_tuning(parent: RunConfig, *, from_scratch: bool, new_data: bool, adapter: str = "none") -> RunConfig:
+    """The default configuration for fine-tuning `parent`, with an adapter called `adapter`.
 
-    path: str
-    checkpoint: str
-    sha256: str
-    """SHA-256 of the weights file"""
-
-    @classmethod
-    def of(cls, run: Path, checkpoint: Path) -> Parent:
-        """The parent for `checkpoint` of the run folder `run`."""
-        return cls(str(run), checkpoint.name, weights_digest(checkpoint))
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: Any, origin: str) -> Parent | None:
-        """The parent in `record`, from the file `origin`; None for a run from scratch. Raises `StorageError`."""
-        return None if record is None else whole_record(cls, record, "its parent", origin)
-
-
-def fine_tuning(parent: RunConfig, *, from_scratch: bool, new_data: bool) -> RunConfig:
-    """The default configuration for fine-tuning `parent`.
-
-    Learning rates are kept if the parent is itself a fine-tune, not trained `from_scratch`. With
-    `new_data`, settings for reading the parent's data are reset, except those that the tokenizer depends on.
+    Learning rates are kept if the parent is itself a fine-tune of all weights, not trained `from_scratch`. With
+    `new_data`, settings for reading the parent's data are reset, except those that the tokenizer depends on. The model
+    of a run that trained an adapter is the one into which it is merged.
     """
-    training = _gentle(parent.training) if from_scratch else parent.training
+    of_all_weights = parent.model.adapter.name == "none"
+    training = _gentle(parent.training) if from_scratch or not of_all_weights else parent.training
+    if adapter != "none":
+        training = _for_adapter(training, Adapter.named(adapter).learning_rate)
+    parent = replace(parent, model=parent.model.base)
     cuts_text = parent.data.dataset.variant.cuts_text
     length = min(parent.sequence_length, MOST_TOKENS) if cuts_text else parent.model.context_length
     training = replace(training, sequence_length=None if length == parent.model.context_length else length)
@@ -81,8 +65,30 @@ def _gentle(training: TrainingConfig) -> TrainingConfig:
     )
 
 
+def _for_adapter(training: TrainingConfig, learning_rate: float) -> TrainingConfig:
+    """The optimizer and the rates of the adapter's paper, without weight decay, which would pull towards the base."""
+    rates: dict[str, Any] = {"lr": learning_rate, "embedding_lr": None, "head_lr": None, "min_lr": 0.0}
+    return replace(training, optimizer=AdamW.choose(), weight_decay=0.0, **rates)
+
+
+def starting_model(config: RunConfig, parent: Model) -> Model:
+    """The model of `config` before its first step, with the weights of `parent`; its adapter is drawn by the seed."""
+    if config.model.adapter.name == "none":
+        return parent
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(config.training.seed)
+        model = build_model(config.model)
+    theirs = unique_tensors(parent)
+    with torch.no_grad():
+        for name, tensor in unique_tensors(model).items():
+            if name in theirs and theirs[name].shape == tensor.shape:
+                tensor.copy_(theirs[name])
+    return model
+
+
 def check_fits(parent: ModelConfig, model: ModelConfig) -> None:
-    """Raises `UserError` unless `model` can load the weights of `parent` and computes the same."""
+    """Raises `UserError` unless `model`, but for an adapter, can load the weights of `parent` and computes the same."""
+    parent, model = parent.base, model.base
     before, after = flat(parent), flat(model)
     for name in before | after:
         old, new = before.get(name), after.get(name)

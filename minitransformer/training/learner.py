@@ -19,7 +19,6 @@ from minitransformer.models.model import Model
 from minitransformer.text.batches import TrainingBatch
 from minitransformer.text.datasets import PreparedData
 from minitransformer.training.activation_checkpointing import checkpoint_activations
-from minitransformer.training.checkpoint import load_model_weights
 from minitransformer.training.config import RunConfig
 from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.loader import Loader
@@ -32,6 +31,7 @@ from minitransformer.training.precision import Precision
 from minitransformer.training.prefetch import prefetched
 from minitransformer.training.probe import NO_PROBE, Probe
 from minitransformer.training.ranks import ONE_PROCESS, Ranks
+from minitransformer.training.weights import load_model_weights
 
 MakeProbe = Callable[[Model, Loader, torch.device], Probe]
 

@@ -19,6 +19,7 @@ from minitransformer.training.recovery import end_of_training, plan_rollback, re
 from minitransformer.training.saving import Saver
 from minitransformer.training.signals import StopRequest
 from minitransformer.training.validation import StoppedValidation, Validation, Validator
+from minitransformer.training.weights import load_model_weights
 
 SAMPLES = "samples.txt"
 
@@ -230,7 +231,7 @@ class Trainer:
     def restore(self, chosen: Path) -> None:
         """Continue from the checkpoint `chosen`; changed settings keep their new values."""
         self._saver.wait()
-        checkpoint.load_model_weights(chosen, self.learner.model)
+        load_model_weights(chosen, self.learner.model)
         state = checkpoint.load_learner_state(chosen, self.learner.model)
         # It may be an older one; after a stop before the next save, the run must continue from it again.
         self.ranks.from_main(lambda: files.point_to(self._checkpoints / "latest", chosen.name))

@@ -145,6 +145,8 @@ class FSDP(Parallel, name="fsdp"):
             )
         if self.members == 1:
             return
+        if model.adapter.name != "none":
+            raise UserError(f"tensor_parallel cannot divide adapter {model.adapter.name!r}: {REMEDY}")
         if self.ranks.size % self.members:
             raise UserError(f"{self.ranks.size} ranks are no multiple of {self.members}: {REMEDY}")
         if training.optimizer.variant.needs_whole_matrices:

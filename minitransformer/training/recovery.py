@@ -15,13 +15,13 @@ from minitransformer.training.checkpoint import (
     checkpoint_step,
     checkpoints_in,
     damage,
-    load_model_weights,
     load_trainer_state,
 )
 from minitransformer.training.config import TrainingConfig
 from minitransformer.training.divergence import Divergence, NonFiniteTraining, are_finite
 from minitransformer.training.learner import Learner
 from minitransformer.training.progress import Progress
+from minitransformer.training.weights import load_model_weights
 
 NOISE = 1.02
 """tolerance for losses on different batches or dropout masks"""

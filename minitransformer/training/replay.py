@@ -11,11 +11,11 @@ import torch
 from minitransformer.models.model import build_model
 from minitransformer.text.batches import TrainingBatch
 from minitransformer.training.black_box import BlackBox
-from minitransformer.training.checkpoint import load_model_weights
 from minitransformer.training.learner import Learner
 from minitransformer.training.loader import Loader
 from minitransformer.training.machine import Machine
 from minitransformer.training.tracing import Origin, Tracer
+from minitransformer.training.weights import load_model_weights
 
 ROUNDING = 1e-3
 """relative difference of a loss on another machine that is due to rounding"""

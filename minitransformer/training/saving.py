@@ -15,11 +15,12 @@ from torch import Tensor
 
 from minitransformer import files
 from minitransformer.models.model import Model
-from minitransformer.training.checkpoint import remove_old_checkpoints, unique_tensors, write_state
+from minitransformer.training.checkpoint import remove_old_checkpoints, write_state
 from minitransformer.training.config import RunConfig
 from minitransformer.training.logging import Log
 from minitransformer.training.parallel import Parallel
 from minitransformer.training.shard_writer import ShardWriter
+from minitransformer.training.weights import stored_tensors
 
 SECONDS_TO_ASK = 1.0
 """after how long ranks that wait for a checkpoint ask whether it is written"""
@@ -67,12 +68,12 @@ class Saver:
         self.wait()
         if not self.writes:
             return
-        (tensors, state), wait_for_device = self._buffers.copy((unique_tensors(model), state))
+        (tensors, state), wait_for_device = self._buffers.copy((stored_tensors(model), state))
 
         def write() -> None:
             wait_for_device()
             self.log.sync()  # first, so that no checkpoint is ahead of the logs
-            path = self.write_state(self.folder, step, tensors, state, self.config, go_on=self._go_on)
+            path = self.write_state(self.folder, step, tensors, state, self.config, go_on=self._go_on, base=model.base)
             if self.ranks.is_main:
                 if best:
                     files.point_to(self.folder / "best", path.name)

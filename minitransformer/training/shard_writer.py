@@ -21,6 +21,7 @@ from minitransformer.training.checkpoint import (
 )
 from minitransformer.training.config import RunConfig
 from minitransformer.training.shards import OPTIMIZERS, WEIGHTS, without_tensors
+from minitransformer.training.weights import Parent
 
 T = TypeVar("T")
 
@@ -48,6 +49,7 @@ class ShardWriter:
         config: RunConfig | None = None,
         *,
         go_on: Callable[[], None] = lambda: None,
+        base: Parent | None = None,
     ) -> Path:
         """Write `folder`/step-NNNNNN as `checkpoint.write_state` does; the state of the trainer is that of rank 0."""
         path = folder / checkpoint_name(step)
@@ -66,7 +68,7 @@ class ShardWriter:
                     raise StorageError(f"rank 0 does not see {lost[0]}: give an --out on a disk that all nodes share")
                 write_trainer_state(trainer_state, temporary / TRAINER)
                 names[TRAINER] = files.sha256(temporary / TRAINER)
-                write_manifest(temporary, step, config, names, ranks=self.size)
+                write_manifest(temporary, step, config, names, base, ranks=self.size)
                 go_on()
                 whole.close()
                 files.point_to(folder / "latest", path.name)

@@ -1,0 +1,57 @@
+"""The interface of adapters."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+from minitransformer.errors import UserError
+from minitransformer.registry import Registered
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Adapter(Registered, kind="adapter"):
+    """What is trained in place of a model's own weights, which stay those of its base."""
+
+    learning_rate: ClassVar[float]
+    """peak learning rate of a fine-tune, unless a flag says otherwise"""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    def applied(self, model: M) -> M:
+        """`model`, newly made, in which only the adapter is trained; raises `UserError` if that is impossible."""
+        raise NotImplementedError
+
+    def merged(self, model: M) -> M:
+        """The model without an adapter that computes what `model` does; it shares all other weights."""
+        raise NotImplementedError
+
+
+class NoAdapter(Adapter, name="none"):
+    """All weights are trained."""
+
+    def applied(self, model: M) -> M:
+        return model
+
+    def merged(self, model: M) -> M:
+        return model
+
+
+def frozen(model: M) -> M:
+    """`model` with all weights frozen; raises `UserError` if a module of it changes weights after each step."""
+    parts = list(model.modules())[1:]
+    if changing := [type(module).__name__ for module in parts if hasattr(module, "end_step")]:
+        raise UserError(f"{changing[0]} changes weights after every step, and an adapter leaves them as they are")
+    return model.requires_grad_(False)
+
+
+def name_pattern(pattern: str, setting: str) -> re.Pattern[str]:
+    """The regular expression of the setting `setting`; raises `UserError` if it is none."""
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{setting} is {pattern!r}, which is no regular expression ({error}): correct it") from None

@@ -1,0 +1,242 @@
+"""Adapters: the base stays as it is, an adapter alone is trained and saved, and what is merged computes the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minitransformer.commands import sample
+from minitransformer.commands.train import main
+from minitransformer.errors import UserError
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import Model, build_in_parts, build_model, count_trained, merged
+from minitransformer.runs import Run
+from minitransformer.settings import with_settings
+from minitransformer.training.weights import load_model_weights, stored_tensors, unique_tensors
+from tests.runs_for_tests import SMALL, TEXT, assert_same_weights, metrics, refused, saved_weights
+
+SIZES: dict[str, Any] = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context_length": 16, "vocab_size": 11}
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"bias": True, "num_kv_heads": 2, "tied_embeddings": False, "feedforward": "swiglu"},
+    {"num_experts": 3, "positions": "learned"},
+    {"topology": "encoder", "head": "transformed", "residual": "post"},
+    {"topology": "encoder-decoder", "positions": "t5", "embedding_dim": 8},
+]
+PATTERNS = (".*", r".*(query|value)", r".*blocks\.0\..*")
+
+
+def lora(**choices: Any) -> ModelConfig:
+    return with_settings(ModelConfig(), {**SIZES, "adapter": "lora", **choices})
+
+
+def drawn(config: ModelConfig) -> Model:
+    """A model of which no weight is 0 and the adapter matters."""
+    model = build_model(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def logits(model: Model) -> torch.Tensor:
+    tokens = torch.randint(11, (3, 9), generator=torch.Generator().manual_seed(0))
+    inputs = (tokens, tokens) if model.config.topology == "encoder-decoder" else (tokens,)
+    with torch.no_grad():
+        return model(*inputs)
+
+
+@given(st.sampled_from(KINDS), st.sampled_from(PATTERNS), st.integers(1, 5), st.floats(0.5, 64))
+def test_a_merged_adapter_computes_what_it_computed_unmerged(
+    choices: dict[str, Any], pattern: str, rank: int, alpha: float
+) -> None:
+    model = drawn(lora(lora_pattern=pattern, lora_rank=rank, lora_alpha=alpha, lora_dropout=0.3, **choices)).double()
+    unmerged = logits(model)
+    base = build_model(model.config.base)
+    base.load_state_dict({name: t for name, t in model.state_dict().items() if ".lora." not in name})
+    base = base.double().eval()
+    assert (logits(base) - unmerged).abs().max() > 1e-3
+    plain = merged(model)
+    assert plain.state_dict().keys() == base.state_dict().keys()
+    assert [type(module) for module in plain.modules()] == [type(module) for module in base.modules()]
+    assert (logits(plain) - unmerged).abs().max() <= 1e-9 * unmerged.std()
+    assert plain.config == model.config.base
+
+
+@pytest.mark.parametrize("choices", KINDS, ids=str)
+def test_an_adapter_that_is_zero_changes_no_bit(choices: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    model = build_model(lora(**choices)).eval()
+    base = build_model(model.config.base)
+    base.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if ".lora." not in name})
+    assert torch.equal(logits(model), logits(base.eval()))
+    assert_same_weights(merged(model).state_dict(), base.state_dict())
+
+
+def test_only_the_adapter_is_trained_and_counted() -> None:
+    config = lora(lora_pattern=".*query", lora_rank=3)
+    trained = {name for name, parameter in build_model(config).named_parameters() if parameter.requires_grad}
+    assert trained == {f"stack.blocks.{i}.attention.query.lora.{which}" for i in (0, 1) for which in "ab"}
+    assert count_trained(config) == 2 * 3 * (16 + 16)
+    assert count_trained(config.base) == build_model(config.base).num_parameters()
+
+
+def test_other_weights_are_trained_as_well_if_their_names_match() -> None:
+    model = build_model(lora(lora_pattern=".*query", lora_also_train=r"stack\.final_norm\..*|head.*", bias=True))
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora" not in name}
+    assert names
+    assert all(name.startswith(("stack.final_norm.", "head")) for name in names)
+
+
+@pytest.mark.parametrize("choices", KINDS, ids=str)
+def test_an_adapted_model_built_in_parts_is_that_built_at_once(choices: dict[str, Any]) -> None:
+    states = []
+    for build in (build_model, lambda config: build_in_parts(config, lambda module: None)):
+        torch.manual_seed(3)
+        states.append(list(build(lora(**choices)).named_parameters()))
+    for (name, one), (other_name, other) in zip(*states, strict=True):
+        assert name == other_name
+        assert torch.equal(one, other)
+        assert one.requires_grad == other.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        (
+            {"lora_pattern": "atention.*"},
+            ["lora_pattern 'atention.*'", "no linear map", "stack.blocks.0.attention.key"],
+        ),
+        ({"lora_pattern": "head"}, ["'head'", "no linear map"]),
+        ({"lora_pattern": "("}, ["lora_pattern", "'('", "no regular expression"]),
+        ({"lora_also_train": "classifier"}, ["lora_also_train 'classifier'", "no weight"]),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused_in_one_sentence(choices: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        build_model(lora(**choices))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+# --- runs
+
+
+FLAGS = ["--data", "my.txt", "--device", "cpu", "--compile", "off", "--precision", "fp32", "--save-every", "2"]
+LORA = ["--adapter", "lora", "--lora-rank", "2", "--lora-dropout", "0.2", *FLAGS]
+
+
+@pytest.fixture
+def base(here: Path, capsys: Any) -> Path:
+    assert main(["gpt-nano", "--out", "base", "--data", "my.txt", "--steps", "4", *SMALL]) == 0
+    (here / "my.txt").write_text(TEXT[2000:] * 2)
+    capsys.readouterr()
+    return here / "base"
+
+
+def tuned(*arguments: str, parent: str = "base", out: str = "tuned", steps: int = 4) -> int:
+    return main(["--init-from", parent, "--out", out, "--steps", str(steps), *LORA, *arguments])
+
+
+@pytest.mark.unchecked_shapes
+def test_a_checkpoint_holds_the_adapter_alone_and_opens_as_a_plain_model(base: Path, here: Path, capsys: Any) -> None:
+    assert tuned() == 0
+    assert "of which" in capsys.readouterr().out
+    stored = saved_weights(here / "tuned")
+    assert stored
+    assert all(".lora." in name for name in stored)
+    model = Run.open(here / "tuned").load_model("latest")
+    plain = Run.open(base)
+    assert model.config == plain.config.model
+    before, after = plain.load_model().state_dict(), model.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name.replace(".lora.b", ".weight") for name in stored if name.endswith(".lora.b")}
+    for name in changed:
+        a, b = (stored[name.replace(".weight", f".lora.{which}")] for which in "ab")
+        torch.testing.assert_close(after[name], before[name] + 16 / 2 * b @ a)
+
+
+@pytest.mark.unchecked_shapes
+def test_a_resumed_adapter_ends_with_the_bits_of_an_uninterrupted_one(base: Path, here: Path) -> None:
+    assert tuned(out="whole") == 0
+    assert tuned("--schedule", "constant", out="a", steps=4) == 0
+    assert tuned("--schedule", "constant", out="b", steps=2) == 0
+    assert main(["--resume", "b", "--steps", "4"]) == 0
+    assert_same_weights(saved_weights(here / "a"), saved_weights(here / "b"))
+    assert metrics(here / "a")[-1] == metrics(here / "b")[-1]
+
+
+@pytest.mark.unchecked_shapes
+def test_adapters_are_stacked(base: Path, here: Path) -> None:
+    assert tuned(out="first") == 0
+    assert tuned(parent="first", out="second") == 0
+    below, above = Run.open(here / "first").load_model(), build_model(Run.open(here / "second").config.model)
+    load_model_weights(here / "second/checkpoints/latest", above)
+    theirs = below.state_dict()
+    assert all(
+        torch.equal(tensor, theirs[name]) for name, tensor in unique_tensors(above).items() if "lora" not in name
+    )
+    assert stored_tensors(above).keys() == saved_weights(here / "second").keys()
+    assert Run.open(here / "second").load_model().config == below.config
+
+
+@pytest.mark.unchecked_shapes
+def test_a_run_of_all_weights_starts_from_the_merged_model(base: Path, here: Path) -> None:
+    assert tuned(out="first") == 0
+    assert main(["--init-from", "first", "--out", "all", "--steps", "1", *FLAGS]) == 0
+    start = saved_weights(here / "all", "step-000000")
+    assert_same_weights(start, unique_tensors(Run.open(here / "first").load_model()))
+
+
+@pytest.mark.unchecked_shapes
+def test_folders_that_are_moved_together_still_fit(base: Path, here: Path) -> None:
+    assert tuned() == 0
+    before = Run.open(here / "tuned").load_model().state_dict()
+    (here / "elsewhere").mkdir()
+    for name in ("base", "tuned"):
+        shutil.move(here / name, here / "elsewhere" / name)
+    assert_same_weights(before, Run.open(here / "elsewhere/tuned").load_model().state_dict())
+
+
+@pytest.mark.unchecked_shapes
+def test_another_base_and_none_get_one_sentence(base: Path, here: Path, capsys: Any) -> None:
+    assert tuned() == 0
+    for command, flags in ((sample.main, ["tuned", "--prompt", "L"]), (main, ["--resume", "tuned", "--steps", "9"])):
+        shutil.move(base, here / "away")
+        assert "base of the adapter" in refused(capsys, *flags, main=command)
+        assert main(["gpt-nano", "--out", "base", "--data", "my.txt", "--steps", "4", "--seed", "1", *SMALL]) == 0
+        error = refused(capsys, *flags, main=command)
+        assert "another base" in error
+        assert "SHA-256" in error
+        shutil.rmtree(base)
+        shutil.move(here / "away", base)
+
+
+@pytest.mark.unchecked_shapes
+def test_an_adapter_without_a_base_is_refused(here: Path, capsys: Any) -> None:
+    assert "--init-from" in refused(capsys, "gpt-nano", "--adapter", "lora", *FLAGS)
+    assert "adapter" in refused(capsys, "rnn-attention", "--adapter", "lora", *FLAGS)
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.unchecked_shapes
+def test_an_adapter_learns_by_adamw_at_its_own_rate(base: Path, here: Path) -> None:
+    assert tuned(steps=1) == 0
+    training = Run.open(here / "tuned").config.training
+    assert (training.optimizer.name, training.lr, training.weight_decay) == ("adamw", 1e-3, 0.0)
+    record = json.loads((here / "tuned/config.json").read_text())
+    assert record["model"]["adapter"] == {
+        "name": "lora",
+        "pattern": ".*",
+        "rank": 2,
+        "alpha": 16.0,
+        "dropout": 0.2,
+        "also_train": None,
+    }
