@@ -21,6 +21,7 @@ COMMANDS = {
     "lab": "run experiments on norm placement, each with a report",
     "bench": "measure speed and memory, relative to peers and to the limits of the machine",
     "import": "turn a public checkpoint into a run",
+    "merge": "bake an adapter into its base",
     "export": "export the model of a run to the transformers library",
 }
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitransformer.commands import sample
+from minitransformer.commands import doctor, merge, sample
 from minitransformer.commands.train import main
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
@@ -240,3 +240,34 @@ def test_an_adapter_learns_by_adamw_at_its_own_rate(base: Path, here: Path) -> N
         "dropout": 0.2,
         "also_train": None,
     }
+
+
+@pytest.mark.unchecked_shapes
+def test_a_merged_run_stands_alone_and_writes_the_same_text(base: Path, here: Path, capsys: Any) -> None:
+    assert tuned() == 0
+    prompt = ["--prompt", "Line 7", "--temperature", "0", "--max-new-tokens", "30"]
+    model = Run.open(here / "tuned").load_model()
+    capsys.readouterr()
+    assert sample.main(["tuned", *prompt]) == 0
+    written = capsys.readouterr().out
+    assert merge.main(["tuned", "--out", "whole"]) == 0
+    shutil.rmtree(base)
+    shutil.rmtree(here / "tuned")
+    assert_same_weights(model.state_dict(), Run.open(here / "whole").load_model().state_dict())
+    capsys.readouterr()
+    assert sample.main(["whole", *prompt]) == 0
+    assert capsys.readouterr().out == written
+    assert main(["--init-from", "whole", "--out", "more", "--steps", "1", *FLAGS]) == 0
+    assert "no adapter" in refused(capsys, "whole", "--out", "again", main=merge.main)
+
+
+@pytest.mark.unchecked_shapes
+def test_the_doctor_counts_the_gradients_of_an_adapter_and_asks_for_its_base(
+    base: Path, here: Path, capsys: Any
+) -> None:
+    assert doctor.main(["--init-from", "base", *LORA, "--json"]) == 0
+    found = {each["topic"]: each for each in json.loads(capsys.readouterr().out)["findings"]}["parameters"]["figures"]
+    assert found["gradient_bytes"] == 4 * 576
+    assert found["optimizer_bytes"] < found["gradient_bytes"] * 3
+    assert doctor.main(["gpt-nano", *LORA, *SMALL]) == 1
+    assert "--init-from" in capsys.readouterr().out

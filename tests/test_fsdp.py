@@ -39,6 +39,7 @@ KINDS: list[dict[str, Any]] = [
     {"topology": "encoder", "num_segments": 2, "next_sentence": True, "head": "transformed"},
     {"topology": "encoder-decoder", "positions": "t5", "embedding_dim": 4},
     {"topology": "rnn", "target_vocab_size": 13},
+    {"adapter": "lora", "bias": True},
 ]
 
 
@@ -307,10 +308,16 @@ def test_a_run_of_two_ranks_goes_on_with_any_other_number(here: Path, capsys: An
 
 
 @pytest.mark.slow
-def test_ranks_start_from_the_weights_of_another_run(here: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("parallel", "flags"), [("fsdp", []), ("ddp", ["--adapter", "lora"]), ("fsdp", ["--adapter", "lora"])], ids=str
+)
+def test_ranks_start_from_the_weights_of_another_run(here: Path, capsys: Any, parallel: str, flags: list[str]) -> None:
     assert train_main(["--data", "my.txt", "--steps", "4", "--out", "first", *SMALL]) == 0
-    train_on(2, "--init-from", "first", "--steps", "2", "--out", "tuned", "--parallel", "fsdp")
-    assert train_main(["--init-from", "first", "--steps", "2", "--out", "alone"]) == 0
+    flags = [*flags, "--steps", "2", "--schedule", "constant"]
+    train_on(2, "--init-from", "first", *flags, "--out", "tuned", "--parallel", parallel)
+    train_on(2, "--resume", "tuned", "--steps", "4")
+    assert train_main(["--init-from", "first", *flags, "--out", "alone"]) == 0
+    assert train_main(["--resume", "alone", "--steps", "4"]) == 0
     ours, expected = metrics(here / "tuned")[-1], metrics(here / "alone")[-1]
     assert ours["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-5)
 

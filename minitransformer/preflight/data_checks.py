@@ -6,7 +6,7 @@ from minitransformer.amounts import amount, size
 from minitransformer.preflight.candidate import Candidate
 from minitransformer.preflight.check import Finding, PreflightCheck
 from minitransformer.preflight.data_state import bytes_per_token
-from minitransformer.runs.begin import check_fits_run
+from minitransformer.runs.begin import check_fits_run, check_has_base
 from minitransformer.runs.resume import changed_settings, check_can_resume, check_same_text
 from minitransformer.text.corpora import named
 from minitransformer.training.logging import TensorBoard
@@ -30,6 +30,7 @@ class StartCheck(PreflightCheck, name="start"):
             check_fits_run(candidate.parent, candidate.config)
             assert candidate.start is not None
             return Finding("ok", f"{candidate.start.name} of {candidate.parent.path.name}")
+        check_has_base(candidate.config)
         return Finding("ok", f"new weights, {candidate.steps_left:,} steps to do")
 
 

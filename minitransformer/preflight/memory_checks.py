@@ -25,7 +25,8 @@ class ParametersCheck(PreflightCheck, name="parameters"):
         memory = candidate.step_memory
         figures = {"parameters": candidate.parameters, "bytes": memory.parameters}
         figures |= {"gradient_bytes": memory.gradients, "optimizer_bytes": memory.optimizer}
-        parts = f"{size(memory.parameters)}, gradients the same, optimizer {size(memory.optimizer)}"
+        gradients = "the same" if memory.gradients == memory.parameters else size(memory.gradients)
+        parts = f"{size(memory.parameters)}, gradients {gradients}, optimizer {size(memory.optimizer)}"
         return Finding("ok", f"{amount(candidate.parameters)}: {parts}", figures=figures)
 
 

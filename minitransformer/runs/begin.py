@@ -26,8 +26,8 @@ def check_possible(config: RunConfig, out: Path | None, ranks: Ranks, parent: Ru
 
     It starts from the weights of `parent`, if given.
     """
-    if parent is None and config.model.adapter.name != "none":
-        raise UserError(f"adapter {config.model.adapter.name!r} needs a base: name its run with --init-from")
+    if parent is None:
+        check_has_base(config)
     if out is not None:
         check_free(out)
     if config.training.tensorboard:
@@ -35,6 +35,12 @@ def check_possible(config: RunConfig, out: Path | None, ranks: Ranks, parent: Ru
     choose_precision(choose_device(config.training.device), config.training.precision)
     parallel_over(ranks, config.training.parallel).check(config.model, config.training)
     count_parameters(with_usual_vocabulary(config))
+
+
+def check_has_base(config: RunConfig) -> None:
+    """Raises `UserError` if a run of `config` cannot start from new weights."""
+    if config.model.adapter.name != "none":
+        raise UserError(f"adapter {config.model.adapter.name!r} needs a base: name its run with --init-from")
 
 
 def check_fits_run(source: Run, config: RunConfig) -> None:
