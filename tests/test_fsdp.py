@@ -40,6 +40,7 @@ KINDS: list[dict[str, Any]] = [
     {"topology": "encoder-decoder", "positions": "t5", "embedding_dim": 4},
     {"topology": "rnn", "target_vocab_size": 13},
     {"adapter": "lora", "bias": True},
+    {"adapter": "soft-prompt", "positions": "learned"},
 ]
 
 

@@ -21,6 +21,7 @@ from minitransformer.pretrained.originals import original_fields, originals_of
 from minitransformer.pretrained.reopened import reference_of, reopened_difference
 from minitransformer.pretrained.tokenizer_files import special_ids, target_ids
 from minitransformer.runs import Run
+from minitransformer.runs.begin import check_merges
 from minitransformer.settings import kinds
 
 # Relative error of the logits: rounding gives about 1e-5, a wrong epsilon or GELU at least 3e-4.
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     about = _description() if HELP & set(arguments) else ""
     options = parse(Options, arguments, prog="minitransformer export", description=about)
     run = Run.open(options.run)
+    check_merges(run)
     family = _format(run.config.model.base, options.format)
     model = run.load_model(options.checkpoint)
     originals = originals_of(run.path, run.target_tokenizer)

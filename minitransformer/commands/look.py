@@ -19,6 +19,7 @@ from minitransformer.files import write_text
 from minitransformer.models.model import Model
 from minitransformer.models.recurrent import RecurrentEncoderDecoder
 from minitransformer.runs import Run, latest_run
+from minitransformer.runs.begin import check_merges
 from minitransformer.training.machine import choose_device
 
 
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     target = None if options.target is None else run.cased(options.target)
     request = LookRequest(run.cased(prompt), target, options.last, options.layers)
     checkpoint = run.checkpoint(options.checkpoint).name
+    check_merges(run)
     model = run.load_model(checkpoint, device=str(choose_device(options.device)))
     look = look_at(model, request, run.tokenizer, run.target_tokenizer)
     out = options.out or run.path / "look.html"

@@ -15,6 +15,7 @@ from minitransformer.commands import DONE, parse, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.pretrained.originals import inherit_originals
 from minitransformer.runs import Run, check_free, only_writer
+from minitransformer.runs.begin import check_merges
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     run = Run.open(options.run)
     if run.config.model.adapter.name == "none":
         raise UserError(f"{options.run} has no adapter: its checkpoints hold all of its weights already")
+    check_merges(run)
     check_free(options.out)
     model = run.load_model(options.checkpoint)
     with only_writer(options.out):

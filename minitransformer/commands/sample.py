@@ -222,7 +222,7 @@ def _continue(model: DecoderLM, prompt: str, session: Session) -> None:
         _continue_lines(model, prompt.splitlines(), session)
         return
     prompt_ids = tokenizer.encode_prompt(prompt)
-    _note_context(len(prompt_ids), sampling.max_new_tokens, model.config.context_length)
+    _note_context(len(prompt_ids), sampling.max_new_tokens, model.config.text_length)
     if sampling.num_beams > 1:
         [found] = best_texts(model, tokenizer, [prompt_ids], sampling)
         for number, text in enumerate(found):
@@ -245,7 +245,7 @@ def _continue_lines(model: DecoderLM, prompts: Sequence[str], session: Session) 
     tokenizer, sampling = session.run.tokenizer, replace(session.sampling, seed=session.seed)
     prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     longest = max(map(len, prompt_ids), default=0)
-    _note_context(longest, sampling.max_new_tokens, model.config.context_length)
+    _note_context(longest, sampling.max_new_tokens, model.config.text_length)
     texts: Iterator[str]
     if sampling.num_beams > 1:
         texts = (best for best, *_ in best_texts(model, tokenizer, prompt_ids, sampling))

@@ -55,8 +55,8 @@ class Engine:
         chunk: int = CHUNK,
     ) -> None:
         self.model, self.vocab_size, self.chunk = model, vocab_size, chunk
-        self.context_length = model.config.context_length
-        self._rows = Rows(model, rows, min(slots, self.context_length), make_steps)
+        self.context_length, self.prefix = model.config.context_length, list(model.prefix)
+        self._rows = Rows(model, rows, min(len(self.prefix) + slots, self.context_length), make_steps)
         self._newest = torch.zeros(rows, dtype=torch.long, device=self._rows.device)
         self._queue: deque[Request] = deque()
         self._free = list(reversed(range(rows)))
@@ -85,7 +85,7 @@ class Engine:
         """
         check_no_beams(sampling)
         check_prompt(prompt)
-        needed = min(len(prompt) + sampling.max_new_tokens, self.context_length)
+        needed = min(len(self.prefix) + len(prompt) + sampling.max_new_tokens, self.context_length)
         if needed > self._rows.slots:
             raise UserError(f"a text may have {needed} tokens, and there are {self._rows.slots} slots: give more slots")
         [own] = [generator] if generator else sample_generators(1, seeded(None, sampling))
@@ -140,7 +140,7 @@ class Engine:
     def _window(self, request: Request) -> list[int]:
         """The tokens that the model sees when it predicts the next one."""
         text = [*request.prompt, *request.tokens]
-        return text[-window_length(len(text), self.context_length) :]
+        return self.prefix + text[-window_length(len(text), self.context_length - len(self.prefix)) :]
 
     def _advance_prefills(self) -> list[tuple[list[Request], PromptPrefill]]:
         """PromptPrefill a chunk, or a whole prompt while no request is being decoded; returns the complete prefills."""

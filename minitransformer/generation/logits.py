@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -25,6 +26,13 @@ class NextLogits(Protocol):
         ...
 
 
+def after_prefix(model: DecoderLM, tokens: Int[Tensor, "samples length"]) -> Int[Tensor, "samples longer"]:
+    """`tokens` after the virtual tokens of `model`, if it has any."""
+    if not model.prefix:
+        return tokens
+    return torch.cat([tokens.new_tensor(model.prefix).expand(len(tokens), -1), tokens], dim=1)
+
+
 class UncachedLogits:
     """A forward pass over the whole window for every token: the definition, without the speed of a cache."""
 
@@ -32,8 +40,8 @@ class UncachedLogits:
         self.model = model
 
     def __call__(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
-        window = window_length(tokens.size(1), self.model.config.context_length)
-        return self.model.head(self.model.hidden_states(tokens[:, -window:])[:, -1])
+        window = window_length(tokens.size(1), self.model.config.text_length)
+        return self.model.head(self.model.hidden_states(after_prefix(self.model, tokens[:, -window:]))[:, -1])
 
     def rewind(self, length: int) -> None:
         pass
@@ -55,8 +63,8 @@ class CachedLogits:
         max_tokens: int,
         make_steps: Callable[[DecoderLM], MakeStep] = plain_steps,
     ) -> None:
-        self.model, self.context_length = model, model.config.context_length
-        self._rows = Rows(model, rows, min(max_tokens, self.context_length), make_steps)
+        self.model, self.prefix, self.text_length = model, len(model.prefix), model.config.text_length
+        self._rows = Rows(model, rows, self.prefix + min(max_tokens, self.text_length), make_steps)
         self._start = 0
 
     def __call__(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
@@ -65,7 +73,7 @@ class CachedLogits:
     def after_each(self, tokens: Int[Tensor, "samples length"], count: int) -> Float[Tensor, "samples {count} vocab"]:
         """The logits after each of the newest `count` tokens, which the window must hold."""
         total = tokens.size(1)
-        window = window_length(total, self.context_length)
+        window = window_length(total, self.text_length)
         assert count <= window, f"logits after {count} tokens in a window of {window}"
         start = total - window
         if self._rows.end == 0 or start != self._start:
@@ -73,19 +81,20 @@ class CachedLogits:
             logits = self._prefill(tokens[:, start : total - count + 1])
             if count == 1:
                 return logits[:, None]
-        new = max(window - self._rows.end, count)
-        self._rows.truncate(window - new)
+        new = max(self.prefix + window - self._rows.end, count)
+        self._rows.truncate(self.prefix + window - new)
         return self._rows.decode(tokens.narrow(1, total - new, new), count)
 
     def rewind(self, length: int) -> None:
         """Only the first `length` tokens stay the same in the next call; 0 begins other sequences."""
-        self._rows.truncate(max(length - self._start, 0))
+        kept = length - self._start
+        self._rows.truncate(self.prefix + kept if kept > 0 else 0)
 
     def reorder(self, rows: Int[Tensor, "samples"]) -> None:
         self._rows.cache.reorder(rows)
 
     def _prefill(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
-        rows = list(range(len(tokens)))
+        rows, tokens = list(range(len(tokens))), after_prefix(self.model, tokens)
         prefill = PromptPrefill(self.model, tokens.tolist())
         prefill.advance(tokens.numel())
         cache, logits = prefill.results(rows)

@@ -107,7 +107,7 @@ class _Speculator:
         make_steps: Callable[[DecoderLM], MakeStep],
     ) -> None:
         self.draft, self.ends, self.sampling, self.vocab_size = draft, ends, sampling, vocab_size
-        self.context_length = model.config.context_length
+        self.text_length = model.config.text_length
         most = len(prompt) + sampling.max_new_tokens + draft.tokens
         self.target_logits, self.draft_logits = (CachedLogits(one, 1, most, make_steps) for one in (model, draft.model))
         self.prompt = torch.tensor([prompt], device=next(model.parameters()).device)
@@ -141,7 +141,7 @@ class _Speculator:
         # As many random numbers in every round: how a text begins does not depend on where it will be cut.
         uniform = torch.rand(2, most + 1, generator=generator).to(tokens.device)
         # All proposed tokens are verified in one window.
-        count = min(most, self.context_length - window_length(length, self.context_length))
+        count = min(most, self.text_length - window_length(length, self.text_length))
         longer, q = self._propose(tokens, uniform[0, :count])
         p = self._verify(longer, count + 1)
         proposed = longer[0, length:]

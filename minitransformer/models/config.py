@@ -174,7 +174,12 @@ class ModelConfig:
         lookup("topology", self.topology, TOPOLOGIES)
         self._check_heads()
         self._check_parts()
-        self.adapter.make()
+        if self.text_length < 1:
+            taken = self.context_length - self.text_length
+            raise UserError(
+                f"a prompt of {taken} virtual tokens leaves no room for a text in a context of {self.context_length}: "
+                f"give fewer than {self.context_length}"
+            )
         layers = [self.num_layers, self.decoder_layers] if self.topology == "encoder-decoder" else [self.num_layers]
         around = Surroundings(min(layers), self.block.variant.is_parallel, self.norm.variant)
         self.residual.variant.check(self.residual.settings, around)
@@ -233,6 +238,11 @@ class ModelConfig:
     def base(self) -> ModelConfig:
         """The same model without an adapter."""
         return replace(self, adapter="none")
+
+    @property
+    def text_length(self) -> int:
+        """Maximum number of tokens of a text that the model attends to."""
+        return self.context_length - self.adapter.make().prefix_length
 
     def window_of(self, layer: int) -> int | None:
         """The attention window of a layer; None for full attention."""

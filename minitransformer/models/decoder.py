@@ -20,6 +20,9 @@ class DecoderLM(Model, name="decoder"):
     Radford et al. 2018 and 2019 (GPT, GPT-2); with a `ModelConfig` of its choices, Llama and its kin.
     """
 
+    prefix: tuple[int, ...] = ()
+    """virtual tokens that begin every window"""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.embedding = build_embedding(config, config.vocab_size)

@@ -142,8 +142,13 @@ def _constructed(config: ModelConfig) -> Model:
 
 
 def merged(model: Model) -> Model:
-    """The model without an adapter that computes what `model` does; `model` must not be used any more."""
+    """The model without an adapter that computes what `model` does; `model` must not be used any more.
+
+    It is `model` itself if it has no adapter, or one that no weight can take in.
+    """
     plain = model.config.adapter.make().merged(model)
+    if plain is model:
+        return model
     plain.config, plain.base = model.config.base, None
     return plain.requires_grad_(True)
 

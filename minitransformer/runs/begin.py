@@ -43,8 +43,16 @@ def check_has_base(config: RunConfig) -> None:
         raise UserError(f"adapter {config.model.adapter.name!r} needs a base: name its run with --init-from")
 
 
+def check_merges(run: Run) -> None:
+    """Raises `UserError` if the adapter of `run` cannot become part of its weights."""
+    adapter = run.config.model.adapter
+    if not adapter.variant.merges:
+        raise UserError(f"{run.path} has adapter {adapter.name!r}, which no weights can take in: give its base")
+
+
 def check_fits_run(source: Run, config: RunConfig) -> None:
     """Raises `UserError` unless a run of `config` can start from the weights and the tokenizer of `source`."""
+    check_merges(source)
     check_fits(source.config.model, config.model)
     if config.data.tokenizer != source.config.data.tokenizer:
         raise UserError(f"--init-from {source.path} determines the tokenizer: leave --tokenizer and its settings out")

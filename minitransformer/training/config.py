@@ -238,10 +238,10 @@ class RunConfig:
             return
         if not self.data.dataset.variant.cuts_text:
             raise UserError(f"sequence_length is {length}, but pairs keep their own length: leave it out")
-        if length > self.model.context_length:
-            raise UserError(
-                f"sequence_length {length} is greater than context_length {self.model.context_length}: lower it"
-            )
+        if length > self.model.text_length:
+            context, prefix = self.model.context_length, self.model.context_length - self.model.text_length
+            beside = f", of which {prefix} tokens are the prompt's" if prefix else ""
+            raise UserError(f"sequence_length {length} is greater than context_length {context}{beside}: lower it")
 
     def implied(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Further changes that follow from the flat `changes`: another objective brings its kind of data."""
@@ -256,7 +256,7 @@ class RunConfig:
     @property
     def sequence_length(self) -> int:
         """Maximum number of tokens of a training sequence."""
-        return self.training.sequence_length or self.model.context_length
+        return self.training.sequence_length or self.model.text_length
 
     def batch_shape(self, window: int, whole: bool = False) -> BatchShape:
         """The shape of a step's batches, in windows of `window` tokens."""

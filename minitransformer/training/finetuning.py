@@ -83,6 +83,9 @@ def starting_model(config: RunConfig, parent: Model) -> Model:
         for name, tensor in unique_tensors(model).items():
             if name in theirs and theirs[name].shape == tensor.shape:
                 tensor.copy_(theirs[name])
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(config.training.seed)
+        config.model.adapter.make().begin(model)
     return model
 
 

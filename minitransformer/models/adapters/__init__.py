@@ -2,5 +2,6 @@
 
 from minitransformer.models.adapters.base import Adapter
 from minitransformer.models.adapters.lora import LoRA
+from minitransformer.models.adapters.soft_prompt import SoftPrompt
 
-__all__ = ["Adapter", "LoRA"]
+__all__ = ["Adapter", "LoRA", "SoftPrompt"]

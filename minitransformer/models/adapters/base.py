@@ -18,6 +18,8 @@ class Adapter(Registered, kind="adapter"):
 
     learning_rate: ClassVar[float]
     """peak learning rate of a fine-tune, unless a flag says otherwise"""
+    merges: ClassVar[bool] = True
+    """whether the weights of the base can take it in"""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -26,8 +28,19 @@ class Adapter(Registered, kind="adapter"):
         """`model`, newly made, in which only the adapter is trained; raises `UserError` if that is impossible."""
         raise NotImplementedError
 
+    @property
+    def prefix_length(self) -> int:
+        """How many tokens of the context stand before every text."""
+        return 0
+
+    def begin(self, model: nn.Module) -> None:
+        """Set what depends on the weights of the base, before the first step; it may draw random numbers."""
+
     def merged(self, model: M) -> M:
-        """The model without an adapter that computes what `model` does; it shares all other weights."""
+        """The model without an adapter that computes what `model` does; it shares all other weights.
+
+        `model` itself if there is none.
+        """
         raise NotImplementedError
 
 
