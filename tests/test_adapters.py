@@ -271,3 +271,37 @@ def test_the_doctor_counts_the_gradients_of_an_adapter_and_asks_for_its_base(
     assert found["optimizer_bytes"] < found["gradient_bytes"] * 3
     assert doctor.main(["gpt-nano", *LORA, *SMALL]) == 1
     assert "--init-from" in capsys.readouterr().out
+
+
+# --- frozen weights
+
+
+@pytest.mark.unchecked_shapes
+def test_frozen_weights_stay_bit_for_bit_and_resume(base: Path, here: Path) -> None:
+    frozen = ["--freeze", "embedding.*", "--freeze", r".*attention\..*", "--schedule", "constant"]
+    for out, steps in (("whole", "4"), ("parts", "2")):
+        assert main(["--init-from", "base", "--out", out, "--steps", steps, *frozen, *FLAGS]) == 0
+    assert main(["--resume", "parts", "--steps", "4"]) == 0
+    before, after = saved_weights(base), saved_weights(here / "whole")
+    assert_same_weights(after, saved_weights(here / "parts"))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith("embedding.") or "attention." in name}
+    assert Run.open(here / "whole").config.training.freeze == ("embedding.*", r".*attention\..*")
+    assert main(["--init-from", "whole", "--out", "child", "--steps", "1", *FLAGS]) == 0
+    assert Run.open(here / "child").config.training.freeze == ()
+
+
+@pytest.mark.unchecked_shapes
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--freeze", "embeding"], ["freeze 'embeding'", "no weight", "embedding.table.weight"]),
+        (["--freeze", ".*"], ["no weight to train"]),
+        (["--freeze", "["], ["no regular expression"]),
+        (["--freeze", "head.*", "--adapter", "lora"], ["adapter 'lora'", "leave freeze out"]),
+    ],
+)
+def test_what_cannot_be_frozen_gets_one_sentence(base: Path, capsys: Any, flags: list[str], words: list[str]) -> None:
+    error = refused(capsys, "--init-from", "base", "--out", "x", "--steps", "1", *FLAGS, *flags)
+    assert all(word in error for word in words), error
+    assert not Path("x").exists()

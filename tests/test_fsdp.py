@@ -17,6 +17,7 @@ from minitransformer.architecture.block import Block
 from minitransformer.architecture.init import Initialisation
 from minitransformer.commands.train import main as train_main
 from minitransformer.errors import UserError
+from minitransformer.models.adapters import SoftPrompt
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_in_parts, build_model
 from minitransformer.runs.begin import check_possible
@@ -40,7 +41,7 @@ KINDS: list[dict[str, Any]] = [
     {"topology": "encoder-decoder", "positions": "t5", "embedding_dim": 4},
     {"topology": "rnn", "target_vocab_size": 13},
     {"adapter": "lora", "bias": True},
-    {"adapter": "soft-prompt", "positions": "learned"},
+    {"adapter": SoftPrompt.choose(tokens=3), "positions": "learned"},
 ]
 
 

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from minitransformer.errors import UserError
-from minitransformer.models.model import Model, count_parameters
+from minitransformer.models.adapters import freeze_matching
+from minitransformer.models.model import Model, model_without_storage
 from minitransformer.pretrained.originals import inherit_originals
 from minitransformer.runs.layout import check_free
 from minitransformer.runs.open import Run
@@ -34,7 +35,7 @@ def check_possible(config: RunConfig, out: Path | None, ranks: Ranks, parent: Ru
         TensorBoard.check()
     choose_precision(choose_device(config.training.device), config.training.precision)
     parallel_over(ranks, config.training.parallel).check(config.model, config.training)
-    count_parameters(with_usual_vocabulary(config))
+    freeze_matching(model_without_storage(with_usual_vocabulary(config)), config.training.freeze)
 
 
 def check_has_base(config: RunConfig) -> None:

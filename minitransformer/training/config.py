@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from minitransformer import settings
 from minitransformer.errors import UserError
+from minitransformer.models.adapters import name_pattern
 from minitransformer.models.config import ModelConfig
 from minitransformer.records import shown
 from minitransformer.settings import Choice, check_settings, setting
@@ -101,6 +102,13 @@ class TrainingConfig:
     )
     head_lr: float | None = setting(None, above=0, help="peak learning rate of an untied head; None is embedding_lr")
     min_lr: float = setting(0.0, at_least=0, help="final learning rate of the schedule")
+    freeze: tuple[str, ...] = setting(
+        (),
+        repeatable=True,
+        may_change_on_resume=False,
+        help="regular expression for the whole names of weights that are not trained, such as 'embedding.*' (may be "
+        "given several times)",
+    )
     schedule: Choice[Schedule] = Choice(Schedule, "cosine", help="learning-rate schedule")
     warmup_steps: int = setting(50, at_least=0, help="steps of linear learning-rate warm-up")
     weight_decay: float = setting(0.1, at_least=0, help="weight decay of matrices (not of biases and norms)")
@@ -204,6 +212,10 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        for pattern in self.training.freeze:
+            name_pattern(pattern, "freeze")
+        if self.training.freeze and self.model.adapter.name != "none":
+            raise UserError(f"adapter {self.model.adapter.name!r} freezes all other weights already: leave freeze out")
         objective, topology = self.training.objective.variant, self.model.topology
         possible = [name for name, other in Objective.registry.items() if topology in other.topologies]
         if possible and topology not in objective.topologies:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minitransformer.architecture.dropout import rows_from
 from minitransformer.errors import StorageError
+from minitransformer.models.adapters import freeze_matching
 from minitransformer.models.model import Model
 from minitransformer.text.batches import TrainingBatch
 from minitransformer.text.datasets import PreparedData
@@ -94,6 +95,7 @@ class Learner:
         training = config.training
         self.config, self.model, self.machine, self.probe = config, model, machine, probe
         self.loader, self.objective = loader, loader.objective
+        freeze_matching(model, training.freeze)
         self.parallel = parallel or Parallel()
         self.ranks = self.parallel.ranks
         self.precision = Precision.named(machine.precision)(machine.device)

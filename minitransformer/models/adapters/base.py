@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
@@ -54,12 +55,36 @@ class NoAdapter(Adapter, name="none"):
         return model
 
 
+def freeze_matching(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze the weights whose whole names match one of `patterns`.
+
+    Raises `UserError` for a pattern that matches none, if nothing is left to train, and as `frozen` does.
+    """
+    if not patterns:
+        return
+    _check_unchanged(model)
+    for pattern in patterns:
+        matches = name_pattern(pattern, "freeze").fullmatch
+        chosen = [weight for name, weight in model.named_parameters(remove_duplicate=False) if matches(name)]
+        if not chosen:
+            some = ", ".join([name for name, _ in model.named_parameters()][:3])
+            raise UserError(f"freeze {pattern!r} matches no weight of the model: they have names such as {some}")
+        for weight in chosen:
+            weight.requires_grad_(False)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise UserError(f"freeze {' '.join(patterns)} leaves no weight to train: leave some of them out")
+
+
 def frozen(model: M) -> M:
     """`model` with all weights frozen; raises `UserError` if a module of it changes weights after each step."""
+    _check_unchanged(model)
+    return model.requires_grad_(False)
+
+
+def _check_unchanged(model: nn.Module) -> None:
     parts = list(model.modules())[1:]
     if changing := [type(module).__name__ for module in parts if hasattr(module, "end_step")]:
-        raise UserError(f"{changing[0]} changes weights after every step, and an adapter leaves them as they are")
-    return model.requires_grad_(False)
+        raise UserError(f"{changing[0]} changes weights after every step, and frozen ones stay: train all weights")
 
 
 def name_pattern(pattern: str, setting: str) -> re.Pattern[str]:
