@@ -309,6 +309,15 @@ def test_a_run_of_two_ranks_goes_on_with_any_other_number(here: Path, capsys: An
         assert "--- step 8" in (here / out / "samples.txt").read_text()
 
 
+def test_what_divides_a_run_is_refused_without_torchrun(here: Path, capsys: Any) -> None:
+    assert train_main(["--data", "my.txt", "--steps", "1", "--out", "run", *SMALL]) == 0
+    for flags in (["--parallel", "fsdp"], ["--resume", "run", "--tensor-parallel", "2"]):
+        capsys.readouterr()
+        assert train_main(flags) == 2
+        said = "is for several processes, and this is one: start it with torchrun, or leave it out\n"
+        assert capsys.readouterr().err.endswith(said)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "flags"), [("fsdp", []), ("ddp", ["--adapter", "lora"]), ("fsdp", ["--adapter", "lora"])], ids=str

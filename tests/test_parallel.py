@@ -78,7 +78,7 @@ def test_every_objective_is_among_the_cases_on_several_ranks() -> None:
     assert {case.get("objective", "causal") for case in CASES.values()} == set(Objective.registry)
 
 
-ON_4 = {"decoder", "five rows", "fewer rows than ranks", "experts", "heads and features", "two rows"}
+ON_4 = {"five rows", "fewer rows than ranks", "experts", "two rows"}
 """cases that differ most between 2 and 4 ranks: rows that they do not divide, and operations over all"""
 
 

@@ -25,6 +25,7 @@ from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError
 from minitransformer.files import writing
 from minitransformer.models.model import Model, count_parameters, count_trained
+from minitransformer.processes import is_launched
 from minitransformer.registry import lookup
 from minitransformer.runs import CONFIG, REMEDY, Run, claimed_run_path, only_writer_of
 from minitransformer.runs.begin import begin_run, check_fits_run, check_possible, check_same_data
@@ -54,6 +55,7 @@ NEXT = {
     "rnn": TRANSLATE,
 }
 
+OF_RANKS = {"parallel", "tensor_parallel"}
 EXPORTED = "`minitransformer export --help` lists those that can be exported to the transformers library."
 FINE_TUNING = Doc(
     "fine-tune: start a new run from the model, weights and tokenizer of the run in this folder, by "
@@ -205,6 +207,9 @@ def _continue(run: Run, config: RunConfig, wanted: str | None, ranks: Ranks) -> 
 
 
 def _parse(arguments: Sequence[str], base: RunConfig, ranks: Ranks) -> tuple[Options, RunConfig]:
+    if not is_launched() and (flags := OF_RANKS & given_flags(arguments)):
+        flag = f"--{min(flags).replace('_', '-')}"
+        raise UserError(f"{flag} is for several processes, and this is one: start it with torchrun, or leave it out")
     about = _describe_presets() if HELP & set(arguments) else ""
     return parse_run(Options, arguments, base, ranks, prog="train.py [PRESET]", description=about)
 
