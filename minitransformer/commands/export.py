@@ -18,11 +18,13 @@ from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
 from minitransformer.pretrained.families import Family, Obstacle, families_of, nearest_family
 from minitransformer.pretrained.originals import original_fields, originals_of
+from minitransformer.pretrained.peft_folders import save_adapter
 from minitransformer.pretrained.reopened import reference_of, reopened_difference
 from minitransformer.pretrained.tokenizer_files import special_ids, target_ids
 from minitransformer.runs import Run
 from minitransformer.runs.begin import check_merges
 from minitransformer.settings import kinds
+from minitransformer.training.checkpoint import load_unmerged
 
 # Relative error of the logits: rounding gives about 1e-5, a wrong epsilon or GELU at least 3e-4.
 TOLERANCE = 2e-4
@@ -39,6 +41,8 @@ class Options:
     to: Annotated[Path, tyro.conf.arg(metavar="NEW-FOLDER")]
     """output folder, which must not exist yet"""
     format: Annotated[str | None, tyro.conf.arg(metavar="{None}|FAMILY"), FAMILIES] = None
+    adapter: bool = False
+    """write the adapter of the run alone, as a folder of the peft library"""
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="{None}|CHECKPOINT")] = None
     """checkpoint of the run; None is the best, or else the latest"""
 
@@ -49,6 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     about = _description() if HELP & set(arguments) else ""
     options = parse(Options, arguments, prog="minitransformer export", description=about)
     run = Run.open(options.run)
+    if options.adapter:
+        return _export_adapter(run, options)
     check_merges(run)
     family = _format(run.config.model.base, options.format)
     model = run.load_model(options.checkpoint)
@@ -71,6 +77,15 @@ def main(arguments: Sequence[str]) -> int:
     if originals is not None:
         print("tokenizer  the files that were imported, unchanged")
     print(f"checked    logits of the copy, opened by {by}, have a relative error of at most {difference:.1e}")
+    return DONE
+
+
+def _export_adapter(run: Run, options: Options) -> int:
+    if run.config.model.adapter.name == "none" or run.parent is None:
+        raise UserError(f"{options.run} has no adapter: leave --adapter out")
+    model = load_unmerged(run.checkpoint(options.checkpoint), run.config)
+    save_adapter(model, options.to, _format(run.config.model.base, options.format), run.parent.path)
+    print(f"folder     {options.to}, for the base {run.parent.path}")
     return DONE
 
 

@@ -164,12 +164,17 @@ def load_model(
 
     `base` is where the checkpoint of an adapter's base is now. Raises `StorageError` for a checkpoint of another run.
     """
+    return merged(load_unmerged(checkpoint, config, base)).to(device).eval()
+
+
+def load_unmerged(checkpoint: Path, config: RunConfig, base: Path | None = None) -> Model:
+    """`load_model`, with an adapter beside the weights of its base."""
     check_same_settings(checkpoint, config)
     check_weights(checkpoint, config.model)
     check_memory(config.model, str(checkpoint))
     model = build_model(config.model)
     load_model_weights(checkpoint, model, base)
-    return merged(model).to(device).eval()
+    return model
 
 
 def load_learner_state(checkpoint: Path, model: nn.Module) -> dict[str, Any]:
