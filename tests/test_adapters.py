@@ -273,6 +273,31 @@ def test_the_doctor_counts_the_gradients_of_an_adapter_and_asks_for_its_base(
     assert "--init-from" in capsys.readouterr().out
 
 
+@pytest.mark.unchecked_shapes
+def test_adapters_of_one_base_are_switched_by_name(base: Path, here: Path, capsys: Any) -> None:
+    """The base may have been moved, and keeps its own text without an adapter."""
+    prompt = ["--prompt", "Line 7", "--seed", "3", "--max-new-tokens", "20"]
+    texts = {}
+    for name, seed in (("one", "1"), ("two", "2")):
+        assert tuned("--seed", seed, "--lr", "0.1", out=name) == 0
+        capsys.readouterr()
+        assert sample.main([name, *prompt]) == 0
+        texts[name] = capsys.readouterr().out
+    assert texts["one"] != texts["two"]
+    (here / "models").mkdir()
+    shutil.move(base, here / "models/moved")
+    for name, text in texts.items():
+        assert sample.main(["models/moved", "--adapter", name, *prompt]) == 0
+        assert capsys.readouterr().out == text
+    assert main(["gpt-nano", "--out", "other", "--data", "my.txt", "--steps", "4", "--seed", "1", *SMALL]) == 0
+    assert main(["gpt-nano", "--out", "third", "--data", "my.txt", "--steps", "3", *SMALL]) == 0
+    for run, word in (("other", "SHA-256"), ("third", "no checkpoint step-000004")):
+        error = refused(capsys, run, "--adapter", "one", *prompt, main=sample.main)
+        assert "another base" in error
+        assert word in error
+    assert "no adapter" in refused(capsys, "other", "--adapter", "third", *prompt, main=sample.main)
+
+
 # --- frozen weights
 
 

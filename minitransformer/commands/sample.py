@@ -66,6 +66,8 @@ class Options:
     """number of lines to generate or translate at a time"""
     interactive: bool = False
     """read prompts from the terminal, a line each; Ctrl-D exits"""
+    adapter: Path | None = None
+    """run folder of an adapter that was trained on this model; --checkpoint is one of its checkpoints then"""
     checkpoint: str | None = None
     """checkpoint of the run, such as step-000500 or latest; None uses the best one, or else the latest"""
     draft: Path | None = None
@@ -94,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     options, settings = parse_groups(Options, arguments, sampling_groups(), SamplingConfig().flat, **ABOUT)
     _check_together(options, SamplingConfig(**settings))
     path = options.run or latest_run()
-    run = Run.open(path)
+    run = Run.open(path) if options.adapter is None else Run.open(path).with_adapter(options.adapter)
     sampling = _completed(options, settings, given_flags(arguments), run)
     prompt = "" if options.interactive else _prompt(options)
     # What cannot be encoded is said before a model is loaded.

@@ -57,6 +57,8 @@ class Run:
     """the checkpoint that it started from; None from scratch"""
     sources: Mapping[str, str] = field(default_factory=dict)
     """a digest of each shard of its data, by its path"""
+    base: Path | None = None
+    """the checkpoint of an adapter's base, if it is not looked for where it was"""
 
     @classmethod
     def create(
@@ -173,7 +175,23 @@ class Run:
 
     def load_model(self, checkpoint: str | None = None, device: str = "cpu") -> Model:
         """The model of this run in eval mode, from `checkpoint`, by default the best."""
-        return load_model(self.checkpoint(checkpoint), self.config, device)
+        return load_model(self.checkpoint(checkpoint), self.config, device, self.base)
+
+    def with_adapter(self, path: Path) -> Run:
+        """The run of an adapter in the folder `path`, on the model of this run.
+
+        Raises `UserError` if it has none, or one for another base.
+        """
+        adapter = Run.open(path)
+        if adapter.config.model.adapter.name == "none" or adapter.parent is None:
+            raise UserError(f"{path} has no adapter: name the folder of a run that has trained one")
+        base = self.checkpoints / adapter.parent.checkpoint
+        if not base.is_dir():
+            raise UserError(
+                f"the adapter {path} belongs to another base than {self.path}, which has no checkpoint {base.name}: "
+                f"it was trained on {adapter.parent.path}"
+            )
+        return replace(adapter, base=base)
 
 
 def _digest(path: Path) -> str | None:

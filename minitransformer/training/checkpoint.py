@@ -170,7 +170,7 @@ def load_model(
 def load_unmerged(checkpoint: Path, config: RunConfig, base: Path | None = None) -> Model:
     """`load_model`, with an adapter beside the weights of its base."""
     check_same_settings(checkpoint, config)
-    check_weights(checkpoint, config.model)
+    check_weights(checkpoint, config.model, base)
     check_memory(config.model, str(checkpoint))
     model = build_model(config.model)
     load_model_weights(checkpoint, model, base)

@@ -100,10 +100,13 @@ def weights_digest(checkpoint: Path) -> str:
     return hashlib.sha256("".join(map(files.sha256, shards)).encode()).hexdigest()
 
 
-def check_weights(checkpoint: Path, config: ModelConfig) -> None:
-    """Raise a `UserError` if `checkpoint`, or the base of its adapter, is far too small for a model of `config`."""
-    if (base := base_of(checkpoint)) is not None:
-        check_weights(base.found(checkpoint), config.base)
+def check_weights(checkpoint: Path, config: ModelConfig, base: Path | None = None) -> None:
+    """Raise a `UserError` if `checkpoint` is far too small for a model of `config`.
+
+    Of an adapter, its base is checked, which is at `base` if given.
+    """
+    if (parent := base_of(checkpoint)) is not None:
+        check_weights(parent.found(checkpoint, base), config.base)
         return
     names: set[str] = set()
     size = 0
