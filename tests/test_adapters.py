@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitransformer.commands import doctor, merge, sample
+from minitransformer.commands import doctor, merge, sample, sweep
 from minitransformer.commands.train import main
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
@@ -269,6 +269,8 @@ def test_the_doctor_counts_the_gradients_of_an_adapter_and_asks_for_its_base(
     found = {each["topic"]: each for each in json.loads(capsys.readouterr().out)["findings"]}["parameters"]["figures"]
     assert found["gradient_bytes"] == 4 * 576
     assert found["optimizer_bytes"] < found["gradient_bytes"] * 3
+    grid = ["gpt-nano", *SMALL, "--data", "my.txt", "--set", "adapter=none,lora", "--out", "s"]
+    assert "--init-from" in refused(capsys, *grid, main=sweep.main)
     assert doctor.main(["gpt-nano", *LORA, *SMALL]) == 1
     assert "--init-from" in capsys.readouterr().out
 

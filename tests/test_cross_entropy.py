@@ -182,3 +182,16 @@ def test_chunks_take_a_quarter_of_the_memory_of_all_logits_at_once() -> None:
 
     nothing, plain, chunks = peak(), peak("plain"), peak("chunks")
     assert chunks - nothing < (plain - nothing) / 4
+
+
+def test_a_frozen_head_is_read_in_smaller_chunks_and_gives_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = LMHead(8, 11).double()
+    hidden = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (30,))
+    [expected] = torch.autograd.grad(summed_loss(head, hidden, targets), hidden)
+    monkeypatch.setitem(cross_entropy.FEWEST_LOGITS, "cpu", 22)
+    assert tokens_at_once(head, hidden) == 8
+    head.requires_grad_(False)
+    assert tokens_at_once(head, hidden) == 2
+    [frozen] = torch.autograd.grad(summed_loss(head, hidden, targets), hidden)
+    torch.testing.assert_close(frozen, expected)

@@ -19,6 +19,7 @@ from minitransformer.errors import UserError
 from minitransformer.evaluation.metrics import Metric
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import build_model, count_parameters
+from minitransformer.runs.begin import check_has_base
 from minitransformer.settings import flat, kinds, names_with, with_settings
 from minitransformer.tasks.task import Task
 from minitransformer.text.datasets import PreparedData
@@ -164,6 +165,7 @@ class SweepPlan:
                 if not config.data.validates:
                     raise UserError("validation_fraction 0 leaves no validation data to choose a winner by: raise it")
                 model = with_usual_vocabulary(config)
+                check_has_base(config)
                 if model not in possible:
                     count_parameters(model)
                     possible.add(model)

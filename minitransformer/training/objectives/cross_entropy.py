@@ -57,11 +57,13 @@ def tokens_at_once(head: nn.Module, hidden: Float[Tensor, "*batch d_model"]) -> 
     """Number of tokens per chunk of logits.
 
     It is d_model: then a chunk takes the memory of the head's weight, whose gradient is allocated
-    anyway, and accumulating such gradients is cheap. More, if a chunk would have fewer than FEWEST_LOGITS.
+    anyway, and accumulating such gradients is cheap. More, if a chunk would have fewer than FEWEST_LOGITS; that many
+    for a frozen head, which has no gradient.
     """
     outputs = max([1, *(weight.size(0) for weight in head.parameters())])
     fewest = FEWEST_LOGITS["cuda" if hidden.is_cuda else "cpu"]
-    return max(hidden.size(-1), fewest // outputs)
+    has_gradient = any(weight.requires_grad for weight in head.parameters())
+    return max(hidden.size(-1) if has_gradient else 1, fewest // outputs)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
