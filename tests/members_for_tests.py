@@ -109,10 +109,13 @@ MEMBERS: dict[str, Member] = {
     "bert": Member("BertForMaskedLM", BERT),
     "bert with both heads": Member("BertForPreTraining", BERT),
     "bert classifier": Member("BertForSequenceClassification", {**BERT, "num_labels": 3}),
+    "bert headless": Member("BertModel", BERT),
     "roberta": Member("RobertaForMaskedLM", ROBERTA, counts_tokens=True),
     "roberta classifier": Member("RobertaForSequenceClassification", {**ROBERTA, "num_labels": 3}, counts_tokens=True),
+    "roberta headless": Member("RobertaModel", ROBERTA, counts_tokens=True),
     "distilbert": Member("DistilBertForMaskedLM", DISTILBERT),
     "distilbert classifier": Member("DistilBertForSequenceClassification", {**DISTILBERT, "num_labels": 1}),
+    "distilbert headless": Member("DistilBertModel", DISTILBERT),
     "t5": Member(
         "T5ForConditionalGeneration",
         {**T5, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 10},
