@@ -166,7 +166,7 @@ def checkpoint_folder(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=WANTED))
     except Exception as error:  # of requests, of the hub's own kinds, of the file system
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
         raise UserError(
             f"{name} is not a folder, and cannot be downloaded from the hub ({reason}): check name and network"
         ) from None
