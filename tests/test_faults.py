@@ -90,7 +90,7 @@ def test_a_run_that_is_killed_at_any_change_of_the_disk_ends_as_if_it_had_not_be
 ) -> None:
     calls = command(folder_with_text(tmp_path / "counted"), "train", *BEGIN).calls[0]
     assert calls > 60
-    for number in range(1, calls + 1, max(1, calls // 60)):
+    for number in range(1, calls + 1, max(1, calls // 30)):
         folder = folder_with_text(tmp_path / str(number))
         assert command(folder, "train", *BEGIN, strike=Strike(at=number)).code == KILLED
         finish(command, folder)

@@ -63,7 +63,8 @@ from minitransformer.models.model import build_model
 tokens = torch.arange(8)[None]
 for name in sys.argv[2:]:
     torch._dynamo.reset()
-    sizes = {"d_model": 16, "num_layers": 4, "num_heads": 2, "context_length": 16, "vocab_size": 9}
+    layers = 4 if name == "mix" else 2
+    sizes = {"d_model": 16, "num_layers": layers, "num_heads": 2, "context_length": 16, "vocab_size": 9}
     model = build_model(ModelConfig(topology=sys.argv[1], residual=name, init="xavier", **sizes))
     inputs = [tokens, tokens] if sys.argv[1] == "encoder-decoder" else [tokens]
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -154,6 +154,8 @@ REAL = {
     "rnn-attention": {"batch_tokens": 8192, "precision": "fp32", "d_model": 384},
     "experts": {"preset": "gpt-mini", "num_experts": 4, "precision": "fp32"},
 }
+STEPS_TO_PEAK = {"rnn-attention": 6}
+"""2 for all others; of pairs, it depends on when prepared batches are freed"""
 
 
 def of_preset(name):
@@ -193,11 +195,11 @@ def test_what_is_predicted_is_within_a_fifth_of_what_a_process_takes(here, name)
     (here / "long.txt").write_text("\n".join(f"{i} {TEXT}" for i in range(20)))
     of_preset(name).prepare()
     peaks = {}
-    for steps in (0, 2):
+    for steps in (0, STEPS_TO_PEAK.get(name, 2)):
         command = [sys.executable, "-m", "tests.test_step_memory", name, str(steps)]
-        peaks[steps] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        peaks[steps > 0] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     predicted = Candidate(of_preset(name)).step_memory.total
-    assert predicted == pytest.approx(peaks[2] - peaks[0], rel=0.2)
+    assert predicted == pytest.approx(peaks[True] - peaks[False], rel=0.2)
 
 
 REAL_RANKS = {

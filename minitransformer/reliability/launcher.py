@@ -208,7 +208,8 @@ def _strike(targets: Sequence[BaseProcess], strike: Strike, ranks: Sequence[Base
         if there and time.monotonic() >= due:
             for process in targets:
                 if process.is_alive() and process.pid is not None:
-                    os.kill(process.pid, strike.signal)
+                    with suppress(ProcessLookupError):  # it has ended since
+                        os.kill(process.pid, strike.signal)
             return
         time.sleep(0.001)
 
