@@ -113,6 +113,8 @@ MEMBERS: dict[str, Member] = {
     "roberta": Member("RobertaForMaskedLM", ROBERTA, counts_tokens=True),
     "roberta classifier": Member("RobertaForSequenceClassification", {**ROBERTA, "num_labels": 3}, counts_tokens=True),
     "roberta headless": Member("RobertaModel", ROBERTA, counts_tokens=True),
+    "xlm-roberta headless": Member("XLMRobertaModel", ROBERTA, counts_tokens=True),
+    "xlm-roberta": Member("XLMRobertaForMaskedLM", ROBERTA, counts_tokens=True),
     "distilbert": Member("DistilBertForMaskedLM", DISTILBERT),
     "distilbert classifier": Member("DistilBertForSequenceClassification", {**DISTILBERT, "num_labels": 1}),
     "distilbert headless": Member("DistilBertModel", DISTILBERT),

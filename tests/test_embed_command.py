@@ -198,3 +198,9 @@ def test_a_prompt_that_is_to_be_left_out_of_the_pooling_is_refused(tmp_path: Pat
     assert code == 2
     assert "the prompt 'query: ' is to be left out of the pooling" in err
     assert isinstance(open_embedder(str(folder)), Embedder)
+
+
+def test_spaces_around_a_text_do_not_count(tmp_path: Path, shake: Any) -> None:
+    untrained_run(tmp_path / "run", shake, "causal")
+    embedder = open_embedder(str(tmp_path / "run"))
+    assert embedder.tokens(" a b\n") == embedder.tokens("a b") == [*b"a b"]

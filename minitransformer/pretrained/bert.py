@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and DistilBERT."""
+"""BERT, RoBERTa, XLM-RoBERTa and DistilBERT."""
 
 from __future__ import annotations
 
@@ -127,6 +127,16 @@ class RoBERTaFamily(BERTFamily, name="roberta"):
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
         return {"max_position_embeddings": config.context_length + 2}
+
+
+class XLMRobertaFamily(RoBERTaFamily, name="xlm-roberta"):
+    """Conneau et al. 2019 (arXiv 1911.02116): RoBERTa for a hundred languages."""
+
+    architectures = {
+        "encoder": "XLMRobertaForMaskedLM",
+        "encoder-classifier": "XLMRobertaForSequenceClassification",
+        "encoder-headless": "XLMRobertaModel",
+    }
 
 
 LAYER = "distilbert.transformer.layer.{layer}."
