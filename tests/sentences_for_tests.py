@@ -37,6 +37,7 @@ def write_sentence_folder(
     sizes: dict[str, Any] = TINY,
     *,
     architecture: str = "BertModel",
+    tokenizer: Any = None,
     modules: tuple[str, ...] = MODULES,
     pooling: dict[str, Any] | None = None,
     texts: dict[str, Any] | None = None,
@@ -45,14 +46,15 @@ def write_sentence_folder(
     """A folder as sentence-transformers writes one, with a random encoder that transformers has made."""
     library = pytest.importorskip("transformers", reason="the reference implementation is not installed")
     library.logging.disable_progress_bar()  # on the standard error that a test reads
-    tokenizer = like_bert()
+    if tokenizer is None:
+        tokenizer = like_bert()
+        settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
+        _write(folder / "tokenizer_config.json", settings)
     kind = getattr(library, architecture)
     torch.manual_seed(0)
     model = kind(kind.config_class(vocab_size=tokenizer.get_vocab_size(), initializer_range=0.1, **sizes))
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
-    _write(folder / "tokenizer_config.json", settings)
     places = ["", *(f"{number}_{name}" for number, name in enumerate(modules) if number)]
     described = [
         {"idx": number, "name": str(number), "path": place, "type": f"sentence_transformers.models.{name}"}

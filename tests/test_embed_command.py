@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from torch import Tensor
 
 from minitransformer.commands import embed, export
 from minitransformer.runs import Run
 from minitransformer.runs.embedding import Embedder, open_embedder
 from tests.runs_for_tests import Call, untrained_run
-from tests.sentences_for_tests import MINILM, TEXTS, reference_embeddings, write_sentence_folder
+from tests.sentences_for_tests import MINILM, TEXTS, TINY, reference_embeddings, write_sentence_folder
+from tests.tokenizers_for_tests import like_qwen2
 
 importing = import_module("minitransformer.commands.import")
 
@@ -98,6 +100,25 @@ def test_a_default_prompt_and_lower_case_are_obeyed(tmp_path: Path) -> None:
     bare = torch.stack([*open_embedder(str(folder), prompt="").embeddings(["dog"], batch_size=1)])
     torch.testing.assert_close(bare, reference_embeddings(folder, ["dog"]), rtol=1e-5, atol=1e-5)
     assert open_embedder(str(folder)).tokens("DOG") == open_embedder(str(folder)).tokens("dog")
+
+
+def test_a_decoder_embeds_by_its_last_token_which_may_be_a_special_one(tmp_path: Path, call: Call) -> None:
+    """As Qwen3-Embedding, whose tokenizer ends each text with a token of its own."""
+    tokenizer = like_qwen2()
+    end = tokenizer.token_to_id("<|endoftext|>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", end)]
+    )
+    sizes = {**TINY, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    pooling = {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
+    folder = write_sentence_folder(
+        tmp_path / "qwen", sizes, architecture="Qwen3Model", tokenizer=tokenizer, pooling=pooling
+    )
+    (folder / "tokenizer_config.json").write_text('{"pad_token": "<|other|>", "eos_token": "<|endoftext|>"}')
+    code, out, err = call(embed, str(folder), "--data", jsonl(tmp_path / "texts.jsonl", TEXTS))
+    assert code == 0, err
+    embeddings = lines_of(out)[1]
+    torch.testing.assert_close(embeddings, reference_embeddings(folder, TEXTS, pooling="last"), rtol=1e-5, atol=1e-5)
 
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
