@@ -88,6 +88,19 @@ def test_an_import_embeds_as_its_folder_does_and_goes_back_with_all_that_it_says
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_sentence_transformers_gives_our_embeddings_and_opens_our_export(tmp_path: Path, call: Call) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="sentence_transformers is not installed")
+    folder = write_sentence_folder(tmp_path / "older")
+    library.SentenceTransformer(str(folder), device="cpu").save(str(tmp_path / "newer"))
+    for name in ("older", "newer"):
+        assert call(importing, str(tmp_path / name), "--out", str(tmp_path / f"{name}-run"))[0] == 0
+        assert call(export, str(tmp_path / f"{name}-run"), "--to", str(tmp_path / f"{name}-out"))[0] == 0
+        for at in (name, f"{name}-out"):
+            theirs = torch.tensor(library.SentenceTransformer(str(tmp_path / at), device="cpu").encode(TEXTS))
+            ours = torch.stack([*open_embedder(str(tmp_path / at)).embeddings(TEXTS, batch_size=2)])
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_a_default_prompt_and_lower_case_are_obeyed(tmp_path: Path) -> None:
     folder = write_sentence_folder(
         tmp_path / "public",

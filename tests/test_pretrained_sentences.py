@@ -34,6 +34,7 @@ def folder_of(tmp_path: Path, pooling: dict[str, Any], *, modules: Any = None, *
         ({"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}, "last"),
         ({"pooling_mode": "lasttoken"}, "last"),
         ({"pooling_mode": "cls"}, "first"),
+        ({"pooling_mode": ["mean", "cls"]}, "mean+first"),
         ({}, "mean"),
         ({"pooling_mode_cls_token": True}, "first+mean"),  # as the library reads it: its mean is on unless turned off
         ({"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}, "max_tokens"),
@@ -59,6 +60,23 @@ def test_what_a_folder_does_not_say_has_a_default(tmp_path: Path) -> None:
     modules = [{"type": kind, "path": place} for kind, place in zip(TYPES, ["", "1_Pooling"], strict=False)]
     folder = folder_of(tmp_path, {"pooling_mode": "cls"}, modules=modules)
     assert sentence_settings(folder) == SentenceSettings("first", normalised=False)
+
+
+@pytest.mark.parametrize(
+    ("texts", "tokenizer", "most"),
+    [
+        ({"max_seq_length": 128}, {"model_max_length": 512}, 128),
+        ({}, {"model_max_length": 256}, 256),
+        ({"max_seq_length": None}, {"model_max_length": int(1e30)}, None),  # as the library writes that there is none
+        ({}, {}, None),
+    ],
+)
+def test_the_longest_text_is_where_older_and_newer_versions_of_the_library_keep_it(
+    texts: dict[str, Any], tokenizer: dict[str, Any], most: int | None, tmp_path: Path
+) -> None:
+    settings = sentence_settings(folder_of(tmp_path, {}, sentence_bert_config=texts, tokenizer_config=tokenizer))
+    assert settings is not None
+    assert settings.most_tokens == most
 
 
 def test_another_folder_says_nothing(tmp_path: Path) -> None:

@@ -11,13 +11,16 @@ from typing import Any
 
 from minitransformer.errors import StorageError, UserError
 from minitransformer.pretrained.shards import read_checkpoint_json
+from minitransformer.pretrained.tokenizers import SETTINGS
 from minitransformer.records import checked_fields, checked_value, parse_json, read_bytes
 
-MODULES, POOLING = "modules.json", "1_Pooling/config.json"
+MODULES, POOLING, NORMALIZE = "modules.json", "1_Pooling/config.json", "2_Normalize/config.json"
 TEXTS, PROMPTS = "sentence_bert_config.json", "config_sentence_transformers.json"
-SENTENCE_FILES = (MODULES, POOLING, TEXTS, PROMPTS)
+SENTENCE_FILES = (MODULES, POOLING, NORMALIZE, TEXTS, PROMPTS)
 KINDS = ["Transformer", "Pooling", "Normalize"]
 FLAG = "pooling_mode_"
+UNLIMITED = 1 << 31
+"""tokenizers without a limit are said to have one beyond this"""
 # The library's poolings, by name or in older files as one flag for each, and ours.
 POOLING_NAMES = {"mean": "mean", "mean_tokens": "mean", "cls": "first", "cls_token": "first", "lasttoken": "last"}
 
@@ -73,12 +76,19 @@ def sentence_settings(folder: Path) -> SentenceSettings | None:
     settings = {
         "pooling": _pooling(pooling),
         "normalised": kinds == KINDS,
-        "most_tokens": texts.get("max_seq_length"),
+        "most_tokens": _most_tokens(folder, texts),
         "lower_case": texts.get("do_lower_case", False),
         "prompt": named.get(prompts.get("default_prompt_name"), ""),
         "pools_prompt": pooling.get("include_prompt", True),
     }
     return SentenceSettings(**checked_fields(SentenceSettings, settings, str(folder)))
+
+
+def _most_tokens(folder: Path, texts: dict[str, Any]) -> Any:
+    """The longest sequence by the configuration `texts`, or, in newer folders, by that of the tokenizer."""
+    found = texts.get("max_seq_length")
+    most = _optional(folder / SETTINGS).get("model_max_length") if found is None else found
+    return None if isinstance(most, int | float) and most > UNLIMITED else most
 
 
 def _optional(path: Path) -> dict[str, Any]:
@@ -87,9 +97,9 @@ def _optional(path: Path) -> dict[str, Any]:
 
 def _pooling(content: dict[str, Any]) -> str:
     """The name of the pooling in `content`; of several, whose outputs the library joins, all names with a + between."""
-    mode = content.get(FLAG.rstrip("_"))
-    if mode is not None:
-        return POOLING_NAMES.get(str(mode), str(mode))
-    flags = {f"{FLAG}mean_tokens": True, **content}
-    names = [flag.removeprefix(FLAG) for flag, on in flags.items() if flag.startswith(FLAG) and on is True]
-    return "+".join(POOLING_NAMES.get(name, name) for name in names)
+    modes = content.get(FLAG.rstrip("_"))
+    if modes is None:
+        flags = {f"{FLAG}mean_tokens": True, **content}
+        modes = [flag.removeprefix(FLAG) for flag, on in flags.items() if flag.startswith(FLAG) and on is True]
+    names = modes if isinstance(modes, list) else [modes]
+    return "+".join(POOLING_NAMES.get(str(name), str(name)) for name in names)
