@@ -192,9 +192,9 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint folder; None without a tokenizer.json or known older files."""
-    settings, expected = (_merged(folder, names) for names in ((NAMES, SETTINGS), CONFIGS))
+    settings, expected = (merged_fields(folder, names) for names in ((NAMES, SETTINGS), CONFIGS))
     try:
-        content = _content(folder, settings, expected.get("model_type", ""))
+        content = tokenizer_content(folder, settings, expected.get("model_type", ""))
         if content is None:
             return None
         tokenizer = _tokenizer_of(content, settings, expected)
@@ -205,13 +205,13 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         raise UserError(f"{folder / FILE} is damaged ({error!r}): download it again") from None
 
 
-def _merged(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+def merged_fields(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     """The non-null fields of all existing files; later files take precedence."""
     contents = [read_checkpoint_json(folder / name) for name in names if (folder / name).is_file()]
     return {field: value for content in contents for field, value in content.items() if value is not None}
 
 
-def _content(folder: Path, settings: dict[str, Any], model_type: str) -> dict[str, Any] | None:
+def tokenizer_content(folder: Path, settings: dict[str, Any], model_type: str) -> dict[str, Any] | None:
     if not (folder / FILE).is_file():
         return content_of_vocabulary(folder, settings, model_type)
     return as_its_class_reads_it(read_checkpoint_json(folder / FILE), settings, model_type)
