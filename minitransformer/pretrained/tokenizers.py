@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -169,6 +170,23 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
             ) from None
         except ValueError as error:
             raise UserError(f"the tokenizer cannot split this text ({error}): use another one") from None
+
+    @cached_property
+    def _spelling_implementation(self) -> Any:
+        """A second one, to which special tokens in a text are tokens: threads may share the first."""
+        implementation = type(self._implementation).from_str(self._implementation.to_str())
+        implementation.encode_special_tokens = False
+        return implementation
+
+    def encode_spelled(self, text: str) -> tuple[list[int], list[int]]:
+        """As its own library does: what is before a piece may change how the piece begins."""
+        try:
+            encoding = self._call(
+                lambda: self._spelling_implementation.encode_batch([text], add_special_tokens=False)[0], len(text)
+            )
+        except ValueError as error:
+            raise UserError(f"the tokenizer cannot split this text ({error}): use another one") from None
+        return list(encoding.ids), [begin for begin, _ in encoding.offsets]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         tokens = list(ids)

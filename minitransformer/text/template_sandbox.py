@@ -22,7 +22,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 5.0
+SECONDS = 2.0
 """of processor time for a rendering"""
 MOST_MEMORY = 1 << 30
 MOST_CHARACTERS = 4_000_000

@@ -17,7 +17,7 @@ from minitransformer.errors import UserError
 from minitransformer.records import read_bytes
 
 PROGRAM = Path(__file__).with_name("template_sandbox.py")
-TOO_LONG = {"kind": "time", "error": "it takes more than 5 seconds of processor time"}
+TOO_LONG = {"kind": "time", "error": "it takes more than 2 seconds of processor time"}
 ENDED = {"kind": "ended", "error": "the process that renders it has ended"}
 
 
@@ -89,7 +89,7 @@ def render_template(source: str, variables: Mapping[str, Any], origin: str, *, s
     """The text of the Jinja template `source` with `variables`, which are JSON; `origin` is its name in errors.
 
     A variable that is missing is empty, or with `strict` a mistake. Raises `TemplateMistake` for a template that fails,
-    reaches out of its sandbox, or needs more than 5 seconds, 1 GiB or 4,000,000 characters.
+    reaches out of its sandbox, or needs more than 2 seconds, 1 GiB or 4,000,000 characters.
     """
     answer = _process_of(os.getpid()).ask({"source": source, "variables": variables, "strict": strict})
     if "error" in answer:

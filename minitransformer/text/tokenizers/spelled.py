@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 
 from minitransformer.text.tokenizers.base import Tokenizer
 
@@ -31,6 +33,9 @@ def encode_segments(
 
     `others` are spellings besides those of the tokenizer, and win over them. `mark` is left out of the text.
     """
+    text = "".join(segments)
+    if not (mark and mark in text) and (located := tokenizer.encode_spelled(text)) is not None:
+        return _divided(*located, segments)
     ids = {**tokenizer.special_tokens, **(others or {})}
     pattern = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))))
     return [_encoded_pieces(tokenizer, segment, ids, pattern, mark) for segment in segments]
@@ -40,6 +45,15 @@ def encode_with_special_tokens(tokenizer: Tokenizer, text: str, others: Mapping[
     """The ids of `text`, in which special tokens spelled out are the tokens."""
     [ids] = encode_segments(tokenizer, [text], others)
     return ids
+
+
+def _divided(ids: Sequence[int], begins: Sequence[int], segments: Sequence[str]) -> list[list[int]]:
+    """The ids of each segment, by the place in the text where they begin."""
+    ends = list(accumulate(map(len, segments)))
+    divided: list[list[int]] = [[] for _ in segments]
+    for token, begin in zip(ids, begins, strict=True):
+        divided[min(bisect_right(ends, begin), len(segments) - 1)].append(token)
+    return divided
 
 
 def _encoded_pieces(
