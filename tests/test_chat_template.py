@@ -85,8 +85,8 @@ def test_a_template_writes_what_transformers_writes(
     assert template_called(name).render(talk, add_generation_prompt=prompt) == theirs
 
 
-# Not GPT-2's tokenizer with Llama 3's template: "\n\n" are one token at the end of a prompt, and two before a word. Here
-# they are one in front of earlier answers too, as in training.
+# Not GPT-2 with Llama 3's template: "\n\n" is one token at the end of a prompt, and two before a word. Here it is one
+# before earlier answers too, as in training.
 @pytest.mark.parametrize(
     ("name", "make"),
     [

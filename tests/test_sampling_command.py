@@ -22,7 +22,7 @@ from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.streaming import best_texts, stream_text
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.models.model import build_model
+from minitransformer.models.model import Model, build_model
 from minitransformer.runs import GENERATION, Run
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import write_checkpoint
@@ -56,8 +56,10 @@ def endless(tmp_path_factory: pytest.TempPathFactory, shake: Callable[[DecoderLM
     return path
 
 
-def write_run(path: Path, checkpoints: list[DecoderLM], tokenizer: Tokenizer = TOKENIZER) -> None:
-    config = RunConfig(checkpoints[0].config, DataConfig(), TrainingConfig())
+def write_run(
+    path: Path, checkpoints: list[Model], tokenizer: Tokenizer = TOKENIZER, objective: str = "causal"
+) -> None:
+    config = RunConfig(checkpoints[0].config, DataConfig(), TrainingConfig(objective=objective))
     run = Run(path, config, tokenizer, tokenizer, text="none")
     run.checkpoints.mkdir(parents=True)
     tokenizer.save(path / "tokenizer.json")

@@ -108,6 +108,8 @@ def _read_prompts(options: Options, run: Run) -> Asked:
         framed = _prompt_ids if run.config.model.topology == "decoder" else _source
         system = system_messages(options.system)
         rows = read_prompts(options.batch_file, options.template, chat, system, lambda text: framed(run, text, encode))
+        if chat is not None:
+            rows.check_fit(run.config.model.context_length)
         return Asked(encode, chat=chat, rows=rows)
     if options.interactive or (options.chat and not options.names_prompt):
         return Asked(encode, chat=chat)
@@ -213,7 +215,6 @@ def _answer_rows(model: Model, rows: RowPrompts, chat: ChatFormat | None, sessio
     sampling, tokenizer = replace(session.sampling, seed=session.seed), run.target_tokenizer
     context, most = model.config.context_length, max(map(len, rows.prompts))
     if chat is not None:
-        rows.check_fit(context)
         sampling, tokenizer = chat.with_stops(sampling), chat.ending_tokenizer
     elif isinstance(model, DecoderLM):
         _note_context(most, sampling.max_new_tokens, context)
