@@ -19,10 +19,11 @@ def test_an_import_is_fine_tuned_and_not_resumed(run, capsys):
     assert "--init-from run" in refused(capsys, "--resume", "run", "--steps", "9")
 
 
-def test_a_public_checkpoint_is_imported_first(here, capsys):
+def test_a_public_checkpoint_that_cannot_be_imported_is_named(here, capsys):
     (here / "llama").mkdir()
     (here / "llama/config.json").write_text(json.dumps({"model_type": "llama"}))
-    assert "minitransformer import llama" in refused(capsys, "--init-from", "llama")
+    assert "llama has neither model.safetensors nor" in refused(capsys, "--init-from", "llama")
+    assert not (here / "runs").exists()
 
 
 def tuned(*arguments):

@@ -136,8 +136,8 @@ def open_all(run: Path) -> None:
     sentence_of(lambda: load_trainer_state(choose_checkpoint(run / "checkpoints")))
 
 
-def command(main: Callable[[list[str]], int], *arguments: str) -> None:
-    """`main` ends with an exit code, and says one sentence if it is not 0."""
+def command(main: Callable[[list[str]], int], *arguments: str, refused: str = "") -> None:
+    """`main` ends with an exit code, and says one sentence if it is not 0, about what is `refused`."""
     err = StringIO()
     with redirect_stdout(StringIO()), redirect_stderr(err):
         code = main(list(arguments))
@@ -145,6 +145,7 @@ def command(main: Callable[[list[str]], int], *arguments: str) -> None:
     if code:
         assert [line for line in err.getvalue().splitlines() if line.startswith("error: ")], err.getvalue()
     assert "Traceback" not in err.getvalue()
+    assert refused in err.getvalue()
 
 
 @cases(10, 500)
@@ -172,6 +173,23 @@ def test_a_run_folder_of_any_content_is_resumed_or_refused(runs: Runs, count: in
 def test_a_run_is_not_resumed_through_links(runs: Runs, name: str, to: str) -> None:
     changes = [("outside", name, "")] if to == "outside" else [("link", name, "../nothing")]
     in_changed(runs, changes, lambda run: command(train_main, "--resume", str(run), "--steps", "7"))
+
+
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "train.log", "samples.txt"])
+def test_a_run_is_not_resumed_with_pipes(runs: Runs, name: str) -> None:
+    in_changed(
+        runs, [("pipe", name, "")], lambda run: command(train_main, "--resume", str(run), "--steps", "7", refused=name)
+    )
+
+
+@pytest.mark.usefixtures("data")
+def test_a_run_whose_samples_are_a_folder_is_one_sentence(runs: Runs) -> None:
+    in_changed(
+        runs,
+        [("folder", "samples.txt", "")],
+        lambda run: command(train_main, "--resume", str(run), "--steps", "6", refused="samples.txt"),
+    )
 
 
 @pytest.mark.usefixtures("data")

@@ -150,7 +150,7 @@ def test_every_command_that_a_page_prints_is_understood(command: str, monkeypatc
     name, *arguments = shlex.split(command)
     module = load_command(name.removesuffix(".py"))
     # The runs that are named are not there.
-    monkeypatch.setattr(train, "folder_option", lambda arguments, flag: None)
+    monkeypatch.setattr(train, "text_option", lambda arguments, flag: None)
     understood: dict[str, Callable[[], None]] = {
         **dict.fromkeys(("train", "doctor"), lambda: monkeypatch.setattr(train, "with_files", stop)),
         "verify_resume": lambda: monkeypatch.setattr(module, "trainable", stop),

@@ -27,12 +27,14 @@ TOPOLOGIES: dict[str, dict[str, Any]] = {
     "decoder": {},
     "encoder": {},
     "encoder-classifier": {"num_classes": 3},
+    "encoder-headless": {},
     "encoder-decoder": {},
 }
 STACKS = {
     "decoder": ["stack"],
     "encoder": ["stack"],
     "encoder-classifier": ["stack"],
+    "encoder-headless": ["stack"],
     "encoder-decoder": ["encoder", "decoder"],
 }
 every_topology = pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -57,11 +59,11 @@ PARTS: list[dict[str, Any]] = [
 
 
 OF_A_LANGUAGE_MODEL = {"head", "head_bias", "tied_embeddings", "logit_softcap"}
-"""settings of what predicts tokens, refused by a classifier"""
+"""settings of what predicts tokens, refused by a model that predicts none"""
 
 
 def make(topology: str, **choices: Any) -> Model:
-    if topology == "encoder-classifier":
+    if topology in ("encoder-classifier", "encoder-headless"):
         choices = {name: value for name, value in choices.items() if name not in OF_A_LANGUAGE_MODEL}
     return build_model(with_settings(ModelConfig(), {**SIZES, "topology": topology, **TOPOLOGIES[topology], **choices}))
 

@@ -16,7 +16,7 @@ from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.fill import encode_with_masks
 from minitransformer.generation.samples import translations
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.models.encoder import EncoderClassifier, EncoderLM
+from minitransformer.models.encoder import Encoder, EncoderClassifier, EncoderLM
 from minitransformer.models.encoder_decoder import Seq2SeqLM
 from minitransformer.models.model import Model
 from minitransformer.models.recurrent import RecurrentEncoderDecoder
@@ -64,12 +64,9 @@ def _decoder(model: DecoderLM, request: LookRequest, tokenizer: Tokenizer, targe
     )
 
 
-@look_at.register(EncoderLM)
-@look_at.register(EncoderClassifier)
+@look_at.register
 @torch.inference_mode()
-def _encoder(
-    model: EncoderLM | EncoderClassifier, request: LookRequest, tokenizer: Tokenizer, target_tokenizer: Tokenizer
-) -> Look:
+def _encoder(model: Encoder, request: LookRequest, tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> Look:
     _refuse_target(request, model)
     framing = tokenizer.masked_framing
     room = model.config.context_length - framing.length
@@ -85,17 +82,19 @@ def _encoder(
     )
 
 
-def _outputs(model: EncoderLM | EncoderClassifier) -> Callable[..., Tensor]:
-    """The function that computes the logits of the inspected head."""
-    return model if isinstance(model, EncoderClassifier) else model.token_logits
+def _outputs(model: Encoder) -> Callable[..., Tensor]:
+    """The function that computes the logits of the inspected head, or without one the hidden states."""
+    return model.token_logits if isinstance(model, EncoderLM) else model
 
 
 def _encoder_predictions(
-    model: EncoderLM | EncoderClassifier, tokens: Sequence[int], tokenizer: Tokenizer, output: Tensor
+    model: Encoder, tokens: Sequence[int], tokenizer: Tokenizer, output: Tensor
 ) -> tuple[list[Prediction], str]:
     if isinstance(model, EncoderClassifier):
         shares = ", ".join(f"{number}: {share:.1%}" for number, share in enumerate(output.softmax(-1).tolist()))
         return [], f"The model predicts a class of the whole text, not tokens. Classes: {shares}."
+    if not isinstance(model, EncoderLM):
+        return [], "The model embeds the whole text, and predicts nothing."
     hidden = {number for number in tokenizer.special_tokens.values() if number != tokenizer.mask}
     places = [place for place, token in enumerate(tokens) if token not in hidden]
     logits = masked_one_by_one(model, tokens, places, tokenizer.mask)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minitransformer.architecture.cache import LayerCache, Slots
 from minitransformer.architecture.dropout import Dropout
+from minitransformer.architecture.pooling import first_token
 
 TokensOrEmbeddings = Int[Tensor, "batch length"] | Float[Tensor, "batch length d_model"]
 """Token ids, or their embeddings."""
@@ -153,5 +154,5 @@ class ClassificationHead(nn.Module):
         self, x: Float[Tensor, "batch length d_model"], is_token: Bool[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch classes"]:
         """`is_token` is False at padding, which may come before the first token."""
-        first = x[:, 0] if is_token is None else x[torch.arange(len(x), device=x.device), is_token.long().argmax(-1)]
+        first = x[:, 0] if is_token is None else first_token(x, is_token)
         return self.classify(self.dropout(self.activation(self.pool(first))))

@@ -12,7 +12,7 @@ import torch
 
 from minitransformer.commands import DONE, FAILED, with_exit_code
 from minitransformer.commands.train import Options as TrainOptions
-from minitransformer.commands.train import folder_option, open_parent, parse_run, preset_and_flags
+from minitransformer.commands.train import folder_option, open_parent, parse_run, preset_and_flags, text_option
 from minitransformer.errors import UserError
 from minitransformer.preflight import Candidate, Finding, findings_of
 from minitransformer.registry import lookup
@@ -61,8 +61,8 @@ def _read(arguments: Sequence[str], ranks: Ranks) -> tuple[Options, dict[str, An
     if (resume := folder_option(arguments, "--resume")) is not None:
         about["resumed"] = run = Run.open(resume)
         base = run.config
-    elif (initial := folder_option(arguments, "--init-from")) is not None:
-        about["parent"], base = open_parent(initial, arguments)
+    elif (initial := text_option(arguments, "--init-from")) is not None:
+        about["parent"], base = open_parent(initial, arguments, ranks)
         about["usual"] = base
     else:
         preset, arguments = preset_and_flags(arguments)

@@ -74,12 +74,13 @@ def main(arguments: Sequence[str]) -> int:
         return _removed(
             options.to, f"logits of the copy, opened by {reader}, have a relative error of {difference:.1e}"
         )
+    what = "hidden states" if run.config.model.topology == "encoder-headless" else "logits"
     by = reader if reference is not None else f"minitransformer alone, as {reader}"
     print(f"format     {family}")
     print(f"folder     {options.to}")
     if originals is not None:
         print("tokenizer  the files that were imported, unchanged")
-    print(f"checked    logits of the copy, opened by {by}, have a relative error of at most {difference:.1e}")
+    print(f"checked    {what} of the copy, opened by {by}, have a relative error of at most {difference:.1e}")
     return DONE
 
 

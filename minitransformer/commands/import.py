@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from minitransformer import files, pretrained
 from minitransformer.amounts import amount
 from minitransformer.commands import DONE, parse, with_exit_code
-from minitransformer.errors import UserError
-from minitransformer.generation.published import published
-from minitransformer.pretrained.originals import keep_originals
-from minitransformer.pretrained.vocabularies import how_to_make_one
-from minitransformer.runs import GENERATION, Run, check_free, free_run_path, only_writer
-from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.models.model import count_parameters
+from minitransformer.runs import free_run_path
+from minitransformer.runs.importing import import_checkpoint
 from minitransformer.training.objectives import Objective
 
 
@@ -34,35 +29,15 @@ class Options:
 @with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Import; returns the exit code."""
-    about = "Turn a public checkpoint into a run, to sample from or to fine-tune."
+    about = "Turn a public checkpoint into a run, to sample from, to embed texts with or to fine-tune."
     options = parse(Options, arguments, prog="minitransformer import", description=about)
     path = options.out or free_run_path(Path(options.checkpoint).name)
-    check_free(path)
-    folder = pretrained.checkpoint_folder(options.checkpoint)
-    model, tokenizer = pretrained.load(folder)
-    if tokenizer is None:
-        raise UserError(how_to_make_one(options.checkpoint))
-    topology = model.config.topology
-    generation = pretrained.generation_config(folder)
-    if generation is not None:
-        published(
-            generation, GENERATION, two_sided=topology == "encoder-decoder"
-        )  # report unsupported settings now, not at the first sample
-    objectives = [name for name, objective in Objective.registry.items() if topology in objective.topologies]
-    # A common learning rate for training from scratch; fine-tuning uses a tenth of it.
-    training = TrainingConfig(objective=objectives[0] if objectives else "causal", lr=3e-4)
-
-    def add_files(run: Path) -> None:
-        keep_originals(folder, run)
-        if generation is not None:
-            files.write_text(run / GENERATION, json.dumps(generation, indent=2) + "\n")
-
-    with only_writer(path):
-        config = RunConfig(model.config, DataConfig(tokenizer=tokenizer.name), training)
-        Run.create(path, config, tokenizer, tokenizer, initial=model, add_files=add_files)
-    print(f"model      {topology}, {amount(model.num_parameters())} parameters")
-    print(f"tokenizer  {tokenizer.name}, {tokenizer.vocab_size:,} tokens")
+    run = import_checkpoint(options.checkpoint, path)
+    topology = run.config.model.topology
+    print(f"model      {topology}, {amount(count_parameters(run.config.model))} parameters")
+    print(f"tokenizer  {run.tokenizer.name}, {run.tokenizer.vocab_size:,} tokens")
     print(f"run        {path}")
-    more = f", or python train.py --init-from {path} --data ..." if objectives else ""
-    print(f"next       python sample.py {path}{more}")
+    use = f"python -m minitransformer embed {path}" if topology == "encoder-headless" else f"python sample.py {path}"
+    is_trained = any(topology in objective.topologies for objective in Objective.registry.values())
+    print(f"next       {use}" + (f", or python train.py --init-from {path} --data ..." if is_trained else ""))
     return DONE

@@ -37,7 +37,7 @@ from minitransformer.generation.streaming import best_texts, stream_text, texts_
 from minitransformer.generation.weights import StoredWeights
 from minitransformer.generation.window import window_length
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.models.encoder import EncoderClassifier, EncoderLM
+from minitransformer.models.encoder import Encoder, EncoderClassifier, EncoderLM
 from minitransformer.models.encoder_decoder import Seq2SeqLM
 from minitransformer.models.model import Model
 from minitransformer.pretrained.chat import published_special_tokens
@@ -154,7 +154,7 @@ def _completed(options: Options, settings: Mapping[str, Any], given: set[str], r
 
 def _draws(sampling: SamplingConfig, model: Model) -> bool:
     """Whether what is written depends on chance."""
-    return sampling.num_beams == 1 and not sampling.greedy and not isinstance(model, EncoderLM)
+    return sampling.num_beams == 1 and not sampling.greedy and not isinstance(model, Encoder)
 
 
 def _draft_run(path: Path, run: Run) -> Run:
@@ -230,7 +230,9 @@ def _answer_rows(model: Model, rows: RowPrompts, chat: ChatFormat | None, sessio
 @singledispatch
 def answer(model: Model, prompt: str, session: Session) -> None:
     """Print what `model` makes of `prompt`."""
-    raise UserError(f"a model of topology {model.name!r} has nothing to sample: evaluate it instead")
+    raise UserError(
+        f"a model of topology {model.name!r} predicts nothing: turn texts into vectors with `minitransformer embed`"
+    )
 
 
 def _tolerate_characters() -> None:

@@ -25,10 +25,12 @@ from minitransformer.diagnostics import check_probe
 from minitransformer.errors import UserError
 from minitransformer.files import writing
 from minitransformer.models.model import Model, count_parameters
+from minitransformer.pretrained.checkpoint import is_checkpoint
 from minitransformer.processes import is_launched
 from minitransformer.registry import lookup
 from minitransformer.runs import CONFIG, REMEDY, Run, claimed_run_path, only_writer_of
 from minitransformer.runs.begin import begin_run, check_fits_run, check_possible, check_same_data
+from minitransformer.runs.importing import as_run
 from minitransformer.runs.resume import changed_settings, check_can_resume, check_same_text, checkpoint_to_resume
 from minitransformer.runs.trainer import build_trainer, open_log
 from minitransformer.text.corpora import named, short_name
@@ -57,8 +59,9 @@ NEXT = {
 OF_RANKS = {"parallel", "tensor_parallel"}
 EXPORTED = "`minitransformer export --help` lists those that can be exported to the transformers library."
 FINE_TUNING = Doc(
-    "fine-tune: start a new run from the model, weights and tokenizer of the run in this folder, by "
-    "default with a tenth of its learning rates, and at most 20 warm-up steps, 1000 steps and 1024 tokens per sequence"
+    "fine-tune: start a new run from the model, weights and tokenizer of this run folder, or of a public checkpoint (a "
+    "folder, or a name on the Hugging Face hub), which is imported first; by default with a tenth of its learning "
+    "rates, and at most 20 warm-up steps, 1000 steps and 1024 tokens per sequence"
 )
 
 
@@ -72,7 +75,7 @@ class Options:
     """continue the run in this folder; --steps extends it, other flags change it from here on"""
     checkpoint: str | None = None
     """checkpoint to start from; None is the latest with --resume, the best with --init-from"""
-    init_from: Annotated[Path | None, FINE_TUNING] = None
+    init_from: Annotated[str | None, FINE_TUNING] = None
 
 
 Given = TypeVar("Given", bound=Options)
@@ -90,7 +93,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _begin(arguments: Sequence[str], ranks: Ranks) -> int:
-    if (initial := folder_option(arguments, "--init-from")) is not None:
+    initial = text_option(arguments, "--init-from")
+    if initial is not None and not (HELP & set(arguments) and is_checkpoint(initial)):
         return _fine_tune(initial, arguments, ranks)
     preset, flags = preset_and_flags(arguments)
     options, config = _parse(flags, lookup("preset", preset, PRESETS), ranks)
@@ -99,17 +103,19 @@ def _begin(arguments: Sequence[str], ranks: Ranks) -> int:
     return _train_new(options, preset, config, ranks.first_on_node(config.prepare), ranks)
 
 
-def _fine_tune(initial: Path, arguments: Sequence[str], ranks: Ranks) -> int:
-    source, usual = open_parent(initial, arguments)
+def _fine_tune(initial: str, arguments: Sequence[str], ranks: Ranks) -> int:
+    source, usual = open_parent(initial, arguments, ranks)
     options, config = _parse(arguments, usual, ranks)
     weights = source.checkpoint(options.checkpoint)
     size = f"{source.config.model.topology} of {amount(count_parameters(source.config.model))} parameters"
-    print(f"from       {initial} ({size}, {weights.name})", flush=True)
+    if source.path != Path(initial):
+        print(f"imported   {initial}")
+    print(f"from       {source.path} ({size}, {weights.name})", flush=True)
     check_fits_run(source, config)
     ranks.from_main(lambda: check_possible(config, options.out, ranks))
     whole, prepared = ranks.first_on_node(lambda: prepare_fine_tuning(config, usual, source.tokenizers))
-    start = Parent.of(initial, weights), source.load_model(weights.name)
-    return _train_new(options, source.path.resolve().name, whole, prepared, ranks, start)
+    start = Parent.of(source.path, weights), source.load_model(weights.name)
+    return _train_new(options, Path(initial).resolve().name, whole, prepared, ranks, start)
 
 
 def _train_new(
@@ -145,19 +151,31 @@ def preset_and_flags(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     return arguments[0] if has_preset else DEFAULT, arguments[has_preset:]
 
 
-def open_parent(path: Path, arguments: Sequence[str]) -> tuple[Run, RunConfig]:
-    """The run that a fine-tune starts from, and the default configuration of the fine-tune."""
+def open_parent(name: str, arguments: Sequence[str], ranks: Ranks) -> tuple[Run, RunConfig]:
+    """The run that a fine-tune starts from, and the default configuration of the fine-tune.
+
+    A public checkpoint becomes a run first, beside the new one.
+    """
     if arguments and not arguments[0].startswith("-"):
-        raise UserError(f"--init-from {path} determines the model: leave the preset {arguments[0]!r} out")
-    source, new_data = Run.open(path), "data" in given_flags(arguments)
+        raise UserError(f"--init-from {name} determines the model: leave the preset {arguments[0]!r} out")
+    out = folder_option(arguments, "--out")
+    run = ranks.from_main(lambda: as_run(name, Path("runs") if out is None else out.parent))
+    source, new_data = Run.open(run), "data" in given_flags(arguments)
     return source, fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data)
 
 
 def folder_option(arguments: Sequence[str], flag: str) -> Path | None:
     """The folder that `flag` names, which determines the defaults of the other flags."""
+    name = text_option(arguments, flag)
+    return None if name is None else Path(name)
+
+
+def text_option(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of `flag`, read before the others."""
     parser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
-    parser.add_argument(flag, type=Path, dest="folder")
-    return parser.parse_known_args(arguments)[0].folder
+    parser.add_argument(flag, dest="value")
+    value: str | None = parser.parse_known_args(arguments)[0].value
+    return value
 
 
 def _resume(path: Path, arguments: Sequence[str], ranks: Ranks) -> int:

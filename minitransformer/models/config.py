@@ -23,10 +23,11 @@ TOPOLOGIES = {
     "decoder": "decoder",
     "encoder": "encoder",
     "encoder-classifier": "encoder",
+    "encoder-headless": "encoder",
     "encoder-decoder": "encoder_decoder",
     "rnn": "recurrent",
 }
-IMPORTED_ONLY = {"encoder-classifier"}
+IMPORTED_ONLY = {"encoder-classifier", "encoder-headless"}
 """topologies that can only be imported: no objective trains them"""
 TRAINED = [name for name in TOPOLOGIES if name not in IMPORTED_ONLY]
 # Larger values are mistakes, and would exhaust memory before any other check.
@@ -35,10 +36,10 @@ HEADS = ("linear", "transformed")
 
 
 PAIRS = ("topology", ("encoder-decoder", "rnn"))
-ENCODERS = ("topology", ("encoder", "encoder-classifier"))
+ENCODERS = ("topology", ("encoder", "encoder-classifier", "encoder-headless"))
 CLASSIFIERS = ("topology", ("encoder-classifier",))
 WITH_ATTENTION = ("topology", tuple(name for name in TOPOLOGIES if name != "rnn"))
-WITH_HEAD = ("topology", tuple(name for name in TOPOLOGIES if name != "encoder-classifier"))
+WITH_HEAD = ("topology", tuple(name for name in TOPOLOGIES if name not in ("encoder-classifier", "encoder-headless")))
 """topologies in which a setting has an effect"""
 
 

@@ -109,3 +109,9 @@ class EncoderClassifier(Encoder, name="encoder-classifier"):
     ) -> Float[Tensor, "batch classes"]:
         """One logit for each class; `inputs` are the other keyword arguments of `hidden_states`."""
         return self.head(self.hidden_states(tokens, is_token=is_token, **inputs), is_token)
+
+
+class HeadlessEncoder(Encoder, name="encoder-headless"):
+    """The last hidden states alone, to embed texts. Reimers and Gurevych 2019 (arXiv 1908.10084), section 3."""
+
+    forward: Callable[..., Tensor] = Encoder.hidden_states

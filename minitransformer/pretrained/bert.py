@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and DistilBERT."""
+"""BERT, RoBERTa, XLM-RoBERTa and DistilBERT."""
 
 from __future__ import annotations
 
@@ -54,7 +54,11 @@ NEXT_SENTENCE = "BertForPreTraining"
 class BERTFamily(Family, name="bert"):
     """Devlin et al. 2018 (arXiv 1810.04805)."""
 
-    architectures = {"encoder": "BertForMaskedLM", "encoder-classifier": "BertForSequenceClassification"}
+    architectures = {
+        "encoder": "BertForMaskedLM",
+        "encoder-classifier": "BertForSequenceClassification",
+        "encoder-headless": "BertModel",
+    }
     fields = {
         **SHAPE,
         "intermediate_size": "d_ff",
@@ -78,7 +82,7 @@ class BERTFamily(Family, name="bert"):
         Rule("bert.pooler.dense", "next_sentence.pool"),
         Rule("cls.seq_relationship", "next_sentence.classify", Reversed()),
     )
-    # Published masked-language models include the pooler and the next-sentence head.
+    # Published models include the pooler and the next-sentence head, which neither masked tokens nor embeddings need.
     ignored: ClassVar[Sequence[str]] = (r"position_ids$", r"^bert\.pooler\.", r"^cls\.seq_relationship\.")
 
     @classmethod
@@ -93,7 +97,11 @@ class BERTFamily(Family, name="bert"):
 class RoBERTaFamily(BERTFamily, name="roberta"):
     """Liu et al. 2019 (arXiv 1907.11692). Its positions start at 2: the padding id plus one."""
 
-    architectures = {"encoder": "RobertaForMaskedLM", "encoder-classifier": "RobertaForSequenceClassification"}
+    architectures = {
+        "encoder": "RobertaForMaskedLM",
+        "encoder-classifier": "RobertaForSequenceClassification",
+        "encoder-headless": "RobertaModel",
+    }
     fields = {
         **{name: field for name, field in BERTFamily.fields.items() if name != "max_position_embeddings"},
         # Its masked-language-model head always has this activation.
@@ -121,13 +129,27 @@ class RoBERTaFamily(BERTFamily, name="roberta"):
         return {"max_position_embeddings": config.context_length + 2}
 
 
+class XLMRobertaFamily(RoBERTaFamily, name="xlm-roberta"):
+    """Conneau et al. 2019 (arXiv 1911.02116): RoBERTa for a hundred languages."""
+
+    architectures = {
+        "encoder": "XLMRobertaForMaskedLM",
+        "encoder-classifier": "XLMRobertaForSequenceClassification",
+        "encoder-headless": "XLMRobertaModel",
+    }
+
+
 LAYER = "distilbert.transformer.layer.{layer}."
 
 
 class DistilBERTFamily(Family, name="distilbert"):
     """Sanh et al. 2019 (arXiv 1910.01108): BERT without segments."""
 
-    architectures = {"encoder": "DistilBertForMaskedLM", "encoder-classifier": "DistilBertForSequenceClassification"}
+    architectures = {
+        "encoder": "DistilBertForMaskedLM",
+        "encoder-classifier": "DistilBertForSequenceClassification",
+        "encoder-headless": "DistilBertModel",
+    }
     fields = {
         "vocab_size": "vocab_size",
         "dim": "d_model",

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
 from minitransformer import files
-from minitransformer.errors import UserError
+from minitransformer.errors import StorageError, UserError
 from minitransformer.models.model import Model, build_model, check_memory, check_size
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.originals import CHAT, TOKENIZER_FILES, write_originals
 from minitransformer.pretrained.rules import load_weights, save_weights
+from minitransformer.pretrained.sentences import SENTENCE_FILES
 from minitransformer.pretrained.shards import (
     INDEX,
     SHARDS,
@@ -30,7 +34,15 @@ from minitransformer.text.tokenizers import Tokenizer
 
 CONFIG, GENERATION = CONFIGS
 # Files to fetch from the hub: some repositories have the same weights in several formats.
-WANTED = [*CONFIGS, *TOKENIZER_FILES, WEIGHTS, INDEX, SHARDS.format(number=0, count=0).replace("00000", "*")]
+WANTED = [
+    *CONFIGS,
+    *TOKENIZER_FILES,
+    *SENTENCE_FILES,
+    WEIGHTS,
+    INDEX,
+    SHARDS.format(number=0, count=0).replace("00000", "*"),
+]
+HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 
 class Undrawn(TorchFunctionMode):
@@ -101,6 +113,8 @@ def save(
     # The family's own fields take precedence over additional ones.
     hf = {**kind.hf_config(model.config), "dtype": dtype, **(extra or {}), **kind.required}
     tensors = save_weights(model, model.config, kind.rules_for(model.config))
+    if model.config.topology == "encoder-headless":
+        tensors = {name.removeprefix(kind.prefix): tensor for name, tensor in tensors.items()}
     with files.writing(folder, "choose another folder"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with files.whole_folder(folder) as partial:
@@ -116,11 +130,35 @@ def save(
                 (partial / CHAT).write_text(chat_template, encoding="utf-8")
 
 
+def may_be_on_hub(name: str) -> bool:
+    """Whether `name` can be NAME or OWNER/NAME on the hub: where it or OWNER exists here, it is a path."""
+    is_path = Path(name).exists() or ("/" in name and Path(name).parent.exists())
+    return HUB_NAME.fullmatch(name) is not None and not is_path
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether `name` is a public checkpoint, and no run: a folder, or, where there is none, a name on the hub."""
+    if not Path(name).is_dir():
+        return may_be_on_hub(name)
+    try:
+        config = read_checkpoint_json(Path(name) / CONFIG)
+    except StorageError:  # there is none, or it is damaged
+        return False
+    return "model_type" in config and "model" not in config
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """The SHA-256 of all files of the checkpoint in `folder`, and of the version that reads them."""
+    found = sorted({path for pattern in WANTED for path in folder.glob(pattern) if path.is_file()})
+    digests = [f"{path.relative_to(folder)} {files.sha256(path)}" for path in found]
+    return hashlib.sha256("\n".join([version("minitransformer"), *digests]).encode()).hexdigest()
+
+
 def checkpoint_folder(name: str | Path) -> Path:
     """The folder `name`, or the downloaded snapshot of the hub checkpoint `name`."""
     if Path(name).is_dir():
         return Path(name)
-    if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if isinstance(name, Path) or not may_be_on_hub(name):
         raise UserError(f"there is no folder {name}: give a checkpoint folder, or a name on the hub")
     try:
         from huggingface_hub import snapshot_download
@@ -131,7 +169,7 @@ def checkpoint_folder(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=WANTED))
     except Exception as error:  # of requests, of the hub's own kinds, of the file system
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
         raise UserError(
             f"{name} is not a folder, and cannot be downloaded from the hub ({reason}): check name and network"
         ) from None

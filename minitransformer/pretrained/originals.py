@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minitransformer.errors import UserError
+from minitransformer.pretrained.sentences import SENTENCE_FILES
 from minitransformer.pretrained.shards import read_checkpoint_json
 from minitransformer.pretrained.tokenizers import CONFIGS, FILE, NAMES, SETTINGS, load_tokenizer
 from minitransformer.pretrained.vocabularies import FILES, SENTENCEPIECE
@@ -21,7 +22,7 @@ NAMED = ("id2label", "label2id", "bad_words_ids")
 
 def keep_originals(checkpoint: Path, run: Path) -> None:
     """Copy the files besides the weights from the folder `checkpoint` to the run folder `run`."""
-    _copy(checkpoint, run / FOLDER, (*CONFIGS, *TOKENIZER_FILES))
+    _copy(checkpoint, run / FOLDER, (*CONFIGS, *TOKENIZER_FILES, *SENTENCE_FILES))
 
 
 def inherit_originals(parent: Path | None, run: Path) -> None:
@@ -44,8 +45,8 @@ def originals_of(run: Path, tokenizer: Tokenizer) -> Path | None:
 
 
 def write_originals(originals: Path, folder: Path) -> None:
-    """Copy the tokenizer's files to the checkpoint folder `folder`."""
-    _copy(originals, folder, TOKENIZER_FILES)
+    """Copy the files of the tokenizer, and those on embeddings of texts, to the checkpoint folder `folder`."""
+    _copy(originals, folder, (*TOKENIZER_FILES, *SENTENCE_FILES))
 
 
 def original_fields(originals: Path) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def class_names(run: Path, count: int) -> list[str]:
 
 
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
-    target.mkdir(exist_ok=True)
     for name in names:
         if (source / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target / name)

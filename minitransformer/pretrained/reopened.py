@@ -18,6 +18,8 @@ from minitransformer.pretrained.checkpoint import CONFIG, load
 from minitransformer.pretrained.shards import read_checkpoint_json
 
 LENGTH = 16
+OUTPUTS = ("prediction_logits", "logits", "last_hidden_state")
+"""outputs of the library's models that are compared, the first that a model has"""
 
 
 def reference_of(folder: Path) -> tuple[type[nn.Module] | None, str]:
@@ -34,7 +36,7 @@ def reference_of(folder: Path) -> tuple[type[nn.Module] | None, str]:
 
 @torch.inference_mode()
 def reopened_difference(model: Model, folder: Path) -> float:
-    """The largest difference between logits of `model` and of its copy in `folder`, on random tokens.
+    """The largest difference between outputs of `model` and of its copy in `folder`, on random tokens.
 
     It is relative to their root mean square, in float32. Raises `UserError` if the copy cannot be opened.
     """
@@ -56,7 +58,7 @@ def _tokens(model: Model, padding: int | None) -> Tensor:
 
 
 def _logits_of(model: Model) -> Callable[..., Tensor]:
-    """The function that computes the logits of `model`, of tokens if it has several heads."""
+    """The function that computes the logits of `model`, of tokens if it has several heads, or its hidden states."""
     return model.token_logits if isinstance(model, EncoderLM) else model
 
 
@@ -69,7 +71,7 @@ def _reference_logits(reference: Any, folder: Path, inputs: tuple[Tensor, ...]) 
     except Exception as error:  # of the library, of its checks, of torch
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"transformers cannot open the copy in {folder} ({reason})") from None
-    logits: Tensor = output.prediction_logits if "prediction_logits" in output else output.logits
+    logits: Tensor = next(output[name] for name in OUTPUTS if name in output)
     return logits
 
 

@@ -17,11 +17,13 @@ from minitransformer.training.loop import SAMPLES, sample_heading
 
 
 def check_can_resume(run: Run) -> None:
-    """Raises `UserError` for an imported run, and for one with links, through which it would write elsewhere."""
+    """Raises `UserError` for an imported run, and for one with links, which lead elsewhere, or pipes, which block."""
     if links := sorted(path for path in run.path.iterdir() if path.is_symlink()):
         raise UserError(
             f"{links[0]} is a link, and resuming the run would write to what it names: put what it names in its place"
         )
+    if others := sorted(path for path in run.path.iterdir() if not path.is_file() and not path.is_dir()):
+        raise UserError(f"{others[0]} is neither a file nor a folder, and resuming could wait for it: remove it")
     if not run.text:
         path = run.path
         raise UserError(f"{path} was imported and has no training to resume: fine-tune it with --init-from {path}")
@@ -80,4 +82,4 @@ def _has_ended(run: Run, step: int, progress: dict[str, Any]) -> bool:
     """Whether the last validation and sample are complete; a signal may have come before them."""
     samples = run.path / SAMPLES
     validated = not run.config.data.validates or progress.get("validated_step") == step
-    return validated and samples.exists() and sample_heading(step) in samples.read_text("utf-8", "replace")
+    return validated and samples.is_file() and sample_heading(step) in samples.read_text("utf-8", "replace")

@@ -1,0 +1,61 @@
+"""Public checkpoints as runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from minitransformer import files, pretrained
+from minitransformer.errors import UserError
+from minitransformer.generation.published import published
+from minitransformer.pretrained.checkpoint import checkpoint_digest, is_checkpoint
+from minitransformer.pretrained.originals import keep_originals
+from minitransformer.pretrained.sentences import module_kinds
+from minitransformer.pretrained.vocabularies import how_to_make_one
+from minitransformer.runs.layout import CONFIG, GENERATION, check_free, only_writer
+from minitransformer.runs.open import Run
+from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.objectives import Objective
+
+# A common learning rate for training from scratch; fine-tuning uses a tenth of it.
+RATE = 3e-4
+
+
+def import_checkpoint(name: str, path: Path) -> Run:
+    """The new run at `path` with the model of the public checkpoint `name`, a folder or a name on the hub.
+
+    Raises `UserError` for a checkpoint that cannot be opened, before anything is written.
+    """
+    check_free(path)
+    folder = pretrained.checkpoint_folder(name)
+    model, tokenizer = pretrained.load(folder)
+    if tokenizer is None:
+        raise UserError(how_to_make_one(name))
+    topology, generation = model.config.topology, pretrained.generation_config(folder)
+    # What is not supported is reported now, and not at the first sample or embedding.
+    module_kinds(folder)
+    if generation is not None:
+        published(generation, GENERATION, two_sided=topology == "encoder-decoder")
+    objectives = [name for name, objective in Objective.registry.items() if topology in objective.topologies]
+    training = TrainingConfig(objective=objectives[0] if objectives else "causal", lr=RATE)
+
+    def add_files(run: Path) -> None:
+        keep_originals(folder, run)
+        if generation is not None:
+            files.write_text(run / GENERATION, json.dumps(generation, indent=2) + "\n")
+
+    with only_writer(path):
+        config = RunConfig(model.config, DataConfig(tokenizer=tokenizer.name), training)
+        return Run.create(path, config, tokenizer, tokenizer, initial=model, add_files=add_files)
+
+
+def as_run(name: str, root: Path) -> Path:
+    """The folder of the run `name`; of a public checkpoint, that of its import in `root`, which is made if necessary.
+
+    A folder that is named by the content of the checkpoint need not be made again.
+    """
+    if not is_checkpoint(name):
+        return Path(name)
+    folder = pretrained.checkpoint_folder(name)
+    path = root / f"{Path(name).resolve().name}-{checkpoint_digest(folder)[:8]}"
+    return path if (path / CONFIG).is_file() else import_checkpoint(str(folder), path).path
