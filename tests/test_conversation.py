@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from minitransformer.commands import sample
+from minitransformer.commands import export, sample
 from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.conversation import ChatFormat, Conversation
@@ -27,6 +27,8 @@ from minitransformer.generation.streaming import stream_text
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.model import build_model
+from minitransformer.pretrained.chat import chat_template_in
+from minitransformer.pretrained.originals import inherit_originals
 from minitransformer.runs import Run
 from minitransformer.text.chat_template import ChatTemplate, Message
 from minitransformer.text.tokenizers import Bytes, Tokenizer
@@ -43,10 +45,11 @@ class Parrot:
     """In place of `stream_text`: answers what it is told to, and keeps the prompts."""
 
     def __init__(self, *answers: str) -> None:
-        self.answers, self.prompts, self.samplings = list(answers), [], []
+        self.answers, self.prompts, self.lengths, self.samplings = list(answers), [], [], []
 
     def __call__(self, model: Any, tokenizer: Tokenizer, prompt: Sequence[int], sampling: Any) -> Iterator[list[str]]:
         self.prompts.append(TOKENIZER.decode(prompt, skip_special=False))
+        self.lengths.append(len(prompt))
         self.samplings.append((sampling, tokenizer.ends))
         for character in self.answers.pop(0):
             yield [character]
@@ -90,7 +93,7 @@ def test_the_oldest_exchanges_are_dropped_where_the_context_is_full_and_the_syst
     talk = conversation(parrot, Message("system", "Rule"))
     for number in range(4):
         list(talk.answer(f"question {number}"))
-        assert len(TOKENIZER.encode(parrot.prompts[-1])) <= 10 * CONTEXT
+        assert parrot.lengths[-1] + 20 <= CONTEXT + 1, "there is room for the answer"
     assert [message.content for message in talk.messages] == ["Rule", "question 2", "3" * 20, "question 3", "4"]
     assert all("Rule" in prompt for prompt in parrot.prompts)
     assert "question 1" not in parrot.prompts[-1]
@@ -249,6 +252,21 @@ def test_a_published_template_is_kept_and_used_with_the_names_of_its_publisher(t
         assert template.special_tokens["<|end_of_text|>"] == end, "which is <|endoftext|> here"
         code, _, err = call(sample, str(path), "--device", "cpu", "--max-new-tokens", "3", "--chat", "--prompt", "the")
         assert (code, err.count("a conversation by")) == (0, 1)
+
+
+def test_a_fine_tuned_run_inherits_the_template_and_an_export_has_the_run_s_own(tmp_path: Path) -> None:
+    from tests.test_pretrained_originals import checkpoint
+
+    public = checkpoint("llama 3", tmp_path / "public")
+    assert import_module("minitransformer.commands.import").main([str(public), "--out", str(tmp_path / "run")]) == 0
+    (tmp_path / "run" / "chat_template.jinja").write_text(CHATML.source)
+    inherit_originals(tmp_path / "run", tmp_path / "tuned")
+    for path in (tmp_path / "run", tmp_path / "tuned"):
+        found = chat_template_in(path, TOKENIZER)
+        assert found is not None
+        assert (found.source, found.origin) == (CHATML.source, str(path / "chat_template.jinja"))
+    assert export.main([str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHATML.source
 
 
 needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="terminals are POSIX")

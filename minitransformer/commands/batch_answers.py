@@ -20,11 +20,11 @@ from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder_decoder import Seq2SeqLM
 from minitransformer.models.model import Model
 from minitransformer.records import fits, shown
-from minitransformer.text.chat_template import Message
+from minitransformer.text.chat_template import ASSISTANT, USER, Message
 from minitransformer.text.templates import read_template
 from minitransformer.text.tokenizers import Tokenizer
 
-MESSAGES, PROMPT, USER = "messages", "prompt", "user"
+MESSAGES, PROMPT = "messages", "prompt"
 BATCHES_AT_ONCE = 8
 """of which the answers depend on nothing else, so that a run that goes on writes what an uninterrupted one would"""
 
@@ -81,7 +81,7 @@ def _messages(value: Any, where: str) -> list[Message]:
     """The messages of a row, up to an answer that is wanted."""
     if not isinstance(value, list) or not all(_is_message(each) for each in value) or not value:
         raise UserError(f"{where} has {MESSAGES} {shown(value)}: give a list of objects with texts role and content")
-    if value[-1]["role"] == "assistant":
+    if value[-1]["role"] == ASSISTANT:
         raise UserError(f"{where} has {MESSAGES} that end with an answer: leave the last one out")
     return [Message(each["role"], each["content"]) for each in value]
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 
 from minitransformer.errors import UserError
-from minitransformer.generation.conversation import SYSTEM, ChatFormat, Conversation
+from minitransformer.generation.conversation import ChatFormat, Conversation
 from minitransformer.runs import Run
-from minitransformer.text.chat_template import Message
+from minitransformer.text.chat_template import SYSTEM, USER, Message
 
-USER = "user"
 LEAVE = "Ctrl-D ends the conversation, Ctrl-C stops an answer"
 
 

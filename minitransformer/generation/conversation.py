@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.text.chat_template import ASSISTANT, ChatTemplate, Message
+from minitransformer.text.chat_template import ASSISTANT, SYSTEM, USER, ChatTemplate, Message
 from minitransformer.text.tokenizers import Tokenizer
 
-SYSTEM, USER = "system", "user"
 StreamText = Callable[[DecoderLM, Tokenizer, Sequence[int], SamplingConfig], Iterator[list[str]]]
 """`stream_text`, with what else it is given"""
 

@@ -14,7 +14,7 @@ from minitransformer.text.templates import render_template
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.text.tokenizers.spelled import MARKS, encode_segments, unused_mark, with_broken_spellings
 
-ASSISTANT = "assistant"
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 # What published templates end an answer with: <|im_end|>, </s>, <end_of_turn>, <｜end▁of▁sentence｜>.
 CONTROL_TOKEN = re.compile(r"<[^<>\s]{1,40}>")
 CHATML = """\
@@ -87,7 +87,7 @@ class ChatTemplate:
     def end_of_turn(self) -> str | None:
         """What follows an answer, and ends it; None where nothing does but the end of the text."""
         [mark] = MARKS[:1]
-        _, *after = self.render([Message("user", "?"), Message(ASSISTANT, mark)]).split(mark)
+        _, *after = self.render([Message(USER, "?"), Message(ASSISTANT, mark)]).split(mark)
         rest = "".join(after).lstrip()
         known = [name for name in (*self.special_tokens, *self.variables.values()) if name and rest.startswith(name)]
         if known:
