@@ -155,7 +155,7 @@ def test_every_command_that_a_page_prints_is_understood(command: str, monkeypatc
         **dict.fromkeys(("train", "doctor"), lambda: monkeypatch.setattr(train, "with_files", stop)),
         "verify_resume": lambda: monkeypatch.setattr(module, "trainable", stop),
         "sweep": lambda: monkeypatch.setattr(module, "_check", stop),
-        "sample": lambda: monkeypatch.setattr(module, "_check_together", stop),
+        "sample": lambda: monkeypatch.setattr(module, "check_together", stop),
     }
     understood.get(module.__name__.rpartition(".")[2], lambda: stop_after_parsing(module, monkeypatch))()
     with pytest.raises(Parsed):

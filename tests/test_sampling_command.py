@@ -22,7 +22,7 @@ from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.streaming import best_texts, stream_text
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.models.model import build_model
+from minitransformer.models.model import Model, build_model
 from minitransformer.runs import GENERATION, Run
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import write_checkpoint
@@ -32,6 +32,7 @@ from tests.runs_for_tests import Call
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 CONTEXT = 32
+NOTHING_REMEMBERED = "note: each line is a prompt of its own, and none is remembered: --chat is for conversations\n"
 TOKENIZER = fitted("chars", "abcdé \n")
 MODEL = ModelConfig(d_model=16, num_layers=1, num_heads=2, context_length=CONTEXT, vocab_size=16)
 
@@ -55,8 +56,10 @@ def endless(tmp_path_factory: pytest.TempPathFactory, shake: Callable[[DecoderLM
     return path
 
 
-def write_run(path: Path, checkpoints: list[DecoderLM], tokenizer: Tokenizer = TOKENIZER) -> None:
-    config = RunConfig(checkpoints[0].config, DataConfig(), TrainingConfig())
+def write_run(
+    path: Path, checkpoints: list[Model], tokenizer: Tokenizer = TOKENIZER, objective: str = "causal"
+) -> None:
+    config = RunConfig(checkpoints[0].config, DataConfig(), TrainingConfig(objective=objective))
     run = Run(path, config, tokenizer, tokenizer, text="none")
     run.checkpoints.mkdir(parents=True)
     tokenizer.save(path / "tokenizer.json")
@@ -237,7 +240,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(command: Any, arguments: tupl
             for flag in ("--top-k 5", "--top-p 0.9", "--min-p 0.1", "--seed 0")
         ),
         ("--draft-tokens=4", "--draft-tokens", "name its run with --draft"),
-        ("--batch-size 32", "--batch-size", "give --lines as well"),
+        ("--batch-size 32", "--batch-size", "give --lines or --batch-file as well"),
     ],
 )
 def test_a_flag_that_can_change_nothing_beside_another_is_refused(
@@ -281,7 +284,7 @@ def test_a_beam_search_writes_the_best_texts_and_draws_nothing(command: Any, run
     assert (code, err, len(lines)) == (0, "", 3)
     assert lines[0] == lines[2] == best.replace("\n", r"\n")
     code, out, err = command(*flags, "--interactive", piped=b"ab\nab")
-    assert (code, out, err) == (0, 2 * (best.removesuffix("\n") + "\n"), "")
+    assert (code, out, err) == (0, 2 * (best.removesuffix("\n") + "\n"), NOTHING_REMEMBERED)
 
 
 def test_a_beam_search_past_the_context_is_announced(command: Any) -> None:

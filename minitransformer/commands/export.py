@@ -17,13 +17,14 @@ from minitransformer.commands import DONE, FAILED, HELP, parse, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
 from minitransformer.pretrained.families import Family, Obstacle, families_of, nearest_family
-from minitransformer.pretrained.originals import original_fields, originals_of
+from minitransformer.pretrained.originals import CHAT, original_fields, originals_of
 from minitransformer.pretrained.peft_folders import save_adapter
 from minitransformer.pretrained.reopened import reference_of, reopened_difference
 from minitransformer.pretrained.tokenizer_files import special_ids, target_ids
 from minitransformer.runs import Run
 from minitransformer.runs.begin import check_merges
 from minitransformer.settings import kinds
+from minitransformer.text.templates import read_template
 from minitransformer.training.checkpoint import load_unmerged
 
 # Relative error of the logits: rounding gives about 1e-5, a wrong epsilon or GELU at least 3e-4.
@@ -61,7 +62,17 @@ def main(arguments: Sequence[str]) -> int:
     originals = originals_of(run.path, run.target_tokenizer)
     extra = _extra(run) if originals is None else original_fields(originals)
     tokenizer, generation = run.target_tokenizer, run.generation_config
-    pretrained.save(model, options.to, family, extra, tokenizer=tokenizer, originals=originals, generation=generation)
+    own_template = run.path / CHAT
+    pretrained.save(
+        model,
+        options.to,
+        family,
+        extra,
+        tokenizer=tokenizer,
+        originals=originals,
+        generation=generation,
+        chat_template=read_template(own_template) if own_template.is_file() else None,
+    )
     reference, reader = reference_of(options.to)
     try:
         difference = reopened_difference(model, options.to)

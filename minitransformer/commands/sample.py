@@ -1,4 +1,4 @@
-"""`sample`: continue a prompt, fill in masks, translate or classify lines, whatever the model of a run does.
+"""`sample`: continue a prompt, converse, fill in masks, translate or classify lines, whatever a run's model does.
 
 Standard output carries the text, standard error the notes.
 """
@@ -8,25 +8,28 @@ from __future__ import annotations
 import io
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import singledispatch
+from functools import partial, singledispatch
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import torch
-import tyro
-from typing_extensions import Doc
 
 from minitransformer.commands import DONE, given_flags, piped_text, utf8_text, with_exit_code
+from minitransformer.commands.batch_answers import RowPrompts, generate_answers, read_prompts, write_answers
+from minitransformer.commands.chatting import chat_format, hold_conversation, system_messages
+from minitransformer.commands.sample_options import Options, check_together
 from minitransformer.commands.sampling_flags import check_flags, sampling_groups
 from minitransformer.commands.settings_flags import parse_groups
 from minitransformer.errors import UserError
 from minitransformer.generation.classes import classify
 from minitransformer.generation.config import SamplingConfig
+from minitransformer.generation.conversation import ChatFormat, Conversation
 from minitransformer.generation.fast.rows import with_row_kernel
 from minitransformer.generation.fill import MASK, encode_with_masks
+from minitransformer.generation.jsonl_answers import asked_before, check_new
 from minitransformer.generation.published import published
 from minitransformer.generation.samples import filled_text, translations
 from minitransformer.generation.speculation import Draft
@@ -37,70 +40,32 @@ from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import Encoder, EncoderClassifier, EncoderLM
 from minitransformer.models.encoder_decoder import Seq2SeqLM
 from minitransformer.models.model import Model
+from minitransformer.pretrained.chat import published_special_tokens
 from minitransformer.pretrained.originals import class_names
 from minitransformer.runs import GENERATION, Run, latest_run
+from minitransformer.text.tokenizers.spelled import encode_with_special_tokens
+from minitransformer.training.checkpoint import weights_digest
 from minitransformer.training.machine import choose_device
 
 SEPARATOR = "-" * 40
 ABOUT = {
     "prog": "sample.py",
-    "description": "Continue a prompt, fill in masks, translate or classify lines, with the model of a run. The "
+    "description": "Continue a prompt, converse, fill in masks, translate or classify lines, with a run's model. The "
     f"defaults of an imported checkpoint are those of its {GENERATION}, where it has one.",
     "title": "model and prompt",
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    """Which model continues which prompt, and how it is loaded."""
-
-    run: tyro.conf.Positional[Path | None] = None
-    """run folder; None uses the latest one in runs/"""
-    prompt: str | None = None
-    """text to continue, to fill in (with <mask> for each mask) or to translate; None reads standard input"""
-    prompt_file: Path | None = None
-    """file with that text, used unchanged"""
-    lines: bool = False
-    """continue each line of the prompt on its own; each result is printed in one line, with \\n for a line break"""
-    batch_size: int = 32
-    """number of lines to generate or translate at a time"""
-    interactive: bool = False
-    """read prompts from the terminal, a line each; Ctrl-D exits"""
-    adapter: Path | None = None
-    """run folder of an adapter that was trained on this model; --checkpoint is one of its checkpoints then"""
-    checkpoint: str | None = None
-    """checkpoint of the run, such as step-000500 or latest; None uses the best one, or else the latest"""
-    draft: Path | None = None
-    """run folder of a smaller model with the same tokenizer, the draft model of speculative decoding"""
-    draft_tokens: int = 4
-    """number of tokens that the draft model proposes at a time"""
-    weights: Annotated[str, Doc(f"format of the weight matrices in memory: {', '.join(StoredWeights.registry)}")] = (
-        "fp32"
-    )
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
-
-    def __post_init__(self) -> None:
-        if self.prompt is not None and self.prompt_file is not None:
-            raise UserError("there are two prompts, --prompt and --prompt-file: give one of them")
-        if self.interactive and (self.prompt is not None or self.prompt_file is not None):
-            raise UserError("--interactive asks for its prompts: leave --prompt and --prompt-file out")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size is {self.batch_size}: it must be at least 1")
-        StoredWeights.named(self.weights)
 
 
 @with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Sample; returns the exit code."""
     options, settings = parse_groups(Options, arguments, sampling_groups(), SamplingConfig().flat, **ABOUT)
-    _check_together(options, SamplingConfig(**settings))
+    check_together(options, SamplingConfig(**settings))
     path = options.run or latest_run()
     run = Run.open(path) if options.adapter is None else Run.open(path).with_adapter(options.adapter)
     sampling = _completed(options, settings, given_flags(arguments), run)
-    prompt = "" if options.interactive else _prompt(options)
     # What cannot be encoded is said before a model is loaded.
-    run.tokenizer.encode(MASK.sub("", run.cased(prompt)))
+    asked = _read_prompts(options, run)
     draft_run = None if options.draft is None else _draft_run(options.draft, run)
     device = str(choose_device(options.device))
     weights = StoredWeights.named(options.weights)
@@ -110,29 +75,60 @@ def main(arguments: Sequence[str]) -> int:
         draft = Draft(with_row_kernel(weights.applied(_decoder(draft_run, model, device))), options.draft_tokens)
     if options.run is None:
         _note(f"the model is that of {path}")
-    seed = secrets.randbelow(2**31) if sampling.seed is None else sampling.seed
+    seed = _seed(options, sampling)
     if sampling.seed is None and _draws(sampling, model):
         _note(f"--seed {seed} gives this text again")
     generator = torch.Generator().manual_seed(seed)
     _tolerate_characters()
-    session = Session(run, options, sampling, seed, generator, draft)
-    if options.interactive:
-        _converse(model, session)
-    else:
-        answer(model, prompt, session)
+    _respond(model, asked, Session(run, options, sampling, seed, generator, asked.encode, draft))
     if draft is not None and draft.proposed:
         share = draft.accepted / draft.proposed
         _note(f"of {draft.proposed} tokens proposed by the draft, {draft.accepted} were accepted ({share:.0%})")
     return DONE
 
 
-def _check_together(options: Options, sampling: SamplingConfig) -> None:
-    """Raises `UserError` for settings that contradict each other."""
-    fewest, most = sampling.flat["min_new_tokens"], sampling.max_new_tokens
-    if fewest > most:
-        raise UserError(f"min_new_tokens {fewest} is more than max_new_tokens {most}: lower it")
-    if options.lines and (sampling.num_samples > 1 or options.draft is not None or options.interactive):
-        raise UserError("--lines writes one text for each line: leave --num-samples, --draft and --interactive out")
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of the model: a prompt or a file of them, by itself or in a conversation."""
+
+    encode: Callable[[str], list[int]]
+    prompt: str | None = None
+    chat: ChatFormat | None = None
+    rows: RowPrompts | None = None
+
+
+def _read_prompts(options: Options, run: Run) -> Asked:
+    """What is asked of `run`; raises `UserError` for what cannot be encoded."""
+    encode = run.tokenizer.encode
+    if options.special_tokens:
+        encode = partial(encode_with_special_tokens, run.tokenizer, others=published_special_tokens(run.path))
+    chat = chat_format(run, options.system) if options.chat else None
+    if options.batch_file is not None and options.out is not None:
+        check_new(options.out)
+        framed = _prompt_ids if run.config.model.topology == "decoder" else _source
+        system = system_messages(options.system)
+        rows = read_prompts(options.batch_file, options.template, chat, system, lambda text: framed(run, text, encode))
+        if chat is not None:
+            rows.check_fit(run.config.model.text_length)
+        return Asked(encode, chat=chat, rows=rows)
+    if options.interactive or (options.chat and not options.names_prompt):
+        return Asked(encode, chat=chat)
+    prompt = _prompt(options)
+    encode(MASK.sub("", run.cased(prompt)))
+    return Asked(encode, prompt, chat)
+
+
+def _prompt_ids(run: Run, prompt: str, encode: Callable[[str], list[int]]) -> list[int]:
+    """The ids of a decoder's prompt: after the framing prefix, unless special tokens in it say the same."""
+    prefix, ids = list(run.tokenizer.framing.prefix), encode(prompt)
+    return (ids if ids[: len(prefix)] == prefix else [*prefix, *ids]) or [run.tokenizer.end_of_text]
+
+
+def _seed(options: Options, sampling: SamplingConfig) -> int:
+    """The seed: the given one, that of the answers that an earlier process has begun to write, or a new one."""
+    before = None if options.out is None else asked_before(options.out).get("seed")
+    drawn = before if isinstance(before, int) else secrets.randbelow(2**31)
+    return drawn if sampling.seed is None else sampling.seed
 
 
 def _completed(options: Options, settings: Mapping[str, Any], given: set[str], run: Run) -> SamplingConfig:
@@ -150,7 +146,7 @@ def _completed(options: Options, settings: Mapping[str, Any], given: set[str], r
         if advice.not_followed:
             _note(f"{path} asks for {', '.join(advice.not_followed)}, which nothing here does")
     sampling = SamplingConfig(**settings)
-    _check_together(options, sampling)
+    check_together(options, sampling)
     check_flags(given, {**vars(options), **sampling.flat}, topology, where)
     # Without chance, several samples are one text several times.
     return replace(sampling, num_samples=1) if sampling.greedy and sampling.num_beams == 1 else sampling
@@ -189,7 +185,46 @@ class Session:
     sampling: SamplingConfig
     seed: int
     generator: torch.Generator
+    encode: Callable[[str], list[int]]
     draft: Draft | None = None
+
+
+def _respond(model: Model, asked: Asked, session: Session) -> None:
+    """Answer what is asked, in the way that is asked for."""
+    if asked.rows is not None:
+        _answer_rows(model, asked.rows, asked.chat, session)
+    elif asked.chat is not None:
+        _note(f"a conversation by {asked.chat.template.origin}: each message and answer is remembered")
+        hold_conversation(_conversation(model, asked.chat, session), None if asked.prompt is None else [asked.prompt])
+    elif asked.prompt is None:
+        _note("each line is a prompt of its own, and none is remembered: --chat is for conversations")
+        _converse(model, session)
+    else:
+        answer(model, asked.prompt, session)
+
+
+def _conversation(model: Model, chat: ChatFormat, session: Session) -> Conversation:
+    stream = partial(stream_text, generator=session.generator, draft=session.draft)
+    messages = system_messages(session.options.system)
+    return Conversation(cast(DecoderLM, model), chat, session.sampling, stream, _note, messages)
+
+
+def _answer_rows(model: Model, rows: RowPrompts, chat: ChatFormat | None, session: Session) -> None:
+    """Write the answers to the rows of the batch file, after those of an earlier process."""
+    run, options = session.run, session.options
+    sampling, tokenizer = replace(session.sampling, seed=session.seed), run.target_tokenizer
+    context, most = model.config.text_length, max(map(len, rows.prompts))
+    if chat is not None:
+        sampling, tokenizer = chat.with_stops(sampling), chat.ending_tokenizer
+    elif isinstance(model, DecoderLM):
+        _note_context(most, sampling.max_new_tokens, context)
+    digest = weights_digest(run.checkpoint(options.checkpoint))
+    request = {"model": digest, "weights": options.weights, **sampling.flat}
+    answers_to = partial(generate_answers, model, tokenizer, sampling, options.batch_size)
+    assert options.out is not None
+    before = write_answers(rows, options.out, request, options.batch_size, answers_to)
+    begun = f", {before} of them by an earlier call" if before else ""
+    _note(f"{options.out} has the answers to {len(rows.rows)} rows{begun}")
 
 
 @singledispatch
@@ -225,7 +260,7 @@ def _continue(model: DecoderLM, prompt: str, session: Session) -> None:
     if session.options.lines:
         _continue_lines(model, prompt.splitlines(), session)
         return
-    prompt_ids = tokenizer.encode_prompt(prompt)
+    prompt_ids = _prompt_ids(session.run, prompt, session.encode)
     _note_context(len(prompt_ids), sampling.max_new_tokens, model.config.text_length)
     if sampling.num_beams > 1:
         [found] = best_texts(model, tokenizer, [prompt_ids], sampling)
@@ -247,7 +282,7 @@ def _continue(model: DecoderLM, prompt: str, session: Session) -> None:
 def _continue_lines(model: DecoderLM, prompts: Sequence[str], session: Session) -> None:
     """Print each prompt with what follows it, as `--prompt` would with the same seed, in one line."""
     tokenizer, sampling = session.run.tokenizer, replace(session.sampling, seed=session.seed)
-    prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    prompt_ids = [_prompt_ids(session.run, prompt, session.encode) for prompt in prompts]
     longest = max(map(len, prompt_ids), default=0)
     _note_context(longest, sampling.max_new_tokens, model.config.text_length)
     texts: Iterator[str]
@@ -279,7 +314,7 @@ def _classify(model: EncoderClassifier, prompt: str, session: Session) -> None:
     """Print the classes of each line with their probabilities, the likeliest first."""
     names = class_names(session.run.path, model.config.num_classes or 0)
     for line in prompt.splitlines():
-        of_each = classify(model, _source(model, session.run, line))
+        of_each = classify(model, _source(session.run, line, session.encode))
         ranked = sorted(zip(names, of_each, strict=True), key=lambda entry: -entry[1])
         number = "{:.4g}" if len(ranked) == 1 else "{:.1%}"
         _print(", ".join(f"{name} {number.format(value)}" for name, value in ranked) + "\n")
@@ -291,20 +326,21 @@ def _translate(model: Seq2SeqLM, prompt: str, session: Session) -> None:
     run, options, sampling = session.run, session.options, session.sampling
     lines = prompt.splitlines()
     for begin in range(0, len(lines), options.batch_size):
-        sources = [_source(model, run, line) for line in lines[begin : begin + options.batch_size]]
+        sources = [_source(run, line, session.encode) for line in lines[begin : begin + options.batch_size]]
         for texts in translations(model, sources, sampling, run.target_tokenizer, session.generator):
             for number, tokens in enumerate(texts, start=1):
                 before = f"{number}\t" if sampling.num_samples > 1 else ""
-                _print(f"{before}{run.target_tokenizer.decode(tokens)}\n")
+                text = run.target_tokenizer.decode(tokens, skip_special=not options.special_tokens)
+                _print(f"{before}{text}\n")
 
 
-def _source(model: Model, run: Run, line: str) -> list[int]:
+def _source(run: Run, line: str, encode: Callable[[str], list[int]]) -> list[int]:
     """The tokens of a line, framed as the model has learned to see it."""
-    framing, tokens = run.tokenizer.pair_framing, run.tokenizer.encode(run.cased(line))
-    room = model.config.context_length - framing.length
+    framing, tokens, context = run.tokenizer.pair_framing, encode(run.cased(line)), run.config.model.context_length
+    room = context - framing.length
     if len(tokens) > room:
         length = len(tokens) + framing.length
-        _note(f"a line of {length} tokens is cut to the {model.config.context_length} that the model sees")
+        _note(f"a line of {length} tokens is cut to the {context} that the model sees")
     return framing.around(tokens[:room])
 
 

@@ -15,6 +15,8 @@ from minitransformer.generation.config import SamplingConfig, own_settings, proc
 
 OF_BEAMS = ("length_penalty", "early_stopping")
 OF_LINES = ("lines", "batch_size", "draft", "draft_tokens")
+OF_CHATS = ("chat", "system")
+OF_ROWS = ("batch_file", "out", "template")
 
 
 def sampling_groups() -> list[Group]:
@@ -56,7 +58,7 @@ def _idle(values: Mapping[str, Any], topology: str) -> Iterator[Idle]:
     drawing = {"seed", *(each.name for each in processor_settings(keeps_likeliest=True))}
     if topology == "encoder":
         yield Idle(
-            (*SamplingConfig().flat, *OF_LINES),
+            (*SamplingConfig().flat, *OF_LINES, *OF_CHATS, *OF_ROWS, "special_tokens"),
             "is for models that generate texts, and this one fills in masks: leave it out",
         )
         return
@@ -73,19 +75,26 @@ def _idle(values: Mapping[str, Any], topology: str) -> Iterator[Idle]:
             if values["num_samples"] > 1:
                 why = f"would give the same text {values['num_samples']} times at temperature 0: {out}"
                 yield Idle(("num_samples",), why, "temperature")
+    if values["batch_file"] is None:
+        yield Idle(OF_ROWS[1:], "is for many prompts: give --batch-file as well")
     if values["draft"] is None:
         yield Idle(("draft_tokens",), "is for a draft: name its run with --draft")
     yield from _idle_of_decoders(values, beams) if topology == "decoder" else _idle_of_translators(values)
 
 
 def _idle_of_decoders(values: Mapping[str, Any], beams: bool) -> Iterator[Idle]:
-    if not values["lines"]:
-        yield Idle(("batch_size",), "is for many prompts: give --lines as well")
+    if values["chat"]:
+        yield Idle(("special_tokens",), "is for prompts, and the template writes a conversation's: leave it out")
+    else:
+        yield Idle(("system",), "begins a conversation: give --chat as well")
+    if not values["lines"] and values["batch_file"] is None:
+        yield Idle(("batch_size",), "is for many prompts: give --lines or --batch-file as well")
     elif beams:
         yield Idle(("batch_size",), "changes nothing in a beam search, which takes one line at a time: leave it out")
 
 
 def _idle_of_translators(values: Mapping[str, Any]) -> Iterator[Idle]:
+    yield Idle(OF_CHATS, "is for models that continue prompts, and this one makes a line of each line: leave it out")
     yield Idle(("lines",), "is for models that continue prompts, and this one makes a line of each line: leave it out")
     yield Idle(("stop",), "is for models that continue prompts, and this one ends by itself: leave it out")
     if values["interactive"]:

@@ -16,7 +16,7 @@ from minitransformer import files
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.model import Model, build_model, check_memory, check_size
 from minitransformer.pretrained.families import Family
-from minitransformer.pretrained.originals import TOKENIZER_FILES, write_originals
+from minitransformer.pretrained.originals import CHAT, TOKENIZER_FILES, write_originals
 from minitransformer.pretrained.rules import load_weights, save_weights
 from minitransformer.pretrained.sentences import SENTENCE_FILES
 from minitransformer.pretrained.shards import (
@@ -97,12 +97,13 @@ def save(
     tokenizer: Tokenizer | None = None,
     originals: Path | None = None,
     generation: Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write `model` to the new folder `folder` as a `transformers` checkpoint of `family`.
 
     `extra` are further fields of config.json, such as the ids of special tokens. Tokenizer files are made from
-    `tokenizer`, or copied from the folder `originals`; `generation` is as from `generation_config`. Raises `UserError`
-    with the settings that the family cannot represent.
+    `tokenizer`, or copied from the folder `originals`; `generation` is as from `generation_config`, and
+    `chat_template` the source of one. Raises `UserError` with the settings that the family cannot represent.
     """
     folder = Path(folder)
     if folder.exists():
@@ -125,6 +126,8 @@ def save(
                 save_tokenizer(tokenizer, partial)
             if generation is not None:
                 (partial / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+            if chat_template is not None:
+                (partial / CHAT).write_text(chat_template, encoding="utf-8")
 
 
 def may_be_on_hub(name: str) -> bool:

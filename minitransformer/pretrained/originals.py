@@ -27,9 +27,11 @@ def keep_originals(checkpoint: Path, run: Path) -> None:
 
 def inherit_originals(parent: Path | None, run: Path) -> None:
     """Copy the kept files of the run folder `parent`, if any, to `run`, which is fine-tuned from it."""
-    if parent is not None and (parent / FOLDER).is_dir():
+    if parent is None:
+        return
+    if (parent / FOLDER).is_dir():
         keep_originals(parent / FOLDER, run)
-        _copy(parent, run, CONFIGS[1:])
+    _copy(parent, run, (*CONFIGS[1:], CHAT))
 
 
 def originals_of(run: Path, tokenizer: Tokenizer) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -170,6 +171,23 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
         except ValueError as error:
             raise UserError(f"the tokenizer cannot split this text ({error}): use another one") from None
 
+    @cached_property
+    def _spelling_implementation(self) -> Any:
+        """A second one, to which special tokens in a text are tokens: threads may share the first."""
+        implementation = type(self._implementation).from_str(self._implementation.to_str())
+        implementation.encode_special_tokens = False
+        return implementation
+
+    def encode_spelled(self, text: str) -> tuple[list[int], list[int]]:
+        """As its own library does: what is before a piece may change how the piece begins."""
+        try:
+            encoding = self._call(
+                lambda: self._spelling_implementation.encode_batch([text], add_special_tokens=False)[0], len(text)
+            )
+        except ValueError as error:
+            raise UserError(f"the tokenizer cannot split this text ({error}): use another one") from None
+        return list(encoding.ids), [begin for begin, _ in encoding.offsets]
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         tokens = list(ids)
 
@@ -192,9 +210,9 @@ class PublicTokenizer(Tokenizer, name="tokenizers"):
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint folder; None without a tokenizer.json or known older files."""
-    settings, expected = (_merged(folder, names) for names in ((NAMES, SETTINGS), CONFIGS))
+    settings, expected = (merged_fields(folder, names) for names in ((NAMES, SETTINGS), CONFIGS))
     try:
-        content = _content(folder, settings, expected.get("model_type", ""))
+        content = tokenizer_content(folder, settings, expected.get("model_type", ""))
         if content is None:
             return None
         tokenizer = _tokenizer_of(content, settings, expected)
@@ -205,13 +223,13 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         raise UserError(f"{folder / FILE} is damaged ({error!r}): download it again") from None
 
 
-def _merged(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+def merged_fields(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     """The non-null fields of all existing files; later files take precedence."""
     contents = [read_checkpoint_json(folder / name) for name in names if (folder / name).is_file()]
     return {field: value for content in contents for field, value in content.items() if value is not None}
 
 
-def _content(folder: Path, settings: dict[str, Any], model_type: str) -> dict[str, Any] | None:
+def tokenizer_content(folder: Path, settings: dict[str, Any], model_type: str) -> dict[str, Any] | None:
     if not (folder / FILE).is_file():
         return content_of_vocabulary(folder, settings, model_type)
     return as_its_class_reads_it(read_checkpoint_json(folder / FILE), settings, model_type)

@@ -17,6 +17,7 @@ import torch
 
 from minitransformer import files
 from minitransformer.errors import UserError
+from minitransformer.pretrained.originals import CHAT
 from minitransformer.pretrained.originals import FOLDER as ORIGINALS
 from minitransformer.pretrained.tokenizers import CONFIGS
 from minitransformer.training.checkpoint import CHECKPOINTS, LOCK, checkpoint_step, checkpoints_in
@@ -83,7 +84,7 @@ def check_free(path: Path) -> None:
     with files.writing(path, REMEDY):
         names = {child.name for child in path.iterdir() if child.suffix != files.PARTIAL} if path.is_dir() else {""}
         if LOCK in names:  # public checkpoints have files of these names too
-            own |= {ORIGINALS, GENERATION}
+            own |= {ORIGINALS, GENERATION, CHAT}
         begun = any(checkpoint_step(checkpoint) > 0 for checkpoint in checkpoints_in(path / CHECKPOINTS))
     if begun or not names <= own:
         raise UserError(f"{path} already exists and is not a run: choose another --out")

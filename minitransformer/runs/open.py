@@ -13,6 +13,7 @@ from minitransformer import files
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.model import Model
 from minitransformer.plugins import check_plugins, plugins_of
+from minitransformer.pretrained.chat import chat_template_in
 from minitransformer.records import checked_value, read_json
 from minitransformer.runs.layout import (
     CONFIG,
@@ -24,6 +25,7 @@ from minitransformer.runs.layout import (
     clear,
     provenance,
 )
+from minitransformer.text.chat_template import ChatTemplate
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import (
     CHECKPOINTS,
@@ -41,7 +43,8 @@ from minitransformer.training.weights import Parent
 class Run:
     """A run folder: `config.json`, `tokenizer.json`, `metrics.jsonl`, `train.log`, `samples.txt` and `checkpoints/`.
 
-    A run with two vocabularies has `target-tokenizer.json` too; an import may have `generation_config.json`.
+    A run with two vocabularies has `target-tokenizer.json` too; an import may have `generation_config.json`;
+    one that has learned conversations has `chat_template.jinja`.
     """
 
     path: Path
@@ -153,6 +156,11 @@ class Run:
         """The generation settings published with an imported model, if any; raises `UserError` if damaged."""
         path = self.path / GENERATION
         return read_json(path, "restore it, or import the checkpoint again") if path.is_file() else None
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """What writes conversations as the model has learned them; None if it has learned none."""
+        return chat_template_in(self.path, self.tokenizer)
 
     @property
     def checkpoints(self) -> Path:

@@ -96,6 +96,13 @@ class Tokenizer(Registered, kind="tokenizer"):
         ids: list[int] = self.encode_array(text).tolist()
         return ids
 
+    def encode_spelled(self, text: str) -> tuple[list[int], list[int]] | None:
+        """The ids of `text`, in which special tokens spelled out are the tokens, and where each begins in it.
+
+        None where what stands between special tokens may be encoded by itself, with the same result.
+        """
+        return None
+
     def encode_prompt(self, text: str) -> list[int]:
         """The prompt of a decoder: `text` after the framing prefix, or a beginning-of-text token if both are empty."""
         return [*self.framing.prefix, *self.encode(text)] or [self.end_of_text]
