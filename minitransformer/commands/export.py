@@ -61,16 +61,15 @@ def main(arguments: Sequence[str]) -> int:
     model = run.load_model(options.checkpoint)
     originals = originals_of(run.path, run.target_tokenizer)
     extra = _extra(run) if originals is None else original_fields(originals)
-    tokenizer, generation = run.target_tokenizer, run.generation_config
     own_template = run.path / CHAT
     pretrained.save(
         model,
         options.to,
         family,
         extra,
-        tokenizer=tokenizer,
+        tokenizer=run.target_tokenizer,
         originals=originals,
-        generation=generation,
+        generation=run.generation_config,
         chat_template=read_template(own_template) if own_template.is_file() else None,
     )
     reference, reader = reference_of(options.to)

@@ -44,8 +44,8 @@ from minitransformer.pretrained.chat import published_special_tokens
 from minitransformer.pretrained.originals import class_names
 from minitransformer.runs import GENERATION, Run, latest_run
 from minitransformer.text.tokenizers.spelled import encode_with_special_tokens
-from minitransformer.training.checkpoint import weights_digest
 from minitransformer.training.machine import choose_device
+from minitransformer.training.weights import weights_digest
 
 SEPARATOR = "-" * 40
 ABOUT = {
@@ -336,7 +336,7 @@ def _translate(model: Seq2SeqLM, prompt: str, session: Session) -> None:
 
 def _source(run: Run, line: str, encode: Callable[[str], list[int]]) -> list[int]:
     """The tokens of a line, framed as the model has learned to see it."""
-    framing, tokens, context = run.tokenizer.pair_framing, encode(run.cased(line)), run.config.model.context_length
+    framing, tokens, context = run.tokenizer.pair_framing, encode(run.cased(line)), run.config.model.text_length
     room = context - framing.length
     if len(tokens) > room:
         length = len(tokens) + framing.length
