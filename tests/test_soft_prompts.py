@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitransformer.commands import export, look, merge, sample
+from minitransformer.commands import embed, export, look, merge, sample
 from minitransformer.commands.train import main
 from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
@@ -138,6 +138,7 @@ def test_what_would_lose_the_prompt_is_refused(base: Path, here: Path, capsys: A
     for command, flags in (
         (merge.main, ["soft", "--out", "x"]),
         (export.main, ["soft", "--to", "x"]),
+        (embed.main, ["soft", "--data", "my.txt", "--out", "x.jsonl"]),
         (look.main, ["soft", "--prompt", "Line"]),
         (main, ["--init-from", "soft", *FLAGS]),
     ):

@@ -20,6 +20,7 @@ from minitransformer.pretrained.checkpoint import is_checkpoint
 from minitransformer.pretrained.originals import FOLDER
 from minitransformer.pretrained.sentences import SentenceSettings, sentence_settings
 from minitransformer.pretrained.vocabularies import how_to_make_one
+from minitransformer.runs.begin import check_merges
 from minitransformer.runs.open import Run
 from minitransformer.text.tokenizers import Tokenizer
 
@@ -79,6 +80,7 @@ def open_embedder(name: str, checkpoint: str | None = None, device: str = "cpu",
             raise UserError(how_to_make_one(name))
     else:
         run = Run.open(Path(name))
+        check_merges(run)
         folder, cased = run.path / FOLDER, run.cased
         model, tokenizer = run.load_model(checkpoint), run.tokenizer
     usual = SentenceSettings(usual_pooling(model), normalised=False)
