@@ -11,7 +11,7 @@ from minitransformer.pretrained.originals import inherit_originals
 from minitransformer.runs.layout import check_free
 from minitransformer.runs.open import Run
 from minitransformer.text.datasets import PreparedData
-from minitransformer.training.config import RunConfig, with_usual_vocabulary
+from minitransformer.training.config import RunConfig, with_class_names, with_usual_vocabulary
 from minitransformer.training.finetuning import Parent, check_fits
 from minitransformer.training.logging import TensorBoard
 from minitransformer.training.machine import Resolved, choose_device, choose_precision
@@ -53,6 +53,7 @@ def begin_run(
     initial: Model | None = None,
 ) -> Run:
     """Create the folder of a new run of `config`, with known vocabulary; `initial` are the weights of its `parent`."""
+    config = with_class_names(config, prepared)
     inherit = partial(inherit_originals, None if parent is None else Path(parent.path))
     tokenizers, text = (prepared.tokenizer, prepared.target_tokenizer), prepared.folder.name
     return Run.create(path, config, *tokenizers, text, machine, parent, initial, inherit, prepared.sources)

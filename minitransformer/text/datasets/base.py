@@ -91,8 +91,13 @@ class PreparedData(ABC):
         return {}
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes of labelled texts."""
+        return ()
+
+    @property
     def majority_baseline(self) -> float | None:
-        """Validation accuracy of always predicting the most frequent training token, if known."""
+        """Validation accuracy of always predicting the most frequent training target, if known."""
         return None
 
     @abstractmethod
