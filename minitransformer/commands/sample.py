@@ -23,7 +23,7 @@ from minitransformer.commands import DONE, given_flags, piped_text, utf8_text, w
 from minitransformer.commands.sampling_flags import check_flags, sampling_groups
 from minitransformer.commands.settings_flags import parse_groups
 from minitransformer.errors import UserError
-from minitransformer.generation.classes import classify
+from minitransformer.generation.classes import Classifier, ranked_classes
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.fast.rows import with_row_kernel
 from minitransformer.generation.fill import MASK, encode_with_masks
@@ -33,12 +33,12 @@ from minitransformer.generation.speculation import Draft
 from minitransformer.generation.streaming import best_texts, stream_text, texts_in_batches
 from minitransformer.generation.weights import StoredWeights
 from minitransformer.generation.window import window_length
-from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.decoder import DecoderClassifier, DecoderLM
 from minitransformer.models.encoder import Encoder, EncoderClassifier, EncoderLM
 from minitransformer.models.encoder_decoder import Seq2SeqLM
 from minitransformer.models.model import Model
-from minitransformer.pretrained.originals import class_names
 from minitransformer.runs import GENERATION, Run, latest_run
+from minitransformer.text.tokenizers.framing import Framing
 from minitransformer.training.machine import choose_device
 
 SEPARATOR = "-" * 40
@@ -156,7 +156,7 @@ def _completed(options: Options, settings: Mapping[str, Any], given: set[str], r
 
 def _draws(sampling: SamplingConfig, model: Model) -> bool:
     """Whether what is written depends on chance."""
-    return sampling.num_beams == 1 and not sampling.greedy and not isinstance(model, Encoder)
+    return sampling.num_beams == 1 and not sampling.greedy and not isinstance(model, Encoder | DecoderClassifier)
 
 
 def _draft_run(path: Path, run: Run) -> Run:
@@ -272,15 +272,13 @@ def _fill(model: EncoderLM, prompt: str, session: Session) -> None:
         _print(filled_text(model, tokenizer, tokens) + "\n")
 
 
-@answer.register
-def _classify(model: EncoderClassifier, prompt: str, session: Session) -> None:
+@answer.register(EncoderClassifier)
+@answer.register(DecoderClassifier)
+def _classify(model: Classifier, prompt: str, session: Session) -> None:
     """Print the classes of each line with their probabilities, the likeliest first."""
-    names = class_names(session.run.path, model.config.num_classes or 0)
+    run, framing = session.run, session.run.tokenizer.label_framing
     for line in prompt.splitlines():
-        of_each = classify(model, _source(model, session.run, line))
-        ranked = sorted(zip(names, of_each, strict=True), key=lambda entry: -entry[1])
-        number = "{:.4g}" if len(ranked) == 1 else "{:.1%}"
-        _print(", ".join(f"{name} {number.format(value)}" for name, value in ranked) + "\n")
+        _print(ranked_classes(model, run.class_names, _framed(model, run, line, framing)) + "\n")
 
 
 @answer.register(Seq2SeqLM)
@@ -289,16 +287,17 @@ def _translate(model: Seq2SeqLM, prompt: str, session: Session) -> None:
     run, options, sampling = session.run, session.options, session.sampling
     lines = prompt.splitlines()
     for begin in range(0, len(lines), options.batch_size):
-        sources = [_source(model, run, line) for line in lines[begin : begin + options.batch_size]]
+        framing = run.tokenizer.pair_framing
+        sources = [_framed(model, run, line, framing) for line in lines[begin : begin + options.batch_size]]
         for texts in translations(model, sources, sampling, run.target_tokenizer, session.generator):
             for number, tokens in enumerate(texts, start=1):
                 before = f"{number}\t" if sampling.num_samples > 1 else ""
                 _print(f"{before}{run.target_tokenizer.decode(tokens)}\n")
 
 
-def _source(model: Model, run: Run, line: str) -> list[int]:
+def _framed(model: Model, run: Run, line: str, framing: Framing) -> list[int]:
     """The tokens of a line, framed as the model has learned to see it."""
-    framing, tokens = run.tokenizer.pair_framing, run.tokenizer.encode(run.cased(line))
+    tokens = run.tokenizer.encode(run.cased(line))
     room = model.config.context_length - framing.length
     if len(tokens) > room:
         length = len(tokens) + framing.length

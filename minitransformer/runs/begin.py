@@ -5,8 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from minitransformer.errors import UserError
-from minitransformer.models.model import Model, count_parameters
+from minitransformer.models.model import Model, build_model, count_parameters
 from minitransformer.pretrained.originals import inherit_originals
 from minitransformer.runs.layout import check_free
 from minitransformer.runs.open import Run
@@ -17,6 +20,9 @@ from minitransformer.training.logging import TensorBoard
 from minitransformer.training.machine import Resolved, choose_device, choose_precision
 from minitransformer.training.parallel import parallel_over
 from minitransformer.training.ranks import Ranks
+
+HEADS = ("head", "next_sentence")
+"""modules of a model that predict"""
 
 
 def check_possible(config: RunConfig, out: Path | None, ranks: Ranks) -> None:
@@ -35,6 +41,22 @@ def check_fits_run(source: Run, config: RunConfig) -> None:
     check_fits(source.config.model, config.model)
     if config.data.tokenizer != source.config.data.tokenizer:
         raise UserError(f"--init-from {source.path} determines the tokenizer: leave --tokenizer and its settings out")
+
+
+def initial_model(source: Run, checkpoint: str, config: RunConfig) -> Model:
+    """The model of `source`; where `config` has another head, the same body with a new head, drawn by its seed."""
+    model = source.load_model(checkpoint)
+    if config.model.topology == model.config.topology:
+        return model
+    torch.manual_seed(config.training.seed)
+    new = build_model(config.model)
+    new.load_state_dict({**new.state_dict(), **body_of(model)})
+    return new.eval()
+
+
+def body_of(model: Model) -> dict[str, Tensor]:
+    """The weights of `model` but those of its heads."""
+    return {name: x for name, x in model.state_dict().items() if name.partition(".")[0] not in HEADS}
 
 
 def check_same_data(ranks: Ranks, prepared: PreparedData) -> None:

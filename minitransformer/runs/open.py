@@ -13,6 +13,7 @@ from minitransformer import files
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.model import Model
 from minitransformer.plugins import check_plugins, plugins_of
+from minitransformer.pretrained.originals import class_names
 from minitransformer.records import checked_value, read_json
 from minitransformer.runs.layout import (
     CONFIG,
@@ -151,6 +152,12 @@ class Run:
         """The generation settings published with an imported model, if any; raises `UserError` if damaged."""
         path = self.path / GENERATION
         return read_json(path, "restore it, or import the checkpoint again") if path.is_file() else None
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes: of its data, or of an import; numbers if these had no names."""
+        trained = getattr(self.config.data.dataset.settings, "classes", ())
+        return list(trained) or class_names(self.path, self.config.model.num_classes or 0)
 
     @property
     def checkpoints(self) -> Path:

@@ -17,6 +17,7 @@ from minitransformer.text.datasets.text import TooShort
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import weights_digest
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.objectives import Classify
 
 # A tenth of the learning rates of pretraining preserves most of what was learned. 3e-4 becomes nanoGPT's 3e-5; runs
 # trained by Muon are fine-tuned by Muon (Liu et al. 2025, arXiv 2502.16982, section 3.5).
@@ -26,6 +27,13 @@ LEAST_TOKENS = 8
 """minimum tokens per sequence; shorter texts are refused"""
 WEIGHTLESS = {"dropout", "attention_kernel", "init"}
 """model settings that a fine-tune may change, because they do not change the outputs"""
+
+
+OF_HEAD = {
+    *("topology", "num_classes", "pooled", "pooling", "next_sentence"),
+    *("head", "head_bias", "logit_scale", "logit_softcap", "tied_embeddings"),
+}
+"""model settings of the heads, which a classifier that starts from another model does not take over"""
 
 
 @dataclass(frozen=True)
@@ -84,9 +92,10 @@ def _gentle(training: TrainingConfig) -> TrainingConfig:
 def check_fits(parent: ModelConfig, model: ModelConfig) -> None:
     """Raises `UserError` unless `model` can load the weights of `parent` and computes the same."""
     before, after = flat(parent), flat(model)
+    new_head = parent.topology in Classify.classifier_of and model.topology == Classify.classifier_of[parent.topology]
     for name in before | after:
         old, new = before.get(name), after.get(name)
-        if old == new or name in WEIGHTLESS:
+        if old == new or name in WEIGHTLESS or (new_head and name in OF_HEAD):
             continue
         if name == "context_length" and weight_shapes(parent) == weight_shapes(model):
             continue

@@ -63,7 +63,9 @@ class Validation:
 
     def record(self) -> dict[str, float | None]:
         """The metrics, as in `metrics.jsonl`."""
-        bounds = {f"{name}_{end}": x for name, ends in self.intervals.items() for end, x in zip(ENDS, ends, strict=True)}
+        bounds = {
+            f"{name}_{end}": x for name, ends in self.intervals.items() for end, x in zip(ENDS, ends, strict=True)
+        }
         return {**self.values, **bounds, "validation_tokens": self.tokens}
 
     def __str__(self) -> str:

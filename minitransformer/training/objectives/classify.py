@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from minitransformer.settings import setting
 from minitransformer.text.batches import TrainingBatch
-from minitransformer.text.datasets import Labels
+from minitransformer.text.datasets import Labels, PreparedData
 from minitransformer.text.datasets.label_preparation import PreparedLabels
 from minitransformer.text.pair_batches import PairBatch
 from minitransformer.training.objectives.base import BatchKey, Objective, Score
@@ -72,6 +72,10 @@ class Classify(Objective, name="classify"):
     def loss_sum(self, model: nn.Module, batch: LabelBatch) -> Tensor:
         logits = model(batch.inputs, is_token=batch.is_token).float()
         return (cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
+
+    def examples(self, data: PreparedData, batch: LabelBatch, count: int) -> list[list[int]]:
+        rows = list(zip(batch.inputs, batch.is_token, strict=True))[:count]
+        return [text[is_token].tolist() for text, is_token in rows]
 
     def score(self, model: nn.Module, batch: LabelBatch) -> Score:
         logits = model(batch.inputs, is_token=batch.is_token).float()
