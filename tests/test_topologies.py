@@ -27,6 +27,7 @@ TOPOLOGIES: dict[str, dict[str, Any]] = {
     "decoder": {},
     "encoder": {},
     "encoder-classifier": {"num_classes": 3},
+    "decoder-classifier": {"num_classes": 3},
     "encoder-headless": {},
     "encoder-decoder": {},
 }
@@ -34,6 +35,7 @@ STACKS = {
     "decoder": ["stack"],
     "encoder": ["stack"],
     "encoder-classifier": ["stack"],
+    "decoder-classifier": ["stack"],
     "encoder-headless": ["stack"],
     "encoder-decoder": ["encoder", "decoder"],
 }

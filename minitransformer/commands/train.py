@@ -30,7 +30,14 @@ from minitransformer.pretrained.checkpoint import is_checkpoint
 from minitransformer.processes import is_launched
 from minitransformer.registry import lookup
 from minitransformer.runs import CONFIG, REMEDY, Run, claimed_run_path, only_writer_of
-from minitransformer.runs.begin import begin_run, check_fits_run, check_possible, check_same_data, initial_model
+from minitransformer.runs.begin import (
+    begin_run,
+    check_fits_run,
+    check_possible,
+    check_same_data,
+    initial_model,
+    with_class_names,
+)
 from minitransformer.runs.importing import as_run
 from minitransformer.runs.resume import changed_settings, check_can_resume, check_same_text, checkpoint_to_resume
 from minitransformer.runs.trainer import build_trainer, open_log
@@ -168,7 +175,8 @@ def open_parent(name: str, arguments: Sequence[str], ranks: Ranks) -> tuple[Run,
     out = folder_option(arguments, "--out")
     run = ranks.from_main(lambda: as_run(name, Path("runs") if out is None else out.parent))
     source, new_data = Run.open(run), "data" in given_flags(arguments)
-    return source, fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data)
+    usual = fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data)
+    return source, with_class_names(usual, source.class_names)
 
 
 def folder_option(arguments: Sequence[str], flag: str) -> Path | None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Counts = npt.NDArray[np.int64]
-Interval = tuple[float, float]
+Bounds = tuple[float, float]
 Z = 1.959964
 """97.5% quantile of the normal distribution"""
 RESAMPLES = 1000
@@ -18,7 +18,7 @@ MOST_NUMBERS = 1 << 22
 """of resampled counts in memory at a time"""
 
 
-def wilson_interval(correct: int, count: int) -> Interval:
+def wilson_interval(correct: int, count: int) -> Bounds:
     """The score interval of a fraction. Wilson 1927, "Probable inference, the law of succession"."""
     fraction, z2 = correct / count, Z * Z / count
     middle, half = fraction + z2 / 2, Z * math.sqrt(fraction * (1 - fraction) / count + z2 / (4 * count))
@@ -32,7 +32,7 @@ def macro_f1(confusion: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return (2 * right / np.maximum(both, 1)).mean(-1)
 
 
-def bootstrap_interval(statistic: Callable[[npt.NDArray[Any]], npt.NDArray[Any]], confusion: Counts) -> Interval:
+def bootstrap_interval(statistic: Callable[[npt.NDArray[Any]], npt.NDArray[Any]], confusion: Counts) -> Bounds:
     """The percentile interval of a `statistic` of texts that are drawn again with replacement.
 
     Efron 1979, "Bootstrap methods". It is always the same for the same counts.

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from minitransformer.evaluation.intervals import Counts, Interval, bootstrap_interval, macro_f1, wilson_interval
+from minitransformer.evaluation.intervals import Bounds, Counts, bootstrap_interval, macro_f1, wilson_interval
 from minitransformer.registry import Registered
 
 SMALLEST_DIFFERENCE = 0.002
@@ -69,7 +69,7 @@ class Metric(Registered, kind="metric"):
         return None
 
     @staticmethod
-    def interval(totals: Totals) -> Interval | None:
+    def interval(totals: Totals) -> Bounds | None:
         """The 95% confidence interval of the value; None if it is unknown."""
         return None
 
@@ -115,7 +115,7 @@ class Accuracy(Metric, name="accuracy"):
         return None if totals.correct is None else totals.correct / totals.targets
 
     @staticmethod
-    def interval(totals: Totals) -> Interval | None:
+    def interval(totals: Totals) -> Bounds | None:
         """Of texts, which are drawn independently, other than the tokens of a text."""
         return None if totals.confusion is None else wilson_interval(totals.correct or 0, totals.targets)
 
@@ -132,7 +132,7 @@ class MacroF1(Metric, name="macro_f1"):
         return None if totals.confusion is None else float(macro_f1(totals.confusion))
 
     @staticmethod
-    def interval(totals: Totals) -> Interval | None:
+    def interval(totals: Totals) -> Bounds | None:
         return None if totals.confusion is None else bootstrap_interval(macro_f1, totals.confusion)
 
 
@@ -188,7 +188,7 @@ def values_of(totals: Totals) -> dict[str, float | None]:
     return {name: value(totals) for name, value in told.items()}
 
 
-def intervals_of(totals: Totals) -> dict[str, Interval]:
+def intervals_of(totals: Totals) -> dict[str, Bounds]:
     """The 95% confidence interval of every metric that has one."""
     found = {name: metric.interval(totals) for name, metric in Metric.registry.items() if metric.in_words}
     return {name: interval for name, interval in found.items() if interval is not None}

@@ -108,9 +108,10 @@ def text_size(config: RunConfig) -> int:
         return sum(found.size(shard) for shard in found.all if shard.is_text) + tokenized_size(config)
     if dataset.variant.cuts_text:
         return sum(open_corpus(name, data.field).size for name in (data.data, data.validation_data) if name is not None)
-    if dataset.variant is Labels:
-        sources = [name for name in (data.data, data.validation_data) if name is not None]
-        return sum(dataset.make().corpus(name, data.field).size for name in sources)
+    if isinstance(labels := dataset.make(), Labels):
+        return sum(
+            labels.corpus(name, data.field).size for name in (data.data, data.validation_data) if name is not None
+        )
     targets = [getattr(dataset.settings, name, None) for name in ("target_data", "validation_target_data")]
     return sum(Path(name).expanduser().stat().st_size for name in (*_names(config), *targets) if name is not None)
 

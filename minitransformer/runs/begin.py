@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +15,8 @@ from minitransformer.models.model import Model, build_model, count_parameters
 from minitransformer.pretrained.originals import inherit_originals
 from minitransformer.runs.layout import check_free
 from minitransformer.runs.open import Run
-from minitransformer.text.datasets import PreparedData
-from minitransformer.training.config import RunConfig, with_class_names, with_usual_vocabulary
+from minitransformer.text.datasets import Labels, PreparedData
+from minitransformer.training.config import RunConfig, with_usual_vocabulary
 from minitransformer.training.finetuning import Parent, check_fits
 from minitransformer.training.logging import TensorBoard
 from minitransformer.training.machine import Resolved, choose_device, choose_precision
@@ -41,6 +43,15 @@ def check_fits_run(source: Run, config: RunConfig) -> None:
     check_fits(source.config.model, config.model)
     if config.data.tokenizer != source.config.data.tokenizer:
         raise UserError(f"--init-from {source.path} determines the tokenizer: leave --tokenizer and its settings out")
+
+
+def with_class_names(config: RunConfig, names: Sequence[str]) -> RunConfig:
+    """`config` with the `names` of its classes, if it has labelled data and there are any."""
+    dataset = config.data.dataset
+    if not names or dataset.variant is not Labels:
+        return config
+    named = replace(dataset, settings=replace(dataset.settings, classes=tuple(names)))
+    return replace(config, data=replace(config.data, dataset=named))
 
 
 def initial_model(source: Run, checkpoint: str, config: RunConfig) -> Model:
@@ -75,7 +86,7 @@ def begin_run(
     initial: Model | None = None,
 ) -> Run:
     """Create the folder of a new run of `config`, with known vocabulary; `initial` are the weights of its `parent`."""
-    config = with_class_names(config, prepared)
+    config = with_class_names(config, prepared.classes)
     inherit = partial(inherit_originals, None if parent is None else Path(parent.path))
     tokenizers, text = (prepared.tokenizer, prepared.target_tokenizer), prepared.folder.name
     return Run.create(path, config, *tokenizers, text, machine, parent, initial, inherit, prepared.sources)

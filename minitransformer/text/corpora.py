@@ -263,7 +263,7 @@ def _opened(data: str, field: str) -> Corpus:
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        found = list(files_in(path))
+        found = list(visible_files(path))
         files = [file for file in found if kind(file) in PROSE | LINES | CODE]
         skipped = len(found) - len(files)
         if not files:
@@ -288,7 +288,7 @@ def _opened(data: str, field: str) -> Corpus:
     return Corpus(data, tuple(files), field, skipped)
 
 
-def files_in(folder: Path) -> Iterator[Path]:
+def visible_files(folder: Path) -> Iterator[Path]:
     """The files of a folder and of the folders in it, sorted, without hidden ones."""
 
     def refuse(error: OSError) -> None:

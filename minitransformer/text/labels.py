@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
-from minitransformer.text.corpora import LINES, Files, documents, files_in, kind, named, no_such_data
+from minitransformer.text.corpora import LINES, Files, documents, kind, named, no_such_data, visible_files
 from minitransformer.text.pairs import lines
 from minitransformer.text.tables import TABLES
 
@@ -95,7 +95,7 @@ def _sources(name: str) -> Iterator[LabelSource]:
             if member.name.startswith("."):
                 continue
             if member.is_dir():
-                yield from (LabelSource(file, member.name, whole=True) for file in files_in(member))
+                yield from (LabelSource(file, member.name, whole=True) for file in visible_files(member))
             elif member.is_file():
                 yield _of_file(member)
     else:

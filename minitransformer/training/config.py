@@ -256,6 +256,8 @@ class RunConfig:
             brought |= {"topology": topology, "next_sentence": False}
         if not objective.dataset.cuts_text and self.data.dataset.variant.cuts_text:
             brought["sequence_length"] = None
+        if objective.dataset.usual_data and self.data.data == DataConfig.data and "data" not in changes:
+            brought["data"] = objective.dataset.usual_data
         return brought
 
     @property
@@ -364,8 +366,7 @@ def with_usual_vocabulary(config: RunConfig) -> ModelConfig:
     tokenizer = config.data.tokenizer
     usual = tokenizer.variant.usual_vocab_size(tokenizer.settings) + len(own)
     model = replace(config.model, vocab_size=config.model.vocab_size or usual)
-    few = 2 if model.topology in CLASSIFIERS[1] else None
-    return replace(model, num_classes=model.num_classes or few)
+    return replace(model, num_classes=model.num_classes or (2 if model.topology in CLASSIFIERS[1] else None))
 
 
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
@@ -397,12 +398,3 @@ def with_vocabulary(model: ModelConfig, prepared: PreparedData) -> ModelConfig:
         target_vocab_size=None if target is source else model.target_vocab_size or target.vocab_size,
         num_classes=classes or None,
     )
-
-
-def with_class_names(config: RunConfig, prepared: PreparedData) -> RunConfig:
-    """`config` with the names of the classes in the data, if it is labelled."""
-    if not prepared.classes:
-        return config
-    dataset = config.data.dataset
-    named = replace(dataset, settings=replace(dataset.settings, classes=prepared.classes))
-    return replace(config, data=replace(config.data, dataset=named))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from minitransformer.evaluation.intervals import Interval
+from minitransformer.evaluation.intervals import Bounds
 from minitransformer.evaluation.metrics import Metric, Totals, intervals_of, values_of
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.token_files import count_bytes
@@ -32,9 +32,6 @@ FASTER = 3
 """approximate speed-up of validation over training per token: there is no backward pass"""
 
 
-ENDS = ("low", "high")
-
-
 @dataclass(frozen=True)
 class Validation:
     """The metrics of a model on a split, by name; None where a metric does not apply.
@@ -46,7 +43,7 @@ class Validation:
     tokens: int = 0
     """tokens that were read"""
     subset_loss: float | None = None
-    intervals: Mapping[str, Interval] = field(default_factory=dict)
+    intervals: Mapping[str, Bounds] = field(default_factory=dict)
     """95% confidence intervals of metrics that have one"""
 
     @property
@@ -63,9 +60,9 @@ class Validation:
 
     def record(self) -> dict[str, float | None]:
         """The metrics, as in `metrics.jsonl`."""
-        bounds = {
-            f"{name}_{end}": x for name, ends in self.intervals.items() for end, x in zip(ENDS, ends, strict=True)
-        }
+        bounds: dict[str, float | None] = {}
+        for name, (low, high) in self.intervals.items():
+            bounds |= {f"{name}_low": low, f"{name}_high": high}
         return {**self.values, **bounds, "validation_tokens": self.tokens}
 
     def __str__(self) -> str:

@@ -110,6 +110,8 @@ class Dataset(Registered, kind="dataset"):
 
     cuts_text: ClassVar[bool] = True
     """whether its sequences are windows of running text, of any length"""
+    usual_data: ClassVar[str | None] = None
+    """the data in place of the default, which is text"""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

@@ -16,6 +16,7 @@ class Labels(Dataset, name="labels"):
     """Texts with a label each: rows of a table or .jsonl, or a folder or file for each label, or a recipe."""
 
     cuts_text = False
+    usual_data = "docstrings"
 
     @dataclass(frozen=True)
     class Settings:

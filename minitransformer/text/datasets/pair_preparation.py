@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from minitransformer.errors import UserError
 from minitransformer.processes import processors
@@ -59,7 +59,7 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
     separate: bool = False
     too_long: str = "skip"
 
-    scan_type = PairScan
+    scan_type: ClassVar[type[PairScan]] = PairScan
     key = ("pairs",)
 
     def __post_init__(self) -> None:
