@@ -181,7 +181,7 @@ def test_a_classifier_keeps_the_body_of_what_it_starts_from_learns_and_names_cla
     assert train.main([*start, "--steps", "30", "--keep-last", "9", "--out", tuned]) == 0
     run = Run.open(Path(tuned))
     assert run.class_names == ["even", "odd"]
-    before, started = Run.open(Path(parent)).load_model("best"), run.load_model("step-0")
+    before, started = Run.open(Path(parent)).load_model("best"), run.load_model("step-000000")
     assert all(torch.equal(started.state_dict()[name], weight) for name, weight in body_of(before).items())
     told = json.loads((Path(tuned) / "metrics.jsonl").read_text().splitlines()[-1])
     assert told["accuracy"] == told["macro_f1"] == 1.0

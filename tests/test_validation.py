@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from minitransformer.errors import UserError
 from minitransformer.models.model import build_model
 from minitransformer.training.checkpoint import choose_checkpoint
-from minitransformer.training.config import RunConfig, with_vocabulary
+from minitransformer.training.config import RunConfig, TrainingConfig, with_vocabulary
 from minitransformer.training.learner import Learner
 from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Log, Terminal
