@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "classes": {"objective": "classify", "topology": "encoder-classifier", "data": "labels.tsv", "batch_tokens": 90},
     "classes of a decoder": {
         **{"objective": "classify", "topology": "decoder-classifier", "data": "labels.tsv", "batch_tokens": 90},
-        "class_weights": "balanced",
+        **{"class_weights": "balanced", "eps": 1e-2},
     },
     "shards": {"data": "index.json", "batch_size": 5},
     "bf16": {"precision": "bf16"},
