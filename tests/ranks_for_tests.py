@@ -42,6 +42,11 @@ CASES: dict[str, dict[str, Any]] = {
     "span-corruption": {"objective": "span-corruption", "topology": "encoder-decoder", "context_length": 32},
     "pairs": {**PAIRS, "topology": "encoder-decoder"},
     "recurrent": {**PAIRS, "topology": "rnn"},
+    "classes": {"objective": "classify", "topology": "encoder-classifier", "data": "labels.tsv", "batch_tokens": 90},
+    "classes of a decoder": {
+        **{"objective": "classify", "topology": "decoder-classifier", "data": "labels.tsv", "batch_tokens": 90},
+        **{"class_weights": "balanced", "eps": 1e-2},
+    },
     "shards": {"data": "index.json", "batch_size": 5},
     "bf16": {"precision": "bf16"},
     "recomputed": {"activation_checkpointing": True, "num_experts": 4, "optimizer": "muon"},
@@ -92,6 +97,8 @@ def write_texts(folder: Path) -> None:
     for name, number in (("a", 60), ("b", 90)):
         (folder / f"{name}.txt").write_text("".join(f"{i} lazy dogs of shard {name}.\n" for i in range(number)))
     (folder / "index.json").write_text('{"shards": ["text.txt", {"path": "a.txt"}], "validation": ["b.txt"]}')
+    rows = "".join(f"{i} is a number\t{'odd' if i % 2 else 'even' if i % 3 else 'six'}\n" for i in range(200))
+    (folder / "labels.tsv").write_text("text\tlabel\n" + rows)
     (folder / "pairs.tsv").write_text("".join(f"{i} times {i % 7}\t{i * (i % 7)}\n" for i in range(200)))
 
 

@@ -20,8 +20,8 @@ from tests.runs_for_tests import configured
 
 LINES = "".join(f"Line {i} counts {i * i}.\n" for i in range(200))
 SHAPE = BatchShape(window=16, rows=4)
-TOPOLOGIES = {"text": "decoder", "pairs": "encoder-decoder"}
-OBJECTIVES = {"text": "causal", "pairs": "seq2seq"}
+TOPOLOGIES = {"text": "decoder", "pairs": "encoder-decoder", "labels": "encoder-classifier"}
+OBJECTIVES = {"text": "causal", "pairs": "seq2seq", "labels": "classify"}
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +32,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "other-text").write_text(LINES[::-1])
     (tmp_path / "pairs.tsv").write_text("".join(f"{i} and one\t{i + 1}\n" for i in range(100)))
     (tmp_path / "other-pairs.tsv").write_text("".join(f"{i} and two\t{i + 2}\n" for i in range(20)))
+    for name in ("labels.tsv", "other-labels.tsv"):
+        rows = "".join(f"{name} {i}\t{'odd' if i % 2 else 'even'}\n" for i in range(60))
+        (tmp_path / name).write_text("text\tlabel\n" + rows)
     return tmp_path
 
 
 def files_of(kind: str) -> tuple[str, str]:
-    return {"text": ("text", "other-text"), "pairs": ("pairs.tsv", "other-pairs.tsv")}[kind]
+    of_kind = {"text": ("text", "other-text"), "pairs": ("pairs.tsv", "other-pairs.tsv")}
+    return {**of_kind, "labels": ("labels.tsv", "other-labels.tsv")}[kind]
 
 
 def config_of(kind: str, **changes: Any) -> RunConfig:

@@ -57,9 +57,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "choose --residual residual, or another --norm",
     ),
     (
-        {"topology": "encoder-classifier"},
-        "topology is 'encoder-classifier' and num_classes None: "
-        "an encoder-classifier needs num_classes, and no other topology has it",
+        {"num_classes": 3},
+        "topology 'decoder' has no classes, and num_classes is 3: leave it out",
     ),
     (
         {"next_sentence": True},

@@ -318,4 +318,4 @@ def test_help_offers_the_topologies_that_an_objective_trains_and_no_other() -> N
 
 def test_a_topology_that_nothing_trains_is_refused_with_the_reason() -> None:
     with pytest.raises(UserError, match="can only be imported, not trained"):
-        RunConfig(ModelConfig(topology="encoder-classifier", num_classes=3)).check_trainable()
+        RunConfig(ModelConfig(topology="encoder-headless")).check_trainable()

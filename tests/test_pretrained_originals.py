@@ -14,6 +14,7 @@ import torch
 from minitransformer.commands import sample, train
 from minitransformer.pretrained.originals import FOLDER, class_names
 from minitransformer.pretrained.tokenizers import load_tokenizer
+from minitransformer.runs import Run
 from tests.tokenizers_for_tests import like_bert, like_gpt2, like_llama3
 
 library = pytest.importorskip("transformers")
@@ -165,7 +166,7 @@ def test_a_classifier_is_imported_names_its_classes_and_goes_back(
 ) -> None:
     assert_same_tokenizer(imported_and_exported(classifier, tmp_path), classifier)
     out = capsys.readouterr().out
-    assert f"next       python sample.py {tmp_path / 'run'}\n" in out
+    assert f"next       python sample.py {tmp_path / 'run'}, or python train.py --init-from" in out
     configs = [json.loads((at / "config.json").read_text()) for at in (classifier, tmp_path / "out")]
     assert configs[0]["id2label"] == configs[1]["id2label"]
     assert configs[0]["label2id"] == configs[1]["label2id"]
@@ -184,8 +185,16 @@ def test_classes_whose_names_are_damaged_are_numbers(tmp_path: Path) -> None:
     assert class_names(tmp_path, 2) == ["0", "1"]
 
 
-def test_a_classifier_is_not_trained(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_imported_classifier_learns_its_own_classes_and_no_others(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert importing.main([str(classifier), "--out", str(tmp_path / "run")]) == 0
-    assert train.main(["--init-from", str(tmp_path / "run"), "--out", str(tmp_path / "tuned")]) == 2
-    assert "topology 'encoder-classifier' can only be imported, not trained" in capsys.readouterr().err
-    assert not (tmp_path / "tuned").exists()
+    labels = tmp_path / "labels.tsv"
+    start = ["--init-from", str(tmp_path / "run"), "--data", str(labels), "--steps", "2"]
+    labels.write_text("text\tlabel\n" + "the lazy dog\tugly\nthe quick fox\tgood\n" * 3)
+    assert train.main([*start, "--out", str(tmp_path / "tuned")]) == 2
+    assert "has the unknown label 'ugly': the classes are bad, good, so-so" in capsys.readouterr().err
+    rows = ((f"the {i} dogs", name) for i in range(20) for name in ("so-so", "good", "bad"))
+    labels.write_text("text\tlabel\n" + "".join(f"{text} {name}\t{name}\n" for text, name in rows))
+    assert train.main([*start, "--out", str(tmp_path / "tuned")]) == 0
+    assert Run.open(tmp_path / "tuned").class_names == ["bad", "good", "so-so"]

@@ -27,6 +27,7 @@ TOPOLOGIES: dict[str, dict[str, Any]] = {
     "decoder": {},
     "encoder": {},
     "encoder-classifier": {"num_classes": 3},
+    "decoder-classifier": {"num_classes": 3},
     "encoder-headless": {},
     "encoder-decoder": {},
 }
@@ -34,6 +35,7 @@ STACKS = {
     "decoder": ["stack"],
     "encoder": ["stack"],
     "encoder-classifier": ["stack"],
+    "decoder-classifier": ["stack"],
     "encoder-headless": ["stack"],
     "encoder-decoder": ["encoder", "decoder"],
 }
@@ -63,7 +65,7 @@ OF_A_LANGUAGE_MODEL = {"head", "head_bias", "tied_embeddings", "logit_softcap"}
 
 
 def make(topology: str, **choices: Any) -> Model:
-    if topology in ("encoder-classifier", "encoder-headless"):
+    if topology in ("encoder-classifier", "decoder-classifier", "encoder-headless"):
         choices = {name: value for name, value in choices.items() if name not in OF_A_LANGUAGE_MODEL}
     return build_model(with_settings(ModelConfig(), {**SIZES, "topology": topology, **TOPOLOGIES[topology], **choices}))
 
@@ -78,7 +80,11 @@ def outputs(model: Model) -> Tensor:
 @pytest.mark.parametrize("choices", PARTS, ids=str)
 def test_every_part_sends_finite_gradients_to_every_weight(topology: str, choices: dict[str, Any], shake: Any) -> None:
     # Without any norm, the shaken weights would saturate a tanh.
-    pooling = {"pooling": "relu"} if topology == "encoder-classifier" and "residual" in choices else {}
+    pooling = (
+        {"pooling": "relu"}
+        if topology in ("encoder-classifier", "decoder-classifier") and "residual" in choices
+        else {}
+    )
     model = shake(make(topology, **choices, **pooling)).double()
     for module in model.modules():
         if isinstance(module, ScoreProjection):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from minitransformer.errors import UserError
 from minitransformer.models.model import build_model
 from minitransformer.training.checkpoint import choose_checkpoint
-from minitransformer.training.config import RunConfig, TrainingConfig
+from minitransformer.training.config import RunConfig, TrainingConfig, with_vocabulary
 from minitransformer.training.learner import Learner
 from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Log, Terminal
@@ -28,7 +29,13 @@ from tests.runs_for_tests import configured, cpu, prepared_text, trainer_for, va
 pytestmark = pytest.mark.unchecked_shapes
 
 FP32 = Precision.named("fp32")(torch.device("cpu"))
-TOPOLOGIES = {"causal": "decoder", "masked": "encoder", "span-corruption": "encoder-decoder", "seq2seq": "rnn"}
+TOPOLOGIES = {
+    "causal": "decoder",
+    "masked": "encoder",
+    "span-corruption": "encoder-decoder",
+    "seq2seq": "rnn",
+    "classify": "decoder-classifier",
+}
 
 
 def run_of(name: str, folder: Path, **choices: object) -> tuple[RunConfig, Loader]:
@@ -36,18 +43,20 @@ def run_of(name: str, folder: Path, **choices: object) -> tuple[RunConfig, Loade
     folder.mkdir(exist_ok=True)
     (folder / "text.txt").write_text("".join(f"{i} the quick brown fox counts {i * i}.\n" for i in range(600)))
     (folder / "pairs.tsv").write_text("".join(f"{i} times {i % 7}\t{i * (i % 7)}\n" for i in range(600)))
-    data = folder / ("pairs.tsv" if name == "seq2seq" else "text.txt")
+    rows = "".join(f"{i} times {i % 7}\t{'odd' if i * (i % 7) % 2 else 'even'}\n" for i in range(600))
+    (folder / "labels.tsv").write_text("text\tlabel\n" + rows)
+    data = folder / {"seq2seq": "pairs.tsv", "classify": "labels.tsv"}.get(name, "text.txt")
     config = configured(
         **{"data": str(data), "objective": name, "topology": TOPOLOGIES[name], "context_length": 32},
         **{
             "vocab_size": None,
             "validation_fraction": 0.2,
         },
-        **({"batch_tokens": 64} if name == "seq2seq" else {}),
+        **({"batch_tokens": 64} if name in ("seq2seq", "classify") else {}),
         **{"validation_tokens": 512, "num_layers": 1, **choices},
     )
     prepared = config.prepare()
-    config = configured(config, vocab_size=prepared.tokenizer.vocab_size)
+    config = replace(config, model=with_vocabulary(config.model, prepared))
     return config, Loader.of_run(config, prepared)
 
 

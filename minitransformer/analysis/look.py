@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from minitransformer.analysis.look_record import Look, LookRequest, MapPlan, Prediction, Text, watched
 from minitransformer.errors import UserError
+from minitransformer.generation.classes import Classifier
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.fill import encode_with_masks
 from minitransformer.generation.samples import translations
-from minitransformer.models.decoder import DecoderLM
-from minitransformer.models.encoder import Encoder, EncoderClassifier, EncoderLM
+from minitransformer.models.decoder import DecoderClassifier, DecoderLM
+from minitransformer.models.encoder import Encoder, EncoderLM
 from minitransformer.models.encoder_decoder import Seq2SeqLM
 from minitransformer.models.model import Model
 from minitransformer.models.recurrent import RecurrentEncoderDecoder
@@ -64,11 +65,14 @@ def _decoder(model: DecoderLM, request: LookRequest, tokenizer: Tokenizer, targe
     )
 
 
-@look_at.register
+@look_at.register(Encoder)
+@look_at.register(DecoderClassifier)
 @torch.inference_mode()
-def _encoder(model: Encoder, request: LookRequest, tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> Look:
+def _encoder(
+    model: Encoder | DecoderClassifier, request: LookRequest, tokenizer: Tokenizer, target_tokenizer: Tokenizer
+) -> Look:
     _refuse_target(request, model)
-    framing = tokenizer.masked_framing
+    framing = tokenizer.label_framing if isinstance(model, Classifier) else tokenizer.masked_framing
     room = model.config.context_length - framing.length
     tokens = framing.around(_fitting(encode_with_masks(tokenizer, request.prompt), request, room))
     texts = {"text": Text("Text", tokens, tokenizer)}
@@ -77,20 +81,19 @@ def _encoder(model: Encoder, request: LookRequest, tokenizer: Tokenizer, target_
     with watched(model) as seen:
         output = _outputs(model)(_row(tokens, model))[0]
     predictions, remark = _encoder_predictions(model, tokens, tokenizer, output)
-    return Look(
-        texts, seen.maps(plans, request), "text", predictions, seen.norms(("stack", "Encoder", "text")), [remark]
-    )
+    norms = seen.norms(("stack", "Encoder" if isinstance(model, Encoder) else "Decoder", "text"))
+    return Look(texts, seen.maps(plans, request), "text", predictions, norms, [remark])
 
 
-def _outputs(model: Encoder) -> Callable[..., Tensor]:
+def _outputs(model: Encoder | DecoderClassifier) -> Callable[..., Tensor]:
     """The function that computes the logits of the inspected head, or without one the hidden states."""
     return model.token_logits if isinstance(model, EncoderLM) else model
 
 
 def _encoder_predictions(
-    model: Encoder, tokens: Sequence[int], tokenizer: Tokenizer, output: Tensor
+    model: Encoder | DecoderClassifier, tokens: Sequence[int], tokenizer: Tokenizer, output: Tensor
 ) -> tuple[list[Prediction], str]:
-    if isinstance(model, EncoderClassifier):
+    if isinstance(model, Classifier):
         shares = ", ".join(f"{number}: {share:.1%}" for number, share in enumerate(output.softmax(-1).tolist()))
         return [], f"The model predicts a class of the whole text, not tokens. Classes: {shares}."
     if not isinstance(model, EncoderLM):

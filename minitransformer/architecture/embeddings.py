@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minitransformer.architecture.cache import LayerCache, Slots
 from minitransformer.architecture.dropout import Dropout
-from minitransformer.architecture.pooling import first_token
+from minitransformer.architecture.pooling import POOLINGS
 
 TokensOrEmbeddings = Int[Tensor, "batch length"] | Float[Tensor, "batch length d_model"]
 """Token ids, or their embeddings."""
@@ -138,13 +138,17 @@ POOLING_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh
 
 
 class ClassificationHead(nn.Module):
-    """act(x₀ W + b) W' + b', where x₀ is the first token: one logit for each class.
+    """act(x₀ W + b) W' + b', where x₀ is the first token, the last one, or the mean: one logit for each class.
 
-    Devlin et al. 2018 (BERT, arXiv 1810.04805), section 4, with the pooling of its public code.
+    Devlin et al. 2018 (BERT, arXiv 1810.04805), section 4, with the pooling of its public code. The last token of a
+    decoder: Radford et al. 2018 (GPT), section 3.2.
     """
 
-    def __init__(self, d_model: int, num_classes: int, *, pooling: str = "tanh", dropout: float = 0.0) -> None:
+    def __init__(
+        self, d_model: int, num_classes: int, *, pooled: str = "first", pooling: str = "tanh", dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.reduce = POOLINGS[pooled]
         self.pool = nn.Linear(d_model, d_model)
         self.activation = POOLING_ACTIVATIONS[pooling]
         self.dropout = Dropout(dropout)
@@ -153,6 +157,7 @@ class ClassificationHead(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch length d_model"], is_token: Bool[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch classes"]:
-        """`is_token` is False at padding, which may come before the first token."""
-        first = x[:, 0] if is_token is None else first_token(x, is_token)
-        return self.classify(self.dropout(self.activation(self.pool(first))))
+        """`is_token` is False at padding, which may come before the first token or after the last."""
+        if is_token is None:
+            is_token = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return self.classify(self.dropout(self.activation(self.pool(self.reduce(x, is_token)))))

@@ -24,7 +24,7 @@ from minitransformer.commands.sample_options import Options, check_together
 from minitransformer.commands.sampling_flags import check_flags, sampling_groups
 from minitransformer.commands.settings_flags import parse_groups
 from minitransformer.errors import UserError
-from minitransformer.generation.classes import classify
+from minitransformer.generation.classes import Classifier, ranked_classes
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.conversation import ChatFormat, Conversation
 from minitransformer.generation.fast.rows import with_row_kernel
@@ -36,13 +36,13 @@ from minitransformer.generation.speculation import Draft
 from minitransformer.generation.streaming import best_texts, stream_text, texts_in_batches
 from minitransformer.generation.weights import StoredWeights
 from minitransformer.generation.window import window_length
-from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.decoder import DecoderClassifier, DecoderLM
 from minitransformer.models.encoder import Encoder, EncoderClassifier, EncoderLM
 from minitransformer.models.encoder_decoder import Seq2SeqLM
 from minitransformer.models.model import Model
 from minitransformer.pretrained.chat import published_special_tokens
-from minitransformer.pretrained.originals import class_names
 from minitransformer.runs import GENERATION, Run, latest_run
+from minitransformer.text.tokenizers.framing import Framing
 from minitransformer.text.tokenizers.spelled import encode_with_special_tokens
 from minitransformer.training.machine import choose_device
 from minitransformer.training.weights import weights_digest
@@ -154,7 +154,7 @@ def _completed(options: Options, settings: Mapping[str, Any], given: set[str], r
 
 def _draws(sampling: SamplingConfig, model: Model) -> bool:
     """Whether what is written depends on chance."""
-    return sampling.num_beams == 1 and not sampling.greedy and not isinstance(model, Encoder)
+    return sampling.num_beams == 1 and not sampling.greedy and not isinstance(model, Encoder | DecoderClassifier)
 
 
 def _draft_run(path: Path, run: Run) -> Run:
@@ -309,15 +309,14 @@ def _fill(model: EncoderLM, prompt: str, session: Session) -> None:
         _print(filled_text(model, tokenizer, tokens) + "\n")
 
 
-@answer.register
-def _classify(model: EncoderClassifier, prompt: str, session: Session) -> None:
+@answer.register(EncoderClassifier)
+@answer.register(DecoderClassifier)
+def _classify(model: Classifier, prompt: str, session: Session) -> None:
     """Print the classes of each line with their probabilities, the likeliest first."""
-    names = class_names(session.run.path, model.config.num_classes or 0)
+    run, framing = session.run, session.run.tokenizer.label_framing
     for line in prompt.splitlines():
-        of_each = classify(model, _source(session.run, line, session.encode))
-        ranked = sorted(zip(names, of_each, strict=True), key=lambda entry: -entry[1])
-        number = "{:.4g}" if len(ranked) == 1 else "{:.1%}"
-        _print(", ".join(f"{name} {number.format(value)}" for name, value in ranked) + "\n")
+        tokens = _source(run, line, session.encode, framing)
+        _print(ranked_classes(model, run.class_names, tokens) + "\n")
 
 
 @answer.register(Seq2SeqLM)
@@ -334,9 +333,10 @@ def _translate(model: Seq2SeqLM, prompt: str, session: Session) -> None:
                 _print(f"{before}{text}\n")
 
 
-def _source(run: Run, line: str, encode: Callable[[str], list[int]]) -> list[int]:
-    """The tokens of a line, framed as the model has learned to see it."""
-    framing, tokens, context = run.tokenizer.pair_framing, encode(run.cased(line)), run.config.model.text_length
+def _source(run: Run, line: str, encode: Callable[[str], list[int]], framing: Framing | None = None) -> list[int]:
+    """The tokens of a line, framed as the model has learned to see it, by default as one of a pair."""
+    framing, tokens = framing or run.tokenizer.pair_framing, encode(run.cased(line))
+    context = run.config.model.text_length
     room = context - framing.length
     if len(tokens) > room:
         length = len(tokens) + framing.length

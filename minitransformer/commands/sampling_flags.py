@@ -12,6 +12,7 @@ from typing import Any
 from minitransformer.commands.settings_flags import Group
 from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig, own_settings, processor_settings
+from minitransformer.models.config import CLASSIFIERS
 
 OF_BEAMS = ("length_penalty", "early_stopping")
 OF_LINES = ("lines", "batch_size", "draft", "draft_tokens")
@@ -56,10 +57,11 @@ def check_flags(given: set[str], values: Mapping[str, Any], topology: str, where
 def _idle(values: Mapping[str, Any], topology: str) -> Iterator[Idle]:
     beams = values["num_beams"] > 1
     drawing = {"seed", *(each.name for each in processor_settings(keeps_likeliest=True))}
-    if topology == "encoder":
+    if topology == "encoder" or topology in CLASSIFIERS[1]:
+        does = "fills in masks" if topology == "encoder" else "classifies them"
         yield Idle(
             (*SamplingConfig().flat, *OF_LINES, *OF_CHATS, *OF_ROWS, "special_tokens"),
-            "is for models that generate texts, and this one fills in masks: leave it out",
+            f"is for models that generate texts, and this one {does}: leave it out",
         )
         return
     if beams:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -29,7 +30,14 @@ from minitransformer.pretrained.checkpoint import is_checkpoint
 from minitransformer.processes import is_launched
 from minitransformer.registry import lookup
 from minitransformer.runs import CONFIG, REMEDY, Run, claimed_run_path, only_writer_of
-from minitransformer.runs.begin import begin_run, check_fits_run, check_possible, check_same_data
+from minitransformer.runs.begin import (
+    begin_run,
+    check_fits_run,
+    check_possible,
+    check_same_data,
+    initial_model,
+    with_class_names,
+)
 from minitransformer.runs.importing import as_run
 from minitransformer.runs.resume import changed_settings, check_can_resume, check_same_text, checkpoint_to_resume
 from minitransformer.runs.trainer import build_trainer, open_log
@@ -49,9 +57,12 @@ from minitransformer.training.run_machine import SETTINGS, machine_again, machin
 from minitransformer.training.signals import StopRequest
 from minitransformer.training.weights import Parent
 
+CLASSIFY = 'python sample.py {path} --prompt "..."'
 TRANSLATE = 'echo "..." | python sample.py {path}'
 NEXT = {
     "decoder": 'python sample.py {path} --prompt "..."',
+    "encoder-classifier": CLASSIFY,
+    "decoder-classifier": CLASSIFY,
     "encoder": 'python sample.py {path} --prompt "... <mask> ..."',
     "encoder-decoder": TRANSLATE,
     "rnn": TRANSLATE,
@@ -115,7 +126,7 @@ def _fine_tune(initial: str, arguments: Sequence[str], ranks: Ranks) -> int:
     check_fits_run(source, config)
     ranks.from_main(lambda: check_possible(config, options.out, ranks, source))
     whole, prepared = ranks.first_on_node(lambda: prepare_fine_tuning(config, usual, source.tokenizers))
-    start = Parent.of(source.path, weights), source.load_model(weights.name)
+    start = Parent.of(source.path, weights), partial(initial_model, source, weights.name)
     return _train_new(options, Path(initial).resolve().name, whole, prepared, ranks, start)
 
 
@@ -125,9 +136,9 @@ def _train_new(
     config: RunConfig,
     prepared: PreparedData,
     ranks: Ranks,
-    start: tuple[Parent, Model] | None = None,
+    start: tuple[Parent, Callable[[RunConfig], Model]] | None = None,
 ) -> int:
-    """Train a new run, from the weights of its parent if given."""
+    """Train a new run; of `start`, from its parent and the model made from it."""
     check_same_data(ranks, prepared)
     _print_data(config, prepared)
     if start is not None and (length := config.training.sequence_length) is not None:
@@ -139,9 +150,12 @@ def _train_new(
     path = options.out or ranks.begun or ranks.from_main(lambda: claimed_run_path(named_by_us))
     ranks.use_run(path)
     with only_writer_of(ranks, path):
-        run = ranks.main_first(
-            lambda: begin_run(path, config, prepared, machine.resolved, *(start or ())), lambda: Run.open(path)
-        )
+
+        def begin() -> Run:
+            known = () if start is None else (start[0], start[1](config))
+            return begin_run(path, config, prepared, machine.resolved, *known)
+
+        run = ranks.main_first(begin, lambda: Run.open(path))
         initial = None if start is None else run.checkpoint_to_continue()
         return _train(run, prepared, machine, ranks, initial=initial)
 
@@ -164,7 +178,7 @@ def open_parent(name: str, arguments: Sequence[str], ranks: Ranks) -> tuple[Run,
     source, new_data = Run.open(run), "data" in given_flags(arguments)
     adapter = text_option(arguments, "--adapter") or "none"
     usual = fine_tuning(source.config, from_scratch=source.parent is None, new_data=new_data, adapter=adapter)
-    return source, usual
+    return source, with_class_names(usual, source.class_names)
 
 
 def folder_option(arguments: Sequence[str], flag: str) -> Path | None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from minitransformer.evaluation.intervals import Bounds, Counts, bootstrap_interval, macro_f1, wilson_interval
 from minitransformer.registry import Registered
 
 SMALLEST_DIFFERENCE = 0.002
@@ -28,6 +29,8 @@ class Totals:
     bytes: int | None = None
     """bytes of text in the targets"""
     majority_baseline: float | None = None
+    confusion: Counts | None = None
+    """[classes, predicted classes] texts"""
 
     def add(self, batch: Any, score: Any) -> None:
         """Add `batch`, with the objective's `score`."""
@@ -39,6 +42,9 @@ class Totals:
         if score.exact is not None:
             self.texts += len(score.exact)
             self.exact += int(score.exact.sum())
+        if score.confusion is not None:
+            counts = score.confusion.cpu().numpy()
+            self.confusion = counts if self.confusion is None else self.confusion + counts
 
 
 class Metric(Registered, kind="metric"):
@@ -60,6 +66,11 @@ class Metric(Registered, kind="metric"):
     @staticmethod
     def value(totals: Totals) -> float | None:
         """The value from the totals; None if it is undefined for them."""
+        return None
+
+    @staticmethod
+    def interval(totals: Totals) -> Bounds | None:
+        """The 95% confidence interval of the value; None if it is unknown."""
         return None
 
 
@@ -103,6 +114,27 @@ class Accuracy(Metric, name="accuracy"):
     def value(totals: Totals) -> float | None:
         return None if totals.correct is None else totals.correct / totals.targets
 
+    @staticmethod
+    def interval(totals: Totals) -> Bounds | None:
+        """Of texts, which are drawn independently, other than the tokens of a text."""
+        return None if totals.confusion is None else wilson_interval(totals.correct or 0, totals.targets)
+
+
+class MacroF1(Metric, name="macro_f1"):
+    """The mean over classes of F1 = 2 · true positives / (predicted + actual), 0 for a class without either."""
+
+    label, title, in_words = "macro F1 (mean over classes)", "macro F1", "macro F1 {:.1%}"
+    lower_is_better = False
+    across_tokenizers = True
+
+    @staticmethod
+    def value(totals: Totals) -> float | None:
+        return None if totals.confusion is None else float(macro_f1(totals.confusion))
+
+    @staticmethod
+    def interval(totals: Totals) -> Bounds | None:
+        return None if totals.confusion is None else bootstrap_interval(macro_f1, totals.confusion)
+
 
 class ExactMatch(Metric, name="exact"):
     """Fraction of texts predicted exactly, as by greedy decoding."""
@@ -117,7 +149,7 @@ class ExactMatch(Metric, name="exact"):
 
 
 class MajorityBaseline(Metric, name="majority_baseline"):
-    """The accuracy of always predicting the most frequent training token."""
+    """The accuracy of always predicting the most frequent training target."""
 
     label, title = "majority-class baseline (fraction of targets)", "majority-class baseline"
     in_words = "majority-class baseline {:.1%}"
@@ -154,3 +186,9 @@ def values_of(totals: Totals) -> dict[str, float | None]:
     """Every metric of a validation; None for undefined ones."""
     told = {name: metric.value for name, metric in Metric.registry.items() if metric.in_words}
     return {name: value(totals) for name, value in told.items()}
+
+
+def intervals_of(totals: Totals) -> dict[str, Bounds]:
+    """The 95% confidence interval of every metric that has one."""
+    found = {name: metric.interval(totals) for name, metric in Metric.registry.items() if metric.in_words}
+    return {name: interval for name, interval in found.items() if interval is not None}

@@ -22,13 +22,14 @@ from minitransformer.settings import Choice, check_settings, setting
 # Topologies and the modules that define them; those import this one.
 TOPOLOGIES = {
     "decoder": "decoder",
+    "decoder-classifier": "decoder",
     "encoder": "encoder",
     "encoder-classifier": "encoder",
     "encoder-headless": "encoder",
     "encoder-decoder": "encoder_decoder",
     "rnn": "recurrent",
 }
-IMPORTED_ONLY = {"encoder-classifier", "encoder-headless"}
+IMPORTED_ONLY = {"encoder-headless"}
 """topologies that can only be imported: no objective trains them"""
 TRAINED = [name for name in TOPOLOGIES if name not in IMPORTED_ONLY]
 # Larger values are mistakes, and would exhaust memory before any other check.
@@ -38,9 +39,9 @@ HEADS = ("linear", "transformed")
 
 PAIRS = ("topology", ("encoder-decoder", "rnn"))
 ENCODERS = ("topology", ("encoder", "encoder-classifier", "encoder-headless"))
-CLASSIFIERS = ("topology", ("encoder-classifier",))
+CLASSIFIERS = ("topology", ("encoder-classifier", "decoder-classifier"))
 WITH_ATTENTION = ("topology", tuple(name for name in TOPOLOGIES if name != "rnn"))
-WITH_HEAD = ("topology", tuple(name for name in TOPOLOGIES if name not in ("encoder-classifier", "encoder-headless")))
+WITH_HEAD = ("topology", tuple(name for name in TOPOLOGIES if name not in (*CLASSIFIERS[1], "encoder-headless")))
 """topologies in which a setting has an effect"""
 
 
@@ -100,7 +101,17 @@ class ModelConfig:
     )
     next_sentence: bool = setting(False, needs=ENCODERS, help="add a next-sentence prediction head to an encoder")
     num_classes: int | None = size_setting(
-        None, needs=CLASSIFIERS, help="number of classes of an encoder-classifier, which can only be imported"
+        None,
+        needs=CLASSIFIERS,
+        changes_task=True,
+        follows_data=True,
+        help="number of classes of a classifier; None is that of the data",
+    )
+    pooled: str = setting(
+        "first",
+        choices=("first", "mean"),
+        needs=("topology", ("encoder-classifier",)),
+        help="what the class head of an encoder reads: the first token, or the mean of all tokens",
     )
     pooling: str = setting(
         "tanh", choices=POOLING_ACTIVATIONS, needs=CLASSIFIERS, help="activation of the classifier's pooling layer"
@@ -210,10 +221,9 @@ class ModelConfig:
             raise UserError(
                 f"block 'parallel-two-norms' needs residual 'pre', not {self.residual.name!r}: choose 'pre'"
             )
-        if (self.topology == "encoder-classifier") != (self.num_classes is not None):
+        if self.num_classes is not None and self.topology not in CLASSIFIERS[1]:
             raise UserError(
-                f"topology is {self.topology!r} and num_classes {self.num_classes}: "
-                "an encoder-classifier needs num_classes, and no other topology has it"
+                f"topology {self.topology!r} has no classes, and num_classes is {self.num_classes}: leave it out"
             )
         if self.next_sentence and (self.num_segments or 0) < 2:
             raise UserError(f"next_sentence needs two segments, and num_segments is {self.num_segments}: set it to 2")

@@ -1,4 +1,4 @@
-"""The decoder-only language model: GPT and its descendants."""
+"""Decoders: the language model (GPT and its descendants), and a classifier."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitransformer.architecture.cache import ChosenSlots, KVCache
-from minitransformer.architecture.embeddings import TokensOrEmbeddings
+from minitransformer.architecture.embeddings import ClassificationHead, TokensOrEmbeddings
 from minitransformer.models.build import build_embedding, build_head, build_stack
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, Readout, apply_head, next_positions
 
 
-class DecoderLM(Model, name="decoder"):
-    """p(next token | tokens so far) = softmax(head(stack(embedding(tokens)))).
-
-    Radford et al. 2018 and 2019 (GPT, GPT-2); with a `ModelConfig` of its choices, Llama and its kin.
-    """
+class Decoder(Model):
+    """Embeddings and a causal stack: the base class of decoders with different heads."""
 
     prefix: tuple[int, ...] = ()
     """virtual tokens that begin every window"""
@@ -27,7 +24,6 @@ class DecoderLM(Model, name="decoder"):
         super().__init__(config)
         self.embedding = build_embedding(config, config.vocab_size)
         self.stack = build_stack(config, causal=True)
-        self.head = build_head(config, self.embedding)
 
     def hidden_states(
         self,
@@ -46,6 +42,17 @@ class DecoderLM(Model, name="decoder"):
             positions = next_positions(tokens, is_token, cache)
         return self.stack(self.embedding(tokens), positions=positions, is_token=is_token, cache=cache)
 
+
+class DecoderLM(Decoder, name="decoder"):
+    """p(next token | tokens so far) = softmax(head(stack(embedding(tokens)))).
+
+    Radford et al. 2018 and 2019 (GPT, GPT-2); with a `ModelConfig` of its choices, Llama and its kin.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.head = build_head(config, self.embedding)
+
     def forward(self, tokens: TokensOrEmbeddings, *, readout: Readout = apply_head, **inputs: Any) -> Any:
         """Logits of the next token, [batch, length, vocab_size], or the result of `readout`.
 
@@ -56,3 +63,20 @@ class DecoderLM(Model, name="decoder"):
     def new_cache(self, max_length: int | None = None) -> KVCache:
         """An empty cache for `max_length` tokens (default: the context length)."""
         return KVCache(self.config.num_layers, max_length or self.config.context_length)
+
+
+class DecoderClassifier(Decoder, name="decoder-classifier"):
+    """p(class | tokens), from the hidden state of the last token. Radford et al. 2018 (GPT), section 3.2."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        assert config.num_classes is not None
+        self.head = ClassificationHead(
+            config.d_model, config.num_classes, pooled="last", pooling=config.pooling, dropout=config.dropout
+        )
+
+    def forward(
+        self, tokens: TokensOrEmbeddings, *, is_token: Bool[Tensor, "batch length"] | None = None, **inputs: Any
+    ) -> Float[Tensor, "batch classes"]:
+        """One logit for each class; `inputs` are the other keyword arguments of `hidden_states`."""
+        return self.head(self.hidden_states(tokens, is_token=is_token, **inputs), is_token)

@@ -95,13 +95,17 @@ class EncoderPretraining(EncoderLM, name="encoder-pretraining"):
 
 
 class EncoderClassifier(Encoder, name="encoder-classifier"):
-    """p(class | tokens), from the hidden state of the first token. Devlin et al. 2018, section 4.1."""
+    """p(class | tokens), from the first token or the mean of all. Devlin et al. 2018, section 4.1."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         assert config.num_classes is not None
         self.head = ClassificationHead(
-            config.d_model, config.num_classes, pooling=config.pooling, dropout=config.dropout
+            config.d_model,
+            config.num_classes,
+            pooled=config.pooled,
+            pooling=config.pooling,
+            dropout=config.dropout,
         )
 
     def forward(

@@ -12,7 +12,8 @@ import numpy as np
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
 from minitransformer.text.corpora import open_corpus
-from minitransformer.text.datasets import NotPrepared, PreparedData
+from minitransformer.text.datasets import Labels, NotPrepared, Pairs, PreparedData
+from minitransformer.text.datasets.label_preparation import PreparedLabels
 from minitransformer.text.datasets.pair_data import PreparedPairs
 from minitransformer.text.datasets.text import PreparedText, TooShort
 from minitransformer.text.shard_index import ShardIndex, index_in
@@ -92,7 +93,7 @@ def _names(config: RunConfig) -> list[str]:
 
 
 def _unmade(config: RunConfig) -> str | None:
-    if config.data.dataset.variant.cuts_text:
+    if config.data.dataset.variant is not Pairs:
         for name in _names(config):
             if name in recipes.known() and not recipes.made_at(name, recipes.load_recipe(name)).exists():
                 return name
@@ -107,6 +108,10 @@ def text_size(config: RunConfig) -> int:
         return sum(found.size(shard) for shard in found.all if shard.is_text) + tokenized_size(config)
     if dataset.variant.cuts_text:
         return sum(open_corpus(name, data.field).size for name in (data.data, data.validation_data) if name is not None)
+    if isinstance(labels := dataset.make(), Labels):
+        return sum(
+            labels.corpus(name, data.field).size for name in (data.data, data.validation_data) if name is not None
+        )
     targets = [getattr(dataset.settings, name, None) for name in ("target_data", "validation_target_data")]
     return sum(Path(name).expanduser().stat().st_size for name in (*_names(config), *targets) if name is not None)
 
@@ -132,4 +137,8 @@ def stand_in(config: RunConfig) -> PreparedData:
     count = training.grad_accumulation * max(1, batch_tokens // length)
     side = Ragged.join([np.zeros(length - 1, np.uint16)] * count, np.dtype("<u2"))
     pairs = TokenPairs(side, side)
+    if config.data.dataset.variant is Labels:
+        label = Ragged.join([np.zeros(1, np.uint16)] * count, np.dtype("<u2"))
+        pairs = TokenPairs(side, label)
+        return PreparedLabels(Path(), tokenizer, tokenizer, pairs, pairs, 0, 0, ("", "x"), batch_tokens=batch_tokens)
     return PreparedPairs(Path(), tokenizer, tokenizer, pairs, pairs, 0, 0, batch_tokens=batch_tokens)

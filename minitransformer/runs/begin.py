@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from minitransformer.errors import UserError
 from minitransformer.models.adapters import freeze_matching
-from minitransformer.models.model import Model, model_without_storage
+from minitransformer.models.model import Model, build_model, model_without_storage
 from minitransformer.pretrained.originals import inherit_originals
 from minitransformer.runs.layout import check_free
 from minitransformer.runs.open import Run
-from minitransformer.text.datasets import PreparedData
+from minitransformer.text.datasets import Labels, PreparedData
 from minitransformer.training.config import RunConfig, with_usual_vocabulary
 from minitransformer.training.finetuning import check_fits, starting_model
 from minitransformer.training.logging import TensorBoard
@@ -20,6 +24,9 @@ from minitransformer.training.machine import Resolved, choose_device, choose_pre
 from minitransformer.training.parallel import parallel_over
 from minitransformer.training.ranks import Ranks
 from minitransformer.training.weights import Parent
+
+HEADS = ("head", "next_sentence")
+"""modules of a model that predict"""
 
 
 def check_possible(config: RunConfig, out: Path | None, ranks: Ranks, parent: Run | None = None) -> None:
@@ -59,6 +66,31 @@ def check_fits_run(source: Run, config: RunConfig) -> None:
         raise UserError(f"--init-from {source.path} determines the tokenizer: leave --tokenizer and its settings out")
 
 
+def with_class_names(config: RunConfig, names: Sequence[str]) -> RunConfig:
+    """`config` with the `names` of its classes, if it has labelled data and there are any."""
+    dataset = config.data.dataset
+    if not names or dataset.variant is not Labels:
+        return config
+    named = replace(dataset, settings=replace(dataset.settings, classes=tuple(names)))
+    return replace(config, data=replace(config.data, dataset=named))
+
+
+def initial_model(source: Run, checkpoint: str, config: RunConfig) -> Model:
+    """The model of `source`; where `config` has another head, the same body with a new head, drawn by its seed."""
+    model = source.load_model(checkpoint)
+    if config.model.topology == model.config.topology:
+        return model
+    torch.manual_seed(config.training.seed)
+    new = build_model(config.model.base)
+    new.load_state_dict({**new.state_dict(), **body_of(model)})
+    return new.eval()
+
+
+def body_of(model: Model) -> dict[str, Tensor]:
+    """The weights of `model` but those of its heads."""
+    return {name: x for name, x in model.state_dict().items() if name.partition(".")[0] not in HEADS}
+
+
 def check_same_data(ranks: Ranks, prepared: PreparedData) -> None:
     """Raises `UserError` on all ranks unless their data is the same."""
     names = ranks.all(prepared.folder.name)
@@ -75,6 +107,7 @@ def begin_run(
     initial: Model | None = None,
 ) -> Run:
     """Create the folder of a new run of `config`, with known vocabulary; `initial` is the model of its `parent`."""
+    config = with_class_names(config, prepared.classes)
     if initial is not None:
         initial = starting_model(config, initial)
         if config.model.adapter.name != "none" and parent is not None:

@@ -14,6 +14,7 @@ from minitransformer.errors import StorageError, UserError
 from minitransformer.models.model import Model
 from minitransformer.plugins import check_plugins, plugins_of
 from minitransformer.pretrained.chat import chat_template_in
+from minitransformer.pretrained.originals import class_names
 from minitransformer.records import checked_value, read_json
 from minitransformer.runs.layout import (
     CONFIG,
@@ -161,6 +162,12 @@ class Run:
     def chat_template(self) -> ChatTemplate | None:
         """What writes conversations as the model has learned them; None if it has learned none."""
         return chat_template_in(self.path, self.tokenizer)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes: of its data, or of an import; numbers if these had no names."""
+        trained = getattr(self.config.data.dataset.settings, "classes", ())
+        return list(trained) or class_names(self.path, self.config.model.num_classes or 0)
 
     @property
     def checkpoints(self) -> Path:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from minitransformer.diagnostics import probe_for
+from minitransformer.generation.classes import Classifier, ranked_classes
 from minitransformer.generation.samples import sample_of
 from minitransformer.models.model import Model
 from minitransformer.runs.open import Run
@@ -48,4 +49,9 @@ def open_log(run: Run, done: int, *others: Log) -> Log:
 
 
 def _sample(run: Run, model: Model, loader: Loader) -> str:
+    if isinstance(model, Classifier):
+        texts = loader.examples(EXAMPLES)
+        return "\n".join(
+            f"{run.tokenizer.decode(text)}\n  -> {ranked_classes(model, run.class_names, text)}" for text in texts
+        )
     return sample_of(model, run.tokenizer, run.target_tokenizer, loader.examples(EXAMPLES), SAMPLE_TOKENS)

@@ -138,15 +138,20 @@ def _blocks(path: Path, on_read: Callable[[int], object]) -> Iterator[bytes]:
         raise UserError(f"{path} is damaged or truncated: compress it again") from None
 
 
-def read(path: Path, on_read: Callable[[int], object] = lambda count: None) -> Iterator[str]:
-    """The text of a file in parts; raises `UserError` with the offset of the first byte that is not UTF-8."""
-    decode, before = codecs.getincrementaldecoder("utf-8")(), 0
+def read(
+    path: Path, on_read: Callable[[int], object] = lambda count: None, encoding: str | None = None
+) -> Iterator[str]:
+    """The text of a file in parts; raises `UserError` with the offset of the first byte that is not in `encoding`.
+
+    None is UTF-8, where the data has no setting for its encoding.
+    """
+    decode, before = codecs.getincrementaldecoder(encoding or "utf-8")(), 0
     for last, block in _with_end(_blocks(path, on_read)):
         pending = len(decode.getstate()[0])
         try:
             yield decode.decode(block, final=last)
         except UnicodeDecodeError as error:
-            raise _undecodable(path, before - pending + error.start, error.object[error.start]) from None
+            raise _undecodable(path, before - pending + error.start, error.object[error.start], encoding) from None
         before += len(block)
 
 
@@ -156,15 +161,18 @@ def _with_end(blocks: Iterator[bytes]) -> Iterator[tuple[bool, bytes]]:
     yield True, b""
 
 
-def _undecodable(path: Path, offset: int, value: int) -> UserError:
-    return UserError(
-        f"{path} is not UTF-8 at byte {offset} (0x{value:02x}): convert it, for example with iconv -t UTF-8"
-    )
+def _undecodable(path: Path, offset: int, value: int, encoding: str | None) -> UserError:
+    remedy = "convert it, for example with iconv -t UTF-8"
+    if encoding is not None:
+        remedy = f"choose another --encoding, such as latin-1, or {remedy}"
+    return UserError(f"{path} is not {(encoding or 'utf-8').upper()} at byte {offset} (0x{value:02x}): {remedy}")
 
 
-def jsonl_documents(path: Path, field: str, on_read: Callable[[int], object]) -> Iterator[list[str]]:
+def jsonl_documents(
+    path: Path, field: str, on_read: Callable[[int], object], encoding: str | None = None
+) -> Iterator[list[str]]:
     """The field's text of every line, without empty lines and texts."""
-    for number, line in enumerate(_lines(read(path, on_read)), start=1):
+    for number, line in enumerate(_lines(read(path, on_read, encoding)), start=1):
         if not line.strip():
             continue
         try:
@@ -174,20 +182,22 @@ def jsonl_documents(path: Path, field: str, on_read: Callable[[int], object]) ->
         yield [text_of(record, field, path, "line", number)]
 
 
-def documents(path: Path, field: str, on_read: Callable[[int], object]) -> Iterator[Iterator[str] | list[str]]:
+def documents(
+    path: Path, field: str, on_read: Callable[[int], object], encoding: str | None = None
+) -> Iterator[Iterator[str] | list[str]]:
     """The documents in a file, each in parts: its whole text, or the field of each row."""
     suffix = kind(path)
     if suffix in LINES:
-        yield from jsonl_documents(path, field, on_read)
+        yield from jsonl_documents(path, field, on_read, encoding)
     elif suffix in DELIMITERS:
-        lines = (line + "\n" for line in _lines(read(path, on_read)))
+        lines = (line + "\n" for line in _lines(read(path, on_read, encoding)))
         yield from ([text] for text in separated(lines, path, field))
     elif suffix in ARRAYS:
-        yield from ([text] for text in array(read(path, on_read), path, field))
+        yield from ([text] for text in array(read(path, on_read, encoding), path, field))
     elif suffix in PARQUET:
         yield from ([text] for text in parquet(path, field, on_read))
     else:
-        yield read(path, on_read)
+        yield read(path, on_read, encoding)
 
 
 def _lines(texts: Iterator[str]) -> Iterator[str]:
@@ -253,7 +263,7 @@ def _opened(data: str, field: str) -> Corpus:
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        found = list(_walk(path))
+        found = list(visible_files(path))
         files = [file for file in found if kind(file) in PROSE | LINES | CODE]
         skipped = len(found) - len(files)
         if not files:
@@ -268,7 +278,7 @@ def _opened(data: str, field: str) -> Corpus:
     elif path.exists():
         raise UserError(f"{data} is neither a file nor a folder: pipe its content into --data -")
     else:
-        raise UserError(_missing(data))
+        raise UserError(no_such_data(data))
     try:
         empty = not any(file.stat().st_size for file in files)
     except OSError as error:
@@ -278,7 +288,9 @@ def _opened(data: str, field: str) -> Corpus:
     return Corpus(data, tuple(files), field, skipped)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def visible_files(folder: Path) -> Iterator[Path]:
+    """The files of a folder and of the folders in it, sorted, without hidden ones."""
+
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from None
 
@@ -289,7 +301,8 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (path for path in paths if path.is_file())
 
 
-def _missing(data: str) -> str:
+def no_such_data(data: str) -> str:
+    """The message for a `--data` that names nothing."""
     names = list(recipes.known())
     nearest = get_close_matches(data, names, n=1, cutoff=0.5)
     hint = f"did you mean the recipe {nearest[0]!r}? " if nearest else ""

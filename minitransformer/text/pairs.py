@@ -43,10 +43,10 @@ class PairCorpus(Files):
         return jsonl_pairs(path, *self.fields, on_read) if kind(path) in LINES else table(path, on_read)
 
 
-def lines(path: Path, on_read: OnRead) -> Iterator[str]:
+def lines(path: Path, on_read: OnRead, encoding: str | None = None) -> Iterator[str]:
     """The lines of a file without newlines."""
     rest = ""
-    for text in read(path, on_read):
+    for text in read(path, on_read, encoding):
         *whole, rest = (rest + text).split("\n")
         yield from (line.removesuffix("\r") for line in whole)
     if rest:

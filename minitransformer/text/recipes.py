@@ -15,6 +15,8 @@ from minitransformer.files import locked, whole_file, writing
 from minitransformer.registry import lookup
 from minitransformer.text.folders import REMEDY, recipe_folder, work_folder
 
+FIELDS = ("text", "label")
+
 
 class Recipe(Protocol):
     """The interface of a file in `data/`."""
@@ -24,8 +26,8 @@ class Recipe(Protocol):
     def version(self) -> str:
         """What the documents depend on besides the recipe's source code; cheap."""
 
-    def documents(self) -> Iterator[str]:
-        """The documents, in a deterministic order."""
+    def documents(self) -> Iterator[str | tuple[str, str]]:
+        """The documents, in a deterministic order: texts, or texts with their labels."""
 
 
 def known() -> dict[str, Path]:
@@ -53,7 +55,7 @@ def made_at(name: str, recipe: Recipe) -> Path:
 
 
 def make(name: str) -> Path:
-    """The recipe's documents as JSONL with the field `text`, made on first use.
+    """The recipe's documents as JSONL with the field `text`, and `label` of labelled ones, made on first use.
 
     Raises `UserError` when the recipe cannot get them.
     """
@@ -77,8 +79,9 @@ def _write(name: str, recipe: Recipe, target: Path) -> None:
     with whole_file(target) as file:
         empty = True
         # disable=None: a bar on a terminal, nothing in a pipe.
-        for text in tqdm(recipe.documents(), desc=name, unit=" documents", disable=None):
-            file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+        for document in tqdm(recipe.documents(), desc=name, unit=" documents", disable=None):
+            record = {"text": document} if isinstance(document, str) else dict(zip(FIELDS, document, strict=True))
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             empty = False
         if empty:
             raise UserError(f"recipe {name} found no documents on this machine: choose another recipe, or a file")

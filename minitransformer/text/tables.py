@@ -66,7 +66,10 @@ def _column(header: Sequence[str], field: str, path: Path) -> int:
     if header.count(field) != 1:
         how_many = "no column" if field not in header else f"{header.count(field)} columns"
         names = ", ".join(map(repr, header[:20]))
-        raise UserError(f"{path} has {how_many} {field!r}: its first line names {names}; choose one with --field")
+        raise UserError(
+            f"{path} has {how_many} {field!r}: its first line names {names}; choose one with --field, or with "
+            "--label-field for labels"
+        )
     return header.index(field)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from minitransformer import settings
 from minitransformer.errors import UserError
 from minitransformer.models.adapters import name_pattern
-from minitransformer.models.config import ModelConfig
+from minitransformer.models.config import CLASSIFIERS, ModelConfig
 from minitransformer.records import shown
 from minitransformer.settings import Choice, check_settings, setting
 from minitransformer.text.datasets import BatchShape, DataRequest, Dataset, PreparedData
@@ -256,14 +256,21 @@ class RunConfig:
             raise UserError(f"sequence_length {length} is greater than context_length {context}{beside}: lower it")
 
     def implied(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Further changes that follow from the flat `changes`: another objective brings its kind of data."""
+        """Further changes that follow from the flat `changes`: another objective brings its kind of data and head."""
         name = changes.get("objective", self.training.objective.name)
         objective = Objective.registry.get(name)
         if objective is None:
             return {}
         if changes.get("data_kind", objective.dataset.name) != objective.dataset.name:
             raise _other_dataset(objective, changes["data_kind"])
-        return {"data_kind": objective.dataset.name}
+        brought: dict[str, Any] = {"data_kind": objective.dataset.name}
+        if "topology" not in changes and (topology := objective.classifier_of.get(self.model.topology)):
+            brought |= {"topology": topology, "next_sentence": False}
+        if not objective.dataset.cuts_text and self.data.dataset.variant.cuts_text:
+            brought["sequence_length"] = None
+        if objective.dataset.usual_data and self.data.data == DataConfig.data and "data" not in changes:
+            brought["data"] = objective.dataset.usual_data
+        return brought
 
     @property
     def sequence_length(self) -> int:
@@ -370,7 +377,8 @@ def with_usual_vocabulary(config: RunConfig) -> ModelConfig:
     own = config.training.objective.variant.special_tokens
     tokenizer = config.data.tokenizer
     usual = tokenizer.variant.usual_vocab_size(tokenizer.settings) + len(own)
-    return replace(config.model, vocab_size=config.model.vocab_size or usual)
+    model = replace(config.model, vocab_size=config.model.vocab_size or usual)
+    return replace(model, num_classes=model.num_classes or (2 if model.topology in CLASSIFIERS[1] else None))
 
 
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
@@ -391,9 +399,14 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
 
 def with_vocabulary(model: ModelConfig, prepared: PreparedData) -> ModelConfig:
     """`model` with the vocabulary sizes of the data, where it leaves them open."""
-    source, target = prepared.tokenizer, prepared.target_tokenizer
+    source, target, classes = prepared.tokenizer, prepared.target_tokenizer, len(prepared.classes)
+    if model.num_classes not in (None, classes):
+        raise UserError(
+            f"num_classes is {model.num_classes}, and the data has {classes} classes: leave it out, or correct the data"
+        )
     return replace(
         model,
         vocab_size=model.vocab_size or source.vocab_size,
         target_vocab_size=None if target is source else model.target_vocab_size or target.vocab_size,
+        num_classes=classes or None,
     )

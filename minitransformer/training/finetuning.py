@@ -17,6 +17,7 @@ from minitransformer.text.datasets import PreparedData
 from minitransformer.text.datasets.text import TooShort
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.objectives import Classify
 from minitransformer.training.optimizers import AdamW
 from minitransformer.training.weights import unique_tensors
 
@@ -28,6 +29,11 @@ LEAST_TOKENS = 8
 """minimum tokens per sequence; shorter texts are refused"""
 WEIGHTLESS = {"dropout", "attention_kernel", "init"}
 """model settings that a fine-tune may change, because they do not change the outputs"""
+OF_HEAD = {
+    *("topology", "num_classes", "pooled", "pooling", "next_sentence"),
+    *("head", "head_bias", "logit_scale", "logit_softcap", "tied_embeddings"),
+}
+"""model settings of the heads, which a classifier that starts from another model does not take over"""
 
 
 def fine_tuning(parent: RunConfig, *, from_scratch: bool, new_data: bool, adapter: str = "none") -> RunConfig:
@@ -92,11 +98,17 @@ def starting_model(config: RunConfig, parent: Model) -> Model:
 
 def check_fits(parent: ModelConfig, model: ModelConfig) -> None:
     """Raises `UserError` unless `model`, but for an adapter, can load the weights of `parent` and computes the same."""
-    parent, model = parent.base, model.base
+    adapter, parent, model = model.adapter.name, parent.base, model.base
     before, after = flat(parent), flat(model)
+    new_head = parent.topology in Classify.classifier_of and model.topology == Classify.classifier_of[parent.topology]
+    if new_head and adapter != "none":
+        raise UserError(
+            f"adapter {adapter!r} stands on a base as it is, and the base has no head of topology {model.topology!r}: "
+            "train one without --adapter first"
+        )
     for name in before | after:
         old, new = before.get(name), after.get(name)
-        if old == new or name in WEIGHTLESS:
+        if old == new or name in WEIGHTLESS or (new_head and name in OF_HEAD):
             continue
         if name == "context_length" and weight_shapes(parent) == weight_shapes(model):
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from minitransformer.evaluation.metrics import Metric, Totals, values_of
+from minitransformer.evaluation.intervals import Bounds
+from minitransformer.evaluation.metrics import Metric, Totals, intervals_of, values_of
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.token_files import count_bytes
 from minitransformer.training.config import RunConfig
@@ -42,6 +43,8 @@ class Validation:
     tokens: int = 0
     """tokens that were read"""
     subset_loss: float | None = None
+    intervals: Mapping[str, Bounds] = field(default_factory=dict)
+    """95% confidence intervals of metrics that have one"""
 
     @property
     def loss(self) -> float:
@@ -57,11 +60,21 @@ class Validation:
 
     def record(self) -> dict[str, float | None]:
         """The metrics, as in `metrics.jsonl`."""
-        return {**self.values, "validation_tokens": self.tokens}
+        bounds: dict[str, float | None] = {}
+        for name, (low, high) in self.intervals.items():
+            bounds |= {f"{name}_low": low, f"{name}_high": high}
+        return {**self.values, **bounds, "validation_tokens": self.tokens}
 
     def __str__(self) -> str:
         known = {name: value for name, value in self.values.items() if value is not None}
-        return ", ".join(Metric.named(name).in_words.format(value) for name, value in known.items())
+        return ", ".join(self._in_words(name, value) for name, value in known.items())
+
+    def _in_words(self, name: str, value: float) -> str:
+        said = Metric.named(name).in_words.format(value)
+        if name not in self.intervals:
+            return said
+        low, high = self.intervals[name]
+        return f"{said} (95% interval {low:.1%} to {high:.1%})"
 
 
 @dataclass(frozen=True)
@@ -106,20 +119,23 @@ def validate(
                 part.add(batch, score)
     advance(len(chosen), len(chosen))
     model.train(was_training)
-    totals, part = (over_ranks(each, ranks) for each in (totals, part))
+    classes = loader.objective.model.num_classes or 0
+    totals, part = (over_ranks(each, ranks, classes) for each in (totals, part))
     totals.majority_baseline = loader.majority_baseline
     totals.bytes = loader.validation_bytes if whole or subset is None else subset.bytes
     subset_loss = part.nats / part.targets if subset is not None and whole else None
-    return Validation(values_of(totals), totals.tokens, subset_loss)
+    return Validation(values_of(totals), totals.tokens, subset_loss, intervals_of(totals))
 
 
-def over_ranks(totals: Totals, ranks: Ranks) -> Totals:
-    """The totals of the batches of all ranks."""
+def over_ranks(totals: Totals, ranks: Ranks, classes: int) -> Totals:
+    """The totals of the batches of all ranks; `classes` is 0 for targets that are tokens."""
     measured = ranks.any(totals.correct is not None)
+    cells = np.zeros((classes, classes), np.int64) if totals.confusion is None else totals.confusion
     own = [totals.nats, totals.targets, totals.tokens, totals.correct or 0, totals.texts, totals.exact]
-    nats, *counts = ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()
-    targets, tokens, correct, texts, exact = map(int, counts)
-    return Totals(nats, targets, tokens, correct if measured else None, texts, exact)
+    nats, *counts = ranks.sum(torch.tensor([*own, *cells.ravel().tolist()], dtype=torch.float64)).tolist()
+    targets, tokens, correct, texts, exact, *flat = map(int, counts)
+    confusion = np.array(flat).reshape(cells.shape) if classes else None
+    return Totals(nats, targets, tokens, correct if measured else None, texts, exact, confusion=confusion)
 
 
 def most_tokens(config: RunConfig) -> int | None:

@@ -91,8 +91,13 @@ class PreparedData(ABC):
         return {}
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes of labelled texts."""
+        return ()
+
+    @property
     def majority_baseline(self) -> float | None:
-        """Validation accuracy of always predicting the most frequent training token, if known."""
+        """Validation accuracy of always predicting the most frequent training target, if known."""
         return None
 
     @abstractmethod
@@ -105,6 +110,8 @@ class Dataset(Registered, kind="dataset"):
 
     cuts_text: ClassVar[bool] = True
     """whether its sequences are windows of running text, of any length"""
+    usual_data: ClassVar[str | None] = None
+    """the data in place of the default, which is text"""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from minitransformer.errors import UserError
 from minitransformer.processes import processors
@@ -59,7 +59,7 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
     separate: bool = False
     too_long: str = "skip"
 
-    scan_type = PairScan
+    scan_type: ClassVar[type[PairScan]] = PairScan
     key = ("pairs",)
 
     def __post_init__(self) -> None:
@@ -156,7 +156,7 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
         if self.too_long == "cut":
             sides = [side[:room] for side, room in zip(sides, rooms, strict=True)]
         source, target = (framed_but_last(side, member) for side, member in zip(sides, self.both, strict=True))
-        return EncodedPair(_place(pair), (source, target), too_long, sum(len(text.encode()) for text in pair))
+        return EncodedPair(place_of(pair), (source, target), too_long, sum(len(text.encode()) for text in pair))
 
     @classmethod
     def load(cls, folder: Path, meta: dict[str, Any], tokenizers: Sequence[Tokenizer]) -> PreparedPairs:
@@ -179,7 +179,8 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
         return None
 
 
-def _place(pair: Pair) -> float:
+def place_of(pair: Pair) -> float:
+    """The hash of a pair, in [0, 1)."""
     digest = hashlib.blake2b("\0".join(pair).encode(), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
 

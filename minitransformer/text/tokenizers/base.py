@@ -113,6 +113,11 @@ class Tokenizer(Registered, kind="tokenizer"):
         return replace(self.framing, prefix=self.framing.prefix or (self.end_of_text,))
 
     @property
+    def label_framing(self) -> Framing:
+        """The framing of texts to classify: at least a first and a last token, from which classes are predicted."""
+        return replace(self.masked_framing, suffix=self.pair_framing.suffix)
+
+    @property
     def pair_framing(self) -> Framing:
         """The framing of sources and targets: at least the end token."""
         return replace(self.framing, suffix=self.framing.suffix or (self.end_of_text,))

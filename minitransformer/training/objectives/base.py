@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,12 +20,14 @@ from minitransformer.text.tokenizers import Tokenizer
 class Score:
     """The loss of a batch in nats, summed over its targets, and optionally the number of correct predictions.
 
-    Where targets are whole texts, `exact` [texts] says whether each is an exact match.
+    Where targets are whole texts, `exact` [texts] says whether each is an exact match. Where they are
+    classes, `confusion` [classes, predicted classes] counts texts.
     """
 
     nats: Tensor
     correct: Tensor | None = None
     exact: Tensor | None = None
+    confusion: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Objective(Registered, kind="objective"):
     """A loss over batches of one kind of data, and how it transforms them."""
 
     topologies: ClassVar[frozenset[str]]
+    classifier_of: ClassVar[Mapping[str, str]] = {}
+    """the topology that it trains in place of another one, with the same body and a new head"""
     dataset: ClassVar[type[Dataset]]
     batch_type: ClassVar[type[TrainingBatch]] = Batch
     """class of its training batches, a dataclass of tensors"""
