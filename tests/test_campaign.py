@@ -91,6 +91,7 @@ def broken(monkeypatch: Any, begin: Any) -> None:
     monkeypatch.setattr(command, "Commands", lambda *_: Commands(begin, MODULES))
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_with_other_bits_is_a_failure_that_can_be_repeated(
     tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitransformer.commands import embed, export, look, merge, sample
@@ -64,6 +64,7 @@ def test_it_continues_a_text_as_those_tokens_before_it_would(prompt: list[int], 
     assert list(generate(soft, text, sampling)) == list(generate(plain, prompt + text, sampling))
 
 
+@settings(max_examples=15)
 @given(some_tokens, st.integers(17, 40), st.integers(0, 3))
 def test_it_is_never_dropped_from_the_window(prompt: list[int], most: int, seed: int) -> None:
     """Past the context, every way to decode sees the prompt and the newest tokens after it."""

@@ -137,7 +137,7 @@ def test_ranks_that_share_matrices_divide_them_too_and_read_the_same_rows(here):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_recomputed_activations_are_counted_once(here, parallel):
-    choices = {**SHAPE, **FSDP, "parallel": parallel, "num_layers": 8}
+    choices = {**SHAPE, **FSDP, "parallel": parallel, "num_layers": 6}
     kept, recomputed = (Candidate(configured(**choices, activation_checkpointing=c), ranks=2) for c in (False, True))
     assert recomputed.step_memory.activations < kept.step_memory.activations / 2
 

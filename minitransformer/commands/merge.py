@@ -24,9 +24,9 @@ class Options:
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN-FOLDER")]
     """run folder of an adapter"""
-    out: Annotated[Path, tyro.conf.arg(metavar="NEW-FOLDER")]
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """folder of the new run, which must not exist yet"""
-    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="{None}|CHECKPOINT")] = None
+    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """checkpoint of the run; None is the best, or else the latest"""
 
 

@@ -11,8 +11,8 @@ from minitransformer.runs.open import Run
 from minitransformer.settings import flat
 from minitransformer.text.corpora import named
 from minitransformer.text.datasets import PreparedData
-from minitransformer.training.checkpoint import checkpoint_step, checkpoints_in, load_progress
-from minitransformer.training.config import RunConfig, fixed_settings
+from minitransformer.training.checkpoint import checkpoint_step, checkpoints_in, fixed_settings, load_progress
+from minitransformer.training.config import RunConfig
 from minitransformer.training.loop import SAMPLES, sample_heading
 from minitransformer.training.weights import check_weights
 

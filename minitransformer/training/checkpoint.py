@@ -21,7 +21,8 @@ from minitransformer.amounts import size
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.model import Model, build_model, check_memory, count_trained, merged
 from minitransformer.records import read_json
-from minitransformer.training.config import RunConfig, fixed_settings
+from minitransformer.settings import flat, settings_of
+from minitransformer.training.config import RunConfig
 from minitransformer.training.shards import SHARD_NAME, Stored, local_part, read_optimizers, weight_files
 from minitransformer.training.weights import (
     BASE,
@@ -250,6 +251,19 @@ def damage(checkpoint: Path) -> str | None:
     if others := sorted(name for name in present - set(names) if name.endswith(".safetensors")):
         return f"{MANIFEST} does not know {others[0]}"
     return None
+
+
+def fixed_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that cannot change on resume.
+
+    These are the settings of the model and the data, and those of training that are marked so; a variant's setting is
+    treated as its part of the configuration.
+    """
+    fixed: dict[str, Any] = {}
+    for part, may_change in ((config.model, False), (config.data, False), (config.training, True)):
+        about = {each.name: each.about.get("may_change_on_resume", may_change) for each, _ in settings_of(part)}
+        fixed |= {name: value for name, value in flat(part).items() if not about[name]}
+    return fixed
 
 
 def check_same_settings(checkpoint: Path, config: RunConfig) -> None:

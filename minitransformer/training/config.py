@@ -381,22 +381,6 @@ def with_usual_vocabulary(config: RunConfig) -> ModelConfig:
     return replace(model, num_classes=model.num_classes or (2 if model.topology in CLASSIFIERS[1] else None))
 
 
-def fixed_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings that cannot change on resume.
-
-    These are the settings of the model and the data, and those of training that are marked so; a variant's setting is
-    treated as its part of the configuration.
-    """
-    fixed: dict[str, Any] = {}
-    for part, may_change in ((config.model, False), (config.data, False), (config.training, True)):
-        flat = settings.flat(part)
-        about = {
-            each.name: each.about.get("may_change_on_resume", may_change) for each, _ in settings.settings_of(part)
-        }
-        fixed |= {name: value for name, value in flat.items() if not about[name]}
-    return fixed
-
-
 def with_vocabulary(model: ModelConfig, prepared: PreparedData) -> ModelConfig:
     """`model` with the vocabulary sizes of the data, where it leaves them open."""
     source, target, classes = prepared.tokenizer, prepared.target_tokenizer, len(prepared.classes)
