@@ -90,8 +90,9 @@ def one_process(tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("parallel", [*Parallel.registry, "tensor"])
+@pytest.mark.parametrize(
+    ("parallel", "count"), [*((name, 2) for name in Parallel.registry), ("tensor", 2), ("fsdp", 4), ("tensor", 4)]
+)
 def test_losses_over_50_steps_are_those_of_one_process(parallel: str, count: int, one_process: Any) -> None:
     folder, alone = one_process
     names = {
