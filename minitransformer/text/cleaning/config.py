@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from minitransformer.errors import UserError
 from minitransformer.plugins import plugins_behind
@@ -17,7 +16,13 @@ from minitransformer.settings import Chosen, to_json
 from minitransformer.text.caching import hash_of
 from minitransformer.text.cleaning.formats import UNITS, DocumentFile, document_file
 from minitransformer.text.cleaning.normalising import EXTRA, Normalisation, normalisations
-from minitransformer.text.cleaning.personal import PersonalData, find_personal_data, kinds_of_personal_data, masked
+from minitransformer.text.cleaning.personal import (
+    PersonalData,
+    Span,
+    find_personal_data,
+    kinds_of_personal_data,
+    masked,
+)
 from minitransformer.text.cleaning.quality import QualityRule
 from minitransformer.text.corpora import LINES, Corpus, kind, open_corpus
 from minitransformer.text.tables import TABLES
@@ -121,7 +126,7 @@ class Changes:
         """The name of each normalisation, in order."""
         return [member.name for member in self.normalisations]
 
-    def of(self, text: str) -> tuple[str, int, list[Any]]:
+    def of(self, text: str) -> tuple[str, int, list[Span]]:
         """The new text, the normalisations that changed it as a bit set by their order, and its personal data."""
         changed = 0
         for bit, normalise in enumerate(self.normalisations):
@@ -129,4 +134,12 @@ class Changes:
             changed |= (new != text) << bit
             text = new
         spans = find_personal_data(text, self.kinds)
-        return (masked(text, spans, self.mask) if spans and self.mask else text), changed, spans
+        return masked(text, spans, self.mask), changed, spans
+
+    def new_text(self, text: str) -> str:
+        """The new text alone."""
+        if self.mask:
+            return self.of(text)[0]
+        for normalise in self.normalisations:
+            text = normalise(text)
+        return text

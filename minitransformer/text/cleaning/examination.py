@@ -16,9 +16,11 @@ from minitransformer.text.cleaning.config import Changes, CleaningConfig
 from minitransformer.text.cleaning.formats import DocumentFile
 from minitransformer.text.cleaning.held_out import HeldOut
 from minitransformer.text.cleaning.journal import RECORD, SIGNATURE, Examined
+from minitransformer.text.cleaning.measures import measure
 from minitransformer.text.cleaning.ngrams import HashedTexts, hash_ngrams, hash_words
+from minitransformer.text.cleaning.personal import Span
 from minitransformer.text.cleaning.quality import Judged
-from minitransformer.text.cleaning.scripts import SCRIPTS, count_scripts, main_script
+from minitransformer.text.cleaning.scripts import SCRIPTS
 from minitransformer.text.tokenizers import Tokenizer
 
 KEPT, EMPTY, EXACT, NEAR, LEAK, RULES = 0, 1, 2, 3, 4, 16
@@ -57,36 +59,29 @@ class Examiner:
 
     def examine(self, block: BlockOfFile) -> Examined:
         """What there is to know of the documents of `block`."""
-        units = block.file.parse(block.content)
-        records = np.zeros(len(units), RECORD)
-        totals: dict[str, Any] = {}
-        texts = []
-        for record, unit in zip(records, units, strict=True):
-            texts.append(self._examine_text(unit.text, record, totals))
-        streams: dict[str, npt.NDArray[Any]] = {"documents": records}
-        if self.config.duplicates == "near" or self.held_out is not None:
-            words = hash_words(texts)
-            if self.config.duplicates == "near":
-                streams["signatures"] = signatures(hash_ngrams(words, SHINGLE))
-            if self.held_out is not None:
-                streams |= self.held_out.found(hash_ngrams(words, self.config.leak_words))
-        return Examined(streams, totals)
-
-    def _examine_text(self, read: str, record: Any, totals: dict[str, Any]) -> str:
-        """Fill in the `record` of a document, add to `totals`, and return the new text."""
-        text, record["changed"], spans = self.changes.of(read)
-        encoded = text.encode()
-        stripped = text.strip()
-        digest = hashlib.blake2b(stripped.encode() if len(stripped) < len(text) else encoded, digest_size=16).digest()
-        record["fingerprint"] = np.frombuffer(digest, "<u8")
-        record["read"] = len(encoded) if read is text else len(read.encode())
-        record["bytes"], record["characters"] = len(encoded), len(text)
-        record["words"], record["lines"] = len(text.split()), text.count("\n") + 1
-        scripts = count_scripts(text)
-        record["script"] = main_script(scripts)
-        record["verdict"] = self._verdict(stripped)
-        self._count(totals, text, record, scripts, Counter(span.kind for span in spans))
-        return text
+        read = [unit.text for unit in block.file.parse(block.content)]
+        changed = [self.changes.of(text) for text in read]
+        texts = [text for text, _, _ in changed]
+        records = np.zeros(len(texts), RECORD)
+        records["read"] = sizes = [len(text.encode()) for text in texts]
+        for number, (text, old) in enumerate(zip(texts, read, strict=True)):
+            if text is not old:
+                records["read"][number] = len(old.encode())
+        stripped = [text.strip() for text in texts]
+        records["fingerprint"] = fingerprints(stripped)
+        records["bytes"], records["characters"] = sizes, list(map(len, texts))
+        measures = measure(texts)
+        records["words"], records["script"] = measures.words, measures.main_scripts
+        records["lines"] = [text.count("\n") + 1 for text in texts]
+        records["verdict"] = list(map(self._verdict, stripped))
+        records["changed"] = [bits for _, bits, _ in changed]
+        records["personal"] = [self._kinds(spans) if spans else 0 for _, _, spans in changed]
+        totals = {
+            "letters": _named(SCRIPTS, measures.scripts.sum(0)),
+            "personal": Counter(span.kind for _, _, spans in changed for span in spans),
+            **self._tokens(texts, records),
+        }
+        return Examined({"documents": records, **self._compared(texts)}, totals)
 
     def _verdict(self, stripped: str) -> int:
         if not stripped:
@@ -96,20 +91,38 @@ class Examiner:
             return next((RULES + i for i, rule in enumerate(self.rules) if rule.refuses(document)), KEPT)
         return KEPT
 
-    def _count(
-        self, totals: dict[str, Any], text: str, record: Any, scripts: npt.NDArray[np.int64], found: Counter[str]
-    ) -> None:
-        letters = totals.setdefault("letters", {})
-        for place in np.flatnonzero(scripts):
-            letters[SCRIPTS[place]] = letters.get(SCRIPTS[place], 0) + int(scripts[place])
-        for bit, kind in enumerate(self.changes.kinds):
-            if found[kind.name]:
-                personal = totals.setdefault("personal", {})
-                personal[kind.name] = personal.get(kind.name, 0) + found[kind.name]
-                record["personal"] |= 1 << bit
-        if self.config.tokenizer is not None and record["fingerprint"][0] / 2**64 < self.sampled:
-            totals["sampled_tokens"] = totals.get("sampled_tokens", 0) + len(self.tokenizer.encode_array(text))
-            totals["sampled_bytes"] = totals.get("sampled_bytes", 0) + int(record["bytes"])
+    def _kinds(self, spans: Sequence[Span]) -> int:
+        """The kinds of personal data as a bit set, by their order."""
+        found = {span.kind for span in spans}
+        return sum(1 << bit for bit, kind in enumerate(self.changes.kinds) if kind.name in found)
+
+    def _tokens(self, texts: Sequence[str], records: npt.NDArray[Any]) -> dict[str, int]:
+        """Tokens and bytes of the documents that are sampled; their hashes decide which these are."""
+        if self.config.tokenizer is None:
+            return {}
+        chosen = np.flatnonzero(records["fingerprint"][:, 0] / 2**64 < self.sampled)
+        tokens = sum(len(self.tokenizer.encode_array(texts[number])) for number in chosen.tolist())
+        return {"sampled_tokens": tokens, "sampled_bytes": int(records["bytes"][chosen].sum(dtype=np.int64))}
+
+    def _compared(self, texts: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        """What is needed to compare documents with each other, and with held-out texts."""
+        near, held_out = self.config.duplicates == "near", self.held_out
+        if not near and held_out is None:
+            return {}
+        words = hash_words(texts)
+        found = {"signatures": signatures(hash_ngrams(words, SHINGLE))} if near else {}
+        return found if held_out is None else found | held_out.found(hash_ngrams(words, self.config.leak_words))
+
+
+def _named(names: Sequence[str], counts: npt.NDArray[np.int64]) -> dict[str, int]:
+    """The counts that are not 0, by name."""
+    return {name: count for name, count in zip(names, counts.tolist(), strict=True) if count}
+
+
+def fingerprints(texts: Sequence[str]) -> npt.NDArray[np.uint64]:
+    """[texts, 2] hashes of 128 bits, which differ for different texts."""
+    digests = (hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
+    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
 
 
 def signatures(shingles: HashedTexts) -> npt.NDArray[np.uint32]:

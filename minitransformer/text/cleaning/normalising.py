@@ -63,9 +63,13 @@ class ControlCharacters(Normalisation, name="control"):
 
     order = 20
     pattern = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]+")
+    ascii = bytes({*range(32), 127} - set(b"\t\n\r"))
 
     def __call__(self, text: str) -> str:
-        return text if text.isprintable() else self.pattern.sub("", text)
+        if not text.isascii():
+            return self.pattern.sub("", text)
+        kept = text.encode().translate(None, self.ascii)  # ten times as fast
+        return text if len(kept) == len(text) else kept.decode()
 
 
 class LowerCase(Normalisation, name="lower"):

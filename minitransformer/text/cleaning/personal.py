@@ -62,7 +62,8 @@ class CardNumber(PersonalData, name="card"):
 
     mark = "<CARD>"
     order = 0
-    pattern = re.compile(r"(?<![\w.,+-])[2-6]\d{3}(?:[ -]?\d){9,15}(?![\w-]|[.,]\d)", re.ASCII)
+    # A pattern that begins with a set of characters is searched for much faster than one that begins by looking back.
+    pattern = re.compile(r"[2-6](?<![\w.,+-].)\d{3}(?:[ -]?\d){9,15}(?![\w-]|[.,]\d)", re.ASCII)
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
         for found in self.pattern.finditer(text):
@@ -82,11 +83,11 @@ class PhoneNumber(PersonalData, name="phone"):
     mark = "<PHONE>"
     order = 30
     pattern = re.compile(
-        r"(?<![\w.,/+-])(?:"
-        r"\+\d{1,3}(?:[ ./-]?\(?\d{1,5}\)?){2,6}"  # +49 (30) 901820, +1-212-555-0123
-        r"|(?:1[ .-])?\(\d{3}\) ?\d{3}[ .-]\d{4}"  # (212) 555-0123
-        r"|(?:1[ .-])?\d{3}([.-])\d{3}\1\d{4}"  # 212-555-0123
-        r"|00?[1-9]\d{1,4}(?:[ /-]\d{2,8}){1,4}"  # 030 901820, 0049 30 901820
+        r"[+(\d](?<![\w.,/+-].)(?:"  # begins with a set: see `CardNumber`
+        r"(?<=\+)\d{1,3}(?:[ ./-]?\(?\d{1,5}\)?){2,6}"  # +49 (30) 901820, +1-212-555-0123
+        r"|(?:(?<=\()|(?<=1)[ .-]\()\d{3}\) ?\d{3}[ .-]\d{4}"  # (212) 555-0123, 1 (212) 555-0123
+        r"|(?:(?<=\d)|(?<=1)[ .-]\d)\d\d([.-])\d{3}\1\d{4}"  # 212-555-0123, 1-212-555-0123
+        r"|(?<=0)0?[1-9]\d{1,4}(?:[ /-]\d{2,8}){1,4}"  # 030 901820, 0049 30 901820
         r")(?![\w@]|[.,/-]\d)",
         re.ASCII,
     )
@@ -128,7 +129,7 @@ def find_personal_data(text: str, kinds: Sequence[PersonalData]) -> list[Span]:
     """What there is of the `kinds` in `text`, in its order; of two that overlap, the kind that counts first."""
     found: list[Span] = []
     for kind in kinds:
-        if not kind.hints or any(hint in text for hint in kind.hints):
+        if not kind.hints or any(map(text.__contains__, kind.hints)):
             new = [Span(start, end, kind.name) for start, end in kind.spans(text)]
             found += [span for span in new if not any(span.start < old.end and old.start < span.end for old in found)]
     return sorted(found)

@@ -31,22 +31,7 @@ def _script_of() -> npt.NDArray[np.uint8]:
     return found
 
 
-@cache
-def _ascii_letters() -> npt.NDArray[np.bool_]:
-    return np.array([chr(point).isalpha() for point in range(128)])
-
-
 def count_scripts(text: str) -> npt.NDArray[np.int64]:
     """[scripts] letters of each script in `text`; signs and digits are at the place of `NO_SCRIPT`."""
-    if text.isascii():  # most texts; and the table of all letters takes a quarter of a second to make
-        counts = np.zeros(len(SCRIPTS), np.int64)
-        counts[LATIN] = np.count_nonzero(_ascii_letters()[np.frombuffer(text.encode(), np.uint8)])
-        counts[0] = len(text) - counts[LATIN]
-        return counts
     codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
     return np.bincount(_script_of()[codes], minlength=len(SCRIPTS))
-
-
-def main_script(counts: npt.NDArray[np.int64]) -> int:
-    """The index in `SCRIPTS` of the most frequent script among letters; 0 without letters."""
-    return int(counts[1:].argmax()) + 1 if counts[1:].any() else 0

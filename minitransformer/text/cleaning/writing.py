@@ -135,7 +135,7 @@ def write_block(config: CleaningConfig, judged: JudgedBlock) -> Written | None:
     kept, removed = [], []
     for number, (unit, code) in enumerate(zip(file.parse(content), judged.codes.tolist(), strict=True)):
         if code == KEPT:
-            kept.append((number, unit, changes.of(unit.text)[0]))
+            kept.append((number, unit, changes.new_text(unit.text)))
         else:
             beginning = changes.of(unit.text[: 2 * BEGINNING])
             shown = masked(beginning[0], beginning[2], list(PersonalData.registry))
