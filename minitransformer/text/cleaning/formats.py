@@ -223,6 +223,9 @@ class PlainDocuments(DocumentFile):
                 before = ""
             else:
                 before += text + end
+        if units:
+            text, (first, end) = units[-1]
+            units[-1] = Unit(text, (first, end + before))
         return units
 
     def render(self, block: str, kept: Sequence[tuple[int, Unit, str]]) -> str:
