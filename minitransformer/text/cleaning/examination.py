@@ -16,7 +16,7 @@ from minitransformer.text.cleaning.config import Changes, CleaningConfig
 from minitransformer.text.cleaning.formats import DocumentFile
 from minitransformer.text.cleaning.held_out import HeldOut
 from minitransformer.text.cleaning.journal import RECORD, SIGNATURE, Examined
-from minitransformer.text.cleaning.measures import measure
+from minitransformer.text.cleaning.measures import measure_texts
 from minitransformer.text.cleaning.ngrams import HashedTexts, hash_ngrams, hash_words
 from minitransformer.text.cleaning.personal import Span
 from minitransformer.text.cleaning.quality import Judged
@@ -70,7 +70,7 @@ class Examiner:
         stripped = [text.strip() for text in texts]
         records["fingerprint"] = fingerprints(stripped)
         records["bytes"], records["characters"] = sizes, list(map(len, texts))
-        measures = measure(texts)
+        measures = measure_texts(texts)
         records["words"], records["script"] = measures.words, measures.main_scripts
         records["lines"] = [text.count("\n") + 1 for text in texts]
         records["verdict"] = list(map(self._verdict, stripped))

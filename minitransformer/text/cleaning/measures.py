@@ -12,19 +12,19 @@ import numpy.typing as npt
 
 from minitransformer.text.cleaning.scripts import LATIN, SCRIPTS, count_scripts
 
-Counts = npt.NDArray[np.int64]
+_Counts = npt.NDArray[np.int64]
 
 
 class Measures(NamedTuple):
     """Of each text, its words (what stands between spaces), and its characters by script, as `count_scripts` says."""
 
-    words: Counts
+    words: _Counts
     """[texts]"""
-    scripts: Counts
+    scripts: _Counts
     """[texts, scripts]"""
 
     @property
-    def main_scripts(self) -> Counts:
+    def main_scripts(self) -> _Counts:
         """[texts] the index in `SCRIPTS` of the most frequent script among letters; 0 without letters."""
         letters = self.scripts[:, 1:]
         return np.where(letters.any(1), letters.argmax(1) + 1, 0)
@@ -40,7 +40,7 @@ def _ascii_classes() -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     )
 
 
-def measure(texts: Sequence[str]) -> Measures:
+def measure_texts(texts: Sequence[str]) -> Measures:
     """The measures of `texts`; those in ASCII, which are most, are measured together."""
     measures = Measures(np.zeros(len(texts), np.int64), np.zeros((len(texts), len(SCRIPTS)), np.int64))
     plain = [number for number, text in enumerate(texts) if text.isascii()]
@@ -54,7 +54,7 @@ def measure(texts: Sequence[str]) -> Measures:
     return measures
 
 
-def _measure_ascii(texts: Sequence[str]) -> tuple[Counts, Counts]:
+def _measure_ascii(texts: Sequence[str]) -> tuple[_Counts, _Counts]:
     """[texts] words and letters of each text."""
     data = np.frombuffer(("\n" + "\n".join(texts) + "\n").encode(), np.uint8)
     starts = np.fromiter(accumulate((len(text) + 1 for text in texts[:-1]), initial=1), np.int64, len(texts))

@@ -17,7 +17,7 @@ from minitransformer.errors import UserError, suggestion
 from minitransformer.records import read_bytes
 from minitransformer.registry import Registered
 from minitransformer.settings import setting
-from minitransformer.text.cleaning.measures import measure
+from minitransformer.text.cleaning.measures import measure_texts
 from minitransformer.text.cleaning.ngrams import HashedTexts, hash_ngrams
 from minitransformer.text.cleaning.scripts import NO_SCRIPT, SCRIPTS
 
@@ -142,7 +142,7 @@ class Script(QualityRule, name="script"):
         self.places = [SCRIPTS.index(name) for name in names]
 
     def refuses(self, document: Judged) -> bool:
-        counts = measure([document.text]).scripts[0]
+        counts = measure_texts([document.text]).scripts[0]
         return bool(counts[self.places].sum() < self.settings.share * counts[1:].sum())
 
 
