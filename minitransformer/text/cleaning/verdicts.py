@@ -123,10 +123,8 @@ def blocks_of(files: tuple[DocumentFile, ...], on_read: OnRead, *, whole: bool) 
 
 
 def _examine(job: Job, journal: Journal) -> None:
-    held_out = None
     if job.held_out is not None:
-        held_out = job.folder
-        HeldOut.write(held_out, job.held_out.files, job.config.leak_words)
+        HeldOut.write(job.folder, job.held_out.files, job.config.leak_words)
     sampled = min(1.0, SAMPLED_BYTES / job.sources.size)
     with progress_bar("examining", job.sources.size, job.progress) as bar:
         numbers: list[int] = []
@@ -137,7 +135,7 @@ def _examine(job: Job, journal: Journal) -> None:
                 numbers.append(block.number)
                 yield block
 
-        examine = partial(examine_block, job.config, held_out, sampled)
+        examine = partial(examine_block, job.config, job.folder, sampled)
         for count, examined in enumerate(in_processes(examine, remaining(), job.workers)):
             journal.add(numbers[count], examined)
     job.check_unchanged()

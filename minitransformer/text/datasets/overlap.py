@@ -45,5 +45,5 @@ def shared_warning(shared: int, documents: int, what: str) -> str:
     """The lines of a summary that say so."""
     return (
         f"warning    {shared:,} of {documents:,} validation {what} are trained on, so that\n"
-        "           losses are too good: `minitransformer data clean --against` removes them"
+        "           losses are too good: `data clean --against` removes them"
     )
