@@ -147,6 +147,10 @@ class ExactMatch(Metric, name="exact"):
     def value(totals: Totals) -> float | None:
         return totals.exact / totals.texts if totals.texts else None
 
+    @staticmethod
+    def interval(totals: Totals) -> Bounds | None:
+        return wilson_interval(totals.exact, totals.texts) if totals.texts else None
+
 
 class MajorityBaseline(Metric, name="majority_baseline"):
     """The accuracy of always predicting the most frequent training target."""
