@@ -64,7 +64,9 @@ def texts_in(data: PreparedData, split: str) -> str:
 @pytest.mark.parametrize("kind", sorted(Dataset.registry))
 def test_files_for_validation_are_all_of_it_whatever_the_data(kind: str) -> None:
     data = config_of(kind, validation_data=files_of(kind)[1]).prepare()
-    alone = Dataset.choose(kind).make().prepare_whole(DataRequest(files_of(kind)[1], Bytes.choose(), context_of(kind)))
+    special = Objective.named(OBJECTIVES[kind]).special_tokens
+    request = DataRequest(files_of(kind)[1], Bytes.choose(), context_of(kind), special_tokens=special)
+    alone = Dataset.choose(kind).make().prepare_whole(request)
     assert texts_in(data, "validation") == texts_in(alone, "train")
     assert texts_in(data, "train") == texts_in(config_of(kind, validation_fraction=0.0).prepare(), "train")
 

@@ -177,7 +177,7 @@ def test_the_loss_is_the_sum_over_answers_by_hand(packing: bool, tmp_path: Path)
     assert sum(each.num_targets for each in batches) == seen == len(prepared.targets("train"))
     assert sum(each.num_tokens for each in batches) == prepared.num_tokens("train")
     losses = [loader.objective.loss_sum(model, each).item() for each in batches]
-    scores = [float(loader.objective.score(model, each).nats) for each in batches]
+    scores = [loader.objective.score(model, each).nats.item() for each in batches]
     assert sum(losses) == pytest.approx(by_hand, rel=1e-9)
     assert sum(scores) == pytest.approx(by_hand, rel=1e-9)
 
