@@ -12,10 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitransformer.commands import doctor, sample, train, verify_resume
+from minitransformer.commands import doctor, evaluate, sample, train, verify_resume
 from minitransformer.errors import UserError
+from minitransformer.evaluation.answers import answer_totals, token_f1
+from minitransformer.evaluation.metrics import intervals_of, values_of
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
+from minitransformer.runs.answering import held_out
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.chat_template import ChatTemplate, Message
 from minitransformer.text.conversations import open_conversations
@@ -197,11 +200,14 @@ def test_an_epoch_has_every_conversation_once_and_epochs_differ(tmp_path: Path) 
     prepared = prepared_of(data)
     loader = Loader.of_run(config, prepared)
     size = len(prepared.ordered_batches("train", loader.shape))
-    texts = []
+    texts, rows = [], []
     for step in range(2 * size):
         [batch] = loader.training_batches(step)
         for number in range(1, int(batch.documents.max()) + 1):
+            rows.append(step)
             texts.append(tuple(batch.inputs[batch.documents == number].tolist()))
+    together = [{text for text, of in zip(texts, rows, strict=True) if of == row} for row in range(2 * size)]
+    assert {frozenset(row) for row in together[:size]} != {frozenset(row) for row in together[size:]}
     first, second = texts[: len(ROWS)], texts[len(ROWS) :]
     assert len(set(first)) == len(ROWS)
     assert sorted(first) == sorted(second)
@@ -280,6 +286,56 @@ def test_a_model_that_has_learned_to_answer_ends_its_answers(
     chat = [str(run.path), "--chat", "--prompt", "Say b."]
     assert sample.main([*chat, "--temperature", "0", "--max-new-tokens", "9"]) == 0
     assert capsys.readouterr().out == "yes\n"
+    assert evaluate.main([str(run.path), "--out", str(tmp_path / "answers.jsonl")]) == 0
+    said = capsys.readouterr().out
+    assert "questions  8\n" in said
+    assert "exact match 100.0% (95% interval 67.6% to 100.0%)\n" in said
+    assert "token F1 100.0% (95% interval 100.0% to 100.0%)\n" in said
+    written = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert written == [{"reference": "yes", "answer": "yes"}] * 8
+
+
+def test_questions_are_those_before_whole_answers_and_answers_have_no_end(tmp_path: Path) -> None:
+    long = {"prompt": "?", "completion": "no " * 60}
+    data = jsonl(tmp_path / "rows.jsonl", [{"messages": TALK}, {"text": "Not asked."}, long])
+    flags = ["gpt-nano", *TINY, "--objective", "instruct", "--data", str(data), "--validation-data", str(data)]
+    run = trained(tmp_path / "run", *flags, "--validation-fraction", "0", "--steps", "1")
+    template: Any = run.chat_template
+    asked = held_out(run)
+    assert [each.reference for each in asked] == ["3", "7"]
+    prompts = [template.encode_prompt([Message(**each) for each in TALK[:end]], run.tokenizer) for end in (2, 4)]
+    assert [each.prompt for each in asked] == prompts
+    assert [each.length for each in asked] == [2, 2]
+
+
+def test_a_run_without_conversations_has_no_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("".join(f"{i} is a number.\n" for i in range(200)))
+    run = trained(tmp_path / "run", "gpt-nano", *TINY, "--data", str(tmp_path / "text.txt"), "--steps", "1")
+    assert evaluate.main([str(run.path)]) == 2
+    assert "has learned no conversations: give a run that was trained with instruct" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1"),
+    [
+        ("ValueError", "ValueError", 1.0),
+        ("a, b=None", "a, b", 2 * 3 / (5 + 3)),
+        ("", "x", 0.0),
+        ("", "", 1.0),
+        ("x x x", "x y", 2 * 1 / (3 + 2)),
+    ],
+)
+def test_token_f1_is_that_of_its_definition(answer: str, reference: str, f1: float) -> None:
+    assert token_f1(answer, reference) == pytest.approx(f1)
+
+
+def test_metrics_of_answers_have_intervals_around_them() -> None:
+    totals = answer_totals([(" a\n", "a")] * 30 + [("b", "a")] * 10)
+    assert values_of(totals)["exact"] == values_of(totals)["token_f1"] == 0.75
+    assert values_of(totals)["validation_loss"] is None
+    for name, (low, high) in intervals_of(totals).items():
+        assert 0.5 < low < 0.75 < high < 0.9, name
+    assert set(intervals_of(totals)) == {"exact", "token_f1"}
 
 
 def test_another_template_is_learned_stored_and_inherited(tmp_path: Path) -> None:
