@@ -109,8 +109,13 @@ def test_a_run_that_continues_with_other_bits_is_a_failure_that_can_be_repeated(
 @pytest.mark.slow
 def test_damage_that_is_not_noticed_is_a_failure(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     broken(monkeypatch, without_checksums)
-    found = outcomes(capsys, tmp_path, "--fault", "flip", "--kind", "train", "--count", "12", code=1)
+    monkeypatch.setattr(faults.Flipped, "file_of", lambda self, case: newest_file(case.run, "*.safetensors"))
+    found = outcomes(capsys, tmp_path, "--fault", "flip", "--kind", "train", "--count", "4", code=1)
     assert any(each["result"] == "failed" for each in found)
+
+
+def newest_file(folder: Path, pattern: str) -> Path:
+    return max(folder.rglob(pattern), key=lambda path: path.stat().st_mtime)
 
 
 def test_a_traceback_is_a_failure(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
