@@ -242,19 +242,12 @@ def test_conversations_of_a_group_are_in_one_split(tmp_path: Path) -> None:
     assert len(data.validation)
 
 
-def test_a_soft_prompt_needs_sequences_of_one_conversation(tmp_path: Path) -> None:
-    data = jsonl(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(UserError, match=r"'soft-prompt' stands before a sequence, not before each.*give --no-packing"):
-        config_of(data, adapter="soft-prompt")
-    config_of(data, adapter="soft-prompt", packing=False)
-
-
 def trained(out: Path, *flags: str) -> Run:
     assert train.main([*flags, "--out", str(out)]) == 0
     return Run.open(out)
 
 
-@pytest.mark.parametrize("adapter", [[], ["--adapter", "lora"], ["--adapter", "soft-prompt", "--no-packing"]], ids=str)
+@pytest.mark.parametrize("adapter", [[], ["--adapter", "lora"], ["--adapter", "soft-prompt"]], ids=str)
 def test_a_fine_tune_learns_to_answer_and_holds_a_conversation(
     adapter: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
