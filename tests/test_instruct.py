@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitransformer.commands import doctor, evaluate, sample, train, verify_resume
+from minitransformer.commands import doctor, evaluate, export, sample, train, verify_resume
 from minitransformer.errors import UserError
 from minitransformer.evaluation.answers import answer_totals, token_f1
 from minitransformer.evaluation.metrics import intervals_of, values_of
@@ -359,3 +359,24 @@ def test_it_is_rehearsed_and_resumes_bit_for_bit(packing: list[str], tmp_path: P
     flags = ["gpt-nano", *TINY, "--objective", "instruct", "--data", data, "--steps", "6", *packing]
     assert doctor.main(flags) == 0
     assert verify_resume.main(flags) == 0
+
+
+def test_an_exported_model_stops_where_an_answer_ends(tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "rows.jsonl", ROWS)
+    exportable = [
+        "--norm",
+        "layer",
+        "--feedforward",
+        "gelu-tanh",
+        "--positions",
+        "learned",
+        "--bias",
+        "--qk-norm",
+        "none",
+    ]
+    flags = ["gpt-nano", *TINY, *exportable, "--qk-norm", "none", "--objective", "instruct", "--data", str(data)]
+    run = trained(tmp_path / "run", *flags, "--steps", "1")
+    assert export.main([str(run.path), "--to", str(tmp_path / "out"), "--format", "gpt2"]) == 0
+    ends = json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"]
+    assert ends == [run.tokenizer.end_of_text, run.tokenizer.special_tokens["<|im_end|>"]]
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == ChatTemplate.named("chatml").source

@@ -102,8 +102,14 @@ def _export_adapter(run: Run, options: Options) -> int:
 
 def _extra(run: Run) -> dict[str, Any]:
     """The special tokens, for config.json."""
-    targets = target_ids(run.target_tokenizer) if run.config.model.topology == "encoder-decoder" else {}
-    return {**special_ids(run.target_tokenizer), **targets}
+    tokenizer = run.target_tokenizer
+    found = special_ids(tokenizer)
+    if run.config.model.topology == "encoder-decoder":
+        found |= target_ids(tokenizer)
+    if (template := run.chat_template) is not None:
+        ends = list(dict.fromkeys(template.end_ids(tokenizer)))
+        found["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    return found
 
 
 def _removed(folder: Path, reason: str) -> int:
