@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import zlib
@@ -47,6 +48,13 @@ class TorchRandom:
 
 torch_random = TorchRandom()  # Hypothesis keeps a weak reference
 hypothesis.register_random(torch_random)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Python's collector need not go through the thousands of tests, and the modules, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
