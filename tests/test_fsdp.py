@@ -29,6 +29,7 @@ from tests.placements_for_tests import EVERY_PLACEMENT
 from tests.ranks_for_tests import config_of, learner_of, on_ranks, write_texts
 from tests.runs_for_tests import SMALL, metrics
 from tests.shards_for_tests import one_rank
+from tests.shared_for_tests import measured_once
 
 pytestmark = pytest.mark.unchecked_shapes
 SIZES: dict[str, Any] = {"d_model": 8, "num_layers": 2, "num_heads": 2, "context_length": 16, "vocab_size": 11}
@@ -233,14 +234,17 @@ def test_a_recurrent_model_has_no_blocks_to_recompute(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def collectives(tmp_path_factory: Any) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("collectives")
-    write_texts(folder)
-    counts = {"alone": 1, "ddp": 2, "fsdp": 2}
-    module = "tests.collectives_for_tests"
-    return {
-        name: on_ranks(count, folder, parallel="ddp" if name == "alone" else name, module=module)
-        for name, count in counts.items()
-    }
+    def measure(folder: Path) -> dict[str, Any]:
+        write_texts(folder)
+        counts = {"alone": 1, "ddp": 2, "fsdp": 2}
+        module = "tests.collectives_for_tests"
+        return {
+            name: on_ranks(count, folder, parallel="ddp" if name == "alone" else name, module=module)
+            for name, count in counts.items()
+        }
+
+    measured: dict[str, Any] = measured_once(tmp_path_factory, "collectives", measure)
+    return measured
 
 
 @pytest.mark.slow
