@@ -239,6 +239,7 @@ def test_an_adapter_learns_by_adamw_at_its_own_rate(base: Path, here: Path) -> N
         "alpha": 16.0,
         "dropout": 0.2,
         "also_train": None,
+        "base_weights": "fp32",
     }
 
 

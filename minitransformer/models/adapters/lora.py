@@ -14,6 +14,7 @@ from minitransformer.architecture.dropout import Dropout
 from minitransformer.architecture.embeddings import LMHead
 from minitransformer.errors import UserError
 from minitransformer.models.adapters.base import Adapter, M, frozen, name_pattern
+from minitransformer.models.int8 import Int8Linear, linear_map
 from minitransformer.models.surgery import copied, is_linear_map
 from minitransformer.settings import setting
 
@@ -21,7 +22,8 @@ from minitransformer.settings import setting
 class LoRA(Adapter, name="lora"):
     """x Wᵀ + b + (alpha / rank) · dropout(x) Aᵀ Bᵀ, of which A and B are trained. Hu et al. 2021 (arXiv 2106.09685).
 
-    Section 4.1. By default in all linear maps but the head: Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 4.
+    Section 4.1. By default in all linear maps but the head, and over an 8-bit W if so chosen: Dettmers et al. 2023
+    (QLoRA, arXiv 2305.14314), sections 3 and 4.
     """
 
     @dataclass(frozen=True)
@@ -36,6 +38,12 @@ class LoRA(Adapter, name="lora"):
         dropout: float = setting(0.0, at_least=0, below=1, help="dropout probability of the update's input")
         also_train: str | None = setting(
             None, help="regular expression for the whole names of weights to train as well, such as 'head.*'"
+        )
+        base_weights: str = setting(
+            "fp32",
+            choices=("fp32", "int8"),
+            help="format of the matrices that are not trained, but for heads and embeddings: int8 takes a quarter of "
+            "the memory, and is part of what the adapter is trained for and merged into",
         )
 
     learning_rate = 1e-3
@@ -56,25 +64,45 @@ class LoRA(Adapter, name="lora"):
                 f"they have names such as {some}"
             )
 
+        trained = self._also_trained(model)
+        rounded = self._rounded(maps, trained)
+
         def replace(name: str, module: nn.Module) -> nn.Module | None:
-            if name not in chosen:
+            if name not in chosen | rounded:
                 return None
             assert isinstance(module, nn.Linear)
-            return LoRALinear(module, self.settings)
+            if name in chosen:
+                return (LoRAInt8Linear if name in rounded else LoRALinear)(module, self.settings)
+            return Int8Linear(module)
 
         adapted = copied(frozen(model), replace)
-        self._check_names(adapted)
         for name, parameter in adapted.named_parameters():
-            parameter.requires_grad_(".lora." in name or bool(self.also_train.fullmatch(name)))
+            parameter.requires_grad_(".lora." in name or name in trained)
         return adapted
 
-    def _check_names(self, model: nn.Module) -> None:
+    def _also_trained(self, model: nn.Module) -> set[str]:
         wanted = self.settings.also_train
-        if wanted is not None and not any(self.also_train.fullmatch(name) for name, _ in model.named_parameters()):
+        trained = {name for name, _ in model.named_parameters() if self.also_train.fullmatch(name)}
+        if wanted is not None and not trained:
             raise UserError(f"lora_also_train {wanted!r} matches no weight of the model: correct it, or leave it out")
+        return trained
+
+    def _rounded(self, maps: set[str], trained: set[str]) -> set[str]:
+        """The linear maps that are stored in 8 bits."""
+        if self.settings.base_weights != "int8":
+            return set()
+        rounded = {name for name in maps if f"{name}.weight" not in trained}
+        if not rounded:
+            raise UserError(
+                f"lora_also_train {self.settings.also_train!r} trains every matrix, so that lora_base_weights 'int8' "
+                "has none to store: leave one of them out"
+            )
+        return rounded
 
     def merged(self, model: M) -> M:
-        return copied(model, lambda name, module: module.merged() if isinstance(module, LoRALinear) else None)
+        return copied(
+            model, lambda name, module: module.plain() if isinstance(module, LoRALinear | Int8Linear) else None
+        )
 
 
 def is_head(module: nn.Module) -> bool:
@@ -119,9 +147,22 @@ class LoRALinear(nn.Linear):
         return F.linear(x, self.weight, self.bias) + self.lora(x)
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
+    def plain(self) -> nn.Linear:
         """The linear map with the weights W + scale · B A."""
-        linear = self.kind(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         weight = self.weight.double() + self.lora.matrix()
-        linear.weight, linear.bias = nn.Parameter(weight.to(self.weight.dtype)), self.bias
-        return linear
+        return linear_map(self.kind, weight.to(self.weight.dtype), self.bias)
+
+
+class LoRAInt8Linear(Int8Linear):
+    """An `Int8Linear`, and a `LowRankUpdate` of it."""
+
+    def __init__(self, linear: nn.Linear, settings: LoRA.Settings) -> None:
+        super().__init__(linear)
+        self.lora = LowRankUpdate(self.in_features, self.out_features, settings)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        return super().forward(x) + self.lora(x)
+
+    def matrix(self) -> Float[Tensor, "out in"]:
+        """W + scale · B A, in float64."""
+        return super().matrix() + self.lora.matrix()
