@@ -111,7 +111,7 @@ def is_head(module: nn.Module) -> bool:
 
 
 class LowRankUpdate(nn.Module):
-    """scale · dropout(x) Aᵀ Bᵀ, with A [rank, in] drawn as the weights of `nn.Linear` are, and B [out, rank] = 0."""
+    """y + scale · dropout(x) Aᵀ Bᵀ, with A [rank, in] drawn as the weights of `nn.Linear` are, and B [out, rank] = 0."""
 
     def __init__(self, in_features: int, out_features: int, settings: LoRA.Settings) -> None:
         super().__init__()
@@ -124,8 +124,9 @@ class LowRankUpdate(nn.Module):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         nn.init.zeros_(self.b)
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return F.linear(F.linear(self.dropout(x), self.a), self.b) * self.scale
+    def forward(self, y: Float[Tensor, "*batch out"], x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        low = F.linear(self.dropout(x), self.a)
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.b.t(), alpha=self.scale).view_as(y)
 
     def matrix(self) -> Float[Tensor, "out in"]:
         """scale · B A, in float64."""
@@ -144,7 +145,7 @@ class LoRALinear(nn.Linear):
         self.lora = LowRankUpdate(self.in_features, self.out_features, settings)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return F.linear(x, self.weight, self.bias) + self.lora(x)
+        return self.lora(F.linear(x, self.weight, self.bias), x)
 
     @torch.no_grad()
     def plain(self) -> nn.Linear:
@@ -161,7 +162,7 @@ class LoRAInt8Linear(Int8Linear):
         self.lora = LowRankUpdate(self.in_features, self.out_features, settings)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return super().forward(x) + self.lora(x)
+        return self.lora(super().forward(x), x)
 
     def matrix(self) -> Float[Tensor, "out in"]:
         """W + scale · B A, in float64."""
