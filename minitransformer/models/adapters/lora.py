@@ -111,7 +111,7 @@ def is_head(module: nn.Module) -> bool:
 
 
 class LowRankUpdate(nn.Module):
-    """y + scale · dropout(x) Aᵀ Bᵀ, with A [rank, in] drawn as the weights of `nn.Linear` are, and B [out, rank] = 0."""
+    """y + scale · dropout(x) Aᵀ Bᵀ, with A [rank, in] drawn as the weights of `nn.Linear`, and B [out, rank] = 0."""
 
     def __init__(self, in_features: int, out_features: int, settings: LoRA.Settings) -> None:
         super().__init__()
