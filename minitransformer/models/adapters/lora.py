@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +57,8 @@ class LoRA(Adapter, name="lora"):
         self.also_train = name_pattern(settings.also_train or "", "lora_also_train")
 
     def applied(self, model: M) -> M:
-        maps = {name for name, module in model.named_modules() if is_linear_map(module) if not is_head(module)}
+        modules = ((name, each) for name, each in frozen(model).named_modules() if is_linear_map(each))
+        maps = {name: each.weight for name, each in modules if not is_head(each) and not each.weight.requires_grad}
         chosen = {name for name in maps if self.pattern.fullmatch(name)}
         if not chosen:
             some = ", ".join(sorted(maps)[:3])
@@ -63,9 +66,8 @@ class LoRA(Adapter, name="lora"):
                 f"lora_pattern {self.settings.pattern!r} matches no linear map of the model: "
                 f"they have names such as {some}"
             )
-
-        trained = self._also_trained(model)
-        rounded = self._rounded(maps, trained)
+        self._train_others(model)
+        rounded = self._rounded(maps)
 
         def replace(name: str, module: nn.Module) -> nn.Module | None:
             if name not in chosen | rounded:
@@ -75,23 +77,21 @@ class LoRA(Adapter, name="lora"):
                 return (LoRAInt8Linear if name in rounded else LoRALinear)(module, self.settings)
             return Int8Linear(module)
 
-        adapted = copied(frozen(model), replace)
-        for name, parameter in adapted.named_parameters():
-            parameter.requires_grad_(".lora." in name or name in trained)
-        return adapted
+        return copied(model, replace)
 
-    def _also_trained(self, model: nn.Module) -> set[str]:
+    def _train_others(self, model: nn.Module) -> None:
         wanted = self.settings.also_train
-        trained = {name for name, _ in model.named_parameters() if self.also_train.fullmatch(name)}
-        if wanted is not None and not trained:
+        others = [weight for name, weight in model.named_parameters() if self.also_train.fullmatch(name)]
+        if wanted is not None and not others:
             raise UserError(f"lora_also_train {wanted!r} matches no weight of the model: correct it, or leave it out")
-        return trained
+        for weight in others:
+            weight.requires_grad_(True)
 
-    def _rounded(self, maps: set[str], trained: set[str]) -> set[str]:
-        """The linear maps that are stored in 8 bits."""
+    def _rounded(self, maps: Mapping[str, Any]) -> set[str]:
+        """The names of those of the linear `maps`, given with their weights, that are stored in 8 bits."""
         if self.settings.base_weights != "int8":
             return set()
-        rounded = {name for name in maps if f"{name}.weight" not in trained}
+        rounded = {name for name, weight in maps.items() if not weight.requires_grad}
         if not rounded:
             raise UserError(
                 f"lora_also_train {self.settings.also_train!r} trains every matrix, so that lora_base_weights 'int8' "
