@@ -22,7 +22,7 @@ def quantise_rows(weight: Float[Tensor, "out in"]) -> tuple[Int8[Tensor, "out in
 
 def dequantise_rows(stored: Int8[Tensor, "out in"], scale: Float[Tensor, "out"]) -> Float[Tensor, "out in"]:
     """The matrix that `quantise_rows` has rounded to."""
-    return stored.to(scale.dtype) * scale[:, None]
+    return stored.to(scale.dtype).mul_(scale[:, None])
 
 
 class Int8Linear(nn.Module):
