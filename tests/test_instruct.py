@@ -18,7 +18,8 @@ from minitransformer.evaluation.answers import answer_totals, token_f1
 from minitransformer.evaluation.metrics import intervals_of, values_of
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
-from minitransformer.runs.answering import held_out
+from minitransformer.runs.answering import questions_of
+from minitransformer.runs.evaluating import HeldOutData
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.chat_template import ChatTemplate, Message
 from minitransformer.text.conversations import open_conversations
@@ -281,7 +282,7 @@ def test_a_model_that_has_learned_to_answer_ends_its_answers(
     assert capsys.readouterr().out == "yes\n"
     assert evaluate.main([str(run.path), "--out", str(tmp_path / "answers.jsonl")]) == 0
     said = capsys.readouterr().out
-    assert "questions  8\n" in said
+    assert "answers    to 8 questions, by greedy decoding\n" in said
     assert "exact match 100.0% (95% interval 67.6% to 100.0%)\n" in said
     assert "token F1 100.0% (95% interval 100.0% to 100.0%)\n" in said
     written = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
@@ -294,18 +295,11 @@ def test_questions_are_those_before_whole_answers_and_answers_have_no_end(tmp_pa
     flags = ["gpt-nano", *TINY, "--objective", "instruct", "--data", str(data), "--validation-data", str(data)]
     run = trained(tmp_path / "run", *flags, "--validation-fraction", "0", "--steps", "1")
     template: Any = run.chat_template
-    asked = held_out(run)
+    asked = questions_of(HeldOutData.of_run(run))
     assert [each.reference for each in asked] == ["3", "7"]
     prompts = [template.encode_prompt([Message(**each) for each in TALK[:end]], run.tokenizer) for end in (2, 4)]
     assert [each.prompt for each in asked] == prompts
     assert [each.length for each in asked] == [2, 2]
-
-
-def test_a_run_without_conversations_has_no_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "text.txt").write_text("".join(f"{i} is a number.\n" for i in range(200)))
-    run = trained(tmp_path / "run", "gpt-nano", *TINY, "--data", str(tmp_path / "text.txt"), "--steps", "1")
-    assert evaluate.main([str(run.path)]) == 2
-    assert "has learned no conversations: give a run that was trained with instruct" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

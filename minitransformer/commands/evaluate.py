@@ -1,4 +1,4 @@
-"""`evaluate`: the answers of a model to held-out questions, compared with the right ones."""
+"""`evaluate`: a model on data that it has not learned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -15,24 +15,34 @@ from minitransformer.commands import DONE, parse, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.evaluation.answers import answer_totals
 from minitransformer.evaluation.metrics import described_values, intervals_of, values_of
+from minitransformer.models.model import Model
 from minitransformer.runs import Run
-from minitransformer.runs.answering import generate_held_out, held_out
+from minitransformer.runs.answering import generate_answers, questions_of
+from minitransformer.runs.evaluating import HeldOutData
+from minitransformer.text.corpora import named
 from minitransformer.training.machine import choose_device
+from minitransformer.training.validation import Validation
 
 ABOUT = (
-    "Answer the questions in the validation data of a run that has learned conversations, by greedy decoding, and "
-    "compare with the answers there: exact match and token F1, with 95% confidence intervals."
+    "Evaluate a model on the validation data of its run, or on all of other data of the same kind. A model that has "
+    "learned conversations answers the questions there, too, by greedy decoding. Intervals have 95% confidence."
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which model answers, and where the answers go."""
+    """Which model, on which data, and where the results go."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """run folder"""
+    data: tuple[str, ...] = ()
+    """files, folders or recipes to evaluate on, such as train.py's --data; none is the run's validation data"""
+    target_data: str | None = None
+    """file with the other side of pairs, line by line"""
+    json: Path | None = None
+    """new .json file with the results; None writes none"""
     out: Path | None = None
-    """new .jsonl file with the reference and the answer in each line; None writes none"""
+    """new .jsonl file with the reference and the answer to each question; None writes none"""
     batch_size: int = 16
     """number of questions to answer at a time"""
     checkpoint: str | None = None
@@ -43,26 +53,55 @@ class Options:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}: it must be at least 1")
-        if self.out is not None and self.out.exists():
-            raise UserError(f"{self.out} already exists: choose another --out")
+        for name, path in (("out", self.out), ("json", self.json)):
+            if path is not None and path.exists():
+                raise UserError(f"{path} already exists: choose another --{name}")
+        if self.target_data is not None and not self.data:
+            raise UserError("target_data are the other side of data: give --data too, or leave it out")
 
 
 @with_exit_code
 def main(arguments: Sequence[str]) -> int:
-    """Answer and compare; returns the exit code."""
+    """Evaluate; returns the exit code."""
     options = parse(Options, arguments, prog="minitransformer evaluate", description=ABOUT)
     run = Run.open(options.run)
-    asked = held_out(run)
-    model = run.load_model(options.checkpoint, str(choose_device(options.device)))
-    answers = list(generate_held_out(run, model, asked, options.batch_size))
-    totals = answer_totals((answer, each.reference) for answer, each in zip(answers, asked, strict=True))
-    print(f"model      {options.run}, {run.checkpoint(options.checkpoint).resolve().name}")
-    print(f"questions  {totals.texts:,}")
-    for line in described_values(values_of(totals), intervals_of(totals)):
+    data = HeldOutData.of_files(run, options.data, options.target_data) if options.data else HeldOutData.of_run(run)
+    device = choose_device(options.device)
+    model = run.load_model(options.checkpoint, str(device))
+    about = {"run": str(options.run), "checkpoint": run.checkpoint(options.checkpoint).resolve().name}
+    about["data"] = named(options.data) if options.data else f"{named(run.config.data.data)}, validation"
+    print(f"model      {about['run']}, {about['checkpoint']}")
+    print(f"data       {about['data']}")
+    validation = data.evaluate(model, device)
+    _tell("read", f"{validation.tokens:,} tokens", validation)
+    results: dict[str, Any] = {**about, "metrics": validation.record()}
+    if answered := _answered(model, data, options):
+        results["answers"] = answered.record()
+    if options.json is not None:
+        with files.writing(options.json, "choose another --json"):
+            files.write_text(options.json, json.dumps(results, indent=2) + "\n")
+    return DONE
+
+
+def _tell(title: str, of_what: str, validation: Validation) -> None:
+    print(f"{title:10} {of_what}")
+    for line in described_values(validation.values, validation.intervals):
         print(f"{'':11}{line}")
+
+
+def _answered(model: Model, data: HeldOutData, options: Options) -> Validation | None:
+    """How well `model` answers the questions of conversations; None for other data."""
+    asked = questions_of(data)
+    if not asked:
+        if options.out is not None:
+            raise UserError(f"{options.run} has no questions in its data: leave --out out")
+        return None
+    answers = list(generate_answers(data.run, model, asked, options.batch_size))
+    totals = answer_totals((answer, each.reference) for answer, each in zip(answers, asked, strict=True))
+    found = Validation(values_of(totals), sum(each.length for each in asked), intervals=intervals_of(totals))
+    _tell("answers", f"to {totals.texts:,} questions, by greedy decoding", found)
     if options.out is not None:
         rows = ({"reference": each.reference, "answer": text} for each, text in zip(asked, answers, strict=True))
         with files.writing(options.out, "choose another --out"):
             files.write_text(options.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        print(f"file       {options.out}")
-    return DONE
+    return found

@@ -291,8 +291,15 @@ class RunConfig:
 
         Raises `UserError` for data that cannot be used, and with `only_cached` `NotPrepared` for data that is not yet.
         """
+        return self.data.dataset.make().prepare(self._data_request(tokenizers, only_cached=only_cached))
+
+    def prepare_whole(self, tokenizers: Sequence[Tokenizer]) -> PreparedData:
+        """`prepare` all of the data as the split "train", without validation, as for an evaluation."""
+        return self.data.dataset.make().prepare_whole(self._data_request(tokenizers))
+
+    def _data_request(self, tokenizers: Sequence[Tokenizer], *, only_cached: bool = False) -> DataRequest:
         data = self.data
-        request = DataRequest(
+        return DataRequest(
             data.data,
             data.tokenizer,
             self.sequence_length,
@@ -304,7 +311,6 @@ class RunConfig:
             tokenizers=tokenizers,
             only_cached=only_cached,
         )
-        return data.dataset.make().prepare(request)
 
     def check_trainable(self) -> None:
         """Raises `UserError` for a topology that can only be imported."""
