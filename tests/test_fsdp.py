@@ -17,7 +17,7 @@ from minitransformer.architecture.block import Block
 from minitransformer.architecture.init import Initialisation
 from minitransformer.commands.train import main as train_main
 from minitransformer.errors import UserError
-from minitransformer.models.adapters import SoftPrompt
+from minitransformer.models.adapters import LoRA, SoftPrompt
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_in_parts, build_model
 from minitransformer.runs.begin import check_possible
@@ -42,6 +42,7 @@ KINDS: list[dict[str, Any]] = [
     {"topology": "encoder-decoder", "positions": "t5", "embedding_dim": 4},
     {"topology": "rnn", "target_vocab_size": 13},
     {"adapter": "lora", "bias": True},
+    {"adapter": LoRA.choose(base_weights="int8")},
     {"adapter": SoftPrompt.choose(tokens=3), "positions": "learned"},
 ]
 
@@ -324,7 +325,15 @@ def test_what_divides_a_run_is_refused_without_torchrun(here: Path, capsys: Any)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("parallel", "flags"), [("fsdp", []), ("ddp", ["--adapter", "lora"]), ("fsdp", ["--adapter", "lora"])], ids=str
+    ("parallel", "flags"),
+    [
+        ("fsdp", []),
+        ("ddp", ["--adapter", "lora"]),
+        ("fsdp", ["--adapter", "lora"]),
+        ("ddp", ["--adapter", "lora", "--lora-base-weights", "int8"]),
+        ("fsdp", ["--adapter", "lora", "--lora-base-weights", "int8"]),
+    ],
+    ids=str,
 )
 def test_ranks_start_from_the_weights_of_another_run(here: Path, capsys: Any, parallel: str, flags: list[str]) -> None:
     assert train_main(["--data", "my.txt", "--steps", "4", "--out", "first", *SMALL]) == 0

@@ -103,7 +103,12 @@ def add_files(prepared: PreparedData, parent: Parent | None, run: Path) -> None:
 
 
 def initial_model(source: Run, checkpoint: str, config: RunConfig) -> Model:
-    """The model of `source`; where `config` has another head, the same body with a new head, drawn by its seed."""
+    """The model of `config` before its first step, with the weights of `source`.
+
+    An adapter, and another head than that of `source`, are drawn by the seed.
+    """
+    if config.model.adapter.name != "none":
+        return starting_model(config, source.checkpoint(checkpoint))
     model = source.load_model(checkpoint)
     if config.model.topology == model.config.topology:
         return model
@@ -133,12 +138,10 @@ def begin_run(
     parent: Parent | None = None,
     initial: Model | None = None,
 ) -> Run:
-    """Create the folder of a new run of `config`, with known vocabulary; `initial` is the model of its `parent`."""
+    """Create the folder of a new run of `config`, with known vocabulary; `initial` has the weights of its `parent`."""
     config = with_class_names(config, prepared.classes)
-    if initial is not None:
-        initial = starting_model(config, initial)
-        if config.model.adapter.name != "none" and parent is not None:
-            initial.base = replace(parent, path=str(Path(parent.path).absolute()))
+    if initial is not None and parent is not None and config.model.adapter.name != "none":
+        initial.base = replace(parent, path=str(Path(parent.path).absolute()))
     tokenizers, text = (prepared.tokenizer, prepared.target_tokenizer), prepared.folder.name
     add = partial(add_files, prepared, parent)
     return Run.create(path, config, *tokenizers, text, machine, parent, initial, add, prepared.sources)
