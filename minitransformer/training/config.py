@@ -228,6 +228,7 @@ class RunConfig:
                 "activation_checkpointing recomputes transformer blocks, and topology 'rnn' has none: leave it out"
             )
         self._choose_dataset(objective)
+        objective.check(self.model, self.data.dataset)
         if not self.data.validates:
             for name in ("patience", "sample_at_eval"):
                 if getattr(self.training, name):

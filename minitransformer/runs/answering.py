@@ -1,0 +1,60 @@
+"""The answers of a run's model to the prompts of its validation conversations, beside those that stand there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from minitransformer.errors import UserError
+from minitransformer.generation.config import SamplingConfig
+from minitransformer.generation.conversation import ChatFormat
+from minitransformer.generation.streaming import texts_in_batches
+from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.model import Model
+from minitransformer.runs.open import Run
+from minitransformer.text.datasets.conversation_preparation import PreparedConversations
+
+
+class HeldOut(NamedTuple):
+    """The ids before an answer, the number of its ids, and its text."""
+
+    prompt: list[int]
+    length: int
+    reference: str
+
+
+def held_out(run: Run) -> list[HeldOut]:
+    """Every whole answer in the validation conversations of `run`; raises `UserError` if it has none."""
+    prepared = run.config.prepare(run.tokenizers)
+    if not isinstance(prepared, PreparedConversations):
+        raise UserError(f"{run.path} has learned no conversations: give a run that was trained with instruct")
+    found = [each for number in range(len(prepared.validation)) for each in _answers(prepared, number)]
+    if not found:
+        raise UserError(f"{run.path} has no answers in its validation data: train it with some, or with validation")
+    return found
+
+
+def _answers(prepared: PreparedConversations, number: int) -> Iterator[HeldOut]:
+    ids = prepared.validation.sources[number].astype(np.int64)
+    flags = prepared.validation.targets[number].astype(np.int64)
+    tokenizer, end_of_turn = prepared.tokenizer, prepared.template.end_of_turn or ""
+    edges = np.flatnonzero(np.diff(flags, prepend=0, append=0)).tolist()
+    ends = set(prepared.template.end_ids(tokenizer))
+    for place, (begin, end) in enumerate(pairwise(edges)):
+        answer = tokenizer.decode(ids[begin:end].tolist())
+        # A text without a question has nothing but a first token before it; a cut answer has no end.
+        is_whole = int(ids[end - 1]) in ends or answer.endswith(end_of_turn)
+        if place % 2 == 0 and is_whole and begin > len(tokenizer.framing.prefix or (tokenizer.end_of_text,)):
+            yield HeldOut(ids[:begin].tolist(), end - begin, answer.removesuffix(end_of_turn))
+
+
+def generate_held_out(run: Run, model: Model, asked: Sequence[HeldOut], batch_size: int) -> Iterator[str]:
+    """What `model` answers to each prompt by greedy decoding, in as many tokens as the longest reference and as fit."""
+    template: Any = run.chat_template
+    decoder, chat = cast(DecoderLM, model), ChatFormat(template, run.tokenizer)
+    most = max(each.length for each in asked)
+    sampling = chat.with_stops(SamplingConfig(max_new_tokens=most, temperature=0.0))
+    return texts_in_batches(decoder, chat.ending_tokenizer, [each.prompt for each in asked], sampling, batch_size)
