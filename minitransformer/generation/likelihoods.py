@@ -69,7 +69,7 @@ def log_likelihoods(model: DecoderLM, texts: Sequence[Continuation]) -> list[Log
 
 def _checked_length(model: DecoderLM, text: Continuation) -> int:
     """The number of tokens that the model reads: all but the last, and its virtual ones."""
-    assert text.context and text.ids, "a context and a text have at least one id each"
+    assert min(map(len, text)) > 0, "a context and a text have at least one id each"
     length, most = len(text.context) + len(text.ids) - 1, model.config.text_length
     if length > most:
         raise UserError(
@@ -91,9 +91,7 @@ def _scored_together(
             yield text, _read(row[-len(text.ids) :], text.ids)
 
 
-def _scored_alone(
-    model: DecoderLM, texts: Sequence[Continuation]
-) -> Iterator[tuple[Continuation, LogLikelihood]]:
+def _scored_alone(model: DecoderLM, texts: Sequence[Continuation]) -> Iterator[tuple[Continuation, LogLikelihood]]:
     """Each text by itself, after a context that is read once for all texts that continue it."""
     by_context: dict[tuple[int, ...], list[Continuation]] = {}
     for text in texts:
@@ -124,7 +122,7 @@ def _read(logits: Float[Tensor, "ids vocab"], ids: Sequence[int]) -> LogLikeliho
     targets = torch.tensor(ids, device=logits.device)
     nats = math.fsum(logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0].tolist())
     if not math.isfinite(nats):
-        raise UserError(f"the log-likelihood of a text is {nats}: the weights have diverged, so choose another checkpoint")
+        raise UserError(f"the log-likelihood of a text is {nats}: the weights diverged, so choose another checkpoint")
     return LogLikelihood(nats, bool((logits.argmax(-1) == targets).all()))
 
 
