@@ -90,7 +90,6 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(Options, arguments, prog="minitransformer evaluate", description=ABOUT)
     run = Run.open(options.run)
     device = str(choose_device(options.device))
-    print(f"model      {options.run}, {run.checkpoint(options.checkpoint).resolve().name}")
     if options.choices:
         _choose(run, device, options)
     else:
@@ -100,11 +99,16 @@ def main(arguments: Sequence[str]) -> int:
     return DONE
 
 
+def _model_line(run: Run, options: Options) -> str:
+    return f"model      {options.run}, {run.checkpoint(options.checkpoint).resolve().name}"
+
+
 def _answer(run: Run, device: str, options: Options) -> None:
     asked = held_out(run)
     model = run.load_model(options.checkpoint, device)
     answers = list(generate_held_out(run, model, asked, options.batch_size or USUAL_BATCH))
     totals = answer_totals((answer, each.reference) for answer, each in zip(answers, asked, strict=True))
+    print(_model_line(run, options))
     print(f"questions  {totals.texts:,}")
     for line in described_values(values_of(totals), intervals_of(totals)):
         print(f"{'':11}{line}")
@@ -121,6 +125,7 @@ def _choose(run: Run, device: str, options: Options) -> None:
     scored = choice_report.score_all(ChoiceScorer.of_run(run, options.checkpoint, device), items)
     found = choice_report.choice_summary(scored)
     before = f", {options.shots} examples before each" if options.shots else ""
+    print(_model_line(run, options))
     print(f"items      {len(items):,}{before}; chance is {found['chance']:.1%}")
     for table in choice_report.choice_tables(found):
         print(f"\n{table}")
