@@ -58,8 +58,7 @@ class ChoiceScorer:
         """
         start = self.tokenizer.encode_prompt(self.cased(item.context))
         text = self.cased(item.context + item.continuation(candidate))
-        encoded = self.tokenizer.encode(text)
-        whole = [*(self.tokenizer.framing.prefix if item.context else start), *encoded]
+        whole = [*self.tokenizer.framing.prefix, *self.tokenizer.encode(text)]
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(start, whole, strict=False)))
         if not shared:
             whole, shared = [self.tokenizer.end_of_text, *whole], 1
