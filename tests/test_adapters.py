@@ -262,6 +262,23 @@ def test_a_merged_run_stands_alone_and_writes_the_same_text(base: Path, here: Pa
 
 
 @pytest.mark.unchecked_shapes
+def test_checkpoints_are_merged_into_their_mean(base: Path, here: Path, capsys: Any) -> None:
+    assert main(["--init-from", "base", "--out", "tuned", "--steps", "4", "--keep-last", "3", *FLAGS]) == 0
+    assert merge.main(["tuned", "--average", "2", "--out", "mean"]) == 0
+    parts = [saved_weights(here / "tuned", f"step-00000{step}") for step in (2, 4)]
+    assert_same_weights(
+        {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}, saved_weights(here / "mean")
+    )
+    assert not torch.equal(parts[0]["embedding.table.weight"], parts[1]["embedding.table.weight"])
+    for flags, words in (
+        (["--average", "9"], "has 3 checkpoints, not 9: lower --average"),
+        (["--average", "1"], "average is 1: give at least 2"),
+        (["--average", "2", "--checkpoint", "latest"], "leave out --checkpoint"),
+    ):
+        assert words in refused(capsys, "tuned", "--out", "other", *flags, main=merge.main)
+
+
+@pytest.mark.unchecked_shapes
 def test_the_doctor_counts_the_gradients_of_an_adapter_and_asks_for_its_base(
     base: Path, here: Path, capsys: Any
 ) -> None:

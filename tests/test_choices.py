@@ -269,7 +269,9 @@ def test_evaluate_chooses_and_tells_how_often_it_is_right(folder: Path, capsys: 
     assert "items      6, 1 examples before each; chance is 33.3%" in said
     lines = [json.loads(line) for line in (folder / "items-scored.jsonl").read_text().splitlines()]
     found = json.loads((folder / "found.json").read_text())
-    assert (found["items"], found["shots"], found["seed"], found["groups"]) == (6, 1, 2, {})
+    assert (found["data"], found["shots"], found["seed"]) == ("items.jsonl", 1, 2)
+    found = found["choices"]
+    assert (found["items"], found["groups"]) == (6, {})
     for name in Normalisation.registry:
         right = sum(line["chosen"][name] == [line["answer"]] for line in lines)
         assert found["accuracy"][name]["accuracy"] == right / 6
@@ -286,7 +288,7 @@ def test_evaluate_tells_minimal_pairs_apart_by_what_they_test(folder: Path, caps
     jsonl(folder / "one.jsonl", pair("He is.", "He are.", UID="be"), pair("I am.", "I are.", UID="be"))
     jsonl(folder / "two.jsonl", pair("He has.", "He have."))
     assert evaluate.main(["run", "--choices", "--data", "one.jsonl", "two.jsonl", "--json", "found.json"]) == 0
-    found = json.loads((folder / "found.json").read_text())
+    found = json.loads((folder / "found.json").read_text())["choices"]
     assert {name: of["sum"]["items"] for name, of in found["groups"].items()} == {"be": 2, "two": 1}
     assert found["accuracy"].keys() == {"sum", "token", "byte"}
     assert "be         2" in capsys.readouterr().out
@@ -296,7 +298,7 @@ def test_evaluate_tells_minimal_pairs_apart_by_what_they_test(folder: Path, caps
     ("flags", "sentence"),
     [
         (["--shots", "2"], "--shots belongs to --choices: give that too, or leave it out"),
-        (["--data", "items.jsonl"], "--data belongs to --choices"),
+        (["--choices", "--data", "items.jsonl", "--target-data", "b.txt"], "--target-data has no effect on --choices"),
         (["--choices"], "--choices needs items: name their .jsonl files with --data"),
         (["--choices", "--data", "none.jsonl"], "none.jsonl does not exist: give a .jsonl file"),
         (["--choices", "--data", "text.txt"], "text.txt is no .jsonl: give a .jsonl file"),
@@ -306,7 +308,7 @@ def test_evaluate_tells_minimal_pairs_apart_by_what_they_test(folder: Path, caps
         (["--choices", "--data", "items.jsonl", "--shots", "-1"], "shots is -1: it must be at least 0"),
         (["--choices", "--data", "items.jsonl", "--shots", "2"], "to have 2 examples, and there are 1 other rows"),
         (["--choices", "--data", "items.jsonl", "--seed", "2"], "--seed and --examples have no effect without --shots"),
-        (["--choices", "--data", "items.jsonl", "--batch-size", "2"], "--batch-size has no effect with --choices"),
+        (["--choices", "--data", "items.jsonl", "--batch-size", "2"], "--batch-size has no effect on --choices"),
         (["--choices", "--data", "items.jsonl", "--out", "items.jsonl"], "items.jsonl already exists: choose another"),
         (["--choices", "--data", "other.jsonl"], "needs what other.jsonl line 1 lacks ('question' is undefined)"),
         (

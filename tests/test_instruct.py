@@ -18,7 +18,8 @@ from minitransformer.evaluation.answers import answer_totals, token_f1
 from minitransformer.evaluation.metrics import intervals_of, values_of
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
-from minitransformer.runs.answering import held_out
+from minitransformer.runs.answering import questions_of
+from minitransformer.runs.evaluating import HeldOutData
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.chat_template import ChatTemplate, Message
 from minitransformer.text.conversations import open_conversations
@@ -242,19 +243,12 @@ def test_conversations_of_a_group_are_in_one_split(tmp_path: Path) -> None:
     assert len(data.validation)
 
 
-def test_a_soft_prompt_needs_sequences_of_one_conversation(tmp_path: Path) -> None:
-    data = jsonl(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(UserError, match=r"'soft-prompt' stands before a sequence, not before each.*give --no-packing"):
-        config_of(data, adapter="soft-prompt")
-    config_of(data, adapter="soft-prompt", packing=False)
-
-
 def trained(out: Path, *flags: str) -> Run:
     assert train.main([*flags, "--out", str(out)]) == 0
     return Run.open(out)
 
 
-@pytest.mark.parametrize("adapter", [[], ["--adapter", "lora"], ["--adapter", "soft-prompt", "--no-packing"]], ids=str)
+@pytest.mark.parametrize("adapter", [[], ["--adapter", "lora"], ["--adapter", "soft-prompt"]], ids=str)
 def test_a_fine_tune_learns_to_answer_and_holds_a_conversation(
     adapter: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,7 +282,7 @@ def test_a_model_that_has_learned_to_answer_ends_its_answers(
     assert capsys.readouterr().out == "yes\n"
     assert evaluate.main([str(run.path), "--out", str(tmp_path / "answers.jsonl")]) == 0
     said = capsys.readouterr().out
-    assert "questions  8\n" in said
+    assert "answers    to 8 questions, by greedy decoding\n" in said
     assert "exact match 100.0% (95% interval 67.6% to 100.0%)\n" in said
     assert "token F1 100.0% (95% interval 100.0% to 100.0%)\n" in said
     written = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
@@ -301,18 +295,11 @@ def test_questions_are_those_before_whole_answers_and_answers_have_no_end(tmp_pa
     flags = ["gpt-nano", *TINY, "--objective", "instruct", "--data", str(data), "--validation-data", str(data)]
     run = trained(tmp_path / "run", *flags, "--validation-fraction", "0", "--steps", "1")
     template: Any = run.chat_template
-    asked = held_out(run)
+    asked = questions_of(HeldOutData.of_run(run))
     assert [each.reference for each in asked] == ["3", "7"]
     prompts = [template.encode_prompt([Message(**each) for each in TALK[:end]], run.tokenizer) for end in (2, 4)]
     assert [each.prompt for each in asked] == prompts
     assert [each.length for each in asked] == [2, 2]
-
-
-def test_a_run_without_conversations_has_no_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "text.txt").write_text("".join(f"{i} is a number.\n" for i in range(200)))
-    run = trained(tmp_path / "run", "gpt-nano", *TINY, "--data", str(tmp_path / "text.txt"), "--steps", "1")
-    assert evaluate.main([str(run.path)]) == 2
-    assert "has learned no conversations: give a run that was trained with instruct" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitransformer.commands import export, sample
+from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained.checkpoint import load
@@ -154,3 +155,17 @@ def test_what_ours_cannot_hold_is_refused_in_one_sentence(folder: Path, here: Pa
     save_file({"base_model.model.other.lora_A.weight": torch.ones(1, 1)}, here / "theirs/adapter_model.safetensors")
     assert "no matrix of the base" in refused(capsys, "theirs", "--base", "base", "--out", "x", main=importing.main)
     assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"topology": "encoder-classifier", "num_classes": 2, "adapter": "lora"}, "the head that was trained beside"),
+        ({"topology": "encoder", "adapter": "soft-prompt"}, "soft prompt of topology 'encoder', only of a decoder"),
+    ],
+)
+def test_what_a_folder_cannot_hold_is_refused(choices: dict[str, Any], words: str, tmp_path: Path) -> None:
+    model = build_model(with_settings(ModelConfig(), {"d_model": 16, "num_layers": 1, "vocab_size": 11, **choices}))
+    with pytest.raises(UserError, match=words):
+        save_adapter(model, tmp_path / "out", "bert", "base")
+    assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ from torch import Tensor
 from minitransformer import files
 from minitransformer.errors import UserError
 from minitransformer.models.adapters import Adapter, LoRA, SoftPrompt
+from minitransformer.models.adapters.base import of_new_head
 from minitransformer.models.adapters.lora import LoRALinear
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model
@@ -42,6 +43,8 @@ def save_adapter(model: Model, folder: Path, family: str, base: str) -> None:
     """
     if folder.exists():
         raise UserError(f"{folder} already exists: choose another folder")
+    if of_new_head(model):
+        raise UserError("the head that was trained beside the adapter has no place in its folder: merge the run")
     if model.config.adapter.variant is SoftPrompt:
         tensors, about = _prompt_tuning(model)
     elif model.config.adapter.variant is LoRA:
@@ -122,6 +125,8 @@ def _lora_config(settings: LoRA.Settings, ranks: Mapping[str, int], transposed: 
 
 def _prompt_tuning(model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config, embedding = model.config, dict(model.named_parameters())
+    if config.topology != "decoder":
+        raise UserError(f"there is no folder for the soft prompt of topology {config.topology!r}, only of a decoder")
     if config.scaled_embeddings:
         raise UserError("scaled_embeddings would scale peft's prompt too: there is no folder for this soft prompt")
     about = {

@@ -8,17 +8,18 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.conversation import ChatFormat
 from minitransformer.generation.streaming import texts_in_batches
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.model import Model
+from minitransformer.runs.evaluating import HeldOutData
 from minitransformer.runs.open import Run
 from minitransformer.text.datasets.conversation_preparation import PreparedConversations
+from minitransformer.text.token_files import TokenPairs
 
 
-class HeldOut(NamedTuple):
+class Question(NamedTuple):
     """The ids before an answer, the number of its ids, and its text."""
 
     prompt: list[int]
@@ -26,20 +27,17 @@ class HeldOut(NamedTuple):
     reference: str
 
 
-def held_out(run: Run) -> list[HeldOut]:
-    """Every whole answer in the validation conversations of `run`; raises `UserError` if it has none."""
-    prepared = run.config.prepare(run.tokenizers)
+def questions_of(data: HeldOutData) -> list[Question]:
+    """Every whole answer in `data`, if it has conversations."""
+    prepared, split = data.prepared, data.split
     if not isinstance(prepared, PreparedConversations):
-        raise UserError(f"{run.path} has learned no conversations: give a run that was trained with instruct")
-    found = [each for number in range(len(prepared.validation)) for each in _answers(prepared, number)]
-    if not found:
-        raise UserError(f"{run.path} has no answers in its validation data: train it with some, or with validation")
-    return found
+        return []
+    numbers = range(len(prepared.conversations(split)))
+    return [each for number in numbers for each in _answers(prepared, prepared.conversations(split), number)]
 
 
-def _answers(prepared: PreparedConversations, number: int) -> Iterator[HeldOut]:
-    ids = prepared.validation.sources[number].astype(np.int64)
-    flags = prepared.validation.targets[number].astype(np.int64)
+def _answers(prepared: PreparedConversations, pairs: TokenPairs, number: int) -> Iterator[Question]:
+    ids, flags = pairs.sources[number].astype(np.int64), pairs.targets[number].astype(np.int64)
     tokenizer, end_of_turn = prepared.tokenizer, prepared.template.end_of_turn or ""
     edges = np.flatnonzero(np.diff(flags, prepend=0, append=0)).tolist()
     ends = set(prepared.template.end_ids(tokenizer))
@@ -48,10 +46,10 @@ def _answers(prepared: PreparedConversations, number: int) -> Iterator[HeldOut]:
         # A text without a question has nothing but a first token before it; a cut answer has no end.
         is_whole = int(ids[end - 1]) in ends or answer.endswith(end_of_turn)
         if place % 2 == 0 and is_whole and begin > len(tokenizer.framing.prefix or (tokenizer.end_of_text,)):
-            yield HeldOut(ids[:begin].tolist(), end - begin, answer.removesuffix(end_of_turn))
+            yield Question(ids[:begin].tolist(), end - begin, answer.removesuffix(end_of_turn))
 
 
-def generate_held_out(run: Run, model: Model, asked: Sequence[HeldOut], batch_size: int) -> Iterator[str]:
+def answers_to(run: Run, model: Model, asked: Sequence[Question], batch_size: int) -> Iterator[str]:
     """What `model` answers to each prompt by greedy decoding, in as many tokens as the longest reference and as fit."""
     template: Any = run.chat_template
     decoder, chat = cast(DecoderLM, model), ChatFormat(template, run.tokenizer)

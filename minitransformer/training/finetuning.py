@@ -98,14 +98,9 @@ def starting_model(config: RunConfig, parent: Model) -> Model:
 
 def check_fits(parent: ModelConfig, model: ModelConfig) -> None:
     """Raises `UserError` unless `model`, but for an adapter, can load the weights of `parent` and computes the same."""
-    adapter, parent, model = model.adapter.name, parent.base, model.base
+    parent, model = parent.base, model.base
     before, after = flat(parent), flat(model)
     new_head = parent.topology in Classify.classifier_of and model.topology == Classify.classifier_of[parent.topology]
-    if new_head and adapter != "none":
-        raise UserError(
-            f"adapter {adapter!r} stands on a base as it is, and the base has no head of topology {model.topology!r}: "
-            "train one without --adapter first"
-        )
     for name in before | after:
         old, new = before.get(name), after.get(name)
         if old == new or name in WEIGHTLESS or (new_head and name in OF_HEAD):

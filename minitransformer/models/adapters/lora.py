@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minitransformer.architecture.dropout import Dropout
 from minitransformer.architecture.embeddings import LMHead
 from minitransformer.errors import UserError
-from minitransformer.models.adapters.base import Adapter, M, frozen, name_pattern
+from minitransformer.models.adapters.base import Adapter, M, frozen, name_pattern, of_new_head
 from minitransformer.models.surgery import copied, is_linear_map
 from minitransformer.settings import setting
 
@@ -47,7 +47,9 @@ class LoRA(Adapter, name="lora"):
         self.also_train = name_pattern(settings.also_train or "", "lora_also_train")
 
     def applied(self, model: M) -> M:
-        maps = {name for name, module in model.named_modules() if is_linear_map(module) if not is_head(module)}
+        trained = {id(weight) for weight in of_new_head(model)}
+        modules = ((name, module) for name, module in model.named_modules() if is_linear_map(module))
+        maps = {name for name, each in modules if not is_head(each) and id(each.weight) not in trained}
         chosen = {name for name in maps if self.pattern.fullmatch(name)}
         if not chosen:
             some = ", ".join(sorted(maps)[:3])
@@ -65,7 +67,8 @@ class LoRA(Adapter, name="lora"):
         adapted = copied(frozen(model), replace)
         self._check_names(adapted)
         for name, parameter in adapted.named_parameters():
-            parameter.requires_grad_(".lora." in name or bool(self.also_train.fullmatch(name)))
+            if self.also_train.fullmatch(name):
+                parameter.requires_grad_(True)
         return adapted
 
     def _check_names(self, model: nn.Module) -> None:

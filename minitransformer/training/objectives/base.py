@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from minitransformer.models.config import ModelConfig
 from minitransformer.registry import Registered
-from minitransformer.settings import Chosen
 from minitransformer.text.batches import Batch, TrainingBatch
 from minitransformer.text.datasets import Dataset, PreparedData
 from minitransformer.text.tokenizers import Tokenizer
@@ -66,10 +65,6 @@ class Objective(Registered, kind="objective"):
 
     def __init__(self, settings: Any, tokenizer: Tokenizer, model: ModelConfig, sequence_length: int) -> None:
         self.settings, self.tokenizer, self.model, self.sequence_length = settings, tokenizer, model, sequence_length
-
-    @classmethod
-    def check(cls, model: ModelConfig, dataset: Chosen[Dataset]) -> None:
-        """Raises `UserError` for a model and settings of its data that do not go together."""
 
     @property
     def window(self) -> int:

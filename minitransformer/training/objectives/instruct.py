@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minitransformer.errors import UserError
-from minitransformer.models.config import ModelConfig
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.chat_template import ChatTemplate
 from minitransformer.text.datasets import Conversations, PreparedData
@@ -31,15 +29,6 @@ class Instruct(Objective, name="instruct"):
     special_tokens = ChatTemplate.control_tokens
     predicts_text = False
 
-    @classmethod
-    def check(cls, model: ModelConfig, dataset: Any) -> None:
-        """Raises `UserError` if an adapter stands before each row, which would hold several conversations."""
-        if dataset.settings.packing and model.text_length < model.context_length:
-            raise UserError(
-                f"adapter {model.adapter.name!r} stands before a sequence, not before each conversation in it: "
-                "give --no-packing"
-            )
-
     def loss_sum(self, model: nn.Module, batch: PackedBatch) -> Tensor:
         loss: Tensor = self._output(model, batch, summed_loss)
         return loss
@@ -50,10 +39,7 @@ class Instruct(Objective, name="instruct"):
         return Score(nats, right.sum(), exact_answers(right, batch))
 
     def _output(self, model: Any, batch: PackedBatch, measure: Any) -> Any:
-        # A prompt of virtual tokens takes no documents, and needs none: each row has one.
-        alone = self.model.text_length < self.model.context_length
-        given = {} if alone else {"documents": batch.documents}
-        return model(batch.inputs, readout=partial(measure, targets=batch.targets), **given)
+        return model(batch.inputs, readout=partial(measure, targets=batch.targets), documents=batch.documents)
 
     def examples(self, data: PreparedData, batch: PackedBatch, count: int) -> list[list[int]]:
         """The prompts of the first answers: conversations up to where the first one begins."""
