@@ -18,7 +18,7 @@ MOST_NUMBERS = 1 << 22
 """of resampled counts in memory at a time"""
 
 
-def wilson_interval(correct: int, count: int) -> Bounds:
+def wilson_interval(correct: float, count: int) -> Bounds:
     """The score interval of a fraction. Wilson 1927, "Probable inference, the law of succession"."""
     fraction, z2 = correct / count, Z * Z / count
     middle, half = fraction + z2 / 2, Z * math.sqrt(fraction * (1 - fraction) / count + z2 / (4 * count))
