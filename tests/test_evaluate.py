@@ -61,15 +61,27 @@ def test_the_loss_of_other_text_is_that_of_all_of_its_tokens_by_hand(language_mo
 
 
 @pytest.mark.unchecked_shapes
-def test_a_classifier_and_a_translator_are_evaluated_on_files(here: Path) -> None:
+def test_a_classifier_and_a_translator_are_evaluated_on_files(here: Path, capsys: Any) -> None:
     rows = [f"text {number} is {'odd' if number % 2 else 'even'}" for number in range(40)]
     (here / "labels.tsv").write_text("text\tlabel\n" + "".join(f"{row}\t{row.split()[-1]}\n" for row in rows))
     classifier = trained(here / "classes", "bert-mini", "--objective", "classify", "--data", "labels.tsv")
-    assert 0 <= evaluated(classifier, "--data", "labels.tsv")["metrics"]["accuracy_low"] <= 1
+    found = evaluated(classifier, "--data", "labels.tsv", "--out", "classes.jsonl")
+    rows = [json.loads(line) for line in (here / "classes.jsonl").read_text().splitlines()]
+    right = sum(row["label"] == row["predicted"] for row in rows)
+    assert found["metrics"]["accuracy"] == right / len(rows) == right / 40
+    assert sum(map(sum, found["classes"]["confusion"])) == 40
+    assert "class  precision" in capsys.readouterr().out
     (here / "a.txt").write_text("one two\nthree\n" * 20)
     (here / "b.txt").write_text("eins zwei\ndrei\n" * 20)
     translator = trained(here / "pairs", "transformer-mini", "--data", "a.txt", "--target-data", "b.txt")
-    assert evaluated(translator, "--data", "a.txt", "--target-data", "b.txt")["metrics"]["validation_loss"] > 0
+    flags = ["--data", "a.txt", "--target-data", "b.txt"]
+    found = evaluated(translator, *flags, "--num-beams", "2", "--out", "outputs.jsonl")
+    assert found["metrics"]["validation_loss"] > 0
+    assert found["outputs"]["num_beams"] == 2
+    rows = [json.loads(line) for line in (here / "outputs.jsonl").read_text().splitlines()]
+    assert {(row["source"], row["reference"]) for row in rows} == {("one two", "eins zwei"), ("three", "drei")}
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("outputs")]
+    assert line == "outputs    for 40 sources, by 2 beams"
 
 
 @pytest.mark.unchecked_shapes
@@ -80,7 +92,8 @@ def test_a_classifier_and_a_translator_are_evaluated_on_files(here: Path) -> Non
         (["--json", "my.txt"], "my.txt already exists: choose another --json"),
         (["--target-data", "my.txt"], "give --data too, or leave it out"),
         (["--data", "my.txt", "--target-data", "my.txt"], "target_data is for pairs, and the data of the run is text"),
-        (["--out", "answers.jsonl"], "has no questions in its data: leave --out out"),
+        (["--out", "answers.jsonl"], "no answers, translations or classes in this data to write: leave --out out"),
+        (["--num-beams", "2"], "--num-beams has no effect on data without questions: leave it out"),
         (["--data", "no.txt"], "no file, folder or recipe 'no.txt'"),
     ],
 )

@@ -12,24 +12,20 @@ import tyro
 
 from minitransformer import files
 from minitransformer.commands import DONE, choice_report, parse, with_exit_code
+from minitransformer.commands.prediction_report import Wanted, predict_all, titled_lines
 from minitransformer.errors import UserError
-from minitransformer.evaluation.answers import answer_totals
-from minitransformer.evaluation.metrics import described_values, intervals_of, values_of
-from minitransformer.models.model import Model
+from minitransformer.evaluation.metrics import described_values
 from minitransformer.runs import Run
-from minitransformer.runs.answering import answers_to, questions_of
 from minitransformer.runs.choosing import ChoiceScorer
 from minitransformer.runs.evaluating import HeldOutData
 from minitransformer.text.corpora import named
 from minitransformer.training.machine import choose_device
-from minitransformer.training.validation import Validation
 
 ABOUT = (
-    "Evaluate a model on the validation data of its run, or on all of other data of the same kind. A model that has "
-    "learned conversations answers the questions there, too, by greedy decoding. With --choices, a model chooses the "
-    "likeliest candidate of each item. Intervals have 95% confidence."
+    "Evaluate a model on the validation data of its run, or on all of other data of the same kind: the metrics of its "
+    "objective, exact match and F1 of the answers that it writes, BLEU and chrF of translations, and figures for each "
+    "class. With --choices, a model chooses the likeliest candidate of each item. Intervals have 95% confidence."
 )
-USUAL_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -45,9 +41,11 @@ class Options:
     json: Path | None = None
     """new .json file with the results; None writes none"""
     out: Path | None = None
-    """new .jsonl file with the reference and the answer to each question, or the scores of items; None writes none"""
+    """new .jsonl file with what the model predicts for each text, beside what stands there; None writes none"""
     batch_size: int | None = None
     """number of questions to answer at a time; None is 16"""
+    num_beams: int | None = None
+    """number of beams for translations; None is 5"""
     choices: bool = False
     """score candidates by their likelihood: .jsonl rows with a question, choices and an answer, or minimal pairs with a
     sentence_good and a sentence_bad, as BLiMP has them"""
@@ -66,8 +64,9 @@ class Options:
     """auto, cpu, cuda or mps"""
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"batch_size is {self.batch_size}: it must be at least 1")
+        for name, number in (("batch_size", self.batch_size), ("num_beams", self.num_beams)):
+            if number is not None and number < 1:
+                raise UserError(f"{name} is {number}: it must be at least 1")
         for name, path in (("out", self.out), ("json", self.json)):
             if path is not None and path.exists():
                 raise UserError(f"{path} already exists: choose another --{name}")
@@ -84,9 +83,9 @@ class Options:
             return
         if not self.data:
             raise UserError("--choices needs items: name their .jsonl files with --data")
-        if self.batch_size is not None or self.target_data is not None:
-            name = "target-data" if self.batch_size is None else "batch-size"
-            raise UserError(f"--{name} has no effect on --choices: leave it out")
+        for name in ("batch_size", "num_beams", "target_data"):
+            if getattr(self, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} has no effect on --choices: leave it out")
         if self.shots < 0:
             raise UserError(f"shots is {self.shots}: it must be at least 0")
         if not self.shots and (self.seed or self.examples):
@@ -114,9 +113,13 @@ def _evaluated(run: Run, about: dict[str, str], options: Options) -> dict[str, A
     model = run.load_model(options.checkpoint, str(device))
     _tell_what(about)
     validation = data.evaluate(model, device)
-    _tell("read", f"{validation.tokens:,} tokens", validation)
-    answered = _answered(model, data, options)
-    return {"metrics": validation.record(), **({"answers": answered.record()} if answered else {})}
+    of_each = described_values(validation.values, validation.intervals)
+    print(*titled_lines("read", f"{validation.tokens:,} tokens", of_each), sep="\n")
+    found = predict_all(model, data, Wanted(options.batch_size, options.num_beams))
+    print(*found.lines, sep="\n", end="\n" if found.lines else "")
+    if options.out is not None:
+        found.write(options.out)
+    return {"metrics": validation.record(), **found.record}
 
 
 def _chosen(run: Run, about: dict[str, str], options: Options) -> dict[str, Any]:
@@ -144,27 +147,3 @@ def _chosen(run: Run, about: dict[str, str], options: Options) -> dict[str, Any]
 def _tell_what(about: dict[str, str]) -> None:
     print(f"model      {about['run']}, {about['checkpoint']}")
     print(f"data       {about['data']}")
-
-
-def _tell(title: str, of_what: str, validation: Validation) -> None:
-    print(f"{title:10} {of_what}")
-    for line in described_values(validation.values, validation.intervals):
-        print(f"{'':11}{line}")
-
-
-def _answered(model: Model, data: HeldOutData, options: Options) -> Validation | None:
-    """How well `model` answers the questions of conversations; None for other data."""
-    asked = questions_of(data)
-    if not asked:
-        if options.out is not None:
-            raise UserError(f"{options.run} has no questions in its data: leave --out out")
-        return None
-    answers = list(answers_to(data.run, model, asked, options.batch_size or USUAL_BATCH))
-    totals = answer_totals((answer, each.reference) for answer, each in zip(answers, asked, strict=True))
-    found = Validation(values_of(totals), sum(each.length for each in asked), intervals=intervals_of(totals))
-    _tell("answers", f"to {totals.texts:,} questions, by greedy decoding", found)
-    if options.out is not None:
-        rows = ({"reference": each.reference, "answer": text} for each, text in zip(asked, answers, strict=True))
-        with files.writing(options.out, "choose another --out"):
-            files.write_text(options.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return found
