@@ -13,6 +13,7 @@ COMMANDS = {
     "tokenize": "turn text into shards of tokens, for data larger than memory",
     "doctor": "say whether a training run would work, and what it needs, without training",
     "sample": "generate from the model of a run: continue, fill in masks, translate",
+    "evaluate": "compare the answers of a model to held-out questions with the right ones",
     "embed": "turn texts into vectors, by the model of a run or a public checkpoint",
     "look": "show attention, predictions and residual norms for a text, as an HTML page",
     "replay": "repeat the last step of a run that has diverged, and show where",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+from tests.shape_checks_for_tests import checked, unchecked
+
 # Before the first import of what it checks: from here on, every call must have the shapes that its signature says.
+jaxtyping.jaxtyped = checked
 install_import_hook(["minitransformer.architecture", "minitransformer.models"], "beartype.beartype")
 
 from minitransformer.generation.fast import recording  # noqa: E402
@@ -46,14 +50,11 @@ torch_random = TorchRandom()  # Hypothesis keeps a weak reference
 hypothesis.register_random(torch_random)
 
 
-@contextmanager
-def unchecked() -> Iterator[None]:
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", before)
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Python's collector need not go through the thousands of tests, and the modules, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

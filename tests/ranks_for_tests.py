@@ -47,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
         **{"objective": "classify", "topology": "decoder-classifier", "data": "labels.tsv", "batch_tokens": 90},
         **{"class_weights": "balanced", "eps": 1e-2},
     },
+    "answers": {"objective": "instruct", "data": "talks.jsonl", "context_length": 64, "batch_size": 3},
     "shards": {"data": "index.json", "batch_size": 5},
     "bf16": {"precision": "bf16"},
     "recomputed": {"activation_checkpointing": True, "num_experts": 4, "optimizer": "muon"},
@@ -99,6 +100,8 @@ def write_texts(folder: Path) -> None:
     (folder / "index.json").write_text('{"shards": ["text.txt", {"path": "a.txt"}], "validation": ["b.txt"]}')
     rows = "".join(f"{i} is a number\t{'odd' if i % 2 else 'even' if i % 3 else 'six'}\n" for i in range(200))
     (folder / "labels.tsv").write_text("text\tlabel\n" + rows)
+    talks = ({"prompt": f"{i} times {i % 7}?", "completion": str(i * (i % 7))} for i in range(200))
+    (folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
     (folder / "pairs.tsv").write_text("".join(f"{i} times {i % 7}\t{i * (i % 7)}\n" for i in range(200)))
 
 

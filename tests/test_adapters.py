@@ -1,4 +1,4 @@
-"""Adapters: the base stays as it is, an adapter alone is trained and saved, and what is merged computes the same."""
+"""Runs that train an adapter: the base stays as it is, the adapter alone is saved, and merged or switched by name."""
 
 from __future__ import annotations
 
@@ -9,127 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from minitransformer.commands import doctor, merge, sample, sweep
 from minitransformer.commands.train import main
-from minitransformer.errors import UserError
-from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, build_in_parts, build_model, count_trained, merged
+from minitransformer.models.adapters.lora import is_head
+from minitransformer.models.int8 import dequantise_rows, quantise_rows
+from minitransformer.models.model import build_model
+from minitransformer.models.surgery import is_linear_map
 from minitransformer.runs import Run
-from minitransformer.settings import with_settings
 from minitransformer.training.weights import load_model_weights, stored_tensors, unique_tensors
 from tests.runs_for_tests import SMALL, TEXT, assert_same_weights, metrics, refused, saved_weights
 
-SIZES: dict[str, Any] = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context_length": 16, "vocab_size": 11}
-KINDS: list[dict[str, Any]] = [
-    {},
-    {"bias": True, "num_kv_heads": 2, "tied_embeddings": False, "feedforward": "swiglu"},
-    {"num_experts": 3, "positions": "learned"},
-    {"topology": "encoder", "head": "transformed", "residual": "post"},
-    {"topology": "encoder-decoder", "positions": "t5", "embedding_dim": 8},
-]
-PATTERNS = (".*", r".*(query|value)", r".*blocks\.0\..*")
-
-
-def lora(**choices: Any) -> ModelConfig:
-    return with_settings(ModelConfig(), {**SIZES, "adapter": "lora", **choices})
-
-
-def drawn(config: ModelConfig) -> Model:
-    """A model of which no weight is 0 and the adapter matters."""
-    model = build_model(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def logits(model: Model) -> torch.Tensor:
-    tokens = torch.randint(11, (3, 9), generator=torch.Generator().manual_seed(0))
-    inputs = (tokens, tokens) if model.config.topology == "encoder-decoder" else (tokens,)
-    with torch.no_grad():
-        return model(*inputs)
-
-
-@given(st.sampled_from(KINDS), st.sampled_from(PATTERNS), st.integers(1, 5), st.floats(0.5, 64))
-def test_a_merged_adapter_computes_what_it_computed_unmerged(
-    choices: dict[str, Any], pattern: str, rank: int, alpha: float
-) -> None:
-    model = drawn(lora(lora_pattern=pattern, lora_rank=rank, lora_alpha=alpha, lora_dropout=0.3, **choices)).double()
-    unmerged = logits(model)
-    base = build_model(model.config.base)
-    base.load_state_dict({name: t for name, t in model.state_dict().items() if ".lora." not in name})
-    base = base.double().eval()
-    assert (logits(base) - unmerged).abs().max() > 1e-3
-    plain = merged(model)
-    assert plain.state_dict().keys() == base.state_dict().keys()
-    assert [type(module) for module in plain.modules()] == [type(module) for module in base.modules()]
-    assert (logits(plain) - unmerged).abs().max() <= 1e-9 * unmerged.std()
-    assert plain.config == model.config.base
-
-
-@pytest.mark.parametrize("choices", KINDS, ids=str)
-def test_an_adapter_that_is_zero_changes_no_bit(choices: dict[str, Any]) -> None:
-    torch.manual_seed(1)
-    model = build_model(lora(**choices)).eval()
-    base = build_model(model.config.base)
-    base.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if ".lora." not in name})
-    assert torch.equal(logits(model), logits(base.eval()))
-    assert_same_weights(merged(model).state_dict(), base.state_dict())
-
-
-def test_only_the_adapter_is_trained_and_counted() -> None:
-    config = lora(lora_pattern=".*query", lora_rank=3)
-    trained = {name for name, parameter in build_model(config).named_parameters() if parameter.requires_grad}
-    assert trained == {f"stack.blocks.{i}.attention.query.lora.{which}" for i in (0, 1) for which in "ab"}
-    assert count_trained(config) == 2 * 3 * (16 + 16)
-    assert count_trained(config.base) == build_model(config.base).num_parameters()
-
-
-def test_other_weights_are_trained_as_well_if_their_names_match() -> None:
-    model = build_model(lora(lora_pattern=".*query", lora_also_train=r"stack\.final_norm\..*|head.*", bias=True))
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora" not in name}
-    assert names
-    assert all(name.startswith(("stack.final_norm.", "head")) for name in names)
-
-
-@pytest.mark.parametrize("choices", KINDS, ids=str)
-def test_an_adapted_model_built_in_parts_is_that_built_at_once(choices: dict[str, Any]) -> None:
-    states = []
-    for build in (build_model, lambda config: build_in_parts(config, lambda module: None)):
-        torch.manual_seed(3)
-        states.append(list(build(lora(**choices)).named_parameters()))
-    for (name, one), (other_name, other) in zip(*states, strict=True):
-        assert name == other_name
-        assert torch.equal(one, other)
-        assert one.requires_grad == other.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("choices", "words"),
-    [
-        (
-            {"lora_pattern": "atention.*"},
-            ["lora_pattern 'atention.*'", "no linear map", "stack.blocks.0.attention.key"],
-        ),
-        ({"lora_pattern": "head"}, ["'head'", "no linear map"]),
-        ({"lora_pattern": "("}, ["lora_pattern", "'('", "no regular expression"]),
-        ({"lora_also_train": "classifier"}, ["lora_also_train 'classifier'", "no weight"]),
-    ],
-)
-def test_a_pattern_that_matches_nothing_is_refused_in_one_sentence(choices: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(UserError) as caught:
-        build_model(lora(**choices))
-    assert all(word in str(caught.value) for word in words), str(caught.value)
-
-
-# --- runs
+FORMATS = ("fp32", "int8")
 
 
 FLAGS = ["--data", "my.txt", "--device", "cpu", "--compile", "off", "--precision", "fp32", "--save-every", "2"]
 LORA = ["--adapter", "lora", "--lora-rank", "2", "--lora-dropout", "0.2", *FLAGS]
+IN_8_BITS = ["--lora-base-weights", "int8"]
 
 
 @pytest.fixture
@@ -145,8 +41,11 @@ def tuned(*arguments: str, parent: str = "base", out: str = "tuned", steps: int 
 
 
 @pytest.mark.unchecked_shapes
-def test_a_checkpoint_holds_the_adapter_alone_and_opens_as_a_plain_model(base: Path, here: Path, capsys: Any) -> None:
-    assert tuned() == 0
+@pytest.mark.parametrize("flags", [[], IN_8_BITS], ids=FORMATS)
+def test_a_checkpoint_holds_the_adapter_alone_and_opens_as_a_plain_model(
+    base: Path, here: Path, capsys: Any, flags: list[str]
+) -> None:
+    assert tuned(*flags) == 0
     assert "of which" in capsys.readouterr().out
     stored = saved_weights(here / "tuned")
     assert stored
@@ -160,14 +59,15 @@ def test_a_checkpoint_holds_the_adapter_alone_and_opens_as_a_plain_model(base: P
     assert changed == {name.replace(".lora.b", ".weight") for name in stored if name.endswith(".lora.b")}
     for name in changed:
         a, b = (stored[name.replace(".weight", f".lora.{which}")] for which in "ab")
-        torch.testing.assert_close(after[name], before[name] + 16 / 2 * b @ a)
+        below = dequantise_rows(*quantise_rows(before[name])) if flags else before[name]
+        torch.testing.assert_close(after[name], below + 16 / 2 * b @ a)
 
 
 @pytest.mark.unchecked_shapes
-def test_a_resumed_adapter_ends_with_the_bits_of_an_uninterrupted_one(base: Path, here: Path) -> None:
-    assert tuned(out="whole") == 0
-    assert tuned("--schedule", "constant", out="a", steps=4) == 0
-    assert tuned("--schedule", "constant", out="b", steps=2) == 0
+@pytest.mark.parametrize("flags", [[], IN_8_BITS], ids=FORMATS)
+def test_a_resumed_adapter_ends_with_the_bits_of_an_uninterrupted_one(base: Path, here: Path, flags: list[str]) -> None:
+    assert tuned("--schedule", "constant", *flags, out="a", steps=4) == 0
+    assert tuned("--schedule", "constant", *flags, out="b", steps=2) == 0
     assert main(["--resume", "b", "--steps", "4"]) == 0
     assert_same_weights(saved_weights(here / "a"), saved_weights(here / "b"))
     assert metrics(here / "a")[-1] == metrics(here / "b")[-1]
@@ -239,6 +139,7 @@ def test_an_adapter_learns_by_adamw_at_its_own_rate(base: Path, here: Path) -> N
         "alpha": 16.0,
         "dropout": 0.2,
         "also_train": None,
+        "base_weights": "fp32",
     }
 
 
@@ -262,13 +163,34 @@ def test_a_merged_run_stands_alone_and_writes_the_same_text(base: Path, here: Pa
 
 
 @pytest.mark.unchecked_shapes
+def test_checkpoints_are_merged_into_their_mean(base: Path, here: Path, capsys: Any) -> None:
+    assert main(["--init-from", "base", "--out", "tuned", "--steps", "4", "--keep-last", "3", *FLAGS]) == 0
+    assert merge.main(["tuned", "--average", "2", "--out", "mean"]) == 0
+    parts = [saved_weights(here / "tuned", f"step-00000{step}") for step in (2, 4)]
+    assert_same_weights(
+        {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}, saved_weights(here / "mean")
+    )
+    assert not torch.equal(parts[0]["embedding.table.weight"], parts[1]["embedding.table.weight"])
+    for flags, words in (
+        (["--average", "9"], "has 3 checkpoints, not 9: lower --average"),
+        (["--average", "1"], "average is 1: give at least 2"),
+        (["--average", "2", "--checkpoint", "latest"], "leave out --checkpoint"),
+    ):
+        assert words in refused(capsys, "tuned", "--out", "other", *flags, main=merge.main)
+
+
+@pytest.mark.unchecked_shapes
 def test_the_doctor_counts_the_gradients_of_an_adapter_and_asks_for_its_base(
     base: Path, here: Path, capsys: Any
 ) -> None:
-    assert doctor.main(["--init-from", "base", *LORA, "--json"]) == 0
+    assert doctor.main(["--init-from", "base", *LORA, *IN_8_BITS, "--json"]) == 0
     found = {each["topic"]: each for each in json.loads(capsys.readouterr().out)["findings"]}["parameters"]["figures"]
     assert found["gradient_bytes"] == 4 * 576
     assert found["optimizer_bytes"] < found["gradient_bytes"] * 3
+    model = Run.open(base).load_model()
+    maps = [part.weight.shape for part in model.modules() if is_linear_map(part) and not is_head(part)]
+    in_full = sum(tensor.nbytes for tensor in unique_tensors(model).values())
+    assert found["bytes"] == in_full + 4 * 576 - sum(3 * shape.numel() - 4 * shape[0] for shape in maps)
     grid = ["gpt-nano", *SMALL, "--data", "my.txt", "--set", "adapter=none,lora", "--out", "s"]
     assert "--init-from" in refused(capsys, *grid, main=sweep.main)
     assert doctor.main(["gpt-nano", *LORA, *SMALL]) == 1

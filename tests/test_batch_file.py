@@ -38,11 +38,18 @@ ROWS = [{"prompt": f"row {number} " + "é" * (number % 5), "id": number} for num
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, shake: Callable[[DecoderLM], DecoderLM]) -> Path:
-    """Runs with a decoder that converses, a translator, and a masked-language model."""
+    """Runs with a decoder that converses, a translator, a masked-language model and a classifier."""
     folder = tmp_path_factory.mktemp("batch")
-    for topology, objective in {"decoder": "causal", "encoder-decoder": "seq2seq", "encoder": "masked"}.items():
+    objectives = {
+        "decoder": "causal",
+        "encoder-decoder": "seq2seq",
+        "encoder": "masked",
+        "encoder-classifier": "classify",
+    }
+    for topology, objective in objectives.items():
         torch.manual_seed(5)
-        config = with_settings(ModelConfig(), {"topology": topology, **SIZES})
+        classes = {"num_classes": 3} if topology == "encoder-classifier" else {}
+        config = with_settings(ModelConfig(), {"topology": topology, **SIZES, **classes})
         write_run(folder / topology, [shake(build_model(config))], TOKENIZER, objective)
     (folder / "decoder" / "chat_template.jinja").write_text(CHATML.source)
     return folder
@@ -105,6 +112,16 @@ def test_sources_are_translated_as_on_the_command_line(call: Call, command: Any,
     files = ["--batch-file", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]
     assert call(sample, *greedy, *files)[0] == 0
     assert "".join(f"{row['output']}\n" for row in written(tmp_path / "out.jsonl")) == out
+
+
+def test_rows_are_classified_as_on_the_command_line(call: Call, command: Any, runs: Path, tmp_path: Path) -> None:
+    classifier = [str(runs / "encoder-classifier"), "--device", "cpu"]
+    _, out, _ = call(sample, *classifier, piped="\n".join(str(row["prompt"]) for row in ROWS).encode())
+    files = ["--batch-file", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    assert call(sample, *classifier, *files)[0] == 0
+    named = [row["output"] for row in written(tmp_path / "out.jsonl")]
+    assert named == [line.split()[0] for line in out.splitlines()]
+    assert len(set(named)) > 1
 
 
 @pytest.mark.parametrize("topology", ["decoder", "encoder-decoder"])

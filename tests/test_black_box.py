@@ -259,7 +259,7 @@ def test_the_command_says_where_in_words_and_in_json(here, capsys):
 @pytest.mark.parametrize("objective", sorted(Objective.registry))
 def test_every_objective_says_the_type_of_its_batches(objective):
     kind = Objective.registry[objective]
-    assert kind.batch_type.__name__ in ("Batch", "PairBatch", "MaskedBatch", "LabelBatch")
+    assert kind.batch_type.__name__ in ("Batch", "PairBatch", "MaskedBatch", "LabelBatch", "PackedBatch")
 
 
 nested = st.recursive(

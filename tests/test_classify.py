@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from minitransformer.commands import doctor, sample, train, verify_resume
+from minitransformer.commands import doctor, merge, sample, train, verify_resume
 from minitransformer.errors import UserError
 from minitransformer.evaluation.intervals import bootstrap_interval, macro_f1, wilson_interval
 from minitransformer.models.model import build_model
@@ -21,7 +21,7 @@ from minitransformer.text.datasets.label_preparation import PreparedLabels
 from minitransformer.text.labels import open_labels
 from minitransformer.training.config import RunConfig, with_vocabulary
 from minitransformer.training.loader import Loader
-from tests.runs_for_tests import configured
+from tests.runs_for_tests import assert_same_weights, configured, saved_weights
 
 TINY = ["--d-model", "16", "--num-layers", "1", "--num-heads", "2", "--context-length", "32", "--tokenizer", "bytes"]
 ROWS = [(f"{i} runs", "odd") if i % 2 else (f"dog {i}", "even") for i in range(80)]
@@ -196,3 +196,38 @@ def test_a_classifier_is_rehearsed_and_resumes_bit_for_bit(tmp_path: Path, capsy
     flags = ["bert-mini", *TINY, "--objective", "classify", "--data", str(as_tsv(tmp_path)), "--steps", "6"]
     assert doctor.main(flags) == 0
     assert verify_resume.main(flags) == 0
+
+
+@pytest.mark.parametrize(("preset", "objective"), [("bert-mini", "masked"), ("gpt-nano", "causal")])
+@pytest.mark.parametrize("adapter", ["lora", "soft-prompt"])
+def test_an_adapter_learns_with_a_new_head_and_both_are_stored_alone(
+    preset: str, objective: str, adapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("".join(f"{i} runs, dog {i}.\n" for i in range(200)))
+    parent, tuned, data = str(tmp_path / "parent"), str(tmp_path / "tuned"), str(as_tsv(tmp_path))
+    first = [preset, *TINY, "--objective", objective, "--data", str(tmp_path / "text.txt"), "--steps", "3"]
+    assert train.main([*first, "--out", parent]) == 0
+    start = ["--init-from", parent, "--objective", "classify", "--data", data, "--lr", "1e-1", "--adapter", adapter]
+    assert train.main([*start, "--steps", "6", "--save-every", "3", "--out", tuned]) == 0
+    run = Run.open(Path(tuned))
+    of_adapter = {"embedding.prompt"} if adapter == "soft-prompt" else set()
+    names = set(saved_weights(run.path))
+    assert {name for name in names if ".lora." not in name} == of_adapter | {
+        f"head.{map}.{weight}" for map in ("pool", "classify") for weight in ("weight", "bias")
+    }
+    before, after = Run.open(Path(parent)).load_model("best").state_dict(), run.load_model("latest").state_dict()
+    assert torch.equal(before["embedding.table.weight"], after["embedding.table.weight"])
+    parts = [*start, "--save-every", "3", "--schedule", "constant"]
+    assert train.main([*parts, "--steps", "6", "--out", str(tmp_path / "whole")]) == 0
+    assert train.main([*parts, "--steps", "3", "--out", str(tmp_path / "half")]) == 0
+    assert train.main(["--resume", str(tmp_path / "half"), "--steps", "6"]) == 0
+    assert_same_weights(saved_weights(tmp_path / "whole"), saved_weights(tmp_path / "half"))
+    capsys.readouterr()
+    assert sample.main([tuned, "--prompt", "dog 6"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] != []
+    merging = merge.main([tuned, "--out", str(tmp_path / "merged")])
+    if adapter == "soft-prompt":
+        assert merging == 2
+        return
+    assert merging == 0
+    assert sample.main([str(tmp_path / "merged"), "--prompt", "dog 6"]) == 0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from minitransformer.errors import UserError
 from minitransformer.plugins import load_plugin
 from minitransformer.text.cleaning.measures import measure_texts
-from minitransformer.text.cleaning.normalising import Normalisation
+from minitransformer.text.cleaning.normalising import TextNormalisation
 from minitransformer.text.cleaning.personal import PersonalData, find_personal_data, kinds_of_personal_data, masked
 from minitransformer.text.cleaning.quality import Judged, QualityRule
 from minitransformer.text.cleaning.scripts import SCRIPTS
@@ -30,7 +30,7 @@ def own_work_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
 def normalised(name: str, text: str) -> str:
     if name == "mojibake":
         pytest.importorskip("ftfy", reason="mojibake is mended by ftfy (extra `data`)")
-    return Normalisation.named(name)(None)(text)
+    return TextNormalisation.named(name)(None)(text)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_what_each_normalisation_does(name: str, text: str, expected: str) -> No
     assert normalised(name, text) == expected
 
 
-@pytest.mark.parametrize("name", sorted(Normalisation.registry))
+@pytest.mark.parametrize("name", sorted(TextNormalisation.registry))
 @given(text=st.text(max_size=40))
 def test_a_normalisation_changes_nothing_a_second_time(name: str, text: str) -> None:
     once = normalised(name, text)
@@ -60,7 +60,7 @@ def test_a_normalisation_changes_nothing_a_second_time(name: str, text: str) -> 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ftfy", None)
     with pytest.raises(UserError, match=r"needs ftfy, which is not installed: pip install"):
-        Normalisation.named("mojibake")(None)
+        TextNormalisation.named("mojibake")(None)
 
 
 # --- personal data
@@ -212,7 +212,7 @@ def test_a_script_that_is_not_known_is_one_sentence() -> None:
 
 
 PLUGIN = """
-from minitransformer.text.cleaning.normalising import Normalisation
+from minitransformer.text.cleaning.normalising import TextNormalisation
 from minitransformer.text.cleaning.personal import PersonalData
 from minitransformer.text.cleaning.quality import QualityRule
 
@@ -220,7 +220,7 @@ class NoShouting(QualityRule, name="no-shouting"):
     def refuses(self, document):
         return document.text.isupper()
 
-class Tabs(Normalisation, name="tabs"):
+class Tabs(TextNormalisation, name="tabs"):
     def __call__(self, text):
         return text.replace("\\t", " ")
 
@@ -236,7 +236,7 @@ class Badge(PersonalData, name="badge"):
 def test_a_file_adds_a_rule_a_normalisation_and_a_kind_of_personal_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for family in (QualityRule, Normalisation, PersonalData):
+    for family in (QualityRule, TextNormalisation, PersonalData):
         monkeypatch.setattr(family, "registry", dict(family.registry))
     monkeypatch.setattr("minitransformer.plugins._loaded", {})
     (tmp_path / "mine.py").write_text(PLUGIN)

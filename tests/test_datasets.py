@@ -19,9 +19,10 @@ from minitransformer.training.objectives import Objective
 from tests.runs_for_tests import configured
 
 LINES = "".join(f"Line {i} counts {i * i}.\n" for i in range(200))
+SHAPES = {"conversations": BatchShape(window=128, rows=4)}  # a row holds whole conversations
 SHAPE = BatchShape(window=16, rows=4)
-TOPOLOGIES = {"text": "decoder", "pairs": "encoder-decoder", "labels": "encoder-classifier"}
-OBJECTIVES = {"text": "causal", "pairs": "seq2seq", "labels": "classify"}
+TOPOLOGIES = {"text": "decoder", "pairs": "encoder-decoder", "labels": "encoder-classifier", "conversations": "decoder"}
+OBJECTIVES = {"text": "causal", "pairs": "seq2seq", "labels": "classify", "conversations": "instruct"}
 
 
 @pytest.fixture(autouse=True)
@@ -35,17 +36,25 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("labels.tsv", "other-labels.tsv"):
         rows = "".join(f"{name} {i}\t{'odd' if i % 2 else 'even'}\n" for i in range(60))
         (tmp_path / name).write_text("text\tlabel\n" + rows)
+    for name, count in (("talks.jsonl", 60), ("other-talks.jsonl", 20)):
+        rows = "".join(f'{{"prompt": "{name} {i}?", "completion": "{i}"}}\n' for i in range(count))
+        (tmp_path / name).write_text(rows)
     return tmp_path
 
 
 def files_of(kind: str) -> tuple[str, str]:
     of_kind = {"text": ("text", "other-text"), "pairs": ("pairs.tsv", "other-pairs.tsv")}
-    return {**of_kind, "labels": ("labels.tsv", "other-labels.tsv")}[kind]
+    of_kind |= {"labels": ("labels.tsv", "other-labels.tsv"), "conversations": ("talks.jsonl", "other-talks.jsonl")}
+    return of_kind[kind]
+
+
+def context_of(kind: str) -> int:
+    return 128 if kind == "conversations" else 32
 
 
 def config_of(kind: str, **changes: Any) -> RunConfig:
     chosen = {"topology": TOPOLOGIES[kind], "objective": OBJECTIVES[kind], "data": files_of(kind)[0]}
-    return configured(**{**chosen, "vocab_size": None, "context_length": 32, **changes})
+    return configured(**{**chosen, "vocab_size": None, "context_length": context_of(kind), **changes})
 
 
 def texts_in(data: PreparedData, split: str) -> str:
@@ -55,17 +64,19 @@ def texts_in(data: PreparedData, split: str) -> str:
 @pytest.mark.parametrize("kind", sorted(Dataset.registry))
 def test_files_for_validation_are_all_of_it_whatever_the_data(kind: str) -> None:
     data = config_of(kind, validation_data=files_of(kind)[1]).prepare()
-    alone = Dataset.choose(kind).make().prepare_whole(DataRequest(files_of(kind)[1], Bytes.choose(), 32))
+    special = Objective.named(OBJECTIVES[kind]).special_tokens
+    request = DataRequest(files_of(kind)[1], Bytes.choose(), context_of(kind), special_tokens=special)
+    alone = Dataset.choose(kind).make().prepare_whole(request)
     assert texts_in(data, "validation") == texts_in(alone, "train")
     assert texts_in(data, "train") == texts_in(config_of(kind, validation_fraction=0.0).prepare(), "train")
 
 
 @pytest.mark.parametrize("kind", sorted(Dataset.registry))
 def test_a_whole_file_is_one_split_of_which_every_target_comes_once(kind: str) -> None:
-    request = DataRequest(files_of(kind)[0], Bytes.choose(), 32, tokenizers=[Bytes()])
+    request = DataRequest(files_of(kind)[0], Bytes.choose(), context_of(kind), tokenizers=[Bytes()])
     data = Dataset.choose(kind).make().prepare_whole(request)
     assert data.num_tokens("validation") == 0
-    batches = list(data.ordered_batches("train", SHAPE))
+    batches = list(data.ordered_batches("train", SHAPES.get(kind, SHAPE)))
     targets = torch.cat([batch.targets[batch.targets != IGNORE] for batch in batches])
     ordinary = sorted(targets[targets < 256].tolist())
     assert ordinary == sorted(token for token in data.targets("train").tolist() if token < 256)
@@ -77,7 +88,7 @@ def test_a_step_is_a_function_of_seed_and_number_alone(kind: str) -> None:
     data, other = config_of(kind).prepare(), config_of(kind).prepare()
 
     def step(data: PreparedData, seed: int, number: int) -> torch.Tensor:
-        return data.shuffled_batches(SHAPE, seed, number, lambda batch: batch)[0].targets
+        return data.shuffled_batches(SHAPES.get(kind, SHAPE), seed, number, lambda batch: batch)[0].targets
 
     step(data, 0, 9)
     assert torch.equal(step(data, 0, 3), step(other, 0, 3))

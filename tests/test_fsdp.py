@@ -17,7 +17,7 @@ from minitransformer.architecture.block import Block
 from minitransformer.architecture.init import Initialisation
 from minitransformer.commands.train import main as train_main
 from minitransformer.errors import UserError
-from minitransformer.models.adapters import SoftPrompt
+from minitransformer.models.adapters import LoRA, SoftPrompt
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_in_parts, build_model
 from minitransformer.runs.begin import check_possible
@@ -29,6 +29,7 @@ from tests.placements_for_tests import EVERY_PLACEMENT
 from tests.ranks_for_tests import config_of, learner_of, on_ranks, write_texts
 from tests.runs_for_tests import SMALL, metrics
 from tests.shards_for_tests import one_rank
+from tests.shared_for_tests import measured_once
 
 pytestmark = pytest.mark.unchecked_shapes
 SIZES: dict[str, Any] = {"d_model": 8, "num_layers": 2, "num_heads": 2, "context_length": 16, "vocab_size": 11}
@@ -41,6 +42,7 @@ KINDS: list[dict[str, Any]] = [
     {"topology": "encoder-decoder", "positions": "t5", "embedding_dim": 4},
     {"topology": "rnn", "target_vocab_size": 13},
     {"adapter": "lora", "bias": True},
+    {"adapter": LoRA.choose(base_weights="int8")},
     {"adapter": SoftPrompt.choose(tokens=3), "positions": "learned"},
 ]
 
@@ -233,14 +235,17 @@ def test_a_recurrent_model_has_no_blocks_to_recompute(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def collectives(tmp_path_factory: Any) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("collectives")
-    write_texts(folder)
-    counts = {"alone": 1, "ddp": 2, "fsdp": 2}
-    module = "tests.collectives_for_tests"
-    return {
-        name: on_ranks(count, folder, parallel="ddp" if name == "alone" else name, module=module)
-        for name, count in counts.items()
-    }
+    def measure(folder: Path) -> dict[str, Any]:
+        write_texts(folder)
+        counts = {"alone": 1, "ddp": 2, "fsdp": 2}
+        module = "tests.collectives_for_tests"
+        return {
+            name: on_ranks(count, folder, parallel="ddp" if name == "alone" else name, module=module)
+            for name, count in counts.items()
+        }
+
+    measured: dict[str, Any] = measured_once(tmp_path_factory, "collectives", measure)
+    return measured
 
 
 @pytest.mark.slow
@@ -320,7 +325,15 @@ def test_what_divides_a_run_is_refused_without_torchrun(here: Path, capsys: Any)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("parallel", "flags"), [("fsdp", []), ("ddp", ["--adapter", "lora"]), ("fsdp", ["--adapter", "lora"])], ids=str
+    ("parallel", "flags"),
+    [
+        ("fsdp", []),
+        ("ddp", ["--adapter", "lora"]),
+        ("fsdp", ["--adapter", "lora"]),
+        ("ddp", ["--adapter", "lora", "--lora-base-weights", "int8"]),
+        ("fsdp", ["--adapter", "lora", "--lora-base-weights", "int8"]),
+    ],
+    ids=str,
 )
 def test_ranks_start_from_the_weights_of_another_run(here: Path, capsys: Any, parallel: str, flags: list[str]) -> None:
     assert train_main(["--data", "my.txt", "--steps", "4", "--out", "first", *SMALL]) == 0

@@ -40,7 +40,7 @@ ROOMS = {
     "training": {*MODEL, "evaluation"},
     "generation": {*MODEL},
     "pretrained": {*MODEL},
-    "runs": {*MODEL, "training", "generation", "pretrained", "diagnostics"},
+    "runs": {*MODEL, "evaluation", "training", "generation", "pretrained", "diagnostics"},
     "reporting": set(),
     "diagnostics": {*MODEL, "training"},
     "tasks": {"runs"},

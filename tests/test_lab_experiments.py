@@ -65,6 +65,7 @@ def test_no_mean_over_two_seeds_contradicts_what_must_hold(kind, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize(("kind", "seeds"), DECIDING.items())
 def test_what_must_hold_is_borne_out_by_the_intervals_of_enough_seeds(kind, seeds):
     experiment = reduced(kind, seeds=seeds)
@@ -182,21 +183,14 @@ NOTICED_BY = {"none": "E0", "InvertedBeta": "E1", "FixedAlpha": "E0", "IdleLayer
 """of the experiments that flag a defect, the one that is tried here; E0 for all others"""
 
 
-@pytest.fixture(scope="module")
-def audit():
+@pytest.mark.slow
+@pytest.mark.unchecked_shapes
+def test_the_audit_flags_every_defect_and_no_healthy_model_and_says_by_which_criterion():
     experiment = Audit(ExperimentSettings(quick=True))
     wanted = [task for task in experiment.tasks() if task["experiment"] == NOTICED_BY.get(task["defect"], "E0")]
-    return experiment.conclude([Result(task, experiment.measure(task)) for task in wanted])
-
-
-@pytest.mark.slow
-def test_the_audit_flags_every_defect_and_no_healthy_model(audit):
+    audit = experiment.conclude([Result(task, experiment.measure(task)) for task in wanted])
     assert len(audit.criteria) == len(DEFECTS)
     assert [criterion for criterion in audit.criteria if not criterion.holds] == []
-
-
-@pytest.mark.slow
-def test_the_audit_says_by_which_criterion(audit):
     rows = [row[:2] for table in audit.tables for row in table.rows]
     assert {defect for defect, _ in rows} == {DEFECTS[name].title for name in DEFECTS if name != "none"}
     assert (DEFECTS["IdleLayers"].title, "E3") in rows

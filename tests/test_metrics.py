@@ -27,6 +27,7 @@ def test_values_are_those_of_their_definitions() -> None:
         "bits_per_byte": 6.0 / (math.log(2) * 3),
         "accuracy": 0.75,
         "macro_f1": None,
+        "token_f1": None,
         "exact": 0.5,
         "majority_baseline": 0.25,
     }

@@ -18,6 +18,7 @@ from minitransformer.training.objectives import Objective
 from minitransformer.training.parallel import Parallel
 from minitransformer.training.ranks import ONE_PROCESS, Ranks
 from tests.ranks_for_tests import CASES, TENSOR, config_of, learner_of, on_ranks, write_texts
+from tests.shared_for_tests import measured_once
 
 pytestmark = pytest.mark.unchecked_shapes
 
@@ -83,28 +84,33 @@ ON_4 = {"five rows", "fewer rows than ranks", "experts", "two rows"}
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    write_texts(folder)
-    return folder, on_ranks(1, folder, *CASES, *TENSOR)
+def one_process(tmp_path_factory: Any) -> dict[str, Any]:
+    def measure(folder: Path) -> dict[str, Any]:
+        write_texts(folder)
+        return on_ranks(1, folder, *CASES, *TENSOR)
+
+    measured: dict[str, Any] = measured_once(tmp_path_factory, "one-process", measure)
+    return measured
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "count"), [*((name, 2) for name in Parallel.registry), ("tensor", 2), ("fsdp", 4), ("tensor", 4)]
 )
-def test_losses_over_50_steps_are_those_of_one_process(parallel: str, count: int, one_process: Any) -> None:
-    folder, alone = one_process
+def test_losses_over_50_steps_are_those_of_one_process(
+    parallel: str, count: int, one_process: dict[str, Any], tmp_path: Path
+) -> None:
+    write_texts(tmp_path)
     names = {
         name: case for name, case in (TENSOR if parallel == "tensor" else CASES).items() if count == 2 or name in ON_4
     }
-    together = on_ranks(count, folder, *names, parallel=parallel)
+    together = on_ranks(count, tmp_path, *names, parallel=parallel)
     for name, case in names.items():
         # In bfloat16, another order of the same additions gives another rounding.
         rel = 1e-3 if case.get("precision") == "bf16" else 1e-5
-        assert together[name]["losses"] == pytest.approx(alone[name]["losses"], rel=rel), name
+        assert together[name]["losses"] == pytest.approx(one_process[name]["losses"], rel=rel), name
         # The norm of a gradient is the noisier, the fewer rows it is of, and products in parts round otherwise.
         rel_of_norm = max(rel, 1e-4)
-        assert together[name]["grad_norms"] == pytest.approx(alone[name]["grad_norms"], rel=rel_of_norm), name
-        assert together[name]["validation"] == pytest.approx(alone[name]["validation"], rel=rel), name
-        assert together[name]["tokens"] == alone[name]["tokens"]
+        assert together[name]["grad_norms"] == pytest.approx(one_process[name]["grad_norms"], rel=rel_of_norm), name
+        assert together[name]["validation"] == pytest.approx(one_process[name]["validation"], rel=rel), name
+        assert together[name]["tokens"] == one_process[name]["tokens"]

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitransformer.commands import export, sample
+from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained.checkpoint import load
@@ -140,6 +141,20 @@ def test_commands_import_and_export_an_adapter_beside_its_base(
     assert "no adapter" in refused(capsys, "base", "--to", "y", "--adapter", main=export.main)
 
 
+@pytest.mark.parametrize("pattern", [".*", ".*(query|output)"])
+def test_what_is_written_of_an_adapter_over_8_bits_is_the_adapter_alone(
+    folder: Path, tmp_path: Path, pattern: str
+) -> None:
+    base = load(public("gpt2", folder)[1])[0]
+    choices: dict[str, Any] = {"adapter": "lora", "lora_pattern": pattern, "lora_rank": 3}
+    over_full, over_8_bits = adapted(base, **choices), adapted(base, **choices, lora_base_weights="int8")
+    fill_adapter(over_8_bits, {n: weight for n, weight in over_full.state_dict().items() if ".lora." in n})
+    for name, model in (("full", over_full), ("rounded", over_8_bits)):
+        save_adapter(model, tmp_path / name, FAMILIES["gpt2"], "base")
+    both = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("full", "rounded")]
+    assert_same_weights(*both)
+
+
 def test_what_ours_cannot_hold_is_refused_in_one_sentence(folder: Path, here: Path, capsys: Any) -> None:
     from tests.runs_for_tests import untrained_run
 
@@ -154,3 +169,17 @@ def test_what_ours_cannot_hold_is_refused_in_one_sentence(folder: Path, here: Pa
     save_file({"base_model.model.other.lora_A.weight": torch.ones(1, 1)}, here / "theirs/adapter_model.safetensors")
     assert "no matrix of the base" in refused(capsys, "theirs", "--base", "base", "--out", "x", main=importing.main)
     assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"topology": "encoder-classifier", "num_classes": 2, "adapter": "lora"}, "the head that was trained beside"),
+        ({"topology": "encoder", "adapter": "soft-prompt"}, "soft prompt of topology 'encoder', only of a decoder"),
+    ],
+)
+def test_what_a_folder_cannot_hold_is_refused(choices: dict[str, Any], words: str, tmp_path: Path) -> None:
+    model = build_model(with_settings(ModelConfig(), {"d_model": 16, "num_layers": 1, "vocab_size": 11, **choices}))
+    with pytest.raises(UserError, match=words):
+        save_adapter(model, tmp_path / "out", "bert", "base")
+    assert not (tmp_path / "out").exists()

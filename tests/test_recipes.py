@@ -187,3 +187,53 @@ def test_an_installed_package_has_its_recipes_inside(tmp_path: Path, monkeypatch
     monkeypatch.delenv("MINITRANSFORMER_DATA")
     assert set(recipes.known()) >= {"pydocs", "stdlib-code"}
     assert folders.work_folder() == Path.home() / ".cache" / "minitransformer"
+
+
+MODULE = b"""
+class Reader(Base, Other):
+    def read(self, size=-1, *, mode="r"):
+        if size:
+            raise ValueError("no")
+        raise error
+    def _hidden(self, a): ...
+def load(path):
+    def inner():
+        raise KeyError
+    raise os.Error
+"""
+
+
+def test_questions_about_a_module_have_the_answers_that_stand_in_it() -> None:
+    recipe: Any = recipes.load_recipe("docs-qa")
+    assert dict(recipe.questions("m", MODULE)) == {
+        "What is m.Reader derived from?": "Base, Other",
+        "What are the parameters of m.Reader.read?": "size=-1, *, mode='r'",
+        "What is the default of size in m.Reader.read?": "-1",
+        "What is the default of mode in m.Reader.read?": "'r'",
+        "What does m.Reader.read raise?": "ValueError",
+        "What are the parameters of m.load?": "path",
+        "What does m.load raise?": "os.Error",
+    }
+    assert not list(recipe.questions("m._private", MODULE))
+
+
+def test_docs_qa_names_the_package_of_each_question_so_that_none_is_in_both_splits() -> None:
+    rows = [json.loads(line) for line in recipes.make("docs-qa").read_bytes().splitlines()]
+    assert len({row["prompt"] for row in rows}) == len(rows) > 5000
+    dumps = next(row for row in rows if row["prompt"] == "What is the default of indent in json.dumps?")
+    assert dumps == {"prompt": dumps["prompt"], "completion": "None", "group": "json"}
+
+
+def test_tasks_about_source_have_the_answers_that_stand_in_it() -> None:
+    recipe: Any = recipes.load_recipe("docs-tasks")
+    text = "The rest says more, " * 5
+    source = f'''def f(x):\n    """Reads x.\n\n    {text}\n    """\n    if x: raise KeyError\n    raise OSError\n'''
+    raised = recipes.load_recipe("docs-qa").raised  # type: ignore[attr-defined]
+    [(task, asked, answer)] = [each for node in recipe.definitions(source.encode()) for each in recipe.summaries(node)]
+    assert (task, asked, answer) == ("Summarise:", text.strip(), "Reads x.")
+    [found] = [each for node in recipe.definitions(source.encode()) for each in recipe.exceptions(node, raised)]
+    assert found[2] == "KeyError, OSError"
+    rows = [json.loads(line) for line in recipes.make("docs-tasks").read_bytes().splitlines()]
+    begins = ("Summarise: ", "Which exceptions are raised here? ", "What ")
+    assert {next(each for each in begins if row["prompt"].startswith(each)) for row in rows} == set(begins)
+    assert all(row["completion"] and row["group"] for row in rows)

@@ -17,7 +17,6 @@ from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate, search_each
 from minitransformer.generation.speculation import Draft, speculate
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.model import build_model
 from minitransformer.runs import Run
 from minitransformer.settings import with_settings
@@ -27,20 +26,18 @@ SIZES: dict[str, Any] = {"d_model": 16, "num_layers": 2, "num_heads": 4, "contex
 CHOICES = ({}, {"positions": "learned", "scaled_embeddings": True}, {"embedding_dim": 8, "positions": "alibi"})
 
 
-def prompted(tokens: list[int], **choices: Any) -> tuple[DecoderLM, DecoderLM]:
+def prompted(tokens: list[int], **choices: Any) -> tuple[Any, Any]:
     """A model, and the same with a soft prompt of the embeddings of `tokens`."""
     config = with_settings(
         ModelConfig(), {**SIZES, "adapter": "soft-prompt", "soft_prompt_tokens": len(tokens), **choices}
     )
     soft, plain = build_model(config).eval(), build_model(config.base).eval()
-    assert isinstance(soft, DecoderLM)
-    assert isinstance(plain, DecoderLM)
     with torch.no_grad():
         for parameter in soft.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
         plain.load_state_dict({name: t for name, t in soft.state_dict().items() if name != "embedding.prompt"})
         plain, soft = plain.double(), soft.double()
-        soft.embedding.prompt.copy_(plain.embedding(torch.tensor([tokens]))[0])
+        soft.embedding.prompt.copy_(plain.embedding._look_up(torch.tensor([tokens]))[0])
     return plain, soft
 
 
@@ -55,6 +52,46 @@ def test_a_soft_prompt_of_the_embeddings_of_tokens_equals_those_tokens(
     with torch.no_grad():
         expected = plain(torch.tensor([prompt + text]))[:, len(prompt) :]
         torch.testing.assert_close(soft(torch.tensor([text])), expected)
+
+
+@given(some_tokens, some_tokens, st.integers(0, 3), st.sampled_from(("encoder", "encoder-classifier")))
+def test_before_the_texts_of_encoders_it_equals_those_tokens_and_padding_changes_nothing(
+    prompt: list[int], text: list[int], padding: int, topology: str
+) -> None:
+    choices = {"num_classes": 3, "pooled": "mean"} if topology == "encoder-classifier" else {}
+    plain, soft = prompted(prompt, topology=topology, num_segments=2, positions="learned", **choices)
+    padded = torch.tensor([text + [0] * padding])
+    is_token = torch.arange(padded.size(1))[None] < len(text)
+    with torch.no_grad():
+        hidden = plain.hidden_states(torch.tensor([prompt + text]))[:, len(prompt) :]
+        torch.testing.assert_close(soft(padded, is_token=is_token)[:, : len(text)], plain.head(hidden)[:, : len(text)])
+        torch.testing.assert_close(soft.hidden_states(padded, is_token=is_token)[:, : len(text)], hidden)
+
+
+@given(some_tokens, some_tokens, some_tokens, st.integers(0, 3))
+def test_before_a_source_it_equals_those_tokens_and_padding_changes_nothing(
+    prompt: list[int], source: list[int], target: list[int], padding: int
+) -> None:
+    plain, soft = prompted(prompt, topology="encoder-decoder")
+    padded, inputs = torch.tensor([source + [0] * padding]), torch.tensor([target])
+    is_token = torch.arange(padded.size(1))[None] < len(source)
+    with torch.no_grad():
+        expected = plain(torch.tensor([prompt + source]), inputs)
+        torch.testing.assert_close(soft(padded, inputs, source_is_token=is_token), expected)
+
+
+@given(some_tokens, st.lists(some_tokens, min_size=1, max_size=3), st.sampled_from(CHOICES))
+def test_each_of_several_texts_in_a_row_sees_it_as_if_it_were_alone(
+    prompt: list[int], texts: list[list[int]], choices: dict[str, Any]
+) -> None:
+    _, soft = prompted(prompt, context_length=32, **choices)
+    documents = [number for number, text in enumerate(texts, start=1) for _ in text]
+    with torch.no_grad():
+        together = soft(
+            torch.tensor([[token for text in texts for token in text]]), documents=torch.tensor([documents])
+        )
+        alone = [soft(torch.tensor([text])) for text in texts]
+    torch.testing.assert_close(together, torch.cat(alone, dim=1))
 
 
 @given(some_tokens, some_tokens)
@@ -84,7 +121,7 @@ def test_it_is_never_dropped_from_the_window(prompt: list[int], most: int, seed:
     ("choices", "words"),
     [
         ({"soft_prompt_tokens": 16}, ["16 virtual tokens", "context of 16", "no room"]),
-        ({"topology": "encoder", "soft_prompt_tokens": 2}, ["decoder", "choose lora"]),
+        ({"topology": "rnn", "soft_prompt_tokens": 2}, ["adapter has no effect without topology"]),
     ],
 )
 def test_a_prompt_that_does_not_fit_is_refused_in_one_sentence(choices: dict[str, Any], words: list[str]) -> None:

@@ -162,7 +162,9 @@ def test_a_glob_without_matches_is_named(tmp_path: Path) -> None:
 def test_a_missing_path_suggests_the_recipe_it_looks_like() -> None:
     with pytest.raises(UserError, match="did you mean the recipe 'shakespeare'"):
         open_corpus("shakespear")
-    with pytest.raises(UserError, match="recipes are docstrings, numbers, pydocs, shakespeare, stdlib-code"):
+    with pytest.raises(
+        UserError, match="recipes are docs-qa, docs-tasks, docstrings, numbers, pydocs, shakespeare, stdlib-code"
+    ):
         open_corpus("no/such/file.txt")
 
 

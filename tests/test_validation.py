@@ -35,6 +35,7 @@ TOPOLOGIES = {
     "span-corruption": "encoder-decoder",
     "seq2seq": "rnn",
     "classify": "decoder-classifier",
+    "instruct": "decoder",
 }
 
 
@@ -45,7 +46,9 @@ def run_of(name: str, folder: Path, **choices: object) -> tuple[RunConfig, Loade
     (folder / "pairs.tsv").write_text("".join(f"{i} times {i % 7}\t{i * (i % 7)}\n" for i in range(600)))
     rows = "".join(f"{i} times {i % 7}\t{'odd' if i * (i % 7) % 2 else 'even'}\n" for i in range(600))
     (folder / "labels.tsv").write_text("text\tlabel\n" + rows)
-    data = folder / {"seq2seq": "pairs.tsv", "classify": "labels.tsv"}.get(name, "text.txt")
+    talks = ({"prompt": f"{i} times {i % 7}?", "completion": str(i * (i % 7))} for i in range(600))
+    (folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
+    data = folder / {"seq2seq": "pairs.tsv", "classify": "labels.tsv", "instruct": "talks.jsonl"}.get(name, "text.txt")
     config = configured(
         **{"data": str(data), "objective": name, "topology": TOPOLOGIES[name], "context_length": 32},
         **{

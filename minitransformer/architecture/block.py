@@ -15,7 +15,7 @@ from minitransformer.architecture.attention import AttentionView, MultiHeadAtten
 from minitransformer.architecture.cache import ChosenSlots, KVCache, LayerCache, MemoryCache, Slots, tokens_as_slots
 from minitransformer.architecture.dropout import Dropout
 from minitransformer.architecture.embeddings import TokenSmear
-from minitransformer.architecture.masks import causal_mask, padding_mask, sliding_window_mask
+from minitransformer.architecture.masks import causal_mask, document_mask, padding_mask, sliding_window_mask
 from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
 from minitransformer.architecture.residual.base import Sublayer
@@ -205,13 +205,14 @@ class Stack(nn.Module):
         *,
         positions: Int[Tensor, "#batch length"],
         is_token: Bool[Tensor, "batch length"] | None = None,
+        documents: Int[Tensor, "batch length"] | None = None,
         memory: Memory | None = None,
         cache: KVCache | ChosenSlots | None = None,
     ) -> Float[Tensor, "batch length d_model"]:
-        """The output of the last block for `x` at `positions`, which increase along a row.
+        """The output of the last block for `x` at `positions`, which increase along a row or a document in it.
 
         Tokens attend to each other and to those in `cache`, to which they are added; `is_token` is False at
-        padding. Blocks with cross-attention attend to `memory`.
+        padding. With `documents`, their numbers, they attend inside their own one only. Cross-attention sees `memory`.
         """
         slots = tokens_as_slots(positions, is_token) if cache is None else cache.reserve(positions, is_token)
         if self.smear is not None:
@@ -220,7 +221,7 @@ class Stack(nn.Module):
         views = {
             window: AttentionView(
                 causal=self.causal and slots.in_order,
-                mask=self._mask(positions, slots, window),
+                mask=self._mask(positions, slots, window, documents),
                 bias=bias,
                 rotate=rotate,
                 slots=slots,
@@ -245,8 +246,16 @@ class Stack(nn.Module):
         found = [branch.residual for block in self.blocks for branch in block.branches]  # type: ignore[union-attr]
         return list(dict.fromkeys(found))
 
-    def _mask(self, queries: Int[Tensor, "#batch query"], slots: Slots, window: int | None) -> Tensor | None:
+    def _mask(
+        self,
+        queries: Int[Tensor, "#batch query"],
+        slots: Slots,
+        window: int | None,
+        documents: Int[Tensor, "batch length"] | None,
+    ) -> Tensor | None:
         keys, masks = slots.positions, []
+        if documents is not None:
+            masks.append(document_mask(documents))
         if not slots.full:
             masks.append(padding_mask(keys >= 0))
         if self.causal and not slots.in_order:

@@ -69,10 +69,13 @@ class TokenSmear(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch new d_model"], slots: Slots, cache: LayerCache | None = None
     ) -> Float[Tensor, "batch new d_model"]:
-        """`x` are the tokens of `slots.new`; `cache` holds the previous ones. An empty slot counts as 0."""
+        """`x` are the tokens of `slots.new`; `cache` holds the previous ones. The first of a text has none.
+
+        An empty slot counts as 0.
+        """
         held = x if cache is None else cache.write(x[:, None], x[:, None, :, :0], slots)[0][:, 0]  # keys of one head
         before = (slots.new - 1).clamp(min=0)
-        known = (slots.new > 0) & (slots.positions[:, before] >= 0)
+        known = (slots.new > 0) & (slots.positions[:, before] >= 0) & (slots.positions[:, slots.new] > 0)
         return x + self.gain * held[:, before] * known[..., None]
 
 

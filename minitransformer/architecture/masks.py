@@ -26,6 +26,19 @@ def sliding_window_mask(
     return (queries[:, None, :, None] - keys[:, None, None, :]).abs() < window
 
 
+OF_ALL = -1
+"""number of a document that all others of its row see, such as a prompt"""
+
+
+def document_mask(documents: Int[Tensor, "batch length"]) -> Bool[Tensor, "batch 1 length length"]:
+    """A query may attend to keys of its own document: packed sequences do not see each other.
+
+    Krell et al. 2021 (arXiv 2107.02027), section 3.2.4. Every query may attend to keys of document OF_ALL.
+    """
+    keys = documents[:, None, None, :]
+    return (documents[:, None, :, None] == keys) | (keys == OF_ALL)
+
+
 def padding_mask(is_token: Bool[Tensor, "#batch key"]) -> Bool[Tensor, "#batch 1 1 key"]:
     """No query may attend to padding or to an empty slot; `is_token` is True at real tokens."""
     return is_token[:, None, None, :]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -28,6 +29,13 @@ def token_positions(
     if is_token is None:
         return torch.arange(length, device=device)[None]
     return (is_token.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def positions_in_documents(documents: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+    """0, 1, 2, … for each token of a document; `documents` are their numbers, of tokens that stand together."""
+    places = torch.arange(documents.size(1), device=documents.device).expand_as(documents)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return places - places.masked_fill(~begins, 0).cummax(-1).values
 
 
 @dataclass(frozen=True)

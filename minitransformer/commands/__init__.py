@@ -192,12 +192,13 @@ def reads_standard_input(data: DataConfig) -> bool:
 
 
 def with_files(data: DataConfig) -> DataConfig:
-    """`data` with `-` replaced by a file that holds standard input."""
+    """`data` with `-` replaced by a file that holds standard input, and small files by what is in them."""
     sources: dict[str, Any] = {
         "data": without_standard_input(data.data, data.validation_data),
         "validation_data": without_standard_input(data.validation_data, data.data),
     }
-    return replace(data, **sources)
+    dataset = replace(data.dataset, settings=data.dataset.make().with_contents())
+    return replace(data, dataset=dataset, **sources)
 
 
 def table_width() -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.conversation import ChatFormat
-from minitransformer.generation.jsonl_answers import AnswerFile, filled_template, read_rows, text_field
+from minitransformer.generation.jsonl_answers import AnswerFile, read_rows, text_field
 from minitransformer.generation.samples import translations
 from minitransformer.generation.streaming import best_texts, texts_in_batches
 from minitransformer.models.decoder import DecoderLM
@@ -21,7 +21,7 @@ from minitransformer.models.encoder_decoder import Seq2SeqLM
 from minitransformer.models.model import Model
 from minitransformer.records import fits, shown
 from minitransformer.text.chat_template import ASSISTANT, USER, Message
-from minitransformer.text.templates import read_template
+from minitransformer.text.templates import filled_template, read_template
 from minitransformer.text.tokenizers import Tokenizer
 
 MESSAGES, PROMPT = "messages", "prompt"

@@ -21,7 +21,7 @@ from minitransformer.reporting.plain import titled_table
 from minitransformer.settings import Chosen, declared
 from minitransformer.text.cleaning.config import DUPLICATES, CleaningConfig
 from minitransformer.text.cleaning.formats import UNITS
-from minitransformer.text.cleaning.normalising import Normalisation
+from minitransformer.text.cleaning.normalising import TextNormalisation
 from minitransformer.text.cleaning.personal import PersonalData
 from minitransformer.text.cleaning.quality import QualityRule
 from minitransformer.text.cleaning.summary import summary_of
@@ -33,7 +33,7 @@ ABOUT = {
     "clean": "Write a text without what is better left out of training; the files that are read stay as they are.",
 }
 OFF = "off"
-NORMALISE = Doc(f"changes of the text, {OFF} or some of {', '.join(Normalisation.registry)}")
+NORMALISE = Doc(f"changes of the text, {OFF} or some of {', '.join(TextNormalisation.registry)}")
 MASK = Doc(f"kinds of personal data to replace by a mark such as <EMAIL>: {', '.join(PersonalData.registry)}")
 RULES = Doc(f"quality rules, whose settings are below: {', '.join(QualityRule.registry)}")
 UNIT = Doc(f"what of a plain text is a document: {', '.join(UNITS)}; the whole file is the first")

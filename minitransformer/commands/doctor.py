@@ -17,6 +17,7 @@ from minitransformer.errors import UserError
 from minitransformer.preflight import Candidate, Finding, findings_of
 from minitransformer.registry import lookup
 from minitransformer.runs import Run
+from minitransformer.runs.begin import with_chat_template
 from minitransformer.training.launch import number_from_launcher
 from minitransformer.training.presets import PRESETS
 from minitransformer.training.ranks import Ranks, joined_ranks, spoken_by_main
@@ -69,6 +70,8 @@ def _read(arguments: Sequence[str], ranks: Ranks) -> tuple[Options, dict[str, An
         base = lookup("preset", preset, PRESETS)
     prog = "minitransformer doctor [PRESET]"
     options, config = parse_run(Options, arguments, base, ranks, prog=prog, description=ABOUT)
+    if "parent" in about:
+        config = with_chat_template(config, about["parent"])
     return options, {**about, "config": config, "out": options.out, "checkpoint": options.checkpoint}
 
 

@@ -16,6 +16,7 @@ from minitransformer import pretrained
 from minitransformer.commands import DONE, FAILED, HELP, parse, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
+from minitransformer.models.int8 import Int8Linear
 from minitransformer.pretrained.families import Family, Obstacle, families_of, nearest_family
 from minitransformer.pretrained.originals import CHAT, original_fields, originals_of
 from minitransformer.pretrained.peft_folders import save_adapter
@@ -97,13 +98,21 @@ def _export_adapter(run: Run, options: Options) -> int:
     model = load_unmerged(run.checkpoint(options.checkpoint), run.config)
     save_adapter(model, options.to, _format(run.config.model.base, options.format), run.parent.path)
     print(f"folder     {options.to}, for the base {run.parent.path}")
+    if any(isinstance(part, Int8Linear) for part in model.modules()):
+        print("note       it was trained over this base in 8 bits, and peft reads it in full: logits differ a bit")
     return DONE
 
 
 def _extra(run: Run) -> dict[str, Any]:
     """The special tokens, for config.json."""
-    targets = target_ids(run.target_tokenizer) if run.config.model.topology == "encoder-decoder" else {}
-    return {**special_ids(run.target_tokenizer), **targets}
+    tokenizer = run.target_tokenizer
+    found = special_ids(tokenizer)
+    if run.config.model.topology == "encoder-decoder":
+        found |= target_ids(tokenizer)
+    if (template := run.chat_template) is not None:
+        ends = list(dict.fromkeys(template.end_ids(tokenizer)))
+        found["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    return found
 
 
 def _removed(folder: Path, reason: str) -> int:

@@ -24,7 +24,7 @@ from minitransformer.commands.sample_options import Options, check_together
 from minitransformer.commands.sampling_flags import check_flags, sampling_groups
 from minitransformer.commands.settings_flags import parse_groups
 from minitransformer.errors import UserError
-from minitransformer.generation.classes import Classifier, ranked_classes
+from minitransformer.generation.classes import Classifier, name_classes, ranked_classes
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.conversation import ChatFormat, Conversation
 from minitransformer.generation.fast.rows import with_row_kernel
@@ -105,7 +105,8 @@ def _read_prompts(options: Options, run: Run) -> Asked:
     chat = chat_format(run, options.system) if options.chat else None
     if options.batch_file is not None and options.out is not None:
         check_new(options.out)
-        framed = _prompt_ids if run.config.model.topology == "decoder" else _source
+        classifies = run.config.model.num_classes is not None
+        framed = _prompt_ids if run.config.model.topology == "decoder" else _text_of_class if classifies else _source
         system = system_messages(options.system)
         rows = read_prompts(options.batch_file, options.template, chat, system, lambda text: framed(run, text, encode))
         if chat is not None:
@@ -221,6 +222,8 @@ def _answer_rows(model: Model, rows: RowPrompts, chat: ChatFormat | None, sessio
     digest = weights_digest(run.checkpoint(options.checkpoint))
     request = {"model": digest, "weights": options.weights, **sampling.flat}
     answers_to = partial(generate_answers, model, tokenizer, sampling, options.batch_size)
+    if isinstance(model, Classifier):
+        answers_to = partial(name_classes, model, run.class_names)
     assert options.out is not None
     before = write_answers(rows, options.out, request, options.batch_size, answers_to)
     begun = f", {before} of them by an earlier call" if before else ""
@@ -313,10 +316,13 @@ def _fill(model: EncoderLM, prompt: str, session: Session) -> None:
 @answer.register(DecoderClassifier)
 def _classify(model: Classifier, prompt: str, session: Session) -> None:
     """Print the classes of each line with their probabilities, the likeliest first."""
-    run, framing = session.run, session.run.tokenizer.label_framing
     for line in prompt.splitlines():
-        tokens = _source(run, line, session.encode, framing)
-        _print(ranked_classes(model, run.class_names, tokens) + "\n")
+        tokens = _text_of_class(session.run, line, session.encode)
+        _print(ranked_classes(model, session.run.class_names, tokens) + "\n")
+
+
+def _text_of_class(run: Run, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+    return _source(run, text, encode, run.tokenizer.label_framing)
 
 
 @answer.register(Seq2SeqLM)

@@ -59,8 +59,9 @@ def _idle(values: Mapping[str, Any], topology: str) -> Iterator[Idle]:
     drawing = {"seed", *(each.name for each in processor_settings(keeps_likeliest=True))}
     if topology == "encoder" or topology in CLASSIFIERS[1]:
         does = "fills in masks" if topology == "encoder" else "classifies them"
+        of_rows = OF_ROWS if topology == "encoder" else ()
         yield Idle(
-            (*SamplingConfig().flat, *OF_LINES, *OF_CHATS, *OF_ROWS, "special_tokens"),
+            (*SamplingConfig().flat, *OF_LINES, *OF_CHATS, *of_rows, "special_tokens"),
             f"is for models that generate texts, and this one {does}: leave it out",
         )
         return

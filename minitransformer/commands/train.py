@@ -36,13 +36,14 @@ from minitransformer.runs.begin import (
     check_possible,
     check_same_data,
     initial_model,
+    with_chat_template,
     with_class_names,
 )
 from minitransformer.runs.importing import as_run
 from minitransformer.runs.resume import changed_settings, check_can_resume, check_same_text, checkpoint_to_resume
 from minitransformer.runs.trainer import build_trainer, open_log
 from minitransformer.text.corpora import named, short_name
-from minitransformer.text.datasets import PreparedData
+from minitransformer.text.datasets import Conversations, PreparedData
 from minitransformer.training.checkpoint import check_room, checkpoint_step
 from minitransformer.training.config import RunConfig, with_usual_vocabulary, with_vocabulary
 from minitransformer.training.divergence import NonFiniteTraining
@@ -58,6 +59,7 @@ from minitransformer.training.signals import StopRequest
 from minitransformer.training.weights import Parent
 
 CLASSIFY = 'python sample.py {path} --prompt "..."'
+CHAT = "python sample.py {path} --chat"
 TRANSLATE = 'echo "..." | python sample.py {path}'
 NEXT = {
     "decoder": 'python sample.py {path} --prompt "..."',
@@ -118,6 +120,7 @@ def _begin(arguments: Sequence[str], ranks: Ranks) -> int:
 def _fine_tune(initial: str, arguments: Sequence[str], ranks: Ranks) -> int:
     source, usual = open_parent(initial, arguments, ranks)
     options, config = _parse(arguments, usual, ranks)
+    config = with_chat_template(config, source)
     weights = source.checkpoint(options.checkpoint)
     size = f"{source.config.model.topology} of {amount(count_parameters(source.config.model.base))} parameters"
     if source.path != Path(initial):
@@ -322,5 +325,7 @@ def _report(trainer: Trainer) -> int:
         print(*describe(trainer.validation, progress, path / "metrics.jsonl", trainer.config.eval_every), sep="\n")
     print(f"curves     python -m minitransformer compare {path}")
     print(f"run        {path}, {duration(progress.seconds)} of training")
-    print(f"next       {NEXT[trainer.learner.config.model.topology].format(path=path)}")
+    config = trainer.learner.config
+    is_chat = config.data.dataset.variant is Conversations
+    print(f"next       {(CHAT if is_chat else NEXT[config.model.topology]).format(path=path)}")
     return DONE

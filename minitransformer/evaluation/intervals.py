@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ MOST_NUMBERS = 1 << 22
 """of resampled counts in memory at a time"""
 
 
-def wilson_interval(correct: int, count: int) -> Bounds:
+def wilson_interval(correct: float, count: int) -> Bounds:
     """The score interval of a fraction. Wilson 1927, "Probable inference, the law of succession"."""
     fraction, z2 = correct / count, Z * Z / count
     middle, half = fraction + z2 / 2, Z * math.sqrt(fraction * (1 - fraction) / count + z2 / (4 * count))
@@ -30,6 +30,14 @@ def macro_f1(confusion: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
     both = confusion.sum(-1) + confusion.sum(-2)
     return (2 * right / np.maximum(both, 1)).mean(-1)
+
+
+def resampled_mean_interval(values: Sequence[float]) -> Bounds:
+    """The percentile interval of the mean of `values`, which are drawn again with replacement. Efron 1979."""
+    generator, numbers = np.random.default_rng(0), np.array(values)
+    means = [numbers[generator.integers(len(numbers), size=len(numbers))].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def bootstrap_interval(statistic: Callable[[npt.NDArray[Any]], npt.NDArray[Any]], confusion: Counts) -> Bounds:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from minitransformer.evaluation.intervals import Bounds, Counts, bootstrap_interval, macro_f1, wilson_interval
+from minitransformer.evaluation.intervals import (
+    Bounds,
+    Counts,
+    bootstrap_interval,
+    macro_f1,
+    resampled_mean_interval,
+    wilson_interval,
+)
 from minitransformer.registry import Registered
 
 SMALLEST_DIFFERENCE = 0.002
@@ -31,6 +39,8 @@ class Totals:
     majority_baseline: float | None = None
     confusion: Counts | None = None
     """[classes, predicted classes] texts"""
+    token_f1: list[float] = field(default_factory=list)
+    """of each generated answer"""
 
     def add(self, batch: Any, score: Any) -> None:
         """Add `batch`, with the objective's `score`."""
@@ -80,8 +90,8 @@ class ValidationLoss(Metric, name="validation_loss"):
     smallest_difference = SMALLEST_DIFFERENCE
 
     @staticmethod
-    def value(totals: Totals) -> float:
-        return totals.nats / totals.targets
+    def value(totals: Totals) -> float | None:
+        return totals.nats / totals.targets if totals.targets else None
 
 
 class Perplexity(Metric, name="perplexity"):
@@ -89,8 +99,8 @@ class Perplexity(Metric, name="perplexity"):
     lower_is_better = True
 
     @staticmethod
-    def value(totals: Totals) -> float:
-        return math.exp(min(totals.nats / totals.targets, 700))
+    def value(totals: Totals) -> float | None:
+        return math.exp(min(totals.nats / totals.targets, 700)) if totals.targets else None
 
 
 class BitsPerByte(Metric, name="bits_per_byte"):
@@ -147,6 +157,26 @@ class ExactMatch(Metric, name="exact"):
     def value(totals: Totals) -> float | None:
         return totals.exact / totals.texts if totals.texts else None
 
+    @staticmethod
+    def interval(totals: Totals) -> Bounds | None:
+        return wilson_interval(totals.exact, totals.texts) if totals.texts else None
+
+
+class TokenF1(Metric, name="token_f1"):
+    """The mean over generated answers of the F1 of their words."""
+
+    label, title, in_words = "token F1 (mean over answers)", "token F1", "token F1 {:.1%}"
+    lower_is_better = False
+    across_tokenizers = True
+
+    @staticmethod
+    def value(totals: Totals) -> float | None:
+        return sum(totals.token_f1) / len(totals.token_f1) if totals.token_f1 else None
+
+    @staticmethod
+    def interval(totals: Totals) -> Bounds | None:
+        return resampled_mean_interval(totals.token_f1) if totals.token_f1 else None
+
 
 class MajorityBaseline(Metric, name="majority_baseline"):
     """The accuracy of always predicting the most frequent training target."""
@@ -180,6 +210,16 @@ class OtherNumber(Metric):
 def metric_called(name: str) -> type[Metric] | Metric:
     """The metric for the number `name` in `metrics.jsonl`."""
     return Metric.registry.get(name) or OtherNumber(name)
+
+
+def described_values(values: Mapping[str, float | None], intervals: Mapping[str, Bounds]) -> Iterator[str]:
+    """The known values in words, with their intervals."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        said = Metric.named(name).in_words.format(value)
+        low, high = intervals.get(name, (0.0, 0.0))
+        yield f"{said} (95% interval {low:.1%} to {high:.1%})" if name in intervals else said
 
 
 def values_of(totals: Totals) -> dict[str, float | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -27,3 +27,12 @@ def ranked_classes(model: Classifier, names: Sequence[str], tokens: Sequence[int
     ranked = sorted(zip(names, classify(model, tokens), strict=True), key=lambda entry: -entry[1])
     number = "{:.4g}" if len(ranked) == 1 else "{:.1%}"
     return ", ".join(f"{name} {number.format(value)}" for name, value in ranked)
+
+
+def name_classes(
+    model: Classifier, names: Sequence[str], texts: Sequence[Sequence[int]], begin: int = 0
+) -> Iterator[str]:
+    """The name of the likeliest class of each text, or the value of a regression; `begin` is the first one's number."""
+    for tokens in texts:
+        values = classify(model, tokens)
+        yield f"{values[0]:.4g}" if len(values) == 1 else names[values.index(max(values))]

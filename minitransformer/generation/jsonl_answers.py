@@ -13,7 +13,6 @@ from typing import Any, BinaryIO
 from minitransformer import files
 from minitransformer.errors import StorageError, UserError
 from minitransformer.records import parse_json, shown
-from minitransformer.text.templates import TemplateMistake, render_template
 
 OUTPUT = "output"
 """the field of a row of the output that holds the generated text"""
@@ -54,18 +53,6 @@ def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
         raise UserError(f"{where} has {name} {shown(row[name])}, which must be a text")
     value: str = row[name]
     return value
-
-
-def filled_template(source: str, row: Mapping[str, Any], origin: str, where: str) -> str:
-    """The prompt template `source` with the fields of a row; raises `UserError` for a missing one."""
-    try:
-        return render_template(source, row, origin, strict=True)
-    except TemplateMistake as mistake:
-        if mistake.kind != "undefined":
-            raise
-        raise UserError(
-            f"the template {origin} needs what {where} lacks ({mistake.reason}): its fields are {', '.join(row)}"
-        ) from None
 
 
 @dataclass

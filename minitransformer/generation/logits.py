@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -26,13 +25,6 @@ class NextLogits(Protocol):
         ...
 
 
-def after_prefix(model: DecoderLM, tokens: Int[Tensor, "samples length"]) -> Int[Tensor, "samples longer"]:
-    """`tokens` after the virtual tokens of `model`, if it has any."""
-    if not model.prefix:
-        return tokens
-    return torch.cat([tokens.new_tensor(model.prefix).expand(len(tokens), -1), tokens], dim=1)
-
-
 class UncachedLogits:
     """A forward pass over the whole window for every token: the definition, without the speed of a cache."""
 
@@ -41,7 +33,7 @@ class UncachedLogits:
 
     def __call__(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
         window = window_length(tokens.size(1), self.model.config.text_length)
-        return self.model.head(self.model.hidden_states(after_prefix(self.model, tokens[:, -window:]))[:, -1])
+        return self.model.head(self.model.hidden_states(tokens[:, -window:])[:, -1])
 
     def rewind(self, length: int) -> None:
         pass
@@ -94,9 +86,10 @@ class CachedLogits:
         self._rows.cache.reorder(rows)
 
     def _prefill(self, tokens: Int[Tensor, "samples length"]) -> Float[Tensor, "samples vocab"]:
-        rows, tokens = list(range(len(tokens))), after_prefix(self.model, tokens)
-        prefill = PromptPrefill(self.model, tokens.tolist())
-        prefill.advance(tokens.numel())
+        rows = list(range(len(tokens)))
+        prompts = [[*self.model.prefix, *row] for row in tokens.tolist()]
+        prefill = PromptPrefill(self.model, prompts)
+        prefill.advance(sum(map(len, prompts)))
         cache, logits = prefill.results(rows)
         self._rows.clear()
         self._rows.fill(rows, cache, prefill.length)

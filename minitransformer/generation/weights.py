@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minitransformer.models.int8 import quantise_rows
 from minitransformer.models.surgery import replaced
 from minitransformer.registry import Registered
 
@@ -87,14 +88,12 @@ class BFloat16(StoredWeights, name="bf16"):
 class Int8(StoredWeights, name="int8"):
     """A quarter of the bytes. Each weight is rounded to a multiple of its row's scale, max |w| / 127.
 
-    The error is at most half the scale. Dettmers et al. 2022 (LLM.int8(), arXiv 2208.07339), section 2.1, for weights
-    alone: activations are not rounded to 8 bits.
+    Activations are not rounded to 8 bits.
     """
 
     @classmethod
     def store(cls, weight: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor]:
-        scale = weight.abs().amax(-1).clamp(min=torch.finfo(weight.dtype).tiny) / 127
-        return (weight / scale[:, None]).round().to(torch.int8), scale
+        return quantise_rows(weight)
 
     def product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         assert self.scale is not None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minitransformer.architecture.cache import ChosenSlots, KVCache
 from minitransformer.architecture.embeddings import ClassificationHead, TokensOrEmbeddings
+from minitransformer.architecture.positions import positions_in_documents
 from minitransformer.models.build import build_embedding, build_head, build_stack
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, Readout, apply_head, next_positions
@@ -31,16 +32,23 @@ class Decoder(Model):
         *,
         is_token: Bool[Tensor, "batch length"] | None = None,
         positions: Int[Tensor, "#batch length"] | None = None,
+        documents: Int[Tensor, "batch length"] | None = None,
         cache: KVCache | ChosenSlots | None = None,
     ) -> Float[Tensor, "batch length d_model"]:
         """The last hidden states, [batch, length, d_model]; `tokens` are ids or embeddings.
 
         Tokens attend to each other and to those in `cache`, to which they are added. `is_token` is False at
         padding. `positions` default to the number of real tokens before each, including those in the cache.
+        `documents` are the numbers of the documents that tokens belong to where a row has several: each is read as if
+        it were alone.
         """
-        if positions is None:
+        if positions is None and documents is not None:
+            positions = positions_in_documents(documents)
+        elif positions is None:
             positions = next_positions(tokens, is_token, cache)
-        return self.stack(self.embedding(tokens), positions=positions, is_token=is_token, cache=cache)
+        return self.stack(
+            self.embedding(tokens), positions=positions, is_token=is_token, documents=documents, cache=cache
+        )
 
 
 class DecoderLM(Decoder, name="decoder"):

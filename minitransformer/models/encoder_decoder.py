@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -83,7 +84,10 @@ class EncoderDecoder(Seq2SeqLM, name="encoder-decoder"):
         """The encoder's output, which the decoder attends to; `is_token` is False at padding."""
         if positions is None:
             positions = next_positions(source, is_token)
-        return Memory(self.encoder(self.embedding(source), positions=positions, is_token=is_token), is_token)
+        states = self.encoder(self.embedding(source), positions=positions, is_token=is_token)
+        if is_token is not None:  # a prompt that an adapter sets before the source is no padding
+            is_token = F.pad(is_token, (states.size(1) - is_token.size(1), 0), value=True)
+        return Memory(states, is_token)
 
     def hidden_states(
         self,

@@ -22,7 +22,9 @@ from minitransformer.architecture.feedforward import MixtureOfExperts
 from minitransformer.architecture.init import initialise
 from minitransformer.architecture.positions import token_positions
 from minitransformer.errors import UserError
+from minitransformer.models.adapters.lora import LowRankUpdate
 from minitransformer.models.config import TOPOLOGIES, ModelConfig
+from minitransformer.models.int8 import Int8Linear
 from minitransformer.registry import Registered
 
 Readout = Callable[[nn.Module, Float[Tensor, "*batch d_model"]], Any]
@@ -86,15 +88,16 @@ class Model(Registered, nn.Module, kind="topology"):
         """FLOPs of one training step per token of a sequence of `length` tokens.
 
         6 per weight of a matrix product, 12 per feature of each attention score: Chowdhery et al. 2022 (PaLM,
-        arXiv 2204.02311), appendix B. Experts that do not process the token are not counted.
+        arXiv 2204.02311), appendix B. A frozen weight has no gradient, and counts 4. Experts that do not process the
+        token are not counted.
         """
-        matrices = _matrix_weights(self)
+        products = _flops_of_products(self)
         for mixture in self.modules():
             if isinstance(mixture, MixtureOfExperts):
                 idle = len(mixture.experts) - mixture.experts_per_token
-                matrices -= idle * _matrix_weights(mixture.experts[0])
+                products -= idle * _flops_of_products(mixture.experts[0])
         attentions = sum(isinstance(module, MultiHeadAttention) for module in self.modules())
-        return 6 * matrices + 12 * attentions * self.config.num_heads * self.config.features_per_head * length
+        return products + 12 * attentions * self.config.num_heads * self.config.features_per_head * length
 
 
 def _methods_inside(model: nn.Module, name: str) -> list[Callable[..., object]]:
@@ -103,8 +106,15 @@ def _methods_inside(model: nn.Module, name: str) -> list[Callable[..., object]]:
     return [getattr(module, name) for module in inside if hasattr(module, name)]
 
 
-def _matrix_weights(module: nn.Module) -> int:
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+def _flops_of_products(module: nn.Module) -> int:
+    matrices = [
+        weight
+        for part in module.modules()
+        if isinstance(part, nn.Linear | Int8Linear | LowRankUpdate)
+        for name, weight in part.named_parameters(recurse=False)
+        if weight.dim() == 2
+    ]
+    return sum((6 if weight.requires_grad else 4) * weight.numel() for weight in matrices)
 
 
 def next_positions(
@@ -124,8 +134,8 @@ def build_model(config: ModelConfig) -> Model:
     return model
 
 
-def build_in_parts(config: ModelConfig, complete: Callable[[nn.Module], object]) -> Model:
-    """`build_model` with the very same weights, in which one block at a time gets storage, and then the rest.
+def build_in_parts(config: ModelConfig, complete: Callable[[nn.Module], object] = lambda module: None) -> Model:
+    """`build_model` with the very same weights and less memory: one block at a time gets storage, and then the rest.
 
     `complete` is called with each block, then with the model, and may replace the weights by those of one rank.
     """

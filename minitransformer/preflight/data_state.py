@@ -12,7 +12,8 @@ import numpy as np
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
 from minitransformer.text.corpora import open_corpus
-from minitransformer.text.datasets import Labels, NotPrepared, Pairs, PreparedData
+from minitransformer.text.datasets import Conversations, Labels, NotPrepared, Pairs, PreparedData
+from minitransformer.text.datasets.conversation_preparation import PreparedConversations
 from minitransformer.text.datasets.label_preparation import PreparedLabels
 from minitransformer.text.datasets.pair_data import PreparedPairs
 from minitransformer.text.datasets.text import PreparedText, TooShort
@@ -130,6 +131,8 @@ def stand_in(config: RunConfig) -> PreparedData:
     """Data of the shape that `config` reads, in place of data that is not prepared: all pairs have full length."""
     tokenizer = Bytes().with_special_tokens(config.training.objective.variant.special_tokens)
     length, training = config.sequence_length, config.training
+    if config.data.dataset.variant is Conversations:
+        return _full_conversations(config, tokenizer)
     if config.data.dataset.variant.cuts_text:
         tokens = np.zeros((training.batch_size * training.grad_accumulation + 3) * length + 1, np.uint16)
         return PreparedText(Path(), tokenizer, tokens, tokens, len(tokens), len(tokens), 1, 1, "given")
@@ -142,3 +145,11 @@ def stand_in(config: RunConfig) -> PreparedData:
         pairs = TokenPairs(side, label)
         return PreparedLabels(Path(), tokenizer, tokenizer, pairs, pairs, 0, 0, 0, ("", "x"), batch_tokens=batch_tokens)
     return PreparedPairs(Path(), tokenizer, tokenizer, pairs, pairs, 0, 0, batch_tokens=batch_tokens)
+
+
+def _full_conversations(config: RunConfig, tokenizer: Tokenizer) -> PreparedConversations:
+    """Conversations of which each fills a row, and is answer but for its first token."""
+    count = config.training.grad_accumulation * config.training.batch_size
+    ids = Ragged.join([np.zeros(config.sequence_length + 1, np.uint16)] * count, np.dtype("<u2"))
+    pairs = TokenPairs(ids, Ragged(np.ones_like(ids.tokens), ids.offsets))
+    return PreparedConversations(Path(), tokenizer, pairs, pairs, 0, 0)

@@ -8,7 +8,7 @@ from typing import Any
 from minitransformer.errors import UserError
 from minitransformer.pretrained.originals import CHAT, FOLDER
 from minitransformer.pretrained.tokenizers import CONFIGS, NAMES, SETTINGS, merged_fields, tokenizer_content
-from minitransformer.text.chat_template import ChatTemplate
+from minitransformer.text.chat_template import ChatTemplate, usual_names
 from minitransformer.text.templates import read_template
 from minitransformer.text.tokenizers import Tokenizer
 
@@ -16,20 +16,26 @@ from minitransformer.text.tokenizers import Tokenizer
 def chat_template_in(run: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
     """The chat template of the run folder `run`; None if it has none. Raises `UserError` for a damaged one."""
     originals = run / FOLDER
-    published = merged_fields(originals, (NAMES, SETTINGS))
     if (run / CHAT).is_file():
         source, path = read_template(run / CHAT), run / CHAT
     elif (originals / CHAT).is_file():
         source, path = read_template(originals / CHAT), originals / CHAT
     else:
         path = originals / SETTINGS
-        found = _default_template(published.get("chat_template"), path)
+        found = _default_template(merged_fields(originals, (NAMES, SETTINGS)).get("chat_template"), path)
         if found is None:
             return None
         source = found
+    return ChatTemplate(
+        source, str(path), published_names(run) or usual_names(tokenizer), published_special_tokens(run)
+    )
+
+
+def published_names(run: Path) -> dict[str, str]:
+    """The special tokens that an imported tokenizer gives its template as variables; empty for other runs."""
+    published = merged_fields(run / FOLDER, (NAMES, SETTINGS))
     names = {name: _spelling(value) for name, value in published.items() if name.endswith("_token")}
-    variables = {name: spelling for name, spelling in names.items() if spelling}
-    return ChatTemplate(source, str(path), variables or _usual_names(tokenizer), published_special_tokens(run))
+    return {name: spelling for name, spelling in names.items() if spelling}
 
 
 def published_special_tokens(run: Path) -> dict[str, int]:
@@ -59,9 +65,3 @@ def _spelling(value: Any) -> str:
     """A special token as older and newer files write it: its text, or an object with it."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) else ""
-
-
-def _usual_names(tokenizer: Tokenizer) -> dict[str, str]:
-    names = {number: name for name, number in tokenizer.special_tokens.items()}
-    end = names[tokenizer.end_of_text]
-    return {"bos_token": names.get(next(iter(tokenizer.framing.prefix), tokenizer.end_of_text), end), "eos_token": end}

@@ -17,7 +17,8 @@ from torch import Tensor
 from minitransformer import files
 from minitransformer.errors import UserError
 from minitransformer.models.adapters import Adapter, LoRA, SoftPrompt
-from minitransformer.models.adapters.lora import LoRALinear
+from minitransformer.models.adapters.base import of_new_head
+from minitransformer.models.adapters.lora import LowRankUpdate
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model
 from minitransformer.pretrained.families import Family, families_of
@@ -42,6 +43,8 @@ def save_adapter(model: Model, folder: Path, family: str, base: str) -> None:
     """
     if folder.exists():
         raise UserError(f"{folder} already exists: choose another folder")
+    if of_new_head(model):
+        raise UserError("the head that was trained beside the adapter has no place in its folder: merge the run")
     if model.config.adapter.variant is SoftPrompt:
         tensors, about = _prompt_tuning(model)
     elif model.config.adapter.variant is LoRA:
@@ -71,33 +74,36 @@ def _lora(model: Model, places: Places) -> tuple[dict[str, Tensor], dict[str, An
     settings: LoRA.Settings = model.config.adapter.settings
     if settings.also_train is not None:
         raise UserError("lora_also_train has trained weights that an adapter's folder has no place for: merge the run")
-    modules, left = dict(model.named_modules()), set(_adapted(model))
+    modules, updates = dict(model.named_modules()), _updates_in(model)
+    left = set(updates)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for source, (rule, targets) in places.items():
         if not left & set(targets):
             continue
-        updates = [modules[target].lora for target in targets if target in left]
+        found = [updates[target] for target in targets if target in updates]
         left -= set(targets)
-        ranks[source] = settings.rank * len(updates)
+        ranks[source] = settings.rank * len(found)
         blocks = iter(range(0, ranks[source], settings.rank))
         parts = []
         for target in targets:  # B of each map, in columns of its own
             linear: Any = modules[target]
             wide = torch.zeros(linear.out_features, ranks[source])
-            if isinstance(linear, LoRALinear):
-                wide.narrow(1, next(blocks), settings.rank).copy_(linear.lora.b.detach())
+            if target in updates:
+                wide.narrow(1, next(blocks), settings.rank).copy_(updates[target].b.detach())
             parts.append(wide)
         b = rule.transform.save(tuple(parts), model.config)
-        tensors[f"{PREFIX}{source}.lora_A.weight"] = torch.cat([update.a for update in updates])
+        tensors[f"{PREFIX}{source}.lora_A.weight"] = torch.cat([update.a for update in found])
         tensors[f"{PREFIX}{source}.lora_B.weight"] = b.mT if _is_transposed(rule) else b
     if left:
         raise UserError(f"the format has no place for the update of {min(left)}: merge the run, and export it")
     return tensors, _lora_config(settings, ranks, any(_is_transposed(places[source][0]) for source in ranks))
 
 
-def _adapted(model: Model) -> dict[str, LoRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+def _updates_in(model: Model) -> dict[str, LowRankUpdate]:
+    """The update of each linear map that has one."""
+    modules = model.named_modules()
+    return {name.removesuffix(".lora"): module for name, module in modules if isinstance(module, LowRankUpdate)}
 
 
 def _is_transposed(rule: Rule) -> bool:
@@ -122,6 +128,8 @@ def _lora_config(settings: LoRA.Settings, ranks: Mapping[str, int], transposed: 
 
 def _prompt_tuning(model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config, embedding = model.config, dict(model.named_parameters())
+    if config.topology != "decoder":
+        raise UserError(f"there is no folder for the soft prompt of topology {config.topology!r}, only of a decoder")
     if config.scaled_embeddings:
         raise UserError("scaled_embeddings would scale peft's prompt too: there is no folder for this soft prompt")
     about = {

@@ -10,13 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minitransformer import files
 from minitransformer.errors import UserError
 from minitransformer.models.adapters import freeze_matching
 from minitransformer.models.model import Model, build_model, model_without_storage
-from minitransformer.pretrained.originals import inherit_originals
+from minitransformer.pretrained.chat import published_names, published_special_tokens
+from minitransformer.pretrained.originals import CHAT, inherit_originals
 from minitransformer.runs.layout import check_free
 from minitransformer.runs.open import Run
-from minitransformer.text.datasets import Labels, PreparedData
+from minitransformer.text.datasets import Conversations, Labels, PreparedData
+from minitransformer.text.datasets.conversation_preparation import PreparedConversations
 from minitransformer.training.config import RunConfig, with_usual_vocabulary
 from minitransformer.training.finetuning import check_fits, starting_model
 from minitransformer.training.logging import TensorBoard
@@ -75,8 +78,37 @@ def with_class_names(config: RunConfig, names: Sequence[str]) -> RunConfig:
     return replace(config, data=replace(config.data, dataset=named))
 
 
+def with_chat_template(config: RunConfig, source: Run) -> RunConfig:
+    """`config`, whose conversations are written as `source` has learned them, unless it says otherwise itself."""
+    dataset = config.data.dataset
+    if dataset.variant is not Conversations:
+        return config
+    settings, template = dataset.settings, source.chat_template
+    variables, tokens = published_names(source.path), published_special_tokens(source.path)
+    others = {name: number for name, number in tokens.items() if source.tokenizer.special_tokens.get(name) != number}
+    settings = replace(
+        settings,
+        chat_template=settings.chat_template or (template and template.source),
+        template_variables=settings.template_variables or tuple(f"{name}={text}" for name, text in variables.items()),
+        template_tokens=settings.template_tokens or tuple(f"{name}={number}" for name, number in others.items()),
+    )
+    return replace(config, data=replace(config.data, dataset=replace(dataset, settings=settings)))
+
+
+def add_files(prepared: PreparedData, parent: Parent | None, run: Path) -> None:
+    """Give the folder of a new run what its parent came with, and how its conversations are written."""
+    inherit_originals(None if parent is None else Path(parent.path), run)
+    if isinstance(prepared, PreparedConversations):
+        files.write_text(run / CHAT, prepared.template.source)
+
+
 def initial_model(source: Run, checkpoint: str, config: RunConfig) -> Model:
-    """The model of `source`; where `config` has another head, the same body with a new head, drawn by its seed."""
+    """The model of `config` before its first step, with the weights of `source`.
+
+    An adapter, and another head than that of `source`, are drawn by the seed.
+    """
+    if config.model.adapter.name != "none":
+        return starting_model(config, source.checkpoint(checkpoint))
     model = source.load_model(checkpoint)
     if config.model.topology == model.config.topology:
         return model
@@ -106,12 +138,10 @@ def begin_run(
     parent: Parent | None = None,
     initial: Model | None = None,
 ) -> Run:
-    """Create the folder of a new run of `config`, with known vocabulary; `initial` is the model of its `parent`."""
+    """Create the folder of a new run of `config`, with known vocabulary; `initial` has the weights of its `parent`."""
     config = with_class_names(config, prepared.classes)
-    if initial is not None:
-        initial = starting_model(config, initial)
-        if config.model.adapter.name != "none" and parent is not None:
-            initial.base = replace(parent, path=str(Path(parent.path).absolute()))
-    inherit = partial(inherit_originals, None if parent is None else Path(parent.path))
+    if initial is not None and parent is not None and config.model.adapter.name != "none":
+        initial.base = replace(parent, path=str(Path(parent.path).absolute()))
     tokenizers, text = (prepared.tokenizer, prepared.target_tokenizer), prepared.folder.name
-    return Run.create(path, config, *tokenizers, text, machine, parent, initial, inherit, prepared.sources)
+    add = partial(add_files, prepared, parent)
+    return Run.create(path, config, *tokenizers, text, machine, parent, initial, add, prepared.sources)

@@ -67,7 +67,7 @@ def import_adapter(folder: Path, base: Run, path: Path) -> Run:
     parent = Parent.of(base.path.absolute(), checkpoint)
     training = replace(base.config.training, freeze=())
     config = replace(base.config, model=replace(base.config.model, adapter=adapter), training=training)
-    initial = starting_model(config, base.load_model(checkpoint.name))
+    initial = starting_model(config, checkpoint)
     initial.base = parent
     fill_adapter(initial, weights)
     with only_writer(path):

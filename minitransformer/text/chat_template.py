@@ -174,6 +174,18 @@ class ChatTemplate:
         return len(after) - len(rest) + len(self.end_of_turn or "") if is_end else 0
 
 
+def is_template(text: str) -> bool:
+    """Whether `text` is the source of a Jinja template, and not a name."""
+    return "{{" in text or "{%" in text
+
+
+def usual_names(tokenizer: Tokenizer) -> dict[str, str]:
+    """The variables of a template for `tokenizer`, where none were published: the tokens around a text."""
+    names = {number: name for name, number in tokenizer.special_tokens.items()}
+    end = names[tokenizer.end_of_text]
+    return {"bos_token": names.get(next(iter(tokenizer.framing.prefix), tokenizer.end_of_text), end), "eos_token": end}
+
+
 def _woven(between: Sequence[str], contents: Sequence[str]) -> str | None:
     """What stands `between` the `contents`, with them; None unless there is a place for each."""
     if len(between) != len(contents) + 1:

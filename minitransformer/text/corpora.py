@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
@@ -172,14 +172,21 @@ def jsonl_documents(
     path: Path, field: str, on_read: Callable[[int], object], encoding: str | None = None
 ) -> Iterator[list[str]]:
     """The field's text of every line, without empty lines and texts."""
+    for number, record in jsonl_records(path, on_read, encoding):
+        yield [text_of(record, field, path, "line", number)]
+
+
+def jsonl_records(
+    path: Path, on_read: Callable[[int], object], encoding: str | None = None
+) -> Iterator[tuple[int, Any]]:
+    """The number of every line, without empty ones, and the JSON in it."""
     for number, line in enumerate(split_lines(read(path, on_read, encoding)), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not JSON ({error}): each line must be one object") from None
-        yield [text_of(record, field, path, "line", number)]
 
 
 def documents(

@@ -26,8 +26,8 @@ class Recipe(Protocol):
     def version(self) -> str:
         """What the documents depend on besides the recipe's source code; cheap."""
 
-    def documents(self) -> Iterator[str | tuple[str, str]]:
-        """The documents, in a deterministic order: texts, or texts with their labels."""
+    def documents(self) -> Iterator[str | tuple[str, str] | dict[str, str]]:
+        """The documents, in a deterministic order: texts, texts with their labels, or rows with fields."""
 
 
 def known() -> dict[str, Path]:
@@ -55,7 +55,7 @@ def made_at(name: str, recipe: Recipe) -> Path:
 
 
 def make(name: str) -> Path:
-    """The recipe's documents as JSONL with the field `text`, and `label` of labelled ones, made on first use.
+    """The recipe's documents as JSONL: rows, or the field `text`, with `label` of labelled ones; made on first use.
 
     Raises `UserError` when the recipe cannot get them.
     """
@@ -72,6 +72,12 @@ def make(name: str) -> Path:
     return target
 
 
+def _record(document: str | tuple[str, str] | dict[str, str]) -> dict[str, str]:
+    if isinstance(document, dict):
+        return document
+    return {"text": document} if isinstance(document, str) else dict(zip(FIELDS, document, strict=True))
+
+
 def _write(name: str, recipe: Recipe, target: Path) -> None:
     from tqdm import tqdm
 
@@ -80,8 +86,7 @@ def _write(name: str, recipe: Recipe, target: Path) -> None:
         empty = True
         # disable=None: a bar on a terminal, nothing in a pipe.
         for document in tqdm(recipe.documents(), desc=name, unit=" documents", disable=None):
-            record = {"text": document} if isinstance(document, str) else dict(zip(FIELDS, document, strict=True))
-            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps(_record(document), ensure_ascii=False).encode() + b"\n")
             empty = False
         if empty:
             raise UserError(f"recipe {name} found no documents on this machine: choose another recipe, or a file")

@@ -97,6 +97,18 @@ def render_template(source: str, variables: Mapping[str, Any], origin: str, *, s
     return answer["text"]
 
 
+def filled_template(source: str, row: Mapping[str, Any], origin: str, where: str) -> str:
+    """The prompt template `source` with the fields of a row; raises `UserError` for a missing one."""
+    try:
+        return render_template(source, row, origin, strict=True)
+    except TemplateMistake as mistake:
+        if mistake.kind != "undefined":
+            raise
+        raise UserError(
+            f"the template {origin} needs what {where} lacks ({mistake.reason}): its fields are {', '.join(row)}"
+        ) from None
+
+
 def read_template(path: Path) -> str:
     """The source of the template in the file at `path`; raises `UserError` if it is no text."""
     try:

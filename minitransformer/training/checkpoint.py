@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minitransformer import files
 from minitransformer.amounts import size
 from minitransformer.errors import StorageError, UserError
-from minitransformer.models.model import Model, build_model, check_memory, count_trained, merged
+from minitransformer.models.model import Model, build_in_parts, check_memory, count_trained, merged
 from minitransformer.records import read_json
 from minitransformer.settings import flat, settings_of
 from minitransformer.training.config import RunConfig
@@ -173,7 +173,7 @@ def load_unmerged(checkpoint: Path, config: RunConfig, base: Path | None = None)
     check_same_settings(checkpoint, config)
     check_weights(checkpoint, config.model, base)
     check_memory(config.model, str(checkpoint))
-    model = build_model(config.model)
+    model = build_in_parts(config.model)
     load_model_weights(checkpoint, model, base)
     return model
 

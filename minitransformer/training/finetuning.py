@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from minitransformer.errors import UserError
 from minitransformer.models.adapters import Adapter
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, build_model, weight_shapes
+from minitransformer.models.model import Model, build_in_parts, weight_shapes
 from minitransformer.settings import declared, flat
 from minitransformer.text.datasets import PreparedData
 from minitransformer.text.datasets.text import TooShort
@@ -19,7 +20,7 @@ from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.objectives import Classify
 from minitransformer.training.optimizers import AdamW
-from minitransformer.training.weights import unique_tensors
+from minitransformer.training.weights import load_base
 
 # A tenth of the learning rates of pretraining preserves most of what was learned. 3e-4 becomes nanoGPT's 3e-5; runs
 # trained by Muon are fine-tuned by Muon (Liu et al. 2025, arXiv 2502.16982, section 3.5).
@@ -78,19 +79,12 @@ def _for_adapter(training: TrainingConfig, learning_rate: float) -> TrainingConf
     return replace(training, optimizer=AdamW.choose(), weight_decay=0.0, **rates)
 
 
-def starting_model(config: RunConfig, parent: Model) -> Model:
-    """The model of `config` before its first step, with the weights of `parent`; its adapter is drawn by the seed."""
-    if config.model.adapter.name == "none":
-        return parent
+def starting_model(config: RunConfig, base: Path) -> Model:
+    """The model of `config` before its first step: an adapter, drawn by the seed, and the weights in its `base`."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(config.training.seed)
-        model = build_model(config.model)
-    theirs = unique_tensors(parent)
-    with torch.no_grad():
-        for name, tensor in unique_tensors(model).items():
-            if name in theirs and theirs[name].shape == tensor.shape:
-                tensor.copy_(theirs[name])
-    with torch.random.fork_rng(devices=()):
+        model = build_in_parts(config.model)
+        load_base(base, model)
         torch.manual_seed(config.training.seed)
         config.model.adapter.make().begin(model)
     return model
@@ -98,14 +92,9 @@ def starting_model(config: RunConfig, parent: Model) -> Model:
 
 def check_fits(parent: ModelConfig, model: ModelConfig) -> None:
     """Raises `UserError` unless `model`, but for an adapter, can load the weights of `parent` and computes the same."""
-    adapter, parent, model = model.adapter.name, parent.base, model.base
+    parent, model = parent.base, model.base
     before, after = flat(parent), flat(model)
     new_head = parent.topology in Classify.classifier_of and model.topology == Classify.classifier_of[parent.topology]
-    if new_head and adapter != "none":
-        raise UserError(
-            f"adapter {adapter!r} stands on a base as it is, and the base has no head of topology {model.topology!r}: "
-            "train one without --adapter first"
-        )
     for name in before | after:
         old, new = before.get(name), after.get(name)
         if old == new or name in WEIGHTLESS or (new_head and name in OF_HEAD):

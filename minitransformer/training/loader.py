@@ -15,17 +15,23 @@ from minitransformer.training.objectives.base import BatchKey
 
 
 class Loader:
-    """Batches of prepared data, transformed by the objective; each depends on the seed and its index alone."""
+    """Batches of prepared data, transformed by the objective; each depends on the seed and its index alone.
 
-    def __init__(self, data: PreparedData, objective: Objective, shape: BatchShape, seed: int) -> None:
+    Validation reads the split `held_out`, which is "train" where all of the data is for an evaluation.
+    """
+
+    def __init__(
+        self, data: PreparedData, objective: Objective, shape: BatchShape, seed: int, held_out: str = "validation"
+    ) -> None:
         self.data, self.objective, self.shape, self.seed = data, objective, shape, seed
+        self.held_out = held_out
 
     @classmethod
-    def of_run(cls, config: RunConfig, data: PreparedData) -> Loader:
+    def of_run(cls, config: RunConfig, data: PreparedData, held_out: str = "validation") -> Loader:
         """The loader for the run of `config`."""
         objective = config.training.objective.make(data.tokenizer, config.model, config.sequence_length)
         shape = config.batch_shape(objective.window, whole=objective.whole_windows)
-        return cls(data, objective, shape, config.training.seed)
+        return cls(data, objective, shape, config.training.seed, held_out)
 
     def training_batches(self, step: int) -> Sequence[TrainingBatch]:
         """The micro-batches of a step, deterministically."""
@@ -35,7 +41,7 @@ class Loader:
 
     def validation_batches(self) -> Batches:
         """The whole validation split, once."""
-        batches = self.data.ordered_batches("validation", self.shape)
+        batches = self.data.ordered_batches(self.held_out, self.shape)
         return MadeBatches(len(batches), lambda index: self._made(batches.batch(index), "validation", index))
 
     def _made(self, batch: Any, split: str, index: int) -> Any:
@@ -49,22 +55,23 @@ class Loader:
     @property
     def validation_tokens(self) -> int:
         """Number of tokens in the validation split."""
-        return self.data.num_tokens("validation")
+        return self.data.num_tokens(self.held_out)
 
     @property
     def validation_targets(self) -> TokenSource:
         """The target ids that `validation_bytes` counts."""
-        return self.data.targets("validation")
+        return self.data.targets(self.held_out)
 
     @cached_property
     def validation_bytes(self) -> int | None:
         """Bytes of text in the validation targets; None if they are not a whole text."""
-        return self.data.num_bytes("validation") if self.objective.predicts_text else None
+        return self.data.num_bytes(self.held_out) if self.objective.predicts_text else None
 
     @property
     def majority_baseline(self) -> float | None:
         """Accuracy of always predicting the most frequent training token; None if accuracy is not measured."""
-        return self.data.majority_baseline if self.objective.has_baseline else None
+        measured = self.objective.has_baseline and self.held_out == "validation"
+        return self.data.majority_baseline if measured else None
 
     def examples(self, count: int) -> list[list[int]]:
         """Some validation (or else training) inputs to generate samples from."""

@@ -50,7 +50,7 @@ class Parallel(Registered, kind="parallel"):
 
     def build(self, config: ModelConfig, device: torch.device) -> Model:
         """The model, or this rank's part of it, with the initial weights of one process."""
-        return build_model(config).to(device)
+        return build_in_parts(config).to(device)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to call in training, whose gradients are those of all ranks together."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from minitransformer.evaluation.intervals import Bounds
-from minitransformer.evaluation.metrics import Metric, Totals, intervals_of, values_of
+from minitransformer.evaluation.metrics import Totals, described_values, intervals_of, values_of
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.token_files import count_bytes
 from minitransformer.training.config import RunConfig
@@ -66,15 +66,7 @@ class Validation:
         return {**self.values, **bounds, "validation_tokens": self.tokens}
 
     def __str__(self) -> str:
-        known = {name: value for name, value in self.values.items() if value is not None}
-        return ", ".join(self._in_words(name, value) for name, value in known.items())
-
-    def _in_words(self, name: str, value: float) -> str:
-        said = Metric.named(name).in_words.format(value)
-        if name not in self.intervals:
-            return said
-        low, high = self.intervals[name]
-        return f"{said} (95% interval {low:.1%} to {high:.1%})"
+        return ", ".join(described_values(self.values, self.intervals))
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitransformer import files
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, build_model, check_memory, check_size, merged
+from minitransformer.models.int8 import Int8Linear, quantise_rows
+from minitransformer.models.model import Model, build_in_parts, check_memory, check_size, merged
 from minitransformer.records import read_json, whole_record
 from minitransformer.training.config import RunConfig
-from minitransformer.training.shards import Stored, is_of_optimizer, is_sharded, sharded_like, weight_files
+from minitransformer.training.shards import (
+    Stored,
+    is_of_optimizer,
+    is_sharded,
+    local_part,
+    sharded_like,
+    weight_files,
+)
 
 MODEL, MANIFEST = "model.safetensors", "manifest.json"
 BASE = "base"
@@ -151,16 +158,33 @@ def load_model_weights(checkpoint: Path, model: Model, base: Path | None = None)
 
 
 def load_base(checkpoint: Path, model: Model) -> None:
-    """Load those weights into `model`, which has an adapter, that the base in `checkpoint` has."""
+    """Load those weights into `model`, which has an adapter, that the base in `checkpoint` has.
+
+    Those which the adapter stores in 8 bits are never all in memory as they are in the file.
+    """
     every, frozen = unique_tensors(model), _frozen(model)
     if base_of(checkpoint) is None:
         shapes, read = _opened(checkpoint, every)
     else:
         whole = unique_tensors(_merged_model(checkpoint))
         shapes, read = {name: tensor.shape for name, tensor in whole.items()}, partial(_copy, whole)
-    held = {name: tensor for name, tensor in every.items() if shapes.get(name) == tensor.shape or name in frozen}
+    rounded = {name: part for name, part in model.named_modules() if isinstance(part, Int8Linear)}
+    wanted = {name: tensor for name, tensor in every.items() if name.removesuffix(".scale") not in rounded}
+    held = {name: tensor for name, tensor in wanted.items() if shapes.get(name) == tensor.shape or name in frozen}
     _check_fits(checkpoint, {name: shape for name, shape in shapes.items() if name in held}, held)
-    read(held)
+    matrices = {f"{name}.weight": part for name, part in rounded.items()}
+    read({name: tensor for name, tensor in held.items() if name not in matrices})
+    for name, part in matrices.items():
+        full = torch.empty_like(held[name], dtype=part.scale.dtype)
+        read({name: full})
+        _round_into(part, full)
+
+
+@torch.no_grad()
+def _round_into(part: Int8Linear, weight: Tensor) -> None:
+    """Set `part`, or the rows of it on this rank, to `weight` in 8 bits."""
+    for ours, value in zip((part.weight, part.scale), quantise_rows(local_part(weight)), strict=True):
+        local_part(ours).copy_(value)
 
 
 def _merged_model(checkpoint: Path) -> Model:
@@ -169,7 +193,7 @@ def _merged_model(checkpoint: Path) -> Model:
     config = RunConfig.from_json(read_json(path, "restore the base").get("config", {}), str(path))
     check_memory(config.model, str(checkpoint))
     with torch.random.fork_rng(devices=()):
-        model = build_model(config.model)
+        model = build_in_parts(config.model)
     load_model_weights(checkpoint, model)
     return merged(model)
 
@@ -183,9 +207,15 @@ def _opened(checkpoint: Path, wanted: Mapping[str, Tensor]) -> tuple[Mapping[str
     if weight_files(checkpoint) or any(map(is_sharded, wanted.values())):
         stored = Stored(checkpoint)
         return {name: shape for name, shape in stored.shapes.items() if not is_of_optimizer(name)}, stored.read
-    with _safetensors(checkpoint / MODEL):
-        whole = load_file(checkpoint / MODEL)
-    return {name: tensor.shape for name, tensor in whole.items()}, partial(_copy, whole)
+    path = checkpoint / MODEL
+
+    def read(wanted: Mapping[str, Tensor]) -> None:
+        for name, tensor in wanted.items():  # a file that stays open keeps in memory what was read
+            with _safetensors(path), safe_open(path, "pt") as stored:
+                _copy({name: stored.get_tensor(name)}, {name: tensor})
+
+    with _safetensors(path), safe_open(path, "pt") as stored:
+        return {name: torch.Size(stored.get_slice(name).get_shape()) for name in sorted(stored.keys())}, read
 
 
 @torch.no_grad()

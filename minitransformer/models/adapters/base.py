@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
+from minitransformer.architecture.embeddings import ClassificationHead
 from minitransformer.errors import UserError
 from minitransformer.registry import Registered
 
@@ -76,9 +77,21 @@ def freeze_matching(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def frozen(model: M) -> M:
-    """`model` with all weights frozen; raises `UserError` if a module of it changes weights after each step."""
+    """`model` with all weights frozen but those of a classifier's head, which a base with another head cannot have.
+
+    Raises `UserError` if a module of it changes weights after each step.
+    """
     _check_unchanged(model)
-    return model.requires_grad_(False)
+    model.requires_grad_(False)
+    for weight in of_new_head(model):
+        weight.requires_grad_(True)
+    return model
+
+
+def of_new_head(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of a classifier's head, which are trained beside an adapter, and stored with it."""
+    head = getattr(model, "head", None)
+    return list(head.parameters()) if isinstance(head, ClassificationHead) else []
 
 
 def _check_unchanged(model: nn.Module) -> None:

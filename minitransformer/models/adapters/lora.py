@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from minitransformer.architecture.dropout import Dropout
 from minitransformer.architecture.embeddings import LMHead
 from minitransformer.errors import UserError
 from minitransformer.models.adapters.base import Adapter, M, frozen, name_pattern
+from minitransformer.models.int8 import Int8Linear, linear_map
 from minitransformer.models.surgery import copied, is_linear_map
 from minitransformer.settings import setting
 
@@ -21,7 +24,8 @@ from minitransformer.settings import setting
 class LoRA(Adapter, name="lora"):
     """x Wᵀ + b + (alpha / rank) · dropout(x) Aᵀ Bᵀ, of which A and B are trained. Hu et al. 2021 (arXiv 2106.09685).
 
-    Section 4.1. By default in all linear maps but the head: Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 4.
+    Section 4.1. By default in all linear maps but the head, and over an 8-bit W if so chosen: Dettmers et al. 2023
+    (QLoRA, arXiv 2305.14314), sections 3 and 4.
     """
 
     @dataclass(frozen=True)
@@ -37,6 +41,12 @@ class LoRA(Adapter, name="lora"):
         also_train: str | None = setting(
             None, help="regular expression for the whole names of weights to train as well, such as 'head.*'"
         )
+        base_weights: str = setting(
+            "fp32",
+            choices=("fp32", "int8"),
+            help="format of the matrices that are not trained, but for heads and embeddings: int8 takes a quarter of "
+            "the memory, and is part of what the adapter is trained for and merged into",
+        )
 
     learning_rate = 1e-3
     settings: Settings
@@ -47,7 +57,8 @@ class LoRA(Adapter, name="lora"):
         self.also_train = name_pattern(settings.also_train or "", "lora_also_train")
 
     def applied(self, model: M) -> M:
-        maps = {name for name, module in model.named_modules() if is_linear_map(module) if not is_head(module)}
+        modules = ((name, each) for name, each in frozen(model).named_modules() if is_linear_map(each))
+        maps = {name: each.weight for name, each in modules if not is_head(each) and not each.weight.requires_grad}
         chosen = {name for name in maps if self.pattern.fullmatch(name)}
         if not chosen:
             some = ", ".join(sorted(maps)[:3])
@@ -55,26 +66,43 @@ class LoRA(Adapter, name="lora"):
                 f"lora_pattern {self.settings.pattern!r} matches no linear map of the model: "
                 f"they have names such as {some}"
             )
+        self._train_others(model)
+        rounded = self._rounded(maps)
 
         def replace(name: str, module: nn.Module) -> nn.Module | None:
-            if name not in chosen:
+            if name not in chosen | rounded:
                 return None
             assert isinstance(module, nn.Linear)
-            return LoRALinear(module, self.settings)
+            if name in chosen:
+                return (LoRAInt8Linear if name in rounded else LoRALinear)(module, self.settings)
+            return Int8Linear(module)
 
-        adapted = copied(frozen(model), replace)
-        self._check_names(adapted)
-        for name, parameter in adapted.named_parameters():
-            parameter.requires_grad_(".lora." in name or bool(self.also_train.fullmatch(name)))
-        return adapted
+        return copied(model, replace)
 
-    def _check_names(self, model: nn.Module) -> None:
+    def _train_others(self, model: nn.Module) -> None:
         wanted = self.settings.also_train
-        if wanted is not None and not any(self.also_train.fullmatch(name) for name, _ in model.named_parameters()):
+        others = [weight for name, weight in model.named_parameters() if self.also_train.fullmatch(name)]
+        if wanted is not None and not others:
             raise UserError(f"lora_also_train {wanted!r} matches no weight of the model: correct it, or leave it out")
+        for weight in others:
+            weight.requires_grad_(True)
+
+    def _rounded(self, maps: Mapping[str, Any]) -> set[str]:
+        """The names of those of the linear `maps`, given with their weights, that are stored in 8 bits."""
+        if self.settings.base_weights != "int8":
+            return set()
+        rounded = {name for name, weight in maps.items() if not weight.requires_grad}
+        if not rounded:
+            raise UserError(
+                f"lora_also_train {self.settings.also_train!r} trains every matrix, so that lora_base_weights 'int8' "
+                "has none to store: leave one of them out"
+            )
+        return rounded
 
     def merged(self, model: M) -> M:
-        return copied(model, lambda name, module: module.merged() if isinstance(module, LoRALinear) else None)
+        return copied(
+            model, lambda name, module: module.plain() if isinstance(module, LoRALinear | Int8Linear) else None
+        )
 
 
 def is_head(module: nn.Module) -> bool:
@@ -83,7 +111,7 @@ def is_head(module: nn.Module) -> bool:
 
 
 class LowRankUpdate(nn.Module):
-    """scale · dropout(x) Aᵀ Bᵀ, with A [rank, in] drawn as the weights of `nn.Linear` are, and B [out, rank] = 0."""
+    """y + scale · dropout(x) Aᵀ Bᵀ, with A [rank, in] drawn as the weights of `nn.Linear`, and B [out, rank] = 0."""
 
     def __init__(self, in_features: int, out_features: int, settings: LoRA.Settings) -> None:
         super().__init__()
@@ -96,8 +124,9 @@ class LowRankUpdate(nn.Module):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         nn.init.zeros_(self.b)
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return F.linear(F.linear(self.dropout(x), self.a), self.b) * self.scale
+    def forward(self, y: Float[Tensor, "*batch out"], x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        low = F.linear(self.dropout(x), self.a)
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.b.t(), alpha=self.scale).view_as(y)
 
     def matrix(self) -> Float[Tensor, "out in"]:
         """scale · B A, in float64."""
@@ -116,12 +145,25 @@ class LoRALinear(nn.Linear):
         self.lora = LowRankUpdate(self.in_features, self.out_features, settings)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return F.linear(x, self.weight, self.bias) + self.lora(x)
+        return self.lora(F.linear(x, self.weight, self.bias), x)
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
+    def plain(self) -> nn.Linear:
         """The linear map with the weights W + scale · B A."""
-        linear = self.kind(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         weight = self.weight.double() + self.lora.matrix()
-        linear.weight, linear.bias = nn.Parameter(weight.to(self.weight.dtype)), self.bias
-        return linear
+        return linear_map(self.kind, weight.to(self.weight.dtype), self.bias)
+
+
+class LoRAInt8Linear(Int8Linear):
+    """An `Int8Linear`, and a `LowRankUpdate` of it."""
+
+    def __init__(self, linear: nn.Linear, settings: LoRA.Settings) -> None:
+        super().__init__(linear)
+        self.lora = LowRankUpdate(self.in_features, self.out_features, settings)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        return self.lora(super().forward(x), x)
+
+    def matrix(self) -> Float[Tensor, "out in"]:
+        """W + scale · B A, in float64."""
+        return super().matrix() + self.lora.matrix()

@@ -1,24 +1,28 @@
-"""Soft prompts of decoders."""
+"""Soft prompts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minitransformer.architecture.block import Stack
 from minitransformer.architecture.embeddings import TokenEmbedding
-from minitransformer.errors import UserError
+from minitransformer.architecture.masks import OF_ALL
 from minitransformer.models.adapters.base import Adapter, M, frozen
 from minitransformer.settings import setting
 
 
 class SoftPrompt(Adapter, name="soft-prompt"):
-    """Embeddings before every text, which alone are trained. Lester et al. 2021 (arXiv 2104.08691), section 2.
+    """Embeddings before every text, or every source, which alone are trained.
 
-    They belong to virtual tokens after the vocabulary, which begin every window, and have no logits.
+    Lester et al. 2021 (arXiv 2104.08691), section 2. They belong to virtual tokens after the vocabulary, which begin
+    every window, and have no logits.
     """
 
     @dataclass(frozen=True)
@@ -34,14 +38,17 @@ class SoftPrompt(Adapter, name="soft-prompt"):
         return self.settings.tokens
 
     def applied(self, model: M) -> M:
-        embedding = getattr(model, "embedding", None)
-        if not isinstance(embedding, TokenEmbedding) or not hasattr(model, "prefix"):
-            raise UserError("a soft prompt stands before the texts of a decoder, and this model is none: choose lora")
-        decoder: Any = frozen(model)
-        decoder.embedding = PromptEmbedding(embedding, self.settings.tokens)
-        first = embedding.table.num_embeddings
-        decoder.prefix = tuple(range(first, first + self.settings.tokens))
-        decoder.register_forward_pre_hook(_after_prompt, with_kwargs=True)
+        prompted: Any = frozen(model)
+        stack = getattr(prompted, "encoder", None) or getattr(prompted, "stack", None)
+        assert isinstance(stack, Stack)
+        tokens, first = self.settings.tokens, prompted.embedding.table.num_embeddings
+        # A source has no embedding of its own; that of targets, which may be the same, stays as it is.
+        prompted.embedding = PromptEmbedding(prompted.embedding, tokens)
+        stack.register_forward_pre_hook(partial(_after_prompt, prompted.embedding), with_kwargs=True)
+        if hasattr(prompted, "stack"):
+            stack.register_forward_hook(partial(_without_prompt, tokens), with_kwargs=True)
+        if hasattr(prompted, "prefix"):
+            prompted.prefix = tuple(range(first, first + tokens))
         return model
 
     @torch.no_grad()
@@ -76,10 +83,24 @@ class PromptEmbedding(TokenEmbedding):
         return torch.where((tokens >= size)[..., None], self.prompt[(tokens - size).clamp(min=0)], known)
 
 
-def _after_prompt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a forward pass with the prompt before each row, whose readout gets what follows it."""
-    (tokens,), prompt, readout = args, len(model.prefix), kwargs.get("readout", nn.Module.__call__)
-    if others := kwargs.keys() - {"readout"}:
-        raise UserError(f"a soft prompt cannot stand before texts with {', '.join(sorted(others))}: choose lora")
-    prefix = torch.tensor(model.prefix, device=tokens.device).expand(len(tokens), -1)
-    return (torch.cat([prefix, tokens], dim=1),), {"readout": lambda head, x: readout(head, x[:, prompt:])}
+def _after_prompt(
+    embedding: PromptEmbedding, stack: nn.Module, args: tuple[Tensor], given: dict[str, Any]
+) -> tuple[tuple[Tensor], dict[str, Any]] | None:
+    """The arguments of a forward pass of `stack` with the prompt before each row; with a cache, it stands in there."""
+    if given.get("cache") is not None:
+        return None
+    (x,), count = args, len(embedding.prompt)
+    prompt = embedding(embedding.prompt[None]).expand(len(x), -1, -1)
+    positions, is_token, documents = (given.get(name) for name in ("positions", "is_token", "documents"))
+    assert positions is not None
+    first = torch.arange(count, device=positions.device).expand(len(positions), -1)
+    after = {"positions": torch.cat([first, positions + count], dim=1)}
+    if is_token is not None:
+        after["is_token"] = F.pad(is_token, (count, 0), value=True)
+    if documents is not None:
+        after["documents"] = F.pad(documents, (count, 0), value=OF_ALL)
+    return (torch.cat([prompt.to(x.dtype), x], dim=1),), given | after
+
+
+def _without_prompt(count: int, stack: nn.Module, args: Any, given: dict[str, Any], hidden: Tensor) -> Tensor:
+    return hidden if given.get("cache") is not None else hidden[:, count:]

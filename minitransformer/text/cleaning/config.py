@@ -15,7 +15,7 @@ from minitransformer.registry import lookup
 from minitransformer.settings import Chosen, to_json
 from minitransformer.text.caching import hash_of
 from minitransformer.text.cleaning.formats import UNITS, DocumentFile, document_file
-from minitransformer.text.cleaning.normalising import EXTRA, Normalisation, normalisations
+from minitransformer.text.cleaning.normalising import EXTRA, TextNormalisation, normalisations
 from minitransformer.text.cleaning.personal import (
     PersonalData,
     Span,
@@ -67,7 +67,7 @@ class CleaningConfig:
 
     def identity(self, *sources: SourceFiles) -> str:
         """A hash of all that the verdicts depend on: these choices, the files, and plugins."""
-        members: list[type] = [Normalisation.named(name) for name in self.normalise]
+        members: list[type] = [TextNormalisation.named(name) for name in self.normalise]
         members += [*PersonalData.registry.values(), *(rule.variant for rule in self.rules)]
         rules = [[rule.name, to_json(rule.settings), rule.make().identity] for rule in self.rules]
         values = {name: value for name, value in vars(self).items() if name != "rules"}

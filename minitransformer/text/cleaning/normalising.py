@@ -14,7 +14,7 @@ EXTRA = 'pip install "minitransformer[data]"'
 """what installs the packages of this room"""
 
 
-class Normalisation(Registered, kind="normalisation"):
+class TextNormalisation(Registered, kind="normalisation"):
     """A map of text to text that is the same when it is applied again. They are applied in the order of `order`."""
 
     order: ClassVar[int] = 100
@@ -26,7 +26,7 @@ class Normalisation(Registered, kind="normalisation"):
         raise NotImplementedError
 
 
-class Mojibake(Normalisation, name="mojibake"):
+class Mojibake(TextNormalisation, name="mojibake"):
     """UTF-8 that was read as another encoding is mended (âœ” becomes ✔), as ftfy does where it is sure."""
 
     order = 0
@@ -42,7 +42,7 @@ class Mojibake(Normalisation, name="mojibake"):
         return text if text.isascii() else str(self._fix(text))
 
 
-class NFC(Normalisation, name="nfc"):
+class NFC(TextNormalisation, name="nfc"):
     """Letters and their accents are one character where there is one. Unicode Standard Annex 15."""
 
     order = 10
@@ -58,7 +58,7 @@ class NFKC(NFC, name="nfkc"):
     form = "NFKC"
 
 
-class ControlCharacters(Normalisation, name="control"):
+class ControlCharacters(TextNormalisation, name="control"):
     """Control characters are removed, except tab, newline and carriage return; so are byte-order marks."""
 
     order = 20
@@ -72,7 +72,7 @@ class ControlCharacters(Normalisation, name="control"):
         return text if len(kept) == len(text) else kept.decode()
 
 
-class LowerCase(Normalisation, name="lower"):
+class LowerCase(TextNormalisation, name="lower"):
     """Lower case."""
 
     order = 30
@@ -81,7 +81,7 @@ class LowerCase(Normalisation, name="lower"):
         return text.lower()
 
 
-class Punctuation(Normalisation, name="punctuation"):
+class Punctuation(TextNormalisation, name="punctuation"):
     """Typographic quotes, dashes, ellipses and spaces become those of ASCII."""
 
     order = 40
@@ -100,9 +100,9 @@ class Punctuation(Normalisation, name="punctuation"):
         return text if text.isascii() else text.translate(self.table)
 
 
-def normalisations(names: Sequence[str]) -> list[Normalisation]:
+def normalisations(names: Sequence[str]) -> list[TextNormalisation]:
     """The normalisations with these names, in the order in which they are applied; raises `UserError` for two forms."""
     if {"nfc", "nfkc"} <= set(names):
         raise UserError("--normalise has nfc and nfkc, and a text has one form: choose one of them")
-    members = sorted({Normalisation.named(name) for name in names}, key=lambda member: (member.order, member.name))
+    members = sorted({TextNormalisation.named(name) for name in names}, key=lambda member: (member.order, member.name))
     return [member(member.Settings()) for member in members]

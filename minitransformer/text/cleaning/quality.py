@@ -99,7 +99,7 @@ class Repetition(QualityRule, name="repetition"):
 
 
 def _share_of_top(words: Sequence[str], n: int) -> float:
-    """The share of the characters of `words` in the most frequent n-gram, if it occurs more than once."""
+    """The share of the characters of `words` in the most frequent n-gram, if it occurs at least three times."""
     if len(words) < 2 * n:
         return 0.0
     codes = np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
@@ -107,7 +107,7 @@ def _share_of_top(words: Sequence[str], n: int) -> float:
     _, first, counts = np.unique(grams, return_index=True, return_counts=True)
     lengths = np.fromiter(map(len, words), np.int64, len(words))
     sizes = np.convolve(lengths, np.ones(n, np.int64), "valid")[first]
-    return float(((counts > 1) * counts * sizes).max() / lengths.sum())
+    return float(((counts > 2) * counts * sizes).max() / lengths.sum())
 
 
 class Symbols(QualityRule, name="symbols"):

@@ -109,7 +109,7 @@ class Dataset(Registered, kind="dataset"):
     """A kind of data."""
 
     cuts_text: ClassVar[bool] = True
-    """whether its sequences are windows of running text, of any length"""
+    """whether its sequences are as long as the run wants them, and not as the texts are"""
     usual_data: ClassVar[str | None] = None
     """the data in place of the default, which is text"""
 
@@ -130,6 +130,10 @@ class Dataset(Registered, kind="dataset"):
     def tokens_per_step(self, shape: BatchShape) -> int:
         """Approximate number of tokens per step."""
         return shape.rows * shape.micro_batches * shape.window
+
+    def with_contents(self) -> Any:
+        """The settings, with the contents of small files in place of their names."""
+        return self.settings
 
     def cased(self, text: str) -> str:
         """`text`, lower-cased if the data is."""

@@ -183,9 +183,9 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
         return None
 
 
-def place_of(pair: Pair) -> float:
-    """The hash of a pair, in [0, 1)."""
-    digest = hashlib.blake2b("\0".join(pair).encode(), digest_size=8).digest()
+def place_of(texts: Sequence[str]) -> float:
+    """The hash of `texts`, in [0, 1)."""
+    digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
 
 

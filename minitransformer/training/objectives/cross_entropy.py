@@ -57,13 +57,14 @@ def tokens_at_once(head: nn.Module, hidden: Float[Tensor, "*batch d_model"]) -> 
     """Number of tokens per chunk of logits.
 
     It is d_model: then a chunk takes the memory of the head's weight, whose gradient is allocated
-    anyway, and accumulating such gradients is cheap. More, if a chunk would have fewer than FEWEST_LOGITS; that many
-    for a frozen head, which has no gradient.
+    anyway, and accumulating such gradients is cheap. More, if a chunk would have fewer than FEWEST_LOGITS; a quarter
+    of that for a frozen head, beside which that much would be most of the memory.
     """
     outputs = max([1, *(weight.size(0) for weight in head.parameters())])
     fewest = FEWEST_LOGITS["cuda" if hidden.is_cuda else "cpu"]
-    has_gradient = any(weight.requires_grad for weight in head.parameters())
-    return max(hidden.size(-1) if has_gradient else 1, fewest // outputs)
+    if any(weight.requires_grad for weight in head.parameters()):
+        return max(hidden.size(-1), fewest // outputs)
+    return max(1, fewest // 4 // outputs)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
