@@ -9,6 +9,7 @@ from minitransformer.registry import lookup
 
 COMMANDS = {
     "train": "train a model, resume a run, or fine-tune one",
+    "data": "say what a text holds that is better left out of training, and leave it out",
     "tokenize": "turn text into shards of tokens, for data larger than memory",
     "doctor": "say whether a training run would work, and what it needs, without training",
     "sample": "generate from the model of a run: continue, fill in masks, translate",

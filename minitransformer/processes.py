@@ -6,13 +6,19 @@ import os
 import pickle
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, get_context, parent_process, resource_tracker
 from pathlib import Path
 from threading import Thread
+from typing import Any, TypeVar
 
+from minitransformer.errors import StorageError, UserError
 from minitransformer.plugins import load_plugin, loaded_files
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def processors() -> int:
@@ -131,3 +137,49 @@ def one_line(error: BaseException) -> str:
     what = traceback.format_exception_only(error)[-1].splitlines()[0]
     frames = traceback.extract_tb(error.__traceback__)
     return f"{what} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else what
+
+
+def in_processes(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """`map` in `workers` processes, in order, one item ahead for each; with one worker, in this process.
+
+    Items and results are picklable. Raises the `UserError` of an item, or `StorageError` if a process is lost.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    pool: list[Process] = []
+    busy: deque[Process] = deque()
+    try:
+        for item in items:
+            if len(pool) < workers:
+                pool.append(process := Process(_answer_each, function))
+            else:
+                process = busy.popleft()
+                yield _answer_of(process)
+            process.connection.send(item)
+            busy.append(process)
+        while busy:
+            yield _answer_of(busy.popleft())
+    finally:
+        for process in pool:
+            process.end()
+
+
+def _answer_of(process: Process) -> Any:
+    try:
+        answer = process.connection.recv()
+    except (EOFError, ConnectionError):
+        raise StorageError(f"a worker {process.ending()}: free memory, or give fewer --workers") from None
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+def _answer_each(remote: connection.Connection, function: Callable[[Any], Any]) -> None:
+    while True:
+        item = remote.recv()
+        try:
+            answer = function(item)
+        except UserError as error:
+            answer = error
+        remote.send(answer)

@@ -62,7 +62,7 @@ BESIDE = {
     "settings": {"errors", "records"},
     "registry": {"errors", "settings"},
     "plugins": {"errors", "records", "settings"},
-    "processes": {"plugins"},
+    "processes": {"errors", "plugins"},
 }
 COMMAND = {"main", "Options", "Flags"}
 """what files of commands/ define: the command, and what may be given to it"""

@@ -143,7 +143,7 @@ def stand_in(config: RunConfig) -> PreparedData:
     if config.data.dataset.variant is Labels:
         label = Ragged.join([np.zeros(1, np.uint16)] * count, np.dtype("<u2"))
         pairs = TokenPairs(side, label)
-        return PreparedLabels(Path(), tokenizer, tokenizer, pairs, pairs, 0, 0, ("", "x"), batch_tokens=batch_tokens)
+        return PreparedLabels(Path(), tokenizer, tokenizer, pairs, pairs, 0, 0, 0, ("", "x"), batch_tokens=batch_tokens)
     return PreparedPairs(Path(), tokenizer, tokenizer, pairs, pairs, 0, 0, batch_tokens=batch_tokens)
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -180,7 +180,7 @@ def jsonl_records(
     path: Path, on_read: Callable[[int], object], encoding: str | None = None
 ) -> Iterator[tuple[int, Any]]:
     """The number of every line, without empty ones, and the JSON in it."""
-    for number, line in enumerate(_lines(read(path, on_read, encoding)), start=1):
+    for number, line in enumerate(split_lines(read(path, on_read, encoding)), start=1):
         if not line.strip():
             continue
         try:
@@ -197,7 +197,7 @@ def documents(
     if suffix in LINES:
         yield from jsonl_documents(path, field, on_read, encoding)
     elif suffix in DELIMITERS:
-        lines = (line + "\n" for line in _lines(read(path, on_read, encoding)))
+        lines = (line + "\n" for line in split_lines(read(path, on_read, encoding)))
         yield from ([text] for text in separated(lines, path, field))
     elif suffix in ARRAYS:
         yield from ([text] for text in array(read(path, on_read, encoding), path, field))
@@ -207,8 +207,8 @@ def documents(
         yield read(path, on_read, encoding)
 
 
-def _lines(texts: Iterator[str]) -> Iterator[str]:
-    """Split at newlines only: JSON strings may hold the other characters that str.splitlines splits at."""
+def split_lines(texts: Iterable[str]) -> Iterator[str]:
+    """`texts` split at newlines only: JSON strings may hold the other characters that str.splitlines splits at."""
     parts: list[str] = []
     for text in texts:
         *whole, rest = text.split("\n")

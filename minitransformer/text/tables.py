@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,27 +42,40 @@ def separated(lines: Iterator[str], path: Path, field: str) -> Iterator[str]:
 
     Raises `UserError` with the line of wrong quotes or a wrong number of values.
     """
+    rows = separated_rows(lines, path)
+    place = column_of(next(rows), field, path)
+    for row in rows:
+        yield row[place]
+
+
+def separated_rows(lines: Iterator[str], path: Path) -> Iterator[list[str]]:
+    """The header of a CSV or TSV file, empty for an empty file, then its rows, each with as many values."""
     # The csv module has one global limit, far below the length of a document.
     csv.field_size_limit(sys.maxsize)
-    suffix = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
-    rows = csv.reader(lines, delimiter=DELIMITERS[suffix.lower()], strict=True)
+    rows = csv.reader(lines, delimiter=delimiter_of(path), strict=True)
     try:
         header = next((row for row in rows if row), [])
-        place = _column(header, field, path)
+        yield header
         for row in filter(None, rows):
             if len(row) != len(header):
                 raise UserError(
                     f"{path} line {rows.line_num} has {len(row)} values, and its first line names {len(header)} "
                     "columns: give each row as many values, and quote values that contain separators"
                 )
-            yield text_of({field: row[place]}, field, path, "line", rows.line_num)
+            yield row
     except csv.Error as error:
         raise UserError(
             f"{path} line {rows.line_num} cannot be read ({error}): quote its values as CSV wants, or use .jsonl"
         ) from None
 
 
-def _column(header: Sequence[str], field: str, path: Path) -> int:
+def delimiter_of(path: Path) -> str:
+    """What separates the values of a CSV or TSV file, which may be compressed."""
+    suffix = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
+    return DELIMITERS[suffix.lower()]
+
+
+def column_of(header: Sequence[str], field: str, path: Path) -> int:
     """The index of the column `field`."""
     if header.count(field) != 1:
         how_many = "no column" if field not in header else f"{header.count(field)} columns"
@@ -149,6 +163,15 @@ class _Elements:
 
 def parquet(path: Path, field: str, on_read: Callable[[int], object]) -> Iterator[str]:
     """The field's text of every row of a Parquet file; raises `UserError` without pyarrow."""
+    texts = chain.from_iterable(batch.column(0).to_pylist() for batch in record_batches(path, field, on_read, [field]))
+    for number, text in enumerate(texts, start=1):
+        yield text_of({field: text}, field, path, "row", number)
+
+
+def record_batches(
+    path: Path, field: str, on_read: Callable[[int], object], columns: list[str] | None = None
+) -> Iterator[Any]:
+    """The rows of a Parquet file that has the column `field`, some at a time; None is all `columns`."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -161,13 +184,12 @@ def parquet(path: Path, field: str, on_read: Callable[[int], object]) -> Iterato
             if field not in file.schema_arrow.names:
                 names = ", ".join(map(repr, file.schema_arrow.names[:20]))
                 raise UserError(f"{path} has no column {field!r}: it has {names}; choose one with --field")
-            size, total, number, told = path.stat().st_size, file.metadata.num_rows, 0, 0
-            for batch in file.iter_batches(ROWS, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    yield text_of({field: text}, field, path, "row", number)
-                on_read(size * number // total - told)
-                told = size * number // total
+            size, total, rows, told = path.stat().st_size, file.metadata.num_rows, 0, 0
+            for batch in file.iter_batches(ROWS, columns=columns):
+                yield batch
+                rows += batch.num_rows
+                on_read(size * rows // total - told)
+                told = size * rows // total
     except (ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} is not a complete Parquet file ({reason}): write it again, or give .jsonl") from None

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from minitransformer.errors import UserError
 from minitransformer.settings import Chosen
+from minitransformer.text.datasets.overlap import shared_warning
 from minitransformer.text.datasets.pair_data import PreparedPairs
 from minitransformer.text.datasets.pair_preparation import EncodedPair, PairPreparation, PairScan, place_of
 from minitransformer.text.datasets.pipeline import SPLITS
@@ -61,6 +62,8 @@ class PreparedLabels(PreparedPairs):
         for split in SPLITS:
             count = f"{len(self.pairs(split)):,} texts of {self.num_tokens(split):,} tokens"
             lines.append(f"{split:10} {count if len(self.pairs(split)) else 'none: overfitting goes unnoticed'}")
+        if self.shared:
+            lines.append(shared_warning(self.shared, len(self.validation), "texts"))
         if self.skipped or self.cut:
             lines.append(f"too long   {self.skipped:,} texts skipped, {self.cut:,} cut")
         return "\n".join(lines)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from minitransformer.text.datasets.base import BatchShape, PreparedData
+from minitransformer.text.datasets.overlap import shared_warning
 from minitransformer.text.datasets.pipeline import SPLITS
 from minitransformer.text.token_files import TokenPairs, Tokens, count_bytes
 from minitransformer.text.tokenizers import Tokenizer
@@ -84,6 +85,8 @@ class PreparedPairs(PairData):
     train: TokenPairs
     skipped: int
     cut: int
+    shared: int = 0
+    """pairs of validation that also stand in training"""
 
     def pairs(self, split: str) -> TokenPairs:
         return {"train": self.train, "validation": self.validation}[split]
@@ -94,9 +97,11 @@ class PreparedPairs(PairData):
         return ShuffledPairs(self.train, self.batch_tokens, *self.ends, seed, self.target_tokenizer.target_start)
 
     def summary(self) -> str:
-        """Three or four lines to print, under 80 columns."""
+        """Lines to print, under 80 columns."""
         lines = [vocabularies(self.tokenizer, self.target_tokenizer)]
         lines += [split_line(split, self.pairs(split)) for split in SPLITS]
+        if self.shared:
+            lines.append(shared_warning(self.shared, len(self.validation), "pairs"))
         if self.skipped or self.cut:
             lines.append(f"too long   {self.skipped:,} pairs skipped, {self.cut:,} cut")
         return "\n".join(lines)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 from minitransformer.errors import UserError
 from minitransformer.processes import processors
 from minitransformer.settings import Chosen
+from minitransformer.text.datasets.overlap import SharedDocuments
 from minitransformer.text.datasets.pair_data import PreparedPairs, framed_but_last
 from minitransformer.text.datasets.pipeline import SPLITS, Preparation
 from minitransformer.text.pairs import Pair, PairCorpus
@@ -111,7 +112,7 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
         return [corpus, prints, validation or self.validation_fraction, self.context_length, self.too_long]
 
     def write(self, division: str, folder: Path) -> dict[str, Any]:
-        counts = dict.fromkeys(POLICIES, 0)
+        counts, shared = dict.fromkeys(POLICIES, 0), SharedDocuments()
         with ExitStack() as stack:
             writers = {
                 split: [
@@ -121,8 +122,10 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
                 for split in SPLITS
             }
             for split, pair in self.parts(counts):
+                shared.add_digest(int(pair.place * 2**64), split == SPLITS[1])
                 for writer, tokens in zip(writers[split], pair.sides, strict=True):
                     writer.add(tokens)
+        counts["shared"] = shared.count()
         return {**counts, **{writer.name: writer.finish() for split in SPLITS for writer in writers[split]}}
 
     def parts(self, counts: dict[str, int]) -> Iterator[tuple[str, EncodedPair]]:
@@ -166,7 +169,8 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
 
         train, validation = map(pairs_of, SPLITS)
         skipped, cut = (int(meta[policy]) for policy in POLICIES)
-        return PreparedPairs(folder, tokenizers[0], tokenizers[-1], validation, train, skipped, cut)
+        shared = int(meta.get("shared", 0))  # older folders do not say
+        return PreparedPairs(folder, tokenizers[0], tokenizers[-1], validation, train, skipped, cut, shared)
 
     def fault(self, prepared: PreparedPairs) -> UserError | None:
         for split in SPLITS if self.validation is not None or self.validation_fraction else SPLITS[:1]:

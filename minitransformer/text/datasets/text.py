@@ -20,6 +20,7 @@ from minitransformer.processes import processors
 from minitransformer.settings import Chosen
 from minitransformer.text.corpora import Corpus, Piece, kind
 from minitransformer.text.datasets.base import BatchShape, PreparedData
+from minitransformer.text.datasets.overlap import SharedDocuments, shared_warning
 from minitransformer.text.datasets.pipeline import SPLITS, Preparation
 from minitransformer.text.tables import TABLES
 from minitransformer.text.threads import in_order, progress_bar
@@ -60,6 +61,8 @@ class PreparedText(PreparedData):
     train_documents: int
     validation_documents: int
     split: str
+    shared_documents: int = 0
+    """documents of validation that also stand in training"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_tokenizer", self.tokenizer)
@@ -100,7 +103,7 @@ class PreparedText(PreparedData):
         return SequentialWindows(tokens, shape.window, shape.rows)
 
     def summary(self) -> str:
-        """Three lines to print, under 80 columns."""
+        """Lines to print, under 80 columns."""
         tokenizer, train = self.tokenizer, size(self.train_bytes)
         lines = [
             f"tokens     {tokenizer.name} tokenizer, {tokenizer.vocab_size:,} tokens, {HOW[self.split]}",
@@ -109,7 +112,10 @@ class PreparedText(PreparedData):
         if self.split == "none":
             return "\n".join([*lines, "validation none: overfitting goes unnoticed"])
         validation = f"{len(self.validation):,} tokens from {size(self.validation_bytes)}"
-        return "\n".join([*lines, f"validation {validation}, documents: {self.validation_documents:,}"])
+        lines.append(f"validation {validation}, documents: {self.validation_documents:,}")
+        if self.shared_documents:
+            lines.append(shared_warning(self.shared_documents, self.validation_documents, "documents"))
+        return "\n".join(lines)
 
 
 class TooShort(UserError):
@@ -221,8 +227,12 @@ class TextPreparation(Preparation[Corpus, TextScan, PreparedText]):
     def write(self, division: str, folder: Path) -> dict[str, Any]:
         tokenizer = self.tokenizers[0]
         parts = encode_in_order(self.parts(division), tokenizer, self.bytes, self.workers, self.progress)
-        counts = write_splits(parts, folder)
-        return {"dtype": dtype_of(tokenizer).name, "split": division, **counts}
+        shared = SharedDocuments()
+        counts = write_splits(_noted(parts, shared), folder)
+        return {
+            **{"dtype": dtype_of(tokenizer).name, "split": division, "shared_documents": shared.count()},
+            **counts,
+        }
 
     def parts(self, division: str) -> Iterator[Part]:
         """The pieces of the text, split by `division`."""
@@ -242,6 +252,7 @@ class TextPreparation(Preparation[Corpus, TextScan, PreparedText]):
         dtype = stored_dtype(meta["dtype"], tokenizer)
         train, validation = (mapped(folder / f"{split}.bin", dtype, meta[split]["tokens"]) for split in SPLITS)
         counts = {f"{split}_{what}": int(meta[split][what]) for split in SPLITS for what in ("bytes", "documents")}
+        counts["shared_documents"] = int(meta.get("shared_documents", 0))  # older folders do not say
         return PreparedText(folder, tokenizer, train, validation, **counts, split=meta["split"])
 
     def fault(self, prepared: PreparedText) -> TooShort | None:
@@ -321,6 +332,13 @@ def encode_in_order(
         for encoded in in_order(encode, parts, workers or processors(), lambda part: len(part.text)):
             yield encoded
             bar.update(encoded.bytes)
+
+
+def _noted(parts: Iterable[EncodedPart], shared: SharedDocuments) -> Iterator[EncodedPart]:
+    """`parts`, whose texts are added to `shared` on the way."""
+    for encoded in parts:
+        shared.add(*encoded.part)
+        yield encoded
 
 
 def write_splits(parts: Iterable[EncodedPart], folder: Path) -> dict[str, dict[str, int]]:
