@@ -101,8 +101,9 @@ def data_page(summary: Mapping[str, Any], removed: Path | None = None) -> str:
     """The HTML of the report; with examples from the file of what was `removed`."""
     page = Page(f"{TITLE}: {', '.join(summary['data'])}")
     before, after = summary["before"], summary["after"]
+    files = f"{summary['files']:,} file{'s' * (summary['files'] > 1)}"
     page.paragraph(
-        f"{before['documents']:,} documents in {summary['files']:,} file{'s' * (summary['files'] > 1)}, of {size(before['bytes'])}. "
+        f"{before['documents']:,} documents in {files}, of {size(before['bytes'])}. "
         f"{'Cleaning keeps' if removed is None else 'Cleaning has kept'} {after['documents']:,} of them, of "
         f"{size(after['bytes'])} ({_share(after['bytes'], before['bytes'])})."
     )
