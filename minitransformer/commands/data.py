@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Any
 
 import tyro
@@ -76,8 +77,9 @@ def main(arguments: Sequence[str]) -> int:
     """Report or clean; returns the exit code."""
     if not arguments or arguments[0] in HELP:
         print("usage: minitransformer data report|clean PATH... [options]\n")
-        print(*(f"  {name:8} {about}" for name, about in ABOUT.items()), sep="\n")
-        return DONE
+        for name, about in ABOUT.items():
+            print(fill(about, 79, initial_indent=f"  {name:8} ", subsequent_indent=" " * 11))
+        raise SystemExit(DONE)
     lookup("task of data", arguments[0], ABOUT)
     task, flags = arguments[0], arguments[1:]
     options, settings = parse_groups(

@@ -25,9 +25,9 @@ from minitransformer.training.checkpoint import checkpoints_in
 class Options:
     """Which run to merge, and where to."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN-FOLDER")]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """run folder"""
-    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    out: Annotated[Path, tyro.conf.arg(metavar="TO")]
     """folder of the new run, which must not exist yet"""
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """checkpoint of the run; None is the best, or else the latest"""
