@@ -34,6 +34,7 @@ def outcomes(capsys: Any, folder: Path, *arguments: str, code: int = 0) -> list[
     return found
 
 
+@pytest.mark.slow
 def test_every_fault_leaves_a_run_equal_or_is_refused_in_one_sentence(tmp_path: Path, capsys: Any) -> None:
     found = outcomes(capsys, tmp_path, "--kind", "train")
     possible = [fault.name for fault in Fault.registry.values() if can_disturb(fault, run_kinds()["train"])]
@@ -46,10 +47,10 @@ def test_every_fault_leaves_a_run_equal_or_is_refused_in_one_sentence(tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", run_kinds())
-def test_every_kind_of_run_survives_every_fault(tmp_path: Path, capsys: Any, kind: str) -> None:
+@pytest.mark.parametrize("kind", sorted(run_kinds().keys() - {"train"}))
+def test_every_other_kind_of_run_survives_every_fault(tmp_path: Path, capsys: Any, kind: str) -> None:
     # Damaged files are read alike on any number of ranks.
-    only = () if kind in ("train", "fsdp") else ("kill-write", "kill-rank", "full-disk")
+    only = () if kind == "fsdp" else ("kill-write", "kill-rank", "full-disk")
     flags = [word for fault in only for word in ("--fault", fault)]
     found = outcomes(capsys, tmp_path, "--kind", kind, *flags, "--seed", "100")
     same = {"equal"} if len(kind.split(" to ")) == 1 else {"equal", "near"}

@@ -224,7 +224,7 @@ def test_docs_qa_names_the_package_of_each_question_so_that_none_is_in_both_spli
     assert dumps == {"prompt": dumps["prompt"], "completion": "None", "group": "json"}
 
 
-def test_tasks_about_source_have_the_answers_that_stand_in_it() -> None:
+def test_tasks_about_source_have_the_answers_that_stand_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe: Any = recipes.load_recipe("docs-tasks")
     text = "The rest says more, " * 5
     source = f'''def f(x):\n    """Reads x.\n\n    {text}\n    """\n    if x: raise KeyError\n    raise OSError\n'''
@@ -233,7 +233,9 @@ def test_tasks_about_source_have_the_answers_that_stand_in_it() -> None:
     assert (task, asked, answer) == ("Summarise:", text.strip(), "Reads x.")
     [found] = [each for node in recipe.definitions(source.encode()) for each in recipe.exceptions(node, raised)]
     assert found[2] == "KeyError, OSError"
-    rows = [json.loads(line) for line in recipes.make("docs-tasks").read_bytes().splitlines()]
+    some = [(name, path) for name, path in stdlib.modules() if name.startswith(("json", "logging"))]
+    monkeypatch.setattr(stdlib, "modules", lambda: iter(some))
+    rows = list(recipe.documents())
     begins = ("Summarise: ", "Which exceptions are raised here? ", "What ")
     assert {next(each for each in begins if row["prompt"].startswith(each)) for row in rows} == set(begins)
     assert all(row["completion"] and row["group"] for row in rows)
