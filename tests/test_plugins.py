@@ -13,9 +13,9 @@ import pytest
 from minitransformer.commands import start
 from minitransformer.errors import StorageError
 from minitransformer.plugins import check_plugins
+from tests.forked_for_tests import run_command as run
 
 ROOT = Path(__file__).parents[1]
-PROGRAM = [sys.executable, "-m", "minitransformer"]
 TINY = [
     "--d-model=16",
     "--num-layers=2",
@@ -40,10 +40,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "rezero.py").write_text(readme_example(), encoding="utf-8")
     (tmp_path / "text.txt").write_text("A fox is quick and brown. " * 200, encoding="utf-8")
     return tmp_path
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 def train(*arguments: str) -> subprocess.CompletedProcess[str]:
