@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import warnings
 from collections.abc import Iterator
 
 from minitransformer.text import stdlib
@@ -28,14 +27,8 @@ def documents() -> Iterator[dict[str, str]]:
 
 def questions(module: str, source: bytes) -> Iterator[tuple[str, str]]:
     """Questions about what a module defines for others, and their answers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old modules have escapes that newer Pythons frown upon
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError):  # templates that only look like modules
-            return
     if not any(part.startswith("_") for part in module.split(".")):
-        yield from about_members(module, tree)
+        yield from about_members(module, stdlib.syntax_tree(source))
 
 
 def about_members(prefix: str, parent: ast.AST) -> Iterator[tuple[str, str]]:

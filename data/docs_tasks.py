@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +28,7 @@ def documents() -> Iterator[dict[str, str]]:
     questions: Any = recipes.load_recipe("docs-qa")
     seen: set[str] = set()
     for module, path in stdlib.modules():
-        for node in definitions(path.read_bytes()):
+        for node in ast.walk(stdlib.syntax_tree(path.read_bytes())):
             for task, text, answer in [*summaries(node), *exceptions(node, questions.raised)]:
                 if text not in seen and SHORTEST <= len(text) <= LONGEST:
                     seen.add(text)
@@ -50,14 +49,3 @@ def exceptions(node: ast.AST, raised: Any) -> Iterator[tuple[str, str, str]]:
     """A function, and the names of the exceptions in its `raise` statements."""
     if isinstance(node, Function) and (names := raised(node)):
         yield "Which exceptions are raised here?", " ".join(ast.unparse(node).split()), ", ".join(names)
-
-
-def definitions(source: bytes) -> Iterator[ast.AST]:
-    """Everything in a module that may have a docstring."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old modules have escapes that newer Pythons frown upon
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError):  # templates that only look like modules
-            return
-    yield from ast.walk(tree)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -37,13 +36,7 @@ def documents() -> Iterator[tuple[str, str]]:
 
 def docstrings(source: bytes) -> Iterator[str]:
     """The docstrings of a module, its classes and its functions, without line breaks."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old modules have escapes that newer Pythons frown upon
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError):  # templates that only look like modules
-            return
-    for node in ast.walk(tree):
+    for node in ast.walk(stdlib.syntax_tree(source)):
         text = re.sub(r"\s+", " ", ast.get_docstring(node) or "") if isinstance(node, Documented) else ""
         if len(text) >= SHORTEST:
             yield text

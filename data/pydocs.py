@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import warnings
 from collections.abc import Iterator
 
 from minitransformer.text import stdlib
@@ -22,13 +21,7 @@ def documents() -> Iterator[str]:
     yield from topics()
     seen: set[str] = set()
     for name, path in stdlib.modules():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old modules have escapes that newer Pythons frown upon
-            try:
-                tree = ast.parse(path.read_bytes())
-            except (SyntaxError, ValueError):  # templates that only look like modules
-                continue
-        entries = [entry for entry in page(name, tree, seen) if entry]
+        entries = [entry for entry in page(name, stdlib.syntax_tree(path.read_bytes()), seen) if entry]
         if entries:
             yield "\n\n".join([name, *entries]) + "\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -229,9 +230,13 @@ def test_tasks_about_source_have_the_answers_that_stand_in_it(monkeypatch: pytes
     text = "The rest says more, " * 5
     source = f'''def f(x):\n    """Reads x.\n\n    {text}\n    """\n    if x: raise KeyError\n    raise OSError\n'''
     raised = recipes.load_recipe("docs-qa").raised  # type: ignore[attr-defined]
-    [(task, asked, answer)] = [each for node in recipe.definitions(source.encode()) for each in recipe.summaries(node)]
+    [(task, asked, answer)] = [
+        each for node in ast.walk(stdlib.syntax_tree(source.encode())) for each in recipe.summaries(node)
+    ]
     assert (task, asked, answer) == ("Summarise:", text.strip(), "Reads x.")
-    [found] = [each for node in recipe.definitions(source.encode()) for each in recipe.exceptions(node, raised)]
+    [found] = [
+        each for node in ast.walk(stdlib.syntax_tree(source.encode())) for each in recipe.exceptions(node, raised)
+    ]
     assert found[2] == "KeyError, OSError"
     some = [(name, path) for name, path in stdlib.modules() if name.startswith(("json", "logging"))]
     monkeypatch.setattr(stdlib, "modules", lambda: iter(some))

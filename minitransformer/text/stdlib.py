@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import platform
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,3 +35,13 @@ def version() -> str:
     """Changes with the Python version and with a distribution's patches."""
     listing = "\n".join(f"{name} {path.stat().st_size}" for name, path in modules())
     return f"{platform.python_version()} {hashlib.sha256(listing.encode()).hexdigest()}"
+
+
+def syntax_tree(source: bytes) -> ast.Module:
+    """The syntax tree of a module; an empty one for templates that only look like modules."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old modules have escapes that newer Pythons frown upon
+        try:
+            return ast.parse(source)
+        except (SyntaxError, ValueError):
+            return ast.Module([], [])
