@@ -9,11 +9,11 @@ from minitransformer.registry import lookup
 
 COMMANDS = {
     "train": "train a model, resume a run, or fine-tune one",
-    "data": "say what a text holds that is better left out of training, and leave it out",
+    "data": "report and remove what training is better without",
     "tokenize": "turn text into shards of tokens, for data larger than memory",
     "doctor": "say whether a training run would work, and what it needs, without training",
     "sample": "generate from the model of a run: continue, fill in masks, translate",
-    "evaluate": "compare the answers of a model to held-out questions with the right ones",
+    "evaluate": "measure a model on data that it has not learned",
     "embed": "turn texts into vectors, by the model of a run or a public checkpoint",
     "look": "show attention, predictions and residual norms for a text, as an HTML page",
     "replay": "repeat the last step of a run that has diverged, and show where",
@@ -24,7 +24,7 @@ COMMANDS = {
     "lab": "run experiments on norm placement, each with a report",
     "bench": "measure speed and memory, relative to peers and to the limits of the machine",
     "import": "turn a public checkpoint into a run",
-    "merge": "bake an adapter into its base",
+    "merge": "bake an adapter into its base, or average checkpoints",
     "export": "export the model of a run to the transformers library",
 }
 
