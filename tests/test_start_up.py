@@ -47,6 +47,10 @@ def test_help_fits_into_80_columns_and_has_no_two_blank_lines(
     assert "\n\n\n" not in out
 
 
+def test_the_list_of_commands_fits_into_80_columns() -> None:
+    assert max(17 + len(what) for what in COMMANDS.values()) <= 80
+
+
 TRAINED = """
 import sys, torch
 from minitransformer.commands import start
