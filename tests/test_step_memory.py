@@ -102,7 +102,7 @@ def test_a_rank_has_the_whole_model_and_its_share_of_the_rows(texts):
     assert four.activations == pytest.approx(one.activations / 4, rel=0.25)
 
 
-FSDP: dict[str, object] = {"parallel": "fsdp", "optimizer": "adamw", "precision": "fp32", "num_layers": 4}
+FSDP: dict[str, object] = {"parallel": "fsdp", "optimizer": "adamw", "precision": "fp32", "num_layers": 2}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -115,11 +115,11 @@ def test_ranks_of_fsdp_divide_weights_gradients_and_optimizer_state(here, ranks)
 def test_a_rank_of_fsdp_gathers_no_more_than_two_blocks_and_what_is_outside_them(here):
     """The peak of a step is in the backward pass of the head, or of a block: it has no weights of all the others."""
     shape = {**SHAPE, "batch_size": 2, "context_length": 4, "d_model": 256}
-    choices = [{**FSDP, "num_layers": layers} for layers in (4, 12)]
+    choices = [{**FSDP, "num_layers": layers} for layers in (3, 7)]
     few, many = (Candidate(configured(**{**shape, **each}), ranks=2) for each in choices)
-    block = 4 * (many.parameters - few.parameters) // 8
+    block = 4 * (many.parameters - few.parameters) // 4
     gathered = many.step_memory.activations - few.step_memory.activations
-    assert gathered < block / 2  # rather than the weights of eight blocks
+    assert gathered < block / 2  # rather than the weights of four blocks
     assert few.step_memory.activations > 2 * block
 
 
@@ -137,7 +137,7 @@ def test_ranks_that_share_matrices_divide_them_too_and_read_the_same_rows(here):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_recomputed_activations_are_counted_once(here, parallel):
-    choices = {**SHAPE, **FSDP, "parallel": parallel, "num_layers": 6}
+    choices = {**SHAPE, **FSDP, "parallel": parallel, "num_layers": 4}
     kept, recomputed = (Candidate(configured(**choices, activation_checkpointing=c), ranks=2) for c in (False, True))
     assert recomputed.step_memory.activations < kept.step_memory.activations / 2
 
