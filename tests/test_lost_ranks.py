@@ -47,7 +47,8 @@ def full(*_):
     raise StorageError("there is no space left")
 
 if os.environ["RANK"] == "1":
-    parallel.build_model = full
+    assert hasattr(parallel, "build_in_parts")
+    parallel.build_in_parts = full
 """
 
 
