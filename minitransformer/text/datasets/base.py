@@ -40,6 +40,18 @@ class DataRequest:
     only_cached: bool = False
     """raise `NotPrepared` unless the data is cached"""
 
+    def for_preparation(self, corpus: Callable[[Names, str], Any]) -> dict[str, Any]:
+        """The arguments of a preparation with one tokenizer; `corpus` opens data, whose text is in a field."""
+        return {
+            "corpus": corpus(self.data, self.field),
+            "tokenizer": self.tokenizers[0] if self.tokenizers else self.tokenizer,
+            "vocab_size": self.vocab_size,
+            "validation": None if self.validation_data is None else corpus(self.validation_data, self.field),
+            "validation_fraction": self.validation_fraction,
+            "context_length": self.context_length,
+            "only_cached": self.only_cached,
+        }
+
 
 @dataclass(frozen=True)
 class BatchShape:

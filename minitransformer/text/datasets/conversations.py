@@ -69,21 +69,11 @@ class Conversations(Dataset, name="conversations"):
     settings: Settings
 
     def prepare(self, request: DataRequest) -> PreparedConversations:
-        corpora: list[Any] = [
-            None if data is None else self.corpus(data, request.field)
-            for data in (request.data, request.validation_data)
-        ]
         prepared: Any = ConversationPreparation(
-            corpora[0],
-            request.tokenizers[0] if request.tokenizers else request.tokenizer,
+            **request.for_preparation(self.corpus),
             special_tokens=request.special_tokens,
             make_template=self.template,
-            vocab_size=request.vocab_size,
-            validation=corpora[1],
-            validation_fraction=request.validation_fraction,
-            context_length=request.context_length,
             too_long=self.settings.too_long,
-            only_cached=request.only_cached,
         ).run()
         return replace(prepared, template=self.template(prepared.tokenizer), packing=self.settings.packing)
 

@@ -57,20 +57,10 @@ class Labels(Dataset, name="labels"):
 
     def prepare(self, request: DataRequest) -> PreparedLabels:
         settings = self.settings
-        corpora: list[Any] = [
-            None if data is None else self.corpus(data, request.field)
-            for data in (request.data, request.validation_data)
-        ]
         prepared: Any = LabelPreparation(
-            corpora[0],
-            request.tokenizers[0] if request.tokenizers else request.tokenizer,
+            **request.for_preparation(self.corpus),
             classes=settings.classes,
-            vocab_size=request.vocab_size,
-            validation=corpora[1],
-            validation_fraction=request.validation_fraction,
-            context_length=request.context_length,
             too_long=settings.too_long,
-            only_cached=request.only_cached,
         ).run()
         return replace(prepared, batch_tokens=settings.batch_tokens)
 

@@ -16,16 +16,6 @@ class PlainText(Dataset, name="text"):
     def prepare(self, request: DataRequest) -> PreparedData:
         if (index := index_in(request.data)) is not None:
             return ShardPreparation(ShardIndex.read(index), request, work_folder() / "prepared").run()
-        validation = request.validation_data
-        if validation is not None:
-            check_no_index(validation)
-        return TextPreparation(
-            open_corpus(request.data, request.field),
-            request.tokenizers[0] if request.tokenizers else request.tokenizer,
-            vocab_size=request.vocab_size,
-            validation=None if validation is None else open_corpus(validation, request.field),
-            validation_fraction=request.validation_fraction,
-            context_length=request.context_length,
-            special_tokens=request.special_tokens,
-            only_cached=request.only_cached,
-        ).run()
+        if request.validation_data is not None:
+            check_no_index(request.validation_data)
+        return TextPreparation(**request.for_preparation(open_corpus), special_tokens=request.special_tokens).run()
