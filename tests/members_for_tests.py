@@ -92,6 +92,16 @@ LLAMA3 = {
 }
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "original_max_position_embeddings": 32,
+    "truncate": False,
+}
+
+
 OPT = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -166,10 +176,14 @@ MEMBERS: dict[str, Member] = {
             "rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
         },
     ),
+    "llama dynamic": Member(
+        "LlamaForCausalLM", {**LLAMA, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}}
+    ),
     "mistral": Member("MistralForCausalLM", {**LLAMA, "sliding_window": 5}),
     "mistral without window": Member("MistralForCausalLM", {**LLAMA, "sliding_window": None, "head_dim": 6}),
     "mixtral": Member("MixtralForCausalLM", {**LLAMA, "num_local_experts": 4, "experts_implementation": "eager"}),
     "qwen2": Member("Qwen2ForCausalLM", LLAMA),
+    "qwen2 yarn": Member("Qwen2ForCausalLM", {**LLAMA, "rope_parameters": YARN}),
     "qwen2 windowed": Member(
         "Qwen2ForCausalLM", {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
     ),

@@ -19,7 +19,8 @@ from minitransformer.architecture.block import Block
 from minitransformer.architecture.embeddings import POOLING_ACTIVATIONS
 from minitransformer.architecture.feedforward import FeedForward
 from minitransformer.architecture.norms import Norm
-from minitransformer.architecture.positions import PositionScheme, RotaryScaling
+from minitransformer.architecture.positions import PositionScheme
+from minitransformer.architecture.rotary_scaling import RotaryScaling
 from minitransformer.architecture.residual import Residual
 from minitransformer.errors import UserError
 from minitransformer.models.config import HEADS, ModelConfig

@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minitransformer.architecture.kernels import KERNELS
-from minitransformer.architecture.positions import (
-    Llama3Scaling,
-    PositionInterpolation,
-    PositionSpace,
-    Rotary,
-    RotaryScaling,
-    token_positions,
-)
+from minitransformer.architecture.positions import PositionSpace, Rotary, token_positions
+from minitransformer.architecture.rotary_scaling import Llama3Scaling, PositionInterpolation, RotaryScaling
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 
