@@ -207,6 +207,7 @@ class Rotary(PositionScheme, name="rotary"):
         self.whole_head = self.rotated == space.head_dim
         self.base, self.window_base, self.layers = settings.base, settings.window_base, settings.layers
         self.scaling = settings.scaling.make(settings.base, space.max_length)
+        self.scaling.rescale(torch.ones(self.rotated // 2))  # raises `UserError` for settings that do not fit
 
     def rotation(self, positions: Int[Tensor, "#batch length"]) -> Callable[[Tensor], Tensor]:
         frequencies = self.scaling.rescale(self._frequencies(self.base, positions))
@@ -261,6 +262,26 @@ class ALiBi(PositionScheme, name="alibi"):
     ) -> Float[Tensor, "#batch heads query key"]:
         distance = (query_positions[:, None, :, None] - key_positions[:, None, None, :]).abs()
         return -self.slopes[:, None, None] * distance  # type: ignore[index]
+
+
+class FalconALiBi(ALiBi, name="alibi-falcon"):
+    """score + (b(p_key) − b(p_query)) / √head_dim with b(p) = slope · p, in bfloat16: ALiBi as Falcon rounds it.
+
+    From 256 positions, b is a staircase. Almazrouei et al. 2023 (arXiv 2311.16867), its public code.
+    """
+
+    def __init__(self, settings: Any, space: PositionSpace) -> None:
+        super().__init__(settings, space)
+        self.scale = space.head_dim**-0.5
+
+    def score_bias(
+        self, query_positions: Int[Tensor, "#batch query"], key_positions: Int[Tensor, "#batch key"]
+    ) -> Float[Tensor, "#batch heads query key"]:
+        return self._rounded(key_positions)[:, :, None, :] - self._rounded(query_positions)[:, :, :, None]
+
+    def _rounded(self, positions: Int[Tensor, "#batch length"]) -> Float[Tensor, "#batch heads length"]:
+        slopes: Tensor = self.slopes  # type: ignore[assignment]
+        return (slopes.bfloat16()[:, None] * positions[:, None, :]).to(slopes.dtype) * self.scale
 
 
 def t5_bucket(

@@ -209,5 +209,7 @@ class LongRoPE(RotaryScaling, name="longrope"):
         factors = self.settings.long_factors if is_long else self.settings.short_factors
         if len(factors) not in (0, len(frequencies)):
             which = "rotary_long_factors" if is_long else "rotary_short_factors"
-            raise UserError(f"{which} has {len(factors)} numbers: give one for each of {len(frequencies)} pairs, or none")
+            raise UserError(
+                f"{which} has {len(factors)} numbers: give one for each of {len(frequencies)} pairs, or none"
+            )
         return frequencies / torch.tensor(factors, device=frequencies.device) if factors else frequencies

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container
 from typing import Any
 
 from minitransformer.errors import UserError
@@ -67,6 +67,28 @@ def read_partial_rope(hf: HF, default_fraction: float = QUARTER, default_base: f
     return ours | _read_scaling(rope, hf)
 
 
+def read_window_rope(hf: HF, default_base: float, default_window_base: float | None = None) -> dict[str, Any]:
+    """`read_rope` for a family whose layers with a sliding window have a base of their own, and unscaled frequencies.
+
+    By default, it is that of the other layers. Raises `UserError` for another scaling in these layers.
+    """
+    rope = hf.get("rope_parameters") or {}
+    if rope and not rope.keys() & {"full_attention", "sliding_attention"}:
+        raise UserError("rope_parameters in config.json has no full_attention: add one, with rope_type and rope_theta")
+    full = {**(rope.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}
+    ours = read_rope({**hf, "rope_parameters": full, "rope_scaling": None}, default_base)
+    window = rope.get("sliding_attention") or {}
+    base = window.get("rope_theta") or hf.get("rope_local_base_freq") or default_window_base or ours["rotary_base"]
+    if window.get("rope_type", "default") == "default":
+        return {**ours, "rotary_window_base": float(base)}
+    if read_rope({**hf, "rope_parameters": window, "rope_scaling": None}, default_base) != ours:
+        raise UserError(
+            f"rope_type is {window['rope_type']!r} for sliding_attention in config.json: these layers can only be "
+            "unscaled, or as all others"
+        )
+    return ours
+
+
 def _read_scaling(rope: HF, hf: HF) -> dict[str, Any]:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
@@ -109,7 +131,7 @@ def _long_rope(rope: HF, length: Any) -> dict[str, Any]:
     return {**ours, "context_length": min(length, original)}
 
 
-def write_rope(config: ModelConfig, kinds: Mapping[str, Any] = SCALINGS) -> HF:
+def write_rope(config: ModelConfig, kinds: Container[str] = SCALINGS) -> HF:
     """`rope_parameters`, and the older fields for older readers.
 
     For a family that rotates whole heads, without a fraction, and knows the scalings `kinds`.
@@ -122,7 +144,15 @@ def write_rope(config: ModelConfig, kinds: Mapping[str, Any] = SCALINGS) -> HF:
     return {"rope_parameters": rope, **older}
 
 
-def write_partial_rope(config: ModelConfig, kinds: Mapping[str, Any] = SCALINGS) -> HF:
+def write_window_rope(config: ModelConfig) -> HF:
+    """`write_rope` with the base of layers with a sliding window, for a family that has one."""
+    written, base = write_rope(config), config.positions.settings.window_base
+    full = written["rope_parameters"]
+    window = full if base is None else {"rope_type": "default", "rope_theta": base}
+    return {**written, "rope_parameters": {"full_attention": full, "sliding_attention": window}}
+
+
+def write_partial_rope(config: ModelConfig, kinds: Container[str] = SCALINGS) -> HF:
     """`write_rope` with the rotated fraction of each head, for a family that has it."""
     fraction = {"partial_rotary_factor": config.positions.settings.fraction}
     written = {**write_rope(config, kinds), **fraction}
