@@ -39,8 +39,19 @@ class TrainingBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Number of input tokens."""
-        return self.inputs.numel()
+        """Number of input tokens, without padding."""
+        return int(self.item_tokens.sum())
+
+    @property
+    def item_tokens(self) -> Tensor:
+        """[items] the input tokens of each item: a row, or one of several texts in it."""
+        return torch.full((self.num_rows,), self.inputs[0].numel())
+
+    @property
+    def item_numbers(self) -> Tensor:
+        """Shaped as the targets: the number of the item in the batch that each belongs to."""
+        rows = torch.arange(self.num_rows)
+        return rows.view(-1, *[1] * (self.targets.dim() - 1)).expand_as(self.targets)
 
     @property
     def whole(self) -> TrainingBatch:
@@ -86,22 +97,29 @@ class Batches(Protocol):
 
     def batch(self, index: int) -> Any: ...
 
+    def items(self, index: int) -> npt.NDArray[np.int64]:
+        """[items] the numbers of the items of batch number `index`, in the order of the data."""
+        ...
+
     def __iter__(self) -> Iterator[Any]:
         return map(self.batch, range(len(self)))
 
 
 @dataclass(frozen=True)
-class MadeBatches:
-    """`count` batches, made by `batch` from their index."""
+class MadeBatches(Batches):
+    """`batches`, changed by `make`, which takes a batch and its index."""
 
-    count: int
-    batch: Callable[[int], Any]
+    batches: Batches
+    make: Callable[[Any, int], Any]
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.batches)
 
-    def __iter__(self) -> Iterator[Any]:
-        return map(self.batch, range(self.count))
+    def batch(self, index: int) -> Any:
+        return self.make(self.batches.batch(index), index)
+
+    def items(self, index: int) -> npt.NDArray[np.int64]:
+        return self.batches.items(index)
 
 
 @dataclass(frozen=True)
@@ -263,3 +281,7 @@ class SequentialWindows(Batches):
         inputs = np.pad(tokens[:-1], (0, missing), mode="edge").reshape(-1, length)
         targets = np.pad(tokens[1:], (0, missing), constant_values=IGNORE).reshape(-1, length)
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+
+    def items(self, index: int) -> npt.NDArray[np.int64]:
+        windows = -(-(len(self.tokens) - 1) // self.context_length)
+        return np.arange(index * self.batch_size, min((index + 1) * self.batch_size, windows))

@@ -1,0 +1,80 @@
+"""What `evaluate` does with data of the kind that a run has learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from minitransformer.analysis.evaluation import (
+    Found,
+    Section,
+    against_section,
+    class_section,
+    counterfactual_section,
+    grouped,
+    metric_section,
+)
+from minitransformer.commands.evaluate_options import Options
+from minitransformer.evaluation.counterfactuals import SHIPPED, read_exchanges
+from minitransformer.evaluation.estimates import Estimate, estimates_of
+from minitransformer.runs import Run
+from minitransformer.runs.comparing import changes_of, check_comparable, exchanged_data, paired_parts
+from minitransformer.runs.evaluating import HeldOutData
+from minitransformer.runs.predicting import Predictions, Wanted, predict_all
+from minitransformer.training.machine import choose_device
+
+
+def evaluate_data(run: Run, options: Options) -> Found:
+    """The metrics of a model on data like that of its run, and what else was asked for."""
+    data = _held_out(run, options)
+    # What may be refused comes before what takes long.
+    labels = None if options.group_by is None else data.column(options.group_by)
+    other = None if options.against is None else _held_out(Run.open(options.against), options)
+    if other is not None:
+        check_comparable(data, other)
+    exchanges = read_exchanges(options.exchanges or SHIPPED) if options.counterfactuals else []
+    found = _predicted(data, options, options.checkpoint)
+    sections = [*_metric_sections(data, found)]
+    if labels is not None:
+        sections += [grouped(part, str(options.group_by), labels).section() for part in found.parts]
+    if other is not None:
+        sections += _against(data, found, other, options)
+    if exchanges:
+        with TemporaryDirectory() as folder:
+            changed, variants = exchanged_data(data, exchanges, Path(folder))
+            after = _predicted(changed, options, options.checkpoint)
+        classes = run.class_names if found.classes is not None else ()
+        sections.append(counterfactual_section(changes_of(found, after, variants), classes))
+    record = {section.name: section.record for section in sections}
+    return Found(sections, {**record, **({"outputs": found.outputs} if found.outputs else {})}, found.parts)
+
+
+def _held_out(run: Run, options: Options) -> HeldOutData:
+    return HeldOutData.of_files(run, options.data, options.target_data) if options.data else HeldOutData.of_run(run)
+
+
+def _predicted(data: HeldOutData, options: Options, checkpoint: str | None) -> Predictions:
+    device = choose_device(options.device)
+    model = data.run.load_model(checkpoint, str(device))
+    return predict_all(model, data, device, Wanted(options.batch_size, options.num_beams))
+
+
+def _metric_sections(data: HeldOutData, found: Predictions) -> Iterator[Section]:
+    """The metrics of each part, and of each class."""
+    for number, part in enumerate(found.parts):
+        estimates = estimates_of(part.items)
+        baseline = None if number else data.loader.majority_baseline
+        if baseline is not None:
+            estimates["majority_baseline"] = Estimate(baseline, None)
+        yield metric_section(part, estimates, found.notes if not number else ())
+    if found.classes is not None:
+        yield class_section(found.classes)
+
+
+def _against(data: HeldOutData, found: Predictions, other: HeldOutData, options: Options) -> Iterator[Section]:
+    """The differences from another run on the items that both have read."""
+    theirs = _predicted(other, options, None)
+    sizes = {part.name: len(part.items) for part in found.parts}
+    for ours, its in paired_parts((data, found), (other, theirs)):
+        yield against_section(ours, its, str(options.against), sizes[ours.name] - len(ours.items))
