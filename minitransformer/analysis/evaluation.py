@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from minitransformer.evaluation.class_report import ClassReport
@@ -21,7 +21,7 @@ from minitransformer.evaluation.estimates import (
 from minitransformer.evaluation.intervals import Bounds
 from minitransformer.evaluation.items import Items
 from minitransformer.evaluation.metrics import Metric, metric_text
-from minitransformer.reporting.tables import Table
+from minitransformer.reporting.tables import Picture, Table
 from minitransformer.runs.predicting import EvaluatedPart
 
 ALL = "all"
@@ -63,6 +63,8 @@ class Section:
     tables: list[Table]
     notes: list[str]
     record: Any
+    pictures: list[Picture] = field(default_factory=list)
+    """for a page"""
 
 
 @dataclass(frozen=True)

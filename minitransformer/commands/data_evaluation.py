@@ -15,6 +15,7 @@ from minitransformer.analysis.evaluation import (
     grouped,
     metric_section,
 )
+from minitransformer.analysis.evaluation_page import class_pictures, position_picture
 from minitransformer.commands.evaluate_options import Options
 from minitransformer.evaluation.counterfactuals import SHIPPED, read_exchanges
 from minitransformer.evaluation.estimates import Estimate, estimates_of
@@ -67,9 +68,14 @@ def _metric_sections(data: HeldOutData, found: Predictions) -> Iterator[Section]
         baseline = None if number else data.loader.majority_baseline
         if baseline is not None:
             estimates["majority_baseline"] = Estimate(baseline, None)
-        yield metric_section(part, estimates, found.notes if not number else ())
+        section = metric_section(part, estimates, found.notes if not number else ())
+        if not number and found.classes is None and data.kind != "conversations":  # whose rows hold several
+            section.pictures.append(position_picture(found.evaluation.by_position))
+        yield section
     if found.classes is not None:
-        yield class_section(found.classes)
+        section = class_section(found.classes)
+        section.pictures += class_pictures(found.classes, found.evaluation)
+        yield section
 
 
 def _against(data: HeldOutData, found: Predictions, other: HeldOutData, options: Options) -> Iterator[Section]:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from minitransformer import files
 from minitransformer.analysis.evaluation import Section
+from minitransformer.analysis.evaluation_page import evaluation_page
 from minitransformer.commands import DONE, choice_report, parse, table_width, with_exit_code
 from minitransformer.commands.data_evaluation import evaluate_data
 from minitransformer.commands.evaluate_options import Options
+from minitransformer.reporting.figures import check_figures
 from minitransformer.reporting.plain import titled_table
 from minitransformer.runs import Run
 from minitransformer.text.corpora import named
@@ -26,6 +28,8 @@ ABOUT = (
 def main(arguments: Sequence[str]) -> int:
     """Evaluate; returns the exit code."""
     options = parse(Options, arguments, prog="minitransformer evaluate", description=ABOUT)
+    if options.html is not None:
+        check_figures()
     run = Run.open(options.run)
     about = {"run": str(options.run), "checkpoint": run.checkpoint(options.checkpoint).resolve().name}
     about["data"] = named(options.data) if options.data else f"{named(run.config.data.data)}, validation"
@@ -39,6 +43,10 @@ def main(arguments: Sequence[str]) -> int:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows()]
         with files.writing(options.out, "choose another --out"):
             files.write_text(options.out, "".join(lines))
+    if options.html is not None:
+        page = evaluation_page(about, found)
+        with files.writing(options.html, "choose another --html"):
+            files.write_text(options.html, page)
     if options.json is not None:
         with files.writing(options.json, "choose another --json"):
             files.write_text(options.json, json.dumps({**about, **found.record}, indent=2) + "\n")
