@@ -42,6 +42,9 @@ class Options:
     """new .json file with the results; None writes none"""
     out: Path | None = None
     """new .jsonl file with what the model predicts for each text, beside what stands there; None writes none"""
+    stride: int | None = None
+    """tokens from one window of a text to the next: with half the context length, every token after the first window is
+    predicted from at least half of it; None is all of it, windows that do not overlap"""
     batch_size: int | None = None
     """number of questions to answer at a time; None is 16"""
     num_beams: int | None = None
@@ -64,7 +67,7 @@ class Options:
     """auto, cpu, cuda or mps"""
 
     def __post_init__(self) -> None:
-        for name, number in (("batch_size", self.batch_size), ("num_beams", self.num_beams)):
+        for name, number in (("batch_size", self.batch_size), ("num_beams", self.num_beams), ("stride", self.stride)):
             if number is not None and number < 1:
                 raise UserError(f"{name} is {number}: it must be at least 1")
         for name, path in (("out", self.out), ("json", self.json)):
@@ -83,7 +86,7 @@ class Options:
             return
         if not self.data:
             raise UserError("--choices needs items: name their .jsonl files with --data")
-        for name in ("batch_size", "num_beams", "target_data"):
+        for name in ("batch_size", "num_beams", "stride", "target_data"):
             if getattr(self, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} has no effect on --choices: leave it out")
         if self.shots < 0:
@@ -112,14 +115,14 @@ def _evaluated(run: Run, about: dict[str, str], options: Options) -> dict[str, A
     device = choose_device(options.device)
     model = run.load_model(options.checkpoint, str(device))
     _tell_what(about)
-    validation = data.evaluate(model, device)
+    validation = data.evaluate(model, device, options.stride)
     of_each = described_values(validation.values, validation.intervals)
     print(*titled_lines("read", f"{validation.tokens:,} tokens", of_each), sep="\n")
     found = predict_all(model, data, Wanted(options.batch_size, options.num_beams))
     print(*found.lines, sep="\n", end="\n" if found.lines else "")
     if options.out is not None:
         found.write(options.out)
-    return {"metrics": validation.record(), **found.record}
+    return {"stride": options.stride, "metrics": validation.record(), **found.record}
 
 
 def _chosen(run: Run, about: dict[str, str], options: Options) -> dict[str, Any]:

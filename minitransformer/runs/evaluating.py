@@ -11,8 +11,9 @@ from minitransformer.errors import UserError
 from minitransformer.models.model import Model
 from minitransformer.runs.open import Run
 from minitransformer.text.datasets import Pairs, PreparedData
-from minitransformer.training.config import DataConfig
+from minitransformer.training.config import DataConfig, RunConfig
 from minitransformer.training.loader import Loader
+from minitransformer.training.objectives import Causal
 from minitransformer.training.precision import Precision
 from minitransformer.training.validation import Validation, validate
 
@@ -39,10 +40,29 @@ class HeldOutData:
         config = replace(run.config, data=_with_data(run.config.data, tuple(data), targets))
         return cls(run, config.prepare(run.tokenizers, whole=True), "train")
 
-    def evaluate(self, model: Model, device: torch.device) -> Validation:
-        """Every metric of the run's objective for `model`, in float32."""
-        loader = Loader.of_run(self.run.config, self.prepared, self.split)
+    def evaluate(self, model: Model, device: torch.device, stride: int | None = None) -> Validation:
+        """Every metric of the run's objective for `model`, in float32.
+
+        Windows of text begin `stride` tokens apart, by default where the one before ends. Raises `UserError` for a
+        stride that leaves tokens out, or where there are no windows.
+        """
+        if stride is not None:
+            _check_stride(self.run.config, stride)
+        loader = Loader.of_run(self.run.config, self.prepared, self.split, stride)
         return validate(model, loader, Precision.named("fp32")(device))
+
+
+def _check_stride(config: RunConfig, stride: int) -> None:
+    objective = config.training.objective
+    if objective.variant is not Causal:
+        raise UserError(
+            f"stride is for models that predict the next token of a text, and the objective of the run is "
+            f"{objective.name}: leave it out"
+        )
+    if stride > config.sequence_length:
+        raise UserError(
+            f"stride is {stride}, and the windows have {config.sequence_length} tokens: choose at most as many"
+        )
 
 
 def _with_data(old: DataConfig, data: tuple[str, ...], targets: str | None) -> DataConfig:
