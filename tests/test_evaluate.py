@@ -86,6 +86,9 @@ def test_a_classifier_and_a_translator_are_evaluated_on_files(here: Path, capsys
     assert {(row["source"], row["reference"]) for row in rows} == {("one two", "eins zwei"), ("three", "drei")}
     assert [row["item"] for row in rows] == list(range(40))
     assert "outputs for 40 sources, by 2 beams" in capsys.readouterr().out.splitlines()
+    assert "stride is for models that predict the next token" in refused(
+        capsys, "classes", "--data", "labels.tsv", "--stride", "8", main=evaluate.main
+    )
 
 
 @pytest.mark.unchecked_shapes
@@ -93,6 +96,8 @@ def test_a_classifier_and_a_translator_are_evaluated_on_files(here: Path, capsys
     ("flags", "words"),
     [
         (["--batch-size", "0"], "batch_size is 0: it must be at least 1"),
+        (["--stride", "0"], "stride is 0: it must be at least 1"),
+        (["--stride", "17"], "stride is 17, and the windows have 16 tokens: choose at most as many"),
         (["--json", "my.txt"], "my.txt already exists: choose another --json"),
         (["--target-data", "my.txt"], "give --data too, or leave it out"),
         (["--data", "my.txt", "--target-data", "my.txt"], "target_data is for pairs, and the data of the run is text"),

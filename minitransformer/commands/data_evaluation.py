@@ -48,11 +48,14 @@ def evaluate_data(run: Run, options: Options) -> Found:
         classes = run.class_names if found.classes is not None else ()
         sections.append(counterfactual_section(changes_of(found, after, variants), classes))
     record = {section.name: section.record for section in sections}
-    return Found(sections, {**record, **({"outputs": found.outputs} if found.outputs else {})}, found.parts)
+    outputs = {"outputs": found.outputs} if found.outputs else {}
+    return Found(sections, {"stride": options.stride, **record, **outputs}, found.parts)
 
 
 def _held_out(run: Run, options: Options) -> HeldOutData:
-    return HeldOutData.of_files(run, options.data, options.target_data) if options.data else HeldOutData.of_run(run)
+    if options.data:
+        return HeldOutData.of_files(run, options.data, options.target_data, options.stride)
+    return HeldOutData.of_run(run, options.stride)
 
 
 def _predicted(data: HeldOutData, options: Options, checkpoint: str | None) -> Predictions:

@@ -36,6 +36,9 @@ class Options:
     how much the answer changes"""
     exchanges: Path | None = None
     """.tsv file of words to exchange, with the columns kind, word and other; None is the list of the package"""
+    stride: int | None = None
+    """tokens from one window of a text to the next: with half the context length, every token after the first window is
+    predicted from at least half of it; None is all of it, windows that do not overlap"""
     batch_size: int | None = None
     """number of questions to answer at a time; None is 16"""
     num_beams: int | None = None
@@ -58,7 +61,7 @@ class Options:
     """auto, cpu, cuda or mps"""
 
     def __post_init__(self) -> None:
-        for name, number in (("batch_size", self.batch_size), ("num_beams", self.num_beams)):
+        for name, number in (("batch_size", self.batch_size), ("num_beams", self.num_beams), ("stride", self.stride)):
             if number is not None and number < 1:
                 raise UserError(f"{name} is {number}: it must be at least 1")
         for name, path in (("out", self.out), ("json", self.json), ("html", self.html)):
@@ -79,7 +82,7 @@ class Options:
             return
         if not self.data:
             raise UserError("--choices needs items: name their .jsonl files with --data")
-        for name in ("batch_size", "num_beams", "target_data"):
+        for name in ("batch_size", "num_beams", "stride", "target_data"):
             if getattr(self, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} has no effect on --choices: leave it out")
         if self.shots < 0:

@@ -53,7 +53,7 @@ def _windows(data: HeldOutData) -> tuple[Any, ...]:
     loader = data.loader
     drawn = () if loader.objective.predicts_text else (loader.seed, loader.shape.rows, loader.objective.settings)
     tokens = data.prepared.num_tokens(data.split)
-    return data.run.tokenizer.fingerprint, type(loader.objective), loader.shape.window, tokens, drawn
+    return data.run.tokenizer.fingerprint, type(loader.objective), loader.shape.window, data.stride, tokens, drawn
 
 
 def paired_parts(

@@ -23,6 +23,7 @@ from minitransformer.text.datasets.label_preparation import PreparedLabels
 from minitransformer.text.datasets.pair_data import PairData
 from minitransformer.training.config import DataConfig, RunConfig
 from minitransformer.training.loader import Loader
+from minitransformer.training.objectives import Causal
 from minitransformer.training.objectives.base import Score
 from minitransformer.training.precision import Precision
 
@@ -43,27 +44,36 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class HeldOutData:
-    """The `split` of the data that a run is evaluated on, as `config` names it."""
+    """The `split` of the data that a run is evaluated on, as `config` names it.
+
+    Windows of text begin `stride` tokens apart, by default where the one before ends. Raises `UserError` for a stride
+    that leaves tokens out, or where there are no windows.
+    """
 
     run: Run
     config: RunConfig
     prepared: PreparedData
     split: str
+    stride: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.stride is not None:
+            _check_stride(self.config, self.stride)
 
     @classmethod
-    def of_run(cls, run: Run) -> HeldOutData:
+    def of_run(cls, run: Run, stride: int | None = None) -> HeldOutData:
         """The validation split of `run`; raises `UserError` if there is none."""
-        found = cls(run, run.config, run.config.prepare(run.tokenizers), "validation")
+        found = cls(run, run.config, run.config.prepare(run.tokenizers), "validation", stride)
         if not found.prepared.num_tokens(found.split):
             raise UserError(f"{run.path} has no validation data: name a file with --data")
         return found
 
     @classmethod
-    def of_files(cls, run: Run, data: Sequence[str], targets: str | None) -> HeldOutData:
+    def of_files(cls, run: Run, data: Sequence[str], targets: str | None, stride: int | None = None) -> HeldOutData:
         """All of `data`, with the `targets` of pairs; raises `UserError` for data that `run` cannot read."""
         config = replace(run.config, data=_with_data(run.config.data, tuple(data), targets))
         prepared = config.data.dataset.make().prepare_whole(config.data_request(run.tokenizers))
-        return cls(run, config, prepared, "train")
+        return cls(run, config, prepared, "train", stride)
 
     @cached_property
     def _preparation(self) -> Any:
@@ -90,7 +100,7 @@ class HeldOutData:
     @cached_property
     def loader(self) -> Loader:
         """The batches of the split, in order."""
-        return Loader.of_run(self.config, self.prepared, self.split)
+        return Loader.of_run(self.config, self.prepared, self.split, self.stride)
 
     @property
     def kind(self) -> str:
@@ -109,8 +119,10 @@ class HeldOutData:
             return {**texts, "reference": prepared.target_tokenizer.decode(pair.targets[number].tolist())}
         if isinstance(prepared, PreparedConversations):
             return {"text": tokenizer.decode(prepared.conversations(self.split).sources[number].tolist())}
-        begin = number * self.loader.shape.window + 1
-        ids = prepared.targets(self.split)[begin : begin + self.loader.shape.window]
+        window = self.loader.shape.window
+        first = number * (self.stride or window)
+        overlap = window - (self.stride or window) if number else 0
+        ids = prepared.targets(self.split)[first + overlap + 1 : first + window + 1]
         return {"text": tokenizer.decode(ids.tolist())}
 
     @torch.no_grad()
@@ -175,6 +187,19 @@ class _Found:
             return Evaluation(items, self.by_position)
         labels, probabilities = (np.concatenate(each)[order] for each in zip(*self.classes, strict=True))
         return Evaluation(items, self.by_position, labels, probabilities)
+
+
+def _check_stride(config: RunConfig, stride: int) -> None:
+    objective = config.training.objective
+    if objective.variant is not Causal:
+        raise UserError(
+            f"stride is for models that predict the next token of a text, and the objective of the run is "
+            f"{objective.name}: leave it out"
+        )
+    if stride > config.sequence_length:
+        raise UserError(
+            f"stride is {stride}, and the windows have {config.sequence_length} tokens: choose at most as many"
+        )
 
 
 def _with_data(old: DataConfig, data: tuple[str, ...], targets: str | None) -> DataConfig:

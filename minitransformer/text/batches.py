@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Int64
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from minitransformer.errors import UserError
@@ -257,31 +258,47 @@ def _epoch_starts(count: int, length: int, room: int, seed: int, epoch: int) -> 
 
 @dataclass(frozen=True)
 class SequentialWindows(Batches):
-    """All of `tokens` [tokens] once, in order, in adjacent windows: every token but the first is a target once.
+    """All of `tokens` [tokens] once, in order, in windows: every token but the first is a target once.
 
+    A window begins `stride` tokens after the one before it (default: where that one ends). Where they overlap, the
+    targets of the later one are IGNORE, so that each of its own has more than context_length − stride tokens before it.
     The last batch may have fewer rows, and its last row is padded with targets of IGNORE (inputs: the last token).
     """
 
     tokens: TokenSource
     context_length: int
     batch_size: int
+    stride: int | None = None
+
+    @property
+    def step(self) -> int:
+        """Tokens from the beginning of one window to that of the next."""
+        return self.stride or self.context_length
+
+    @property
+    def num_windows(self) -> int:
+        targets = len(self.tokens) - 1
+        return 0 if targets < 1 else 1 + max(0, -(-(targets - self.context_length) // self.step))
 
     def __len__(self) -> int:
         """Number of batches."""
-        return max(0, -(-(len(self.tokens) - 1) // (self.context_length * self.batch_size)))
+        return -(-self.num_windows // self.batch_size)
 
     def batch(self, index: int) -> Batch:
         """Batch number `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        span = self.context_length * self.batch_size
-        tokens = self.tokens[index * span : (index + 1) * span + 1].astype(np.int64)
+        first, last = index * self.batch_size, min((index + 1) * self.batch_size, self.num_windows)
+        before = (last - first - 1) * self.step
+        begin = first * self.step
+        tokens = self.tokens[begin : begin + before + self.context_length + 1].astype(np.int64)
         length = min(self.context_length, len(tokens) - 1)
-        missing = -(len(tokens) - 1) % length
-        inputs = np.pad(tokens[:-1], (0, missing), mode="edge").reshape(-1, length)
-        targets = np.pad(tokens[1:], (0, missing), constant_values=IGNORE).reshape(-1, length)
+        missing = before + length - (len(tokens) - 1)
+        read = np.pad(tokens[:-1], (0, missing), mode="edge")
+        predicted = np.pad(tokens[1:], (0, missing), constant_values=IGNORE)
+        inputs, targets = (sliding_window_view(each, length)[:: self.step].copy() for each in (read, predicted))
+        targets[int(first == 0) :, : self.context_length - self.step] = IGNORE
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
 
     def items(self, index: int) -> npt.NDArray[np.int64]:
-        windows = -(-(len(self.tokens) - 1) // self.context_length)
-        return np.arange(index * self.batch_size, min((index + 1) * self.batch_size, windows))
+        return np.arange(index * self.batch_size, min((index + 1) * self.batch_size, self.num_windows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -27,11 +28,13 @@ class Loader:
         self.held_out = held_out
 
     @classmethod
-    def of_run(cls, config: RunConfig, data: PreparedData, held_out: str = "validation") -> Loader:
-        """The loader for the run of `config`."""
+    def of_run(
+        cls, config: RunConfig, data: PreparedData, held_out: str = "validation", stride: int | None = None
+    ) -> Loader:
+        """The loader for the run of `config`; validation windows begin `stride` tokens apart, by default adjacent."""
         objective = config.training.objective.make(data.tokenizer, config.model, config.sequence_length)
         shape = config.batch_shape(objective.window, whole=objective.whole_windows)
-        return cls(data, objective, shape, config.training.seed, held_out)
+        return cls(data, objective, replace(shape, stride=stride), config.training.seed, held_out)
 
     def training_batches(self, step: int) -> Sequence[TrainingBatch]:
         """The micro-batches of a step, deterministically."""

@@ -61,13 +61,14 @@ class DataRequest:
 class BatchShape:
     """The size of a step: `micro_batches` of `rows` windows of `window` tokens, unless the dataset decides itself.
 
-    With `whole`, validation omits a shorter last window.
+    With `whole`, validation omits a shorter last window; its windows begin `stride` tokens apart (default: `window`).
     """
 
     window: int
     rows: int
     micro_batches: int = 1
     whole: bool = False
+    stride: int | None = None
 
 
 class PreparedData(ABC):
