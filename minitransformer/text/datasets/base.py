@@ -39,10 +39,12 @@ class DataRequest:
     tokenizers: Sequence[Tokenizer] = ()
     only_cached: bool = False
     """raise `NotPrepared` unless the data is cached"""
+    for_training: bool = True
+    """whether the data must have what is to be learned, as an example of each class"""
 
     def whole(self) -> DataRequest:
-        """This request for all of `data`, without validation."""
-        return replace(self, validation_data=None, validation_fraction=0.0)
+        """This request for all of `data`, without validation, to evaluate on it."""
+        return replace(self, validation_data=None, validation_fraction=0.0, for_training=False)
 
     def for_preparation(self, corpus: Callable[[Names, str], Any]) -> dict[str, Any]:
         """The arguments of a preparation with one tokenizer; `corpus` opens data, whose text is in a field."""

@@ -61,7 +61,8 @@ class Labels(Dataset, name="labels"):
 
     def preparation(self, request: DataRequest) -> LabelPreparation:
         arguments, settings = request.for_preparation(self.corpus), self.settings
-        return LabelPreparation(**arguments, classes=settings.classes, too_long=settings.too_long)
+        details: Any = {"classes": settings.classes, "too_long": settings.too_long}
+        return LabelPreparation(**arguments, **details, for_training=request.for_training)
 
     def corpus(self, data: Names, field: str) -> LabelCorpus:
         """The labelled texts that `data` names; raises `UserError` if there are none."""
