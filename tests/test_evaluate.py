@@ -85,7 +85,7 @@ def test_a_classifier_and_a_translator_are_evaluated_on_files(here: Path, capsys
     rows = [json.loads(line) for line in (here / "outputs.jsonl").read_text().splitlines()]
     assert {(row["source"], row["reference"]) for row in rows} == {("one two", "eins zwei"), ("three", "drei")}
     assert [row["item"] for row in rows] == list(range(40))
-    assert "outputs for 40 sources, by 2 beams" in capsys.readouterr().out.splitlines()
+    assert "Outputs for 40 sources, by 2 beams." in capsys.readouterr().out.splitlines()
     assert "stride is for models that predict the next token" in refused(
         capsys, "classes", "--data", "labels.tsv", "--stride", "8", main=evaluate.main
     )

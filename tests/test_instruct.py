@@ -286,7 +286,7 @@ def test_a_model_that_has_learned_to_answer_ends_its_answers(
     assert capsys.readouterr().out == "yes\n"
     assert evaluate.main([str(run.path), "--checkpoint", "latest", "--out", str(tmp_path / "answers.jsonl")]) == 0
     said = capsys.readouterr().out
-    assert "answers to 8 questions, by greedy decoding\n" in said
+    assert "Answers to 8 questions, by greedy decoding\n" in said
     assert "exact match  100.0%  67.6% to 100.0%\n" in said
     assert "token F1     100.0%  100.0% to 100.0%\n" in said
     written = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]

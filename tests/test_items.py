@@ -64,7 +64,7 @@ def test_one_item_has_no_bootstrap_interval() -> None:
     assert estimates_of(windows([3.0]))["validation_loss"].interval is None
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(st.lists(st.floats(0, 50), min_size=2, max_size=20))
 def test_a_model_does_not_differ_from_itself_and_a_constant_is_a_clear_difference(nats: list[float]) -> None:
     same = paired_differences(windows(nats), windows(nats))["validation_loss"]
@@ -300,3 +300,57 @@ def test_a_mistake_of_items_is_one_sentence(
     if not (inside / "language").exists():
         untrained_run(inside / "language", shake, "causal")
     assert words in refused(capsys, "run", *flags, main=evaluate.main)
+
+
+@pytest.mark.unchecked_shapes
+def test_choices_have_groups_another_run_exchanges_and_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shake: Callable[[Any], Any], capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "other"):
+        untrained_run(tmp_path / name, shake, "causal", context_length=60)
+    rows = [
+        {"question": f"Is {who} {n}?", "choices": ["yes", "no", "who"], "answer": n % 3, "about": who}
+        for n in range(16)
+        for who in ("Anna", "Zoe")
+    ]
+    flags = ["run", "--choices", "--data", jsonl(tmp_path / "items.jsonl", rows)]
+    found = evaluated(*flags, "--group-by", "about", "--against", "other", "--counterfactuals", "--html", "page.html")
+    said = capsys.readouterr().out
+    lines = {}
+    for name in ("run", "other"):
+        assert evaluate.main([name, *flags[1:], "--out", f"{name}.out"]) == 0
+        lines[name] = [json.loads(line) for line in Path(f"{name}.out").read_text().splitlines()]
+    right = {name: np.array([line["chosen"]["sum"] == [line["answer"]] for line in of]) for name, of in lines.items()}
+    groups = found["choices_by_group"]["choices_sum"]["values"]
+    for place, who in enumerate(("Anna", "Zoe")):
+        own = right["run"][place::2]
+        assert groups[who]["items"] == 16
+        assert groups[who]["choice_accuracy"]["value"] == own.mean()
+        assert found["choices"]["groups"][who]["sum"]["accuracy"] == own.mean()
+    assert found["choices_sum_against"]["choice_accuracy"]["difference"]["value"] == pytest.approx(
+        right["run"].mean() - right["other"].mean()
+    )
+    assert found["counterfactuals"]["kinds"]["names"]["variants"] == 16
+    assert "Accuracy by about" in said
+    page = Path("page.html").read_text()
+    assert "Beside other, on the same 32 items" in page
+    assert ("nats less" in page) == (not right["run"].all())
+    assert "line 1 has no column 'age'" in refused(capsys, *flags, "--group-by", "age", main=evaluate.main)
+
+
+@pytest.mark.unchecked_shapes
+def test_the_rows_of_pairs_that_are_left_out_have_no_place_among_items(here: Path) -> None:
+    texts = ["one", " ", "two " * 30, "three", "four"]
+    rows = [{"source": text, "target": text or "x", "kind": str(n)} for n, text in enumerate(texts)]
+    jsonl(here / "pairs.jsonl", rows * 3)
+    flags = ["transformer-mini", "--data", "pairs.jsonl", *TINY, "--device", "cpu", "--steps", "1", "--out", "run"]
+    assert train.main(flags) == 0
+    run = Run.open(here / "run")
+    whole = HeldOutData.of_files(run, ["pairs.jsonl"], None)
+    assert whole.column("kind") == ["0", "3", "4"] * 3
+    kinds = {row["source"]: row["kind"] for row in rows}
+    split = HeldOutData.of_run(run)
+    found = split.column("kind")
+    assert found
+    assert found == [kinds[split.text_of(number)["source"]] for number in range(len(found))]

@@ -143,9 +143,9 @@ class Grouped:
         notes = []
         if small:
             which = f"{len(small)} of {len(self.sizes)} groups are" if len(small) > 1 else f"{small[0]} is"
-            notes.append(f"{which} small (fewer than {SMALL} items): too few to be compared, and in no gap")
+            notes.append(f"{which} small (fewer than {SMALL} items): too few to be compared, and in no gap.")
         if not self.gaps:
-            notes.append(f"a gap needs two groups of at least {SMALL} items")
+            notes.append(f"A gap needs two groups of at least {SMALL} items.")
         return notes
 
     def section(self) -> Section:
@@ -196,9 +196,9 @@ def against_section(part: EvaluatedPart, other: EvaluatedPart, name: str, left_o
     """The paired differences of this run and the one called `name` on the same items, without those `left_out`."""
     differences = paired_differences(part.items, other.items)
     record = {"items": len(part.items), **{name: each.to_json() for name, each in differences.items()}}
-    notes = ["a difference is clear if its interval excludes 0"]
+    notes = ["A difference is clear if its interval excludes 0."]
     if left_out:
-        notes.append(f"{left_out:,} items are left out, which only one of the runs has read")
+        notes.append(f"{left_out:,} items are left out, which only this run has read.")
     title = f"Beside {name}, on the same {len(part.items):,} items"
     return Section(f"{part.name}_against", [difference_table(title, differences)], notes, record)
 

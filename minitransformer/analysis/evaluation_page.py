@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ WORST = 20
 """items that are shown"""
 MOST_CLASSES = 20
 """of a confusion matrix with room for its numbers"""
+GROWTH = 1.25
+"""of ranges of positions with a common mean, from one to the next"""
 LONGEST = 300
 """characters of a text that are shown"""
 
@@ -35,7 +38,7 @@ def evaluation_page(about: Mapping[str, str], found: Found) -> str:
             if table.rows:
                 add_table(page, table)
         for note in section.notes:
-            page.paragraph(f"{note[0].upper()}{note[1:]}.")
+            page.paragraph(note)
         for picture in section.pictures:
             page.figure(figures.png(picture.draw()), f"{picture.title}. {picture.caption}", picture.title)
     if (worst := worst_table(found.parts[-1])).rows:
@@ -92,33 +95,35 @@ def _reliability(probabilities: Samples, right: Any) -> Picture:
 
 
 def position_picture(by_position: Samples) -> Picture:
-    """The mean loss of the targets at each position."""
+    """The mean loss of the targets at each position, and of several positions together where there are many."""
     title = "Loss by position"
     nats, counts = by_position
-    measured = np.flatnonzero(counts)
+    ends = np.unique(np.floor(GROWTH ** np.arange(1 + np.log(len(counts) + 1) / np.log(GROWTH))).astype(int))
+    spans = [(low, high) for low, high in pairwise([*ends[ends <= len(counts)], len(counts) + 1]) if low < high]
+    sums = [(nats[low - 1 : high - 1].sum(), counts[low - 1 : high - 1].sum()) for low, high in spans]
+    places = [(low + high - 1) / 2 for (low, high), (_, count) in zip(spans, sums, strict=True) if count]
+    curve = Curve("model", places, [float(total / count) for total, count in sums if count])
 
     def draw() -> Any:
-        places = (measured + 1).tolist()
-        curve = Curve("model", places, (nats[measured] / counts[measured]).tolist())
-        return figures.curves([curve], x_label="position", y_label="loss (nats per target)", title=title)
+        return figures.curves([curve], x_label="position", y_label="loss (nats per target)", title=title, log_x=True)
 
-    return Picture(title, draw, "The mean over all items that have a target there.")
+    return Picture(title, draw, "The mean over all items, and over a range of positions where there are many.")
 
 
 def worst_table(part: EvaluatedPart) -> Table:
     """The items with the highest loss per target; of answers the lowest F1; of choices the surest mistakes."""
     columns = part.items.columns
     if "token_f1" in columns:
-        what, badness = "token F1", -columns["token_f1"]
-        shown = columns["token_f1"]
+        what, shown, is_wrong = "token F1", columns["token_f1"], columns["token_f1"] < 1
     elif "nats" in columns:
-        what = "loss"
-        badness = shown = columns["nats"] / np.maximum(columns["targets"], 1)
+        what, shown = "loss", columns["nats"] / np.maximum(columns["targets"], 1)
+        is_wrong = shown > 0
     else:
-        what = "nats less"
-        badness = shown = np.array([_nats_less(part, place) for place in range(len(part.items))])
-    order = np.argsort(-badness, kind="stable")[:WORST].tolist()
-    rows = [{what: float(shown[place]), **_shown(part.describe(place))} for place in order if badness[place] != -1]
+        what, shown = "nats less", np.array([_nats_less(part, place) for place in range(len(part.items))])
+        is_wrong = shown > 0
+    order = np.argsort(shown if what == "token F1" else -shown, kind="stable")
+    places = order[is_wrong[order]][:WORST].tolist()
+    rows = [{what: float(shown[place]), **_shown(part.describe(place))} for place in places]
     names = list(rows[0]) if rows else []
     return Table(f"The {len(rows)} worst items", names, [list(row.values()) for row in rows])
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from tqdm import tqdm
 
 from minitransformer.errors import UserError
 from minitransformer.evaluation.estimates import Samples
@@ -131,7 +132,7 @@ class HeldOutData:
         model.eval()
         precision, loader = Precision.named("fp32")(device), self.loader
         found, batches = _Found(loader), loader.validation_batches()
-        for index in range(len(batches)):
+        for index in tqdm(range(len(batches)), desc=self.kind, unit="", leave=False, disable=None):
             batch = batches.batch(index)
             with precision.autocast():
                 score = loader.objective.score(model, batch.to(precision.device))

@@ -118,7 +118,7 @@ def _answered(model: DecoderLM, data: HeldOutData, wanted: Wanted, found: Predic
         **{name: counted[name][numbers].tolist() for name in ("nats", "targets")},
     }
     items = answer_items(zip(answers, told["reference"], strict=True))
-    title = f"answers to {len(asked):,} questions, by greedy decoding"
+    title = f"Answers to {len(asked):,} questions, by greedy decoding"
     part = EvaluatedPart("answers", title, items, numbers, lambda place: {}, told, "answer")
     return replace(found, parts=[*found.parts, part])
 
@@ -138,7 +138,7 @@ def _translated(model: Seq2SeqLM, data: HeldOutData, wanted: Wanted, found: Pred
     [loss] = found.parts
     items = replace(loss.items, columns={**loss.items.columns, **columns})
     part = replace(loss, items=items, told={"translation": outputs}, predictions="translation")
-    notes = [f"outputs for {len(outputs):,} sources, by {beams} beam{'s' * (beams > 1)}", *notes]
+    notes = [f"Outputs for {len(outputs):,} sources, by {beams} beam{'s' * (beams > 1)}.", *notes]
     return replace(found, parts=[part], outputs={"num_beams": beams, "signatures": signatures}, notes=notes)
 
 
@@ -147,13 +147,13 @@ def _compared(
 ) -> tuple[Mapping[str, npt.NDArray[Any]], Mapping[str, str], list[str]]:
     """What BLEU and chrF count, their signatures, and notes on them; without sacrebleu, how to get it."""
     empty = sum(not each.strip() for each in outputs)
-    notes = [f"{empty:,} of them are empty, in which nothing is right"] if empty else []
+    notes = [f"{empty:,} of them are empty, in which nothing is right."] if empty else []
     try:
         columns = translation_columns(outputs, references)
     except UserError as missing:
-        return {}, {}, [*notes, str(missing)]
+        return {}, {}, [*notes, f"{missing}."]
     signatures = {name: signature_of(name) for name in SCORES}
-    return columns, signatures, [*notes, *signatures.values()]
+    return columns, signatures, [*notes, *(f"Signature {text}" for text in signatures.values())]
 
 
 @add_predictions.register(EncoderClassifier)
