@@ -354,3 +354,24 @@ def test_the_rows_of_pairs_that_are_left_out_have_no_place_among_items(here: Pat
     found = split.column("kind")
     assert found
     assert found == [kinds[split.text_of(number)["source"]] for number in range(len(found))]
+
+
+@pytest.mark.unchecked_shapes
+def test_documents_of_running_text_are_grouped_by_a_column_of_their_rows(
+    here: Path, shake: Callable[[Any], Any], capsys: Any
+) -> None:
+    untrained_run(here / "run", shake, "causal", context_length=8)
+    rows = [{"text": f"{kind} {n} " * 9, "kind": kind} for n in range(9) for kind in ("law", "poem")]
+    data = jsonl(here / "all.jsonl", [*rows, {"text": "short", "kind": "note"}])
+    found = evaluated("run", "--data", data, "--group-by", "kind")["metrics_by_group"]
+    assert found["values"].keys() == {"law", "poem"}
+    assert "Without enough text for a window: note." in capsys.readouterr().out
+    alone = evaluated("run", "--data", jsonl(here / "law.jsonl", [row for row in rows if row["kind"] == "law"]))
+    assert found["values"]["law"]["bits_per_byte"] == alone["metrics"]["bits_per_byte"]
+    assert found["gaps"]["bits_per_byte"]["value"] > 0
+    assert "my.txt has no columns, and so no 'kind'" in refused(
+        capsys, "run", "--data", "my.txt", "--group-by", "kind", main=evaluate.main
+    )
+    assert "windows, which are no rows of a file" in refused(
+        capsys, "run", "--data", "my.txt", "--counterfactuals", main=evaluate.main
+    )

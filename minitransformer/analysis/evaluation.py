@@ -170,7 +170,11 @@ def estimates_json(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
 
 def grouped(part: EvaluatedPart, column: str, labels: Sequence[str]) -> Grouped:
     """The part by the value in `column` of each number of the data."""
-    groups: dict[str, Items] = dict(by_value(part.of(labels), part.items))
+    return of_groups(part, column, dict(by_value(part.of(labels), part.items)))
+
+
+def of_groups(part: EvaluatedPart, column: str, groups: Mapping[str, Items]) -> Grouped:
+    """The part by the values of `column`, of which each has items of its own."""
     sizes = {group: len(items) for group, items in groups.items()}
     estimates = {group: estimates_of(items) for group, items in groups.items()}
     return Grouped(column, part, sizes, estimates, largest_gaps(groups))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,15 +14,18 @@ from minitransformer.analysis.evaluation import (
     counterfactual_section,
     grouped,
     metric_section,
+    of_groups,
 )
 from minitransformer.analysis.evaluation_page import class_pictures, position_picture
 from minitransformer.commands.evaluate_options import Options
 from minitransformer.evaluation.counterfactuals import SHIPPED, read_exchanges
 from minitransformer.evaluation.estimates import Estimate, estimates_of
 from minitransformer.runs import Run
+from minitransformer.runs.by_value import texts_by_value, windows_by_value
 from minitransformer.runs.comparing import changes_of, check_comparable, exchanged_data, paired_parts
 from minitransformer.runs.evaluating import HeldOutData
-from minitransformer.runs.predicting import Predictions, Wanted, predict_all
+from minitransformer.runs.predicting import EvaluatedPart, Predictions, Wanted, predict_all
+from minitransformer.text.datasets import PlainText
 from minitransformer.training.machine import choose_device
 
 
@@ -30,26 +33,51 @@ def evaluate_data(run: Run, options: Options) -> Found:
     """The metrics of a model on data like that of its run, and what else was asked for."""
     data = _held_out(run, options)
     # What may be refused comes before what takes long.
-    labels = None if options.group_by is None else data.column(options.group_by)
     other = None if options.against is None else _held_out(Run.open(options.against), options)
     if other is not None:
         check_comparable(data, other)
-    exchanges = read_exchanges(options.exchanges or SHIPPED) if options.counterfactuals else []
-    found = _predicted(data, options, options.checkpoint)
-    sections = [*_metric_sections(data, found)]
-    if labels is not None:
-        sections += [grouped(part, str(options.group_by), labels).section() for part in found.parts]
-    if other is not None:
-        sections += _against(data, found, other, options)
-    if exchanges:
-        with TemporaryDirectory() as folder:
-            changed, variants = exchanged_data(data, exchanges, Path(folder))
+    with TemporaryDirectory() as folder:
+        groups = _groups(data, options, Path(folder))
+        exchanges = read_exchanges(options.exchanges or SHIPPED) if options.counterfactuals else []
+        changed, variants = exchanged_data(data, exchanges, Path(folder)) if exchanges else (None, [])
+        found = _predicted(data, options, options.checkpoint)
+        sections = [*_metric_sections(data, found), *groups(found)]
+        if other is not None:
+            sections += _against(data, found, other, options)
+        if changed is not None:
             after = _predicted(changed, options, options.checkpoint)
-        classes = run.class_names if found.classes is not None else ()
-        sections.append(counterfactual_section(changes_of(found, after, variants), classes))
+            classes = run.class_names if found.classes is not None else ()
+            sections.append(counterfactual_section(changes_of(found, after, variants), classes))
     record = {section.name: section.record for section in sections}
     outputs = {"outputs": found.outputs} if found.outputs else {}
     return Found(sections, {"stride": options.stride, **record, **outputs}, found.parts)
+
+
+def _groups(data: HeldOutData, options: Options, folder: Path) -> Callable[[Predictions], list[Section]]:
+    """What makes the sections of groups; raises `UserError` for a column that the data does not have."""
+    if (column := options.group_by) is None:
+        return lambda found: []
+    if data.config.data.dataset.variant is PlainText and data.split == "train":
+        paths = texts_by_value(options.data, data.config.data.field, column, folder)
+        return lambda found: [_windows_by_group(data.run, options, column, paths, found.parts[0])]
+    labels = data.column(column)
+    return lambda found: [grouped(part, column, labels).section() for part in found.parts]
+
+
+def _windows_by_group(
+    run: Run, options: Options, column: str, paths: Mapping[str, Path], part: EvaluatedPart
+) -> Section:
+    """The windows of the documents of each value."""
+    groups, short = {}, []
+    for value, data in windows_by_value(run, paths, options.stride):
+        if data is None:
+            short.append(value)
+        else:
+            groups[value] = _predicted(data, options, options.checkpoint).evaluation.items
+    section = of_groups(part, column, groups).section()
+    if short:
+        section.notes.append(f"Without enough text for a window: {', '.join(short)}.")
+    return section
 
 
 def _held_out(run: Run, options: Options) -> HeldOutData:

@@ -89,7 +89,10 @@ class HeldOutData:
     def rows(self) -> tuple[Any, list[int]]:
         """The corpus of its rows, and which of these are its items; raises `UserError` for data without rows."""
         if not self.has_rows:
-            raise UserError(f"this data has {self.kind}, and no rows with columns: give texts in rows")
+            raise UserError(
+                f"this data has {self.kind}, which are no rows of a file: name labelled texts, pairs or "
+                "conversations, or with --group-by also documents, in files with columns"
+            )
         return self._preparation.corpus_of(self.split), self._preparation.rows(self.split)
 
     def column(self, name: str) -> list[str]:
