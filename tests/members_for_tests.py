@@ -256,8 +256,7 @@ MEMBERS: dict[str, Member] = {
         {**LLAMA, "embedding_multiplier": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.3}
         | {"logits_scaling": 6.0},
     ),
-    "smollm3": Member("SmolLM3ForCausalLM", {**LLAMA, "no_rope_layer_interval": 2, "pad_token_id": PADDING}),
-    "smollm3 windowed": Member(
+    "smollm3": Member(
         "SmolLM3ForCausalLM",
         {**LLAMA, "no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 5}
         | {"pad_token_id": PADDING},
@@ -271,8 +270,10 @@ MEMBERS: dict[str, Member] = {
         "Phi3ForCausalLM",
         {**LLAMA, "pad_token_id": PADDING, "original_max_position_embeddings": 16, "rope_parameters": LONG},
     ),
-    "cohere": Member("CohereForCausalLM", {**LLAMA, "pad_token_id": PADDING, "attention_bias": True}),
-    "cohere plus": Member("CohereForCausalLM", {**LLAMA, "pad_token_id": PADDING, "use_qk_norm": True}),
+    "cohere": Member(
+        "CohereForCausalLM",
+        {**LLAMA, "pad_token_id": PADDING, "attention_bias": True, "use_qk_norm": True, "rope_parameters": LOCAL},
+    ),
     "dbrx": Member("DbrxForCausalLM", DBRX),
     "stablelm": Member("StableLmForCausalLM", {**STABLELM, "use_qkv_bias": True}),
     "stablelm 12b": Member("StableLmForCausalLM", {**STABLELM, "qk_layernorm": True, "use_parallel_residual": True}),
