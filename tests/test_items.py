@@ -27,6 +27,7 @@ from minitransformer.evaluation.counterfactuals import (
 from minitransformer.evaluation.estimates import SMALL, estimates_of, largest_gaps, paired_differences
 from minitransformer.evaluation.items import Items
 from minitransformer.runs import Run
+from minitransformer.runs.comparing import exchanged_data
 from minitransformer.runs.evaluating import HeldOutData
 from tests.runs_for_tests import refused, untrained_run
 
@@ -109,7 +110,7 @@ def test_gaps_of_groups_without_a_difference_rarely_exclude_none() -> None:
     ("text", "expected"),
     [
         ("He said he would.", "She said she would."),
-        ("The others; then he.", "The others; then she."),
+        ("The others; hence he.", "The others; hence she."),
         ("HE", "HE"),
     ],
 )
@@ -187,7 +188,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         patch.setenv("MINITRANSFORMER_DATA", str(path / "work"))
-        jsonl(path / "rows.jsonl", [*REVIEWS, {"text": " ", "label": "no", "place": "blank"}])
+        jsonl(path / "rows.jsonl", [{"text": " ", "label": "no", "place": "blank"}, *REVIEWS])
         common = ["bert-mini", "--objective", "classify", "--data", "rows.jsonl", *TINY, "--device", "cpu"]
         for name, steps in (("run", "8"), ("other", "2")):
             assert train.main([*common, "--precision", "fp32", "--steps", steps, "--lr", "3e-2", "--out", name]) == 0
@@ -350,6 +351,10 @@ def test_the_rows_of_pairs_that_are_left_out_have_no_place_among_items(here: Pat
     whole = HeldOutData.of_files(run, ["pairs.jsonl"], None)
     assert whole.column("kind") == ["0", "3", "4"] * 3
     kinds = {row["source"]: row["kind"] for row in rows}
+    exchanges = [Exchange("longer", "one", "o" * 40), Exchange("as long", "four", "five")]
+    changed, variants = exchanged_data(whole, exchanges, here)
+    assert [changed.text_of(number)["source"] for number in range(len(variants))] == ["five"] * 3
+    assert variants == [Variant(item, exchanges[1]) for item in (2, 5, 8)]
     split = HeldOutData.of_run(run)
     found = split.column("kind")
     assert found
