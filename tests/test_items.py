@@ -216,6 +216,10 @@ def test_the_metrics_of_a_group_are_those_of_its_rows_alone(inside: Path, capsys
     found = evaluated("run", "--data", jsonl(inside / "all.jsonl", rows), "--group-by", "place")["metrics_by_group"]
     said = capsys.readouterr().out
     assert found["values"].keys() == {"north", "south", "east"}
+    (inside / "all.csv").write_text(
+        "text,label,place\n" + "".join(f"{row['text']},{row['label']},{row['place']}\n" for row in rows)
+    )
+    assert evaluated("run", "--data", "all.csv", "--group-by", "place")["metrics_by_group"] == found
     for place, group in found["values"].items():
         own = jsonl(inside / f"{place}.jsonl", [row for row in rows if row["place"] == place])
         alone = evaluated("run", "--data", own)["metrics"]
@@ -284,6 +288,10 @@ def test_a_counterfactual_answer_is_that_to_the_exchanged_text(inside: Path) -> 
             "rows.jsonl line 1 has no column 'age', only 'text', 'label'",
         ),
         (["--data", "yes.txt", "no.txt", "--group-by", "age"], "yes.txt has no columns, and so no 'age'"),
+        (
+            ["--data", "table.csv", "--group-by", "age"],
+            "table.csv has no column 'age', only 'text'",
+        ),
         (["--data", "new.jsonl"], "new.jsonl has the unknown label 'maybe': the classes are no, yes"),
         (["--exchanges", "list.tsv"], "--exchanges belongs to --counterfactuals"),
         (["--data", "yes.txt", "no.txt", "--counterfactuals"], "no text of this data has a word of the exchanges"),
@@ -297,6 +305,7 @@ def test_a_mistake_of_items_is_one_sentence(
 ) -> None:
     for label in ("yes", "no"):
         (inside / f"{label}.txt").write_text("something\n")
+    (inside / "table.csv").write_text("text,label,place\nHe was,yes,\n")
     jsonl(inside / "new.jsonl", [{"text": "a", "label": "maybe"}, {"text": "b", "label": "no"}])
     if not (inside / "language").exists():
         untrained_run(inside / "language", shake, "causal")

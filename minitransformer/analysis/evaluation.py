@@ -144,8 +144,8 @@ class Grouped:
         if small:
             which = f"{len(small)} of {len(self.sizes)} groups are" if len(small) > 1 else f"{small[0]} is"
             notes.append(f"{which} small (fewer than {SMALL} items): too few to be compared, and in no gap.")
-        if not self.gaps:
-            notes.append(f"A gap needs two groups of at least {SMALL} items.")
+        clear = "A gap is clear if its interval excludes 0."
+        notes.append(clear if self.gaps else f"A gap needs two groups of at least {SMALL} items.")
         return notes
 
     def section(self) -> Section:
