@@ -14,6 +14,7 @@ from minitransformer.pretrained.llama import (
     THEIRS,
     LlamaFamily,
     feedforward_rules,
+    read_attention_bias,
 )
 from minitransformer.pretrained.rope import read_rope
 from minitransformer.pretrained.rules import InterleavedHeads, InterleavedPairs, Rule
@@ -56,5 +57,4 @@ class CohereFamily(LlamaFamily, name="cohere"):
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
-        bias = hf.get("attention_bias", False)
-        return {**read_rope(hf, default_base=5e5), "qkv_bias": bias, "attention_output_bias": bias}
+        return {**read_rope(hf, default_base=5e5), **read_attention_bias(hf)}

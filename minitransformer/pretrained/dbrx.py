@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
-from minitransformer.pretrained.families import GATED, HF, Family
+from minitransformer.pretrained.families import GATED, HF, Family, Obstacle
 from minitransformer.pretrained.llama import BLOCK, QKV
 from minitransformer.pretrained.rope import read_rope, write_rope
 from minitransformer.pretrained.rules import Rule, StackedHeads, Transform
@@ -80,6 +80,13 @@ class DBRXFamily(Family, name="dbrx"):
             Rule("transformer.norm_f", "stack.final_norm"),
             Rule("lm_head", "head"),
         )
+
+    @classmethod
+    def _unrepresentable(cls, config: ModelConfig) -> dict[str, Obstacle]:
+        found = super()._unrepresentable(config)
+        if config.qkv_clip is None:  # which the library reads, and then fails to clamp by
+            found["qkv_clip"] = cls._obstacle("qkv_clip", None, (), 8.0)
+        return found
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from minitransformer.pretrained.llama import (
     attention_rules,
     feedforward_rules,
     mostly_windows,
+    read_attention_bias,
     read_windows,
     write_windows,
 )
@@ -40,8 +41,7 @@ class GemmaFamily(LlamaFamily, name="gemma"):
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
         check_causal(hf)
-        bias = hf.get("attention_bias", False)
-        return {**read_rope(hf), "qkv_bias": bias, "attention_output_bias": bias}
+        return {**read_rope(hf), **read_attention_bias(hf)}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
@@ -100,11 +100,9 @@ class Gemma3Family(Gemma2Family, name="gemma3_text"):
     """Gemma 3 (arXiv 2503.19786): norms of each head's queries and keys, and two bases of rotation."""
 
     architectures = {"decoder": "Gemma3ForCausalLM"}
-    fields = {
-        **Gemma2Family.fields,
-        "attn_logit_softcapping": "attention_softcap",
-        "final_logit_softcapping": "logit_softcap",
-    }
+    fields = {**Gemma2Family.fields, "final_logit_softcapping": "logit_softcap"}
+    del fields["attn_logit_softcapping"]
+    required = {"attn_logit_softcapping": None}
     fixed = {**Gemma2Family.fixed, "qk_norm": "head"}
     rules = (
         *Gemma2Family.rules,
@@ -117,10 +115,8 @@ class Gemma3Family(Gemma2Family, name="gemma3_text"):
         check_causal(hf)
         pattern = mostly_windows(hf["num_hidden_layers"], hf.get("sliding_window_pattern") or 6)
         rope = read_window_rope(hf, default_base=1e6, default_window_base=1e4)
-        bias = hf.get("attention_bias", False)
-        biases = {"qkv_bias": bias, "attention_output_bias": bias}
         scale = hf.get("query_pre_attn_scalar", 256) ** -0.5
-        return {**rope, **biases, **read_windows(hf, pattern), "attention_scale": scale}
+        return {**rope, **read_attention_bias(hf), **read_windows(hf, pattern), "attention_scale": scale}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:

@@ -50,6 +50,12 @@ LLAMA_FIELDS: dict[str, Field | str] = {
 }
 
 
+def read_attention_bias(hf: HF) -> dict[str, Any]:
+    """The biases of all four projections of attention."""
+    bias = hf.get("attention_bias", False)
+    return {"qkv_bias": bias, "attention_output_bias": bias}
+
+
 class LlamaFamily(Family, name="llama"):
     """Touvron et al. 2023 (arXiv 2302.13971), Llama 2 and 3, and their fine-tunes."""
 
@@ -62,8 +68,7 @@ class LlamaFamily(Family, name="llama"):
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
-        attention, mlp = hf.get("attention_bias", False), hf.get("mlp_bias", False)
-        return {**read_rope(hf), "bias": mlp, "qkv_bias": attention, "attention_output_bias": attention}
+        return {**read_rope(hf), **read_attention_bias(hf), "bias": hf.get("mlp_bias", False)}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
@@ -169,8 +174,7 @@ class Qwen3Family(Qwen2Family, name="qwen3"):
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
-        bias = hf.get("attention_bias", False)
-        return {**super().read(hf), "qkv_bias": bias, "attention_output_bias": bias}
+        return {**super().read(hf), **read_attention_bias(hf)}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
@@ -201,8 +205,8 @@ class OLMo3Family(OLMo2Family, name="olmo3"):
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
-        rope = read_window_rope(hf, default_base=5e5)
-        return {**super().read(hf), **rope, **read_windows(hf, mostly_windows(hf["num_hidden_layers"], 4))}
+        windows = read_windows(hf, mostly_windows(hf["num_hidden_layers"], 4))
+        return {**read_window_rope(hf, default_base=5e5), **read_attention_bias(hf), **windows}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
@@ -246,8 +250,8 @@ class SmolLM3Family(LlamaFamily, name="smollm3"):
         rotated = tuple(map(bool, hf.get("no_rope_layers") or [(layer + 1) % every for layer in layers]))
         windows = hf.get("use_sliding_window") and hf.get("sliding_window")
         pattern = ["full_attention" if turns or not windows else "sliding_attention" for turns in rotated]
-        rope = {**read_rope(hf, default_base=2e6), "rotary_layers": rotated}
-        return {**super().read(hf), **rope, **read_windows({"sliding_window": None, **hf}, pattern)}
+        windows = read_windows({"sliding_window": None, **hf}, pattern)
+        return {**super().read(hf), **read_rope(hf, default_base=2e6), **windows, "rotary_layers": rotated}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:

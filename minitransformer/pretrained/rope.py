@@ -76,6 +76,7 @@ def read_window_rope(hf: HF, default_base: float, default_window_base: float | N
     if rope and not rope.keys() & {"full_attention", "sliding_attention"}:
         raise UserError("rope_parameters in config.json has no full_attention: add one, with rope_type and rope_theta")
     full = {**(rope.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}
+    full.pop("truncate", None)  # which the transformers library does not look for here
     ours = read_rope({**hf, "rope_parameters": full, "rope_scaling": None}, default_base)
     window = rope.get("sliding_attention") or {}
     base = window.get("rope_theta") or hf.get("rope_local_base_freq") or default_window_base or ours["rotary_base"]
@@ -146,8 +147,10 @@ def write_rope(config: ModelConfig, kinds: Container[str] = SCALINGS) -> HF:
 
 def write_window_rope(config: ModelConfig) -> HF:
     """`write_rope` with the base of layers with a sliding window, for a family that has one."""
-    written, base = write_rope(config), config.positions.settings.window_base
+    written = write_rope(config)
     full = written["rope_parameters"]
+    windows = any(config.window_of(layer) for layer in range(config.num_layers))
+    base = config.positions.settings.window_base if windows else None
     window = full if base is None else {"rope_type": "default", "rope_theta": base}
     return {**written, "rope_parameters": {"full_attention": full, "sliding_attention": window}}
 
