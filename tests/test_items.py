@@ -338,7 +338,7 @@ def test_choices_have_groups_another_run_exchanges_and_a_page(
         assert groups[who]["items"] == 16
         assert groups[who]["choice_accuracy"]["value"] == own.mean()
         assert found["choices"]["groups"][who]["sum"]["accuracy"] == own.mean()
-    assert found["choices_sum_against"]["choice_accuracy"]["difference"]["value"] == pytest.approx(
+    assert found["choices_against"]["choices_sum"]["difference"]["value"] == pytest.approx(
         right["run"].mean() - right["other"].mean()
     )
     assert found["counterfactuals"]["kinds"]["names"]["variants"] == 16
