@@ -144,8 +144,8 @@ def _section(summary: dict[str, Any], options: Options) -> Section:
         [Normalisation.named(name).label, f"{each['accuracy']:.1%}", ends_text(METRIC, each["interval"]), each["ties"]]
         for name, each in summary["accuracy"].items()
     ]
-    before = f", {options.shots} examples before each" if options.shots else ""
-    title = f"items      {summary['items']:,}{before}; chance is {summary['chance']:.1%}"
+    before = f", after {options.shots} examples each" if options.shots else ""
+    title = f"{summary['items']:,} items{before}; chance is {summary['chance']:.1%}"
     return Section("choices", [Table(title, ("log-likelihood", "accuracy", "95% interval", "ties"), rows)], [], summary)
 
 
