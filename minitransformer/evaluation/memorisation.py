@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minitransformer.evaluation.intervals import resampled_mean_interval, wilson_interval
+from minitransformer.evaluation.intervals import wilson_interval
+from minitransformer.evaluation.items import resampled_weights
 
 REPETITIONS = {"once": (1, 1), "2 to 9 times": (2, 9), "10 times or more": (10, None)}
 """groups of texts by how often they stand in the training text"""
@@ -56,6 +57,11 @@ def overlap_record(shares: Mapping[int, npt.NDArray[np.float64]]) -> dict[str, A
     The intervals are of texts that are drawn again with replacement.
     """
     return {
-        str(least): {"share": float(share.mean()), "interval": list(resampled_mean_interval(share.tolist()))}
-        for least, share in shares.items()
+        str(least): {"share": float(of.mean()), "interval": _resampled_interval(of)} for least, of in shares.items()
     }
+
+
+def _resampled_interval(shares: npt.NDArray[np.float64]) -> list[float]:
+    means = [float(weights @ shares) / len(shares) for weights in resampled_weights(len(shares))]
+    found: list[float] = np.quantile(means, (0.025, 0.975)).tolist()
+    return found

@@ -40,8 +40,19 @@ class TrainingBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Number of input tokens."""
-        return self.inputs.numel()
+        """Number of input tokens, without padding."""
+        return int(self.item_tokens.sum())
+
+    @property
+    def item_tokens(self) -> Tensor:
+        """[items] the input tokens of each item: a row, or one of several texts in it."""
+        return torch.full((self.num_rows,), self.inputs[0].numel())
+
+    @property
+    def item_numbers(self) -> Tensor:
+        """Shaped as the targets: the number of the item in the batch that each belongs to."""
+        rows = torch.arange(self.num_rows)
+        return rows.view(-1, *[1] * (self.targets.dim() - 1)).expand_as(self.targets)
 
     @property
     def whole(self) -> TrainingBatch:
@@ -87,22 +98,29 @@ class Batches(Protocol):
 
     def batch(self, index: int) -> Any: ...
 
+    def items(self, index: int) -> npt.NDArray[np.int64]:
+        """[items] the numbers of the items of batch number `index`, in the order of the data."""
+        ...
+
     def __iter__(self) -> Iterator[Any]:
         return map(self.batch, range(len(self)))
 
 
 @dataclass(frozen=True)
-class MadeBatches:
-    """`count` batches, made by `batch` from their index."""
+class MadeBatches(Batches):
+    """`batches`, changed by `make`, which takes a batch and its index."""
 
-    count: int
-    batch: Callable[[int], Any]
+    batches: Batches
+    make: Callable[[Any, int], Any]
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.batches)
 
-    def __iter__(self) -> Iterator[Any]:
-        return map(self.batch, range(self.count))
+    def batch(self, index: int) -> Any:
+        return self.make(self.batches.batch(index), index)
+
+    def items(self, index: int) -> npt.NDArray[np.int64]:
+        return self.batches.items(index)
 
 
 @dataclass(frozen=True)
@@ -281,3 +299,6 @@ class SequentialWindows(Batches):
         inputs, targets = (sliding_window_view(each, length)[:: self.step].copy() for each in (read, predicted))
         targets[int(first == 0) :, : self.context_length - self.step] = IGNORE
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+
+    def items(self, index: int) -> npt.NDArray[np.int64]:
+        return np.arange(index * self.batch_size, min((index + 1) * self.batch_size, self.num_windows))

@@ -38,16 +38,16 @@ class Loader:
 
     def training_batches(self, step: int) -> Sequence[TrainingBatch]:
         """The micro-batches of a step, deterministically."""
-        make = partial(self._made, split="train", index=step)
+        make = partial(self._made, index=step, split="train")
         batches: Sequence[TrainingBatch] = self.data.shuffled_batches(self.shape, self.seed, step, make)
         return batches
 
     def validation_batches(self) -> Batches:
         """The whole validation split, once."""
         batches = self.data.ordered_batches(self.held_out, self.shape)
-        return MadeBatches(len(batches), lambda index: self._made(batches.batch(index), "validation", index))
+        return MadeBatches(batches, partial(self._made, split="validation"))
 
-    def _made(self, batch: Any, split: str, index: int) -> Any:
+    def _made(self, batch: Any, index: int, split: str) -> Any:
         return self.objective.make_batch(batch, self.data, BatchKey(self.seed, index, split))
 
     @property
