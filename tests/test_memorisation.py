@@ -26,7 +26,7 @@ from minitransformer.text.canaries import Canary, make_canaries, planted_rows
 from minitransformer.text.datasets.text import is_validation
 from minitransformer.text.spans import count_spans, covered_share, longest_runs
 from minitransformer.text.tokenizers import Bytes
-from tests.runs_for_tests import TINY, configured, refused
+from tests.runs_for_tests import TINY, configured, refused, untrained_run
 
 SIZES = ["--d-model", "16", "--num-layers", "1", "--num-heads", "2", "--tokenizer", "bytes"]
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=40)
@@ -198,10 +198,24 @@ def test_what_a_model_cannot_be_asked_is_one_sentence(capsys: Any) -> None:
         assert words in refused(capsys, "measure", "run", *flags, main=memorisation.main)
 
 
+@pytest.mark.unchecked_shapes
+def test_a_run_without_its_text_and_one_that_predicts_no_next_token_are_refused(
+    here: Path, shake: Any, capsys: Any
+) -> None:
+    untrained_run(here / "imported", shake, "causal")
+    untrained_run(here / "encoder", shake, "masked", topology="encoder")
+    for name, words in (
+        ("imported", "imported was imported, without the text that it has learned: name that with --data"),
+        ("encoder", "the objective of encoder is masked: name another run"),
+    ):
+        assert words in refused(capsys, "measure", name, main=memorisation.main)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["measure", "run", "--texts", "0"], "texts is 0: it must be at least 1"),
+        (["measure", "run", "--temperature", "nan"], "temperature is nan: it must be at least 0"),
         (["measure", "run", "--json", "my.txt"], "my.txt already exists: choose another --json"),
         (["plant", "--out", "my.txt"], "my.txt already exists: choose another --out"),
         (["plant", "--out", "new", "--times", "3", "-1"], "give whole numbers of at least 0"),

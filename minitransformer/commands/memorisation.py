@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,8 @@ class Options:
         for name in ("texts", "prefix_length", "length", "samples", "sample_length", "others"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise UserError(f"{name} is {number}: it must be at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}: it must be at least 0 (0 takes the likeliest token)")
         if self.json is not None and self.json.exists():
             raise UserError(f"{self.json} already exists: choose another --json")
 
