@@ -21,7 +21,8 @@ from minitransformer.text.corpora import open_corpus
 from minitransformer.text.datasets.text import PreparedText, TextPreparation
 from minitransformer.text.tokenizers import MASK, Bytes
 from minitransformer.training.checkpoint import write_checkpoint
-from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.config import RunConfig, TrainingConfig
+from minitransformer.training.data_config import DataConfig
 from minitransformer.training.learner import Learner, StepResult, build_learner
 from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Logs, RunFiles

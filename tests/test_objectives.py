@@ -20,7 +20,8 @@ from minitransformer.text.batches import IGNORE
 from minitransformer.text.datasets import Pairs, PlainText
 from minitransformer.text.tokenizers import MASK, Bytes, Framing
 from minitransformer.training.checkpoint import choose_checkpoint
-from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.config import RunConfig, TrainingConfig
+from minitransformer.training.data_config import DataConfig
 from minitransformer.training.loader import Loader
 from minitransformer.training.objectives import Masked, Objective, Seq2Seq, SpanCorruption
 from minitransformer.training.objectives.masked import mask_tokens

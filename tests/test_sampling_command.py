@@ -26,7 +26,8 @@ from minitransformer.models.model import Model, build_model
 from minitransformer.runs import GENERATION, Run
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import write_checkpoint
-from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.config import RunConfig, TrainingConfig
+from minitransformer.training.data_config import DataConfig
 from tests.prepared_for_tests import fitted
 from tests.runs_for_tests import Call
 

@@ -23,7 +23,8 @@ from minitransformer.text.datasets import Pairs
 from minitransformer.text.datasets.pair_data import PreparedPairs
 from minitransformer.text.pair_batches import PairBatch
 from minitransformer.text.tokenizers import Bytes
-from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.config import RunConfig, TrainingConfig
+from minitransformer.training.data_config import DataConfig
 from minitransformer.training.loader import Loader
 from minitransformer.training.objectives import Seq2Seq
 from minitransformer.training.precision import Precision

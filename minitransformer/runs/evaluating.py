@@ -11,7 +11,7 @@ from minitransformer.errors import UserError
 from minitransformer.models.model import Model
 from minitransformer.runs.open import Run
 from minitransformer.text.datasets import Pairs, PreparedData
-from minitransformer.training.config import DataConfig
+from minitransformer.training.data_config import DataConfig
 from minitransformer.training.loader import Loader
 from minitransformer.training.precision import Precision
 from minitransformer.training.validation import Validation, validate
