@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitransformer.commands import train as command
-from minitransformer.evaluation.metrics import Totals, values_of
+from minitransformer.evaluation.items import Totals
+from minitransformer.evaluation.metrics import values_of
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
@@ -21,8 +22,7 @@ from minitransformer.text.corpora import open_corpus
 from minitransformer.text.datasets.text import PreparedText, TextPreparation
 from minitransformer.text.tokenizers import MASK, Bytes
 from minitransformer.training.checkpoint import write_checkpoint
-from minitransformer.training.config import RunConfig, TrainingConfig
-from minitransformer.training.data_config import DataConfig
+from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.learner import Learner, StepResult, build_learner
 from minitransformer.training.loader import Loader
 from minitransformer.training.logging import Logs, RunFiles

@@ -291,7 +291,7 @@ def test_evaluate_tells_minimal_pairs_apart_by_what_they_test(folder: Path, caps
     found = json.loads((folder / "found.json").read_text())["choices"]
     assert {name: of["sum"]["items"] for name, of in found["groups"].items()} == {"be": 2, "two": 1}
     assert found["accuracy"].keys() == {"sum", "token", "byte"}
-    assert "be         2" in capsys.readouterr().out
+    assert "be (small)       2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ from minitransformer.commands import compare, joined, sample, sweep
 from minitransformer.commands.train import main
 from minitransformer.errors import UserError
 from minitransformer.runs import Run
-from minitransformer.training.config import RunConfig
-from minitransformer.training.data_config import DataConfig
+from minitransformer.training.config import DataConfig, RunConfig
 from tests.runs_for_tests import SMALL, TEXT, metrics
 from tests.runs_for_tests import refused as refused_by_train
 

@@ -13,8 +13,7 @@ from minitransformer.settings import with_settings
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.datasets import BatchShape, DataRequest, Dataset, Pairs, PlainText, PreparedData
 from minitransformer.text.tokenizers import Bytes
-from minitransformer.training.config import RunConfig, TrainingConfig
-from minitransformer.training.data_config import DataConfig
+from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.loader import Loader
 from minitransformer.training.objectives import Objective
 from tests.runs_for_tests import configured

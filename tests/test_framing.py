@@ -26,8 +26,7 @@ from minitransformer.pretrained.tokenizers import load_tokenizer, template
 from minitransformer.runs import Run
 from minitransformer.text.tokenizers import Bytes, Framing, Tokenizer
 from minitransformer.training.checkpoint import write_checkpoint
-from minitransformer.training.config import RunConfig, TrainingConfig
-from minitransformer.training.data_config import DataConfig
+from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 
 library = pytest.importorskip("tokenizers", reason="the tokenizers package is not installed")
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402

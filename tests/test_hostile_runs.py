@@ -13,8 +13,7 @@ from minitransformer import settings
 from minitransformer.records import checked_fields
 from minitransformer.runs import Run
 from minitransformer.training.checkpoint import checkpoints_in, load_trainer_state, remove_old_checkpoints
-from minitransformer.training.config import RunConfig, TrainingConfig
-from minitransformer.training.data_config import DataConfig
+from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.logging import RunFiles
 from tests.hostile_for_tests import changed, compare_runs, refused, run_folder
 

@@ -21,8 +21,7 @@ from minitransformer.analysis.viewer import page_of, quantise_weights, restored,
 from minitransformer.commands import look as command
 from minitransformer.runs import Run
 from minitransformer.training.checkpoint import write_checkpoint
-from minitransformer.training.config import RunConfig, TrainingConfig
-from minitransformer.training.data_config import DataConfig
+from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from tests.looks_for_tests import END, PROMPT, TOKENIZER, TOPOLOGIES, MakeModel, looked
 
 

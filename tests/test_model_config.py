@@ -79,7 +79,7 @@ def test_a_bad_value_gives_one_sentence_that_names_it_and_its_remedy(choices: di
     assert str(caught.value) == sentence
 
 
-WHOLE = [each.name for each in all_declared(ModelConfig) if each.kind in (int, int | None)]
+WHOLE = list(dict.fromkeys(each.name for each in all_declared(ModelConfig) if each.kind in (int, int | None)))
 
 
 @pytest.mark.parametrize("value", [0, -3])

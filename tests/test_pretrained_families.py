@@ -27,6 +27,9 @@ LLAMA = {
 }
 
 
+DBRX = {"max_seq_len": 16, "d_model": 32, "n_layers": 2, "n_heads": 4, "rope_theta": 5.0}
+
+
 def read(family: str, **hf: Any) -> ModelConfig:
     return Family.named(family).model_config(hf)
 
@@ -77,8 +80,8 @@ def test_the_share_of_a_head_that_turns_is_read_from_all_spellings(spelling: dic
 
 
 def test_a_rotation_that_we_do_not_have_is_refused() -> None:
-    with pytest.raises(UserError, match=r"rope_type is 'yarn' in config\.json: known are default, linear and llama3"):
-        read("llama", **LLAMA, rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(UserError, match=r"rope_type is 'proportional' in config\.json: known are default, linear, "):
+        read("llama", **LLAMA, rope_scaling={"rope_type": "proportional", "factor": 4.0})
 
 
 def test_defaults_are_those_of_the_family() -> None:
@@ -119,14 +122,23 @@ def test_the_fast_gelu_is_the_one_with_tanh() -> None:
         ),
         ("gpt2", "scale_attn_by_inverse_layer_idx", True, "only False can be loaded for gpt2"),
         ("bert", "position_embedding_type", "relative_key", "only 'absolute' can be loaded for bert"),
-        ("falcon", "alibi", True, "alibi is True in config.json: only False can be loaded for falcon"),
+        ("dbrx", "ffn_config", {"moe_normalize_expert_weights": 2.0}, "moe_normalize_expert_weights is 2.0 in"),
+        ("dbrx", "attn_config", {"rope_theta": 7.0}, "rope_theta is 5.0 in config.json and 7.0 in its attn_config"),
+        ("gemma", "use_bidirectional_attention", True, "only causal members of this family can be loaded"),
+        ("olmo3", "rope_parameters", {"rope_theta": 7.0}, "rope_parameters in config.json has no full_attention"),
+        (
+            "olmo3",
+            "rope_parameters",
+            {"sliding_attention": {"rope_type": "linear", "factor": 2.0}},
+            "rope_type is 'linear' for sliding_attention in config.json",
+        ),
     ],
 )
 def test_a_member_that_we_do_not_cover_is_refused_by_the_field(
     family: str, field: str, value: Any, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        read(family, **{**GPT2, **LLAMA, field: value})
+        read(family, **{**GPT2, **LLAMA, **DBRX, field: value})
 
 
 # A valid configuration of families that read their fields in different ways.

@@ -14,8 +14,7 @@ from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.settings import all_declared, flat_values, with_settings
 from minitransformer.text.datasets import Pairs
-from minitransformer.training.config import RunConfig, TrainingConfig
-from minitransformer.training.data_config import DataConfig
+from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from minitransformer.training.finetuning import fine_tuning
 from minitransformer.training.objectives import Masked, Seq2Seq
 from minitransformer.training.presets import PRESETS

@@ -26,8 +26,7 @@ from minitransformer.models.model import Model, build_model
 from minitransformer.runs import GENERATION, Run
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import write_checkpoint
-from minitransformer.training.config import RunConfig, TrainingConfig
-from minitransformer.training.data_config import DataConfig
+from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
 from tests.prepared_for_tests import fitted
 from tests.runs_for_tests import Call
 

@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from minitransformer import files
 from minitransformer.training import checkpoint
 from minitransformer.training.checkpoint import choose_checkpoint, damage, load_trainer_state
-from minitransformer.training.config import RunConfig, with_usual_vocabulary
-from minitransformer.training.data_config import DataConfig
+from minitransformer.training.config import DataConfig, RunConfig, with_usual_vocabulary
 from minitransformer.training.divergence import NonFiniteTraining
 from minitransformer.training.loop import Trainer
 from minitransformer.training.presets import PRESETS

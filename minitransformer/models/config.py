@@ -145,6 +145,12 @@ class ModelConfig:
     )
     qk_norm: str = setting("none", choices=QK_NORMS, needs=WITH_ATTENTION, help="normalise queries and keys")
     value_norm: bool = setting(False, needs=WITH_ATTENTION, help="normalise values in the same way as qk_norm")
+    qkv_clip: float | None = setting(
+        None,
+        above=0,
+        needs=WITH_ATTENTION,
+        help="largest absolute value of projected queries, keys and values; None is no limit",
+    )
     attention_scale: float | None = setting(
         None, above=0, needs=WITH_ATTENTION, help="factor of the attention scores; None is head_dim^-1/2"
     )
@@ -170,7 +176,8 @@ class ModelConfig:
     shared_embeddings: bool = setting(
         True, needs=PAIRS, help="share the token embedding of encoder and decoder, if they have one vocabulary"
     )
-    scaled_embeddings: bool = setting(False, help="scale token embeddings by the square root of d_model")
+    embedding_scale: float = setting(1.0, above=0, help="factor of token embeddings")
+    scaled_embeddings: bool = setting(False, help="also scale token embeddings by the square root of d_model")
     embedding_dim: int | None = size_setting(
         None, help="width of the token embedding, projected to d_model; None is d_model, without a projection"
     )

@@ -1,6 +1,6 @@
 """Import and export of public checkpoints."""
 
-from minitransformer.pretrained import bert, gpt, llama, seq2seq
+from minitransformer.pretrained import bert, cohere, dbrx, gemma, gpt, llama, seq2seq
 from minitransformer.pretrained.checkpoint import checkpoint_folder, generation_config, load, save
 from minitransformer.pretrained.tokenizers import PublicTokenizer
 
@@ -8,6 +8,9 @@ __all__ = [
     "PublicTokenizer",
     "bert",
     "checkpoint_folder",
+    "cohere",
+    "dbrx",
+    "gemma",
     "generation_config",
     "gpt",
     "llama",

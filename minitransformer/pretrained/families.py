@@ -263,7 +263,19 @@ def _canonical(config: ModelConfig) -> dict[str, Any]:
         values["num_decoder_layers"] = config.decoder_layers
     if "window_pattern" in values:
         values["window_pattern"] = tuple(config.window_of(layer) is not None for layer in range(config.num_layers))
+    if "rotary_layers" in values:
+        values |= _canonical_rotation(values, config.num_layers)
     return {name: value for name, value in values.items() if name not in IRRELEVANT}
+
+
+def _canonical_rotation(values: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """The rotated layers, and the base of windows where it makes a difference."""
+    pattern = values["rotary_layers"]
+    rotated = tuple(pattern[layer % len(pattern)] for layer in range(num_layers))
+    is_base = values["rotary_scaling"] == "none" and values.get("rotary_window_base") == values["rotary_base"]
+    windows = any(values.get("window_pattern", ()))
+    base = values.get("rotary_window_base") if windows and not is_base else None
+    return {"rotary_layers": rotated, "rotary_window_base": base}
 
 
 def obstacles_by_family(config: ModelConfig) -> dict[str, list[Obstacle]]:

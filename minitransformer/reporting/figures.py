@@ -10,6 +10,7 @@ import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -232,12 +233,19 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, without a window or global state."""
+def check_figures() -> None:
+    """Raises `UserError` without matplotlib."""
     try:
-        from matplotlib.figure import Figure
+        import_module("matplotlib.figure")
     except ImportError:
         raise UserError('figures need matplotlib, which is not installed: pip install -e ".[lab]"') from None
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, without a window or global state."""
+    check_figures()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

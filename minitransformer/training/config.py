@@ -243,15 +243,17 @@ class RunConfig:
         """Approximate number of tokens per step."""
         return self.data.dataset.make().tokens_per_step(self.batch_shape(self.sequence_length))
 
-    def prepare(
-        self, tokenizers: Sequence[Tokenizer] = (), *, only_cached: bool = False, whole: bool = False
-    ) -> PreparedData:
-        """The tokenized data of this run, with `whole` all as the split "train"; `tokenizers` are fitted unless given.
+    def prepare(self, tokenizers: Sequence[Tokenizer] = (), *, only_cached: bool = False) -> PreparedData:
+        """The tokenized data of this run; `tokenizers` are fitted unless given.
 
         Raises `UserError` for data that cannot be used, and with `only_cached` `NotPrepared` for data that is not yet.
         """
-        data, dataset = self.data, self.data.dataset.make()
-        request = DataRequest(
+        return self.data.dataset.make().prepare(self.data_request(tokenizers, only_cached=only_cached))
+
+    def data_request(self, tokenizers: Sequence[Tokenizer] = (), *, only_cached: bool = False) -> DataRequest:
+        """What is asked of the dataset of this run."""
+        data = self.data
+        return DataRequest(
             data.data,
             data.tokenizer,
             self.sequence_length,
@@ -263,7 +265,6 @@ class RunConfig:
             tokenizers=tokenizers,
             only_cached=only_cached,
         )
-        return dataset.prepare_whole(request) if whole else dataset.prepare(request)
 
     def check_trainable(self) -> None:
         """Raises `UserError` for a topology that can only be imported."""

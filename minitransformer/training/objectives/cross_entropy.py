@@ -40,17 +40,27 @@ def summed_loss(
     return torch.stack([_cross_entropy(head(x), y, label_smoothing) for x, y in parts]).sum()
 
 
+def token_losses(
+    head: nn.Module, hidden: Float[Tensor, "*batch d_model"], targets: Int64[Tensor, "*batch"]
+) -> Float[Tensor, "*batch"]:
+    """−log softmax(head(hidden))[target] of each target, 0 for IGNORE; in the chunks of `summed_loss`."""
+    size = tokens_at_once(head, hidden)
+    parts = zip(hidden.flatten(0, -2).split(size), targets.flatten().split(size), strict=True)
+    nats = [F.cross_entropy(head(x), y, ignore_index=IGNORE, reduction="none") for x, y in parts]
+    return torch.cat(nats).view_as(targets)
+
+
 def score_tokens(
     head: nn.Module, hidden: Float[Tensor, "*batch d_model"], targets: Int64[Tensor, "*batch"]
-) -> tuple[Float[Tensor, ""], Bool[Tensor, "*batch"]]:
-    """`summed_loss`, and whether each target has the highest logit; in the same chunks, without gradients."""
+) -> tuple[Float[Tensor, "*batch"], Bool[Tensor, "*batch"]]:
+    """`token_losses`, and whether each target has the highest logit."""
     size = tokens_at_once(head, hidden)
     nats, right = [], []
     for x, y in zip(hidden.flatten(0, -2).split(size), targets.flatten().split(size), strict=True):
         logits = head(x)
-        nats.append(_cross_entropy(logits, y))
+        nats.append(F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="none"))
         right.append(logits.argmax(-1) == y)
-    return torch.stack(nats).sum(), torch.cat(right).view_as(targets)
+    return torch.cat(nats).view_as(targets), torch.cat(right).view_as(targets)
 
 
 def tokens_at_once(head: nn.Module, hidden: Float[Tensor, "*batch d_model"]) -> int:
