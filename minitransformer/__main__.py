@@ -26,6 +26,7 @@ COMMANDS = {
     "bench": "measure speed and memory beside peers and limits",
     "import": "turn a public checkpoint into a run",
     "merge": "bake an adapter into its base, or average checkpoints",
+    "compress": "make a smaller run: fewer bits, weights or layers",
     "export": "export the model of a run to the transformers library",
 }
 
