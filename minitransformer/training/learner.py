@@ -32,6 +32,7 @@ from minitransformer.training.precision import Precision
 from minitransformer.training.prefetch import prefetched
 from minitransformer.training.probe import NO_PROBE, Probe
 from minitransformer.training.ranks import ONE_PROCESS, Ranks
+from minitransformer.training.sparsity import ZeroWeights
 from minitransformer.training.weights import load_model_weights
 
 MakeProbe = Callable[[Model, Loader, torch.device], Probe]
@@ -126,7 +127,10 @@ class Learner:
         self.probe.before_update()
         grad_norm = self.parallel.clip_grad_norm(self.model.parameters(), training.grad_clip or math.inf)
         finite = torch.isfinite(loss + grad_norm)
+        zeros = ZeroWeights(self.model) if training.keep_zeros else None
         self.precision.update(self.optimizers, skip=(~finite).float())
+        if zeros is not None:
+            zeros.restore()
         self.model.zero_grad(set_to_none=True)
         self.model.end_step()
         self.steps_done += 1
