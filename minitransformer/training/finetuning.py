@@ -48,7 +48,7 @@ def fine_tuning(parent: RunConfig, *, from_scratch: bool, new_data: bool, adapte
     """
     of_all_weights = parent.model.adapter.name == "none"
     training = _gentle(parent.training) if from_scratch or not of_all_weights else parent.training
-    training = replace(training, freeze=())
+    training = replace(training, freeze=(), teacher=None, teacher_sha256=None)
     if adapter != "none":
         training = _for_adapter(training, Adapter.named(adapter).learning_rate)
     keeps_format = adapter != "none" and of_all_weights
