@@ -158,7 +158,13 @@ def test_the_most_important_stay_in_order() -> None:
 
 @pytest.mark.parametrize("topology", ["decoder", "encoder"])
 def test_a_layer_that_does_nothing_is_the_one_that_is_dropped(tiny_model: MakeModel, topology: str) -> None:
-    model = tiny_model(topology, num_layers=3, attention_window=4, window_pattern=(True, False, False)).float()
+    model = tiny_model(
+        topology,
+        num_layers=3,
+        attention_window=4,
+        window_pattern=(True, False, False),
+        rotary_layers=(False, False, True),
+    ).float()
     with torch.no_grad():
         for part in (model.stack.blocks[1].attention.output, model.stack.blocks[1].feedforward.down):  # type: ignore[union-attr]
             part.weight.zero_()

@@ -16,7 +16,7 @@ from minitransformer.diagnostics.modules import stacks_of
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_in_parts
-from minitransformer.settings import setting
+from minitransformer.settings import flat, setting, with_settings
 
 TOLERANCE = 1e-4
 """of a loss, relative: what is left without a layer computes what the smaller model does"""
@@ -106,6 +106,9 @@ def _shortened(config: ModelConfig, kept: dict[str, list[int]]) -> ModelConfig:
     first = kept.get("encoder") or kept.get("stack") or []
     if config.attention_window is not None:
         config = replace(config, window_pattern=tuple(config.window_of(layer) is not None for layer in first))
+    turns = flat(config).get("rotary_layers", (True,))
+    if not all(turns):
+        config = with_settings(config, {"rotary_layers": tuple(turns[layer % len(turns)] for layer in first)})
     if "decoder" in counts:
         return replace(config, num_layers=counts["encoder"], num_decoder_layers=counts["decoder"])
     return replace(config, num_layers=counts["stack"])
