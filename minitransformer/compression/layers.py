@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,16 +68,21 @@ def _without(kept: dict[str, list[int]], name: str, layer: int) -> dict[str, lis
 def only_layers(model: Model, kept: dict[str, list[int]]) -> Iterator[None]:
     """Runs `model` without the layers that are not `kept`, inside the block."""
     stacks = stacks_of(model)
-    before = {name: (stack.blocks, stack.windows) for name, stack in stacks.items()}
+    before = {name: stack.run_block for name, stack in stacks.items()}
     try:
         for name, layers in kept.items():
-            blocks, windows = before[name]
-            stacks[name].blocks = nn.ModuleList(blocks[layer] for layer in layers)
-            stacks[name].windows = [windows[layer] for layer in layers]
+            left_out = [block for layer, block in enumerate(stacks[name].blocks) if layer not in layers]
+            stacks[name].run_block = partial(_run_unless, before[name], left_out)
         yield
     finally:
         for name, stack in stacks.items():
-            stack.blocks, stack.windows = before[name]
+            stack.run_block = before[name]
+
+
+def _run_unless(
+    run: Callable[..., Any], left_out: Sequence[nn.Module], block: nn.Module, stream: Any, **given: Any
+) -> Any:
+    return stream if block in left_out else run(block, stream, **given)
 
 
 def _with_layers(model: Model, kept: dict[str, list[int]], loss: float, calibration: Calibration) -> Model:
