@@ -47,10 +47,11 @@ ROOMS = {
     "lab": {*MODEL, "evaluation", "training", "runs", "diagnostics", "reporting", "tasks"},
     "analysis": {*MODEL, "evaluation", "training", "generation", "runs", "diagnostics", "reporting", "tasks"},
     "benchmark": {*MODEL, "evaluation", "training", "generation", "reporting"},
+    "compression": {*MODEL, "training", "generation", "pretrained", "runs", "diagnostics"},
     "preflight": {"models", "text", "training", "runs"},
     "commands": {
         *{*MODEL, "evaluation", "training", "generation", "pretrained", "runs", "diagnostics", "reporting"},
-        *{"tasks", "reliability", "lab", "analysis", "benchmark", "preflight"},
+        *{"tasks", "reliability", "lab", "analysis", "benchmark", "preflight", "compression"},
     },
     "__main__": {"commands"},
 }

@@ -22,7 +22,8 @@ from minitransformer.text.datasets import Pairs, PreparedData
 from minitransformer.text.datasets.conversation_preparation import PreparedConversations
 from minitransformer.text.datasets.label_preparation import PreparedLabels
 from minitransformer.text.datasets.pair_data import PairData
-from minitransformer.training.config import DataConfig, RunConfig
+from minitransformer.training.config import RunConfig
+from minitransformer.training.data_config import DataConfig
 from minitransformer.training.loader import Loader
 from minitransformer.training.objectives import Causal
 from minitransformer.training.objectives.base import Score
