@@ -111,6 +111,8 @@ def _with_layers(model: Model, kept: dict[str, list[int]], loss: float, calibrat
 def _shortened(config: ModelConfig, kept: dict[str, list[int]]) -> ModelConfig:
     counts = {name: len(layers) for name, layers in kept.items()}
     first = kept.get("encoder") or kept.get("stack") or []
+    if 0 not in first:  # what was the second layer has a norm
+        config = replace(config, first_norm=True)
     if config.attention_window is not None:
         config = replace(config, window_pattern=tuple(config.window_of(layer) is not None for layer in first))
     turns = flat(config).get("rotary_layers", (True,))

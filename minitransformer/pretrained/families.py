@@ -231,6 +231,8 @@ class Family(Registered, kind="model_type"):
         hf: HF = {"model_type": cls.name, "architectures": [cls.architectures[config.topology]], **cls.required}
         ours = _canonical(config)
         for theirs, field in cls._fields().items():
+            if field.ours not in ours:  # it has no effect
+                continue
             spelled = {ours: theirs for theirs, ours in reversed(list((field.values or {}).items()))}
             hf[theirs] = ours[field.ours] if field.values is None else spelled[ours[field.ours]]
         hf |= cls.write(config)
