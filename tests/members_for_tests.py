@@ -199,7 +199,7 @@ MEMBERS: dict[str, Member] = {
     # In the library, attention by hand adds ALiBi twice.
     "falcon-rw": Member(
         "FalconForCausalLM",
-        {**FALCON, "hidden_size": 30, "num_attention_heads": 5, "alibi": True, "multi_query": False}
+        {**FALCON, "hidden_size": 36, "num_attention_heads": 9, "alibi": True, "multi_query": False}
         | {"parallel_attn": False, "bias": True},
         attention="sdpa",
         counts_tokens=True,

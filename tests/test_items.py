@@ -27,6 +27,7 @@ from minitransformer.evaluation.counterfactuals import (
 from minitransformer.evaluation.estimates import SMALL, estimates_of, largest_gaps, paired_differences
 from minitransformer.evaluation.items import Items
 from minitransformer.runs import Run
+from minitransformer.runs.comparing import exchanged_data
 from minitransformer.runs.evaluating import HeldOutData
 from tests.runs_for_tests import refused, untrained_run
 
@@ -109,7 +110,7 @@ def test_gaps_of_groups_without_a_difference_rarely_exclude_none() -> None:
     ("text", "expected"),
     [
         ("He said he would.", "She said she would."),
-        ("The others; then he.", "The others; then she."),
+        ("The others; hence he.", "The others; hence she."),
         ("HE", "HE"),
     ],
 )
@@ -187,7 +188,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         patch.setenv("MINITRANSFORMER_DATA", str(path / "work"))
-        jsonl(path / "rows.jsonl", [*REVIEWS, {"text": " ", "label": "no", "place": "blank"}])
+        jsonl(path / "rows.jsonl", [{"text": " ", "label": "no", "place": "blank"}, *REVIEWS])
         common = ["bert-mini", "--objective", "classify", "--data", "rows.jsonl", *TINY, "--device", "cpu"]
         for name, steps in (("run", "8"), ("other", "2")):
             assert train.main([*common, "--precision", "fp32", "--steps", steps, "--lr", "3e-2", "--out", name]) == 0
@@ -215,6 +216,10 @@ def test_the_metrics_of_a_group_are_those_of_its_rows_alone(inside: Path, capsys
     found = evaluated("run", "--data", jsonl(inside / "all.jsonl", rows), "--group-by", "place")["metrics_by_group"]
     said = capsys.readouterr().out
     assert found["values"].keys() == {"north", "south", "east"}
+    (inside / "all.csv").write_text(
+        "text,label,place\n" + "".join(f"{row['text']},{row['label']},{row['place']}\n" for row in rows)
+    )
+    assert evaluated("run", "--data", "all.csv", "--group-by", "place")["metrics_by_group"] == found
     for place, group in found["values"].items():
         own = jsonl(inside / f"{place}.jsonl", [row for row in rows if row["place"] == place])
         alone = evaluated("run", "--data", own)["metrics"]
@@ -283,6 +288,10 @@ def test_a_counterfactual_answer_is_that_to_the_exchanged_text(inside: Path) -> 
             "rows.jsonl line 1 has no column 'age', only 'text', 'label'",
         ),
         (["--data", "yes.txt", "no.txt", "--group-by", "age"], "yes.txt has no columns, and so no 'age'"),
+        (
+            ["--data", "table.csv", "--group-by", "age"],
+            "table.csv has no column 'age', only 'text'",
+        ),
         (["--data", "new.jsonl"], "new.jsonl has the unknown label 'maybe': the classes are no, yes"),
         (["--exchanges", "list.tsv"], "--exchanges belongs to --counterfactuals"),
         (["--data", "yes.txt", "no.txt", "--counterfactuals"], "no text of this data has a word of the exchanges"),
@@ -296,6 +305,7 @@ def test_a_mistake_of_items_is_one_sentence(
 ) -> None:
     for label in ("yes", "no"):
         (inside / f"{label}.txt").write_text("something\n")
+    (inside / "table.csv").write_text("text,label,place\nHe was,yes,\n")
     jsonl(inside / "new.jsonl", [{"text": "a", "label": "maybe"}, {"text": "b", "label": "no"}])
     if not (inside / "language").exists():
         untrained_run(inside / "language", shake, "causal")
@@ -328,7 +338,7 @@ def test_choices_have_groups_another_run_exchanges_and_a_page(
         assert groups[who]["items"] == 16
         assert groups[who]["choice_accuracy"]["value"] == own.mean()
         assert found["choices"]["groups"][who]["sum"]["accuracy"] == own.mean()
-    assert found["choices_sum_against"]["choice_accuracy"]["difference"]["value"] == pytest.approx(
+    assert found["choices_against"]["choices_sum"]["difference"]["value"] == pytest.approx(
         right["run"].mean() - right["other"].mean()
     )
     assert found["counterfactuals"]["kinds"]["names"]["variants"] == 16
@@ -350,6 +360,10 @@ def test_the_rows_of_pairs_that_are_left_out_have_no_place_among_items(here: Pat
     whole = HeldOutData.of_files(run, ["pairs.jsonl"], None)
     assert whole.column("kind") == ["0", "3", "4"] * 3
     kinds = {row["source"]: row["kind"] for row in rows}
+    exchanges = [Exchange("longer", "one", "o" * 40), Exchange("as long", "four", "five")]
+    changed, variants = exchanged_data(whole, exchanges, here)
+    assert [changed.text_of(number)["source"] for number in range(len(variants))] == ["five"] * 3
+    assert variants == [Variant(item, exchanges[1]) for item in (2, 5, 8)]
     split = HeldOutData.of_run(run)
     found = split.column("kind")
     assert found

@@ -156,6 +156,18 @@ def test_a_context_beyond_the_original_length_has_the_logits_of_a_text_that_fill
 GELUS = {"gelu": "gelu-tanh", "gelu-tanh": "gelu", "geglu-tanh": "geglu"}
 
 
+# Numbers that only some families have.
+FACTORS = (
+    "attention_scale",
+    "embedding_scale",
+    "logit_scale",
+    "pre_scaled_multiplier",
+    "qkv_clip",
+    "rotary_magnitude",
+    "rotary_window_base",
+)
+
+
 def subtle_mistakes(config: ModelConfig) -> Iterator[dict[str, Any]]:
     """What may be read wrongly without that texts look wrong."""
     yield {"norm_eps": max(10 * settings.flat(config)["norm_eps"], 1e-5)}
@@ -167,6 +179,10 @@ def subtle_mistakes(config: ModelConfig) -> Iterator[dict[str, Any]]:
         yield {"attention_window": config.attention_window + 1}
     if config.attention_softcap is not None:
         yield {"attention_softcap": 1.1 * config.attention_softcap}
+    default, flat = settings.flat(ModelConfig()), settings.flat(config)
+    for name in FACTORS:
+        if flat.get(name) not in (None, default.get(name)):
+            yield {name: 1.01 * flat[name]}
 
 
 @torch.inference_mode()

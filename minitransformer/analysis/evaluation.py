@@ -26,6 +26,7 @@ from minitransformer.runs.predicting import EvaluatedPart
 
 ALL = "all"
 INTERVAL = "95% interval"
+CLEAR = "A difference is clear if its interval excludes 0."
 MOST_WORDS = 12
 """exchanges of words that are told one by one"""
 
@@ -144,8 +145,8 @@ class Grouped:
         if small:
             which = f"{len(small)} of {len(self.sizes)} groups are" if len(small) > 1 else f"{small[0]} is"
             notes.append(f"{which} small (fewer than {SMALL} items): too few to be compared, and in no gap.")
-        if not self.gaps:
-            notes.append(f"A gap needs two groups of at least {SMALL} items.")
+        clear = "A gap is clear if its interval excludes 0."
+        notes.append(clear if self.gaps else f"A gap needs two groups of at least {SMALL} items.")
         return notes
 
     def section(self) -> Section:
@@ -180,31 +181,24 @@ def of_groups(part: EvaluatedPart, column: str, groups: Mapping[str, Items]) -> 
     return Grouped(column, part, sizes, estimates, largest_gaps(groups))
 
 
-def difference_table(title: str, differences: Mapping[str, PairedDifference]) -> Table:
-    """The metrics of two runs side by side."""
-    rows = [
-        [
-            Metric.named(name).title,
-            metric_text(name, each.first),
-            metric_text(name, each.second),
-            estimate_text(name, each.difference),
-            each.is_clear,
-        ]
-        for name, each in differences.items()
-    ]
-    columns = ("metric", "this run", "other run", f"difference, {INTERVAL}", "clear")
-    return Table(title, columns, rows)
+def difference_table(title: str, heading: str, rows: Sequence[tuple[str, str, PairedDifference]]) -> Table:
+    """Two runs side by side: what is compared, its metric, and the difference."""
+    columns = (heading, "this run", "other run", f"difference, {INTERVAL}", "clear")
+    cells: list[list[Any]] = []
+    for label, name, each in rows:
+        values = (metric_text(name, each.first), metric_text(name, each.second), estimate_text(name, each.difference))
+        cells.append([label, *values, each.is_clear])
+    return Table(title, columns, cells)
 
 
 def against_section(part: EvaluatedPart, other: EvaluatedPart, name: str, left_out: int) -> Section:
     """The paired differences of this run and the one called `name` on the same items, without those `left_out`."""
     differences = paired_differences(part.items, other.items)
-    record = {"items": len(part.items), **{name: each.to_json() for name, each in differences.items()}}
-    notes = ["A difference is clear if its interval excludes 0."]
-    if left_out:
-        notes.append(f"{left_out:,} items are left out, which only this run has read.")
+    record = {"items": len(part.items), **{metric: each.to_json() for metric, each in differences.items()}}
+    rows = [(Metric.named(metric).title, metric, each) for metric, each in differences.items()]
+    notes = [CLEAR, *([f"{left_out:,} items are left out, which only this run has read."] if left_out else [])]
     title = f"Beside {name}, on the same {len(part.items):,} items"
-    return Section(f"{part.name}_against", [difference_table(title, differences)], notes, record)
+    return Section(f"{part.name}_against", [difference_table(title, "metric", rows)], notes, record)
 
 
 def sensitivity_table(title: str, found: Sequence[Sensitivity]) -> Table:

@@ -10,7 +10,7 @@ import numpy as np
 
 from minitransformer.analysis.evaluation import Found
 from minitransformer.evaluation.class_report import ClassReport, reliability
-from minitransformer.evaluation.estimates import Samples
+from minitransformer.evaluation.estimates import SMALL, Samples
 from minitransformer.reporting import figures
 from minitransformer.reporting.figures import Curve
 from minitransformer.reporting.pages import Page
@@ -101,13 +101,14 @@ def position_picture(by_position: Samples) -> Picture:
     ends = np.unique(np.floor(GROWTH ** np.arange(1 + np.log(len(counts) + 1) / np.log(GROWTH))).astype(int))
     spans = [(low, high) for low, high in pairwise([*ends[ends <= len(counts)], len(counts) + 1]) if low < high]
     sums = [(nats[low - 1 : high - 1].sum(), counts[low - 1 : high - 1].sum()) for low, high in spans]
-    places = [(low + high - 1) / 2 for (low, high), (_, count) in zip(spans, sums, strict=True) if count]
-    curve = Curve("model", places, [float(total / count) for total, count in sums if count])
+    least = min(SMALL, max(count for _, count in sums))
+    places = [(low + high - 1) / 2 for (low, high), (_, count) in zip(spans, sums, strict=True) if count >= least]
+    curve = Curve("model", places, [float(total / count) for total, count in sums if count >= least])
 
     def draw() -> Any:
         return figures.curves([curve], x_label="position", y_label="loss (nats per target)", title=title, log_x=True)
 
-    return Picture(title, draw, "The mean over all items, and over a range of positions where there are many.")
+    return Picture(title, draw, f"The mean over ranges of positions that have {SMALL} targets or more.")
 
 
 def worst_table(part: EvaluatedPart) -> Table:

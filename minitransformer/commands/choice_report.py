@@ -11,11 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from minitransformer.analysis.evaluation import (
+    CLEAR,
     Found,
     Grouped,
     Section,
-    against_section,
     counterfactual_section,
+    difference_table,
     ends_text,
     estimate_text,
     grouped,
@@ -34,6 +35,7 @@ from minitransformer.evaluation.choices import (
     likeliest,
 )
 from minitransformer.evaluation.counterfactuals import SHIPPED, change_of_class, read_exchanges, variants_of
+from minitransformer.evaluation.estimates import paired_differences
 from minitransformer.reporting.tables import Table
 from minitransformer.runs import Run
 from minitransformer.runs.choosing import ChoiceScorer
@@ -65,7 +67,7 @@ def evaluate_choices(run: Run, options: Options) -> Found:
         sections.append(_group_section([grouped(part, column, labels) for part in parts]))
     if other is not None:
         theirs = choice_parts(items, score_all(other, None, items, options))
-        sections += [against_section(*both, str(options.against), 0) for both in zip(parts, theirs, strict=True)]
+        sections.append(_against_section(parts, theirs, str(options.against)))
     if exchanges:
         sections.append(_counterfactual(run, options, items, scored, exchanges))
     record = {section.name: section.record for section in sections}
@@ -142,8 +144,8 @@ def _section(summary: dict[str, Any], options: Options) -> Section:
         [Normalisation.named(name).label, f"{each['accuracy']:.1%}", ends_text(METRIC, each["interval"]), each["ties"]]
         for name, each in summary["accuracy"].items()
     ]
-    before = f", {options.shots} examples before each" if options.shots else ""
-    title = f"items      {summary['items']:,}{before}; chance is {summary['chance']:.1%}"
+    before = f", after {options.shots} examples each" if options.shots else ""
+    title = f"{summary['items']:,} items{before}; chance is {summary['chance']:.1%}"
     return Section("choices", [Table(title, ("log-likelihood", "accuracy", "95% interval", "ties"), rows)], [], summary)
 
 
@@ -165,6 +167,17 @@ def _group_section(found: Sequence[Grouped]) -> Section:
     ]
     record = {"column": first.column, **{each.part.name: each.to_json() for each in found}}
     return Section("choices_by_group", tables, first.notes, record)
+
+
+def _against_section(ours: Sequence[EvaluatedPart], theirs: Sequence[EvaluatedPart], name: str) -> Section:
+    """Two runs side by side, by each normalisation."""
+    rows = [
+        (part.title, METRIC, paired_differences(part.items, other.items)[METRIC])
+        for part, other in zip(ours, theirs, strict=True)
+    ]
+    title = f"Beside {name}, on the same {len(ours[0].items):,} items"
+    record = {part.name: each.to_json() for part, (_, _, each) in zip(ours, rows, strict=True)}
+    return Section("choices_against", [difference_table(title, "log-likelihood", rows)], [CLEAR], record)
 
 
 def _counterfactual(

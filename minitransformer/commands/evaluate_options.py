@@ -30,7 +30,7 @@ class Options:
     group_by: str | None = None
     """column of the data: the same metrics for each of its values, and the largest gaps between them"""
     against: Path | None = None
-    """another run folder, to compare with on the same items"""
+    """another run folder, whose best or else latest checkpoint is compared on the same items"""
     counterfactuals: bool = False
     """ask for each text again with one word exchanged (names, pronouns, words of gender, nationalities): how often and
     how much the answer changes"""

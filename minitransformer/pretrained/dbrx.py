@@ -72,10 +72,8 @@ class DBRXFamily(Family, name="dbrx"):
             Rule(THEIRS + "norm_attn_norm.norm_2", BLOCK + "feedforward_residual.norm"),
             Rule(THEIRS + "ffn.router.layer", BLOCK + "feedforward.router"),
             *(
-                Rule(
-                    f"{THEIRS}ffn.experts.mlp.{theirs}", _of_experts(ours, config), StackedExperts(theirs == "w2"), True
-                )
-                for theirs, ours in (("w1", "gate"), ("v1", "up"), ("w2", "down"))
+                Rule(f"{THEIRS}ffn.experts.mlp.{theirs}", _of_experts(ours, config), stacked, tensors=True)
+                for theirs, ours, stacked in EXPERTS
             ),
             Rule("transformer.norm_f", "stack.final_norm"),
             Rule("lm_head", "head"),

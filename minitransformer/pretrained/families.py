@@ -264,18 +264,21 @@ def _canonical(config: ModelConfig) -> dict[str, Any]:
     if "window_pattern" in values:
         values["window_pattern"] = tuple(config.window_of(layer) is not None for layer in range(config.num_layers))
     if "rotary_layers" in values:
-        values |= _canonical_rotation(values, config.num_layers)
+        values |= _canonical_rotation(config, values)
     return {name: value for name, value in values.items() if name not in IRRELEVANT}
 
 
-def _canonical_rotation(values: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """The rotated layers, and the base of windows where it makes a difference."""
-    pattern = values["rotary_layers"]
-    rotated = tuple(pattern[layer % len(pattern)] for layer in range(num_layers))
-    is_base = values["rotary_scaling"] == "none" and values.get("rotary_window_base") == values["rotary_base"]
+def _canonical_rotation(config: ModelConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """The rotated layers, the base of windows where it makes a difference, and the factor of queries and keys."""
+    rotary = config.positions.settings
+    is_base = rotary.scaling.name == "none" and rotary.window_base == rotary.base
     windows = any(values.get("window_pattern", ()))
-    base = values.get("rotary_window_base") if windows and not is_base else None
-    return {"rotary_layers": rotated, "rotary_window_base": base}
+    scaling = rotary.scaling.make(rotary.base, config.context_length)
+    return {
+        "rotary_layers": tuple(rotary.layers[layer % len(rotary.layers)] for layer in range(config.num_layers)),
+        "rotary_window_base": rotary.window_base if windows and not is_base else None,
+        **({"rotary_magnitude": scaling.magnitude} if "rotary_magnitude" in values else {}),
+    }
 
 
 def obstacles_by_family(config: ModelConfig) -> dict[str, list[Obstacle]]:

@@ -23,18 +23,22 @@ from minitransformer.pretrained.llama import (
 from minitransformer.pretrained.rope import read_rope, read_window_rope, write_rope, write_window_rope
 from minitransformer.pretrained.rules import Rule
 
+SHARED: dict[str, Field | str] = {
+    **GROUPED_SHAPE,
+    "head_dim": Field("head_dim", default=256),
+    "rms_norm_eps": Field("norm_eps", default=1e-6),
+    "tie_word_embeddings": Field("tied_embeddings", default=True),
+}
+
 
 class GemmaFamily(LlamaFamily, name="gemma"):
     """Gemma 1 (arXiv 2403.08295)."""
 
     architectures = {"decoder": "GemmaForCausalLM"}
     fields = {
-        **GROUPED_SHAPE,
-        "head_dim": Field("head_dim", default=256),
-        "rms_norm_eps": Field("norm_eps", default=1e-6),
+        **SHARED,
         # What its first files call "gelu" was trained with tanh.
         "hidden_act": Field("feedforward", {**GATED, "gelu": "geglu-tanh"}, "gelu_pytorch_tanh"),
-        "tie_word_embeddings": Field("tied_embeddings", default=True),
     }
     fixed = {**LlamaFamily.fixed, "norm": "rms-zero-centred", "scaled_embeddings": True, "bias": False}
 
@@ -53,13 +57,10 @@ class Gemma2Family(LlamaFamily, name="gemma2"):
 
     architectures = {"decoder": "Gemma2ForCausalLM"}
     fields = {
-        **GROUPED_SHAPE,
-        "head_dim": Field("head_dim", default=256),
-        "rms_norm_eps": Field("norm_eps", default=1e-6),
+        **SHARED,
         "hidden_activation": Field("feedforward", GATED, "gelu_pytorch_tanh"),
         "attn_logit_softcapping": Field("attention_softcap", default=50.0, nullable=True),
         "final_logit_softcapping": Field("logit_softcap", default=30.0, nullable=True),
-        "tie_word_embeddings": Field("tied_embeddings", default=True),
     }
     fixed = {
         "residual": "sandwich",
@@ -100,9 +101,12 @@ class Gemma3Family(Gemma2Family, name="gemma3_text"):
     """Gemma 3 (arXiv 2503.19786): norms of each head's queries and keys, and two bases of rotation."""
 
     architectures = {"decoder": "Gemma3ForCausalLM"}
-    fields = {**Gemma2Family.fields, "final_logit_softcapping": "logit_softcap"}
-    del fields["attn_logit_softcapping"]
-    required = {"attn_logit_softcapping": None}
+    fields = {
+        **SHARED,
+        "hidden_activation": Field("feedforward", GATED, "gelu_pytorch_tanh"),
+        "final_logit_softcapping": "logit_softcap",
+    }
+    required = {"attn_logit_softcapping": None}  # the library ignores another value
     fixed = {**Gemma2Family.fixed, "qk_norm": "head"}
     rules = (
         *Gemma2Family.rules,
@@ -122,7 +126,8 @@ class Gemma3Family(Gemma2Family, name="gemma3_text"):
     def write(cls, config: ModelConfig) -> HF:
         if config.d_model % config.num_heads:
             raise UserError(
-                f"d_model {config.d_model} is not divisible by num_heads {config.num_heads}: Gemma 3 needs that"
+                f"d_model {config.d_model} is not divisible by num_heads {config.num_heads}, which {cls.name} needs: "
+                "choose another format"
             )
         rope = write_window_rope(config)
         rope["rope_local_base_freq"] = rope["rope_parameters"]["sliding_attention"]["rope_theta"]

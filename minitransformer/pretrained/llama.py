@@ -248,8 +248,8 @@ class SmolLM3Family(LlamaFamily, name="smollm3"):
     def read(cls, hf: HF) -> dict[str, Any]:
         every, layers = hf.get("no_rope_layer_interval", 4), range(hf["num_hidden_layers"])
         rotated = tuple(map(bool, hf.get("no_rope_layers") or [(layer + 1) % every for layer in layers]))
-        windows = hf.get("use_sliding_window") and hf.get("sliding_window")
-        pattern = ["full_attention" if turns or not windows else "sliding_attention" for turns in rotated]
+        has_windows = hf.get("use_sliding_window") and hf.get("sliding_window")
+        pattern = ["full_attention" if turns or not has_windows else "sliding_attention" for turns in rotated]
         windows = read_windows({"sliding_window": None, **hf}, pattern)
         return {**super().read(hf), **read_rope(hf, default_base=2e6), **windows, "rotary_layers": rotated}
 

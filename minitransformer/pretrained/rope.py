@@ -141,6 +141,8 @@ def write_rope(config: ModelConfig, kinds: Container[str] = SCALINGS) -> HF:
     kind = rotary.scaling.name if rotary.scaling.name in kinds else "default"
     rope: HF = {"rope_type": kind, "rope_theta": rotary.base}
     rope |= {theirs: ours[name] for theirs, name in SCALINGS[kind].items() if ours[name] is not None}
+    if kind == "longrope":  # by default, the library computes it from a longer context
+        rope["attention_factor"] = rotary.scaling.make(rotary.base, config.context_length).magnitude
     older = {"rope_theta": rotary.base, "rope_scaling": None if kind == "default" else rope}
     return {"rope_parameters": rope, **older}
 

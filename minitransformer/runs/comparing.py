@@ -135,6 +135,8 @@ def changes_of(before: Predictions, after: Predictions, variants: Sequence[Varia
     if was is not None and now is not None:
         return [(each, change_of_class(was[each.item], row)) for each, row in zip(variants, now, strict=True)]
     old, new = before.parts[-1], after.parts[-1]
+    if not old.predictions or not new.predictions:
+        raise UserError("no answer is generated to these texts, so that none can change: leave --counterfactuals out")
     texts = {key: old.told[old.predictions][place] for key, place in _keys(old, None).items()}
     found = []
     for (number, count), place in _keys(new, None).items():

@@ -87,27 +87,31 @@ class Predictions:
 
 def predict_all(model: Model, data: HeldOutData, device: torch.device, wanted: Wanted) -> Predictions:
     """What `model` makes of `data`: its loss, and classes, translations or answers."""
-    evaluation = data.evaluate(model, device)
-    items = evaluation.items
-    title = f"{len(items):,} {data.kind} of {int(items.columns['tokens'].sum()):,} tokens"
-    loss = EvaluatedPart("metrics", title, items, np.arange(len(items)), data.text_of)
-    return add_predictions(model, data, wanted, Predictions(evaluation, [loss]))
+
+    def measure() -> Predictions:
+        evaluation = data.evaluate(model, device)
+        items = evaluation.items
+        title = f"{len(items):,} {data.kind} of {int(items.columns['tokens'].sum()):,} tokens"
+        return Predictions(evaluation, [EvaluatedPart("metrics", title, items, np.arange(len(items)), data.text_of)])
+
+    return predict_with(model, data, wanted, measure)
 
 
 @singledispatch
-def add_predictions(model: Model, data: HeldOutData, wanted: Wanted, found: Predictions) -> Predictions:
-    """What was `found`, with what `model` predicts."""
+def predict_with(model: Model, data: HeldOutData, wanted: Wanted, measure: Callable[[], Predictions]) -> Predictions:
+    """What `measure` finds, with what `model` predicts; raises `UserError` before that for what has no effect."""
     wanted.check("this data, for which nothing is generated")
-    return found
+    return measure()
 
 
-@add_predictions.register
-def _answered(model: DecoderLM, data: HeldOutData, wanted: Wanted, found: Predictions) -> Predictions:
+@predict_with.register
+def _answered(model: DecoderLM, data: HeldOutData, wanted: Wanted, measure: Callable[[], Predictions]) -> Predictions:
     asked = questions_of(data)
     if not asked:
         wanted.check("data without questions")
-        return found
+        return measure()
     wanted.check("answers", "batch_size")
+    found = measure()
     answers = list(answers_to(data.run, model, asked, wanted.batch_size or USUAL_BATCH))
     numbers, counted = np.array([each.conversation for each in asked]), found.evaluation.items.columns
     told = {
@@ -123,12 +127,13 @@ def _answered(model: DecoderLM, data: HeldOutData, wanted: Wanted, found: Predic
     return replace(found, parts=[*found.parts, part])
 
 
-@add_predictions.register
-def _translated(model: Seq2SeqLM, data: HeldOutData, wanted: Wanted, found: Predictions) -> Predictions:
+@predict_with.register
+def _translated(model: Seq2SeqLM, data: HeldOutData, wanted: Wanted, measure: Callable[[], Predictions]) -> Predictions:
     if not isinstance(data.prepared, PairData):
         wanted.check("this data, for which nothing is generated")
-        return found
+        return measure()
     wanted.check("translations", "num_beams")
+    found = measure()
     beams = wanted.num_beams or USUAL_BEAMS
     sampling = SamplingConfig(max_new_tokens=model.config.text_length, num_beams=beams)
     if beams == 1:
@@ -156,10 +161,11 @@ def _compared(
     return columns, signatures, [*notes, *(f"Signature {text}" for text in signatures.values())]
 
 
-@add_predictions.register(EncoderClassifier)
-@add_predictions.register(DecoderClassifier)
-def _classified(model: Model, data: HeldOutData, wanted: Wanted, found: Predictions) -> Predictions:
+@predict_with.register(EncoderClassifier)
+@predict_with.register(DecoderClassifier)
+def _classified(model: Model, data: HeldOutData, wanted: Wanted, measure: Callable[[], Predictions]) -> Predictions:
     wanted.check("classes")
+    found = measure()
     names, labels, probabilities = data.run.class_names, found.evaluation.labels, found.evaluation.probabilities
     assert labels is not None, "of labelled texts"
     assert probabilities is not None, "of labelled texts"
