@@ -105,10 +105,9 @@ def save(
     `tokenizer`, or copied from the folder `originals`; `generation` is as from `generation_config`, and
     `chat_template` the source of one. Raises `UserError` with the settings that the family cannot represent.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), in_full_precision(model)
     if folder.exists():
         raise UserError(f"{folder} already exists: choose another folder")
-    model = in_full_precision(model)
     kind = Family.named(family)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     # The family's own fields take precedence over additional ones.
