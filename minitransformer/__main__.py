@@ -14,6 +14,7 @@ COMMANDS = {
     "doctor": "say whether a training run would work, and what it needs",
     "sample": "continue texts, converse, fill in masks, translate",
     "evaluate": "measure a model on data that it has not learned",
+    "serve": "answer requests over HTTP, as OpenAI's API does",
     "embed": "turn texts into vectors",
     "look": "show attention, predictions and residual norms, as a page",
     "replay": "repeat the last step of a run that has diverged, and show where",

@@ -49,9 +49,10 @@ ROOMS = {
     "analysis": {*MODEL, "evaluation", "training", "generation", "runs", "diagnostics", "reporting", "tasks"},
     "benchmark": {*MODEL, "evaluation", "training", "generation", "reporting"},
     "preflight": {"models", "text", "training", "runs"},
+    "serving": {*MODEL, "training", "generation", "runs"},
     "commands": {
         *{*MODEL, "evaluation", "training", "generation", "pretrained", "runs", "diagnostics", "reporting"},
-        *{"tasks", "reliability", "lab", "analysis", "benchmark", "preflight"},
+        *{"tasks", "reliability", "lab", "analysis", "benchmark", "preflight", "serving"},
     },
     "__main__": {"commands"},
 }
