@@ -181,7 +181,13 @@ def test_the_most_important_stay_in_order() -> None:
 
 @pytest.mark.parametrize("topology", ["decoder", "encoder"])
 def test_a_layer_that_does_nothing_is_the_one_that_is_dropped(tiny_model: MakeModel, topology: str) -> None:
-    model = tiny_model(topology, num_layers=3, attention_window=4, window_pattern=(True, False, False)).float()
+    model = tiny_model(
+        topology,
+        num_layers=3,
+        attention_window=4,
+        window_pattern=(True, False, False),
+        rotary_layers=(False, False, True),
+    ).float()
     with torch.no_grad():
         for part in (model.stack.blocks[1].attention.output, model.stack.blocks[1].feedforward.down):  # type: ignore[union-attr]
             part.weight.zero_()
@@ -190,6 +196,16 @@ def test_a_layer_that_does_nothing_is_the_one_that_is_dropped(tiny_model: MakeMo
     assert (smaller.config.num_layers, smaller.config.window_pattern) == (2, (True, False))
     torch.testing.assert_close(logits(smaller), expected)
     assert method.remarks[0].startswith("dropped    layer 2 of stack")
+
+
+def test_without_the_first_layer_that_had_no_norm_the_next_one_keeps_its_own(tiny_model: MakeModel) -> None:
+    model = tiny_model("encoder", num_layers=2, first_norm=False, embedding_norm=True).float()
+    with torch.no_grad():
+        for part in (model.stack.blocks[0].attention.output, model.stack.blocks[0].feedforward.down):  # type: ignore[union-attr]
+            part.weight.zero_()
+    smaller = DropLayers(DropLayers.Settings(count=1)).applied(model, calibration_of(model))
+    assert (smaller.config.num_layers, smaller.config.first_norm) == (1, True)
+    torch.testing.assert_close(logits(smaller), logits(model))
 
 
 # --- the command, on a run

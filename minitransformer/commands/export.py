@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     check_merges(run)
     family = _format(run.config.model.plain, options.format)
     model = run.load_model(options.checkpoint)
-    originals = originals_of(run.path, run.target_tokenizer)
+    originals = originals_of(run.path, run.tokenizer)
     extra = _extra(run) if originals is None else original_fields(originals)
     own_template = run.path / CHAT
     pretrained.save(
