@@ -25,7 +25,7 @@ COMMANDS = {
     "bench": "measure speed and memory beside peers and limits",
     "import": "turn a public checkpoint into a run",
     "merge": "bake an adapter into its base, or average checkpoints",
-    "export": "export the model of a run to the transformers library",
+    "export": "export a model to another runtime, with a certificate",
 }
 
 

@@ -41,6 +41,7 @@ ROOMS = {
     "generation": {*MODEL},
     "pretrained": {*MODEL},
     "runs": {*MODEL, "evaluation", "training", "generation", "pretrained", "diagnostics"},
+    "exporting": {*MODEL, "generation", "pretrained", "runs"},
     "reporting": set(),
     "diagnostics": {*MODEL, "training"},
     "tasks": {"runs"},
@@ -51,7 +52,7 @@ ROOMS = {
     "preflight": {"models", "text", "training", "runs"},
     "commands": {
         *{*MODEL, "evaluation", "training", "generation", "pretrained", "runs", "diagnostics", "reporting"},
-        *{"tasks", "reliability", "lab", "analysis", "benchmark", "preflight"},
+        *{"tasks", "reliability", "lab", "analysis", "benchmark", "preflight", "exporting"},
     },
     "__main__": {"commands"},
 }

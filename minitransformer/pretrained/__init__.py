@@ -1,7 +1,7 @@
 """Import and export of public checkpoints."""
 
 from minitransformer.pretrained import bert, gpt, llama, seq2seq
-from minitransformer.pretrained.checkpoint import checkpoint_folder, generation_config, load, save
+from minitransformer.pretrained.checkpoint import checkpoint_folder, generation_config, load, save, write_public
 from minitransformer.pretrained.tokenizers import PublicTokenizer
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "load",
     "save",
     "seq2seq",
+    "write_public",
 ]

@@ -88,9 +88,20 @@ def generation_config(name: str | Path) -> dict[str, Any] | None:
     return read_checkpoint_json(path) if path.is_file() else None
 
 
-def save(
+def save(model: Model, folder: str | Path, family: str, *arguments: Any, **options: Any) -> None:
+    """`write_public` to the new folder `folder`, which is whole or absent; raises `UserError` if it exists."""
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} already exists: choose another folder")
+    with files.writing(folder, "choose another folder"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with files.whole_folder(folder) as partial:
+            write_public(model, partial, family, *arguments, **options)
+
+
+def write_public(
     model: Model,
-    folder: str | Path,
+    folder: Path,
     family: str,
     extra: Mapping[str, Any] | None = None,
     *,
@@ -99,15 +110,12 @@ def save(
     generation: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
 ) -> None:
-    """Write `model` to the new folder `folder` as a `transformers` checkpoint of `family`.
+    """Write `model` to the empty folder `folder` as a `transformers` checkpoint of `family`.
 
     `extra` are further fields of config.json, such as the ids of special tokens. Tokenizer files are made from
     `tokenizer`, or copied from the folder `originals`; `generation` is as from `generation_config`, and
     `chat_template` the source of one. Raises `UserError` with the settings that the family cannot represent.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} already exists: choose another folder")
     kind = Family.named(family)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     # The family's own fields take precedence over additional ones.
@@ -115,19 +123,27 @@ def save(
     tensors = save_weights(model, model.config, kind.rules_for(model.config))
     if model.config.topology == "encoder-headless":
         tensors = {name.removeprefix(kind.prefix): tensor for name, tensor in tensors.items()}
-    with files.writing(folder, "choose another folder"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with files.whole_folder(folder) as partial:
-            (partial / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
-            write_shards(tensors, partial)
-            if originals is not None:
-                write_originals(originals, partial)
-            elif tokenizer is not None:
-                save_tokenizer(tokenizer, partial)
-            if generation is not None:
-                (partial / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-            if chat_template is not None:
-                (partial / CHAT).write_text(chat_template, encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+    write_shards(tensors, folder)
+    write_texts(folder, tokenizer, originals, generation, chat_template)
+
+
+def write_texts(
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    originals: Path | None,
+    generation: Mapping[str, Any] | None,
+    chat_template: str | None,
+) -> None:
+    """Write what texts need, as in `write_public`."""
+    if originals is not None:
+        write_originals(originals, folder)
+    elif tokenizer is not None:
+        save_tokenizer(tokenizer, folder)
+    if generation is not None:
+        (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    if chat_template is not None:
+        (folder / CHAT).write_text(chat_template, encoding="utf-8")
 
 
 def may_be_on_hub(name: str) -> bool:
