@@ -124,7 +124,7 @@ IN_A_FOLDER: dict[str, tuple[str, Fault]] = {
     "a rounded norm": ("weights", of_tensor("model.norm.weight", lambda weight: weight.half().float())),
     "a rounded matrix": ("weights", of_tensor("lm_head.weight", lambda weight: weight.bfloat16().float())),
     "a norm around zero": ("logits", of_tensor("model.norm.weight", lambda weight: weight - 1)),
-    "a tied head": ("logits", config(tie_word_embeddings=True)),
+    "a tied head": ("weights", config(tie_word_embeddings=True)),
     "another epsilon": ("logits", config(rms_norm_eps=1e-2)),
     "another activation": ("logits", config(hidden_act="gelu")),
     "another rotary base": ("logits", config(rope_parameters={"rope_type": "default", "rope_theta": 500.0})),
