@@ -14,6 +14,7 @@ from torch import Tensor
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import build_model
 from minitransformer.runs import Run
+from minitransformer.settings import with_settings
 from minitransformer.text.chat_template import CHATML
 from minitransformer.text.tokenizers import BPE, MASK, Tokenizer
 from minitransformer.training.checkpoint import write_checkpoint
@@ -32,7 +33,7 @@ def tokenizer_of_conversations() -> Tokenizer:
 def run_that_leaves(path: Path, objective: str = "causal", *, chat: bool = True, **choices: Any) -> Run:
     """A run of a tiny model whose weights, norms and biases included, are all non-trivial."""
     tokenizer = tokenizer_of_conversations()
-    model = build_model(ModelConfig(**{**SHAPE, "vocab_size": tokenizer.vocab_size, **choices}))
+    model = build_model(with_settings(ModelConfig(), {**SHAPE, "vocab_size": tokenizer.vocab_size, **choices}))
     generator = torch.Generator().manual_seed(1)
     for weight in model.parameters():
         weight.add_(torch.randn(weight.shape, generator=generator) * 0.15)
@@ -150,3 +151,50 @@ IN_A_FOLDER: dict[str, tuple[str, Fault]] = {
     "a missing template": ("chat template", lambda folder: (folder / "chat_template.jinja").unlink()),
 }
 """faults of a folder of the transformers library, and the comparison that must notice each"""
+
+
+GATED = {"norm": "rms", "feedforward": "swiglu", "tied_embeddings": False}
+MEMBERS_OF_LLAMA_CPP: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llama tied": {**LLAMA, "tied_embeddings": True},
+    "mixtral": {**GATED, "num_experts": 2},
+    "qwen2": {**GATED, "qkv_bias": True},
+    "qwen3": {**GATED, "qk_norm": "head"},
+    "olmo2": {**GATED, "qk_norm": "full", "residual": "olmo2"},
+    "stablelm": {"norm_bias": True, "feedforward": "swiglu", "tied_embeddings": False, "rotary_fraction": 0.5},
+    "gpt2": {"positions": "learned", "bias": True},
+    "gemma2": {
+        **{"residual": "sandwich", "norm": "rms-zero-centred", "scaled_embeddings": True, "feedforward": "geglu-tanh"},
+        **{"attention_softcap": 50.0, "logit_softcap": 30.0, "attention_window": 16, "window_pattern": (True, False)},
+    },
+}
+
+
+def changed(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A fault in one of several named values."""
+    return lambda found: {key: change(value) if key == name else value for key, value in found.items()}
+
+
+def with_swapped_tokens(tokens: list[str]) -> list[str]:
+    return [{"t": "h", "h": "t"}.get(token, token) for token in tokens]
+
+
+def in_pairs(weight: Tensor) -> Tensor:
+    """Back from llama.cpp's order of rotary pairs."""
+    return weight.unflatten(0, (2, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+IN_A_FILE: dict[str, tuple[str, str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "queries as they were": ("weights", "save_weights", changed("blk.0.attn_q.weight", in_pairs)),
+    "a permuted matrix": ("weights", "save_weights", changed("blk.1.ffn_up.weight", lambda w: w.flip(0))),
+    "a rounded norm": ("weights", "save_weights", changed("output_norm.weight", lambda w: w.half().float())),
+    "a norm around zero": ("weights", "save_weights", changed("blk.0.attn_norm.weight", lambda w: w - 1)),
+    "another pre-tokenizer": ("token ids", "gguf_vocabulary", changed("tokenizer.ggml.pre", lambda name: "gpt-2")),
+    "two ids swapped": ("token ids", "gguf_vocabulary", changed("tokenizer.ggml.tokens", with_swapped_tokens)),
+    "an ordinary special token": (
+        "token ids",
+        "gguf_vocabulary",
+        changed("tokenizer.ggml.token_type", lambda kinds: [1] * len(kinds)),
+    ),
+}
+"""faults of a GGUF file: the comparison that must notice each, and what makes it of what"""

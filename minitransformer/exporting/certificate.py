@@ -114,7 +114,7 @@ def same_logits(subject: Exported, copy: Copy, tolerance: float = TOLERANCE) -> 
         return Agreement(what, False, found, {"shape": list(theirs.shape)})
     scale = ours.square().mean().sqrt().clamp(min=torch.finfo().tiny)
     difference = float((ours - theirs).abs().max() / scale)
-    divergence = float(_divergences(ours, theirs).max()) if what == "logits" else None
+    divergence = float(divergences(ours, theirs).max()) if what == "logits" else None
     found = f"relative error of at most {difference:.1e}"
     found += "" if divergence is None else f", KL {divergence:.1e}"
     figures = {"largest_difference": difference, "largest_kl": divergence, "tolerance": tolerance}
@@ -188,7 +188,7 @@ def compared_inputs(subject: Exported) -> tuple[Tensor, ...]:
     return (tokens, tokens.flip(0)) if subject.is_two_sided else (tokens,)
 
 
-def _divergences(ours: Tensor, theirs: Tensor) -> Tensor:
+def divergences(ours: Tensor, theirs: Tensor) -> Tensor:
     """KL(ours ‖ theirs) of each prediction, in nats."""
     p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)

@@ -10,6 +10,8 @@ from torch import Tensor
 from minitransformer.errors import UserError
 from minitransformer.models.encoder import EncoderLM
 from minitransformer.models.model import Model
+from minitransformer.text.chat_template import ChatTemplate, Message, usual_names
+from minitransformer.text.tokenizers import Tokenizer
 
 
 class CopyError(UserError):
@@ -56,6 +58,17 @@ def outputs_of(model: Model, *inputs: Tensor) -> Tensor:
     """The logits, of tokens if a model has several heads, or its hidden states."""
     computed: Tensor = model.token_logits(*inputs) if isinstance(model, EncoderLM) else model(*inputs)
     return computed
+
+
+def read_back_chat(
+    source: str | None, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]
+) -> tuple[str, list[int]] | None:
+    """A conversation by the template in the files of a copy, where only this package can read them."""
+    if source is None:
+        return None
+    template = ChatTemplate(source, "the template of the copy", usual_names(tokenizer))
+    written = [Message(**each) for each in messages]
+    return template.render(written, add_generation_prompt=True), template.encode_prompt(written, tokenizer)
 
 
 @torch.inference_mode()

@@ -10,12 +10,12 @@ from minitransformer.pretrained.families import Family, Obstacle, nearest_family
 from minitransformer.settings import kinds
 
 
-def family_that_holds(config: ModelConfig, wanted: str | None) -> str:
+def family_that_holds(config: ModelConfig, wanted: str | None, kind: type[Family] = Family) -> str:
     """The family to write; raises `UserError` with all obstacles, and the flags of train.py that avoid them."""
     if wanted is None:
-        family, obstacles = nearest_family(config)
+        family, obstacles = nearest_family(config, kind)
     else:
-        family, obstacles = wanted, Family.named(wanted).obstacles(config)
+        family, obstacles = wanted, kind.named(wanted).obstacles(config)
     if not obstacles:
         return family
     who = (

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitransformer.exporting.copies import Copy, CopyError, outputs_of
+from minitransformer.exporting.copies import Copy, CopyError, outputs_of, read_back_chat
 from minitransformer.pretrained.checkpoint import CONFIG, load
+from minitransformer.pretrained.originals import CHAT
 from minitransformer.pretrained.shards import read_checkpoint_json
-from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.pretrained.tokenizers import load_tokenizer
+from minitransformer.text.templates import read_template
 from minitransformer.text.tokenizers.spelled import encode_with_special_tokens
 
 OUTPUTS = ("prediction_logits", "logits", "last_hidden_state")
@@ -100,26 +102,46 @@ class LibraryCopy(LibraryTexts):
         return set(found if isinstance(found, list) else [] if found is None else [found])
 
 
-class OwnCopy(Copy):
-    """A folder that is only read back by this package, because the library is not here."""
+class OwnTexts(Copy):
+    """The tokenizer of a folder, read back by this package, because the library is not here."""
 
     is_foreign = False
 
-    def __init__(self, folder: Path, why: str) -> None:
-        self.runtime = f"minitransformer alone, as {why}"
-        self.model, tokenizer = load(folder)
+    def __init__(self, folder: Path) -> None:
+        tokenizer = load_tokenizer(folder)
         assert tokenizer is not None
-        self.tokenizer: Tokenizer = tokenizer
+        self.folder, self.tokenizer = folder, tokenizer
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[int]] | None:
+        path = self.folder / CHAT
+        return read_back_chat(read_template(path) if path.is_file() else None, self.tokenizer, messages)
+
+    def token_ids(self, text: str) -> list[int] | None:
+        ids = encode_with_special_tokens(self.tokenizer, text) if text else []
+        return self.tokenizer.framing.around(ids)
+
+
+def texts_of(folder: Path) -> Copy:
+    """The tokenizer of a folder, opened by the library if it is here."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return OwnTexts(folder)
+    return LibraryTexts(folder)
+
+
+class OwnCopy(OwnTexts):
+    """A folder that is only read back by this package."""
+
+    def __init__(self, folder: Path, why: str) -> None:
+        super().__init__(folder)
+        self.runtime, self.model = f"minitransformer alone, as {why}", load(folder)[0]
 
     def weights(self) -> Mapping[str, Tensor] | None:
         return dict(self.model.named_parameters())
 
     def outputs(self, *inputs: Tensor) -> Tensor:
         return outputs_of(self.model, *inputs)
-
-    def token_ids(self, text: str) -> list[int] | None:
-        ids = encode_with_special_tokens(self.tokenizer, text) if text else []
-        return self.tokenizer.framing.around(ids)
 
 
 @contextmanager

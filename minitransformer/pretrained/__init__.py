@@ -1,12 +1,20 @@
 """Import and export of public checkpoints."""
 
 from minitransformer.pretrained import bert, gpt, llama, seq2seq
-from minitransformer.pretrained.checkpoint import checkpoint_folder, generation_config, load, save, write_public
+from minitransformer.pretrained.checkpoint import (
+    checkpoint_files,
+    checkpoint_folder,
+    generation_config,
+    load,
+    save,
+    write_public,
+)
 from minitransformer.pretrained.tokenizers import PublicTokenizer
 
 __all__ = [
     "PublicTokenizer",
     "bert",
+    "checkpoint_files",
     "checkpoint_folder",
     "generation_config",
     "gpt",

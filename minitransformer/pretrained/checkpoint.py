@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from minitransformer import files
 from minitransformer.errors import StorageError, UserError
+from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model, check_memory, check_size
 from minitransformer.pretrained.families import Family
+from minitransformer.pretrained.gguf_files import GGUFFile, is_gguf, texts_of_gguf
 from minitransformer.pretrained.originals import CHAT, TOKENIZER_FILES, write_originals
 from minitransformer.pretrained.rules import load_weights, save_weights
 from minitransformer.pretrained.sentences import SENTENCE_FILES
@@ -59,8 +63,11 @@ class Undrawn(TorchFunctionMode):
 def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     """The model and, if any, the tokenizer of the folder or Hugging Face hub checkpoint `name`.
 
-    Weights are converted to float32. Raises `UserError` for an invalid or unsupported checkpoint.
+    Weights are converted to float32. `name` may be a GGUF file. Raises `UserError` for an invalid or unsupported
+    checkpoint.
     """
+    if is_gguf(name):
+        return _load_gguf(Path(name))
     folder = checkpoint_folder(name)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}: give the folder of a checkpoint")
@@ -74,12 +81,34 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     tensors = Renamed(shards, family.prefix)
     # The configuration does not always say whether the head is tied.
     config = family.model_config({**hf, "has_head": "lm_head.weight" in tensors})
-    check_size(config, len(shards), shards.size, str(folder))
-    check_memory(config, str(folder))
+    return _filled(config, tensors, shards.size, family, str(folder)), load_tokenizer(folder)
+
+
+def _load_gguf(path: Path) -> tuple[Model, Tokenizer | None]:
+    file = GGUFFile(path)
+    model = _filled(file.config, file.tensors, 8 * file.size, file.family, str(path))  # 4 bits a weight, and less
+    with texts_of_gguf(path) as folder:
+        return model, load_tokenizer(folder)
+
+
+def _filled(config: ModelConfig, tensors: Mapping[str, Tensor], size: int, family: type[Family], origin: str) -> Model:
+    """The model of `config` with the tensors of a file of `size` bytes."""
+    check_size(config, len(tensors), size, origin)
+    check_memory(config, origin)
     with Undrawn():
         model = build_model(config).eval()
     load_weights(model, config, tensors, family.rules_for(config), family.ignored)
-    return model, load_tokenizer(folder)
+    return model
+
+
+@contextmanager
+def checkpoint_files(name: str | Path) -> Iterator[Path]:
+    """The folder with the files besides the weights of the checkpoint `name`, or with what a GGUF file says."""
+    if is_gguf(name):
+        with texts_of_gguf(Path(name)) as folder:
+            yield folder
+    else:
+        yield checkpoint_folder(name)
 
 
 def generation_config(name: str | Path) -> dict[str, Any] | None:
