@@ -266,7 +266,7 @@ def test_evaluate_chooses_and_tells_how_often_it_is_right(folder: Path, capsys: 
     flags = ["run", "--choices", "--data", "items.jsonl", "--template", "prompt.txt", "--shots", "1", "--seed", "2"]
     assert evaluate.main([*flags, "--out", "items-scored.jsonl", "--json", "found.json"]) == 0
     said = capsys.readouterr().out
-    assert "items      6, 1 examples before each; chance is 33.3%" in said
+    assert "6 items, after 1 examples each; chance is 33.3%" in said
     lines = [json.loads(line) for line in (folder / "items-scored.jsonl").read_text().splitlines()]
     found = json.loads((folder / "found.json").read_text())
     assert (found["data"], found["shots"], found["seed"]) == ("items.jsonl", 1, 2)
@@ -291,7 +291,7 @@ def test_evaluate_tells_minimal_pairs_apart_by_what_they_test(folder: Path, caps
     found = json.loads((folder / "found.json").read_text())["choices"]
     assert {name: of["sum"]["items"] for name, of in found["groups"].items()} == {"be": 2, "two": 1}
     assert found["accuracy"].keys() == {"sum", "token", "byte"}
-    assert "be         2" in capsys.readouterr().out
+    assert "be (small)       2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from minitransformer.architecture.init import Initialisation
 from minitransformer.architecture.kernels import KERNELS
 from minitransformer.architecture.linear import ScoreProjection
 from minitransformer.architecture.norms import Norm
-from minitransformer.architecture.positions import PositionScheme, RotaryScaling
+from minitransformer.architecture.positions import PositionScheme
+from minitransformer.architecture.rotary_scaling import RotaryScaling
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model

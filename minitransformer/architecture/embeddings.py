@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -103,6 +104,16 @@ class LMHead(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch vocab"]:
         return _scaled_logits(super().forward, x, self.scale, self.softcap)
+
+    @classmethod
+    def holding(cls, weight: Any, bias: Any, scale: float = 1.0, softcap: float | None = None) -> LMHead:
+        """The head with these parameters; `bias` may be None."""
+        head = cls.__new__(cls)
+        nn.Module.__init__(head)  # that of `nn.Linear` would draw weights
+        head.out_features, head.in_features = weight.shape
+        head.weight, head.scale, head.softcap = weight, scale, softcap
+        head.register_parameter("bias", bias)
+        return head
 
     def around(self, product: nn.Module) -> HeadAround:
         """This head with another module in place of x Wᵀ + b."""

@@ -30,7 +30,7 @@ def write_card(subject: Exported, certificate: Certificate, folder: Path, licens
 
 
 def _lines(subject: Exported, certificate: Certificate, license: str) -> Iterator[str]:
-    run, model = subject.run, subject.run.config.model
+    run, model = subject.run, subject.model.config
     tag = TAGS.get(model.topology)
     yield from ("---", f"license: {license}", *([f"pipeline_tag: {tag}"] if tag else []))
     yield from ("tags: [minitransformer]", "---", "", f"# {run.path.resolve().name}", "")
@@ -72,7 +72,7 @@ def _figures(path: Path) -> dict[str, Any]:
 
 
 def _limits(subject: Exported, certificate: Certificate) -> Iterator[str]:
-    yield f"It attends to at most {subject.run.config.model.text_length:,} tokens."
+    yield f"It attends to at most {subject.model.config.text_length:,} tokens."
     yield "It knows what its data says, errors and prejudices included, and was not tested for harm."
     if subject.template is None:
         yield "It has learned no conversations, and does not follow instructions."

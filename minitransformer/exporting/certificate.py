@@ -126,7 +126,7 @@ def same_greedy_text(subject: Exported, copy: Copy) -> Agreement | None:
     different, total = [], 0
     prompts = [prompt for prompt in _prompts(subject) if prompt]
     for prompt in prompts:
-        count = min(NEW_TOKENS, subject.run.config.model.text_length - len(prompt))
+        count = min(NEW_TOKENS, subject.model.config.text_length - len(prompt))
         ours = subject.greedy(prompt, count)
         theirs = None if ours is None else copy.greedy(prompt, count, subject.ends)
         if ours is None or theirs is None:
@@ -178,7 +178,7 @@ ALL: tuple[CopyComparison, ...] = (same_weights, same_token_ids, same_logits, sa
 
 def compared_inputs(subject: Exported) -> tuple[Tensor, ...]:
     """Two random texts without padding ids, which some runtimes mask, longer than a window; for both sides."""
-    config = subject.run.config.model
+    config = subject.model.config
     assert config.vocab_size is not None
     length = min(MOST_LENGTH, max(LENGTH, 2 * (config.attention_window or 0)), config.text_length)
     tokens = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
@@ -196,7 +196,7 @@ def divergences(ours: Tensor, theirs: Tensor) -> Tensor:
 
 def _prompts(subject: Exported) -> Iterator[list[int]]:
     """The ids of texts as `sample.py` encodes them, in half of the context."""
-    room = max(1, subject.run.config.model.text_length // 2)
+    room = max(1, subject.model.config.text_length // 2)
     for text in PROMPTS:
         text = encodable(subject.tokenizer, text)
         ids = subject.token_ids(text) if subject.is_two_sided else subject.tokenizer.encode_prompt(text)

@@ -15,7 +15,7 @@ from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder_decoder import EncoderDecoder
-from minitransformer.models.model import Model
+from minitransformer.models.model import Model, in_full_precision
 from minitransformer.pretrained.chat import published_special_tokens
 from minitransformer.pretrained.originals import CHAT, original_fields, originals_of
 from minitransformer.pretrained.tokenizer_files import special_ids, target_ids
@@ -29,7 +29,7 @@ from minitransformer.text.tokenizers.spelled import encode_with_special_tokens
 
 @dataclass(frozen=True)
 class Exported:
-    """A run to export: its `model` in float32, without an adapter, from the checkpoint of this name."""
+    """A run to export: its `model` in float32, without an adapter or matrices of few bits, from this checkpoint."""
 
     run: Run
     model: Model
@@ -39,7 +39,9 @@ class Exported:
     def of(cls, run: Run, checkpoint: str | None = None) -> Exported:
         """Raises `UserError` if the run has an adapter that its weights cannot take in."""
         check_merges(run)
-        exported = cls(run, run.load_model(checkpoint).float().eval(), run.checkpoint(checkpoint).resolve().name)
+        exported = cls(
+            run, in_full_precision(run.load_model(checkpoint)).float().eval(), run.checkpoint(checkpoint).resolve().name
+        )
         exported.originals  # noqa: B018  (what is damaged is reported before anything is written)
         return exported
 
@@ -97,7 +99,7 @@ class Exported:
 
     @property
     def is_two_sided(self) -> bool:
-        return self.run.config.model.topology == "encoder-decoder"
+        return self.model.config.topology == "encoder-decoder"
 
     def token_ids(self, text: str) -> list[int]:
         """The ids of `text` between the tokens that frame it; special tokens spelled out are the tokens."""

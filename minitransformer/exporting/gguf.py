@@ -26,7 +26,7 @@ FILE_NAME = "model.gguf"
 
 
 class GGUF(ExportFormat, name="gguf"):
-    """One file for llama.cpp, its matrices in 16, 8 or 4 bits, with the tokenizer in it: bpe, bytes, gpt2, cl100k_base."""
+    """One file for llama.cpp, in 16, 8 or 4 bits, with the tokenizer (bpe, bytes, gpt2 or cl100k_base) in it."""
 
     has_families = True
     weights = STORED

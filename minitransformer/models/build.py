@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -61,7 +62,7 @@ def build_embedding(config: ModelConfig, vocab_size: int | None) -> TokenEmbeddi
     return TokenEmbedding(
         vocab_size,
         config.d_model,
-        scale=config.d_model**0.5 if config.scaled_embeddings else 1.0,
+        scale=config.embedding_scale * (config.d_model**0.5 if config.scaled_embeddings else 1.0),
         num_segments=config.num_segments,
         embedding_dim=config.embedding_dim,
     )
@@ -114,12 +115,22 @@ def _attention(config: ModelConfig) -> MultiHeadAttention:
         output_bias=config.bias if config.attention_output_bias is None else config.attention_output_bias,
         scale=config.attention_scale,
         softcap=config.attention_softcap,
+        clip=config.qkv_clip,
         dropout=config.dropout,
-        make_norm=QK_NORMS[qk_norm](partial(_norm, config), config.features_per_head),
-        make_value_norm=QK_NORMS[value_norm](partial(_norm, config), config.features_per_head),
+        make_norm=_qk_norm(config, qk_norm),
+        make_value_norm=_qk_norm(config, value_norm),
         kernel=KERNELS[config.attention_kernel],
         project=project_together,
     )
+
+
+def _qk_norm(config: ModelConfig, name: str) -> Callable[[int], nn.Module] | None:
+    """What makes the norm of queries, keys or values; where each head has its own, it has no biases, as published."""
+    settings, of_each = config.norm.settings, name == "each-head"
+    if of_each and hasattr(settings, "bias"):
+        settings = replace(settings, bias=False)
+    make_norm = partial(config.norm.variant, settings, bias=config.bias and not of_each)
+    return QK_NORMS[name](make_norm, config.features_per_head)
 
 
 def _feedforward(config: ModelConfig) -> nn.Module:

@@ -16,6 +16,7 @@ from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual, Surroundings
 from minitransformer.errors import UserError
 from minitransformer.models.adapters import Adapter
+from minitransformer.models.formats import WeightFormat
 from minitransformer.registry import lookup
 from minitransformer.settings import Choice, check_settings, setting
 
@@ -144,6 +145,12 @@ class ModelConfig:
     )
     qk_norm: str = setting("none", choices=QK_NORMS, needs=WITH_ATTENTION, help="normalise queries and keys")
     value_norm: bool = setting(False, needs=WITH_ATTENTION, help="normalise values in the same way as qk_norm")
+    qkv_clip: float | None = setting(
+        None,
+        above=0,
+        needs=WITH_ATTENTION,
+        help="largest absolute value of projected queries, keys and values; None is no limit",
+    )
     attention_scale: float | None = setting(
         None, above=0, needs=WITH_ATTENTION, help="factor of the attention scores; None is head_dim^-1/2"
     )
@@ -169,7 +176,8 @@ class ModelConfig:
     shared_embeddings: bool = setting(
         True, needs=PAIRS, help="share the token embedding of encoder and decoder, if they have one vocabulary"
     )
-    scaled_embeddings: bool = setting(False, help="scale token embeddings by the square root of d_model")
+    embedding_scale: float = setting(1.0, above=0, help="factor of token embeddings")
+    scaled_embeddings: bool = setting(False, help="also scale token embeddings by the square root of d_model")
     embedding_dim: int | None = size_setting(
         None, help="width of the token embedding, projected to d_model; None is d_model, without a projection"
     )
@@ -177,6 +185,12 @@ class ModelConfig:
         0.0, at_least=0, below=1, help="dropout probability of embeddings, attention weights and sublayer outputs"
     )
     init: Choice[Initialisation] = Choice(Initialisation, "gpt2", help="weight initialisation")
+    weight_format: Choice[WeightFormat] = Choice(
+        WeightFormat,
+        "fp32",
+        needs=WITH_ATTENTION,
+        help="format of matrices; others than fp32 are not trained, and come from `minitransformer compress`",
+    )
     adapter: Choice[Adapter] = Choice(
         Adapter, "none", needs=WITH_ATTENTION, help="what a fine-tune trains in place of all weights"
     )
@@ -186,6 +200,7 @@ class ModelConfig:
         lookup("topology", self.topology, TOPOLOGIES)
         self._check_heads()
         self._check_parts()
+        self.weight_format.make()
         if self.text_length < 1:
             taken = self.context_length - self.text_length
             raise UserError(
@@ -249,6 +264,11 @@ class ModelConfig:
     def base(self) -> ModelConfig:
         """The same model without an adapter."""
         return replace(self, adapter="none")
+
+    @property
+    def plain(self) -> ModelConfig:
+        """The same model without an adapter, with all weights in full."""
+        return replace(self, adapter="none", weight_format="fp32")
 
     @property
     def text_length(self) -> int:

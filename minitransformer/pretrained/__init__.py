@@ -1,6 +1,6 @@
 """Import and export of public checkpoints."""
 
-from minitransformer.pretrained import bert, gpt, llama, seq2seq
+from minitransformer.pretrained import bert, cohere, dbrx, gemma, gpt, llama, seq2seq
 from minitransformer.pretrained.checkpoint import (
     checkpoint_files,
     checkpoint_folder,
@@ -16,6 +16,9 @@ __all__ = [
     "bert",
     "checkpoint_files",
     "checkpoint_folder",
+    "cohere",
+    "dbrx",
+    "gemma",
     "generation_config",
     "gpt",
     "llama",

@@ -21,6 +21,7 @@ from minitransformer.models.model import Model, build_model, check_memory, check
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.gguf_files import GGUFFile, is_gguf, texts_of_gguf
 from minitransformer.pretrained.originals import CHAT, TOKENIZER_FILES, write_originals
+from minitransformer.pretrained.refusals import check_kind
 from minitransformer.pretrained.rules import load_weights, save_weights
 from minitransformer.pretrained.sentences import SENTENCE_FILES
 from minitransformer.pretrained.shards import (
@@ -74,8 +75,7 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     hf = read_checkpoint_json(folder / CONFIG)
     if not isinstance(hf.get("model_type"), str):
         raise UserError(f"{folder / CONFIG} has no model_type: give the folder of a checkpoint")
-    if hf["model_type"] not in Family.registry:  # a similar name would be another model
-        raise UserError(f"unknown model_type {hf['model_type']!r}: known are {', '.join(Family.registry)}")
+    check_kind(hf, folder / CONFIG)
     family = Family.named(hf["model_type"])
     shards = Shards(folder)
     tensors = Renamed(shards, family.prefix)

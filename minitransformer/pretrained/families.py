@@ -265,7 +265,22 @@ def _canonical(config: ModelConfig) -> dict[str, Any]:
         values["num_decoder_layers"] = config.decoder_layers
     if "window_pattern" in values:
         values["window_pattern"] = tuple(config.window_of(layer) is not None for layer in range(config.num_layers))
+    if "rotary_layers" in values:
+        values |= _canonical_rotation(config, values)
     return {name: value for name, value in values.items() if name not in IRRELEVANT}
+
+
+def _canonical_rotation(config: ModelConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """The rotated layers, the base of windows where it makes a difference, and the factor of queries and keys."""
+    rotary = config.positions.settings
+    is_base = rotary.scaling.name == "none" and rotary.window_base == rotary.base
+    windows = any(values.get("window_pattern", ()))
+    scaling = rotary.scaling.make(rotary.base, config.context_length)
+    return {
+        "rotary_layers": tuple(rotary.layers[layer % len(rotary.layers)] for layer in range(config.num_layers)),
+        "rotary_window_base": rotary.window_base if windows and not is_base else None,
+        **({"rotary_magnitude": scaling.magnitude} if "rotary_magnitude" in values else {}),
+    }
 
 
 def obstacles_by_family(config: ModelConfig, kind: type[Family] = Family) -> dict[str, list[Obstacle]]:

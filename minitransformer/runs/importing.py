@@ -19,7 +19,8 @@ from minitransformer.pretrained.vocabularies import how_to_make_one
 from minitransformer.runs.begin import check_merges
 from minitransformer.runs.layout import CONFIG, GENERATION, check_free, only_writer
 from minitransformer.runs.open import Run
-from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.config import RunConfig, TrainingConfig
+from minitransformer.training.data_config import DataConfig
 from minitransformer.training.finetuning import starting_model
 from minitransformer.training.objectives import Objective
 from minitransformer.training.weights import Parent
