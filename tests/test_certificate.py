@@ -22,13 +22,15 @@ from minitransformer.exporting.certificate import (
     compare_copy,
     same_chat,
     same_ends,
+    same_greedy_text,
     same_logits,
     same_token_ids,
     same_weights,
 )
+from minitransformer.exporting.copies import Copy
 from minitransformer.exporting.exported import Exported
 from minitransformer.exporting.formats import ExportChoices, certify, export_run
-from minitransformer.exporting.hostile import hostile_texts
+from minitransformer.exporting.hostile import PROMPTS, hostile_texts
 from minitransformer.exporting.llama_cpp import has_llama_cpp, near_weights, rounded_logits, unrounded_logits
 from minitransformer.pretrained import gguf_files
 from minitransformer.pretrained.gguf_files import STORED
@@ -83,6 +85,30 @@ def test_a_copy_without_a_fault_agrees_in_everything(
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\npipeline_tag: text-generation\n")
     assert "| weights | 21 tensors, bit for bit |" in card
+
+
+class Stubborn(Copy):
+    """A copy that always writes the same tokens."""
+
+    def __init__(self, written: list[list[int]]) -> None:
+        self.written = iter(written)
+
+    def greedy(self, prompt: list[int], count: int, ends: Any) -> list[int]:
+        return next(self.written)
+
+
+def test_greedy_text_differs_if_one_of_several_texts_does(llama: tuple[ExportFormat, Path]) -> None:
+    exported = llama[0].exported
+    right = [exported.greedy(exported.tokenizer.encode_prompt(text), 24) for text in PROMPTS]
+    assert all(right)
+    agreement = same_greedy_text(exported, Stubborn([list(text or []) for text in right]))
+    assert agreement is not None
+    assert agreement.agrees
+    first, second, third = ([*text] for text in right if text)
+    for wrong in ([[5, *first[1:]], second, third], [first[:-1], second, third], [first, second, [*third[:-1], 5]]):
+        agreement = same_greedy_text(exported, Stubborn(wrong))
+        assert agreement is not None
+        assert not agreement.agrees
 
 
 GRAPHS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,23 +124,27 @@ def same_logits(subject: Exported, copy: Copy, tolerance: float = TOLERANCE) -> 
 
 def same_greedy_text(subject: Exported, copy: Copy) -> Agreement | None:
     """The most likely continuations are the same tokens, but where two are as likely, up to rounding."""
-    different, total = [], 0
+    different: list[int] = []
+    written, seconds = 0, {"ours": 0.0, "theirs": 0.0}
     prompts = [prompt for prompt in _prompts(subject) if prompt]
     for prompt in prompts:
         count = min(NEW_TOKENS, subject.model.config.text_length - len(prompt))
+        begun = time.perf_counter()
         ours = subject.greedy(prompt, count)
+        between = time.perf_counter()
         theirs = None if ours is None else copy.greedy(prompt, count, subject.ends)
         if ours is None or theirs is None:
             return None
-        total += len(theirs)
-        different += [place for place in [_first_difference(ours, theirs)] if place is not None]
-        if different and _is_tie(subject, prompt, ours, theirs):
-            different.pop()
+        written, seconds["ours"] = written + len(ours), seconds["ours"] + between - begun
+        seconds["theirs"] += time.perf_counter() - between
+        place = _first_difference(ours, theirs)
+        if place is not None and not _is_tie(subject, prompt, ours, theirs, place):
+            different.append(place)
     found = f"{len(prompts)} texts of up to {NEW_TOKENS} tokens"
     if different:
         found = f"{len(different)} of {found} differ, from token {different[0]} on"
-    figures = {"texts": len(prompts), "tokens": total, "different": different}
-    return Agreement("greedy text", not different, found, figures)
+    speeds = {f"tokens_per_second_{who}": round(written / each, 1) for who, each in seconds.items()}
+    return Agreement("greedy text", not different, found, {"texts": len(prompts), "different": different, **speeds})
 
 
 def same_chat(subject: Exported, copy: Copy) -> Agreement | None:
@@ -209,17 +214,16 @@ def _first_difference(ours: list[int], theirs: list[int]) -> int | None:
     return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
 
 
-def _is_tie(subject: Exported, prompt: list[int], ours: list[int], theirs: list[int]) -> bool:
+def _is_tie(subject: Exported, prompt: list[int], ours: list[int], theirs: list[int], place: int) -> bool:
     """Whether both tokens at the first difference are as likely, up to rounding."""
-    place = _first_difference(ours, theirs)
-    if place is None or place >= min(len(ours), len(theirs)):
-        return place is None
+    if place >= min(len(ours), len(theirs)):
+        return False
+    before = ours[:place]
     if subject.is_two_sided:
-        logits = subject.outputs(
-            torch.tensor([prompt]), torch.tensor([[subject.tokenizer.target_start, *ours[:place]]])
-        )
+        target = [subject.tokenizer.target_start, *before]
+        logits = subject.outputs(torch.tensor([prompt]), torch.tensor([target]))
     else:
-        logits = subject.outputs(torch.tensor([[*prompt, *ours[:place]]]))
+        logits = subject.outputs(torch.tensor([[*prompt, *before]]))
     last = logits[0, -1]
     gap = (last[ours[place]] - last[theirs[place]]).abs() / last.square().mean().sqrt()
     return bool(gap <= 2 * TOLERANCE)

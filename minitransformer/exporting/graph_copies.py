@@ -17,9 +17,9 @@ from minitransformer.exporting.copies import Copy
 from minitransformer.exporting.exported import Exported
 from minitransformer.exporting.formats import ExportChoices, ExportFormat
 from minitransformer.exporting.graphs import MASK, SOURCE_MASK, STATES, TOKENS, Graph, empty_past, graphs_of
-from minitransformer.exporting.library import texts_of
+from minitransformer.exporting.library import opened_texts
 from minitransformer.models.config import ModelConfig
-from minitransformer.pretrained.checkpoint import write_texts
+from minitransformer.pretrained.checkpoint import write_text_files
 from minitransformer.settings import to_json
 
 CONFIG = "config.json"
@@ -58,7 +58,7 @@ class GraphFormat(ExportFormat):
         about = {**exported.fields(), "minitransformer": to_json(exported.model.config)}
         (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         texts = (exported.tokenizer, exported.originals, exported.generation(), exported.template_source)
-        write_texts(folder, *texts)
+        write_text_files(folder, *texts)
 
     def write_graph(self, graph: Graph, program: ExportedProgram, path: Path) -> None:
         """Write one graph to `path`."""
@@ -76,7 +76,7 @@ class GraphCopy(Copy):
 
     def __init__(self, folder: Path, exported: Exported) -> None:
         self.folder, self.exported, self.config = folder, exported, exported.model.config
-        self.texts = texts_of(folder)
+        self.texts = opened_texts(folder)
 
     def open_graph(self, name: str) -> Call:
         raise NotImplementedError

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +122,9 @@ class OwnTexts(Copy):
         return self.tokenizer.framing.around(ids)
 
 
-def texts_of(folder: Path) -> Copy:
+def opened_texts(folder: Path) -> Copy:
     """The tokenizer of a folder, opened by the library if it is here."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        return OwnTexts(folder)
-    return LibraryTexts(folder)
+    return OwnTexts(folder) if find_spec("transformers") is None else LibraryTexts(folder)
 
 
 class OwnCopy(OwnTexts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -47,11 +48,7 @@ class StoresWeights(Protocol):
 
 def has_llama_cpp() -> bool:
     """Whether llama-cpp-python is installed."""
-    try:
-        import llama_cpp  # noqa: F401
-    except (ImportError, OSError, RuntimeError):
-        return False
-    return True
+    return find_spec("llama_cpp") is not None
 
 
 class ReadBack(Copy):

@@ -6,6 +6,8 @@ import contextlib
 import io
 import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,8 @@ class ONNX(GraphFormat, name="onnx"):
     suffix = ".onnx"
 
     def __init__(self, exported: Exported, choices: ExportChoices) -> None:
-        try:
-            import onnxruntime
-            import onnxscript  # noqa: F401
-        except ImportError:
-            raise UserError("--format onnx needs onnx and onnxruntime: pip install minitransformer[export]") from None
-        self.version = onnxruntime.__version__
+        if not all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))):
+            raise UserError("--format onnx needs onnx and onnxruntime: pip install minitransformer[export]")
         super().__init__(exported, choices)
 
     def about(self) -> dict[str, Any]:
@@ -51,15 +49,15 @@ class ONNX(GraphFormat, name="onnx"):
         written.save(path)
 
     def open(self, folder: Path) -> Copy:
-        return ONNXCopy(folder, self.exported, self.version)
+        return ONNXCopy(folder, self.exported)
 
 
 class ONNXCopy(GraphCopy):
     """Graphs opened by onnxruntime."""
 
-    def __init__(self, folder: Path, exported: Exported, version: str) -> None:
+    def __init__(self, folder: Path, exported: Exported) -> None:
         super().__init__(folder, exported)
-        self.runtime = f"onnxruntime {version}"
+        self.runtime = f"onnxruntime {version('onnxruntime')}"
 
     def open_graph(self, name: str) -> Call:
         import onnxruntime

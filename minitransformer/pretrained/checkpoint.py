@@ -154,10 +154,10 @@ def write_public(
         tensors = {name.removeprefix(kind.prefix): tensor for name, tensor in tensors.items()}
     (folder / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
     write_shards(tensors, folder)
-    write_texts(folder, tokenizer, originals, generation, chat_template)
+    write_text_files(folder, tokenizer, originals, generation, chat_template)
 
 
-def write_texts(
+def write_text_files(
     folder: Path,
     tokenizer: Tokenizer | None,
     originals: Path | None,

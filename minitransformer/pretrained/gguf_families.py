@@ -83,7 +83,7 @@ PRE_LN = (
 FEEDFORWARD = tuple(Rule(f"{THEIRS}ffn_{name}", f"{BLOCK}feedforward.{name}") for name in ("gate", "up", "down"))
 
 
-def attention(transform: Transform | None = None) -> tuple[Rule, ...]:
+def attention_tensors(transform: Transform | None = None) -> tuple[Rule, ...]:
     """Queries, keys, values and output; `transform` is that of queries and keys."""
     same = Rule(THEIRS + "attn_v", BLOCK + "attention.value"), Rule(THEIRS + "attn_output", BLOCK + "attention.output")
     names = {"attn_q": "query", "attn_k": "key"}
@@ -141,7 +141,7 @@ class LlamaGGUF(GGUFFamily, name="llama"):
             for name in ("gate", "up", "down")
         )
         mixture = (Rule(THEIRS + "ffn_gate_inp", BLOCK + "feedforward.router"), *stacked)
-        return (*OUTSIDE, *PRE_LN, *attention(InterleavedPairs()), *(mixture if experts else FEEDFORWARD))
+        return (*OUTSIDE, *PRE_LN, *attention_tensors(InterleavedPairs()), *(mixture if experts else FEEDFORWARD))
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class Qwen2GGUF(GGUFFamily, name="qwen2"):
     architectures = {"decoder": "qwen2"}
     fields = RMS
     fixed = {**ROTARY, "qkv_bias": True}
-    rules = (*OUTSIDE, *PRE_LN, *attention(), *FEEDFORWARD)
+    rules = (*OUTSIDE, *PRE_LN, *attention_tensors(), *FEEDFORWARD)
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class OLMo2GGUF(Qwen2GGUF, name="olmo2"):
     fixed = {**ROTARY, "residual": "olmo2", "qk_norm": "full", "tied_embeddings": False}
     rules = (
         *OUTSIDE,
-        *attention(),
+        *attention_tensors(),
         *FEEDFORWARD,
         Rule(THEIRS + "post_attention_norm", BLOCK + "attention_residual.norm"),
         Rule(THEIRS + "post_ffw_norm", BLOCK + "feedforward_residual.norm"),
@@ -221,7 +221,7 @@ class Gemma2GGUF(GGUFFamily, name="gemma2"):
     }
     rules = (
         *(Rule(rule.source, rule.target, OnePlus()) if "norm" in rule.source else rule for rule in OUTSIDE),
-        *attention(),
+        *attention_tensors(),
         *FEEDFORWARD,
         Rule(THEIRS + "attn_norm", BLOCK + "attention_residual.norm", OnePlus()),
         Rule(THEIRS + "post_attention_norm", BLOCK + "attention_residual.output_norm", OnePlus()),
@@ -245,7 +245,7 @@ class StableLMGGUF(GGUFFamily, name="stablelm"):
     architectures = {"decoder": "stablelm"}
     fields = {**GROUPED, **LAYER_NORM}
     fixed = {**ROTARY, "norm": "layer", "norm_bias": True, "qkv_bias": False, "tied_embeddings": False}
-    rules = (*OUTSIDE, *PRE_LN, *attention(), *FEEDFORWARD)
+    rules = (*OUTSIDE, *PRE_LN, *attention_tensors(), *FEEDFORWARD)
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
