@@ -93,7 +93,7 @@ def _export_adapter(run: Run, options: Options) -> int:
     if unused := [flag for flag, value in given.items() if value]:
         raise UserError(f"--adapter writes a folder of peft, which {unused[0]} does not change: leave one of them out")
     model = load_unmerged(run.checkpoint(options.checkpoint), run.config)
-    save_adapter(model, options.to, family_that_holds(run.config.model.base, options.family), run.parent.path)
+    save_adapter(model, options.to, family_that_holds(run.config.model.plain, options.family), run.parent.path)
     print(f"folder     {options.to}, for the base {run.parent.path}")
     if any(isinstance(part, Int8Linear) for part in model.modules()):
         print("note       it was trained over this base in 8 bits, and peft reads it in full: logits differ a bit")

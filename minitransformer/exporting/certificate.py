@@ -94,7 +94,7 @@ def same_token_ids(subject: Exported, copy: Copy) -> Agreement | None:
     """Texts on which tokenizers disagree have the same ids."""
     if copy.token_ids("") is None:
         return None
-    texts = list(hostile_texts(subject.tokenizer, subject.special_tokens))
+    texts = list(hostile_texts(subject.source, subject.special_tokens))
     different = [text for text in texts if copy.token_ids(text) != subject.token_ids(text)]
     found = f"{len(texts)} hostile texts"
     if different:
@@ -203,7 +203,7 @@ def _prompts(subject: Exported) -> Iterator[list[int]]:
     """The ids of texts as `sample.py` encodes them, in half of the context."""
     room = max(1, subject.model.config.text_length // 2)
     for text in PROMPTS:
-        text = encodable(subject.tokenizer, text)
+        text = encodable(subject.source, text)
         ids = subject.token_ids(text) if subject.is_two_sided else subject.tokenizer.encode_prompt(text)
         yield ids[:room]
 

@@ -46,13 +46,19 @@ class Exported:
         return exported
 
     @property
+    def source(self) -> Tokenizer:
+        """The tokenizer of what the model reads."""
+        return self.run.tokenizer
+
+    @property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer of what it writes."""
         return self.run.target_tokenizer
 
     @cached_property
     def originals(self) -> Path | None:
         """The files of an import that still describe the tokenizer."""
-        return originals_of(self.run.path, self.tokenizer)
+        return originals_of(self.run.path, self.source)
 
     @cached_property
     def template(self) -> ChatTemplate | None:
@@ -73,7 +79,7 @@ class Exported:
     @property
     def special_tokens(self) -> dict[str, int]:
         """Special tokens by the names that they have outside."""
-        return (published_special_tokens(self.run.path) if self.originals else {}) or self.tokenizer.special_tokens
+        return (published_special_tokens(self.run.path) if self.originals else {}) or self.source.special_tokens
 
     def fields(self) -> dict[str, Any]:
         """The fields of config.json on special tokens and classes."""
@@ -103,8 +109,8 @@ class Exported:
 
     def token_ids(self, text: str) -> list[int]:
         """The ids of `text` between the tokens that frame it; special tokens spelled out are the tokens."""
-        ids = encode_with_special_tokens(self.tokenizer, text, self.special_tokens) if text else []
-        return self.tokenizer.framing.around(ids)
+        ids = encode_with_special_tokens(self.source, text, self.special_tokens) if text else []
+        return self.source.framing.around(ids)
 
     @torch.inference_mode()
     def outputs(self, *inputs: Tensor) -> Tensor:

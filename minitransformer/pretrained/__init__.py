@@ -1,6 +1,6 @@
 """Import and export of public checkpoints."""
 
-from minitransformer.pretrained import bert, cohere, dbrx, gemma, gpt, llama, seq2seq
+from minitransformer.pretrained import bert, cohere, dbrx, gemma, gpt, llama, modernbert, seq2seq
 from minitransformer.pretrained.checkpoint import (
     checkpoint_files,
     checkpoint_folder,
@@ -23,6 +23,7 @@ __all__ = [
     "gpt",
     "llama",
     "load",
+    "modernbert",
     "save",
     "seq2seq",
     "write_public",

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from minitransformer import files
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.model import Model, build_model, check_memory, check_size
+from minitransformer.models.model import Model, build_model, check_memory, check_size, in_full_precision
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.gguf_files import GGUFFile, is_gguf, texts_of_gguf
 from minitransformer.pretrained.originals import CHAT, TOKENIZER_FILES, write_originals
@@ -139,12 +139,13 @@ def write_public(
     generation: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
 ) -> None:
-    """Write `model` to the empty folder `folder` as a `transformers` checkpoint of `family`.
+    """Write `model`, all matrices in full, to the empty folder `folder` as a `transformers` checkpoint of `family`.
 
     `extra` are further fields of config.json, such as the ids of special tokens. Tokenizer files are made from
     `tokenizer`, or copied from the folder `originals`; `generation` is as from `generation_config`, and
     `chat_template` the source of one. Raises `UserError` with the settings that the family cannot represent.
     """
+    model = in_full_precision(model)
     kind = Family.named(family)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     # The family's own fields take precedence over additional ones.

@@ -15,6 +15,7 @@ from minitransformer.pretrained.gguf_files import is_gguf
 from minitransformer.pretrained.originals import inherit_originals, keep_originals
 from minitransformer.pretrained.peft_folders import fill_adapter, read_adapter
 from minitransformer.pretrained.sentences import module_kinds
+from minitransformer.pretrained.tokenizers import load_target_tokenizer
 from minitransformer.pretrained.vocabularies import how_to_make_one
 from minitransformer.runs.begin import check_merges
 from minitransformer.runs.layout import CONFIG, GENERATION, check_free, only_writer
@@ -59,7 +60,8 @@ def _imported(name: str, folder: Path, path: Path) -> Run:
 
     with only_writer(path):
         config = RunConfig(model.config, DataConfig(tokenizer=tokenizer.name), training)
-        return Run.create(path, config, tokenizer, tokenizer, initial=model, add_files=add_files)
+        tokenizers = (tokenizer, load_target_tokenizer(folder, tokenizer))
+        return Run.create(path, config, *tokenizers, initial=model, add_files=add_files)
 
 
 def import_adapter(folder: Path, base: Run, path: Path) -> Run:

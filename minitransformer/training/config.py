@@ -375,6 +375,6 @@ def with_vocabulary(model: ModelConfig, prepared: PreparedData) -> ModelConfig:
     return replace(
         model,
         vocab_size=model.vocab_size or source.vocab_size,
-        target_vocab_size=None if target is source else model.target_vocab_size or target.vocab_size,
+        target_vocab_size=None if target.shares_ids(source) else model.target_vocab_size or target.vocab_size,
         num_classes=classes or None,
     )

@@ -32,8 +32,8 @@ LEAST_TOKENS = 8
 WEIGHTLESS = {"dropout", "attention_kernel", "init"}
 """model settings that a fine-tune may change, because they do not change the outputs"""
 OF_HEAD = {
-    *("topology", "num_classes", "pooled", "pooling", "next_sentence"),
-    *("head", "head_bias", "logit_scale", "logit_softcap", "tied_embeddings"),
+    *("topology", "num_classes", "pooled", "pooling", "pooled_norm", "next_sentence"),
+    *("head", "transform_bias", "head_bias", "logit_scale", "logit_softcap", "tied_embeddings"),
 }
 """model settings of the heads, which a classifier that starts from another model does not take over"""
 
