@@ -49,9 +49,10 @@ ROOMS = {
     "benchmark": {*MODEL, "evaluation", "training", "generation", "reporting"},
     "compression": {*MODEL, "training", "generation", "pretrained", "runs", "diagnostics"},
     "preflight": {"models", "text", "training", "runs"},
+    "serving": {*MODEL, "training", "generation", "runs"},
     "commands": {
         *{*MODEL, "evaluation", "training", "generation", "pretrained", "runs", "diagnostics", "reporting"},
-        *{"tasks", "reliability", "lab", "analysis", "benchmark", "preflight", "compression"},
+        *{"tasks", "reliability", "lab", "analysis", "benchmark", "preflight", "compression", "serving"},
     },
     "__main__": {"commands"},
 }

@@ -82,6 +82,11 @@ class LayerCache:
         length = slots.stop - slots.start
         keys[rows, :, slots], values[rows, :, slots] = other._keys[:, :, :length], other._values[:, :, :length]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the buffers."""
+        return sum(buffer.nbytes for buffer in (self._keys, self._values) if buffer is not None)
+
     def roll(self, slots: int) -> None:
         """Shift the contents by this many slots, cyclically."""
         for buffer in (self._keys, self._values):
@@ -225,6 +230,11 @@ class KVCache:
             cache.select(rows)
         if self._positions is not None and self._positions.size(0) > 1:
             self._positions = _selected(self._positions, rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of keys, values and cached embeddings."""
+        return sum(cache.nbytes for cache in self._of_tokens)
 
     def _positions_of(self, rows: int, device: torch.device) -> Int[Tensor, "#rows slots"]:
         """The positions, separate for each of `rows` rows if they may differ."""

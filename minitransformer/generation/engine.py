@@ -16,7 +16,9 @@ from minitransformer.errors import UserError
 from minitransformer.generation.batch import MakeStep, Rows, plain_steps
 from minitransformer.generation.config import SamplingConfig, check_no_beams
 from minitransformer.generation.host import start_copy
+from minitransformer.generation.logprobs import LogprobRecord
 from minitransformer.generation.prefill import PromptPrefill
+from minitransformer.generation.processors import Processor
 from minitransformer.generation.sampling import (
     Request,
     check_prompt,
@@ -77,10 +79,13 @@ class Engine:
         ends: Sequence[int] = (),
         stops: Callable[[int], bool] = never,
         generator: torch.Generator | None = None,
+        rules: Sequence[Processor] = (),
+        record: LogprobRecord | None = None,
     ) -> Request:
         """Queue a request: continue `prompt` up to one of `ends`, or by `max_new_tokens` of `sampling`.
 
         Its random numbers come from `generator`, by default those of the first text of `generate` with the same seed.
+        `rules` and `record` are those of `Request`.
         Raises `UserError` for a prompt without tokens, for one without enough slots, and for a beam search.
         """
         check_no_beams(sampling)
@@ -89,7 +94,7 @@ class Engine:
         if needed > self._rows.slots:
             raise UserError(f"a text may have {needed} tokens, and there are {self._rows.slots} slots: give more slots")
         [own] = [generator] if generator else sample_generators(1, seeded(None, sampling))
-        request = Request(prompt, sampling, uniform_numbers(own), ends, stops)
+        request = Request(prompt, sampling, uniform_numbers(own), ends, stops, rules, record)
         self._queue.append(request)
         return request
 
@@ -125,6 +130,11 @@ class Engine:
         """Whether every request has been answered."""
         return not (self._queue or self._row_of)
 
+    @property
+    def cached_tokens(self) -> int:
+        """Number of tokens whose keys and values are held for the texts that are decoded."""
+        return sum(self._rows.end - start for start in list(self._rows.starts.values()))
+
     def _assign_rows(self) -> None:
         while self._queue and self._free:
             request = self._queue.popleft()
@@ -134,8 +144,13 @@ class Engine:
         for request in self._to_prefill:
             by_length.setdefault(len(self._window(request)), []).append(request)
         for requests in by_length.values():
-            self._prefills.append((requests, PromptPrefill(self.model, list(map(self._window, requests)))))
+            self._prefills.append((requests, self._prefill_of(requests)))
         self._to_prefill = []
+
+    def _prefill_of(self, requests: Sequence[Request]) -> PromptPrefill:
+        # What is prefilled again, because its window was full, was recorded before.
+        records = [request.record if not request.tokens else None for request in requests]
+        return PromptPrefill(self.model, list(map(self._window, requests)), records)
 
     def _window(self, request: Request) -> list[int]:
         """The tokens that the model sees when it predicts the next one."""
