@@ -71,6 +71,14 @@ BART = {
 MARIAN = {**BART, "pad_token_id": 63, "decoder_start_token_id": 63, "activation_function": "swish"}
 
 
+MODERNBERT = {
+    **BERT,
+    "pad_token_id": PADDING,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "local_attention": 8,
+}
+
+
 GPT2 = {"n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
 
 
@@ -161,6 +169,29 @@ MEMBERS: dict[str, Member] = {
     "roberta headless": Member("RobertaModel", ROBERTA, counts_tokens=True),
     "xlm-roberta headless": Member("XLMRobertaModel", ROBERTA, counts_tokens=True),
     "xlm-roberta": Member("XLMRobertaForMaskedLM", ROBERTA, counts_tokens=True),
+    "camembert": Member("CamembertForMaskedLM", ROBERTA, counts_tokens=True),
+    "camembert classifier": Member(
+        "CamembertForSequenceClassification", {**ROBERTA, "num_labels": 3}, counts_tokens=True
+    ),
+    "camembert headless": Member("CamembertModel", ROBERTA, counts_tokens=True),
+    "modernbert": Member("ModernBertForMaskedLM", MODERNBERT),
+    "modernbert biased": Member(
+        "ModernBertForMaskedLM",
+        {
+            **MODERNBERT,
+            **dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), True),
+            "decoder_bias": False,
+            "num_hidden_layers": 4,
+            "layer_types": None,
+            "global_rope_theta": 500.0,
+            "local_rope_theta": 50.0,
+        },
+    ),
+    "modernbert classifier": Member("ModernBertForSequenceClassification", {**MODERNBERT, "num_labels": 3}),
+    "modernbert classifier of the mean": Member(
+        "ModernBertForSequenceClassification", {**MODERNBERT, "classifier_pooling": "mean", "classifier_bias": True}
+    ),
+    "modernbert headless": Member("ModernBertModel", MODERNBERT),
     "distilbert": Member("DistilBertForMaskedLM", DISTILBERT),
     "distilbert classifier": Member("DistilBertForSequenceClassification", {**DISTILBERT, "num_labels": 1}),
     "distilbert headless": Member("DistilBertModel", DISTILBERT),
@@ -256,8 +287,7 @@ MEMBERS: dict[str, Member] = {
         {**LLAMA, "embedding_multiplier": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.3}
         | {"logits_scaling": 6.0},
     ),
-    "smollm3": Member("SmolLM3ForCausalLM", {**LLAMA, "no_rope_layer_interval": 2, "pad_token_id": PADDING}),
-    "smollm3 windowed": Member(
+    "smollm3": Member(
         "SmolLM3ForCausalLM",
         {**LLAMA, "no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 5}
         | {"pad_token_id": PADDING},
@@ -271,8 +301,10 @@ MEMBERS: dict[str, Member] = {
         "Phi3ForCausalLM",
         {**LLAMA, "pad_token_id": PADDING, "original_max_position_embeddings": 16, "rope_parameters": LONG},
     ),
-    "cohere": Member("CohereForCausalLM", {**LLAMA, "pad_token_id": PADDING, "attention_bias": True}),
-    "cohere plus": Member("CohereForCausalLM", {**LLAMA, "pad_token_id": PADDING, "use_qk_norm": True}),
+    "cohere": Member(
+        "CohereForCausalLM",
+        {**LLAMA, "pad_token_id": PADDING, "attention_bias": True, "use_qk_norm": True, "rope_parameters": LOCAL},
+    ),
     "dbrx": Member("DbrxForCausalLM", DBRX),
     "stablelm": Member("StableLmForCausalLM", {**STABLELM, "use_qkv_bias": True}),
     "stablelm 12b": Member("StableLmForCausalLM", {**STABLELM, "qk_layernorm": True, "use_parallel_residual": True}),

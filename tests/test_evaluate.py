@@ -111,6 +111,21 @@ def test_a_mistake_is_one_sentence(language_model: Run, flags: list[str], words:
 
 
 @pytest.mark.unchecked_shapes
+def test_validation_data_that_has_changed_since_training_is_refused(language_model: Run, capsys: Any) -> None:
+    Path("my.txt").write_text(TEXT + TEXT)
+    capsys.readouterr()
+    assert "my.txt is not the text that run started with" in refused(capsys, "run", main=evaluate.main)
+
+
+@pytest.mark.unchecked_shapes
+def test_an_import_has_no_validation_data(language_model: Run, capsys: Any) -> None:
+    tokenizers = [language_model.tokenizer] * 2
+    Run.create(Path("import"), language_model.config, *tokenizers, initial=language_model.load_model())
+    capsys.readouterr()
+    assert "import was imported, and has no validation data" in refused(capsys, "import", main=evaluate.main)
+
+
+@pytest.mark.unchecked_shapes
 def test_a_run_without_validation_data_asks_for_some(here: Path, capsys: Any) -> None:
     trained(here / "run", "gpt-nano", "--data", "my.txt", "--validation-fraction", "0")
     capsys.readouterr()

@@ -68,6 +68,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"head": "transformed", "embedding_dim": 8},
         "head 'transformed' cannot be combined with embedding_dim 8: leave one of them out",
     ),
+    (
+        {"first_norm": False, "residual": "post"},
+        "first_norm has no effect with residual 'post': leave it out, or choose 'pre'",
+    ),
+    (
+        {"transform_bias": False},
+        "transform_bias has no effect with head 'linear': leave it out, or choose 'transformed'",
+    ),
     ({"window_pattern": ()}, "window_pattern is empty: give True or False for at least one layer"),
 ]
 

@@ -156,6 +156,8 @@ def test_the_fast_gelu_is_the_one_with_tanh() -> None:
         ("bert", "position_embedding_type", "relative_key", "only 'absolute' can be loaded for bert"),
         ("dbrx", "ffn_config", {"moe_normalize_expert_weights": 2.0}, "moe_normalize_expert_weights is 2.0 in"),
         ("dbrx", "attn_config", {"rope_theta": 7.0}, "rope_theta is 5.0 in config.json and 7.0 in its attn_config"),
+        ("modernbert", "classifier_activation", "relu", "the head of masked tokens can only have the same one"),
+        ("modernbert", "rope_scaling", {"rope_type": "yarn"}, "only 'default' can be loaded for modernbert"),
         ("gemma", "use_bidirectional_attention", True, "only causal members of this family can be loaded"),
         ("olmo3", "rope_parameters", {"rope_theta": 7.0}, "rope_parameters in config.json has no full_attention"),
         (

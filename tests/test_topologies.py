@@ -58,6 +58,7 @@ PARTS: list[dict[str, Any]] = [
     {"embedding_dim": 6, "num_kv_heads": 1, "logit_softcap": 3.0, "attention_softcap": 2.0},
     {"head": "transformed", "head_bias": True, "tied_embeddings": False, "embedding_norm": True},
     {"token_smear": True},
+    {"first_norm": False, "embedding_norm": True, "attention_window": 3},
 ]
 
 

@@ -58,9 +58,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.adapter:
         return _export_adapter(run, options)
     check_merges(run)
-    family = _format(run.config.model.base, options.format)
+    family = _format(run.config.model.plain, options.format)
     model = run.load_model(options.checkpoint)
-    originals = originals_of(run.path, run.target_tokenizer)
+    originals = originals_of(run.path, run.tokenizer)
     extra = _extra(run) if originals is None else original_fields(originals)
     own_template = run.path / CHAT
     pretrained.save(
@@ -96,7 +96,7 @@ def _export_adapter(run: Run, options: Options) -> int:
     if run.config.model.adapter.name == "none" or run.parent is None:
         raise UserError(f"{options.run} has no adapter: leave --adapter out")
     model = load_unmerged(run.checkpoint(options.checkpoint), run.config)
-    save_adapter(model, options.to, _format(run.config.model.base, options.format), run.parent.path)
+    save_adapter(model, options.to, _format(run.config.model.plain, options.format), run.parent.path)
     print(f"folder     {options.to}, for the base {run.parent.path}")
     if any(isinstance(part, Int8Linear) for part in model.modules()):
         print("note       it was trained over this base in 8 bits, and peft reads it in full: logits differ a bit")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from minitransformer.diagnostics.modules import stacks_of
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_in_parts
-from minitransformer.settings import setting
+from minitransformer.settings import flat, setting, with_settings
 
 TOLERANCE = 1e-4
 """of a loss, relative: what is left without a layer computes what the smaller model does"""
@@ -66,16 +68,21 @@ def _without(kept: dict[str, list[int]], name: str, layer: int) -> dict[str, lis
 def only_layers(model: Model, kept: dict[str, list[int]]) -> Iterator[None]:
     """Runs `model` without the layers that are not `kept`, inside the block."""
     stacks = stacks_of(model)
-    before = {name: (stack.blocks, stack.windows) for name, stack in stacks.items()}
+    before = {name: stack.run_block for name, stack in stacks.items()}
     try:
         for name, layers in kept.items():
-            blocks, windows = before[name]
-            stacks[name].blocks = nn.ModuleList(blocks[layer] for layer in layers)
-            stacks[name].windows = [windows[layer] for layer in layers]
+            left_out = [block for layer, block in enumerate(stacks[name].blocks) if layer not in layers]
+            stacks[name].run_block = partial(_run_unless, before[name], left_out)
         yield
     finally:
         for name, stack in stacks.items():
-            stack.blocks, stack.windows = before[name]
+            stack.run_block = before[name]
+
+
+def _run_unless(
+    run: Callable[..., Any], left_out: Sequence[nn.Module], block: nn.Module, stream: Any, **given: Any
+) -> Any:
+    return stream if block in left_out else run(block, stream, **given)
 
 
 def _with_layers(model: Model, kept: dict[str, list[int]], loss: float, calibration: Calibration) -> Model:
@@ -104,8 +111,13 @@ def _with_layers(model: Model, kept: dict[str, list[int]], loss: float, calibrat
 def _shortened(config: ModelConfig, kept: dict[str, list[int]]) -> ModelConfig:
     counts = {name: len(layers) for name, layers in kept.items()}
     first = kept.get("encoder") or kept.get("stack") or []
+    if 0 not in first:  # what was the second layer has a norm
+        config = replace(config, first_norm=True)
     if config.attention_window is not None:
         config = replace(config, window_pattern=tuple(config.window_of(layer) is not None for layer in first))
+    turns = flat(config).get("rotary_layers", (True,))
+    if not all(turns):
+        config = with_settings(config, {"rotary_layers": tuple(turns[layer % len(turns)] for layer in first)})
     if "decoder" in counts:
         return replace(config, num_layers=counts["encoder"], num_decoder_layers=counts["decoder"])
     return replace(config, num_layers=counts["stack"])

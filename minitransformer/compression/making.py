@@ -95,8 +95,8 @@ class Source:
 
         with only_writer(out):
             config = method.configured(self.run.config, model)
-            tokenizers = self.run.tokenizer, self.run.target_tokenizer
-            Run.create(out, config, *tokenizers, initial=model, add_files=add_files)
+            whole = self.run.tokenizer, self.run.target_tokenizer, self.run.text
+            Run.create(out, config, *whole, initial=model, add_files=add_files, sources=self.run.sources)
 
 
 def beside(out: Path, source: Path) -> dict[str, dict[str, Any]]:

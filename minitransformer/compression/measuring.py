@@ -82,7 +82,7 @@ class QualityData:
         """The loss of `model` on each batch, in nats summed over its targets; `advance` is called after each."""
         every, nats = self.loader.validation_batches(), []
         for index in self.batches:
-            nats.append(float(self.loader.objective.score(model, every.batch(index)).nats))
+            nats.append(float(self.loader.objective.score(model, every.batch(index)).nats.double().sum()))
             advance()
         return np.array(nats)
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from minitransformer.architecture.attention import MultiHeadAttention
+from minitransformer.architecture.attention import MultiHeadAttention, PerHead
 from minitransformer.architecture.block import Block
 from minitransformer.architecture.feedforward import GatedFeedForward, PlainFeedForward
 from minitransformer.architecture.positions import PositionScheme
@@ -67,8 +67,8 @@ class Prune(Compression, name="prune"):
                 f"positions {config.positions.name!r} give each head a bias of its own in all layers: "
                 "leave --prune-heads out"
             )
-        if heads and any(hasattr(each, "weight") for each in _norms_of_all_heads(model)):
-            raise UserError("the norm of queries or keys is of all heads together: leave --prune-heads out")
+        if heads and not all(isinstance(each, nn.Identity | PerHead) for each in _norms_in_attention(model)):
+            raise UserError("all heads have one norm of queries or keys, or each its own: leave --prune-heads out")
 
     def applied(self, model: Model, calibration: Calibration | None) -> Model:
         if calibration is not None:
@@ -99,7 +99,7 @@ class Prune(Compression, name="prune"):
         return smaller
 
 
-def _norms_of_all_heads(model: nn.Module) -> list[nn.Module]:
+def _norms_in_attention(model: nn.Module) -> list[nn.Module]:
     attentions = [part for part in model.modules() if isinstance(part, MultiHeadAttention)]
     return [norm for part in attentions for norm in (part.query_norm, part.key_norm, part.value_norm)]
 

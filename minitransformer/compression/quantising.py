@@ -20,12 +20,12 @@ from minitransformer.models.stored import StoredLinear
 from minitransformer.models.surgery import is_linear_map
 from minitransformer.settings import Chosen, setting
 
-Found = Mapping[str, tuple[Tensor, Tensor]]
+StoredMatrices = Mapping[str, tuple[Tensor, Tensor]]
 """What stands for the matrices of linear maps, by their names"""
 
 
 @torch.no_grad()
-def stored_in(model: Model, chosen: Chosen[WeightFormat], found: Found) -> Model:
+def stored_in(model: Model, chosen: Chosen[WeightFormat], found: StoredMatrices) -> Model:
     """`model` in another format: matrices that are not `found` are rounded."""
 
     def fill(name: str, part: StoredLinear, matrix: Tensor) -> None:
@@ -71,7 +71,7 @@ class RoundToInt4(Compression, name="int4"):
 
 
 @torch.no_grad()
-def _calibrated(model: Model, calibration: Calibration, group_size: int) -> Found:
+def _calibrated(model: Model, calibration: Calibration, group_size: int) -> StoredMatrices:
     """The linear maps of all blocks, one block after the other: each sees what rounded blocks before it give."""
     found = {}
     for prefix, block in model.named_modules():

@@ -10,7 +10,13 @@ from torch import nn
 
 from minitransformer.architecture.attention import QK_NORMS, MultiHeadAttention
 from minitransformer.architecture.block import Block, BlockParts, Stack
-from minitransformer.architecture.embeddings import LMHead, TokenEmbedding, TokenSmear, TransformedHead
+from minitransformer.architecture.embeddings import (
+    ClassificationHead,
+    LMHead,
+    TokenEmbedding,
+    TokenSmear,
+    TransformedHead,
+)
 from minitransformer.architecture.feedforward import MixtureOfExperts
 from minitransformer.architecture.kernels import KERNELS
 from minitransformer.architecture.norms import Norm
@@ -37,7 +43,8 @@ def build_stack(
 
     def make_residual(layer: int, sublayer: str) -> Residual:
         place = Place(layer, num_layers, sublayer, partner_layers, has_memory, d_model=config.d_model)
-        return config.residual.make(partial(_norm, config), config.dropout, place)
+        is_normalised = place.index == 0 and not config.first_norm
+        return config.residual.make(nn.Identity if is_normalised else partial(_norm, config), config.dropout, place)
 
     def make_block(layer: int) -> Block:
         return config.block.make(_block_parts(config, partial(make_residual, layer), has_memory=has_memory))
@@ -84,7 +91,22 @@ def build_head(config: ModelConfig, embedding: TokenEmbedding) -> nn.Module:
     if config.head == "linear":
         return head
     activation = config.feedforward.variant.activation
-    return TransformedHead(config.d_model, head, activation=activation, norm=_norm(config))
+    bias, norm = config.transform_bias, _norm(config)
+    return TransformedHead(config.d_model, head, activation=activation, norm=norm, bias=bias)
+
+
+def build_classification_head(config: ModelConfig, *, pooled: str) -> ClassificationHead:
+    """The head of a classifier, which reads the hidden states by the pooling `pooled`."""
+    assert config.num_classes is not None
+    return ClassificationHead(
+        config.d_model,
+        config.num_classes,
+        pooled=pooled,
+        pooling=config.pooling,
+        norm=_norm(config) if config.pooled_norm else None,
+        bias=config.transform_bias,
+        dropout=config.dropout,
+    )
 
 
 def _block_parts(config: ModelConfig, make_residual: Callable[[str], Residual], *, has_memory: bool) -> BlockParts:

@@ -117,8 +117,14 @@ class ModelConfig:
     pooling: str = setting(
         "tanh", choices=POOLING_ACTIVATIONS, needs=CLASSIFIERS, help="activation of the classifier's pooling layer"
     )
+    pooled_norm: bool = setting(False, needs=CLASSIFIERS, help="normalise the output of the classifier's pooling layer")
     block: Choice[Block] = Choice(Block, "sequential", needs=WITH_ATTENTION, help="arrangement of the sublayers")
     residual: Choice[Residual] = Choice(Residual, "pre", needs=WITH_ATTENTION, help="norm placement")
+    first_norm: bool = setting(
+        True,
+        needs=("residual", ("pre",)),
+        help="normalise the input of the first sublayer, which embedding_norm has normalised already",
+    )
     norm: Choice[Norm] = Choice(Norm, "layer", needs=WITH_ATTENTION, help="normalisation layer")
     embedding_norm: bool = setting(False, needs=WITH_ATTENTION, help="normalise the embeddings before the first block")
     token_smear: bool = setting(
@@ -167,6 +173,11 @@ class ModelConfig:
     )
     attention_kernel: str = setting("auto", choices=KERNELS, needs=WITH_ATTENTION, help="implementation of attention")
     head: str = setting("linear", choices=HEADS, needs=WITH_HEAD, help="language-model head")
+    transform_bias: bool = setting(
+        True,
+        needs=("topology", (*WITH_HEAD[1], *CLASSIFIERS[1])),
+        help="use a bias in the first linear layer of the head 'transformed', or of a classifier",
+    )
     head_bias: bool = setting(False, needs=WITH_HEAD, help="use a bias in the language-model head")
     logit_scale: float = setting(1.0, needs=WITH_HEAD, help="factor of the head's input")
     logit_softcap: float | None = setting(
@@ -246,6 +257,12 @@ class ModelConfig:
             raise UserError(
                 f"head 'transformed' cannot be combined with embedding_dim {self.embedding_dim}: leave one of them out"
             )
+        if not self.first_norm and self.residual.name != "pre":
+            raise UserError(
+                f"first_norm has no effect with residual {self.residual.name!r}: leave it out, or choose 'pre'"
+            )
+        if not self.transform_bias and self.topology in WITH_HEAD[1] and self.head != "transformed":
+            raise UserError("transform_bias has no effect with head 'linear': leave it out, or choose 'transformed'")
         if self.positions.variant.table_per_position and self.context_length * self.d_model > MOST_FEATURES:
             raise UserError(
                 f"positions {self.positions.name!r} need a table of context_length {self.context_length} times d_model "

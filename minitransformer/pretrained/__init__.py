@@ -1,6 +1,6 @@
 """Import and export of public checkpoints."""
 
-from minitransformer.pretrained import bert, cohere, dbrx, gemma, gpt, llama, seq2seq
+from minitransformer.pretrained import bert, cohere, dbrx, gemma, gpt, llama, modernbert, seq2seq
 from minitransformer.pretrained.checkpoint import checkpoint_folder, generation_config, load, save
 from minitransformer.pretrained.tokenizers import PublicTokenizer
 
@@ -15,6 +15,7 @@ __all__ = [
     "gpt",
     "llama",
     "load",
+    "modernbert",
     "save",
     "seq2seq",
 ]

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from minitransformer import files
 from minitransformer.errors import StorageError, UserError
-from minitransformer.models.model import Model, build_model, check_memory, check_size
+from minitransformer.models.model import Model, build_model, check_memory, check_size, in_full_precision
 from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.originals import CHAT, TOKENIZER_FILES, write_originals
 from minitransformer.pretrained.refusals import check_kind
@@ -99,7 +99,7 @@ def save(
     generation: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
 ) -> None:
-    """Write `model` to the new folder `folder` as a `transformers` checkpoint of `family`.
+    """Write `model`, with all matrices in full, to the new folder `folder` as a `transformers` checkpoint of `family`.
 
     `extra` are further fields of config.json, such as the ids of special tokens. Tokenizer files are made from
     `tokenizer`, or copied from the folder `originals`; `generation` is as from `generation_config`, and
@@ -108,6 +108,7 @@ def save(
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} already exists: choose another folder")
+    model = in_full_precision(model)
     kind = Family.named(family)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     # The family's own fields take precedence over additional ones.

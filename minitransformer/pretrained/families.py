@@ -11,6 +11,7 @@ from minitransformer import settings
 from minitransformer.architecture.norms import has_bias
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
+from minitransformer.pretrained.rope import factors_of
 from minitransformer.pretrained.rules import Rule
 from minitransformer.records import fits, fitted, in_words, shown
 from minitransformer.registry import Registered
@@ -230,6 +231,8 @@ class Family(Registered, kind="model_type"):
         hf: HF = {"model_type": cls.name, "architectures": [cls.architectures[config.topology]], **cls.required}
         ours = _canonical(config)
         for theirs, field in cls._fields().items():
+            if field.ours not in ours:  # it has no effect
+                continue
             spelled = {ours: theirs for theirs, ours in reversed(list((field.values or {}).items()))}
             hf[theirs] = ours[field.ours] if field.values is None else spelled[ours[field.ours]]
         hf |= cls.write(config)
@@ -269,7 +272,7 @@ def _canonical(config: ModelConfig) -> dict[str, Any]:
 
 
 def _canonical_rotation(config: ModelConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """The rotated layers, the base of windows where it makes a difference, and the factor of queries and keys."""
+    """The rotated layers, the base of windows where it makes a difference, and factors that are left to defaults."""
     rotary = config.positions.settings
     is_base = rotary.scaling.name == "none" and rotary.window_base == rotary.base
     windows = any(values.get("window_pattern", ()))
@@ -277,6 +280,7 @@ def _canonical_rotation(config: ModelConfig, values: dict[str, Any]) -> dict[str
     return {
         "rotary_layers": tuple(rotary.layers[layer % len(rotary.layers)] for layer in range(config.num_layers)),
         "rotary_window_base": rotary.window_base if windows and not is_base else None,
+        **factors_of(config),
         **({"rotary_magnitude": scaling.magnitude} if "rotary_magnitude" in values else {}),
     }
 

@@ -132,6 +132,13 @@ def _long_rope(rope: HF, length: Any) -> dict[str, Any]:
     return {**ours, "context_length": min(length, original)}
 
 
+def factors_of(config: ModelConfig) -> dict[str, tuple[float, ...]]:
+    """The factors of LongRoPE by our names, 1 where the model has none."""
+    pairs = int(config.features_per_head * config.positions.settings.fraction) // 2
+    values, names = flat(config), [SCALINGS["longrope"][theirs] for theirs in FACTORS]
+    return {name: values[name] or (1.0,) * pairs for name in names if name in values}
+
+
 def write_rope(config: ModelConfig, kinds: Container[str] = SCALINGS) -> HF:
     """`rope_parameters`, and the older fields for older readers.
 
@@ -143,6 +150,7 @@ def write_rope(config: ModelConfig, kinds: Container[str] = SCALINGS) -> HF:
     rope |= {theirs: ours[name] for theirs, name in SCALINGS[kind].items() if ours[name] is not None}
     if kind == "longrope":  # by default, the library computes it from a longer context
         rope["attention_factor"] = rotary.scaling.make(rotary.base, config.context_length).magnitude
+        rope |= {theirs: factors_of(config)[SCALINGS[kind][theirs]] for theirs in FACTORS}
     older = {"rope_theta": rotary.base, "rope_scaling": None if kind == "default" else rope}
     return {"rope_parameters": rope, **older}
 

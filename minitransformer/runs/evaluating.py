@@ -17,6 +17,7 @@ from minitransformer.evaluation.estimates import Samples
 from minitransformer.evaluation.items import Items, join_items
 from minitransformer.models.model import Model
 from minitransformer.runs.open import Run
+from minitransformer.runs.resume import check_same_text
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.datasets import Pairs, PreparedData
 from minitransformer.text.datasets.conversation_preparation import PreparedConversations
@@ -64,8 +65,11 @@ class HeldOutData:
 
     @classmethod
     def of_run(cls, run: Run, stride: int | None = None) -> HeldOutData:
-        """The validation split of `run`; raises `UserError` if there is none."""
+        """The validation split of `run`; raises `UserError` if there is none, or if its text has changed since."""
+        if not run.text:
+            raise UserError(f"{run.path} was imported, and has no validation data: name a file with --data")
         found = cls(run, run.config, run.config.prepare(run.tokenizers), "validation", stride)
+        check_same_text(run, found.config, found.prepared)
         if not found.prepared.num_tokens(found.split):
             raise UserError(f"{run.path} has no validation data: name a file with --data")
         return found

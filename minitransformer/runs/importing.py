@@ -14,6 +14,7 @@ from minitransformer.pretrained.checkpoint import checkpoint_digest, is_checkpoi
 from minitransformer.pretrained.originals import inherit_originals, keep_originals
 from minitransformer.pretrained.peft_folders import fill_adapter, read_adapter
 from minitransformer.pretrained.sentences import module_kinds
+from minitransformer.pretrained.tokenizers import load_target_tokenizer
 from minitransformer.pretrained.vocabularies import how_to_make_one
 from minitransformer.runs.begin import check_merges
 from minitransformer.runs.layout import CONFIG, GENERATION, check_free, only_writer
@@ -53,7 +54,8 @@ def import_checkpoint(name: str, path: Path) -> Run:
 
     with only_writer(path):
         config = RunConfig(model.config, DataConfig(tokenizer=tokenizer.name), training)
-        return Run.create(path, config, tokenizer, tokenizer, initial=model, add_files=add_files)
+        tokenizers = (tokenizer, load_target_tokenizer(folder, tokenizer))
+        return Run.create(path, config, *tokenizers, initial=model, add_files=add_files)
 
 
 def import_adapter(folder: Path, base: Run, path: Path) -> Run:

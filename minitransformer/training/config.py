@@ -66,6 +66,30 @@ class TrainingConfig:
         may_change_on_resume=False,
         help="weights of linear maps that are 0 before a step are 0 after it, so that a pruned model stays pruned",
     )
+    teacher: str | None = setting(
+        None,
+        may_change_on_resume=False,
+        help="run folder of a larger model with the same tokenizer, whose predictions are learned beside the targets "
+        "(distillation)",
+    )
+    teacher_sha256: str | None = setting(
+        None, needs="teacher", may_change_on_resume=False, help="SHA-256 of the teacher's weights; None is found"
+    )
+    distill_weight: float = setting(
+        0.5,
+        above=0,
+        at_most=1,
+        needs="teacher",
+        may_change_on_resume=False,
+        help="weight of the divergence from the teacher; the rest is that of the targets",
+    )
+    distill_temperature: float = setting(
+        2.0,
+        above=0,
+        needs="teacher",
+        may_change_on_resume=False,
+        help="temperature of both predictions in the divergence",
+    )
     schedule: Choice[Schedule] = Choice(Schedule, "cosine", help="learning-rate schedule")
     warmup_steps: int = setting(50, at_least=0, help="steps of linear learning-rate warm-up")
     weight_decay: float = setting(0.1, at_least=0, help="weight decay of matrices (not of biases and norms)")
@@ -351,6 +375,6 @@ def with_vocabulary(model: ModelConfig, prepared: PreparedData) -> ModelConfig:
     return replace(
         model,
         vocab_size=model.vocab_size or source.vocab_size,
-        target_vocab_size=None if target is source else model.target_vocab_size or target.vocab_size,
+        target_vocab_size=None if target.shares_ids(source) else model.target_vocab_size or target.vocab_size,
         num_classes=classes or None,
     )

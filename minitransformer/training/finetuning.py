@@ -32,8 +32,8 @@ LEAST_TOKENS = 8
 WEIGHTLESS = {"dropout", "attention_kernel", "init"}
 """model settings that a fine-tune may change, because they do not change the outputs"""
 OF_HEAD = {
-    *("topology", "num_classes", "pooled", "pooling", "next_sentence"),
-    *("head", "head_bias", "logit_scale", "logit_softcap", "tied_embeddings"),
+    *("topology", "num_classes", "pooled", "pooling", "pooled_norm", "next_sentence"),
+    *("head", "transform_bias", "head_bias", "logit_scale", "logit_softcap", "tied_embeddings"),
 }
 """model settings of the heads, which a classifier that starts from another model does not take over"""
 
@@ -48,7 +48,7 @@ def fine_tuning(parent: RunConfig, *, from_scratch: bool, new_data: bool, adapte
     """
     of_all_weights = parent.model.adapter.name == "none"
     training = _gentle(parent.training) if from_scratch or not of_all_weights else parent.training
-    training = replace(training, freeze=())
+    training = replace(training, freeze=(), teacher=None, teacher_sha256=None)
     if adapter != "none":
         training = _for_adapter(training, Adapter.named(adapter).learning_rate)
     keeps_format = adapter != "none" and of_all_weights

@@ -84,6 +84,8 @@ class Objective(Registered, kind="objective"):
     """whether all training batches have the same shapes"""
     predicts_text: ClassVar[bool] = True
     """whether its targets are every token of the text once, so that bits per byte is defined"""
+    distills: ClassVar[bool] = True
+    """whether its loss is made from hidden states by a readout, and so may be that of a teacher's predictions"""
     has_baseline: ClassVar[bool] = False
     """whether its accuracy is reported with the majority-class baseline"""
     whole_windows: ClassVar[bool] = False

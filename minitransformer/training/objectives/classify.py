@@ -59,6 +59,7 @@ class Classify(Objective, name="classify"):
     batch_type = LabelBatch
     fixed_shapes = False
     predicts_text = False
+    distills = False
     has_baseline = True
 
     def make_batch(self, batch: PairBatch, data: PreparedLabels, key: BatchKey) -> LabelBatch:  # type: ignore[override]
