@@ -92,7 +92,8 @@ def browser(folder: Path, address: str) -> Iterator[Browser]:
         browser.wait("document.activeElement.id === 'key'")
         browser.type(KEY)
         browser.press("Enter")
-        browser.wait("models.length === 2")
+        browser.wait("models.length === 2 && document.activeElement.id === 'prompt'")
+        assert browser.ask("field('mode').value") == "chat"
         browser.complaints.clear()  # the console notes that the first request was answered with 401
         yield browser
     finally:
@@ -154,6 +155,28 @@ def test_an_answer_comes_token_by_token_and_its_rating_and_correction_reach_the_
     assert [rated["answer"]] == page.ask(SHOWN)
     assert (rated["rating"], rated["correction"]) == ("down", None)
     assert (corrected["rating"], corrected["correction"]) == ("down", "better")
+
+
+@pytest.mark.parametrize(
+    ("steps", "shown"),
+    [
+        ([["a", ["a"]], ["", ["<"]], ["<b", ["b"]]], ["a", "<", "b"]),  # held back, and no stop string after all
+        ([["a", ["a"]], ["", ["<"]], ["", ["|"]]], ["a", "-<", "-|"]),  # a stop string
+        ([["", ["ab<"]], ["ab", ["|>"]]], ["ab", "-|>"]),  # one that begins inside a token
+        ([["", ["bytes:\\xc3"]], ["é!", ["bytes:\\xa9", "!"]]], ["é", "!"]),  # a character of two tokens
+        ([["a", ["a"]], ["", ["bytes:\\xc3"]], ["\ufffd", []]], ["a", "\ufffd"]),  # one that was never finished
+        ([["a", ["a"]], ["", ["<|end|>"]], ["b", ["b"]]], ["a", "-<|end|>", "b"]),  # a special token
+    ],
+)
+def test_each_token_is_where_its_text_is(page: Browser, steps: list[Any], shown: list[str]) -> None:
+    page.ask("window.answer = {text: '', tokens: []}, window.box = make('p'), 0")
+    page.ask("window.flow = new TextFlow(box, answer), 0")
+    for text, tokens in steps:
+        entries = json.dumps([{"token": token, "logprob": -1, "top": []} for token in tokens])
+        page.ask(f"answer.text += {json.dumps(text)}, answer.tokens.push(...{entries}), flow.draw(false), 0")
+    page.ask("flow.draw(true), 0")
+    spelling = "(span.matches('.unsaid') ? '-' : '') + (span.textContent)"
+    assert page.ask(f"[...box.childNodes].map(span => {spelling})") == shown
 
 
 def test_probabilities_stand_under_the_pointer_and_under_the_arrow_keys(page: Browser) -> None:
@@ -237,6 +260,7 @@ def test_every_control_has_a_name_and_a_phone_shows_the_whole_width(page: Browse
         size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
         page.call("Emulation.setDeviceMetricsOverride", **size)
         assert page.ask("root.scrollWidth <= innerWidth")
+        assert page.ask("document.querySelector('main').clientWidth > 0.7 * innerWidth")
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]
     controls = {"button", "textbox", "combobox", "spinbutton", "checkbox", "radio", "link"}
     names = [node["name"]["value"] for node in nodes if not node["ignored"] and node["role"]["value"] in controls]
