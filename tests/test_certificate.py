@@ -187,7 +187,7 @@ def test_weights_in_a_gguf_file_are_as_near_as_their_type(stored: str, tmp_path:
     run = run_that_leaves(tmp_path / "run", **LLAMA)
     flags = [str(run.path), "--to", str(tmp_path / "out"), "--format", "gguf", "--weights", stored]
     code, out, err = call(export, *flags)
-    assert (code, err) == (0, "")
+    assert code == 0, err  # llama.cpp, where it is installed, notes there what it does with a short context
     assert re.search(rf"weights        same: 21 tensors as {stored}, off by at most", out)
     assert ("opened by      llama-cpp-python" in out) == has_llama_cpp()
 
