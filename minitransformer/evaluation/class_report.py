@@ -93,14 +93,14 @@ def class_report(names: Sequence[str], items: Items) -> ClassReport:
     figures = np.stack([*precisions_and_recalls(confusion), f1_scores(confusion)]).T.tolist()
     low, high = np.quantile(drawn, (0.025, 0.975), axis=0).tolist()
     classes = []
-    for number, (name, values) in enumerate(zip(names, figures, strict=True)):
+    for number, (name, (precision, recall, f1)) in enumerate(zip(names, figures, strict=True)):
         has_f1 = len(items) > 1 and texts[number] + taken[number] > 0
         bounds = {
             "precision": _share_interval(right[number], taken[number]),
             "recall": _share_interval(right[number], texts[number]),
             "f1": (low[number], high[number]) if has_f1 else None,
         }
-        classes.append(OfClass(name, texts[number], *values, bounds))
+        classes.append(OfClass(name, texts[number], precision, recall, f1, bounds))
     return ClassReport(classes, confusion)
 
 
