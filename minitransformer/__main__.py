@@ -15,6 +15,7 @@ COMMANDS = {
     "sample": "continue texts, converse, fill in masks, translate",
     "evaluate": "measure a model on data that it has not learned",
     "memorisation": "measure what of its training text a model repeats",
+    "serve": "answer requests over HTTP, as OpenAI's API does",
     "embed": "turn texts into vectors",
     "look": "show attention, predictions and residual norms, as a page",
     "replay": "repeat the last step of a run that has diverged, and show where",
@@ -27,7 +28,7 @@ COMMANDS = {
     "import": "turn a public checkpoint into a run",
     "merge": "bake an adapter into its base, or average checkpoints",
     "compress": "make a smaller run: fewer bits, weights or layers",
-    "export": "export the model of a run to the transformers library",
+    "export": "export a model to another runtime, with a certificate",
 }
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minitransformer import pretrained
 from minitransformer.commands import compress, sample
 from minitransformer.commands import train as train_command
 from minitransformer.compression import measuring
@@ -21,6 +22,8 @@ from minitransformer.compression.gptq import DAMPING, rounded_by_gptq
 from minitransformer.compression.layers import DropLayers
 from minitransformer.compression.pruning import Prune, most_important
 from minitransformer.compression.quantising import stored_in
+from minitransformer.errors import UserError
+from minitransformer.generation.weights import BFloat16, Float32, Int4, Int8, StoredWeights
 from minitransformer.models.formats import Int4Groups, Int8Rows
 from minitransformer.models.int4 import group_scale, pack, round_to, unpack
 from minitransformer.models.model import Model, build_in_parts, in_full_precision
@@ -78,6 +81,26 @@ def test_a_stored_model_computes_what_its_matrices_in_full_do_and_is_loaded_as_i
     torch.testing.assert_close(logits(plain), logits(stored), rtol=1e-4, atol=1e-4)
     if model.config.tied_embeddings and choices.get("topology") != "encoder":
         assert len({id(part) for part in plain.parameters()}) == len({id(part) for part in model.parameters()})
+
+
+@pytest.mark.parametrize("chosen", FORMATS, ids=str)
+def test_an_export_has_the_matrices_in_full(tiny_decoder: MakeModel, tmp_path: Path, chosen: Any) -> None:
+    model = tiny_decoder(positions="learned", bias=True).float()
+    stored = stored_in(model, chosen, {})
+    pretrained.save(stored, tmp_path / "out", "gpt2")
+    copy, _ = pretrained.load(tmp_path / "out")
+    torch.testing.assert_close(logits(copy), logits(stored), rtol=1e-4, atol=1e-4)
+
+
+def test_a_stored_model_decodes_by_the_kernel_as_it_does_without(tiny_decoder: MakeModel) -> None:
+    model = tiny_decoder(d_model=24, d_ff=72).float()
+    for chosen, kind in ((FORMATS[0], Int8), (FORMATS[1], Int4)):
+        stored = stored_in(model, chosen, {})
+        fast = Float32.applied(stored)
+        assert {type(part) for part in fast.modules() if isinstance(part, StoredWeights)} == {Int8, kind}
+        torch.testing.assert_close(logits(fast), logits(stored), rtol=0.05, atol=0.05)
+        with pytest.raises(UserError, match=f"weights 'bf16' has no effect on a model compressed to {kind.name}"):
+            BFloat16.applied(stored)
 
 
 # --- GPTQ

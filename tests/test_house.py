@@ -40,6 +40,7 @@ ROOMS = {
     "generation": {*MODEL},
     "pretrained": {*MODEL},
     "runs": {*MODEL, "evaluation", "training", "generation", "pretrained", "diagnostics"},
+    "exporting": {*MODEL, "generation", "pretrained", "runs"},
     "reporting": set(),
     "diagnostics": {*MODEL, "training"},
     "tasks": {"runs"},
@@ -49,9 +50,10 @@ ROOMS = {
     "benchmark": {*MODEL, "evaluation", "training", "generation", "reporting"},
     "compression": {*MODEL, "training", "generation", "pretrained", "runs", "diagnostics"},
     "preflight": {"models", "text", "training", "runs"},
+    "serving": {*MODEL, "training", "generation", "runs"},
     "commands": {
         *{*MODEL, "evaluation", "training", "generation", "pretrained", "runs", "diagnostics", "reporting"},
-        *{"tasks", "reliability", "lab", "analysis", "benchmark", "preflight", "compression"},
+        *{"tasks", "reliability", "lab", "analysis", "benchmark", "preflight", "compression", "serving", "exporting"},
     },
     "__main__": {"commands"},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from minitransformer.errors import UserError, suggestion
@@ -80,6 +81,11 @@ class SamplingConfig:
     def greedy(self) -> bool:
         """Whether the most likely token is taken every time."""
         return any(one.variant is Temperature and one.settings.temperature == 0 for one in self.processors)
+
+    @cached_property
+    def law(self) -> str:
+        """All processors with their settings: logits of texts that have the same ones are processed together."""
+        return repr(self.processors)
 
     @property
     def flat(self) -> dict[str, Any]:

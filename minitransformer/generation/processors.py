@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -249,6 +249,19 @@ class SuppressTokens(Processor):
         self, logits: Float[Tensor, "samples vocab"], tokens: Int[Tensor, "samples length"]
     ) -> Float[Tensor, "samples vocab"]:
         return suppressed(logits, self.suppressed)
+
+
+class LogitBias(Processor):
+    """logit + bias for each token of `biases`: a rule of one text."""
+
+    def __init__(self, biases: Mapping[int, float]) -> None:
+        self._tokens, self._biases = list(biases), list(biases.values())
+
+    def __call__(
+        self, logits: Float[Tensor, "samples vocab"], tokens: Int[Tensor, "samples length"]
+    ) -> Float[Tensor, "samples vocab"]:
+        index = torch.tensor(self._tokens, device=logits.device)
+        return logits.index_add(-1, index, logits.new_tensor(self._biases).expand(len(logits), -1))
 
 
 class ForceToken(Processor):

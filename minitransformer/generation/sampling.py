@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
+from minitransformer.generation.logprobs import LogprobRecord
 from minitransformer.generation.processors import Processor, at_least_float32, check_finite
 
 NUMBERS_AT_ONCE = 256
@@ -27,7 +28,7 @@ class Request:
     """A prompt, how to continue it, and the new tokens so far.
 
     `stops` is called with each new token, and may end the text. `uniform` are the random numbers of this text alone.
-    `rules` decide beside `sampling` which tokens are possible.
+    `rules` decide beside `sampling` which tokens are possible. `record` takes down the log-probabilities of its tokens.
     """
 
     prompt: Sequence[int]
@@ -36,6 +37,7 @@ class Request:
     ends: Sequence[int] = ()
     stops: Callable[[int], bool] = never
     rules: Sequence[Processor] = ()
+    record: LogprobRecord | None = None
     tokens: list[int] = field(default_factory=list)
     done: bool = False
     chosen: int = 0
@@ -44,7 +46,7 @@ class Request:
     def __post_init__(self) -> None:
         self.processors = self.sampling.make_processors(len(self.prompt), self.ends, self.rules)
         self.looks_back = any(process.looks_back for process in self.processors)
-        self._alike = (id(self.sampling), id(self.rules))
+        self._alike = (self.sampling.law, id(self.rules))
         self._text: Tensor | None = None
 
     @property
@@ -95,6 +97,8 @@ def choose(logits: Float[Tensor, "requests vocab"], requests: Sequence[Request])
     for row, request in enumerate(requests):
         if request.looks_back:
             request.note(chosen, row)
+        if request.record is not None:
+            request.record.note_new(logits[row], chosen[row])
         request.chosen += 1
     return chosen
 
@@ -103,7 +107,7 @@ def _all_alike(requests: Sequence[Request]) -> bool:
     first = requests[0]
     if first.looks_back:
         return len({request.alike for request in requests}) == 1
-    return all(request.sampling is first.sampling and request.rules is first.rules for request in requests)
+    return all(request.alike == first.alike for request in requests)
 
 
 def _alike(requests: Sequence[Request]) -> list[list[int]]:

@@ -64,7 +64,7 @@ class StoredWeights(Registered, nn.Module, kind="weights"):
         """
         stored = {part.name for part in _of_run(model).modules() if isinstance(part, StoredWeights)}
         if stored:
-            raise UserError(f"weights {cls.name!r} has no effect on a model compressed to {max(stored)}: leave it out")
+            raise UserError(f"weights {cls.name!r} has no effect on a model compressed to {min(stored)}: leave it out")
         return replaced(model, ".*", cls)
 
 

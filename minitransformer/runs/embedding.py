@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,9 +52,13 @@ class Embedder:
 
     def embeddings(self, texts: Iterable[str], batch_size: int) -> Iterator[Float[Tensor, "d_model"]]:
         """The embedding of each text in turn, computed `batch_size` at a time."""
+        return self.embeddings_of(map(self.tokens, texts), batch_size)
+
+    def embeddings_of(self, texts: Iterable[Sequence[int]], batch_size: int) -> Iterator[Float[Tensor, "d_model"]]:
+        """`embeddings` of texts whose tokens are given as the model reads them."""
         pool, normalise = POOLINGS[self.settings.pooling], self.settings.normalised
         of_batch = partial(text_embeddings, self.model, pool=pool, normalise=normalise)
-        return embed_in_batches(map(self.tokens, texts), batch_size, of_batch)
+        return embed_in_batches(texts, batch_size, of_batch)
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of `text` as the model reads them: stripped, after the prompt, cut at the end."""
@@ -70,7 +74,6 @@ def open_embedder(name: str, checkpoint: str | None = None, device: str = "cpu",
     It embeds as its folder says, and else by its usual pooling without normalisation. `wanted` are settings that
     replace those, where they are not None.
     """
-    cased: Callable[[str], str] = str
     if is_checkpoint(name):
         if checkpoint is not None:
             raise UserError(f"--checkpoint {checkpoint} is for runs, and {name} is a public checkpoint: leave it out")
@@ -78,12 +81,17 @@ def open_embedder(name: str, checkpoint: str | None = None, device: str = "cpu",
         model, tokenizer = pretrained.load(folder)
         if tokenizer is None:
             raise UserError(how_to_make_one(name))
-    else:
-        run = Run.open(Path(name))
-        check_merges(run)
-        folder, cased = run.path / FOLDER, run.cased
-        model, tokenizer = run.load_model(checkpoint), run.tokenizer
-    usual = SentenceSettings(usual_pooling(model), normalised=False)
-    settings = sentence_settings(folder) or usual
-    given = {setting: value for setting, value in wanted.items() if value is not None}
-    return Embedder(model.to(device), tokenizer, replace(settings, **given), cased)
+        return Embedder(model.to(device), tokenizer, _settings(folder, model, wanted))
+    run = Run.open(Path(name))
+    check_merges(run)
+    return embedder_of(run, run.load_model(checkpoint, device), **wanted)
+
+
+def embedder_of(run: Run, model: Model, **wanted: Any) -> Embedder:
+    """The embedder of a model of `run`, which embeds as `open_embedder` says."""
+    return Embedder(model, run.tokenizer, _settings(run.path / FOLDER, model, wanted), run.cased)
+
+
+def _settings(folder: Path, model: Model, wanted: dict[str, Any]) -> SentenceSettings:
+    settings = sentence_settings(folder) or SentenceSettings(usual_pooling(model), normalised=False)
+    return replace(settings, **{name: value for name, value in wanted.items() if value is not None})

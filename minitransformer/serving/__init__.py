@@ -1,0 +1,1 @@
+"""Runs as a service over HTTP, in the format of OpenAI's API."""
