@@ -14,6 +14,7 @@ COMMANDS = {
     "doctor": "say whether a training run would work, and what it needs",
     "sample": "continue texts, converse, fill in masks, translate",
     "evaluate": "measure a model on data that it has not learned",
+    "memorisation": "measure what of its training text a model repeats",
     "serve": "answer requests over HTTP, as OpenAI's API does",
     "embed": "turn texts into vectors",
     "look": "show attention, predictions and residual norms, as a page",
@@ -26,7 +27,8 @@ COMMANDS = {
     "bench": "measure speed and memory beside peers and limits",
     "import": "turn a public checkpoint into a run",
     "merge": "bake an adapter into its base, or average checkpoints",
-    "export": "export the model of a run to the transformers library",
+    "compress": "make a smaller run: fewer bits, weights or layers",
+    "export": "export a model to another runtime, with a certificate",
 }
 
 

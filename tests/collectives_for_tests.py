@@ -1,10 +1,8 @@
-"""What ranks send each other in a step, and keep: `python -m tests.collectives_for_tests FOLDER PARALLEL` on each."""
+"""What ranks send each other in a step, and keep."""
 
 from __future__ import annotations
 
-import json
 import resource
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +17,7 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.training import muon
 from minitransformer.training.learner import Learner
 from minitransformer.training.parallel import Parallel, parallel_over
-from minitransformer.training.ranks import Ranks, joined_ranks
+from minitransformer.training.ranks import Ranks
 from minitransformer.training.shards import local_part, whole_tensor
 from tests.ranks_for_tests import config_of, learner_of
 
@@ -89,11 +87,3 @@ def measured(folder: Path, ranks: Ranks, parallel: str) -> dict[str, Any]:
         "peak": peak,
         "orthogonalised": everyone,
     }
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with joined_ranks(timeout=60) as ranks:
-        result = measured(Path(sys.argv[1]), ranks, sys.argv[2])
-        if ranks.is_main:
-            print(json.dumps(result))

@@ -38,10 +38,14 @@ hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+seed_torch = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+"""without the stack traces that torch keeps of each seed for the devices that are not there"""
+
+
 class TorchRandom:
     """Torch's generator for Hypothesis, which seeds it before every example."""
 
-    seed = staticmethod(torch.manual_seed)
+    seed = staticmethod(seed_torch)
     getstate = staticmethod(torch.get_rng_state)
     setstate = staticmethod(torch.set_rng_state)
 
@@ -75,13 +79,13 @@ def shapes_are_not_checked_in_long_runs(request: pytest.FixtureRequest) -> Itera
 @pytest.hookimpl(tryfirst=True)
 def pytest_fixture_setup(fixturedef: Any) -> None:
     """What a fixture draws depends on its name alone, and not on which tests were there before it."""
-    torch.manual_seed(zlib.crc32(str(fixturedef.argname).encode()))
+    seed_torch(zlib.crc32(str(fixturedef.argname).encode()))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call() -> None:
     """What a test draws does not depend on which of its fixtures were there already."""
-    torch.manual_seed(0)
+    seed_torch(0)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Commands in processes of their own, which fork from one that has imported torch: no second of imports for each."""
+"""Commands, and ranks, that fork from a process that has imported what they need: no seconds of imports for each."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 
-from minitransformer.processes import changed_environment
+from minitransformer.commands import start
+from minitransformer.reliability.launcher import Commands, Start
 
-ROOT = Path(__file__).parents[1]
-IMPORTED = ["minitransformer.commands.train", "minitransformer.commands.sample"]
+PRELOADED = ["tests.preloaded_for_tests"]
+
+
+def forked_commands(start: Start = start) -> Commands:
+    """Starts `start`, by default the package's commands, alone or on ranks, from the process that all tests share."""
+    return Commands(start, PRELOADED)
 
 
 def run_command(*words: str) -> subprocess.CompletedProcess[str]:
     """`python -m minitransformer WORDS` in the current folder and environment, without standard input."""
+    forked_commands()
     context = get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with tempfile.TemporaryDirectory() as notes, changed_environment({"PYTHONPATH": path}):
+    with tempfile.TemporaryDirectory() as notes:
         out, err = Path(notes, "out"), Path(notes, "err")
         process = context.Process(target=_be, args=(words, Path.cwd(), dict(os.environ), out, err))
         process.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 
@@ -14,7 +15,11 @@ class Source:
 
     name: str
     path: Path
-    tree: ast.Module
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
 
     @property
     def is_package(self) -> bool:
@@ -32,7 +37,7 @@ def read_package(root: Path) -> dict[str, Source]:
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root.parent).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found[name] = Source(name, path, ast.parse(path.read_text(encoding="utf-8")))
+        found[name] = Source(name, path, path.read_text(encoding="utf-8"))
     return found
 
 

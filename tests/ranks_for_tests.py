@@ -1,24 +1,18 @@
-"""Runs of every kind on the ranks that torchrun starts.
-
-`python -m tests.ranks_for_tests FOLDER PARALLEL NAME ...` on each, where PARALLEL may also be "tensor".
-"""
+"""Runs of every kind, and other measurements, on several ranks; torchrun itself is tried in `test_lost_ranks.py`."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-import torch
-import torch.distributed
 
 from minitransformer.training.config import RunConfig, with_vocabulary
 from minitransformer.training.learner import Learner, build_learner
 from minitransformer.training.ranks import Ranks, joined_ranks
 from minitransformer.training.validation import validate
+from tests.forked_for_tests import forked_commands
 from tests.runs_for_tests import configured, cpu
 
 STEPS = 50
@@ -108,26 +102,23 @@ def write_texts(folder: Path) -> None:
 def on_ranks(
     count: int, folder: Path, *names: str, parallel: str = "ddp", module: str = "tests.ranks_for_tests"
 ) -> dict[str, Any]:
-    """What rank 0 of `count` ranks measured in the cases `names`."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    launcher = [sys.executable] if count == 1 else torchrun
-    command = [*launcher, "-m", module, str(folder), parallel, *names]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINITRANSFORMER_DATA": str(folder / "prepared")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    """What rank 0 of `count` ranks found by `measured` of `module`."""
+    ended = forked_commands(print_measured)(folder, module, parallel, *names, ranks=count, patience=300)
+    assert ended.done, ended.output[-3000:]
+    measured: dict[str, Any] = json.loads(ended.outputs[0].splitlines()[-1])
     return measured
 
 
-def main() -> None:
-    folder, parallel, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    choices = {"parallel": "fsdp", "tensor_parallel": 2} if parallel == "tensor" else {"parallel": parallel}
-    torch.set_num_threads(1)
+def print_measured(module: str, arguments: Sequence[str]) -> int:
+    """On each rank, in the folder with the texts."""
     with joined_ranks(timeout=60) as ranks:
-        measured = {name: trained(config_of(name, folder, **choices), ranks) for name in names}
+        found = import_module(module).measured(Path.cwd(), ranks, *arguments)
         if ranks.is_main:
-            print(json.dumps(measured))
+            print(json.dumps(found))
+    return 0
 
 
-if __name__ == "__main__":
-    main()
+def measured(folder: Path, ranks: Ranks, parallel: str, *names: str) -> dict[str, Any]:
+    """The cases `names`, where `parallel` may also be "tensor"."""
+    choices = {"parallel": "fsdp", "tensor_parallel": 2} if parallel == "tensor" else {"parallel": parallel}
+    return {name: trained(config_of(name, folder, **choices), ranks) for name in names}

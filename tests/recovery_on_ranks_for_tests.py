@@ -1,10 +1,8 @@
-"""Recoveries on the ranks that torchrun starts: `python -m tests.recovery_on_ranks_for_tests FOLDER` on each."""
+"""Recoveries on several ranks."""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from minitransformer.training.divergence import NonFiniteTraining
 from minitransformer.training.logging import Log, RunFiles
 from minitransformer.training.loop import Trainer
-from minitransformer.training.ranks import Ranks, joined_ranks
+from minitransformer.training.ranks import Ranks
 from minitransformer.training.signals import StopRequest
 from tests.ranks_for_tests import config_of, learner_of
 from tests.runs_for_tests import metrics
@@ -68,18 +66,9 @@ def diverging(path: Path, folder: Path, ranks: Ranks, **choices: Any) -> dict[st
     return {**said, "rows": metrics(path) if ranks.is_main else []}
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    with joined_ranks(timeout=60) as ranks:
-        measured = {
-            "memory": short_of_memory(folder, ranks),
-            "rollback": diverging(folder / f"rollback-{ranks.size}", folder, ranks, **ROLLBACK),
-            "box": diverging(folder / f"box-{ranks.size}", folder, ranks, steps=20, max_skipped_steps=2),
-        }
-        if ranks.is_main:
-            print(json.dumps(measured))
-
-
-if __name__ == "__main__":
-    main()
+def measured(folder: Path, ranks: Ranks, parallel: str) -> dict[str, Any]:
+    return {
+        "memory": short_of_memory(folder, ranks),
+        "rollback": diverging(folder / f"rollback-{ranks.size}", folder, ranks, **ROLLBACK),
+        "box": diverging(folder / f"box-{ranks.size}", folder, ranks, steps=20, max_skipped_steps=2),
+    }

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitransformer.commands import train as command
-from minitransformer.evaluation.metrics import Totals, values_of
+from minitransformer.evaluation.items import Totals
+from minitransformer.evaluation.metrics import values_of
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import jaxtyping
@@ -15,6 +15,8 @@ from jaxtyping import TypeCheckError
 from jaxtyping._storage import pop_shape_memo, push_shape_memo
 
 by_jaxtyping = jaxtyping.jaxtyped
+without_shapes: set[CodeType] = set()
+"""of functions inside functions, which are new in every call of the outer one: only those with shapes are checked"""
 check_types = beartype(conf=BeartypeConf(violation_type=TypeCheckError))
 
 
@@ -39,11 +41,15 @@ def checked(function: Any = None, *, typechecker: Any = beartype) -> Any:
         return partial(checked, typechecker=typechecker)
     if not inspect.isfunction(function) or inspect.isgeneratorfunction(function):
         return by_jaxtyping(function, typechecker=typechecker)
-    if not function.__annotations__:
+    if not function.__annotations__ or function.__code__ in without_shapes:
         return function
     written = function.__annotations__
     function.__annotations__ = {name: resolved(each, function.__globals__) for name, each in written.items()}
     shapes = any(map(has_shape, function.__annotations__.values()))
+    if "<locals>" in function.__qualname__ and not shapes:
+        function.__annotations__ = written
+        without_shapes.add(function.__code__)
+        return function
     types_checked = check_types(function)
     function.__annotations__ = written
     return unless_switched_off(function, in_a_scope_of_letters(types_checked) if shapes else types_checked)

@@ -1,4 +1,4 @@
-"""What ranks do with sharded checkpoints: `python -m tests.shards_for_tests RUN DO` on each, which torchrun starts."""
+"""What ranks do with sharded checkpoints."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import errno
 import gc
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +32,7 @@ from minitransformer.training.ranks import Processes
 from minitransformer.training.saving import Saver
 from minitransformer.training.shards import is_sharded
 from minitransformer.training.weights import load_model_weights, unique_tensors
+from tests.forked_for_tests import forked_commands
 from tests.runs_for_tests import TINY, configured
 
 SIZES: dict[str, Any] = {"d_model": 18, "num_layers": 2, "num_heads": 3, "vocab_size": 37, "context_length": 16}
@@ -49,7 +48,7 @@ class Sharded(Parallel):
 
 @contextmanager
 def joined(**choices: Any) -> Iterator[None]:
-    """The ranks that torchrun has started, or those of `choices`, are joined."""
+    """The ranks that have been started, or those of `choices`, are joined."""
     distributed.init_process_group("gloo", **choices)
     try:
         yield
@@ -185,14 +184,11 @@ def die_last(run: Path) -> None:
 
 def on_ranks(count: int, run: Path, do: Callable[[Path], None], *, killed: bool = False) -> None:
     """Have `count` ranks do `do` in the run folder `run`."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    command = [*torchrun, "-m", "tests.shards_for_tests", str(run), do.__name__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert (done.returncode != 0) == killed, done.stderr[-3000:]
+    ended = forked_commands(join_and_do)(run, do.__name__, ranks=count, patience=300)
+    assert ended.done != killed, ended.output[-3000:]
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def join_and_do(name: str, arguments: Sequence[str]) -> int:
     with joined():
-        {each.__name__: each for each in (train, load, fail, die, die_last)}[sys.argv[2]](Path(sys.argv[1]))
+        {each.__name__: each for each in (train, load, fail, die, die_last)}[name](Path.cwd())
+    return 0

@@ -26,6 +26,19 @@ def without_moments(name: str, arguments: Sequence[str]) -> int:
     return start(name, arguments)
 
 
+def with_another_weight_on_rank_1(name: str, arguments: Sequence[str]) -> int:
+    """Commands that restore one weight of one rank wrongly."""
+    load = Learner.load_state_dict
+
+    def restored(self: Learner, state: dict[str, object]) -> None:
+        load(self, state)
+        if os.environ["RANK"] == "1":
+            next(self.model.parameters()).data.view(-1)[3] += 1
+
+    Learner.load_state_dict = restored  # type: ignore[method-assign]
+    return start(name, arguments)
+
+
 def without_checksums(name: str, arguments: Sequence[str]) -> int:
     """Commands that notice no damage."""
     checkpoint.damage = lambda path: None

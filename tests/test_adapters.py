@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from minitransformer.commands import doctor, merge, sample, sweep
+from minitransformer.commands import doctor, evaluate, merge, sample, sweep
 from minitransformer.commands.train import main
 from minitransformer.models.adapters.lora import is_head
 from minitransformer.models.int8 import dequantise_rows, quantise_rows
@@ -171,6 +171,9 @@ def test_checkpoints_are_merged_into_their_mean(base: Path, here: Path, capsys: 
         {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}, saved_weights(here / "mean")
     )
     assert not torch.equal(parts[0]["embedding.table.weight"], parts[1]["embedding.table.weight"])
+    capsys.readouterr()
+    assert evaluate.main(["mean"]) == 0, "on the validation data of its run"
+    assert "was not made by train.py, and has no training" in refused(capsys, "--resume", "mean", "--steps", "9")
     for flags, words in (
         (["--average", "9"], "has 3 checkpoints, not 9: lower --average"),
         (["--average", "1"], "average is 1: give at least 2"),

@@ -19,6 +19,7 @@ from minitransformer.architecture.attention import (
     QK_NORMS,
     AttentionKernel,
     AttentionView,
+    EachHead,
     MultiHeadAttention,
     PerHead,
     attention_weights,
@@ -278,17 +279,23 @@ def by_parts(module: MultiHeadAttention, x: Tensor, memory: Tensor, view: Attent
     d, heads = module.head_dim, module.query.out_features // module.head_dim
     shared = heads // (module.key.out_features // d)
 
+    limit = torch.tensor(module.clip or torch.inf, dtype=torch.float64)
+
     def project(layer: torch.nn.Linear, source: Tensor, head: int) -> Tensor:
         rows = slice(head * d, (head + 1) * d)
-        return source @ layer.weight[rows].T + (0 if layer.bias is None else layer.bias[rows])
+        projected = source @ layer.weight[rows].T + (0 if layer.bias is None else layer.bias[rows])
+        return projected if module.clip is None else projected.sign() * projected.abs().minimum(limit)
 
-    def per_head(norm: torch.nn.Module) -> torch.nn.Module:
-        return norm.norm if isinstance(norm, PerHead) else norm
+    def normalised(norm: torch.nn.Module, x: Tensor, head: int) -> Tensor:
+        if isinstance(norm, EachHead):
+            return norm.norms[head](x)
+        return norm.norm(x) if isinstance(norm, PerHead) else norm(x)
 
     outputs = []
     for head in range(heads):
-        q = view.rotate(per_head(module.query_norm)(project(module.query, x, head))[:, None])
-        k = view.rotate(per_head(module.key_norm)(project(module.key, memory, head // shared))[:, None])
+        q = view.rotate(normalised(module.query_norm, project(module.query, x, head), head)[:, None])
+        key = project(module.key, memory, head // shared)
+        k = view.rotate(normalised(module.key_norm, key, head // shared)[:, None])
         v = project(module.value, memory, head // shared)[:, None]
         bias = None if view.bias is None else view.bias[:, head, None]
         options = {"scale": module.scale, "softcap": module.softcap}
@@ -312,6 +319,8 @@ norm_of_each_head = QK_NORMS["head"](RMSNorm.choose().make, 2)
         (4, {"scale": 1.0}),
         (3, {"head_dim": 5}),
         (4, {"make_norm": norm_of_each_head}),
+        (4, {"make_norm": QK_NORMS["each-head"](RMSNorm.choose().make, 2), "num_kv_heads": 2}),
+        (4, {"clip": 0.3}),
         (4, {"softcap": 0.5}),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "-".join(value),

@@ -81,6 +81,22 @@ def test_sequential_windows_predict_every_token_but_the_first_once_in_order(coun
         assert torch.equal(batch.inputs[real] + 1, batch.targets[real])
 
 
+@given(count=st.integers(0, 200), length=sizes, rows=sizes, data=st.data())
+def test_overlapping_windows_predict_every_token_once_from_at_least_their_overlap(
+    count: int, length: int, rows: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(1, length))
+    batches = list(SequentialWindows(tokens(count), length, rows, stride))
+    predicted = [target for batch in batches for target in batch.targets.flatten().tolist() if target != IGNORE]
+    assert predicted == list(range(1, count))
+    for batch in batches:
+        real = batch.targets != IGNORE
+        assert torch.equal(batch.inputs[real] + 1, batch.targets[real])
+        before = batch.targets - batch.inputs[:, :1]
+        assert (before[real] >= batch.targets[real].clamp(max=length - stride + 1)).all()
+    assert [len(batch.inputs) for batch in batches[:-1]] == [rows] * (len(batches) - 1)
+
+
 def test_ignore_is_what_cross_entropy_ignores() -> None:
     import inspect
 

@@ -146,6 +146,17 @@ VARIANTS: list[dict[str, Any]] = [
     {"qk_norm": "head", "bias": True, "scaled_embeddings": True, "head_dim": 6, "attention_scale": 0.7},
     {"attention_window": 3, "num_kv_heads": 2, "positions": "t5", "residual": "residual"},
     {"token_smear": True},
+    {
+        "attention_window": 3,
+        "window_pattern": (True, False),
+        "rotary_window_base": 20.0,
+        "rotary_layers": (True, True, False),
+        "rotary_scaling": "yarn",
+        "rotary_factor": 4.0,
+        "rotary_original_length": 8,
+        "qk_norm": "each-head",
+        "qkv_clip": 0.5,
+    },
 ]
 every_variant = pytest.mark.parametrize("choices", VARIANTS, ids=str)
 

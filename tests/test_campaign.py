@@ -20,11 +20,16 @@ from minitransformer.reliability.disturbed_runs import run_kinds
 from minitransformer.reliability.faults import Fault, can_mount
 from minitransformer.reliability.launcher import KILLED, Commands, Strike
 from minitransformer.training.parallel import Parallel
+from tests.forked_for_tests import forked_commands
 from tests.starts_for_tests import one_of, with_traceback, without_checksums, without_moments
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-MODULES = ["minitransformer.commands.train", "tests.starts_for_tests"]
+
+@pytest.fixture(autouse=True)
+def preloaded() -> None:
+    """Commands of the campaign fork from the process that all tests share."""
+    forked_commands()
 
 
 def outcomes(capsys: Any, folder: Path, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
@@ -89,7 +94,7 @@ def test_where_no_disk_can_be_mounted_files_have_a_limit(tmp_path: Path, capsys:
 
 def broken(monkeypatch: Any, begin: Any) -> None:
     """Have the campaign start commands by `begin`."""
-    monkeypatch.setattr(command, "Commands", lambda *_: Commands(begin, MODULES))
+    monkeypatch.setattr(command, "Commands", lambda *_: forked_commands(begin))
 
 
 @pytest.mark.slow
@@ -131,7 +136,7 @@ def test_a_traceback_is_a_failure(tmp_path: Path, capsys: Any, monkeypatch: Any)
 
 @pytest.fixture(scope="module")
 def run() -> Commands:
-    return Commands(one_of, MODULES)
+    return forked_commands(one_of)
 
 
 def test_ranks_are_told_what_torchrun_tells_them(run: Commands, tmp_path: Path) -> None:

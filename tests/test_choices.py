@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def test_every_other_row_may_be_an_example_and_seeds_draw_others() -> None:
 
 def test_a_copy_of_an_item_is_no_example_of_it() -> None:
     rows = read_rows_of([row("q", "a", "b"), row("q", "a", "b"), row("p", "a", "b")])
+    rows[1] = replace(rows[1], where="a later line")
     assert set(contexts(rows, rows, 0, 1).values()) == {"p? a\n\nq?", "q? a\n\np?"}
     with pytest.raises(UserError, match="q is to have 2 examples, and there are 1 other rows: ask for fewer"):
         contexts(rows, rows, 0, 2)
@@ -266,7 +268,7 @@ def test_evaluate_chooses_and_tells_how_often_it_is_right(folder: Path, capsys: 
     flags = ["run", "--choices", "--data", "items.jsonl", "--template", "prompt.txt", "--shots", "1", "--seed", "2"]
     assert evaluate.main([*flags, "--out", "items-scored.jsonl", "--json", "found.json"]) == 0
     said = capsys.readouterr().out
-    assert "items      6, 1 examples before each; chance is 33.3%" in said
+    assert "6 items, after 1 examples each; chance is 33.3%" in said
     lines = [json.loads(line) for line in (folder / "items-scored.jsonl").read_text().splitlines()]
     found = json.loads((folder / "found.json").read_text())
     assert (found["data"], found["shots"], found["seed"]) == ("items.jsonl", 1, 2)
@@ -291,7 +293,7 @@ def test_evaluate_tells_minimal_pairs_apart_by_what_they_test(folder: Path, caps
     found = json.loads((folder / "found.json").read_text())["choices"]
     assert {name: of["sum"]["items"] for name, of in found["groups"].items()} == {"be": 2, "two": 1}
     assert found["accuracy"].keys() == {"sum", "token", "byte"}
-    assert "be         2" in capsys.readouterr().out
+    assert "be (small)       2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from minitransformer.text import corpora
 from minitransformer.text.cleaning import formats, verdicts
 from minitransformer.text.cleaning.examination import EXACT, KEPT, LEAK, NEAR
 from minitransformer.text.cleaning.formats import document_file
+from minitransformer.text.cleaning.journal import RECORD, Examined, Journal
 from minitransformer.text.cleaning.ngrams import hash_ngrams, hash_words
 from minitransformer.text.cleaning.writing import REMOVED
 from tests.dirty_for_tests import (
@@ -344,3 +346,16 @@ def test_a_phrase_in_common_use_is_no_leak(tmp_path: Path) -> None:
     against = write_jsonl(tmp_path / "test.jsonl", [held_out])
     found = judged(write_jsonl(tmp_path / "in.jsonl", [*train, held_out]), against=(str(against),))[1]
     assert found.codes.tolist() == [KEPT] * 20 + [LEAK]
+
+
+def test_a_field_of_all_documents_takes_the_memory_of_that_field(tmp_path: Path) -> None:
+    journal, rows = Journal.open(tmp_path), np.zeros(1 << 19, RECORD)
+    rows["verdict"] = np.arange(len(rows)) % 7
+    journal.add(0, Examined({"documents": rows}, {}))
+    tracemalloc.start()
+    try:
+        verdicts = journal.column("verdict")
+        assert (verdicts == rows["verdict"]).all()
+        assert tracemalloc.get_traced_memory()[1] < rows.nbytes / 3  # rather than that of all fields
+    finally:
+        tracemalloc.stop()

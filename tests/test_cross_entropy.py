@@ -21,7 +21,7 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import build_model
 from minitransformer.text.batches import IGNORE
 from minitransformer.training.objectives import cross_entropy
-from minitransformer.training.objectives.cross_entropy import score_tokens, summed_loss, tokens_at_once
+from minitransformer.training.objectives.cross_entropy import score_tokens, summed_loss, token_losses, tokens_at_once
 
 D, VOCAB = 6, 11
 
@@ -140,7 +140,9 @@ def test_scores_say_which_targets_have_the_highest_logit(head: nn.Module) -> Non
     with torch.no_grad():
         nats, right = score_tokens(head, hidden, targets)
         assert torch.equal(right, head(hidden).argmax(-1) == targets)
-        torch.testing.assert_close(nats, plain(head, hidden, targets))
+        torch.testing.assert_close(nats.sum(), plain(head, hidden, targets))
+        assert torch.equal(nats, token_losses(head, hidden, targets))
+        assert (nats == 0).equal(targets == IGNORE)
 
 
 def test_few_logits_are_made_at_once_and_many_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

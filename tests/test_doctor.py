@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import tempfile
 
 import pytest
@@ -16,6 +14,7 @@ from minitransformer.preflight import data_state, machine_checks, memory_checks
 from minitransformer.preflight.check import PreflightCheck, split_remedy
 from minitransformer.runs import only_writer
 from minitransformer.training.precision import FP8
+from tests.forked_for_tests import forked_commands
 from tests.runs_for_tests import SMALL
 
 FLAGS = ["--steps", "6", *SMALL]
@@ -321,11 +320,9 @@ def test_a_sentence_is_divided_into_what_is_wrong_and_what_to_do(sentence, parts
 @pytest.mark.slow
 def test_ranks_answer_and_share_the_rows(here, capsys):
     flags = [*RUN, "--batch-size", "32", "--d-model", "64", "--json"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, "-m", "minitransformer", "doctor", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = {finding["topic"]: finding for finding in json.loads(done.stdout)["findings"]}
+    ended = forked_commands()(here, "doctor", *flags, ranks=2)
+    assert ended.done, ended.output[-3000:]
+    found = {finding["topic"]: finding for finding in json.loads(ended.outputs[0])["findings"]}
     assert found["ranks"]["text"] == "2 of 2 ranks answer (ddp)"
     alone = examined(capsys, *flags[:-1], code=0)["memory"]["figures"]["activation_bytes"]
     assert found["memory"]["figures"]["activation_bytes"] == pytest.approx(alone / 2, rel=0.2)

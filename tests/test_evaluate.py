@@ -40,9 +40,10 @@ def test_on_its_validation_data_it_has_the_figures_of_the_end_of_training(langua
     told = json.loads((language_model.path / "metrics.jsonl").read_text().splitlines()[-1])
     capsys.readouterr()
     found = evaluated(language_model, "--checkpoint", "latest")
-    expected = {name: told[name] and pytest.approx(told[name], rel=1e-5) for name in found["metrics"]}
-    assert found["metrics"] == expected
-    assert f"loss {told['validation_loss']:.4f}" in capsys.readouterr().out
+    values = {name: each["value"] for name, each in found["metrics"].items() if name != "items"}
+    assert values == {name: pytest.approx(told[name], rel=1e-5) for name in values}
+    assert values.keys() == {"validation_loss", "perplexity", "bits_per_byte"}
+    assert f"loss  {told['validation_loss']:.4f}" in capsys.readouterr().out
     assert found["data"] == "my.txt, validation"
 
 
@@ -56,8 +57,8 @@ def test_the_loss_of_other_text_is_that_of_all_of_its_tokens_by_hand(language_mo
         window = ids[begin : begin + 17]
         log_p = model(window[None, :-1])[0].log_softmax(-1).detach()
         nats -= float(log_p.gather(1, window[1:, None]).sum())
-    assert found["validation_loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
-    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+    assert found["validation_loss"]["value"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+    assert found["bits_per_byte"]["value"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
 
 
 @pytest.mark.unchecked_shapes
@@ -68,20 +69,26 @@ def test_a_classifier_and_a_translator_are_evaluated_on_files(here: Path, capsys
     found = evaluated(classifier, "--data", "labels.tsv", "--out", "classes.jsonl")
     rows = [json.loads(line) for line in (here / "classes.jsonl").read_text().splitlines()]
     right = sum(row["label"] == row["predicted"] for row in rows)
-    assert found["metrics"]["accuracy"] == right / len(rows) == right / 40
+    assert found["metrics"]["accuracy"]["value"] == right / len(rows) == right / 40
+    assert all(row["text"].startswith(f"text {number} is") for number, row in enumerate(rows))
+    by_hand = [-math.log(row["probabilities"][row["label"]]) for row in rows]
+    assert [row["nats"] for row in rows] == pytest.approx(by_hand, rel=1e-4)
     assert sum(map(sum, found["classes"]["confusion"])) == 40
-    assert "class  precision" in capsys.readouterr().out
+    assert "class  texts" in capsys.readouterr().out
     (here / "a.txt").write_text("one two\nthree\n" * 20)
     (here / "b.txt").write_text("eins zwei\ndrei\n" * 20)
     translator = trained(here / "pairs", "transformer-mini", "--data", "a.txt", "--target-data", "b.txt")
     flags = ["--data", "a.txt", "--target-data", "b.txt"]
     found = evaluated(translator, *flags, "--num-beams", "2", "--out", "outputs.jsonl")
-    assert found["metrics"]["validation_loss"] > 0
+    assert found["metrics"]["validation_loss"]["value"] > 0
     assert found["outputs"]["num_beams"] == 2
     rows = [json.loads(line) for line in (here / "outputs.jsonl").read_text().splitlines()]
     assert {(row["source"], row["reference"]) for row in rows} == {("one two", "eins zwei"), ("three", "drei")}
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("outputs")]
-    assert line == "outputs    for 40 sources, by 2 beams"
+    assert [row["item"] for row in rows] == list(range(40))
+    assert "Outputs for 40 sources, by 2 beams." in capsys.readouterr().out.splitlines()
+    assert "stride is for models that predict the next token" in refused(
+        capsys, "classes", "--data", "labels.tsv", "--stride", "8", main=evaluate.main
+    )
 
 
 @pytest.mark.unchecked_shapes
@@ -89,10 +96,12 @@ def test_a_classifier_and_a_translator_are_evaluated_on_files(here: Path, capsys
     ("flags", "words"),
     [
         (["--batch-size", "0"], "batch_size is 0: it must be at least 1"),
+        (["--stride", "0"], "stride is 0: it must be at least 1"),
+        (["--stride", "17"], "stride is 17, and the windows have 16 tokens: choose at most as many"),
         (["--json", "my.txt"], "my.txt already exists: choose another --json"),
+        (["--json", "new", "--html", "./new"], "new is named twice: choose another --html"),
         (["--target-data", "my.txt"], "give --data too, or leave it out"),
         (["--data", "my.txt", "--target-data", "my.txt"], "target_data is for pairs, and the data of the run is text"),
-        (["--out", "answers.jsonl"], "no answers, translations or classes in this data to write: leave --out out"),
         (["--num-beams", "2"], "--num-beams has no effect on data without questions: leave it out"),
         (["--data", "no.txt"], "no file, folder or recipe 'no.txt'"),
     ],
@@ -100,6 +109,21 @@ def test_a_classifier_and_a_translator_are_evaluated_on_files(here: Path, capsys
 def test_a_mistake_is_one_sentence(language_model: Run, flags: list[str], words: str, capsys: Any) -> None:
     capsys.readouterr()
     assert words in refused(capsys, "run", *flags, main=evaluate.main)
+
+
+@pytest.mark.unchecked_shapes
+def test_validation_data_that_has_changed_since_training_is_refused(language_model: Run, capsys: Any) -> None:
+    Path("my.txt").write_text(TEXT + TEXT)
+    capsys.readouterr()
+    assert "my.txt is not the text that run started with" in refused(capsys, "run", main=evaluate.main)
+
+
+@pytest.mark.unchecked_shapes
+def test_an_import_has_no_validation_data(language_model: Run, capsys: Any) -> None:
+    tokenizers = [language_model.tokenizer] * 2
+    Run.create(Path("import"), language_model.config, *tokenizers, initial=language_model.load_model())
+    capsys.readouterr()
+    assert "import was imported, and has no validation data" in refused(capsys, "import", main=evaluate.main)
 
 
 @pytest.mark.unchecked_shapes

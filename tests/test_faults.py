@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from minitransformer.commands import start
 from minitransformer.reliability.faults import can_mount, files_in, flip_bit, small_disk
 from minitransformer.reliability.injection import BALLAST
 from minitransformer.reliability.launcher import KILLED, Commands, Strike
+from tests.forked_for_tests import forked_commands
 from tests.runs_for_tests import SMALL, TEXT
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
@@ -32,7 +32,7 @@ RESUME = ("--resume", "run")
 
 @pytest.fixture(scope="module")
 def command() -> Commands:
-    return Commands(start, ["minitransformer.commands.train", "minitransformer.commands.sample"])
+    return forked_commands()
 
 
 def folder_with_text(path: Path) -> Path:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from minitransformer.training.learner import Learner
 from minitransformer.training.parallel import FSDP
 from minitransformer.training.ranks import ONE_PROCESS, Ranks
 from minitransformer.training.tensor_parallel import divide
+from tests.forked_for_tests import forked_commands
 from tests.placements_for_tests import EVERY_PLACEMENT
 from tests.ranks_for_tests import config_of, learner_of, on_ranks, write_texts
 from tests.runs_for_tests import SMALL, metrics
@@ -348,9 +346,5 @@ def test_ranks_start_from_the_weights_of_another_run(here: Path, capsys: Any, pa
 
 def train_on(count: int, *flags: str) -> None:
     """`train.py` on `count` ranks."""
-    script = Path(__file__).parents[1] / "train.py"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    command = [sys.executable, *(torchrun if count > 1 else []), str(script), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ended = forked_commands()(Path.cwd(), "train", *flags, ranks=count, patience=300)
+    assert ended.done, ended.output[-3000:]

@@ -34,6 +34,7 @@ from minitransformer.generation.window import window_length
 from minitransformer.models.decoder import DecoderLM
 from tests.placements_for_tests import choosing
 
+pytestmark = pytest.mark.unchecked_shapes
 MakeDecoder = Callable[..., DecoderLM]
 
 

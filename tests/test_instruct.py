@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from minitransformer.commands import doctor, evaluate, export, sample, train, verify_resume
 from minitransformer.errors import UserError
-from minitransformer.evaluation.answers import answer_totals, token_f1
-from minitransformer.evaluation.metrics import intervals_of, values_of
+from minitransformer.evaluation.answers import answer_items, token_f1
+from minitransformer.evaluation.estimates import estimates_of
 from minitransformer.models.model import Model, build_model
 from minitransformer.runs import Run
 from minitransformer.runs.answering import questions_of
@@ -27,7 +27,7 @@ from minitransformer.text.datasets.conversation_preparation import PreparedConve
 from minitransformer.text.packing import PackedBatch, packed_rows
 from minitransformer.training.config import RunConfig, with_vocabulary
 from minitransformer.training.loader import Loader
-from minitransformer.training.objectives.instruct import exact_answers
+from minitransformer.training.objectives import Score
 from tests.runs_for_tests import configured
 
 TINY = ["--d-model", "16", "--num-layers", "1", "--num-heads", "2", "--context-length", "128", "--tokenizer", "bytes"]
@@ -181,7 +181,7 @@ def test_the_loss_is_the_sum_over_answers_by_hand(packing: bool, tmp_path: Path)
     assert sum(each.num_targets for each in batches) == seen == len(prepared.targets("train"))
     assert sum(each.num_tokens for each in batches) == prepared.num_tokens("train")
     losses = [loader.objective.loss_sum(model, each).item() for each in batches]
-    scores = [loader.objective.score(model, each).nats.item() for each in batches]
+    scores = [loader.objective.score(model, each).nats.sum().item() for each in batches]
     assert sum(losses) == pytest.approx(by_hand, rel=1e-9)
     assert sum(scores) == pytest.approx(by_hand, rel=1e-9)
 
@@ -220,7 +220,11 @@ def test_an_answer_is_exact_only_if_all_of_its_targets_are_right() -> None:
     targets = torch.tensor([[IGNORE, 5, 6, 7, IGNORE], [1, IGNORE, 2, 3, 4]])
     batch = PackedBatch(torch.zeros_like(targets), targets, documents)
     right = torch.tensor([[False, True, True, False, False], [True, False, True, True, True]])
-    assert exact_answers(right, batch).tolist() == [True, False, True]
+    nats = torch.where(targets == IGNORE, 0.0, 1.0)
+    columns = Score(nats, right, whole=True).items(batch).columns
+    assert columns["exact"].tolist() == [1, 0, 1]
+    assert columns["tokens"].tolist() == [2, 2, 5]
+    assert columns["nats"].tolist() == columns["targets"].tolist() == [1, 2, 4]
 
 
 @pytest.mark.parametrize(("too_long", "kept"), [("cut", 3), ("skip", 2)])
@@ -280,13 +284,17 @@ def test_a_model_that_has_learned_to_answer_ends_its_answers(
     chat = [str(run.path), "--chat", "--prompt", "Say b."]
     assert sample.main([*chat, "--temperature", "0", "--max-new-tokens", "9"]) == 0
     assert capsys.readouterr().out == "yes\n"
-    assert evaluate.main([str(run.path), "--out", str(tmp_path / "answers.jsonl")]) == 0
+    assert evaluate.main([str(run.path), "--checkpoint", "latest", "--out", str(tmp_path / "answers.jsonl")]) == 0
     said = capsys.readouterr().out
-    assert "answers    to 8 questions, by greedy decoding\n" in said
-    assert "exact match 100.0% (95% interval 67.6% to 100.0%)\n" in said
-    assert "token F1 100.0% (95% interval 100.0% to 100.0%)\n" in said
+    assert "Answers to 8 questions, by greedy decoding\n" in said
+    assert "exact match  100.0%  67.6% to 100.0%\n" in said
+    assert "token F1     100.0%  100.0% to 100.0%\n" in said
     written = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert written == [{"reference": "yes", "answer": "yes"}] * 8
+    assert [(row["item"], row["reference"], row["answer"]) for row in written] == [(n, "yes", "yes") for n in range(8)]
+    assert all("Say" in row["prompt"] and row["exact"] == row["token_f1"] == 1 for row in written)
+    assert sum(row["nats"] for row in written) / sum(row["targets"] for row in written) == pytest.approx(
+        told["validation_loss"], rel=0.05
+    )
 
 
 def test_questions_are_those_before_whole_answers_and_answers_have_no_end(tmp_path: Path) -> None:
@@ -317,12 +325,12 @@ def test_token_f1_is_that_of_its_definition(answer: str, reference: str, f1: flo
 
 
 def test_metrics_of_answers_have_intervals_around_them() -> None:
-    totals = answer_totals([(" a\n", "a")] * 30 + [("b", "a")] * 10)
-    assert values_of(totals)["exact"] == values_of(totals)["token_f1"] == 0.75
-    assert values_of(totals)["validation_loss"] is None
-    for name, (low, high) in intervals_of(totals).items():
-        assert 0.5 < low < 0.75 < high < 0.9, name
-    assert set(intervals_of(totals)) == {"exact", "token_f1"}
+    found = estimates_of(answer_items([(" a\n", "a")] * 30 + [("b", "a")] * 10))
+    assert set(found) == {"exact", "token_f1"}
+    for name, each in found.items():
+        assert each.value == 0.75
+        assert each.interval is not None
+        assert 0.5 < each.interval[0] < 0.75 < each.interval[1] < 0.9, name
 
 
 def test_another_template_is_learned_stored_and_inherited(tmp_path: Path) -> None:
@@ -376,7 +384,7 @@ def test_an_exported_model_stops_where_an_answer_ends(tmp_path: Path) -> None:
     ]
     flags = ["gpt-nano", *TINY, *exportable, "--qk-norm", "none", "--objective", "instruct", "--data", str(data)]
     run = trained(tmp_path / "run", *flags, "--steps", "1")
-    assert export.main([str(run.path), "--to", str(tmp_path / "out"), "--format", "gpt2"]) == 0
+    assert export.main([str(run.path), "--to", str(tmp_path / "out"), "--family", "gpt2"]) == 0
     ends = json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"]
     assert ends == [run.tokenizer.end_of_text, run.tokenizer.special_tokens["<|im_end|>"]]
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == ChatTemplate.named("chatml").source

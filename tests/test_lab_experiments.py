@@ -57,6 +57,7 @@ def findings(kind: type[Experiment]) -> Findings:
     return reduced(kind).conclude(results(kind))
 
 
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize("kind", REDUCED)
 def test_no_mean_over_two_seeds_contradicts_what_must_hold(kind, monkeypatch):
     for module in ("minitransformer.lab.experiment", forward.__name__):

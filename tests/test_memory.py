@@ -87,7 +87,7 @@ def test_by_default_the_run_ends_with_the_remedy(here, capsys, monkeypatch):
     def too_much(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has a total capacity of …")
 
-    monkeypatch.setattr("minitransformer.training.objectives.causal.Causal.score", too_much)
+    monkeypatch.setattr("minitransformer.training.objectives.causal.Causal.loss_sum", too_much)
     assert train("--out", "run", "--validation-fraction", "0") == 1
     error = capsys.readouterr().err
     assert error == (

@@ -9,15 +9,13 @@ import pytest
 import torch
 
 from minitransformer.analysis.trials import recorded_metrics
-from minitransformer.evaluation.metrics import Metric, Totals, metric_called, values_of
+from minitransformer.evaluation.items import Totals, join_items
+from minitransformer.evaluation.metrics import Metric, metric_called, values_of
+from minitransformer.text.batches import IGNORE, Batch
 from minitransformer.training.objectives import Score
 from minitransformer.training.validation import Validation
 
 ALL = Totals(nats=6.0, targets=4, correct=3, texts=2, exact=1, bytes=3, majority_baseline=0.25)
-
-
-class Counted:
-    num_targets, num_tokens = 4, 9
 
 
 def test_values_are_those_of_their_definitions() -> None:
@@ -40,10 +38,18 @@ def test_what_an_objective_does_not_ask_for_is_not_told() -> None:
 
 
 def test_batches_add_up_to_totals() -> None:
-    totals = Totals()
+    totals, found = Totals(), []
+    batch = Batch(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[1, 2, 3], [4, IGNORE, IGNORE]]))
     for nats in (1.0, 2.5):
-        totals.add(Counted(), Score(torch.tensor(nats), torch.tensor(3), torch.tensor([True, False])))
-    assert totals == Totals(nats=3.5, targets=8, tokens=18, correct=6, texts=4, exact=2)
+        right = torch.tensor([[True, False, True], [True, False, False]])
+        score = Score(nats * (batch.targets != IGNORE), right, whole=True)
+        found.append(score.items(batch))
+        totals.add(found[-1])
+    assert totals == Totals(nats=14.0, targets=8, tokens=12, correct=6, texts=4, exact=2) == join_items(found).totals()
+    assert {name: column.tolist() for name, column in found[1].columns.items()} == {
+        **{"nats": [7.5, 2.5], "targets": [3, 1], "tokens": [3, 3]},
+        **{"correct": [2, 1], "texts": [1, 1], "exact": [0, 1]},
+    }
 
 
 def test_a_validation_is_told_in_the_words_of_its_metrics() -> None:

@@ -68,6 +68,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"head": "transformed", "embedding_dim": 8},
         "head 'transformed' cannot be combined with embedding_dim 8: leave one of them out",
     ),
+    (
+        {"first_norm": False, "residual": "post"},
+        "first_norm has no effect with residual 'post': leave it out, or choose 'pre'",
+    ),
+    (
+        {"transform_bias": False},
+        "transform_bias has no effect with head 'linear': leave it out, or choose 'transformed'",
+    ),
     ({"window_pattern": ()}, "window_pattern is empty: give True or False for at least one layer"),
 ]
 
@@ -79,7 +87,7 @@ def test_a_bad_value_gives_one_sentence_that_names_it_and_its_remedy(choices: di
     assert str(caught.value) == sentence
 
 
-WHOLE = [each.name for each in all_declared(ModelConfig) if each.kind in (int, int | None)]
+WHOLE = list(dict.fromkeys(each.name for each in all_declared(ModelConfig) if each.kind in (int, int | None)))
 
 
 @pytest.mark.parametrize("value", [0, -3])
@@ -95,7 +103,7 @@ def test_sizes_are_all_there() -> None:
     expected = (
         "d_model num_layers num_decoder_layers num_heads num_kv_heads head_dim d_ff context_length vocab_size "
         "target_vocab_size num_segments num_classes mhc_lite_streams rotary_original_length t5_buckets t5_max_distance "
-        "num_experts experts_per_token attention_window embedding_dim lora_rank soft_prompt_tokens"
+        "num_experts experts_per_token attention_window embedding_dim int4_group_size lora_rank soft_prompt_tokens"
     )
     assert expected.split() == WHOLE
 

@@ -17,6 +17,7 @@ from minitransformer import plugins
 from minitransformer.__main__ import COMMANDS
 from minitransformer.architecture.residual import Residual
 from minitransformer.commands import load_command, train, with_plugins
+from minitransformer.compression.request import CompressionRequest
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.settings import kinds
 from minitransformer.training.config import RunConfig
@@ -100,7 +101,7 @@ def test_every_name_in_code_font_is_a_name_of_the_code(page: Path) -> None:
 def test_every_flag_that_a_page_names_is_one_of_a_command(page: Path) -> None:
     files = PACKAGE.glob("commands/*.py")
     fields = re.findall(r"^    (\w+):", "\n".join(file.read_text(encoding="utf-8") for file in files), re.M)
-    settings = {*kinds(RunConfig), *SamplingConfig().flat, *fields}
+    settings = {*kinds(RunConfig), *kinds(CompressionRequest), *SamplingConfig().flat, *fields}
     known = {name.replace("_", "-") for name in settings} | {"help", "plugin", *OTHERS}
     named = set(re.findall(r"`[^`\n]*?--([a-z][\w-]*)", prose(page)))
     assert {flag for flag in named if flag.removeprefix("no-") not in known} == set()
@@ -157,6 +158,7 @@ def test_every_command_that_a_page_prints_is_understood(command: str, monkeypatc
         "sweep": lambda: monkeypatch.setattr(module, "_check", stop),
         "sample": lambda: monkeypatch.setattr(module, "check_together", stop),
         "data": lambda: monkeypatch.setattr(module, "_config", stop),
+        "compress": lambda: monkeypatch.setattr(module, "check_free", stop),
     }
     understood.get(module.__name__.rpartition(".")[2], lambda: stop_after_parsing(module, monkeypatch))()
     with pytest.raises(Parsed):

@@ -282,3 +282,14 @@ def test_t5_adds_the_bias_of_the_bucket_of_key_minus_query_for_each_head(causal:
     for i, p in enumerate(queries[0].tolist()):
         for j, q in enumerate(keys[0].tolist()):
             assert torch.equal(bias[0, :, i, j], scheme.table.weight[looped_bucket(q - p, causal, 32, 128)])
+
+
+def test_falcons_alibi_is_alibi_of_the_keys_in_bfloat16() -> None:
+    scheme = PositionScheme.choose("alibi-falcon").make(space(num_heads=2, head_dim=4))
+    queries, keys = torch.tensor([[3, 300]]), torch.tensor([[0, 3, 299, 300]])
+    slopes = [torch.tensor(2.0**-4).bfloat16(), torch.tensor(2.0**-8).bfloat16()]
+    for head, slope in enumerate(slopes):
+        of_keys = (slope * keys[0]).float() / 2  # √4
+        expected = of_keys - of_keys[[1, 3]][:, None]
+        torch.testing.assert_close(scheme.score_bias(queries, keys)[0, head], expected)
+    assert scheme.score_bias(queries, keys)[0, 0, 1, 2] == 0  # 299 and 300 are one number in bfloat16

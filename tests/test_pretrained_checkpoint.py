@@ -170,6 +170,42 @@ def test_what_is_damaged_is_named(checkpoint: Path, file: str, content: str, mes
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"is of a quantised \(gptq\) checkpoint: give"),
+        ({"compression_config": {"format": "int8"}}, "is of a quantised checkpoint: give the one"),
+        (
+            {"architectures": ["LlamaForQuestionAnswering"]},
+            r"describes a model with a question-answering head \(LlamaForQuestionAnswering\), which cannot",
+        ),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "describes a model with a sequence-classification head",
+        ),
+        (
+            {"model_type": "deepseek_v3", "n_shared_experts": 1, "kv_lora_rank": 512},
+            r"describes a mixture with shared experts \(deepseek_v3\), which cannot be loaded: known are bert, ",
+        ),
+        (
+            {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 64},
+            r"describes a mixture with shared experts \(qwen2_moe",
+        ),
+        (
+            {"model_type": "gemma3", "vision_config": {"hidden_size": 8}},
+            r"describes a model with an image encoder \(gemma3\)",
+        ),
+        ({"model_type": "mamba", "state_size": 16}, r"describes a model with state-space layers \(mamba\)"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_is_refused_by_its_kind(checkpoint: Path, fields: dict[str, Any], message: str) -> None:
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(UserError, match=r"config\.json " + message):
+        pretrained.load(checkpoint)
+
+
+@pytest.mark.parametrize(
     ("missing", "message"),
     [("config.json", r"has no config\.json"), ("model.safetensors", r"has neither model\.safetensors nor")],
 )

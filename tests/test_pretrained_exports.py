@@ -19,15 +19,15 @@ from minitransformer.architecture.block import Block
 from minitransformer.architecture.embeddings import POOLING_ACTIVATIONS
 from minitransformer.architecture.feedforward import FeedForward
 from minitransformer.architecture.norms import Norm
-from minitransformer.architecture.positions import PositionScheme, RotaryScaling
+from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual
+from minitransformer.architecture.rotary_scaling import RotaryScaling
 from minitransformer.errors import UserError
 from minitransformer.models.config import HEADS, ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained.families import Family
-from minitransformer.pretrained.reopened import reopened_difference
 from minitransformer.settings import with_settings
-from tests.members_for_tests import FLOAT32, MEMBERS, VOCABULARY
+from tests.members_for_tests import FLOAT32, MEMBERS, VOCABULARY, reopened_difference
 
 library = pytest.importorskip("transformers")
 Changes = dict[str, Any]
@@ -47,6 +47,10 @@ SETTINGS: dict[str, list[Any]] = {
     "next_sentence": [False, True],
     "num_classes": [1, 2],
     "pooling": list(POOLING_ACTIVATIONS),
+    "pooled": ["first", "mean"],
+    "pooled_norm": [False, True],
+    "first_norm": [True, False],
+    "transform_bias": [True, False],
     "block": list(Block.registry),
     "residual": list(Residual.registry),
     "norm": list(Norm.registry),
@@ -61,6 +65,14 @@ SETTINGS: dict[str, list[Any]] = {
     "rotary_low_freq_factor": [2.0],
     "rotary_high_freq_factor": [3.0],
     "rotary_original_length": [16],
+    "rotary_beta_fast": [4.0],
+    "rotary_beta_slow": [0.5],
+    "rotary_magnitude": [None, 1.5],
+    "rotary_whole_pairs": [True, False],
+    "rotary_window_base": [None, 20.0],
+    "rotary_layers": [(True,), (True, False), (False, True, True)],
+    "pre_scaled_multiplier": [0.5],
+    "embedding_scale": [0.7],
     "t5_buckets": [8],
     "t5_max_distance": [10],
     "feedforward": list(FeedForward.registry),
@@ -71,6 +83,7 @@ SETTINGS: dict[str, list[Any]] = {
     "attention_output_bias": BIASES,
     "qk_norm": list(QK_NORMS),
     "attention_scale": [None, 1.0, 0.3],
+    "qkv_clip": [None, 0.5],
     "attention_softcap": [None, 5.0],
     "attention_window": [None, 5, 16],
     "window_pattern": [(True,), (True, False), (False, True), (False,)],
@@ -187,7 +200,7 @@ def test_a_field_that_is_left_out_means_what_the_library_takes_it_for(name: str)
     assert read > 10
 
 
-WHOLE_HEADS = ("falcon", "llama", "mistral", "mixtral", "qwen2", "qwen3", "olmo2", "gemma2")
+WHOLE_HEADS = ("falcon", "llama", "mistral", "mixtral", "qwen2", "qwen3", "olmo2", "gemma2", "cohere", "granite")
 
 
 @pytest.mark.parametrize("family", WHOLE_HEADS)

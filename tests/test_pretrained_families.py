@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from minitransformer.architecture.positions import Rotary
+from minitransformer.architecture.rotary_scaling import LongRoPE
 from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
 from minitransformer.models.model import build_model
@@ -25,6 +26,9 @@ LLAMA = {
     "num_attention_heads": 4,
     "intermediate_size": 48,
 }
+
+
+DBRX = {"max_seq_len": 16, "d_model": 32, "n_layers": 2, "n_heads": 4, "rope_theta": 5.0}
 
 
 def read(family: str, **hf: Any) -> ModelConfig:
@@ -77,8 +81,39 @@ def test_the_share_of_a_head_that_turns_is_read_from_all_spellings(spelling: dic
 
 
 def test_a_rotation_that_we_do_not_have_is_refused() -> None:
-    with pytest.raises(UserError, match=r"rope_type is 'yarn' in config\.json: known are default, linear and llama3"):
-        read("llama", **LLAMA, rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(UserError, match=r"rope_type is 'proportional' in config\.json: known are default, linear, "):
+        read("llama", **LLAMA, rope_scaling={"rope_type": "proportional", "factor": 4.0})
+
+
+def test_a_scaling_is_read_as_its_first_files_say_it() -> None:
+    factors = {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1, 2, 4, 8]}
+    phi = read("phi3", **LLAMA, rope_scaling={"type": "su", **factors}, original_max_position_embeddings=16)
+    expected = {"short_factors": (1.0, 1.5, 2.0, 3.0), "long_factors": (1.0, 2.0, 4.0, 8.0), "original_length": 16}
+    magnitude = math.sqrt(1 + math.log(64 / 16) / math.log(16))
+    assert phi.positions == Rotary.choose(scaling=LongRoPE.choose(**expected, magnitude=magnitude))
+    assert phi.context_length == 16  # for which the short factors serve
+    deep = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 32, "mscale": 2.0, "mscale_all_dim": 1.0}
+    scaling = read("llama", **LLAMA, rope_scaling=deep).positions.settings.scaling
+    assert scaling.settings.magnitude == (0.2 * math.log(40) + 1) / (0.1 * math.log(40) + 1)
+    implied = {"type": "yarn", "factor": None, "original_max_position_embeddings": 16}
+    assert read("llama", **LLAMA, rope_scaling=implied).positions.settings.scaling.settings.factor == 4.0
+
+
+def test_the_rotation_of_layers_is_read_from_both_spellings() -> None:
+    old = read("gemma3_text", **LLAMA, rope_theta=7.0, rope_local_base_freq=5.0, sliding_window_pattern=2)
+    bases = {"sliding_attention": {"rope_theta": 5.0}, "full_attention": {"rope_theta": 7.0}}
+    new = read("gemma3_text", **LLAMA, rope_parameters=bases, layer_types=["sliding_attention", "full_attention"])
+    assert old == new
+    assert old.positions == Rotary.choose(base=7.0, window_base=5.0)
+    assert read("smollm3", **{**LLAMA, "num_hidden_layers": 4}).positions.settings.layers == (True, True, True, False)
+    olmo = read("olmo3", **LLAMA, rope_theta=9.0, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert (olmo.positions.settings.window_base, olmo.positions.settings.scaling.name) == (9.0, "linear")
+
+
+def test_dbrx_has_the_base_of_its_training() -> None:
+    assert read("dbrx", vocab_size=11, **{**DBRX, "rope_theta": None}, attn_config={"rope_theta": 5e5}).positions == (
+        Rotary.choose(base=5e5)
+    )
 
 
 def test_defaults_are_those_of_the_family() -> None:
@@ -119,14 +154,25 @@ def test_the_fast_gelu_is_the_one_with_tanh() -> None:
         ),
         ("gpt2", "scale_attn_by_inverse_layer_idx", True, "only False can be loaded for gpt2"),
         ("bert", "position_embedding_type", "relative_key", "only 'absolute' can be loaded for bert"),
-        ("falcon", "alibi", True, "alibi is True in config.json: only False can be loaded for falcon"),
+        ("dbrx", "ffn_config", {"moe_normalize_expert_weights": 2.0}, "moe_normalize_expert_weights is 2.0 in"),
+        ("dbrx", "attn_config", {"rope_theta": 7.0}, "rope_theta is 5.0 in config.json and 7.0 in its attn_config"),
+        ("modernbert", "classifier_activation", "relu", "the head of masked tokens can only have the same one"),
+        ("modernbert", "rope_scaling", {"rope_type": "yarn"}, "only 'default' can be loaded for modernbert"),
+        ("gemma", "use_bidirectional_attention", True, "only causal members of this family can be loaded"),
+        ("olmo3", "rope_parameters", {"rope_theta": 7.0}, "rope_parameters in config.json has no full_attention"),
+        (
+            "olmo3",
+            "rope_parameters",
+            {"sliding_attention": {"rope_type": "linear", "factor": 2.0}},
+            "rope_type is 'linear' for sliding_attention in config.json",
+        ),
     ],
 )
 def test_a_member_that_we_do_not_cover_is_refused_by_the_field(
     family: str, field: str, value: Any, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        read(family, **{**GPT2, **LLAMA, field: value})
+        read(family, **{**GPT2, **LLAMA, **DBRX, field: value})
 
 
 # A valid configuration of families that read their fields in different ways.

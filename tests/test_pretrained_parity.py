@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitransformer import pretrained, settings
+from minitransformer.exporting.library import OUTPUTS
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM
 from minitransformer.models.encoder_decoder import EncoderDecoder
 from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained.families import Family
-from minitransformer.pretrained.reopened import OUTPUTS
 from minitransformer.pretrained.shards import write_shards
 from tests.members_for_tests import FLOAT32, LENGTH, MEMBERS, PADDING, TARGET_LENGTH, VOCABULARY, Member, public
 
@@ -134,7 +134,38 @@ def test_logits_are_those_of_the_reference(name: str, sides: str, folder: Path) 
     assert error(our_logits, their_logits) <= tolerance
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_context_beyond_the_original_length_has_the_logits_of_a_text_that_fills_it(
+    kind: str, folder: Path, transformers: Any, tmp_path: Path
+) -> None:
+    theirs = copy.deepcopy(public({"dynamic": "llama dynamic", "longrope": "phi3 longrope"}[kind], folder)[0])
+    theirs.config.max_position_embeddings = theirs.config.original_max_position_embeddings = LENGTH // 2
+    theirs.config.rope_parameters["original_max_position_embeddings"] = LENGTH // 2
+    theirs.config.rope_parameters |= {"attention_factor": 1.2} if kind == "longrope" else {}
+    theirs.save_pretrained(tmp_path)  # type: ignore[operator]
+    reference = type(theirs).from_pretrained(tmp_path, attn_implementation="eager").eval()  # type: ignore[attr-defined]
+    short, _ = pretrained.load(tmp_path)
+    ours = build_model(settings.with_settings(short.config, {"context_length": LENGTH})).eval()
+    ours.load_state_dict(short.state_dict())
+    tokens = torch.randint(4, VOCABULARY, (2, LENGTH))
+    assert error(ours(tokens), reference(input_ids=tokens).logits) <= FLOAT32
+    assert error(short(tokens), reference(input_ids=tokens).logits) > 100 * FLOAT32
+
+
 GELUS = {"gelu": "gelu-tanh", "gelu-tanh": "gelu", "geglu-tanh": "geglu"}
+
+
+# Numbers that only some families have.
+FACTORS = (
+    "attention_scale",
+    "embedding_scale",
+    "logit_scale",
+    "pre_scaled_multiplier",
+    "qkv_clip",
+    "rotary_magnitude",
+    "rotary_window_base",
+)
 
 
 def subtle_mistakes(config: ModelConfig) -> Iterator[dict[str, Any]]:
@@ -148,6 +179,10 @@ def subtle_mistakes(config: ModelConfig) -> Iterator[dict[str, Any]]:
         yield {"attention_window": config.attention_window + 1}
     if config.attention_softcap is not None:
         yield {"attention_softcap": 1.1 * config.attention_softcap}
+    default, flat = settings.flat(ModelConfig()), settings.flat(config)
+    for name in FACTORS:
+        if flat.get(name) not in (None, default.get(name)):
+            yield {name: 1.01 * flat[name]}
 
 
 @torch.inference_mode()
@@ -191,7 +226,7 @@ def test_what_is_saved_opens_as_the_reference_and_comes_back_bit_for_bit(
     pretrained.save(ours, tmp_path / "saved", theirs.config.model_type)
     model_class = getattr(transformers, member.architecture)
     reopened, report = model_class.from_pretrained(
-        tmp_path / "saved", attn_implementation="eager", output_loading_info=True
+        tmp_path / "saved", attn_implementation=member.attention, output_loading_info=True
     )
     # Marian's sinusoids are in no file, and the pooler of a headless encoder is left out.
     absent = ("embed_positions", "pooler.") if "headless" in name else ("embed_positions",)

@@ -145,7 +145,6 @@ def test_a_damaged_vocabulary_is_one_sentence(tmp_path: Path) -> None:
         (None, "has no tokenizer.json, which a run needs: make one with python -c"),
         ("spiece.model", "but spiece.model, which only its own library reads: make one with python -c"),
         ("tokenizer.model", r"T.from_pretrained\('.*'\).save_pretrained\('.*'\)"),
-        ("source.spm", "but source.spm, which only its own library reads: make one with the tokenizers package"),
     ],
 )
 def test_without_a_known_tokenizer_the_way_to_one_is_told(

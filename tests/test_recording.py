@@ -44,6 +44,17 @@ MakeDecoder = Callable[..., DecoderLM]
         {"embedding_dim": 6},
         {"attention_kernel": "by-hand", "num_kv_heads": 2},
         {"token_smear": True},
+        {
+            "attention_window": 3,
+            "window_pattern": (True, False),
+            "rotary_window_base": 20.0,
+            "rotary_layers": (True, True, False),
+            "rotary_scaling": "yarn",
+            "rotary_factor": 4.0,
+            "rotary_original_length": 8,
+            "qk_norm": "each-head",
+            "qkv_clip": 0.5,
+        },
     ],
     ids=str,
 )

@@ -46,6 +46,10 @@ def pre(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
     return final(x + sum(branches(x, f, lambda k, y: norms[k](y))))
 
 
+def pre_scaled(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
+    return pre(x, [lambda y, k=k: 0.22 * f[k](y) for k in range(len(f))], norms, final, gains)
+
+
 def branches(x: Tensor, f: list[Function], read: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
     """f_k(read_k(x + all branches before k))."""
     found: list[Tensor] = []
@@ -141,6 +145,7 @@ def siamese(x, f, norms, final, gains):  # type: ignore[no-untyped-def]
 RECURRENCES: dict[str, Recurrence] = {
     "post": post,
     "pre": pre,
+    "pre-scaled": pre_scaled,
     "sandwich": sandwich,
     "peri": sandwich,
     "olmo2": olmo2,

@@ -12,14 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minitransformer.architecture.kernels import KERNELS
-from minitransformer.architecture.positions import (
-    Llama3Scaling,
-    PositionInterpolation,
-    PositionSpace,
-    Rotary,
-    RotaryScaling,
-    token_positions,
-)
+from minitransformer.architecture.positions import PositionSpace, Rotary, token_positions
+from minitransformer.architecture.rotary_scaling import Llama3Scaling, PositionInterpolation, RotaryScaling
+from minitransformer.errors import UserError
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 
@@ -106,3 +101,54 @@ def test_llama_3_1_has_the_frequencies_of_its_public_code() -> None:
         between = (1 - smooth) * frequency / 8 + smooth * frequency
         expected.append(frequency if wavelength < 8192 / 4 else frequency / 8 if wavelength > 8192 / 1 else between)
     torch.testing.assert_close(scaling.rescale(frequencies), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_yarn_leaves_fast_turns_slows_slow_ones_and_ramps_between_by_pair() -> None:
+    scaling = RotaryScaling.choose("yarn", factor=4.0, beta_fast=8.0, beta_slow=0.5, original_length=100)
+    found, expected = scaling.make(base=50.0).rescale(50.0 ** (-torch.arange(16) / 16)), []
+    edges = [16 * math.log(100 / (2 * math.pi * beta)) / math.log(50.0) for beta in (8.0, 0.5)]
+    for pair in range(16):  # the limits of the ramp lie between pairs, and are rounded outwards
+        ramp = (pair - math.floor(edges[0])) / (math.ceil(edges[1]) - math.floor(edges[0]))
+        slowed = min(max(ramp, 0.0), 1.0)
+        expected.append(50.0 ** (-pair / 16) * (slowed / 4 + 1 - slowed))
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert scaling.make().magnitude == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_the_magnitude_multiplies_queries_and_keys() -> None:
+    x, positions = torch.randn(1, 2, 4, 8), token_positions(4)
+    larger = RotaryScaling.choose("yarn", factor=4.0, original_length=100, magnitude=1.5)
+    plain = RotaryScaling.choose("yarn", factor=4.0, original_length=100, magnitude=1.0)
+    found, expected = (
+        Rotary.choose(scaling=s, base=50.0).make(space()).rotation(positions)(x) for s in (larger, plain)
+    )
+    torch.testing.assert_close(found, 1.5 * expected)
+
+
+@given(context=st.integers(1, 400))
+def test_dynamic_frequencies_are_those_of_a_greater_base_once_the_context_is_longer(context: int) -> None:
+    scaling = RotaryScaling.choose("dynamic", factor=4.0, original_length=100).make(50.0, context)
+    base = 50.0 * max(4 * context / 100 - 3, 1) ** (8 / 6)  # of 8 features
+    pairs = torch.arange(4, dtype=torch.float64) / 4
+    torch.testing.assert_close(scaling.rescale(50.0**-pairs), base**-pairs, rtol=1e-6, atol=0)
+
+
+def test_longrope_has_one_divisor_for_each_pair_by_the_length_of_the_context() -> None:
+    settings = {"short_factors": (1.0, 2.0), "long_factors": (4.0, 8.0), "original_length": 16}
+    short, long = (RotaryScaling.choose("longrope", **settings).make(50.0, context) for context in (16, 17))
+    assert short.rescale(torch.ones(2)).tolist() == [1, 1 / 2]
+    assert long.rescale(torch.ones(2)).tolist() == [1 / 4, 1 / 8]
+    assert (short.magnitude, long.magnitude) == (1.0, pytest.approx(math.sqrt(1 + math.log(17 / 16) / math.log(16))))
+    with pytest.raises(UserError, match="rotary_short_factors has 2 numbers: give one for each of 4 pairs, or none"):
+        Rotary.choose(scaling=RotaryScaling.choose("longrope", **settings)).make(space(max_length=16))
+
+
+def test_layers_may_turn_by_another_base_or_not_at_all() -> None:
+    x, positions = torch.randn(1, 2, 4, 8), token_positions(4)
+    halved = PositionInterpolation.choose(factor=2.0)
+    scheme = Rotary.choose(base=50.0, scaling=halved, window_base=5.0, layers=(True, True, False)).make(space())
+    found = [rotate(x) for rotate in scheme.rotations(positions, [3, None, None, 3])]
+    in_windows = Rotary.choose(base=5.0).make(space()).rotation(positions)(x)
+    everywhere = Rotary.choose(base=50.0, scaling=halved).make(space()).rotation(positions)(x)
+    for actual, expected in zip(found, [in_windows, everywhere, x, in_windows], strict=True):
+        assert torch.equal(actual, expected)

@@ -94,8 +94,9 @@ def test_smoothing_gives_a_share_to_all_tokens_alike_in_training_only(smoothing:
     smoothed = objective(smoothing).loss_sum(model, batch)
     torch.testing.assert_close(smoothed, (1 - smoothing) * plain + smoothing * uniform)
     score = objective(smoothing).score(model, batch)
-    torch.testing.assert_close(score.nats, plain)
-    assert score.correct == sum(logits[row, place].argmax() == targets[row, place] for row, place in real)
+    torch.testing.assert_close(score.nats.sum(), plain)
+    found = score.items(batch).totals().correct
+    assert found == sum(logits[row, place].argmax() == targets[row, place] for row, place in real)
 
 
 def test_the_model_reads_the_source_its_padding_and_the_targets_before(prepared: PreparedPairs) -> None:
@@ -103,7 +104,7 @@ def test_the_model_reads_the_source_its_padding_and_the_targets_before(prepared:
     model = Fixed(torch.zeros(*batch.targets.shape, VOCABULARY))
     score = objective().score(model, batch)
     assert all(a is b for a, b in zip(model.asked, (batch.source, batch.inputs, batch.source_is_token), strict=True))
-    assert score.nats.item() == pytest.approx(batch.num_targets * math.log(VOCABULARY))
+    assert score.nats.sum().item() == pytest.approx(batch.num_targets * math.log(VOCABULARY))
 
 
 @pytest.mark.parametrize("topology", ["encoder-decoder", "rnn"])

@@ -70,6 +70,19 @@ def test_fields_of_a_dataclass_are_checked() -> None:
         Row(torch.ones(3))
 
 
+def test_functions_inside_functions_are_checked_if_they_have_shapes() -> None:
+    def plain(x: Tensor) -> Tensor:
+        return x
+
+    def shaped(x: Float[Tensor, "2"]) -> Tensor:
+        return x
+
+    assert checked(plain) is plain
+    for _ in range(2):
+        with pytest.raises(TypeError):
+            checked(shaped)(torch.ones(3))
+
+
 def test_the_package_is_checked() -> None:
     q = torch.randn(1, 2, 3, 4)
     with pytest.raises(TypeError, match="head_dim"):

@@ -101,6 +101,7 @@ def test_it_continues_a_text_as_those_tokens_before_it_would(prompt: list[int], 
     assert list(generate(soft, text, sampling)) == list(generate(plain, prompt + text, sampling))
 
 
+@pytest.mark.unchecked_shapes
 @settings(max_examples=15)
 @given(some_tokens, st.integers(17, 40), st.integers(0, 3))
 def test_it_is_never_dropped_from_the_window(prompt: list[int], most: int, seed: int) -> None:

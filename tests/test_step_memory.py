@@ -165,8 +165,14 @@ def of_preset(name):
     return configured(PRESETS[preset], **choices, **data)
 
 
-def resident(name, steps):
-    """Peak memory of this process, in bytes, after `steps` steps of a run; 0 is all that comes before."""
+def peak_of_this_process():
+    """In bytes. Unlike getrusage's, this peak does not begin with that of the process that started this one."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def resident(name):
+    """Peak memory of this process before a run, when all code is loaded, and after its first steps."""
     from minitransformer.training.machine import keep_freed_memory
 
     config = of_preset(name)
@@ -176,16 +182,14 @@ def resident(name, steps):
     batches = largest_batches(loader)
     keep_freed_memory()
     small = {"d_model": 16} if config.model.topology == "rnn" else {"d_model": 32, "num_heads": 2, "num_layers": 1}
-    for run, count in ((configured(config, **small), 1), (config, steps)):  # code is loaded by the first
+    peaks = []
+    for run, count in ((configured(config, **small), 1), (config, STEPS_TO_PEAK.get(name, 2))):
         learner = Learner(run, build_model(run.model).train(), loader, cpu(precision))
         first = [batch.rows(0, 1) for batch in batches] if run is not config else batches
         for _ in range(count):
             learner.step(first)
-        if not steps:
-            break
-    # Unlike getrusage's, this peak does not begin with that of the process that started this one.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        peaks.append(peak_of_this_process())
+    return peaks
 
 
 @pytest.mark.slow
@@ -194,12 +198,10 @@ def resident(name, steps):
 def test_what_is_predicted_is_within_a_fifth_of_what_a_process_takes(here, name):
     (here / "long.txt").write_text("\n".join(f"{i} {TEXT}" for i in range(20)))
     of_preset(name).prepare()
-    peaks = {}
-    for steps in (0, STEPS_TO_PEAK.get(name, 2)):
-        command = [sys.executable, "-m", "tests.test_step_memory", name, str(steps)]
-        peaks[steps > 0] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    command = [sys.executable, "-m", "tests.test_step_memory", name]
+    before, after = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     predicted = Candidate(of_preset(name)).step_memory.total
-    assert predicted == pytest.approx(peaks[True] - peaks[False], rel=0.2)
+    assert predicted == pytest.approx(after - before, rel=0.2)
 
 
 REAL_RANKS = {
@@ -210,21 +212,21 @@ REAL_RANKS = {
 }
 
 
-def resident_rank(name, steps):
-    """Peak memory of one of the ranks that torchrun has started, of which others print nothing."""
+def resident_rank(name):
+    """`resident` of one of the ranks that torchrun has started; the others return nothing."""
     with joined_ranks() as ranks:
         config = of_preset(name)
         prepared = config.prepare()
         config = replace(config, model=with_vocabulary(config.model, prepared))
         small = configured(config, d_model=32, num_heads=2, num_layers=1)
-        for run, count in ((small, 1), (config, steps)):  # code is loaded by the first
-            if count:
-                learner = build_learner(run, prepared, cpu("fp32"), ranks)
-                for _ in range(count):
-                    learner.step(learner.next_batches())
-                del learner
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) if ranks.is_main else 0
+        peaks = []
+        for run, count in ((small, 1), (config, 2)):
+            learner = build_learner(run, prepared, cpu("fp32"), ranks)
+            for _ in range(count):
+                learner.step(learner.next_batches())
+            del learner
+            peaks.append(peak_of_this_process())
+        return peaks if ranks.is_main else None
 
 
 @pytest.mark.slow
@@ -233,14 +235,11 @@ def resident_rank(name, steps):
 def test_what_is_predicted_is_within_a_fifth_of_what_a_rank_takes(here, name):
     (here / "long.txt").write_text("\n".join(f"{i} {TEXT}" for i in range(20)))
     of_preset(name).prepare()
-    peaks = {}
-    for steps in (0, 2):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command = [*torchrun, "-m", "tests.test_step_memory", name, str(steps)]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        peaks[steps] = max(map(int, printed.split()))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "-m", "tests.test_step_memory", name]
+    before, after = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     predicted = Candidate(of_preset(name), ranks=2).step_memory.total
-    assert predicted == pytest.approx(peaks[2] - peaks[0], rel=0.2)
+    assert predicted == pytest.approx(after - before, rel=0.2)
 
 
 @pytest.mark.slow
@@ -262,5 +261,6 @@ def test_what_is_predicted_is_within_a_fifth_of_what_a_gpu_has_allocated(here, n
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    measure = resident_rank if sys.argv[1] in REAL_RANKS else resident
-    print(measure(sys.argv[1], int(sys.argv[2])))
+    peaks = (resident_rank if sys.argv[1] in REAL_RANKS else resident)(sys.argv[1])
+    if peaks:
+        print(json.dumps(peaks))

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
+from minitransformer.pretrained.marian import SentencePiece
 from minitransformer.pretrained.tokenizers import PublicTokenizer
 from minitransformer.text.corpora import cut
 from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT4_SPLIT, Characters, TiktokenEncoding, Tokenizer
@@ -32,7 +33,7 @@ published = pytest.mark.skipif(not (SHARED / "tiktoken_cache").is_dir(), reason=
 
 def is_fitted(kind: type[Tokenizer]) -> bool:
     """Whether it learns from a text, and does not come from a file as published."""
-    return kind is not PublicTokenizer and not issubclass(kind, TiktokenEncoding)
+    return kind not in (PublicTokenizer, SentencePiece) and not issubclass(kind, TiktokenEncoding)
 
 
 FITTED = [name for name, kind in Tokenizer.registry.items() if is_fitted(kind)]

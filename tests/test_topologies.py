@@ -15,7 +15,8 @@ from minitransformer.architecture.init import Initialisation
 from minitransformer.architecture.kernels import KERNELS
 from minitransformer.architecture.linear import ScoreProjection
 from minitransformer.architecture.norms import Norm
-from minitransformer.architecture.positions import PositionScheme, RotaryScaling
+from minitransformer.architecture.positions import PositionScheme
+from minitransformer.architecture.rotary_scaling import RotaryScaling
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model
@@ -57,6 +58,7 @@ PARTS: list[dict[str, Any]] = [
     {"embedding_dim": 6, "num_kv_heads": 1, "logit_softcap": 3.0, "attention_softcap": 2.0},
     {"head": "transformed", "head_bias": True, "tied_embeddings": False, "embedding_norm": True},
     {"token_smear": True},
+    {"first_norm": False, "embedding_norm": True, "attention_window": 3},
 ]
 
 

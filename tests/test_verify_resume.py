@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from minitransformer.commands import start
 from minitransformer.commands.verify_resume import main
+from minitransformer.reliability.launcher import Start
 from minitransformer.reliability.state import differences
 from minitransformer.training.checkpoint import CHECKPOINTS
 from minitransformer.training.learner import Learner
@@ -21,8 +20,10 @@ from minitransformer.training.loop import Trainer
 from minitransformer.training.objectives import Objective
 from minitransformer.training.optimizers import Optimizer
 from minitransformer.training.precision import Precision
+from tests.forked_for_tests import forked_commands
 from tests.ranks_for_tests import CASES, write_texts
 from tests.runs_for_tests import SMALL, train
+from tests.starts_for_tests import with_another_weight_on_rank_1
 
 pytestmark = pytest.mark.unchecked_shapes
 
@@ -274,42 +275,24 @@ def test_a_mistake_is_one_sentence(run: Path, capsys: Any, arguments: list[str],
 
 # --- several ranks
 
-BROKEN = """
-import os, sys
-from minitransformer.commands.verify_resume import main
-from minitransformer.training.learner import Learner
 
-load = Learner.load_state_dict
-
-def restored(learner, state):
-    load(learner, state)
-    if os.environ["RANK"] == "1":
-        next(learner.model.parameters()).data.view(-1)[3] += 1
-
-Learner.load_state_dict = restored
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def on_two_ranks(*command: str) -> dict[str, Any]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*torchrun, *command, *flags(optimizer="muon"), "--steps", "4", "--json"]
-    done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.stdout, done.stderr
-    proof: dict[str, Any] = json.loads(done.stdout)
-    assert (done.returncode == 0) == proof["equal"]
+def on_two_ranks(texts: Path, begin: Start = start) -> dict[str, Any]:
+    words = [*flags(optimizer="muon"), "--steps", "4", "--json"]
+    ended = forked_commands(begin)(texts, "verify-resume", *words, ranks=2)
+    assert ended.outputs[0], ended.output
+    proof: dict[str, Any] = json.loads(ended.outputs[0])
+    assert ended.done == proof["equal"]
     return proof
 
 
 def test_two_ranks_resume_exactly(texts: Path) -> None:
-    proof = on_two_ranks("-m", "minitransformer", "verify-resume")
+    proof = on_two_ranks(texts)
     assert proof["equal"]
     assert proof["ranks"] == 2
 
 
 @pytest.mark.slow
 def test_of_two_ranks_the_one_that_does_not_resume_exactly_is_named(texts: Path) -> None:
-    (texts / "broken.py").write_text(BROKEN)
-    difference = on_two_ranks("broken.py")["difference"]
+    difference = on_two_ranks(texts, with_another_weight_on_rank_1)["difference"]
     assert (difference["step"], difference["when"], difference["rank"]) == (2, "on resuming", 1)
     assert [part["part"] for part in difference["parts"]] == ["weights"]

@@ -20,11 +20,12 @@ from minitransformer.generation.fast import row_kernel, rows
 from minitransformer.generation.fast.rows import KernelLinear, with_row_kernel
 from minitransformer.generation.fast.steps import recorded_steps
 from minitransformer.generation.logits import CachedLogits
-from minitransformer.generation.weights import BFloat16, Float32, Int8, StoredWeights
+from minitransformer.generation.weights import BFloat16, Float32, Int4, Int8, StoredWeights
 from minitransformer.models.decoder import DecoderLM
+from minitransformer.models.int4 import dequantise_groups
 
 MakeDecoder = Callable[..., DecoderLM]
-FEWER_BYTES = [BFloat16, Int8]
+FEWER_BYTES = [BFloat16, Int8, Int4]
 EVERY = [Float32, *FEWER_BYTES]
 sizes = st.integers(1, 90)
 
@@ -47,6 +48,9 @@ def with_kernel(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def restored(kind: type[StoredWeights], weight: torch.Tensor) -> torch.Tensor:
     """The matrix that the stored one stands for."""
     stored, scale = kind.store(weight)
+    if kind is Int4:
+        assert scale is not None
+        return dequantise_groups(stored, scale, weight.size(1))
     wide = stored.to(weight.dtype)
     return wide if scale is None else wide * scale[:, None]
 
@@ -74,6 +78,16 @@ def test_int8_changes_a_weight_by_half_of_a_127th_of_the_largest_of_its_row(
     largest = weight.abs().amax(-1, keepdim=True)
     assert ((restored(Int8, weight) - weight).abs() <= largest / 254 * (1 + 1e-6)).all()
     assert (Int8.store(weight)[0].abs().amax(-1) == 127).all()
+
+
+@given(sizes, sizes, st.floats(1e-6, 1e6))
+def test_int4_changes_a_weight_by_half_of_a_7th_of_the_largest_of_its_group(
+    out: int, features: int, size: float
+) -> None:
+    weight = torch.randn(out, features, dtype=torch.float64) * size
+    error = (restored(Int4, weight) - weight).abs()
+    for group, errors in zip(weight.split(64, dim=1), error.split(64, dim=1), strict=True):
+        assert (errors <= group.abs().amax(-1, keepdim=True) / 14 * (1 + 1e-6)).all()
 
 
 def test_a_row_of_zeros_stays_one() -> None:
@@ -216,12 +230,12 @@ def test_stored_weights_are_saved_and_loaded_like_any(tiny_decoder: MakeDecoder,
         other.load_state_dict(stored.state_dict())
         assert torch.equal(other(tokens), stored(tokens))
     assert {weight.dtype for name, weight in stored.state_dict().items() if name.endswith("stored")} == {
-        torch.bfloat16 if kind is BFloat16 else torch.int8
+        {BFloat16: torch.bfloat16, Int8: torch.int8, Int4: torch.uint8}[kind]
     }
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"unknown weights 'int9': did you mean 'int8'\? known are fp32, bf16, int8"):
+    with pytest.raises(UserError, match=r"int9.: did you mean .int8.\? known are fp32, bf16, int8, int4"):
         StoredWeights.named("int9")
 
 

@@ -38,7 +38,7 @@ def settings_of_task() -> list[str]:
 
 def settings_of_text() -> list[str]:
     """The data settings that change the text, and not only how it is tokenized."""
-    from minitransformer.training.config import DataConfig
+    from minitransformer.training.data_config import DataConfig
 
     return sorted(names_with(DataConfig, "changes_task"))
 

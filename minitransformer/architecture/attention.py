@@ -144,10 +144,23 @@ class PerHead(nn.Module):
         return self.norm(torch.unflatten(x, -1, (-1, self.head_dim))).flatten(2)
 
 
+class EachHead(nn.Module):
+    """A norm for each head, with gains of its own, for queries or keys before they are split into heads."""
+
+    def __init__(self, make_norm: Callable[[int], nn.Module], heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.norms, self.head_dim = nn.ModuleList(make_norm(head_dim) for _ in range(heads)), head_dim
+
+    def forward(self, x: Float[Tensor, "batch length features"]) -> Float[Tensor, "batch length features"]:
+        heads = x.split(self.head_dim, dim=-1)
+        return torch.cat([norm(head) for norm, head in zip(self.norms, heads, strict=True)], dim=-1)
+
+
 # For the norm of queries and keys: from a maker of norms and head_dim to a maker for a projection's features.
 QK_NORMS: dict[str, Callable[[Callable[[int], nn.Module], int], Callable[[int], nn.Module] | None]] = {
     "none": lambda make_norm, head_dim: None,
     "head": lambda make_norm, head_dim: lambda features: PerHead(make_norm(head_dim), head_dim),
+    "each-head": lambda make_norm, head_dim: lambda features: EachHead(make_norm, features // head_dim, head_dim),
     "full": lambda make_norm, head_dim: make_norm,
 }
 
@@ -156,7 +169,8 @@ class MultiHeadAttention(nn.Module):
     """Concat(head₁, …, head_h) W_O with head_i = Attention(x W_Qᵢ, m W_Kᵢ, m W_Vᵢ), where m is `memory` or x itself.
 
     Key and value heads are shared by neighbouring query heads if there are fewer: `num_kv_heads=1` is multi-query
-    attention (Shazeer 2019, arXiv 1911.02150), others are grouped (Ainslie et al. 2023, arXiv 2305.13245). `make_norm`
+    attention (Shazeer 2019, arXiv 1911.02150), others are grouped (Ainslie et al. 2023, arXiv 2305.13245). Projected
+    queries, keys and values are limited to [−`clip`, `clip`] (MPT and DBRX, their public code). `make_norm`
     makes a norm for the projected queries, and one for the keys, from their number of features (QK-norm: Henry et al.
     2020, arXiv 2010.04245), `make_value_norm` one for the values (QKV-norm: Zhuo et al. 2025, arXiv 2503.04598).
     Vaswani et al. 2017 (arXiv 1706.03762), section 3.2.2.
@@ -173,6 +187,7 @@ class MultiHeadAttention(nn.Module):
         output_bias: bool | None = None,
         scale: float | None = None,
         softcap: float | None = None,
+        clip: float | None = None,
         dropout: float = 0.0,
         make_norm: Callable[[int], nn.Module] | None = None,
         make_value_norm: Callable[[int], nn.Module] | None = None,
@@ -184,7 +199,7 @@ class MultiHeadAttention(nn.Module):
         head_dim = head_dim or d_model // num_heads
         check_heads(num_heads, num_kv_heads)
         self.head_dim, self.scale, self.softcap, self.dropout = head_dim, scale, softcap, dropout
-        self.kernel, self.project = kernel, project
+        self.kernel, self.project, self.clip = kernel, project, clip
         self.query = ScoreProjection(d_model, num_heads * head_dim, bias=bias)
         self.key = ScoreProjection(d_model, num_kv_heads * head_dim, bias=bias)
         self.value = nn.Linear(d_model, num_kv_heads * head_dim, bias=bias)
@@ -231,11 +246,15 @@ class MultiHeadAttention(nn.Module):
                 return self._keys_and_values(self.key(memory), self.value(memory), view)
 
             k, v = project() if cache is None else cache.update(project, view.slots)
-        return view.rotate(self._split_heads(self.query_norm(query))), k, v
+        return view.rotate(self._split_heads(self.query_norm(self._clipped(query)))), k, v
 
     def _keys_and_values(self, key: Tensor, value: Tensor, view: AttentionView) -> KeysAndValues:
+        key, value = self._clipped(key), self._clipped(value)
         k, v = self._split_heads(self.key_norm(key)), self._split_heads(self.value_norm(value))
         return view.rotate(k), view.mix_values(v)
+
+    def _clipped(self, x: Tensor) -> Tensor:
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return torch.unflatten(x, -1, (-1, self.head_dim)).transpose(1, 2)  # batch, heads, length, head_dim

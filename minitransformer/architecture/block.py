@@ -217,23 +217,13 @@ class Stack(nn.Module):
         slots = tokens_as_slots(positions, is_token) if cache is None else cache.reserve(positions, is_token)
         if self.smear is not None:
             x = self.smear(x, slots, cache and cache.embeddings)
-        bias, rotate = self.positions.score_bias(positions, slots.positions), self.positions.rotation(positions)
-        views = {
-            window: AttentionView(
-                causal=self.causal and slots.in_order,
-                mask=self._mask(positions, slots, window, documents),
-                bias=bias,
-                rotate=rotate,
-                slots=slots,
-            )
-            for window in set(self.windows)
-        }
+        views = self._views(positions, slots, documents)
         stream = self.shared.open(self.dropout(self.embedding_norm(self.positions.embed(x, positions))))
         for layer, block in enumerate(self.blocks):
             stream = self.run_block(
                 block,
                 stream,
-                view=views[self.windows[layer]],
+                view=views[layer],
                 cache=cache and cache.layers[layer],
                 memory=memory,
                 memory_cache=cache and cache.memories[layer],
@@ -245,6 +235,24 @@ class Stack(nn.Module):
         """All residual connections, in order."""
         found = [branch.residual for block in self.blocks for branch in block.branches]  # type: ignore[union-attr]
         return list(dict.fromkeys(found))
+
+    def _views(
+        self, positions: Int[Tensor, "#batch query"], slots: Slots, documents: Int[Tensor, "batch length"] | None
+    ) -> list[AttentionView]:
+        """What attention in each layer sees; layers with one window and one rotation share their view."""
+        bias = self.positions.score_bias(positions, slots.positions)
+        layers = list(zip(self.windows, self.positions.rotations(positions, self.windows), strict=True))
+        views = {
+            (window, rotate): AttentionView(
+                causal=self.causal and slots.in_order,
+                mask=self._mask(positions, slots, window, documents),
+                bias=bias,
+                rotate=rotate,
+                slots=slots,
+            )
+            for window, rotate in dict.fromkeys(layers)
+        }
+        return [views[layer] for layer in layers]
 
     def _mask(
         self,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -104,6 +106,16 @@ class LMHead(nn.Linear):
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch vocab"]:
         return _scaled_logits(super().forward, x, self.scale, self.softcap)
 
+    @classmethod
+    def holding(cls, weight: Any, bias: Any, scale: float = 1.0, softcap: float | None = None) -> LMHead:
+        """The head with these parameters; `bias` may be None."""
+        head = cls.__new__(cls)
+        nn.Module.__init__(head)  # that of `nn.Linear` would draw weights
+        head.out_features, head.in_features = weight.shape
+        head.weight, head.scale, head.softcap = weight, scale, softcap
+        head.register_parameter("bias", bias)
+        return head
+
     def around(self, product: nn.Module) -> HeadAround:
         """This head with another module in place of x Wᵀ + b."""
         return HeadAround(product, self.scale, self.softcap)
@@ -128,32 +140,54 @@ def _scaled_logits(product: Callable[[Tensor], Tensor], x: Tensor, scale: float,
 class TransformedHead(nn.Module):
     """LMHead(N(act(x W + b))), for masked tokens. Devlin et al. 2018 (BERT, arXiv 1810.04805), its public code."""
 
-    def __init__(self, d_model: int, head: LMHead, *, activation: Callable[[Tensor], Tensor], norm: nn.Module) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        head: LMHead,
+        *,
+        activation: Callable[[Tensor], Tensor],
+        norm: nn.Module,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
-        self.transform = nn.Linear(d_model, d_model)
+        self.transform = nn.Linear(d_model, d_model, bias=bias)
         self.activation, self.norm, self.head = activation, norm, head
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         return self.head(self.norm(self.activation(self.transform(x))))
 
 
-POOLING_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu}
+POOLING_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+}
 
 
 class ClassificationHead(nn.Module):
-    """act(x₀ W + b) W' + b', where x₀ is the first token, the last one, or the mean: one logit for each class.
+    """N(act(x₀ W + b)) W' + b', where x₀ is the first token, the last one, or the mean: one logit for each class.
 
     Devlin et al. 2018 (BERT, arXiv 1810.04805), section 4, with the pooling of its public code. The last token of a
-    decoder: Radford et al. 2018 (GPT), section 3.2.
+    decoder: Radford et al. 2018 (GPT), section 3.2. By default, N is the identity; in ModernBERT
+    (arXiv 2412.13663, its public code), it is a norm.
     """
 
     def __init__(
-        self, d_model: int, num_classes: int, *, pooled: str = "first", pooling: str = "tanh", dropout: float = 0.0
+        self,
+        d_model: int,
+        num_classes: int,
+        *,
+        pooled: str = "first",
+        pooling: str = "tanh",
+        norm: nn.Module | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.reduce = POOLINGS[pooled]
-        self.pool = nn.Linear(d_model, d_model)
+        self.pool = nn.Linear(d_model, d_model, bias=bias)
         self.activation = POOLING_ACTIVATIONS[pooling]
+        self.pool_norm = nn.Identity() if norm is None else norm
         self.dropout = Dropout(dropout)
         self.classify = nn.Linear(d_model, num_classes)
 
@@ -163,4 +197,4 @@ class ClassificationHead(nn.Module):
         """`is_token` is False at padding, which may come before the first token or after the last."""
         if is_token is None:
             is_token = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        return self.classify(self.dropout(self.activation(self.pool(self.reduce(x, is_token)))))
+        return self.classify(self.dropout(self.pool_norm(self.activation(self.pool(self.reduce(x, is_token))))))

@@ -7,7 +7,7 @@ rotate queries and keys (`rotation`), or they are added to the attention scores 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minitransformer.architecture.attention import identity
+from minitransformer.architecture.rotary_scaling import RotaryScaling
 from minitransformer.errors import UserError
 from minitransformer.registry import Registered
 from minitransformer.settings import Choice, setting
@@ -67,6 +68,12 @@ class PositionScheme(Registered, nn.Module, kind="position scheme"):
     def rotation(self, positions: Int[Tensor, "#batch length"]) -> Callable[[Tensor], Tensor]:
         """The map applied to queries and keys, [batch, heads, length, head_dim], in every layer."""
         return identity
+
+    def rotations(
+        self, positions: Int[Tensor, "#batch length"], windows: Sequence[int | None]
+    ) -> Sequence[Callable[[Tensor], Tensor]]:
+        """The `rotation` of each layer, by its attention window; the same one in all layers, but for some schemes."""
+        return [self.rotation(positions)] * len(windows)
 
     def score_bias(
         self, query_positions: Int[Tensor, "#batch query"], key_positions: Int[Tensor, "#batch key"]
@@ -163,78 +170,13 @@ def rotate_half(
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).to(x.dtype)
 
 
-class RotaryScaling(Registered, kind="rotary scaling"):
-    """A rescaling of the rotary frequencies, for contexts longer than in training."""
-
-    def __init__(self, settings: Any) -> None:
-        self.settings = settings
-
-    def rescale(self, frequencies: Float[Tensor, "half"]) -> Float[Tensor, "half"]:
-        """The rescaled frequencies, in radians per position."""
-        return frequencies
-
-
-class NoRotaryScaling(RotaryScaling, name="none"):
-    """Unscaled frequencies."""
-
-
-def factor_setting() -> Any:
-    """The setting that scalings share."""
-    return setting(1.0, flag="rotary-factor", above=0, help="divisor of the scaled frequencies")
-
-
-class PositionInterpolation(RotaryScaling, name="linear"):
-    """Every frequency divided by `factor`. Chen et al. 2023 (arXiv 2306.15595), equation 4."""
-
-    @dataclass(frozen=True)
-    class Settings:
-        factor: float = factor_setting()
-
-    settings: Settings
-
-    def rescale(self, frequencies: Float[Tensor, "half"]) -> Float[Tensor, "half"]:
-        return frequencies / self.settings.factor
-
-
-class Llama3Scaling(RotaryScaling, name="llama3"):
-    """Low frequencies divided by `factor`, high ones unchanged, with linear interpolation in between.
-
-    A frequency is low below `low_freq_factor` rotations in `original_length` positions, and high from
-    `high_freq_factor` rotations. Llama 3 (arXiv 2407.21783), its public code.
-    """
-
-    @dataclass(frozen=True)
-    class Settings:
-        factor: float = factor_setting()
-        low_freq_factor: float = setting(
-            1.0,
-            flag="rotary-low-freq-factor",
-            help="rotations within the original length below which a frequency is low",
-        )
-        high_freq_factor: float = setting(
-            4.0,
-            flag="rotary-high-freq-factor",
-            help="rotations within the original length above which a frequency is high",
-        )
-        original_length: int = setting(
-            8192, flag="rotary-original-length", at_least=1, help="context length of the original training"
-        )
-
-    settings: Settings
-
-    def rescale(self, frequencies: Float[Tensor, "half"]) -> Float[Tensor, "half"]:
-        settings = self.settings
-        turns = settings.original_length * frequencies / (2 * math.pi)
-        low, high = settings.low_freq_factor, settings.high_freq_factor
-        unscaled = ((turns - low) / (high - low)).clamp(0, 1)
-        return (1 - unscaled) * frequencies / settings.factor + unscaled * frequencies
-
-
 class Rotary(PositionScheme, name="rotary"):
     """R(p) q · R(p') k depends on p − p' alone, where R(p) rotates feature pair i by p · base^(−2i/head_dim).
 
     Su et al. 2021 (arXiv 2104.09864), section 3.2.2. Only the first `fraction` of each head's features is rotated
-    (Black et al. 2022, GPT-NeoX, arXiv 2204.06745, section 2.1), with frequencies rescaled by `scaling`.
+    (Black et al. 2022, GPT-NeoX, arXiv 2204.06745, section 2.1), with frequencies rescaled by `scaling`. Layers with a
+    sliding window may have a base of their own (Gemma 3, arXiv 2503.19786, section 2), and some `layers` no rotation
+    (Yang et al. 2025, arXiv 2501.18795, section 3).
     """
 
     @dataclass(frozen=True)
@@ -242,6 +184,15 @@ class Rotary(PositionScheme, name="rotary"):
         base: float = setting(10000.0, above=0, help="base of the rotation frequencies base^(−2i/head_dim)")
         fraction: float = setting(1.0, above=0, at_most=1, help="fraction of each head's features that is rotated")
         scaling: Choice[RotaryScaling] = Choice(RotaryScaling, "none", help="rescaling of the rotary frequencies")
+        window_base: float | None = setting(
+            None,
+            above=0,
+            needs="attention_window",
+            help="base in layers with a sliding window, where nothing is rescaled; None is as in all other layers",
+        )
+        layers: tuple[bool, ...] = setting(
+            (True,), help="which layers rotate queries and keys; the pattern repeats over all layers"
+        )
 
     def __init__(self, settings: Settings, space: PositionSpace) -> None:
         super().__init__(settings, space)
@@ -251,14 +202,37 @@ class Rotary(PositionScheme, name="rotary"):
                 f"rotary positions rotate pairs of features, but head_dim {space.head_dim} times rotary_fraction "
                 f"{settings.fraction} is {self.rotated}: make it even"
             )
+        if not settings.layers:
+            raise UserError("rotary_layers is empty: give True or False for at least one layer")
         self.whole_head = self.rotated == space.head_dim
-        self.base, self.scaling = settings.base, settings.scaling.make()
+        self.base, self.window_base, self.layers = settings.base, settings.window_base, settings.layers
+        self.scaling = settings.scaling.make(settings.base, space.max_length)
+        self.scaling.rescale(torch.ones(self.rotated // 2))  # raises `UserError` for settings that do not fit
 
     def rotation(self, positions: Int[Tensor, "#batch length"]) -> Callable[[Tensor], Tensor]:
+        frequencies = self.scaling.rescale(self._frequencies(self.base, positions))
+        return self._rotation(positions, frequencies, self.scaling.magnitude)
+
+    def rotations(
+        self, positions: Int[Tensor, "#batch length"], windows: Sequence[int | None]
+    ) -> Sequence[Callable[[Tensor], Tensor]]:
+        turns = [self.layers[layer % len(self.layers)] for layer in range(len(windows))]
+        everywhere = in_windows = self.rotation(positions)
+        if self.window_base is not None:
+            in_windows = self._rotation(positions, self._frequencies(self.window_base, positions), 1.0)
+        chosen = [everywhere if window is None else in_windows for window in windows]
+        return [rotate if turn else identity for rotate, turn in zip(chosen, turns, strict=True)]
+
+    def _frequencies(self, base: float, positions: Tensor) -> Float[Tensor, "half"]:
         # Computed here, since a buffer of a bfloat16 model would be rounded, and large positions need the precision.
         pairs = torch.arange(0, self.rotated, 2, dtype=torch.float32, device=positions.device)
-        angles = positions[:, None, :, None] * self.scaling.rescale(self.base ** (-pairs / self.rotated))
+        return base ** (-pairs / self.rotated)
+
+    def _rotation(self, positions: Tensor, frequencies: Tensor, magnitude: float) -> Callable[[Tensor], Tensor]:
+        angles = positions[:, None, :, None] * frequencies
         cos, sin = angles.cos(), angles.sin()
+        if magnitude != 1.0:
+            cos, sin = cos * magnitude, sin * magnitude
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         if self.whole_head:
             return lambda x: rotate_half(x, cos, sin)
@@ -288,6 +262,26 @@ class ALiBi(PositionScheme, name="alibi"):
     ) -> Float[Tensor, "#batch heads query key"]:
         distance = (query_positions[:, None, :, None] - key_positions[:, None, None, :]).abs()
         return -self.slopes[:, None, None] * distance  # type: ignore[index]
+
+
+class FalconALiBi(ALiBi, name="alibi-falcon"):
+    """score + (b(p_key) − b(p_query)) / √head_dim with b(p) = slope · p, in bfloat16: ALiBi as Falcon rounds it.
+
+    From 256 positions, b is a staircase. Almazrouei et al. 2023 (arXiv 2311.16867), its public code.
+    """
+
+    def __init__(self, settings: Any, space: PositionSpace) -> None:
+        super().__init__(settings, space)
+        self.scale = space.head_dim**-0.5
+
+    def score_bias(
+        self, query_positions: Int[Tensor, "#batch query"], key_positions: Int[Tensor, "#batch key"]
+    ) -> Float[Tensor, "#batch heads query key"]:
+        return self._rounded(key_positions)[:, :, None, :] - self._rounded(query_positions)[:, :, :, None]
+
+    def _rounded(self, positions: Int[Tensor, "#batch length"]) -> Float[Tensor, "#batch heads length"]:
+        slopes: Tensor = self.slopes  # type: ignore[assignment]
+        return (slopes.bfloat16()[:, None] * positions[:, None, :]).to(slopes.dtype) * self.scale
 
 
 def t5_bucket(

@@ -20,7 +20,8 @@ from minitransformer.text.batches import SequentialWindows
 from minitransformer.text.corpora import open_corpus
 from minitransformer.text.datasets.text import PreparedText, TextPreparation
 from minitransformer.text.tokenizers import Characters
-from minitransformer.training.config import DataConfig, RunConfig
+from minitransformer.training.config import RunConfig
+from minitransformer.training.data_config import DataConfig
 from minitransformer.training.learner import build_learner
 from minitransformer.training.machine import choose_machine
 from minitransformer.training.presets import PRESETS

@@ -16,7 +16,8 @@ from minitransformer.benchmark.ours import config_of, training_tokens
 from minitransformer.benchmark.peers import transformers_model
 from minitransformer.text.datasets.text import PreparedText
 from minitransformer.text.tokenizers import Bytes
-from minitransformer.training.config import DataConfig, RunConfig
+from minitransformer.training.config import RunConfig
+from minitransformer.training.data_config import DataConfig
 from minitransformer.training.learner import build_learner
 from minitransformer.training.machine import Machine
 from minitransformer.training.presets import PRESETS

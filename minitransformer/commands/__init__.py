@@ -26,7 +26,7 @@ from minitransformer.processes import is_launched
 from minitransformer.text.standard_input import names_standard_input, without_standard_input
 
 if TYPE_CHECKING:
-    from minitransformer.training.config import DataConfig
+    from minitransformer.training.data_config import DataConfig
 
 Options = TypeVar("Options")
 P = ParamSpec("P")

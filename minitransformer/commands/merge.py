@@ -61,8 +61,10 @@ def main(arguments: Sequence[str]) -> int:
             replace(run.config, model=model.config),
             run.tokenizer,
             run.target_tokenizer,
+            run.text,
             initial=model,
             add_files=partial(inherit_originals, run.path),
+            sources=run.sources,
         )
     print(f"model      {model.config.topology}, {amount(model.num_parameters())} parameters")
     print(f"run        {options.out}")

@@ -41,6 +41,7 @@ from minitransformer.runs.begin import (
 )
 from minitransformer.runs.importing import as_run
 from minitransformer.runs.resume import changed_settings, check_can_resume, check_same_text, checkpoint_to_resume
+from minitransformer.runs.teaching import with_teacher
 from minitransformer.runs.trainer import build_trainer, open_log
 from minitransformer.text.corpora import named, short_name
 from minitransformer.text.datasets import Conversations, PreparedData
@@ -147,6 +148,7 @@ def _train_new(
     if start is not None and (length := config.training.sequence_length) is not None:
         print(f"sequences  {length:,} tokens, of a context of {config.model.context_length:,}")
     config = replace(config, model=with_vocabulary(config.model, prepared))
+    config = with_teacher(config, list(dict.fromkeys((prepared.tokenizer, prepared.target_tokenizer))))
     ranks.from_main(lambda: check_room(options.out or Path("runs"), config))
     machine = ranks.from_main(lambda: machine_for(config))
     named_by_us = f"{name}-{short_name(config.data.data)}"

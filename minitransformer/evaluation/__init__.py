@@ -1,5 +1,6 @@
 """Evaluation of models: metrics by name."""
 
-from minitransformer.evaluation.metrics import Metric, OtherNumber, Totals, metric_called
+from minitransformer.evaluation.items import Totals
+from minitransformer.evaluation.metrics import Metric, OtherNumber, metric_called
 
 __all__ = ["Metric", "OtherNumber", "Totals", "metric_called"]

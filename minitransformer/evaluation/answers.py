@@ -6,7 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from minitransformer.evaluation.metrics import Totals
+import numpy as np
+
+from minitransformer.evaluation.items import Items
 
 WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -22,11 +24,8 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * (both[0] & both[1]).total() / count if count else 1.0
 
 
-def answer_totals(pairs: Iterable[tuple[str, str]]) -> Totals:
-    """The totals over answers and their references, of which the whitespace around them does not count."""
-    totals = Totals()
-    for answer, reference in pairs:
-        totals.texts += 1
-        totals.exact += answer.strip() == reference.strip()
-        totals.token_f1.append(token_f1(answer, reference))
-    return totals
+def answer_items(pairs: Iterable[tuple[str, str]]) -> Items:
+    """What is counted of answers and their references, of which the whitespace around them does not count."""
+    found = [(answer.strip() == reference.strip(), token_f1(answer, reference)) for answer, reference in pairs]
+    exact, f1 = np.array(found, np.float64).reshape(-1, 2).T
+    return Items({"texts": np.ones(len(found), np.int64), "exact": exact.astype(np.int64), "token_f1": f1})

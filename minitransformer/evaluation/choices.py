@@ -6,7 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from minitransformer.evaluation.intervals import Bounds, wilson_interval
+from minitransformer.evaluation.items import Items
 from minitransformer.registry import Registered
 
 
@@ -82,6 +86,18 @@ class ScoredItem(NamedTuple):
     group: str = ""
 
 
+def choice_items(items: Sequence[ScoredItem], normalisation: type[Normalisation]) -> Items:
+    """What is counted of each item by a normalisation."""
+    return Items({"choices": np.ones(len(items), np.int64), "chosen": right_shares(items, normalisation)})
+
+
+def candidate_probabilities(item: ScoredItem) -> npt.NDArray[np.float64]:
+    """[candidates] the probabilities of the candidates among themselves, by the sum of their tokens."""
+    nats = np.array([candidate.nats for candidate in item.candidates])
+    shares = np.exp(nats - nats.max())
+    return shares / shares.sum()
+
+
 @dataclass(frozen=True)
 class ChoiceAccuracy:
     """Of `items`, those that were answered right; `ties` are those in which several candidates were the likeliest."""
@@ -109,22 +125,32 @@ def likeliest(item: ScoredItem, normalisation: type[Normalisation]) -> list[int]
     return [place for place, score in enumerate(scores) if score == max(scores)]
 
 
+def right_shares(items: Sequence[ScoredItem], normalisation: type[Normalisation]) -> npt.NDArray[np.float64]:
+    """[items] 1 where the right candidate is the likeliest one; among n that tie 1/n; and 0."""
+    chosen = (likeliest(item, normalisation) for item in items)
+    shares = [(item.answer in places) / len(places) for item, places in zip(items, chosen, strict=True)]
+    return np.array(shares, np.float64)
+
+
 def accuracy(items: Sequence[ScoredItem], normalisation: type[Normalisation]) -> ChoiceAccuracy:
     """The share of items whose right candidate is the likeliest one; among n that tie it counts 1/n, ½ of two.
 
     That is the expected value of choosing one of them at random, so that a model that tells nothing apart has the
     accuracy of chance.
     """
-    chosen = [likeliest(item, normalisation) for item in items]
-    right = sum(1 / len(places) for item, places in zip(items, chosen, strict=True) if item.answer in places)
-    return ChoiceAccuracy(len(items), right, sum(len(places) > 1 for places in chosen))
+    ties = sum(len(likeliest(item, normalisation)) > 1 for item in items)
+    return ChoiceAccuracy(len(items), float(right_shares(items, normalisation).sum()), ties)
+
+
+def defined_normalisations(items: Sequence[ScoredItem]) -> dict[str, type[Normalisation]]:
+    """Every normalisation that is defined for all `items`."""
+    have_context = all(each.unconditional_nats is not None for item in items for each in item.candidates)
+    return {name: each for name, each in Normalisation.registry.items() if have_context or not each.needs_context}
 
 
 def accuracies(items: Sequence[ScoredItem]) -> dict[str, ChoiceAccuracy]:
     """The accuracy by every normalisation that is defined for all `items`."""
-    have_context = all(each.unconditional_nats is not None for item in items for each in item.candidates)
-    defined = {name: each for name, each in Normalisation.registry.items() if have_context or not each.needs_context}
-    return {name: accuracy(items, normalisation) for name, normalisation in defined.items()}
+    return {name: accuracy(items, each) for name, each in defined_normalisations(items).items()}
 
 
 def chance(items: Sequence[ScoredItem]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,19 +25,15 @@ def wilson_interval(correct: float, count: int) -> Bounds:
     return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))
 
 
-def macro_f1(confusion: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """[...] the mean of F1 over the classes of `confusion` [..., classes, predicted classes]; 0/0 is 0."""
+def f1_scores(confusion: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """[..., classes] F1 of each class of `confusion` [..., classes, predicted classes]; 0/0 is 0."""
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
-    both = confusion.sum(-1) + confusion.sum(-2)
-    return (2 * right / np.maximum(both, 1)).mean(-1)
+    return 2 * right / np.maximum(confusion.sum(-1) + confusion.sum(-2), 1)
 
 
-def resampled_mean_interval(values: Sequence[float]) -> Bounds:
-    """The percentile interval of the mean of `values`, which are drawn again with replacement. Efron 1979."""
-    generator, numbers = np.random.default_rng(0), np.array(values)
-    means = [numbers[generator.integers(len(numbers), size=len(numbers))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+def macro_f1(confusion: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """[...] the mean of F1 over the classes of `confusion`."""
+    return f1_scores(confusion).mean(-1)
 
 
 def bootstrap_interval(statistic: Callable[[npt.NDArray[Any]], npt.NDArray[Any]], confusion: Counts) -> Bounds:

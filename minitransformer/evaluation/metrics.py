@@ -3,58 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
-from minitransformer.evaluation.intervals import (
-    Bounds,
-    Counts,
-    bootstrap_interval,
-    macro_f1,
-    resampled_mean_interval,
-    wilson_interval,
-)
+import numpy as np
+
+from minitransformer.evaluation.class_report import precisions_and_recalls
+from minitransformer.evaluation.intervals import Bounds, bootstrap_interval, macro_f1, wilson_interval
+from minitransformer.evaluation.items import Totals
+from minitransformer.evaluation.translations import score_of
 from minitransformer.registry import Registered
 
 SMALLEST_DIFFERENCE = 0.002
 """smallest difference in nats (or bits per byte) that names a winner"""
-
-
-@dataclass
-class Totals:
-    """Totals over the batches of a split; None for what the objective does not measure."""
-
-    nats: float = 0.0
-    targets: int = 0
-    tokens: int = 0
-    """tokens that were read"""
-    correct: int | None = None
-    """correctly predicted targets"""
-    texts: int = 0
-    exact: int = 0
-    """exact matches: texts with all targets correct"""
-    bytes: int | None = None
-    """bytes of text in the targets"""
-    majority_baseline: float | None = None
-    confusion: Counts | None = None
-    """[classes, predicted classes] texts"""
-    token_f1: list[float] = field(default_factory=list)
-    """of each generated answer"""
-
-    def add(self, batch: Any, score: Any) -> None:
-        """Add `batch`, with the objective's `score`."""
-        self.nats += float(score.nats.double())
-        self.targets += batch.num_targets
-        self.tokens += batch.num_tokens
-        if score.correct is not None:
-            self.correct = (self.correct or 0) + int(score.correct)
-        if score.exact is not None:
-            self.texts += len(score.exact)
-            self.exact += int(score.exact.sum())
-        if score.confusion is not None:
-            counts = score.confusion.cpu().numpy()
-            self.confusion = counts if self.confusion is None else self.confusion + counts
 
 
 class Metric(Registered, kind="metric"):
@@ -72,6 +33,8 @@ class Metric(Registered, kind="metric"):
     """default smallest difference that names a winner"""
     in_words: str = ""
     """format for a line about a validation"""
+    in_training: bool = True
+    """whether training records it; if not, `evaluate` alone measures it"""
 
     @staticmethod
     def value(totals: Totals) -> float | None:
@@ -143,7 +106,96 @@ class MacroF1(Metric, name="macro_f1"):
 
     @staticmethod
     def interval(totals: Totals) -> Bounds | None:
-        return None if totals.confusion is None else bootstrap_interval(macro_f1, totals.confusion)
+        if totals.confusion is None or totals.targets < 2:
+            return None
+        return bootstrap_interval(macro_f1, totals.confusion)
+
+
+class MacroPrecision(Metric, name="macro_precision"):
+    """The mean over classes of precision = true positives / predicted, 0 for a class that is never predicted."""
+
+    label, title, in_words = "macro precision (mean over classes)", "macro precision", "macro precision {:.1%}"
+    lower_is_better = False
+    across_tokenizers = True
+    in_training = False
+
+    @staticmethod
+    def value(totals: Totals) -> float | None:
+        return None if totals.confusion is None else float(precisions_and_recalls(totals.confusion)[0].mean())
+
+
+class MacroRecall(Metric, name="macro_recall"):
+    """The mean over classes of recall = true positives / actual, 0 for a class without texts."""
+
+    label, title, in_words = "macro recall (mean over classes)", "macro recall", "macro recall {:.1%}"
+    lower_is_better = False
+    across_tokenizers = True
+    in_training = False
+
+    @staticmethod
+    def value(totals: Totals) -> float | None:
+        return None if totals.confusion is None else float(precisions_and_recalls(totals.confusion)[1].mean())
+
+
+class MicroF1(Metric, name="micro_f1"):
+    """F1 of the counts of all classes, which is the accuracy where each text has one class."""
+
+    label, title, in_words = "micro F1 (all classes together)", "micro F1", "micro F1 {:.1%}"
+    lower_is_better = False
+    across_tokenizers = True
+    in_training = False
+
+    @staticmethod
+    def value(totals: Totals) -> float | None:
+        return None if totals.confusion is None else float(totals.confusion.trace() / totals.confusion.sum())
+
+    @staticmethod
+    def interval(totals: Totals) -> Bounds | None:
+        return Accuracy.interval(totals)
+
+
+class CalibrationError(Metric, name="calibration_error"):
+    """ECE = Σ_b n_b / n · |accuracy_b − mean confidence_b| over 15 bins of equal width.
+
+    Guo et al. 2017 (arXiv 1706.04599), equation 3.
+    """
+
+    label, title = "expected calibration error", "calibration error"
+    in_words = "calibration error {:.1%}"
+    lower_is_better = True
+    across_tokenizers = True
+    in_training = False
+
+    @staticmethod
+    def value(totals: Totals) -> float | None:
+        return None if totals.calibration is None else float(np.abs(totals.calibration).sum() / totals.targets)
+
+
+class BLEU(Metric, name="bleu"):
+    """BLEU of all translations together, by sacrebleu. Papineni et al. 2002; Post 2018 (arXiv 1804.08771)."""
+
+    label = title = "BLEU"
+    in_words = "BLEU {:.1f}"
+    lower_is_better = False
+    across_tokenizers = True
+    in_training = False
+
+    @staticmethod
+    def value(totals: Totals) -> float | None:
+        return None if totals.bleu is None else score_of("bleu", totals.bleu)
+
+
+class ChrF(Metric, name="chrf"):
+    """The F2 of character n-grams of all translations together, by sacrebleu. Popović 2015."""
+
+    label, title, in_words = "chrF2", "chrF2", "chrF2 {:.1f}"
+    lower_is_better = False
+    across_tokenizers = True
+    in_training = False
+
+    @staticmethod
+    def value(totals: Totals) -> float | None:
+        return None if totals.chrf is None else score_of("chrf", totals.chrf)
 
 
 class ExactMatch(Metric, name="exact"):
@@ -171,11 +223,25 @@ class TokenF1(Metric, name="token_f1"):
 
     @staticmethod
     def value(totals: Totals) -> float | None:
-        return sum(totals.token_f1) / len(totals.token_f1) if totals.token_f1 else None
+        return None if totals.token_f1 is None else totals.token_f1 / totals.texts
+
+
+class AccuracyOfChoices(Metric, name="choice_accuracy"):
+    """The share of multiple-choice items whose right candidate is chosen; among n that tie, it counts 1/n."""
+
+    label, title, in_words = "accuracy (share of items)", "accuracy", "accuracy {:.1%}"
+    lower_is_better = False
+    across_tokenizers = True
+    in_training = False
+
+    @staticmethod
+    def value(totals: Totals) -> float | None:
+        return None if totals.chosen is None else totals.chosen / totals.choices
 
     @staticmethod
     def interval(totals: Totals) -> Bounds | None:
-        return resampled_mean_interval(totals.token_f1) if totals.token_f1 else None
+        """The score interval, which is no narrower for ties than for other items."""
+        return None if totals.chosen is None else wilson_interval(totals.chosen, totals.choices)
 
 
 class MajorityBaseline(Metric, name="majority_baseline"):
@@ -223,12 +289,18 @@ def described_values(values: Mapping[str, float | None], intervals: Mapping[str,
 
 
 def values_of(totals: Totals) -> dict[str, float | None]:
-    """Every metric of a validation; None for undefined ones."""
-    told = {name: metric.value for name, metric in Metric.registry.items() if metric.in_words}
+    """Every metric that training records; None for undefined ones."""
+    told = {name: metric.value for name, metric in Metric.registry.items() if metric.in_words and metric.in_training}
     return {name: value(totals) for name, value in told.items()}
 
 
 def intervals_of(totals: Totals) -> dict[str, Bounds]:
-    """The 95% confidence interval of every metric that has one."""
+    """The 95% confidence interval of every metric that has one by its totals."""
     found = {name: metric.interval(totals) for name, metric in Metric.registry.items() if metric.in_words}
     return {name: interval for name, interval in found.items() if interval is not None}
+
+
+def metric_text(name: str, value: float) -> str:
+    """`value` of a metric as its words have it, without the words."""
+    form = re.search(r"{[^}]*}", Metric.named(name).in_words)
+    return (form[0] if form else "{:.4g}").format(value)

@@ -6,34 +6,42 @@ the weights from memory. Embeddings, norms, biases, caches and activations are n
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.models.int8 import quantise_rows
-from minitransformer.models.surgery import replaced
+from minitransformer.errors import UserError
+from minitransformer.models.int4 import BLOCK, Int4Linear, dequantise_groups, quantise_groups
+from minitransformer.models.int8 import Int8Linear, quantise_rows
+from minitransformer.models.stored import StoredLinear
+from minitransformer.models.surgery import copied, replaced
 from minitransformer.registry import Registered
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class StoredWeights(Registered, nn.Module, kind="weights"):
-    """x Wᵀ + b, where W is stored as `stored`, times a `scale` for each of its rows."""
+    """x Wᵀ + b, where W is stored as `stored`, times a `scale` for each of its rows, or of their groups.
+
+    `linear` is a linear map, or one that is stored in this format already.
+    """
 
     stored: Tensor
     scale: Tensor | None
+    bias: Tensor | None
     few_rows: ClassVar[int] = 64
     """maximum rows for which converting weights in the product is faster (measured on CPUs)"""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear | StoredLinear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        stored, scale = self.store(linear.weight.detach())
+        weight = linear.weight.detach()
+        stored, scale = (weight, linear.scale) if isinstance(linear, StoredLinear) else self.store(weight)
         self.register_buffer("stored", stored)
-        self.register_buffer("scale", scale)
-        self.bias = linear.bias
+        self.register_buffer("scale", None if scale is None else scale.detach())
+        self.register_parameter("bias", linear.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         product = self.product(x)
@@ -50,8 +58,26 @@ class StoredWeights(Registered, nn.Module, kind="weights"):
 
     @classmethod
     def applied(cls, model: M) -> M:
-        """A copy of `model` with its matrices in this format; it shares the other weights."""
+        """A copy of `model` with its matrices in this format; it shares the other weights.
+
+        Raises `UserError` for a model whose matrices are in another one.
+        """
+        stored = {part.name for part in _of_run(model).modules() if isinstance(part, StoredWeights)}
+        if stored:
+            raise UserError(f"weights {cls.name!r} has no effect on a model compressed to {min(stored)}: leave it out")
         return replaced(model, ".*", cls)
+
+
+def _of_run(model: M) -> M:
+    """`model`, whose stored matrices, if it is compressed, are multiplied as they are."""
+    kinds: dict[Any, type[StoredWeights]] = {Int8Linear: Int8, Int4Linear: Int4}
+    if not any(type(module) in kinds for module in model.modules()):
+        return model
+
+    def replace(name: str, module: Any) -> nn.Module | None:
+        return kinds[type(module)](module) if type(module) in kinds else None
+
+    return copied(model, replace)
 
 
 class Float32(StoredWeights, name="fp32"):
@@ -68,7 +94,7 @@ class Float32(StoredWeights, name="fp32"):
 
     @classmethod
     def applied(cls, model: M) -> M:
-        return model
+        return _of_run(model)
 
 
 class BFloat16(StoredWeights, name="bf16"):
@@ -104,3 +130,20 @@ class Int8(StoredWeights, name="int8"):
             product = torch.ops.aten._weight_int8pack_mm(rows, self.stored, self.scale.bfloat16())
             return product.to(x.dtype).view(*x.shape[:-1], -1)
         return (x @ self.stored.t().to(x.dtype)) * self.scale
+
+
+class Int4(StoredWeights, name="int4"):
+    """An eighth of the bytes. Each weight is rounded to a multiple of its group's scale, max |w| / 7.
+
+    Calibrated weights (`minitransformer compress`) keep more of a model's quality.
+    """
+
+    few_rows = 8
+
+    @classmethod
+    def store(cls, weight: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor]:
+        return quantise_groups(weight, BLOCK)
+
+    def product(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        assert self.scale is not None
+        return x @ dequantise_groups(self.stored, self.scale, self.in_features).t()

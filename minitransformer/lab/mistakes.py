@@ -35,6 +35,7 @@ from minitransformer.architecture.residual import (
     ResiDual,
     Residual,
     SandwichLN,
+    ScaledPreLN,
     ScaledResiDual,
     SiameseNorm,
     ValueResidual,
@@ -113,6 +114,13 @@ class CrossAttentionUnnormalised(PreLN):
         if self.place.sublayer == "cross_attention":
             return x + sublayer(x)
         return super().forward(x, sublayer)
+
+
+class StreamScaledToo(ScaledPreLN):
+    """x ← m (x + f(N(x)))."""
+
+    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+        return self.multiplier * (x + sublayer(self.norm(x)))
 
 
 class FinalNormAfterPost(PostLN):

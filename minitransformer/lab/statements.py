@@ -27,6 +27,13 @@ def pre(x: Tensor, stack: StatedStack) -> Tensor:
     return stack.norm(x)
 
 
+@states("pre-scaled")
+def pre_scaled(x: Tensor, stack: StatedStack) -> Tensor:
+    for branch in stack.branches:
+        x = x + branch.f(branch.norm(x)) * 22 / 100
+    return stack.norm(x)
+
+
 @states("sandwich")
 def sandwich(x: Tensor, stack: StatedStack) -> Tensor:
     for branch in stack.branches:

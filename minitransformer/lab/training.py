@@ -26,7 +26,8 @@ from minitransformer.settings import kinds, with_settings
 from minitransformer.tasks.task import Measurement, Result, Task
 from minitransformer.text.batches import SequentialWindows
 from minitransformer.text.datasets import PreparedData
-from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.config import RunConfig, TrainingConfig
+from minitransformer.training.data_config import DataConfig
 from minitransformer.training.learner import Learner, build_learner
 from minitransformer.training.machine import Machine
 from minitransformer.training.optimizers import AdamW

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
 
 from minitransformer.architecture.attention import QK_NORMS, MultiHeadAttention
 from minitransformer.architecture.block import Block, BlockParts, Stack
-from minitransformer.architecture.embeddings import LMHead, TokenEmbedding, TokenSmear, TransformedHead
+from minitransformer.architecture.embeddings import (
+    ClassificationHead,
+    LMHead,
+    TokenEmbedding,
+    TokenSmear,
+    TransformedHead,
+)
 from minitransformer.architecture.feedforward import MixtureOfExperts
 from minitransformer.architecture.kernels import KERNELS
 from minitransformer.architecture.norms import Norm
@@ -36,7 +43,8 @@ def build_stack(
 
     def make_residual(layer: int, sublayer: str) -> Residual:
         place = Place(layer, num_layers, sublayer, partner_layers, has_memory, d_model=config.d_model)
-        return config.residual.make(partial(_norm, config), config.dropout, place)
+        is_normalised = place.index == 0 and not config.first_norm
+        return config.residual.make(nn.Identity if is_normalised else partial(_norm, config), config.dropout, place)
 
     def make_block(layer: int) -> Block:
         return config.block.make(_block_parts(config, partial(make_residual, layer), has_memory=has_memory))
@@ -61,7 +69,7 @@ def build_embedding(config: ModelConfig, vocab_size: int | None) -> TokenEmbeddi
     return TokenEmbedding(
         vocab_size,
         config.d_model,
-        scale=config.d_model**0.5 if config.scaled_embeddings else 1.0,
+        scale=config.embedding_scale * (config.d_model**0.5 if config.scaled_embeddings else 1.0),
         num_segments=config.num_segments,
         embedding_dim=config.embedding_dim,
     )
@@ -83,7 +91,22 @@ def build_head(config: ModelConfig, embedding: TokenEmbedding) -> nn.Module:
     if config.head == "linear":
         return head
     activation = config.feedforward.variant.activation
-    return TransformedHead(config.d_model, head, activation=activation, norm=_norm(config))
+    bias, norm = config.transform_bias, _norm(config)
+    return TransformedHead(config.d_model, head, activation=activation, norm=norm, bias=bias)
+
+
+def build_classification_head(config: ModelConfig, *, pooled: str) -> ClassificationHead:
+    """The head of a classifier, which reads the hidden states by the pooling `pooled`."""
+    assert config.num_classes is not None
+    return ClassificationHead(
+        config.d_model,
+        config.num_classes,
+        pooled=pooled,
+        pooling=config.pooling,
+        norm=_norm(config) if config.pooled_norm else None,
+        bias=config.transform_bias,
+        dropout=config.dropout,
+    )
 
 
 def _block_parts(config: ModelConfig, make_residual: Callable[[str], Residual], *, has_memory: bool) -> BlockParts:
@@ -114,12 +137,22 @@ def _attention(config: ModelConfig) -> MultiHeadAttention:
         output_bias=config.bias if config.attention_output_bias is None else config.attention_output_bias,
         scale=config.attention_scale,
         softcap=config.attention_softcap,
+        clip=config.qkv_clip,
         dropout=config.dropout,
-        make_norm=QK_NORMS[qk_norm](partial(_norm, config), config.features_per_head),
-        make_value_norm=QK_NORMS[value_norm](partial(_norm, config), config.features_per_head),
+        make_norm=_qk_norm(config, qk_norm),
+        make_value_norm=_qk_norm(config, value_norm),
         kernel=KERNELS[config.attention_kernel],
         project=project_together,
     )
+
+
+def _qk_norm(config: ModelConfig, name: str) -> Callable[[int], nn.Module] | None:
+    """What makes the norm of queries, keys or values; where each head has its own, it has no biases, as published."""
+    settings, of_each = config.norm.settings, name == "each-head"
+    if of_each and hasattr(settings, "bias"):
+        settings = replace(settings, bias=False)
+    make_norm = partial(config.norm.variant, settings, bias=config.bias and not of_each)
+    return QK_NORMS[name](make_norm, config.features_per_head)
 
 
 def _feedforward(config: ModelConfig) -> nn.Module:

@@ -16,6 +16,7 @@ from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Residual, Surroundings
 from minitransformer.errors import UserError
 from minitransformer.models.adapters import Adapter
+from minitransformer.models.formats import WeightFormat
 from minitransformer.registry import lookup
 from minitransformer.settings import Choice, check_settings, setting
 
@@ -116,8 +117,14 @@ class ModelConfig:
     pooling: str = setting(
         "tanh", choices=POOLING_ACTIVATIONS, needs=CLASSIFIERS, help="activation of the classifier's pooling layer"
     )
+    pooled_norm: bool = setting(False, needs=CLASSIFIERS, help="normalise the output of the classifier's pooling layer")
     block: Choice[Block] = Choice(Block, "sequential", needs=WITH_ATTENTION, help="arrangement of the sublayers")
     residual: Choice[Residual] = Choice(Residual, "pre", needs=WITH_ATTENTION, help="norm placement")
+    first_norm: bool = setting(
+        True,
+        needs=("residual", ("pre",)),
+        help="normalise the input of the first sublayer, which embedding_norm has normalised already",
+    )
     norm: Choice[Norm] = Choice(Norm, "layer", needs=WITH_ATTENTION, help="normalisation layer")
     embedding_norm: bool = setting(False, needs=WITH_ATTENTION, help="normalise the embeddings before the first block")
     token_smear: bool = setting(
@@ -144,6 +151,12 @@ class ModelConfig:
     )
     qk_norm: str = setting("none", choices=QK_NORMS, needs=WITH_ATTENTION, help="normalise queries and keys")
     value_norm: bool = setting(False, needs=WITH_ATTENTION, help="normalise values in the same way as qk_norm")
+    qkv_clip: float | None = setting(
+        None,
+        above=0,
+        needs=WITH_ATTENTION,
+        help="largest absolute value of projected queries, keys and values; None is no limit",
+    )
     attention_scale: float | None = setting(
         None, above=0, needs=WITH_ATTENTION, help="factor of the attention scores; None is head_dim^-1/2"
     )
@@ -160,6 +173,11 @@ class ModelConfig:
     )
     attention_kernel: str = setting("auto", choices=KERNELS, needs=WITH_ATTENTION, help="implementation of attention")
     head: str = setting("linear", choices=HEADS, needs=WITH_HEAD, help="language-model head")
+    transform_bias: bool = setting(
+        True,
+        needs=("topology", (*WITH_HEAD[1], *CLASSIFIERS[1])),
+        help="use a bias in the first linear layer of the head 'transformed', or of a classifier",
+    )
     head_bias: bool = setting(False, needs=WITH_HEAD, help="use a bias in the language-model head")
     logit_scale: float = setting(1.0, needs=WITH_HEAD, help="factor of the head's input")
     logit_softcap: float | None = setting(
@@ -169,7 +187,8 @@ class ModelConfig:
     shared_embeddings: bool = setting(
         True, needs=PAIRS, help="share the token embedding of encoder and decoder, if they have one vocabulary"
     )
-    scaled_embeddings: bool = setting(False, help="scale token embeddings by the square root of d_model")
+    embedding_scale: float = setting(1.0, above=0, help="factor of token embeddings")
+    scaled_embeddings: bool = setting(False, help="also scale token embeddings by the square root of d_model")
     embedding_dim: int | None = size_setting(
         None, help="width of the token embedding, projected to d_model; None is d_model, without a projection"
     )
@@ -177,6 +196,12 @@ class ModelConfig:
         0.0, at_least=0, below=1, help="dropout probability of embeddings, attention weights and sublayer outputs"
     )
     init: Choice[Initialisation] = Choice(Initialisation, "gpt2", help="weight initialisation")
+    weight_format: Choice[WeightFormat] = Choice(
+        WeightFormat,
+        "fp32",
+        needs=WITH_ATTENTION,
+        help="format of matrices; others than fp32 are not trained, and come from `minitransformer compress`",
+    )
     adapter: Choice[Adapter] = Choice(
         Adapter, "none", needs=WITH_ATTENTION, help="what a fine-tune trains in place of all weights"
     )
@@ -186,6 +211,7 @@ class ModelConfig:
         lookup("topology", self.topology, TOPOLOGIES)
         self._check_heads()
         self._check_parts()
+        self.weight_format.make()
         if self.text_length < 1:
             taken = self.context_length - self.text_length
             raise UserError(
@@ -231,6 +257,12 @@ class ModelConfig:
             raise UserError(
                 f"head 'transformed' cannot be combined with embedding_dim {self.embedding_dim}: leave one of them out"
             )
+        if not self.first_norm and self.residual.name != "pre":
+            raise UserError(
+                f"first_norm has no effect with residual {self.residual.name!r}: leave it out, or choose 'pre'"
+            )
+        if not self.transform_bias and self.topology in WITH_HEAD[1] and self.head != "transformed":
+            raise UserError("transform_bias has no effect with head 'linear': leave it out, or choose 'transformed'")
         if self.positions.variant.table_per_position and self.context_length * self.d_model > MOST_FEATURES:
             raise UserError(
                 f"positions {self.positions.name!r} need a table of context_length {self.context_length} times d_model "
@@ -249,6 +281,11 @@ class ModelConfig:
     def base(self) -> ModelConfig:
         """The same model without an adapter."""
         return replace(self, adapter="none")
+
+    @property
+    def plain(self) -> ModelConfig:
+        """The same model without an adapter, with all weights in full."""
+        return replace(self, adapter="none", weight_format="fp32")
 
     @property
     def text_length(self) -> int:

@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitransformer.architecture.cache import ChosenSlots, KVCache
-from minitransformer.architecture.embeddings import ClassificationHead, TokensOrEmbeddings
+from minitransformer.architecture.embeddings import TokensOrEmbeddings
 from minitransformer.architecture.positions import positions_in_documents
-from minitransformer.models.build import build_embedding, build_head, build_stack
+from minitransformer.models.build import build_classification_head, build_embedding, build_head, build_stack
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, Readout, apply_head, next_positions
 
@@ -78,10 +78,7 @@ class DecoderClassifier(Decoder, name="decoder-classifier"):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        assert config.num_classes is not None
-        self.head = ClassificationHead(
-            config.d_model, config.num_classes, pooled="last", pooling=config.pooling, dropout=config.dropout
-        )
+        self.head = build_classification_head(config, pooled="last")
 
     def forward(
         self, tokens: TokensOrEmbeddings, *, is_token: Bool[Tensor, "batch length"] | None = None, **inputs: Any

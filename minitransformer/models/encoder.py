@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minitransformer.architecture.embeddings import ClassificationHead, TokensOrEmbeddings
-from minitransformer.models.build import build_embedding, build_head, build_stack
+from minitransformer.models.build import build_classification_head, build_embedding, build_head, build_stack
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, Readout, apply_head, next_positions
 
@@ -99,14 +99,7 @@ class EncoderClassifier(Encoder, name="encoder-classifier"):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        assert config.num_classes is not None
-        self.head = ClassificationHead(
-            config.d_model,
-            config.num_classes,
-            pooled=config.pooled,
-            pooling=config.pooling,
-            dropout=config.dropout,
-        )
+        self.head = build_classification_head(config, pooled=config.pooled)
 
     def forward(
         self, tokens: TokensOrEmbeddings, *, is_token: Bool[Tensor, "batch length"] | None = None, **inputs: Any

@@ -24,7 +24,7 @@ from minitransformer.architecture.positions import token_positions
 from minitransformer.errors import UserError
 from minitransformer.models.adapters.lora import LowRankUpdate
 from minitransformer.models.config import TOPOLOGIES, ModelConfig
-from minitransformer.models.int8 import Int8Linear
+from minitransformer.models.stored import StoredLinear, in_full
 from minitransformer.registry import Registered
 
 Readout = Callable[[nn.Module, Float[Tensor, "*batch d_model"]], Any]
@@ -81,8 +81,10 @@ class Model(Registered, nn.Module, kind="topology"):
         return _methods_inside(self, "end_step")
 
     def num_parameters(self) -> int:
-        """The number of parameters; tied ones count once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """The number of parameters; tied ones count once, and several in a byte each."""
+        several = [part for part in self.modules() if isinstance(part, StoredLinear)]
+        packed = sum((part.weights_per_element - 1) * part.weight.numel() for part in several)
+        return packed + sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, length: int) -> int:
         """FLOPs of one training step per token of a sequence of `length` tokens.
@@ -110,11 +112,13 @@ def _flops_of_products(module: nn.Module) -> int:
     matrices = [
         weight
         for part in module.modules()
-        if isinstance(part, nn.Linear | Int8Linear | LowRankUpdate)
+        if isinstance(part, nn.Linear | LowRankUpdate)
         for name, weight in part.named_parameters(recurse=False)
         if weight.dim() == 2
     ]
-    return sum((6 if weight.requires_grad else 4) * weight.numel() for weight in matrices)
+    stored = [part for part in module.modules() if isinstance(part, StoredLinear)]
+    frozen = sum(4 * part.in_features * part.out_features for part in stored)
+    return frozen + sum((6 if weight.requires_grad else 4) * weight.numel() for weight in matrices)
 
 
 def next_positions(
@@ -148,7 +152,7 @@ def build_in_parts(config: ModelConfig, complete: Callable[[nn.Module], object] 
 def _constructed(config: ModelConfig) -> Model:
     import_module(f"minitransformer.models.{TOPOLOGIES[config.topology]}")
     plain = Model.named("encoder-pretraining" if config.next_sentence else config.topology)(config)
-    return config.adapter.make().applied(plain)
+    return config.adapter.make().applied(config.weight_format.make().applied(plain))
 
 
 def merged(model: Model) -> Model:
@@ -157,10 +161,18 @@ def merged(model: Model) -> Model:
     It is `model` itself if it has no adapter, or one that no weight can take in.
     """
     plain = model.config.adapter.make().merged(model)
-    if plain is model:
-        return model
-    plain.config, plain.base = model.config.base, None
-    return plain.requires_grad_(True)
+    return model if plain is model else _as_plain(plain)
+
+
+def in_full_precision(model: Model) -> Model:
+    """`model` without an adapter, and with all of its matrices in full; it is `model` itself if it is that."""
+    plain = in_full(model)
+    return model if plain is model else _as_plain(plain)
+
+
+def _as_plain(model: Model) -> Model:
+    model.config, model.base = model.config.plain, None
+    return model.requires_grad_(True)
 
 
 class _Unmade(TorchFunctionMode):
@@ -209,8 +221,8 @@ def check_size(config: ModelConfig, tensors: int, stored: int, origin: str) -> N
     layers = config.num_layers + (config.decoder_layers if config.topology == "encoder-decoder" else 0)
     if layers * (config.num_experts or 1) > tensors:
         raise UserError(f"{origin} has {tensors} tensors, too few for {layers} layers: config.json is of another model")
-    # A weight takes at least 8 bits on disk.
-    if (parameters := count_parameters(config)) > stored:
+    # A weight takes at least 8 bits on disk, and two of 4 bits are one number.
+    if (parameters := sum(each.numel() for each in model_without_storage(config).parameters())) > stored:
         raise UserError(
             f"{origin} has {stored:,} bytes, too few for {parameters:,} weights: config.json is of another model"
         )

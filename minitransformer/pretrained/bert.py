@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, XLM-RoBERTa and DistilBERT."""
+"""BERT, RoBERTa, XLM-RoBERTa, CamemBERT and DistilBERT."""
 
 from __future__ import annotations
 
@@ -136,6 +136,16 @@ class XLMRobertaFamily(RoBERTaFamily, name="xlm-roberta"):
         "encoder": "XLMRobertaForMaskedLM",
         "encoder-classifier": "XLMRobertaForSequenceClassification",
         "encoder-headless": "XLMRobertaModel",
+    }
+
+
+class CamemBERTFamily(RoBERTaFamily, name="camembert"):
+    """Martin et al. 2019 (arXiv 1911.03894): RoBERTa for French, with the same tensor names."""
+
+    architectures = {
+        "encoder": "CamembertForMaskedLM",
+        "encoder-classifier": "CamembertForSequenceClassification",
+        "encoder-headless": "CamembertModel",
     }
 
 

@@ -212,7 +212,7 @@ class BloomFamily(Family, name="bloom"):
 
 
 class FalconFamily(Family, name="falcon"):
-    """Almazrouei et al. 2023 (arXiv 2311.16867), its members with rotary positions."""
+    """Almazrouei et al. 2023 (arXiv 2311.16867): rotary positions, or in Falcon-RW ALiBi."""
 
     architectures = {"decoder": "FalconForCausalLM"}
     fields = {
@@ -223,11 +223,11 @@ class FalconFamily(Family, name="falcon"):
         "num_attention_heads": Field("num_heads", older=["n_head"]),
         "layer_norm_epsilon": Field("norm_eps", default=1e-5),
         "activation": Field("feedforward", ACTIVATIONS, "gelu"),
+        "alibi": Field("positions", {False: "rotary", True: "alibi-falcon"}, False),
         "bias": Field("bias", default=False),
         "tie_word_embeddings": Field("tied_embeddings", default=True),
     }
-    fixed = {"residual": "pre", "norm": "layer", "norm_bias": True, "positions": "rotary"}
-    required = {"alibi": False}
+    fixed = {"residual": "pre", "norm": "layer", "norm_bias": True}
     prefix = "transformer."
 
     @classmethod
@@ -248,7 +248,7 @@ class FalconFamily(Family, name="falcon"):
         two_norms = grouped and hf.get("num_ln_in_parallel_attn") in (None, 2)
         parallel = "parallel-two-norms" if two_norms else "parallel"
         return {
-            **read_rope(hf),
+            **({} if hf.get("alibi") else read_rope(hf)),
             "num_kv_heads": shared,
             "d_ff": hf.get("ffn_hidden_size") or 4 * hf["hidden_size"],
             "block": parallel if grouped or hf.get("parallel_attn", True) else "sequential",
@@ -259,7 +259,7 @@ class FalconFamily(Family, name="falcon"):
         heads = config.num_kv_heads or config.num_heads
         grouped = config.block.name == "parallel-two-norms" or heads not in (1, config.num_heads)
         return {
-            **write_rope(config),
+            **(write_rope(config) if config.positions.name == "rotary" else {}),
             "num_kv_heads": heads,
             "new_decoder_architecture": grouped,
             "num_ln_in_parallel_attn": (2 if config.block.name == "parallel-two-norms" else 1) if grouped else None,

@@ -1,4 +1,4 @@
-"""Llama and families with its tensor names: Mistral, Mixtral, Qwen, OLMo-2, Gemma-2, StableLM."""
+"""Llama and families with its tensor names: Mistral, Mixtral, Qwen, OLMo, StableLM, Granite, SmolLM3, Phi-3."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ from typing import Any
 
 from minitransformer.models.config import ModelConfig
 from minitransformer.pretrained.families import GATED, HF, SHAPE, Family, Field
-from minitransformer.pretrained.rope import read_partial_rope, read_rope, write_partial_rope, write_rope
-from minitransformer.pretrained.rules import Rule
+from minitransformer.pretrained.rope import (
+    ORIGINAL,
+    read_partial_rope,
+    read_rope,
+    read_window_rope,
+    write_partial_rope,
+    write_rope,
+    write_window_rope,
+)
+from minitransformer.pretrained.rules import Halves, Rule, StackedHeads
 
 BLOCK = "stack.blocks.{layer}."
+QKV = (BLOCK + "attention.query", BLOCK + "attention.key", BLOCK + "attention.value")
 THEIRS = "model.layers.{layer}."
 
 
@@ -41,6 +50,12 @@ LLAMA_FIELDS: dict[str, Field | str] = {
 }
 
 
+def read_attention_bias(hf: HF) -> dict[str, Any]:
+    """The biases of all four projections of attention."""
+    bias = hf.get("attention_bias", False)
+    return {"qkv_bias": bias, "attention_output_bias": bias}
+
+
 class LlamaFamily(Family, name="llama"):
     """Touvron et al. 2023 (arXiv 2302.13971), Llama 2 and 3, and their fine-tunes."""
 
@@ -53,8 +68,7 @@ class LlamaFamily(Family, name="llama"):
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
-        attention, mlp = hf.get("attention_bias", False), hf.get("mlp_bias", False)
-        return {**read_rope(hf), "bias": mlp, "qkv_bias": attention, "attention_output_bias": attention}
+        return {**read_rope(hf), **read_attention_bias(hf), "bias": hf.get("mlp_bias", False)}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
@@ -108,7 +122,14 @@ def read_windows(hf: HF, pattern: list[str]) -> dict[str, Any]:
     """The window and its layers, from `layer_types`, or by default `pattern`."""
     kinds = hf.get("layer_types") or pattern
     sliding = tuple(kind == "sliding_attention" for kind in kinds)
-    return {"attention_window": hf.get("sliding_window", 4096), "window_pattern": sliding} if any(sliding) else {}
+    if not any(sliding):
+        return {"attention_window": None}
+    return {"attention_window": hf.get("sliding_window", 4096), "window_pattern": sliding}
+
+
+def mostly_windows(layers: int, every: int) -> list[str]:
+    """The kinds of layers where all but every so manieth have a sliding window."""
+    return ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)]
 
 
 def write_windows(config: ModelConfig) -> HF:
@@ -153,8 +174,7 @@ class Qwen3Family(Qwen2Family, name="qwen3"):
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
-        bias = hf.get("attention_bias", False)
-        return {**super().read(hf), "qkv_bias": bias, "attention_output_bias": bias}
+        return {**super().read(hf), **read_attention_bias(hf)}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
@@ -178,52 +198,106 @@ class OLMo2Family(LlamaFamily, name="olmo2"):
     )
 
 
-class Gemma2Family(LlamaFamily, name="gemma2"):
-    """Gemma 2 (arXiv 2408.00118)."""
+class OLMo3Family(OLMo2Family, name="olmo3"):
+    """OLMo 3 (arXiv 2512.13961): OLMo-2 with a sliding window in three of four layers, which scalings leave alone."""
 
-    architectures = {"decoder": "Gemma2ForCausalLM"}
+    architectures = {"decoder": "Olmo3ForCausalLM"}
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        windows = read_windows(hf, mostly_windows(hf["num_hidden_layers"], 4))
+        return {**read_window_rope(hf, default_base=5e5), **read_attention_bias(hf), **windows}
+
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        return {**super().write(config), **write_window_rope(config), **write_windows(config)}
+
+
+class GraniteFamily(LlamaFamily, name="granite"):
+    """Granite 3 (IBM 2024): Llama with constant factors of embeddings, scores, sublayers and logits."""
+
+    architectures = {"decoder": "GraniteForCausalLM"}
     fields = {
-        **GROUPED_SHAPE,
-        "head_dim": Field("head_dim", default=256),
-        "rms_norm_eps": Field("norm_eps", default=1e-6),
-        "hidden_activation": Field("feedforward", GATED, "gelu_pytorch_tanh"),
-        "attn_logit_softcapping": Field("attention_softcap", default=50.0, nullable=True),
-        "final_logit_softcapping": Field("logit_softcap", default=30.0, nullable=True),
+        **LLAMA_FIELDS,
+        "embedding_multiplier": Field("embedding_scale", default=1.0),
+        "residual_multiplier": Field("pre_scaled_multiplier", default=1.0),
+        "attention_multiplier": Field("attention_scale", default=1.0),
+    }
+    fixed = {**LlamaFamily.fixed, "residual": "pre-scaled"}
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        return {**super().read(hf), "logit_scale": 1 / hf.get("logits_scaling", 1.0)}
+
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        return {**super().write(config), "logits_scaling": 1 / config.logit_scale}
+
+
+class SmolLM3Family(LlamaFamily, name="smollm3"):
+    """SmolLM3 (Hugging Face 2025): Llama, without rotation in every fourth layer."""
+
+    architectures = {"decoder": "SmolLM3ForCausalLM"}
+    fields = {
+        **LLAMA_FIELDS,
+        "num_key_value_heads": Field("num_kv_heads", default=4, nullable=True),
         "tie_word_embeddings": Field("tied_embeddings", default=True),
     }
-    fixed = {
-        "residual": "sandwich",
-        "norm": "rms-zero-centred",
-        "positions": "rotary",
-        "scaled_embeddings": True,
-        "bias": False,
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        every, layers = hf.get("no_rope_layer_interval", 4), range(hf["num_hidden_layers"])
+        rotated = tuple(map(bool, hf.get("no_rope_layers") or [(layer + 1) % every for layer in layers]))
+        has_windows = hf.get("use_sliding_window") and hf.get("sliding_window")
+        pattern = ["full_attention" if turns or not has_windows else "sliding_attention" for turns in rotated]
+        windows = read_windows({"sliding_window": None, **hf}, pattern)
+        return {**super().read(hf), **read_rope(hf, default_base=2e6), **windows, "rotary_layers": rotated}
+
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        pattern = config.positions.settings.layers
+        return {
+            **super().write(config),
+            **write_windows(config),
+            "no_rope_layers": [int(pattern[layer % len(pattern)]) for layer in range(config.num_layers)],
+            "use_sliding_window": config.attention_window is not None,
+            "pad_token_id": None,  # whose default is beyond most vocabularies
+        }
+
+
+class Phi3Family(LlamaFamily, name="phi3"):
+    """Abdin et al. 2024 (arXiv 2404.14219), and Phi-4: Llama with matrices side by side."""
+
+    architectures = {"decoder": "Phi3ForCausalLM"}
+    fields = {
+        **LLAMA_FIELDS,
+        "rms_norm_eps": Field("norm_eps", default=1e-5),
+        "sliding_window": "attention_window",
     }
+    fixed = {**LlamaFamily.fixed, "bias": False}
     rules = (
         *OUTSIDE,
-        *attention_rules(),
-        *feedforward_rules(),
-        Rule(THEIRS + "input_layernorm", BLOCK + "attention_residual.norm"),
-        Rule(THEIRS + "post_attention_layernorm", BLOCK + "attention_residual.output_norm"),
-        Rule(THEIRS + "pre_feedforward_layernorm", BLOCK + "feedforward_residual.norm"),
-        Rule(THEIRS + "post_feedforward_layernorm", BLOCK + "feedforward_residual.output_norm"),
+        *PRE_LN,
+        Rule(THEIRS + "self_attn.qkv_proj", QKV, StackedHeads()),
+        Rule(THEIRS + "self_attn.o_proj", BLOCK + "attention.output"),
+        Rule(THEIRS + "mlp.gate_up_proj", (BLOCK + "feedforward.gate", BLOCK + "feedforward.up"), Halves()),
+        Rule(THEIRS + "mlp.down_proj", BLOCK + "feedforward.down"),
     )
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
-        kinds = ["sliding_attention", "full_attention"]
-        pattern = [kinds[layer % 2] for layer in range(hf["num_hidden_layers"])]
-        scale = hf.get("query_pre_attn_scalar", 256) ** -0.5
-        return {**read_rope(hf), **read_windows(hf, pattern), "attention_scale": scale}
+        rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+        if (rope.get("rope_type") or rope.get("type")) in ("su", "yarn"):  # former names
+            rope["rope_type"] = "longrope"
+        said = {ORIGINAL: 4096, **hf, "rope_scaling": None, "rope_parameters": rope}
+        return read_partial_rope(said, default_fraction=1.0)
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
-        scale = config.attention_scale or config.features_per_head**-0.5
-        scalar = round(scale**-2, 6)
-        return {
-            **write_rope(config),
-            **write_windows(config),
-            "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
-        }
+        # The default padding is beyond most vocabularies.
+        rope = write_partial_rope(config, kinds=("default", "longrope"))
+        original = rope["rope_parameters"].get(ORIGINAL, config.context_length)
+        return {**rope, ORIGINAL: original, "pad_token_id": None}
 
 
 class StableLMFamily(LlamaFamily, name="stablelm"):
@@ -236,11 +310,16 @@ class StableLMFamily(LlamaFamily, name="stablelm"):
         "hidden_act": Field("feedforward", GATED, "silu"),
         "use_qkv_bias": Field("qkv_bias", default=False),
         "use_parallel_residual": Field("block", {True: "parallel", False: "sequential"}, False),
+        "qk_layernorm": Field("qk_norm", {True: "each-head", False: "none"}, False),
         "tie_word_embeddings": Field("tied_embeddings", default=False),
     }
     fixed = {"residual": "pre", "norm": "layer", "norm_bias": True, "positions": "rotary", "bias": False}
-    required = {"qk_layernorm": False}
-    rules = (*LlamaFamily.rules, Rule(THEIRS + "input_layernorm", BLOCK + "residual.norm"))
+    rules = (
+        *LlamaFamily.rules,
+        Rule(THEIRS + "input_layernorm", BLOCK + "residual.norm"),
+        Rule(THEIRS + "self_attn.q_layernorm.norms.{head}", BLOCK + "attention.query_norm.norms.{head}"),
+        Rule(THEIRS + "self_attn.k_layernorm.norms.{kv_head}", BLOCK + "attention.key_norm.norms.{kv_head}"),
+    )
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:

@@ -130,8 +130,8 @@ def _prompt_tuning(model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config, embedding = model.config, dict(model.named_parameters())
     if config.topology != "decoder":
         raise UserError(f"there is no folder for the soft prompt of topology {config.topology!r}, only of a decoder")
-    if config.scaled_embeddings:
-        raise UserError("scaled_embeddings would scale peft's prompt too: there is no folder for this soft prompt")
+    if config.scaled_embeddings or config.embedding_scale != 1.0:
+        raise UserError("scaled embeddings would scale peft's prompt too: there is no folder for this soft prompt")
     about = {
         "peft_type": "PROMPT_TUNING",
         "num_virtual_tokens": config.adapter.settings.tokens,

@@ -68,8 +68,29 @@ class GroupedHeads(Transform):
         return torch.cat(heads, dim=1).flatten(0, 2)
 
 
+class StackedHeads(Transform):
+    """All query heads, then all key heads, then all value heads: Phi-3, DBRX."""
+
+    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+        groups = config.num_kv_heads or config.num_heads
+        return tensor.split([heads * config.features_per_head for heads in (config.num_heads, groups, groups)])
+
+    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
+        return torch.cat(weights)
+
+
+class Halves(Transform):
+    """Two maps of the same size, one after the other."""
+
+    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+        return tensor.unflatten(0, (2, -1)).unbind()
+
+    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
+        return torch.cat(weights)
+
+
 class InterleavedPairs(Transform):
-    """Rotary pairs are features 2i and 2i + 1, and ours are i and i + half: GPT-J."""
+    """Rotary pairs are features 2i and 2i + 1, and ours are i and i + half: GPT-J, Cohere."""
 
     def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
         heads = tensor.unflatten(0, (-1, config.features_per_head))
@@ -83,6 +104,16 @@ class InterleavedPairs(Transform):
         turned = int(config.features_per_head * config.positions.settings.fraction)
         rest = torch.arange(turned, config.features_per_head)
         return torch.cat([torch.arange(0, turned, 2), torch.arange(1, turned, 2), rest])
+
+
+class InterleavedHeads(InterleavedPairs):
+    """Gains of each head, one row for each, whose pairs are interleaved: Cohere."""
+
+    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+        return tensor[:, self._order(config)].unbind()
+
+    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
+        return torch.stack(weights)[:, self._order(config).argsort()]
 
 
 @dataclass(frozen=True)
@@ -122,8 +153,8 @@ class Reversed(Transform):
 class Rule:
     """A module of the file, the model's modules that it becomes, and the transform; rules without weights are skipped.
 
-    `{layer}`, `{decoder_layer}` and `{expert}` are expanded. With `tensors`, the names are those of tensors rather than
-    modules. A missing `optional` one means zeros.
+    `{layer}`, `{decoder_layer}`, `{expert}`, `{head}` and `{kv_head}` are expanded. With `tensors`, the
+    names are those of tensors rather than modules. A missing `optional` one means zeros.
 
     A later rule for weights that are already filled, such as tied ones, is for a copy, which a file may omit, and an
     export does.
@@ -142,6 +173,8 @@ class Rule:
             "{layer}": config.num_layers,
             "{decoder_layer}": config.decoder_layers,
             "{expert}": config.num_experts or 0,
+            "{head}": config.num_heads,
+            "{kv_head}": config.num_kv_heads or config.num_heads,
         }
         places = [place for place in ranges if place in self.source + targets[0]]
         for numbers in product(*(range(ranges[place]) for place in places)):

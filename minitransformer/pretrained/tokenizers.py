@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from minitransformer.errors import UserError
+from minitransformer.pretrained.marian import TARGET, SentencePiece, marian_tokenizer
 from minitransformer.pretrained.shards import read_checkpoint_json
+from minitransformer.pretrained.unigram_files import content_of_unigram
 from minitransformer.pretrained.vocabularies import as_its_class_reads_it, content_of_vocabulary
 from minitransformer.text.tokenizers import (
     BPE,
@@ -213,14 +215,26 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     settings, expected = (merged_fields(folder, names) for names in ((NAMES, SETTINGS), CONFIGS))
     try:
         content = tokenizer_content(folder, settings, expected.get("model_type", ""))
-        if content is None:
+        if content is not None:
+            tokenizer, around = _tokenizer_of(content, settings, expected), template(content.get("post_processor"))
+        elif expected.get("model_type") == "marian" and (marian := marian_tokenizer(folder, settings)):
+            tokenizer, around = marian, ((), (marian.end_of_text,))
+        else:
             return None
-        tokenizer = _tokenizer_of(content, settings, expected)
-        return tokenizer.framed(framing_of(content, expected, tokenizer))
+        return tokenizer.framed(framing_of(around, expected, tokenizer))
     except UserError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / FILE} is damaged ({error!r}): download it again") from None
+
+
+def load_target_tokenizer(folder: Path, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer of targets in a checkpoint folder with that of its sources; `tokenizer` if one serves both."""
+    if not isinstance(tokenizer, SentencePiece):
+        return tokenizer
+    target = marian_tokenizer(folder, merged_fields(folder, (NAMES, SETTINGS)), TARGET)
+    assert target is not None
+    return tokenizer if target.model == tokenizer.model else target.framed(tokenizer.framing)
 
 
 def merged_fields(folder: Path, names: Iterable[str]) -> dict[str, Any]:
@@ -231,13 +245,16 @@ def merged_fields(folder: Path, names: Iterable[str]) -> dict[str, Any]:
 
 def tokenizer_content(folder: Path, settings: dict[str, Any], model_type: str) -> dict[str, Any] | None:
     if not (folder / FILE).is_file():
-        return content_of_vocabulary(folder, settings, model_type)
+        older = content_of_vocabulary(folder, settings, model_type)
+        return older or content_of_unigram(folder, settings, model_type)
     return as_its_class_reads_it(read_checkpoint_json(folder / FILE), settings, model_type)
 
 
-def framing_of(content: dict[str, Any], expected: dict[str, Any], tokenizer: Tokenizer) -> Framing:
-    """The framing of texts from the post-processor, and of targets from the configurations."""
-    before, after = template(content.get("post_processor"))
+def framing_of(
+    around: tuple[tuple[int, ...], tuple[int, ...]], expected: dict[str, Any], tokenizer: Tokenizer
+) -> Framing:
+    """The framing of texts by the ids before and after them, and of targets from the configurations."""
+    before, after = around
     two_sided = expected.get("is_encoder_decoder")
     start = expected.get("decoder_start_token_id", expected.get("bos_token_id")) if two_sided else None
     # A configuration not adapted to a smaller vocabulary may have ids outside it.

@@ -16,11 +16,12 @@ FILES = (VOCABULARY, MERGES, WORDS, ADDED)
 LIKE_GPT2 = ("gpt2", "gptj", "opt", "roberta", "bart")
 BETWEEN_BRACKETS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast")
-BERT_CLASS_OF = {"bert": "BertTokenizer", "distilbert": "DistilBertTokenizer"}
+NEOX_CLASSES = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")
+CLASS_OF = {"bert": "BertTokenizer", "distilbert": "DistilBertTokenizer", "gpt_neox": "GPTNeoXTokenizer"}
 BETWEEN_ANGLES = (END_OF_TEXT, "<s>", "<pad>", "</s>", "<unk>", "<mask>")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 WORDPIECE = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
-SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "source.spm")
+SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "source.spm", "target.spm")
 
 
 def content_of_vocabulary(folder: Path, settings: dict[str, Any], model_type: str) -> dict[str, Any] | None:
@@ -41,9 +42,6 @@ def how_to_make_one(name: str) -> str:
     folder = Path(name)
     found = [file for file in (*SENTENCEPIECE, VOCABULARY) if (folder / file).is_file()]
     having = f", but {found[0]}, which only its own library reads" if found else ", which a run needs"
-    if "source.spm" in found:
-        # The library has separate vocabularies for the two languages, and never writes the file.
-        return f"{name} has no tokenizer.json{having}: make one with the tokenizers package, and put it in the folder"
     to = name if folder.is_dir() else "FOLDER"
     command = f"from transformers import AutoTokenizer as T; T.from_pretrained('{name}').save_pretrained('{to}')"
     where = "" if folder.is_dir() else ", where FOLDER holds the checkpoint"
@@ -66,7 +64,7 @@ def _byte_level(folder: Path, settings: dict[str, Any], model_type: str) -> dict
 
 def _around_byte_level(vocabulary: dict[str, int], settings: dict[str, Any], model_type: str) -> dict[str, Any] | None:
     if model_type in ("roberta", "bart"):
-        first, last = _spelled(settings.get("cls_token", "<s>")), _spelled(settings.get("sep_token", "</s>"))
+        first, last = token_name(settings.get("cls_token", "<s>")), token_name(settings.get("sep_token", "</s>"))
         return {
             "type": "RobertaProcessing",
             "sep": [last, vocabulary[last]],
@@ -75,7 +73,7 @@ def _around_byte_level(vocabulary: dict[str, int], settings: dict[str, Any], mod
             "add_prefix_space": False,
         }
     if settings.get("add_bos_token", model_type == "opt"):
-        first = _spelled(settings.get("bos_token", "</s>" if model_type == "opt" else END_OF_TEXT))
+        first = token_name(settings.get("bos_token", "</s>" if model_type == "opt" else END_OF_TEXT))
         text = {"Sequence": {"id": "A", "type_id": 0}}
         piece = {"SpecialToken": {"id": first, "type_id": 0}}
         ids = {first: {"id": first, "ids": [vocabulary[first]], "tokens": [first]}}
@@ -106,9 +104,11 @@ def _wordpiece(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def as_its_class_reads_it(content: dict[str, Any], settings: dict[str, Any], model_type: str) -> dict[str, Any]:
     """The content of a tokenizer.json, modified as the transformers class for it does.
 
-    The class for BERT normalises by its settings, regardless of the file.
+    The class for BERT normalises by its settings, and that for GPT-NeoX as Unicode does, regardless of the file.
     """
-    chosen = settings.get("tokenizer_class") or BERT_CLASS_OF.get(model_type)
+    chosen = settings.get("tokenizer_class") or CLASS_OF.get(model_type)
+    if chosen in NEOX_CLASSES:
+        return {**content, "normalizer": {"type": "NFC"}}
     return {**content, "normalizer": bert_normalizer(settings)} if chosen in BERT_CLASSES else content
 
 
@@ -129,15 +129,20 @@ def _special(
     """The special tokens: those with usual names, those that the settings name, and those that were added."""
     added = read_checkpoint_json(folder / ADDED) if (folder / ADDED).is_file() else {}
     ids: dict[str, int] = {**vocabulary, **added}
-    named = [_spelled(value) for name, value in settings.items() if name.endswith("_token") and value]
+    named = [token_name(value) for name, value in settings.items() if name.endswith("_token") and value]
     names = dict.fromkeys([*(name for name in (*usual, *named) if name in ids), *added])
+    return [added_token(number, name) for number, name in sorted((ids[name], name) for name in names)]
+
+
+def added_token(number: int, name: str) -> dict[str, Any]:
+    """A special token in a tokenizer.json."""
     flags = {"single_word": False, "rstrip": False, "normalized": False, "special": True}
     # RoBERTa's mask includes the space before it, which version 5 of transformers omits here.
-    each = sorted((ids[name], name) for name in names)
-    return [{"id": number, "content": name, "lstrip": name == "<mask>", **flags} for number, name in each]
+    return {"id": number, "content": name, "lstrip": name == "<mask>", **flags}
 
 
-def _spelled(token: Any) -> str:
+def token_name(token: Any) -> str:
+    """A special token of tokenizer_config.json, which may be described by more than its name."""
     return str(token["content"] if isinstance(token, dict) else token)
 
 

@@ -10,6 +10,7 @@ import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -199,6 +200,32 @@ def points(
     return figure
 
 
+def labelled_points(
+    labels: Sequence[str],
+    x: Sequence[float],
+    y: Sequence[float],
+    ends: Sequence[tuple[float | None, float | None]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+) -> Figure:
+    """Points with a marker of their own, named in the legend, and vertical bars to the `ends` of their intervals, if
+    any; the first is filled. Raises `UserError` without matplotlib."""
+    figure = _figure(7.6, max(4.2, 1.0 + 0.24 * len(labels)))
+    axes = _axes(figure, title=title, x_label=x_label, y_label=y_label)
+    axes.grid(color="#e3e5e9", linewidth=0.6)
+    shown = []
+    for i, (at, value, (low, high)) in enumerate(zip(x, y, ends, strict=True)):
+        color, face = PALETTE[i % len(PALETTE)], "white" if i else PALETTE[0]
+        if low is not None and high is not None:
+            axes.plot([at, at], [low, high], color=color, linewidth=1.4, zorder=1)
+        marker = MARKERS[i % len(MARKERS)]
+        shown += axes.plot([at], [value], marker=marker, linestyle="none", color=color, markerfacecolor=face, zorder=2)
+    _legend(figure, axes, shown, labels, at_right=True)
+    return figure
+
+
 def png(figure: Figure) -> bytes:
     """The figure as PNG."""
     buffer = io.BytesIO()
@@ -206,12 +233,19 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, without a window or global state."""
+def check_figures() -> None:
+    """Raises `UserError` without matplotlib."""
     try:
-        from matplotlib.figure import Figure
+        import_module("matplotlib.figure")
     except ImportError:
         raise UserError('figures need matplotlib, which is not installed: pip install -e ".[lab]"') from None
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, without a window or global state."""
+    check_figures()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 LONG = 40
-"""minimum characters of a cell that may wrap"""
+"""characters of a cell from which on those of its column may wrap"""
 LETTERS_OF_PHONE, LETTERS_OF_PAGE, LETTERS_BETWEEN = 46, 118, 3
 """characters per row at a width of 390 pixels and at the maximum width, and those of a column gap"""
 HINT = "This table is wide: scroll it sideways."
@@ -105,10 +105,11 @@ class Page:
         widths = [max(len(str(cell)) for cell in column) for column in zip(columns, *cells, strict=True)]
         letters = sum(widths) + LETTERS_BETWEEN * len(columns)
         hint = "hint" + " always" * (letters > LETTERS_OF_PAGE) if letters > LETTERS_OF_PHONE and not cards else ""
-        table = {"columns": columns, "rows": cells, "right": number_columns(columns, rows)}
+        long = [max(len(str(cell)) for cell in column) > LONG for column in zip(columns, *cells, strict=True)]
+        table = {"columns": columns, "rows": cells, "right": number_columns(columns, rows), "long": long}
         self.parts.append({"kind": "table", **table, "cards": cards, "hint": hint})
 
     def html(self) -> str:
         """The HTML of the page."""
         template = templates().get_template("page.html")
-        return template.render(title=self.title, parts=self.parts, hint=HINT, long=LONG)
+        return template.render(title=self.title, parts=self.parts, hint=HINT)

@@ -20,11 +20,12 @@ from minitransformer.text.token_files import TokenPairs
 
 
 class Question(NamedTuple):
-    """The ids before an answer, the number of its ids, and its text."""
+    """The ids before an answer, the number of its ids, its text, and the number of its conversation."""
 
     prompt: list[int]
     length: int
     reference: str
+    conversation: int
 
 
 def questions_of(data: HeldOutData) -> list[Question]:
@@ -46,7 +47,7 @@ def _answers(prepared: PreparedConversations, pairs: TokenPairs, number: int) ->
         # A text without a question has nothing but a first token before it; a cut answer has no end.
         is_whole = int(ids[end - 1]) in ends or answer.endswith(end_of_turn)
         if place % 2 == 0 and is_whole and begin > len(tokenizer.framing.prefix or (tokenizer.end_of_text,)):
-            yield Question(ids[:begin].tolist(), end - begin, answer.removesuffix(end_of_turn))
+            yield Question(ids[:begin].tolist(), end - begin, answer.removesuffix(end_of_turn), number)
 
 
 def answers_to(run: Run, model: Model, asked: Sequence[Question], batch_size: int) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from minitransformer import files
 from minitransformer.errors import UserError
 from minitransformer.models.adapters import freeze_matching
-from minitransformer.models.model import Model, build_model, model_without_storage
+from minitransformer.models.model import Model, build_model, in_full_precision, model_without_storage
 from minitransformer.pretrained.chat import published_names, published_special_tokens
 from minitransformer.pretrained.originals import CHAT, inherit_originals
 from minitransformer.runs.layout import check_free
@@ -39,6 +39,7 @@ def check_possible(config: RunConfig, out: Path | None, ranks: Ranks, parent: Ru
     """
     if parent is None:
         check_has_base(config)
+    check_trains(config)
     if out is not None:
         check_free(out)
     if config.training.tensorboard:
@@ -46,6 +47,15 @@ def check_possible(config: RunConfig, out: Path | None, ranks: Ranks, parent: Ru
     choose_precision(choose_device(config.training.device), config.training.precision)
     parallel_over(ranks, config.training.parallel).check(config.model, config.training)
     freeze_matching(model_without_storage(with_usual_vocabulary(config)), config.training.freeze)
+
+
+def check_trains(config: RunConfig) -> None:
+    """Raises `UserError` if the matrices of `config` cannot be trained, and no adapter is."""
+    if config.model.weight_format.name != "fp32" and config.model.adapter.name == "none":
+        raise UserError(
+            f"weight_format {config.model.weight_format.name!r} has no matrices to train: leave it out, or fine-tune a "
+            "compressed run with --adapter lora"
+        )
 
 
 def check_has_base(config: RunConfig) -> None:
@@ -109,7 +119,7 @@ def initial_model(source: Run, checkpoint: str, config: RunConfig) -> Model:
     """
     if config.model.adapter.name != "none":
         return starting_model(config, source.checkpoint(checkpoint))
-    model = source.load_model(checkpoint)
+    model = in_full_precision(source.load_model(checkpoint))
     if config.model.topology == model.config.topology:
         return model
     torch.manual_seed(config.training.seed)

@@ -11,14 +11,17 @@ from minitransformer import files, pretrained
 from minitransformer.errors import UserError
 from minitransformer.generation.published import published
 from minitransformer.pretrained.checkpoint import checkpoint_digest, is_checkpoint
+from minitransformer.pretrained.gguf_files import is_gguf
 from minitransformer.pretrained.originals import inherit_originals, keep_originals
 from minitransformer.pretrained.peft_folders import fill_adapter, read_adapter
 from minitransformer.pretrained.sentences import module_kinds
+from minitransformer.pretrained.tokenizers import load_target_tokenizer
 from minitransformer.pretrained.vocabularies import how_to_make_one
 from minitransformer.runs.begin import check_merges
 from minitransformer.runs.layout import CONFIG, GENERATION, check_free, only_writer
 from minitransformer.runs.open import Run
-from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.config import RunConfig, TrainingConfig
+from minitransformer.training.data_config import DataConfig
 from minitransformer.training.finetuning import starting_model
 from minitransformer.training.objectives import Objective
 from minitransformer.training.weights import Parent
@@ -33,8 +36,13 @@ def import_checkpoint(name: str, path: Path) -> Run:
     Raises `UserError` for a checkpoint that cannot be opened, before anything is written.
     """
     check_free(path)
-    folder = pretrained.checkpoint_folder(name)
-    model, tokenizer = pretrained.load(folder)
+    with pretrained.checkpoint_files(name) as folder:
+        return _imported(name, folder, path)
+
+
+def _imported(name: str, folder: Path, path: Path) -> Run:
+    """`import_checkpoint`, where `folder` has the files besides the weights."""
+    model, tokenizer = pretrained.load(name if is_gguf(name) else folder)
     if tokenizer is None:
         raise UserError(how_to_make_one(name))
     topology, generation = model.config.topology, pretrained.generation_config(folder)
@@ -52,7 +60,8 @@ def import_checkpoint(name: str, path: Path) -> Run:
 
     with only_writer(path):
         config = RunConfig(model.config, DataConfig(tokenizer=tokenizer.name), training)
-        return Run.create(path, config, tokenizer, tokenizer, initial=model, add_files=add_files)
+        tokenizers = (tokenizer, load_target_tokenizer(folder, tokenizer))
+        return Run.create(path, config, *tokenizers, initial=model, add_files=add_files)
 
 
 def import_adapter(folder: Path, base: Run, path: Path) -> Run:

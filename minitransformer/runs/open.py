@@ -31,6 +31,7 @@ from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.checkpoint import (
     CHECKPOINTS,
     check_same_settings,
+    checkpoints_in,
     choose_checkpoint,
     load_model,
     write_checkpoint,
@@ -54,9 +55,9 @@ class Run:
     target_tokenizer: Tokenizer
     """tokenizer of the model's output: `tokenizer` itself, unless the target vocabulary is separate"""
     text: str
-    """hash of its prepared data, which is checked on resume"""
+    """hash of its prepared data, which is checked before it is read again; "" for imports"""
     machine: Resolved | None = None
-    """its device, precision and compilation; None for imports and old runs"""
+    """its device, precision and compilation; None for old runs, and for runs that train.py did not make"""
     parent: Parent | None = None
     """the checkpoint that it started from; None from scratch"""
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -145,6 +146,13 @@ class Run:
         parent = Parent.from_json(record.get("parent"), str(path / CONFIG))
         sources = checked_value(record.get("sources", {}), dict, "sources", str(path / CONFIG))
         return cls(path, config, tokenizer, target_tokenizer, str(record.get("text", "")), machine, parent, sources)
+
+    @property
+    def trains(self) -> bool:
+        """Whether train.py made it, and may resume it: not an import, nor weights that were merged or compressed."""
+        names = [path.name for path in checkpoints_in(self.checkpoints)]
+        made_whole = self.machine is None and names == ["step-000000"]
+        return bool(self.text) and not made_whole
 
     @property
     def tokenizers(self) -> list[Tokenizer]:

@@ -18,16 +18,16 @@ from minitransformer.training.weights import check_weights
 
 
 def check_can_resume(run: Run) -> None:
-    """Raises `UserError` for an imported run, and for one with links, which lead elsewhere, or pipes, which block."""
+    """Raises `UserError` for a run without training, for links, which lead elsewhere, and for pipes, which block."""
     if links := sorted(path for path in run.path.iterdir() if path.is_symlink()):
         raise UserError(
             f"{links[0]} is a link, and resuming the run would write to what it names: put what it names in its place"
         )
     if others := sorted(path for path in run.path.iterdir() if not path.is_file() and not path.is_dir()):
         raise UserError(f"{others[0]} is neither a file nor a folder, and resuming could wait for it: remove it")
-    if not run.text:
+    if not run.trains:
         path = run.path
-        raise UserError(f"{path} was imported and has no training to resume: fine-tune it with --init-from {path}")
+        raise UserError(f"{path} was not made by train.py, and has no training to resume: give --init-from {path}")
 
 
 def check_same_text(run: Run, config: RunConfig, prepared: PreparedData) -> None:

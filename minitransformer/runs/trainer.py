@@ -10,6 +10,7 @@ from minitransformer.generation.classes import Classifier, ranked_classes
 from minitransformer.generation.samples import sample_of
 from minitransformer.models.model import Model
 from minitransformer.runs.open import Run
+from minitransformer.runs.teaching import open_teacher
 from minitransformer.text.datasets import PreparedData
 from minitransformer.training.learner import build_learner
 from minitransformer.training.loader import Loader
@@ -35,7 +36,8 @@ def build_trainer(
 ) -> Trainer:
     """The trainer of `run`: from scratch, from the weights of `initial`, or resumed from `checkpoint`."""
     probe = probe_for(run.config.training)
-    learner = build_learner(run.config, prepared, machine, ranks, initial=initial, make_probe=probe)
+    teacher = open_teacher(run.config)
+    learner = build_learner(run.config, prepared, machine, ranks, initial=initial, teacher=teacher, make_probe=probe)
     trainer = Trainer(run.path, learner, log, stop, partial(_sample, run))
     if checkpoint is not None:
         trainer.restore(checkpoint)

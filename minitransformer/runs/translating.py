@@ -1,41 +1,25 @@
-"""The translations of a run's model, beside the references."""
+"""The translations that a run's model makes of the sources of pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
+
+from tqdm import tqdm
 
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.samples import translations
 from minitransformer.models.encoder_decoder import Seq2SeqLM
 from minitransformer.runs.evaluating import HeldOutData
-from minitransformer.text.batches import IGNORE
-from minitransformer.text.datasets.pair_data import PairData
-from minitransformer.training.loader import Loader
 
 
-class Translated(NamedTuple):
-    """A source, what the model makes of it, and its target."""
-
-    source: str
-    translation: str
-    reference: str
-
-
-def has_references(data: HeldOutData) -> bool:
-    """Whether `data` are pairs, whose targets a model may be asked for."""
-    return isinstance(data.prepared, PairData)
-
-
-def translate_all(data: HeldOutData, model: Seq2SeqLM, sampling: SamplingConfig) -> Iterator[Translated]:
-    """Every source of `data`, translated by beam search, or greedily with one beam."""
-    prepared: Any = data.prepared
-    source_tokenizer, tokenizer = prepared.tokenizer, prepared.target_tokenizer
-    device = next(model.parameters()).device
-    for batch in Loader.of_run(data.run.config, prepared, data.split).validation_batches():
-        rows: Any = batch.to(device)
+def translate_all(data: HeldOutData, model: Seq2SeqLM, sampling: SamplingConfig) -> list[str]:
+    """Every source of `data`, in order, translated by beam search, or greedily with one beam."""
+    device, batches = next(model.parameters()).device, data.loader.validation_batches()
+    made: dict[int, str] = {}
+    for index in tqdm(range(len(batches)), desc="translations", unit="", leave=False, disable=None):
+        rows: Any = batches.batch(index).to(device)
         sources = [row[kept].tolist() for row, kept in zip(rows.source, rows.source_is_token, strict=True)]
-        targets = [row[row != IGNORE].tolist() for row in rows.targets]
-        found = translations(model, sources, sampling, tokenizer)
-        for source, [best, *_], target in zip(sources, found, targets, strict=True):
-            yield Translated(source_tokenizer.decode(source), tokenizer.decode(best), tokenizer.decode(target))
+        found = translations(model, sources, sampling, data.prepared.target_tokenizer)
+        for number, [best, *_] in zip(batches.items(index).tolist(), found, strict=True):
+            made[number] = data.prepared.target_tokenizer.decode(best)
+    return [made[number] for number in range(len(made))]

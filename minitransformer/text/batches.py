@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Int64
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from minitransformer.errors import UserError
@@ -39,8 +40,19 @@ class TrainingBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Number of input tokens."""
-        return self.inputs.numel()
+        """Number of input tokens, without padding."""
+        return int(self.item_tokens.sum())
+
+    @property
+    def item_tokens(self) -> Tensor:
+        """[items] the input tokens of each item: a row, or one of several texts in it."""
+        return torch.full((self.num_rows,), self.inputs[0].numel())
+
+    @property
+    def item_numbers(self) -> Tensor:
+        """Shaped as the targets: the number of the item in the batch that each belongs to."""
+        rows = torch.arange(self.num_rows)
+        return rows.view(-1, *[1] * (self.targets.dim() - 1)).expand_as(self.targets)
 
     @property
     def whole(self) -> TrainingBatch:
@@ -86,22 +98,29 @@ class Batches(Protocol):
 
     def batch(self, index: int) -> Any: ...
 
+    def items(self, index: int) -> npt.NDArray[np.int64]:
+        """[items] the numbers of the items of batch number `index`, in the order of the data."""
+        ...
+
     def __iter__(self) -> Iterator[Any]:
         return map(self.batch, range(len(self)))
 
 
 @dataclass(frozen=True)
-class MadeBatches:
-    """`count` batches, made by `batch` from their index."""
+class MadeBatches(Batches):
+    """`batches`, changed by `make`, which takes a batch and its index."""
 
-    count: int
-    batch: Callable[[int], Any]
+    batches: Batches
+    make: Callable[[Any, int], Any]
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.batches)
 
-    def __iter__(self) -> Iterator[Any]:
-        return map(self.batch, range(self.count))
+    def batch(self, index: int) -> Any:
+        return self.make(self.batches.batch(index), index)
+
+    def items(self, index: int) -> npt.NDArray[np.int64]:
+        return self.batches.items(index)
 
 
 @dataclass(frozen=True)
@@ -239,27 +258,47 @@ def _epoch_starts(count: int, length: int, room: int, seed: int, epoch: int) -> 
 
 @dataclass(frozen=True)
 class SequentialWindows(Batches):
-    """All of `tokens` [tokens] once, in order, in adjacent windows: every token but the first is a target once.
+    """All of `tokens` [tokens] once, in order, in windows: every token but the first is a target once.
 
+    A window begins `stride` tokens after the one before it (default: where that one ends). Where they overlap, the
+    targets of the later one are IGNORE, so that each of its own has more than context_length − stride tokens before it.
     The last batch may have fewer rows, and its last row is padded with targets of IGNORE (inputs: the last token).
     """
 
     tokens: TokenSource
     context_length: int
     batch_size: int
+    stride: int | None = None
+
+    @property
+    def step(self) -> int:
+        """Tokens from the beginning of one window to that of the next."""
+        return self.stride or self.context_length
+
+    @property
+    def num_windows(self) -> int:
+        targets = len(self.tokens) - 1
+        return 0 if targets < 1 else 1 + max(0, -(-(targets - self.context_length) // self.step))
 
     def __len__(self) -> int:
         """Number of batches."""
-        return max(0, -(-(len(self.tokens) - 1) // (self.context_length * self.batch_size)))
+        return -(-self.num_windows // self.batch_size)
 
     def batch(self, index: int) -> Batch:
         """Batch number `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        span = self.context_length * self.batch_size
-        tokens = self.tokens[index * span : (index + 1) * span + 1].astype(np.int64)
+        first, last = index * self.batch_size, min((index + 1) * self.batch_size, self.num_windows)
+        before = (last - first - 1) * self.step
+        begin = first * self.step
+        tokens = self.tokens[begin : begin + before + self.context_length + 1].astype(np.int64)
         length = min(self.context_length, len(tokens) - 1)
-        missing = -(len(tokens) - 1) % length
-        inputs = np.pad(tokens[:-1], (0, missing), mode="edge").reshape(-1, length)
-        targets = np.pad(tokens[1:], (0, missing), constant_values=IGNORE).reshape(-1, length)
+        missing = before + length - (len(tokens) - 1)
+        read = np.pad(tokens[:-1], (0, missing), mode="edge")
+        predicted = np.pad(tokens[1:], (0, missing), constant_values=IGNORE)
+        inputs, targets = (sliding_window_view(each, length)[:: self.step].copy() for each in (read, predicted))
+        targets[int(first == 0) :, : self.context_length - self.step] = IGNORE
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+
+    def items(self, index: int) -> npt.NDArray[np.int64]:
+        return np.arange(index * self.batch_size, min((index + 1) * self.batch_size, self.num_windows))

@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from minitransformer.errors import UserError
 from minitransformer.records import shown
+from minitransformer.text.columns import column_value
 from minitransformer.text.corpora import LINES, jsonl_records, kind
 from minitransformer.text.tables import text_of
 from minitransformer.text.templates import filled_template
@@ -71,11 +72,12 @@ class FewShot:
     """name of the template in messages"""
     _prompts: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
-    def item(self, row: ChoiceRow) -> ChoiceItem:
-        """`row` after its examples."""
+    def item(self, row: ChoiceRow, group_by: str | None = None) -> ChoiceItem:
+        """`row` after its examples; its group is the value in the column `group_by`."""
         examples = (self._prompt(each) + self._answer(each) for each in self._examples(row))
         context = BETWEEN.join([*examples, self._prompt(row)])
-        return ChoiceItem(row.where, context, row.candidates, row.answer)
+        group = "" if group_by is None else column_value(row.fields, group_by, row.where)
+        return ChoiceItem(row.where, context, row.candidates, row.answer, group)
 
     def _examples(self, row: ChoiceRow) -> Iterator[ChoiceRow]:
         others = len(self._by_digest) - (row.digest in self._by_digest)
@@ -96,7 +98,7 @@ class FewShot:
 
     @cached_property
     def _by_digest(self) -> dict[str, ChoiceRow]:
-        return dict(sorted((row.digest, row) for row in self.pool))
+        return {row.digest: row for row in sorted(self.pool, key=lambda row: row.digest)}
 
     def _prompt(self, row: ChoiceRow) -> str:
         if row.digest not in self._prompts:
@@ -119,12 +121,14 @@ def read_choices(path: Path) -> list[ChoiceRow]:
     return _read(path, _choice_row)
 
 
-def read_minimal_pairs(path: Path) -> list[ChoiceItem]:
+def read_minimal_pairs(path: Path, group_by: str | None = None) -> list[ChoiceItem]:
     """The pairs of a JSONL file: two sentences, of which the first is acceptable, by the name of what they test.
+
+    Or their groups are the values in the column `group_by`.
 
     The format of BLiMP: Warstadt et al. 2020 (arXiv 1912.00582), section 3.
     """
-    return _read(path, _minimal_pair)
+    return _read(path, partial(_minimal_pair, group_by=group_by))
 
 
 def holds_minimal_pairs(path: Path) -> bool:
@@ -169,9 +173,13 @@ def _choice_row(where: str, row: Mapping[str, Any], path: Path, number: int) -> 
     return ChoiceRow(where, row, tuple(choices), place)
 
 
-def _minimal_pair(where: str, row: Mapping[str, Any], path: Path, number: int) -> ChoiceItem:
+def _minimal_pair(
+    where: str, row: Mapping[str, Any], path: Path, number: int, group_by: str | None = None
+) -> ChoiceItem:
     good, bad = (text_of(row, name, path, "line", number) for name in (GOOD, BAD))
     if not good.strip() or not bad.strip() or good == bad:
         raise UserError(f"{where} has the sentences {shown(good)} and {shown(bad)}: give two that differ")
     group = text_of(row, PARADIGM, path, "line", number) if PARADIGM in row else path.name.partition(".")[0]
+    if group_by is not None:
+        group = column_value(row, group_by, where)
     return ChoiceItem(where, "", (good, bad), 0, group)

@@ -10,6 +10,7 @@ from typing import Any
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
 from minitransformer.text.chat_template import ASSISTANT, USER, Message
+from minitransformer.text.columns import column_values
 from minitransformer.text.corpora import LINES, Files, jsonl_records, kind, named, no_such_data, visible_files
 from minitransformer.text.tables import text_of
 
@@ -52,6 +53,10 @@ class ConversationCorpus(Files):
         for path in self.files:
             for number, row in jsonl_records(path, on_read):
                 yield conversation_of(row, self.field, path, number)
+
+    def column(self, name: str) -> Iterator[str]:
+        """The value of every row in column `name`."""
+        return (value for path in self.files for value in column_values(path, name))
 
 
 def conversation_of(row: Any, field: str, path: Path, number: int) -> ConversationRow:

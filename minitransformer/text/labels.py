@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
+from minitransformer.text.columns import column_values
 from minitransformer.text.corpora import LINES, Files, documents, kind, named, no_such_data, visible_files
 from minitransformer.text.pairs import lines
 from minitransformer.text.tables import TABLES
@@ -47,6 +48,16 @@ class LabelCorpus(Files):
             for example in self._examples(source, on_read):
                 if example.text.strip():
                     yield example
+
+    def column(self, name: str) -> Iterator[str]:
+        """The value in column `name` beside every text of `pairs`; raises `UserError` for data without columns."""
+        for source in self.sources:
+            if source.label is not None:
+                raise UserError(f"{source.path} has no columns, and so no {name!r}: give rows as .jsonl, .csv or .tsv")
+            texts = documents(source.path, self.fields[0], lambda count: None, self.encoding)
+            for text, value in zip(texts, column_values(source.path, name, self.encoding), strict=True):
+                if "".join(text).strip():
+                    yield value
 
     def _examples(self, source: LabelSource, on_read: Callable[[int], object]) -> Iterator[Labelled]:
         if source.label is None:

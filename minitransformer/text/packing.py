@@ -29,9 +29,15 @@ class PackedBatch(TrainingBatch):
     documents: Int64[Tensor, "batch length"]
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens without padding."""
-        return int((self.documents > 0).sum())
+    def item_tokens(self) -> Tensor:
+        """[conversations] tokens of each."""
+        return torch.bincount(self.item_numbers[self.documents > 0])
+
+    @property
+    def item_numbers(self) -> Tensor:
+        """[batch, length] the number of each conversation in the batch; that of another one at padding."""
+        count = self.documents.max(1).values
+        return self.documents + (count.cumsum(0) - count)[:, None] - 1
 
 
 def packed_rows(lengths: Integers, room: int) -> list[list[int]]:
@@ -92,6 +98,10 @@ class PackedConversations(Batches):
             raise IndexError(f"batch {index} of {len(self)}")
         rows = row_layout(self.pairs, self.length, self.packing)[index * self.rows : (index + 1) * self.rows]
         return self._of(rows)
+
+    def items(self, index: int) -> Integers:
+        rows = row_layout(self.pairs, self.length, self.packing)[index * self.rows : (index + 1) * self.rows]
+        return np.array([text for row in rows for text in row], np.int64)
 
     def shuffled(self, seed: int, index: int) -> PackedBatch:
         """Training batch number `index`: a function of seed and index alone, so that a run resumes at any of them."""

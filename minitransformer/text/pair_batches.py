@@ -31,9 +31,9 @@ class PairBatch(TrainingBatch):
     targets: Int64[Tensor, "batch target"]
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of source and target, without padding."""
-        return int(self.source_is_token.sum()) + self.num_targets
+    def item_tokens(self) -> Tensor:
+        """[batch] tokens of source and target, without padding."""
+        return self.source_is_token.sum(1) + (self.targets != IGNORE).sum(1)
 
 
 class Gathered(NamedTuple):
@@ -140,10 +140,12 @@ class SequentialPairs(Batches):
         """How many batches."""
         return len(layout(self.pairs, self.batch_tokens).ends) - 1
 
+    def items(self, index: int) -> Integers:
+        _, order, ends = layout(self.pairs, self.batch_tokens)
+        return order[ends[index] : ends[index + 1]]
+
     def batch(self, index: int) -> PairBatch:
         """Batch number `index`, so that several processes can share the work."""
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        _, order, ends = layout(self.pairs, self.batch_tokens)
-        rows = order[ends[index] : ends[index + 1]]
-        return batch_of(self.pairs, rows, self.source_end, self.target_end, self.start)
+        return batch_of(self.pairs, self.items(index), self.source_end, self.target_end, self.start)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from minitransformer.errors import UserError
 from minitransformer.text import recipes
+from minitransformer.text.columns import column_values
 from minitransformer.text.corpora import LINES, Files, jsonl_documents, kind, read
 
 TABLES = {".tsv"}
@@ -35,6 +36,15 @@ class PairCorpus(Files):
         for source, target in self._raw(on_read):
             if source.strip() and target.strip():
                 yield (source.lower(), target.lower()) if self.lowercase else (source, target)
+
+    def column(self, name: str) -> Iterator[str]:
+        """The value in column `name` beside every pair; raises `UserError` for files whose columns have no names."""
+        path = self.files[0]
+        if kind(path) not in LINES:
+            raise UserError(f"{path} has no columns with names, and so no {name!r}: give pairs as .jsonl")
+        for (source, target), value in zip(self._raw(lambda count: None), column_values(path, name), strict=True):
+            if source.strip() and target.strip():
+                yield value
 
     def _raw(self, on_read: OnRead) -> Iterator[Pair]:
         if len(self.files) == 2:

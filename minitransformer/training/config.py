@@ -12,21 +12,15 @@ from minitransformer.models.adapters import name_pattern
 from minitransformer.models.config import CLASSIFIERS, ModelConfig
 from minitransformer.records import shown
 from minitransformer.settings import Choice, check_settings, setting
-from minitransformer.text.datasets import BatchShape, DataRequest, Dataset, PreparedData
-from minitransformer.text.recipes import known
+from minitransformer.text.datasets import BatchShape, DataRequest, PreparedData
 from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.training.data_config import DataConfig
 from minitransformer.training.objectives import Objective
 from minitransformer.training.optimizers import Optimizer, Rates
 from minitransformer.training.parallel import Parallel
 from minitransformer.training.precision import Precision
 from minitransformer.training.schedules import Schedule
 from minitransformer.training.spikes import SpikePolicy
-
-DATA = (
-    "training data, one or several of: a recipe; a file, a folder or a glob of .txt, .md, .jsonl or source code; "
-    "a .csv, .tsv, .parquet or a .json array; - for standard input; for pairs, a .tsv, a .jsonl or two parallel "
-    f"files. Recipes: {', '.join(known())}"
-)
 
 VALIDATION_TOKENS = (
     "tokens of the fixed random subset that each validation but the last reads; 0 is the whole split; None is a tenth "
@@ -36,48 +30,6 @@ VALIDATION_TOKENS = (
 
 FORMAT = 3
 """version of `config.json`; format 1 had the settings of variants flat, format 2 the tokenizer as a name"""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The training data, and how it is tokenized."""
-
-    dataset: Choice[Dataset] = Choice(
-        Dataset, "text", flag="data_kind", changes_task=True, help="kind of data, which the objective determines"
-    )
-    data: str | tuple[str, ...] = setting("pydocs", may_change_on_resume=True, changes_task=True, help=DATA)
-    field: str = setting(
-        "text", changes_task=True, help="field of each .jsonl line, table row or array element that holds the text"
-    )
-    validation_data: str | tuple[str, ...] | None = setting(
-        None,
-        may_change_on_resume=True,
-        changes_task=True,
-        help="validation data, given as --data is; None holds out a part of the data",
-    )
-    tokenizer: Choice[Tokenizer] = Choice(Tokenizer, "bpe", changes_tokens=True, help="tokenizer")
-    validation_fraction: float = setting(
-        0.1,
-        changes_task=True,
-        at_least=0,
-        below=1,
-        help="fraction of the data held out for validation; 0 is no validation",
-    )
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        for name in ("data", "validation_data"):
-            # A single source is a str, on the command line and in old config files.
-            if isinstance(value := getattr(self, name), tuple):
-                if not value:
-                    raise UserError(f"{name} is empty: give a file, a folder or a recipe")
-                object.__setattr__(self, name, value[0] if len(value) == 1 else value)
-        self.dataset.make().check(self.validation_data)
-
-    @property
-    def validates(self) -> bool:
-        """Whether there is validation data."""
-        return self.validation_fraction > 0 or self.validation_data is not None
 
 
 @dataclass(frozen=True)
@@ -108,6 +60,35 @@ class TrainingConfig:
         may_change_on_resume=False,
         help="regular expression for the whole names of weights that are not trained, such as 'embedding.*' (may be "
         "given several times)",
+    )
+    keep_zeros: bool = setting(
+        False,
+        may_change_on_resume=False,
+        help="weights of linear maps that are 0 before a step are 0 after it, so that a pruned model stays pruned",
+    )
+    teacher: str | None = setting(
+        None,
+        may_change_on_resume=False,
+        help="run folder of a larger model with the same tokenizer, whose predictions are learned beside the targets "
+        "(distillation)",
+    )
+    teacher_sha256: str | None = setting(
+        None, needs="teacher", may_change_on_resume=False, help="SHA-256 of the teacher's weights; None is found"
+    )
+    distill_weight: float = setting(
+        0.5,
+        above=0,
+        at_most=1,
+        needs="teacher",
+        may_change_on_resume=False,
+        help="weight of the divergence from the teacher; the rest is that of the targets",
+    )
+    distill_temperature: float = setting(
+        2.0,
+        above=0,
+        needs="teacher",
+        may_change_on_resume=False,
+        help="temperature of both predictions in the divergence",
     )
     schedule: Choice[Schedule] = Choice(Schedule, "cosine", help="learning-rate schedule")
     warmup_steps: int = setting(50, at_least=0, help="steps of linear learning-rate warm-up")
@@ -286,15 +267,17 @@ class RunConfig:
         """Approximate number of tokens per step."""
         return self.data.dataset.make().tokens_per_step(self.batch_shape(self.sequence_length))
 
-    def prepare(
-        self, tokenizers: Sequence[Tokenizer] = (), *, only_cached: bool = False, whole: bool = False
-    ) -> PreparedData:
-        """The tokenized data of this run, with `whole` all as the split "train"; `tokenizers` are fitted unless given.
+    def prepare(self, tokenizers: Sequence[Tokenizer] = (), *, only_cached: bool = False) -> PreparedData:
+        """The tokenized data of this run; `tokenizers` are fitted unless given.
 
         Raises `UserError` for data that cannot be used, and with `only_cached` `NotPrepared` for data that is not yet.
         """
-        data, dataset = self.data, self.data.dataset.make()
-        request = DataRequest(
+        return self.data.dataset.make().prepare(self.data_request(tokenizers, only_cached=only_cached))
+
+    def data_request(self, tokenizers: Sequence[Tokenizer] = (), *, only_cached: bool = False) -> DataRequest:
+        """What is asked of the dataset of this run."""
+        data = self.data
+        return DataRequest(
             data.data,
             data.tokenizer,
             self.sequence_length,
@@ -306,7 +289,6 @@ class RunConfig:
             tokenizers=tokenizers,
             only_cached=only_cached,
         )
-        return dataset.prepare_whole(request) if whole else dataset.prepare(request)
 
     def check_trainable(self) -> None:
         """Raises `UserError` for a topology that can only be imported."""
@@ -393,6 +375,6 @@ def with_vocabulary(model: ModelConfig, prepared: PreparedData) -> ModelConfig:
     return replace(
         model,
         vocab_size=model.vocab_size or source.vocab_size,
-        target_vocab_size=None if target is source else model.target_vocab_size or target.vocab_size,
+        target_vocab_size=None if target.shares_ids(source) else model.target_vocab_size or target.vocab_size,
         num_classes=classes or None,
     )

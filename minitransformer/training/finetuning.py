@@ -17,7 +17,8 @@ from minitransformer.settings import declared, flat
 from minitransformer.text.datasets import PreparedData
 from minitransformer.text.datasets.text import TooShort
 from minitransformer.text.tokenizers import Tokenizer
-from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.config import RunConfig, TrainingConfig
+from minitransformer.training.data_config import DataConfig
 from minitransformer.training.objectives import Classify
 from minitransformer.training.optimizers import AdamW
 from minitransformer.training.weights import load_base
@@ -31,8 +32,8 @@ LEAST_TOKENS = 8
 WEIGHTLESS = {"dropout", "attention_kernel", "init"}
 """model settings that a fine-tune may change, because they do not change the outputs"""
 OF_HEAD = {
-    *("topology", "num_classes", "pooled", "pooling", "next_sentence"),
-    *("head", "head_bias", "logit_scale", "logit_softcap", "tied_embeddings"),
+    *("topology", "num_classes", "pooled", "pooling", "pooled_norm", "next_sentence"),
+    *("head", "transform_bias", "head_bias", "logit_scale", "logit_softcap", "tied_embeddings"),
 }
 """model settings of the heads, which a classifier that starts from another model does not take over"""
 
@@ -42,14 +43,16 @@ def fine_tuning(parent: RunConfig, *, from_scratch: bool, new_data: bool, adapte
 
     Learning rates are kept if the parent is itself a fine-tune of all weights, not trained `from_scratch`. With
     `new_data`, settings for reading the parent's data are reset, except those that the tokenizer depends on. The model
-    of a run that trained an adapter is the one into which it is merged.
+    of a run that trained an adapter is the one into which it is merged, and that of a compressed one is in full, unless
+    an adapter is trained.
     """
     of_all_weights = parent.model.adapter.name == "none"
     training = _gentle(parent.training) if from_scratch or not of_all_weights else parent.training
-    training = replace(training, freeze=())
+    training = replace(training, freeze=(), teacher=None, teacher_sha256=None)
     if adapter != "none":
         training = _for_adapter(training, Adapter.named(adapter).learning_rate)
-    parent = replace(parent, model=parent.model.base)
+    keeps_format = adapter != "none" and of_all_weights
+    parent = replace(parent, model=parent.model.base if keeps_format else parent.model.plain)
     cuts_text = parent.data.dataset.variant.cuts_text
     length = min(parent.sequence_length, MOST_TOKENS) if cuts_text else parent.model.context_length
     training = replace(training, sequence_length=None if length == parent.model.context_length else length)
@@ -92,7 +95,8 @@ def starting_model(config: RunConfig, base: Path) -> Model:
 
 def check_fits(parent: ModelConfig, model: ModelConfig) -> None:
     """Raises `UserError` unless `model`, but for an adapter, can load the weights of `parent` and computes the same."""
-    parent, model = parent.base, model.base
+    merges = parent.adapter.name != "none" or model.weight_format.name == "fp32"
+    parent, model = parent.plain if merges else parent.base, model.base
     before, after = flat(parent), flat(model)
     new_head = parent.topology in Classify.classifier_of and model.topology == Classify.classifier_of[parent.topology]
     for name in before | after:

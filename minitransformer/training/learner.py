@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from minitransformer.architecture.dropout import rows_from
-from minitransformer.errors import StorageError
+from minitransformer.errors import StorageError, UserError
 from minitransformer.models.adapters import freeze_matching
 from minitransformer.models.model import Model
 from minitransformer.text.batches import TrainingBatch
 from minitransformer.text.datasets import PreparedData
 from minitransformer.training.activation_checkpointing import checkpoint_activations
 from minitransformer.training.config import RunConfig
+from minitransformer.training.distillation import Distillation
 from minitransformer.training.experts import ExpertBalance
 from minitransformer.training.loader import Loader
 from minitransformer.training.machine import Machine, compiled, keep_freed_memory
@@ -32,6 +33,7 @@ from minitransformer.training.precision import Precision
 from minitransformer.training.prefetch import prefetched
 from minitransformer.training.probe import NO_PROBE, Probe
 from minitransformer.training.ranks import ONE_PROCESS, Ranks
+from minitransformer.training.sparsity import ZeroWeights
 from minitransformer.training.weights import load_model_weights
 
 MakeProbe = Callable[[Model, Loader, torch.device], Probe]
@@ -58,12 +60,16 @@ def build_learner(
     ranks: Ranks = ONE_PROCESS,
     *,
     initial: Path | None = None,
+    teacher: Model | None = None,
     make_probe: MakeProbe = lambda *_: NO_PROBE,
 ) -> Learner:
     """The learner of `config`, with known vocabulary, before its first step.
 
-    Weights are initialised by the run's seed and calibrated on its first batch, or loaded from `initial`.
+    Weights are initialised by the run's seed and calibrated on its first batch, or loaded from `initial`. Raises
+    `UserError` if there is no `teacher` for a run that has one.
     """
+    if config.training.teacher is not None and teacher is None:
+        raise UserError("a run with a teacher is trained by train.py alone: leave --teacher out")
     loader = Loader.of_run(config, data)
     parallel = parallel_over(ranks, config.training.parallel)
     parallel.check(config.model, config.training)
@@ -74,7 +80,7 @@ def build_learner(
         model.calibrate(lambda: loader.objective.loss_sum(model, loader.training_batches(0)[0].to(machine.device)))
     else:
         load_model_weights(initial, model)
-    return Learner(config, model, loader, machine, make_probe(model, loader, machine.device), parallel)
+    return Learner(config, model, loader, machine, make_probe(model, loader, machine.device), parallel, teacher)
 
 
 class Learner:
@@ -91,10 +97,15 @@ class Learner:
         machine: Machine,
         probe: Probe = NO_PROBE,
         parallel: Parallel | None = None,
+        teacher: Model | None = None,
     ) -> None:
         training = config.training
         self.config, self.model, self.machine, self.probe = config, model, machine, probe
         self.loader, self.objective = loader, loader.objective
+        self.loss_sum = loader.objective.loss_sum
+        if teacher is not None:
+            weight, temperature = training.distill_weight, training.distill_temperature
+            self.loss_sum = Distillation(loader.objective, teacher.to(machine.device), weight, temperature).loss_sum
         freeze_matching(model, training.freeze)
         self.parallel = parallel or Parallel()
         self.ranks = self.parallel.ranks
@@ -126,7 +137,10 @@ class Learner:
         self.probe.before_update()
         grad_norm = self.parallel.clip_grad_norm(self.model.parameters(), training.grad_clip or math.inf)
         finite = torch.isfinite(loss + grad_norm)
+        zeros = ZeroWeights(self.model) if training.keep_zeros else None
         self.precision.update(self.optimizers, skip=(~finite).float())
+        if zeros is not None:
+            zeros.restore()
         self.model.zero_grad(set_to_none=True)
         self.model.end_step()
         self.steps_done += 1
@@ -141,7 +155,7 @@ class Learner:
         # The passes of all ranks fit into their memory: one over a row without targets adds up their gradients.
         with self.parallel.synchronised(self.fast_model, now=True):
             with self.precision.autocast():
-                nothing = self.objective.loss_sum(self.fast_model, batches[0].rows(0, 0).to(self.machine.device))
+                nothing = self.loss_sum(self.fast_model, batches[0].rows(0, 0).to(self.machine.device))
             self.precision.backward(nothing)
         return loss
 
@@ -169,7 +183,7 @@ class Learner:
             now = synchronised and number == len(batches)
             with rows_from(first), self.parallel.synchronised(self.fast_model, now=now):
                 with self.precision.autocast():
-                    loss = self.objective.loss_sum(self.fast_model, rows) / targets
+                    loss = self.loss_sum(self.fast_model, rows) / targets
                     total += loss.detach()
                     loss = loss + self.balance.loss() * count / targets
                 self.precision.backward(loss * self.parallel.gradients_scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -27,24 +28,26 @@ class Loader:
         self.held_out = held_out
 
     @classmethod
-    def of_run(cls, config: RunConfig, data: PreparedData, held_out: str = "validation") -> Loader:
-        """The loader for the run of `config`."""
+    def of_run(
+        cls, config: RunConfig, data: PreparedData, held_out: str = "validation", stride: int | None = None
+    ) -> Loader:
+        """The loader for the run of `config`; validation windows begin `stride` tokens apart, by default adjacent."""
         objective = config.training.objective.make(data.tokenizer, config.model, config.sequence_length)
         shape = config.batch_shape(objective.window, whole=objective.whole_windows)
-        return cls(data, objective, shape, config.training.seed, held_out)
+        return cls(data, objective, replace(shape, stride=stride), config.training.seed, held_out)
 
     def training_batches(self, step: int) -> Sequence[TrainingBatch]:
         """The micro-batches of a step, deterministically."""
-        make = partial(self._made, split="train", index=step)
+        make = partial(self._made, index=step, split="train")
         batches: Sequence[TrainingBatch] = self.data.shuffled_batches(self.shape, self.seed, step, make)
         return batches
 
     def validation_batches(self) -> Batches:
         """The whole validation split, once."""
         batches = self.data.ordered_batches(self.held_out, self.shape)
-        return MadeBatches(len(batches), lambda index: self._made(batches.batch(index), "validation", index))
+        return MadeBatches(batches, partial(self._made, split="validation"))
 
-    def _made(self, batch: Any, split: str, index: int) -> Any:
+    def _made(self, batch: Any, index: int, split: str) -> Any:
         return self.objective.make_batch(batch, self.data, BatchKey(self.seed, index, split))
 
     @property

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from minitransformer.models.config import PRESETS as MODELS
 from minitransformer.text.datasets import Pairs
-from minitransformer.training.config import DataConfig, RunConfig, TrainingConfig
+from minitransformer.training.config import RunConfig, TrainingConfig
+from minitransformer.training.data_config import DataConfig
 from minitransformer.training.objectives import Seq2Seq
 from minitransformer.training.optimizers import AdamW, MuonWithAdamW
 

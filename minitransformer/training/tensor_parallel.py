@@ -77,7 +77,7 @@ def _check_attention(attention: MultiHeadAttention, ranks: int) -> None:
         raise UserError(f"tensor_parallel would drop the same in the heads of every rank: set --dropout 0, or {REMEDY}")
     for norm in (getattr(attention, name) for name in NORMS):
         if not isinstance(norm, nn.Identity | PerHead):
-            raise UserError(f"tensor_parallel cannot divide a norm over all heads: set --qk-norm head, or {REMEDY}")
+            raise UserError(f"tensor_parallel needs norms whose gains all heads share: set --qk-norm head, or {REMEDY}")
 
 
 def divide(block: Block, mesh: Any) -> None:

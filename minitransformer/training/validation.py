@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from minitransformer.evaluation.intervals import Bounds
-from minitransformer.evaluation.metrics import Totals, described_values, intervals_of, values_of
+from minitransformer.evaluation.items import Totals
+from minitransformer.evaluation.metrics import described_values, intervals_of, values_of
 from minitransformer.text.batches import IGNORE
 from minitransformer.text.token_files import count_bytes
 from minitransformer.training.config import RunConfig
@@ -106,9 +107,9 @@ def validate(
         with precision.autocast():
             score = loader.objective.score(model, batch.to(precision.device))
         if place < len(chosen):
-            totals.add(batch, score)
+            totals.add(items := score.items(batch))
             if index in drawn:
-                part.add(batch, score)
+                part.add(items)
     advance(len(chosen), len(chosen))
     model.train(was_training)
     classes = loader.objective.model.num_classes or 0
@@ -116,7 +117,9 @@ def validate(
     totals.majority_baseline = loader.majority_baseline
     totals.bytes = loader.validation_bytes if whole or subset is None else subset.bytes
     subset_loss = part.nats / part.targets if subset is not None and whole else None
-    return Validation(values_of(totals), totals.tokens, subset_loss, intervals_of(totals))
+    values = values_of(totals)
+    intervals = {name: bounds for name, bounds in intervals_of(totals).items() if name in values}
+    return Validation(values, totals.tokens, subset_loss, intervals)
 
 
 def over_ranks(totals: Totals, ranks: Ranks, classes: int) -> Totals:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from minitransformer import files
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.config import ModelConfig
-from minitransformer.models.int8 import Int8Linear, quantise_rows
 from minitransformer.models.model import Model, build_in_parts, check_memory, check_size, merged
+from minitransformer.models.stored import StoredLinear
 from minitransformer.records import read_json, whole_record
 from minitransformer.training.config import RunConfig
 from minitransformer.training.shards import (
@@ -168,7 +168,8 @@ def load_base(checkpoint: Path, model: Model) -> None:
     else:
         whole = unique_tensors(_merged_model(checkpoint))
         shapes, read = {name: tensor.shape for name, tensor in whole.items()}, partial(_copy, whole)
-    rounded = {name: part for name, part in model.named_modules() if isinstance(part, Int8Linear)}
+    stored = {name: part for name, part in model.named_modules() if isinstance(part, StoredLinear)}
+    rounded = {name: part for name, part in stored.items() if f"{name}.scale" not in shapes}
     wanted = {name: tensor for name, tensor in every.items() if name.removesuffix(".scale") not in rounded}
     held = {name: tensor for name, tensor in wanted.items() if shapes.get(name) == tensor.shape or name in frozen}
     _check_fits(checkpoint, {name: shape for name, shape in shapes.items() if name in held}, held)
@@ -181,9 +182,9 @@ def load_base(checkpoint: Path, model: Model) -> None:
 
 
 @torch.no_grad()
-def _round_into(part: Int8Linear, weight: Tensor) -> None:
-    """Set `part`, or the rows of it on this rank, to `weight` in 8 bits."""
-    for ours, value in zip((part.weight, part.scale), quantise_rows(local_part(weight)), strict=True):
+def _round_into(part: StoredLinear, weight: Tensor) -> None:
+    """Set `part`, or the rows of it on this rank, to `weight` in fewer bits."""
+    for ours, value in zip((part.weight, part.scale), part.quantise(local_part(weight)), strict=True):
         local_part(ours).copy_(value)
 
 

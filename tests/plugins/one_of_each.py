@@ -1,7 +1,6 @@
 """A variant of every family that a file outside the package may add to."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -12,14 +11,14 @@ from minitransformer.architecture.feedforward import PlainFeedForward
 from minitransformer.architecture.init import GPT2
 from minitransformer.architecture.norms import RMSNorm
 from minitransformer.architecture.positions import PositionScheme
-from minitransformer.evaluation.metrics import Metric, Totals
+from minitransformer.evaluation.items import Totals
+from minitransformer.evaluation.metrics import Metric
 from minitransformer.lab.experiment import Experiment, Findings
 from minitransformer.pretrained.gpt import GPT2Family
 from minitransformer.settings import setting
 from minitransformer.text.tokenizers import Bytes, Tokenizer
 from minitransformer.training.objectives.base import Score
 from minitransformer.training.objectives.causal import Causal
-from minitransformer.training.objectives.cross_entropy import summed_loss
 from minitransformer.training.optimizers import AdamW
 from minitransformer.training.schedules import Schedule
 
@@ -87,8 +86,11 @@ class Tempered(Causal, name="causal-tempered"):
     class Settings:
         scale: float = setting(1.0, above=0, help="factor of the loss")
 
+    def loss_sum(self, model: nn.Module, batch: object) -> Tensor:
+        return self.settings.scale * super().loss_sum(model, batch)
+
     def score(self, model: nn.Module, batch: object) -> Score:
-        return Score(self.settings.scale * model(batch.inputs, readout=partial(summed_loss, targets=batch.targets)))
+        return Score(self.settings.scale * super().score(model, batch).nats)
 
 
 class TokensPerTarget(Metric, name="tokens_per_target"):

@@ -5,7 +5,15 @@ from minitransformer.architecture.residual.depth_scaled import GPAS, Admin, Deep
 from minitransformer.architecture.residual.earlier_layers import AttentionResiduals, ValueResidual
 from minitransformer.architecture.residual.many_streams import MHCLite
 from minitransformer.architecture.residual.mixed import B2TConnection, HybridNorm, HybridNormStar, MixLN
-from minitransformer.architecture.residual.single_stream import NoNorm, OLMo2, PeriLN, PostLN, PreLN, SandwichLN
+from minitransformer.architecture.residual.single_stream import (
+    NoNorm,
+    OLMo2,
+    PeriLN,
+    PostLN,
+    PreLN,
+    SandwichLN,
+    ScaledPreLN,
+)
 from minitransformer.architecture.residual.two_streams import ResiDual, ScaledResiDual, SiameseNorm
 
 __all__ = [
@@ -30,6 +38,7 @@ __all__ = [
     "ResiDual",
     "Residual",
     "SandwichLN",
+    "ScaledPreLN",
     "ScaledResiDual",
     "SiameseNorm",
     "Surroundings",

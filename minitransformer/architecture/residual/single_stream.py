@@ -5,11 +5,13 @@ Notation: x is the residual stream, f the sublayer (attention or feed-forward), 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from minitransformer.architecture.residual.base import MakeNorm, Place, Residual, Sublayer
+from minitransformer.settings import setting
 
 
 class PostLN(Residual, name="post"):
@@ -26,6 +28,23 @@ class PreLN(Residual, name="pre"):
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         return x + self.dropout(sublayer(self.norm(x)))
+
+
+class ScaledPreLN(Residual, name="pre-scaled"):
+    """x ← x + m f(N(x)) with a constant m, and one norm after the last block. Granite 3 (IBM 2024), its public code."""
+
+    has_final_norm = True
+
+    @dataclass(frozen=True)
+    class Settings:
+        multiplier: float = setting(0.22, help="factor of the output of every sublayer")
+
+    def __init__(self, settings: Settings, make_norm: MakeNorm, dropout: float, place: Place) -> None:
+        super().__init__(settings, make_norm, dropout, place)
+        self.multiplier = settings.multiplier
+
+    def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+        return x + self.multiplier * self.dropout(sublayer(self.norm(x)))
 
 
 class SandwichLN(Residual, name="sandwich"):

@@ -56,11 +56,15 @@ class KernelLinear(nn.Module):
     def __init__(self, weights: StoredWeights) -> None:
         super().__init__()
         self.weights, self.in_features, self.out_features = weights, weights.in_features, weights.out_features
+        packed = 2 if weights.stored.dtype == torch.uint8 else 1  # two weights of 4 bits each, in whole blocks
+        self.padding = packed * weights.stored.size(1) - weights.in_features
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         weights = self.weights
         if x.dtype == torch.float32 and x.numel() <= weights.few_rows * x.size(-1):
             product = torch.ops.minitransformer.row_product
+            if self.padding:
+                x = F.pad(x, (0, self.padding))
             return product(x.contiguous(), weights.stored, weights.scale, weights.bias)
         return weights(x)
 
@@ -69,7 +73,7 @@ def _why_no_kernel(model: nn.Module, report: Callable[[str], None]) -> str | Non
     """Why the kernel is not used, as a clause that follows "as", or None if it is."""
     if any(weight.device.type != "cpu" for weight in model.parameters()):
         return "ours is for CPUs"
-    if any(weight.dtype != torch.float32 for weight in model.parameters()):
+    if any(weight.dtype != torch.float32 for weight in model.parameters() if weight.is_floating_point()):
         return "ours is for models in float32"
     if count_matrix_weights(model) < FEW_WEIGHTS:
         return "compiling another does not pay for so small a model"

@@ -13,10 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minitransformer.architecture.dropout import Dropout
-from minitransformer.architecture.embeddings import LMHead
+from minitransformer.architecture.embeddings import HeadAround, LMHead
 from minitransformer.errors import UserError
 from minitransformer.models.adapters.base import Adapter, M, frozen, name_pattern
-from minitransformer.models.int8 import Int8Linear, linear_map
+from minitransformer.models.int8 import Int8Linear
+from minitransformer.models.stored import StoredLinear, in_full, linear_map
 from minitransformer.models.surgery import copied, is_linear_map
 from minitransformer.settings import setting
 
@@ -57,8 +58,11 @@ class LoRA(Adapter, name="lora"):
         self.also_train = name_pattern(settings.also_train or "", "lora_also_train")
 
     def applied(self, model: M) -> M:
-        modules = ((name, each) for name, each in frozen(model).named_modules() if is_linear_map(each))
-        maps = {name: each.weight for name, each in modules if not is_head(each) and not each.weight.requires_grad}
+        modules = list(frozen(model).named_modules())
+        heads = {each.product for _, each in modules if isinstance(each, HeadAround)}
+        linear = {name: each for name, each in modules if is_linear_map(each) or isinstance(each, StoredLinear)}
+        maps: dict[str, Any] = {name: each for name, each in linear.items() if not is_head(each) and each not in heads}
+        maps = {name: each for name, each in maps.items() if not each.weight.requires_grad}
         chosen = {name for name in maps if self.pattern.fullmatch(name)}
         if not chosen:
             some = ", ".join(sorted(maps)[:3])
@@ -70,12 +74,12 @@ class LoRA(Adapter, name="lora"):
         rounded = self._rounded(maps)
 
         def replace(name: str, module: nn.Module) -> nn.Module | None:
-            if name not in chosen | rounded:
-                return None
-            assert isinstance(module, nn.Linear)
-            if name in chosen:
-                return (LoRAInt8Linear if name in rounded else LoRALinear)(module, self.settings)
-            return Int8Linear(module)
+            part: Any = Int8Linear(maps[name]) if name in rounded else maps.get(name)
+            if name in chosen and isinstance(part, StoredLinear):
+                part.lora = LowRankUpdate(part.in_features, part.out_features, self.settings)
+            elif name in chosen:
+                part = LoRALinear(part, self.settings)
+            return part
 
         return copied(model, replace)
 
@@ -88,10 +92,12 @@ class LoRA(Adapter, name="lora"):
             weight.requires_grad_(True)
 
     def _rounded(self, maps: Mapping[str, Any]) -> set[str]:
-        """The names of those of the linear `maps`, given with their weights, that are stored in 8 bits."""
+        """The names of those of the linear `maps`, that are stored in 8 bits."""
         if self.settings.base_weights != "int8":
             return set()
-        rounded = {name for name, weight in maps.items() if not weight.requires_grad}
+        rounded = {name for name, each in maps.items() if is_linear_map(each) and not each.weight.requires_grad}
+        if not rounded and any(isinstance(each, StoredLinear) for each in maps.values()):
+            raise UserError("lora_base_weights 'int8' has no effect, as the base is stored in fewer bits: leave it out")
         if not rounded:
             raise UserError(
                 f"lora_also_train {self.settings.also_train!r} trains every matrix, so that lora_base_weights 'int8' "
@@ -100,9 +106,7 @@ class LoRA(Adapter, name="lora"):
         return rounded
 
     def merged(self, model: M) -> M:
-        return copied(
-            model, lambda name, module: module.plain() if isinstance(module, LoRALinear | Int8Linear) else None
-        )
+        return in_full(model)
 
 
 def is_head(module: nn.Module) -> bool:
@@ -152,18 +156,3 @@ class LoRALinear(nn.Linear):
         """The linear map with the weights W + scale · B A."""
         weight = self.weight.double() + self.lora.matrix()
         return linear_map(self.kind, weight.to(self.weight.dtype), self.bias)
-
-
-class LoRAInt8Linear(Int8Linear):
-    """An `Int8Linear`, and a `LowRankUpdate` of it."""
-
-    def __init__(self, linear: nn.Linear, settings: LoRA.Settings) -> None:
-        super().__init__(linear)
-        self.lora = LowRankUpdate(self.in_features, self.out_features, settings)
-
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return self.lora(super().forward(x), x)
-
-    def matrix(self) -> Float[Tensor, "out in"]:
-        """W + scale · B A, in float64."""
-        return super().matrix() + self.lora.matrix()

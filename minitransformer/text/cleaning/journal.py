@@ -136,9 +136,12 @@ class Journal:
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """[documents, …] one field of all documents."""
-        kind = RECORD[name]
-        parts = [np.empty((0, *kind.shape), kind.base), *(part[name] for part in self.read("documents"))]
-        return np.concatenate(parts)
+        kind, start = RECORD[name], 0
+        found = np.empty((self.counts["documents"], *kind.shape), kind.base)
+        for part in self.read("documents"):  # views of the parts would keep all of their fields in memory
+            found[start : start + len(part)] = part[name]
+            start += len(part)
+        return found
 
     def signatures_of(self, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
         """[documents, SIGNATURE] the signatures of some documents."""

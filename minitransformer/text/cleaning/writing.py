@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
+from shutil import copyfileobj
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,7 +81,8 @@ def write_cleaned(out: Path, job: Job, verdicts: Verdicts) -> None:
         job.check_unchanged()
         with whole_file(out / REMOVED) as removed:
             for number in range(len(names)):
-                removed.write(_removed_of(job, number).read_bytes())
+                with _removed_of(job, number).open("rb") as part:
+                    copyfileobj(part, removed)
 
 
 def _removed_of(job: Job, number: int) -> Path:

@@ -39,6 +39,12 @@ class DataRequest:
     tokenizers: Sequence[Tokenizer] = ()
     only_cached: bool = False
     """raise `NotPrepared` unless the data is cached"""
+    for_training: bool = True
+    """whether the data must have what is to be learned, as an example of each class"""
+
+    def whole(self) -> DataRequest:
+        """This request for all of `data`, without validation, to evaluate on it."""
+        return replace(self, validation_data=None, validation_fraction=0.0, for_training=False)
 
     def for_preparation(self, corpus: Callable[[Names, str], Any]) -> dict[str, Any]:
         """The arguments of a preparation with one tokenizer; `corpus` opens data, whose text is in a field."""
@@ -57,13 +63,14 @@ class DataRequest:
 class BatchShape:
     """The size of a step: `micro_batches` of `rows` windows of `window` tokens, unless the dataset decides itself.
 
-    With `whole`, validation omits a shorter last window.
+    With `whole`, validation omits a shorter last window; its windows begin `stride` tokens apart (default: `window`).
     """
 
     window: int
     rows: int
     micro_batches: int = 1
     whole: bool = False
+    stride: int | None = None
 
 
 class PreparedData(ABC):
@@ -134,7 +141,11 @@ class Dataset(Registered, kind="dataset"):
 
     def prepare_whole(self, request: DataRequest) -> PreparedData:
         """All of `data` as the split "train", without validation, as for an evaluation."""
-        return self.prepare(replace(request, validation_data=None, validation_fraction=0.0))
+        return self.prepare(request.whole())
+
+    def preparation(self, request: DataRequest) -> Any:
+        """How the rows of `request` become the items of a split; None for data without rows, such as running text."""
+        return None
 
     def check(self, validation_data: Names | None) -> None:
         """Raises `UserError` for settings that contradict each other or `validation_data`."""

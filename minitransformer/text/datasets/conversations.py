@@ -69,13 +69,16 @@ class Conversations(Dataset, name="conversations"):
     settings: Settings
 
     def prepare(self, request: DataRequest) -> PreparedConversations:
-        prepared: Any = ConversationPreparation(
+        prepared: Any = self.preparation(request).run()
+        return replace(prepared, template=self.template(prepared.tokenizer), packing=self.settings.packing)
+
+    def preparation(self, request: DataRequest) -> ConversationPreparation:
+        return ConversationPreparation(
             **request.for_preparation(self.corpus),
             special_tokens=request.special_tokens,
             make_template=self.template,
             too_long=self.settings.too_long,
-        ).run()
-        return replace(prepared, template=self.template(prepared.tokenizer), packing=self.settings.packing)
+        )
 
     def template(self, tokenizer: Tokenizer) -> ChatTemplate:
         """How conversations are written; raises `UserError` for a template that cannot write one."""

@@ -91,6 +91,8 @@ class LabelPreparation(PairPreparation):
     """Tokenize labelled texts; a label becomes its place in `classes`, by default all labels, sorted."""
 
     classes: tuple[str, ...] = ()
+    for_training: bool = True
+    """whether each class must have an example"""
 
     scan_type = LabelScan
     key = ("labels",)
@@ -159,7 +161,7 @@ class LabelPreparation(PairPreparation):
         if (error := super().fault(prepared)) is not None:
             return error
         for name, count in zip(prepared.classes, prepared.class_counts, strict=True):
-            if not count:
+            if not count and self.for_training:
                 return UserError(
                     f"class {name!r} has no example to train on in {self.corpus.name}: give more of it, or leave it out"
                 )

@@ -56,13 +56,13 @@ class Labels(Dataset, name="labels"):
     settings: Settings
 
     def prepare(self, request: DataRequest) -> PreparedLabels:
-        settings = self.settings
-        prepared: Any = LabelPreparation(
-            **request.for_preparation(self.corpus),
-            classes=settings.classes,
-            too_long=settings.too_long,
-        ).run()
-        return replace(prepared, batch_tokens=settings.batch_tokens)
+        prepared: Any = self.preparation(request).run()
+        return replace(prepared, batch_tokens=self.settings.batch_tokens)
+
+    def preparation(self, request: DataRequest) -> LabelPreparation:
+        arguments, settings = request.for_preparation(self.corpus), self.settings
+        details: Any = {"classes": settings.classes, "too_long": settings.too_long}
+        return LabelPreparation(**arguments, **details, for_training=request.for_training)
 
     def corpus(self, data: Names, field: str) -> LabelCorpus:
         """The labelled texts that `data` names; raises `UserError` if there are none."""

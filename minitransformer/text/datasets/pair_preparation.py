@@ -44,6 +44,8 @@ class EncodedPair(NamedTuple):
     sides: tuple[Tokens, Tokens]
     too_long: bool
     bytes: int
+    row: int = 0
+    """its number in the corpus"""
 
 
 @dataclass
@@ -136,6 +138,19 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
         else:
             yield from ((split, pair) for split, pairs in zip(SPLITS, kept, strict=True) for pair in pairs)
 
+    def corpus_of(self, split: str) -> PairCorpus:
+        """The corpus that a split is from."""
+        return self.validation if split == SPLITS[1] and self.validation is not None else self.corpus
+
+    def rows(self, split: str) -> list[int]:
+        """The numbers of the rows of its corpus that a split has, in its order."""
+        self.fit()
+        place = 1 if self.corpus_of(split) is self.validation else 0
+        kept = self._fitting(self._encoded(self.corpora[place], self.scans[place]), dict.fromkeys(POLICIES, 0))
+        if self.validation is not None:
+            return [pair.row for pair in kept]
+        return [pair.row for each, pair in divided(kept, self.validation_fraction) if each == split]
+
     def _fitting(self, pairs: Iterable[EncodedPair], counts: dict[str, int]) -> Iterator[EncodedPair]:
         for pair in pairs:
             counts[self.too_long] += pair.too_long
@@ -145,10 +160,11 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
     def _encoded(self, corpus: PairCorpus, scan: PairScan) -> Iterator[EncodedPair]:
         """Every pair in order, encoded in parallel threads."""
         pairs = corpus.pairs()
-        chunks = iter(lambda: list(islice(pairs, CHUNK)), [])
+        chunks, count = iter(lambda: list(islice(pairs, CHUNK)), []), 0
         with progress_bar("encoding pairs", sum(scan.bytes), self.progress) as bar:
             for chunk in in_order(lambda chunk: list(map(self._encode, chunk)), chunks, self.workers or processors()):
-                yield from chunk
+                yield from (pair._replace(row=number) for number, pair in enumerate(chunk, start=count))
+                count += len(chunk)
                 bar.update(sum(pair.bytes for pair in chunk))
 
     def _encode(self, pair: Pair) -> EncodedPair:

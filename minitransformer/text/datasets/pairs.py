@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from minitransformer.errors import UserError
 from minitransformer.settings import setting
@@ -79,10 +79,8 @@ class Pairs(Dataset, name="pairs"):
             raise UserError(f"validation_target_data is {target!r}, but validation_data is missing: give both files")
 
     def prepare(self, request: DataRequest) -> PairData:
-        name = one_file(request.data)
-        validation = None if request.validation_data is None else one_file(request.validation_data)
-        made_up = generates_pairs(name)
-        data = self._generated(name, request) if made_up else self._of_files(name, validation, request)
+        preparation = self.preparation(request)
+        data: Any = self._generated(one_file(request.data), request) if preparation is None else preparation.run()
         return replace(data, batch_tokens=self.settings.batch_tokens)
 
     def tokens_per_step(self, shape: BatchShape) -> int:
@@ -91,8 +89,11 @@ class Pairs(Dataset, name="pairs"):
     def cased(self, text: str) -> str:
         return text.lower() if self.settings.lowercase else text
 
-    def _of_files(self, name: str, validation: str | None, request: DataRequest) -> PairData:
-        tokenizers = request.tokenizers
+    def preparation(self, request: DataRequest) -> PairPreparation | None:
+        name, tokenizers = one_file(request.data), request.tokenizers
+        validation = None if request.validation_data is None else one_file(request.validation_data)
+        if generates_pairs(name):
+            return None
         return PairPreparation(
             self._opened(name, self.settings.target_data),
             tokenizers[0] if tokenizers else request.tokenizer,
@@ -104,7 +105,7 @@ class Pairs(Dataset, name="pairs"):
             context_length=request.context_length,
             too_long=self.settings.too_long,
             only_cached=request.only_cached,
-        ).run()
+        )
 
     def _opened(self, name: str, target_name: str | None) -> PairCorpus:
         settings = self.settings

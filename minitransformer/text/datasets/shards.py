@@ -115,7 +115,7 @@ class PreparedShards(PreparedData):
         tokens = self.targets(split)
         if shape.whole:
             tokens = tokens.part(0, max(1, (len(tokens) - 1) // shape.window) * shape.window + 1)
-        return SequentialWindows(tokens, shape.window, shape.rows)
+        return SequentialWindows(tokens, shape.window, shape.rows, shape.stride)
 
     def summary(self) -> str:
         """Four lines to print, under 80 columns."""

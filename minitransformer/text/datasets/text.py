@@ -100,7 +100,7 @@ class PreparedText(PreparedData):
         tokens = self.targets(split)
         if shape.whole:
             tokens = tokens[: max(1, (len(tokens) - 1) // shape.window) * shape.window + 1]
-        return SequentialWindows(tokens, shape.window, shape.rows)
+        return SequentialWindows(tokens, shape.window, shape.rows, shape.stride)
 
     def summary(self) -> str:
         """Lines to print, under 80 columns."""

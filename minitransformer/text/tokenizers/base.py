@@ -91,6 +91,10 @@ class Tokenizer(Registered, kind="tokenizer"):
         """The inverse of `to_json`, without its framing."""
         raise NotImplementedError
 
+    def shares_ids(self, other: Tokenizer) -> bool:
+        """Whether the ids of both mean the same, so that sources and targets have one vocabulary."""
+        return other is self
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`."""
         ids: list[int] = self.encode_array(text).tolist()

@@ -28,8 +28,8 @@ class LabelBatch(TrainingBatch):
     weights: Float[Tensor, "batch"]
 
     @property
-    def num_tokens(self) -> int:
-        return int(self.is_token.sum())
+    def item_tokens(self) -> Tensor:
+        return self.is_token.sum(1)
 
 
 class Classify(Objective, name="classify"):
@@ -59,6 +59,7 @@ class Classify(Objective, name="classify"):
     batch_type = LabelBatch
     fixed_shapes = False
     predicts_text = False
+    distills = False
     has_baseline = True
 
     def make_batch(self, batch: PairBatch, data: PreparedLabels, key: BatchKey) -> LabelBatch:  # type: ignore[override]
@@ -79,7 +80,5 @@ class Classify(Objective, name="classify"):
 
     def score(self, model: nn.Module, batch: LabelBatch) -> Score:
         logits = model(batch.inputs, is_token=batch.is_token).float()
-        predicted, classes = logits.argmax(-1), logits.size(-1)
-        confusion = torch.bincount(batch.targets * classes + predicted, minlength=classes**2).view(classes, classes)
-        nats = cross_entropy(logits, batch.targets, reduction="sum")
-        return Score(nats, (predicted == batch.targets).sum(), confusion=confusion)
+        nats = cross_entropy(logits, batch.targets, reduction="none")
+        return Score(nats, probabilities=logits.softmax(-1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from minitransformer.text.batches import IGNORE
 
 # Below this number of logits, chunking saves little memory.
+TokenLoss = Callable[..., Tensor]
+"""of logits and what is beside them, summed over tokens"""
 FEWEST_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
@@ -29,28 +33,45 @@ def summed_loss(
     arXiv 2410.10989), section 3.2; Wijmans et al. 2024 (Cut Your Losses, arXiv 2411.09009), section 3.
     Second derivatives are not supported.
     """
-    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    loss = partial(cross_entropy_sum, label_smoothing=label_smoothing)
+    return sum_in_chunks(head, hidden.flatten(0, -2), loss, targets.flatten())
+
+
+def sum_in_chunks(
+    head: nn.Module, hidden: Float[Tensor, "tokens d_model"], loss: TokenLoss, *beside: Tensor
+) -> Float[Tensor, ""]:
+    """`loss` of the logits of all tokens and what is `beside` them, a row for each, summed over chunks of tokens."""
     size = tokens_at_once(head, hidden)
     if len(hidden) <= size:
-        return _cross_entropy(head(hidden), targets, label_smoothing)
+        return loss(head(hidden), *beside)
     weights = [weight for weight in head.parameters() if weight.requires_grad]
     if torch.is_grad_enabled():
-        return _LossInChunks.apply(head, hidden, targets, size, label_smoothing, *weights)
-    parts = zip(hidden.split(size), targets.split(size), strict=True)
-    return torch.stack([_cross_entropy(head(x), y, label_smoothing) for x, y in parts]).sum()
+        return _LossInChunks.apply(head, hidden, loss, size, len(beside), *beside, *weights)
+    parts = zip(hidden.split(size), *(each.split(size) for each in beside), strict=True)
+    return torch.stack([loss(head(x), *y) for x, *y in parts]).sum()
+
+
+def token_losses(
+    head: nn.Module, hidden: Float[Tensor, "*batch d_model"], targets: Int64[Tensor, "*batch"]
+) -> Float[Tensor, "*batch"]:
+    """−log softmax(head(hidden))[target] of each target, 0 for IGNORE; in the chunks of `summed_loss`."""
+    size = tokens_at_once(head, hidden)
+    parts = zip(hidden.flatten(0, -2).split(size), targets.flatten().split(size), strict=True)
+    nats = [F.cross_entropy(head(x), y, ignore_index=IGNORE, reduction="none") for x, y in parts]
+    return torch.cat(nats).view_as(targets)
 
 
 def score_tokens(
     head: nn.Module, hidden: Float[Tensor, "*batch d_model"], targets: Int64[Tensor, "*batch"]
-) -> tuple[Float[Tensor, ""], Bool[Tensor, "*batch"]]:
-    """`summed_loss`, and whether each target has the highest logit; in the same chunks, without gradients."""
+) -> tuple[Float[Tensor, "*batch"], Bool[Tensor, "*batch"]]:
+    """`token_losses`, and whether each target has the highest logit."""
     size = tokens_at_once(head, hidden)
     nats, right = [], []
     for x, y in zip(hidden.flatten(0, -2).split(size), targets.flatten().split(size), strict=True):
         logits = head(x)
-        nats.append(_cross_entropy(logits, y))
+        nats.append(F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="none"))
         right.append(logits.argmax(-1) == y)
-    return torch.stack(nats).sum(), torch.cat(right).view_as(targets)
+    return torch.cat(nats).view_as(targets), torch.cat(right).view_as(targets)
 
 
 def tokens_at_once(head: nn.Module, hidden: Float[Tensor, "*batch d_model"]) -> int:
@@ -67,7 +88,7 @@ def tokens_at_once(head: nn.Module, hidden: Float[Tensor, "*batch d_model"]) -> 
     return max(1, fewest // 4 // outputs)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy_sum(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
 
 
@@ -79,28 +100,31 @@ class _LossInChunks(torch.autograd.Function):
         ctx: Any,
         head: nn.Module,
         hidden: Tensor,
-        targets: Tensor,
+        loss_of: TokenLoss,
         size: int,
-        label_smoothing: float,
-        *weights: Tensor,
+        count: int,
+        *tensors: Tensor,
     ) -> Tensor:
+        beside, weights = tensors[:count], tensors[count:]
         losses, hidden_gradients = [], torch.empty_like(hidden)
         sums = [torch.zeros_like(weight) for weight in weights]
-        parts = zip(hidden.split(size), targets.split(size), hidden_gradients.split(size), strict=True)
-        for x, y, hidden_gradient in parts:
+        split = [each.split(size) for each in (hidden_gradients, hidden, *beside)]
+        for hidden_gradient, x, *y in zip(*split, strict=True):
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                loss = _cross_entropy(head(x), y, label_smoothing)
+                loss = loss_of(head(x), *y)
             gradient, *gradients = torch.autograd.grad(loss, [x, *weights])
             hidden_gradient.copy_(gradient)
             if sums:
                 torch._foreach_add_(sums, gradients)
             losses.append(loss.detach())
         ctx.save_for_backward(hidden_gradients, *sums)
+        ctx.count = count
         return torch.stack(losses).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         hidden_gradients, *sums = ctx.saved_tensors
-        return None, gradient * hidden_gradients, None, None, None, *(gradient * total for total in sums)
+        none = (None,) * (3 + ctx.count)
+        return None, gradient * hidden_gradients, *none, *(gradient * total for total in sums)

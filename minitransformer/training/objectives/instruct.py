@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from minitransformer.text.batches import IGNORE
@@ -36,7 +35,7 @@ class Instruct(Objective, name="instruct"):
     def score(self, model: nn.Module, batch: PackedBatch) -> Score:
         """An answer is exact if greedy decoding gives it, which sees the same tokens as long as it is correct."""
         nats, right = self._output(model, batch, score_tokens)
-        return Score(nats, right.sum(), exact_answers(right, batch))
+        return Score(nats, right, whole=True)
 
     def _output(self, model: Any, batch: PackedBatch, measure: Any) -> Any:
         return model(batch.inputs, readout=partial(measure, targets=batch.targets), documents=batch.documents)
@@ -50,13 +49,3 @@ class Instruct(Objective, name="instruct"):
                 before = int((targets[of_it] != IGNORE).int().argmax()) + 1
                 found.append(inputs[of_it][:before].tolist())
         return found[:count]
-
-
-def exact_answers(right: Tensor, batch: PackedBatch) -> Tensor:
-    """[conversations] whether every target of each is `right` [batch, length]."""
-    is_target = batch.targets != IGNORE
-    rows = torch.arange(len(right), device=right.device)[:, None]
-    most = int(batch.documents.max()) + 1
-    numbers = (rows * most + batch.documents)[is_target]
-    targets = torch.bincount(numbers, minlength=most * len(right))
-    return torch.bincount(numbers[right[is_target]], minlength=most * len(right))[targets > 0] == targets[targets > 0]

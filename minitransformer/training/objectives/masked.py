@@ -41,8 +41,8 @@ class MaskedBatch(TrainingBatch):
     is_token: Bool[Tensor, "batch length"] | None = None
 
     @property
-    def num_tokens(self) -> int:
-        return self.inputs.numel() if self.is_token is None else int(self.is_token.sum())
+    def item_tokens(self) -> Tensor:
+        return super().item_tokens if self.is_token is None else self.is_token.sum(1)
 
     def without_targets(self) -> Self:
         emptied = super().without_targets()
@@ -152,7 +152,9 @@ class Masked(Objective, name="masked"):
     def score(self, model: Any, batch: MaskedBatch) -> Score:
         output = self._output(model, batch, score_tokens)
         nats, right = output if batch.follows is None else output.tokens
-        return Score(nats, right.sum())
+        places = batch.targets != IGNORE
+        of_targets = nats.new_zeros(places.shape).masked_scatter(places, nats)
+        return Score(of_targets, torch.zeros_like(places).masked_scatter(places, right))
 
     def loss_sum(self, model: Any, batch: MaskedBatch) -> Tensor:
         output = self._output(model, batch, summed_loss)

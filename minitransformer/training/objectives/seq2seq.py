@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from minitransformer.settings import setting
-from minitransformer.text.batches import IGNORE
 from minitransformer.text.datasets import Pairs, PreparedData
 from minitransformer.text.pair_batches import PairBatch
 from minitransformer.training.objectives.base import Objective, Score
@@ -65,4 +64,4 @@ def score_pairs(model: Any, batch: PairBatch) -> Score:
     """
     readout = partial(score_tokens, targets=batch.targets)
     nats, right = model(batch.source, batch.inputs, source_is_token=batch.source_is_token, readout=readout)
-    return Score(nats, right.sum(), (right | (batch.targets == IGNORE)).all(-1))
+    return Score(nats, right, whole=True)
