@@ -355,7 +355,8 @@ def reopened_difference(model: Model, folder: Path) -> float:
     copy = LibraryCopy(folder, model_class, runtime, start=0)
     shape, size = (2, min(16, model.config.context_length)), model.config.vocab_size
     tokens = torch.randint(size, shape, generator=torch.Generator().manual_seed(0))
-    tokens = torch.where(tokens == copy.model.config.pad_token_id, (tokens + 1) % size, tokens)
+    if (padding := copy.model.config.pad_token_id) is not None:
+        tokens = torch.where(tokens == padding, (tokens + 1) % size, tokens)
     inputs = (tokens, tokens) if model.config.topology == "encoder-decoder" else (tokens,)
     ours, theirs = outputs_of(model, *inputs), copy.outputs(*inputs)
     return float((ours - theirs).abs().max() / theirs.square().mean().sqrt())

@@ -102,10 +102,10 @@ class Learner:
         training = config.training
         self.config, self.model, self.machine, self.probe = config, model, machine, probe
         self.loader, self.objective = loader, loader.objective
-        self.loss_sum = loader.objective.loss_sum
+        self.distillation: Distillation | None = None
         if teacher is not None:
             weight, temperature = training.distill_weight, training.distill_temperature
-            self.loss_sum = Distillation(loader.objective, teacher.to(machine.device), weight, temperature).loss_sum
+            self.distillation = Distillation(loader.objective, teacher.to(machine.device), weight, temperature)
         freeze_matching(model, training.freeze)
         self.parallel = parallel or Parallel()
         self.ranks = self.parallel.ranks
@@ -155,7 +155,7 @@ class Learner:
         # The passes of all ranks fit into their memory: one over a row without targets adds up their gradients.
         with self.parallel.synchronised(self.fast_model, now=True):
             with self.precision.autocast():
-                nothing = self.loss_sum(self.fast_model, batches[0].rows(0, 0).to(self.machine.device))
+                nothing = self._loss_sum(batches[0].rows(0, 0).to(self.machine.device))
             self.precision.backward(nothing)
         return loss
 
@@ -183,12 +183,15 @@ class Learner:
             now = synchronised and number == len(batches)
             with rows_from(first), self.parallel.synchronised(self.fast_model, now=now):
                 with self.precision.autocast():
-                    loss = self.loss_sum(self.fast_model, rows) / targets
+                    loss = self._loss_sum(rows) / targets
                     total += loss.detach()
                     loss = loss + self.balance.loss() * count / targets
                 self.precision.backward(loss * self.parallel.gradients_scale)
             row += batch.num_rows
         return total
+
+    def _loss_sum(self, batch: Any) -> Tensor:
+        return (self.distillation or self.objective).loss_sum(self.fast_model, batch)
 
     def _drop_gradients(self) -> None:
         self.balance.loss()
