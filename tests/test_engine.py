@@ -134,6 +134,20 @@ def test_what_prompts_begin_with_in_common_is_read_once(tiny_decoder: MakeDecode
     assert sum(size for size in read if size > 2) <= 74 + 7 + 9 + 18 + 32 + 40
 
 
+def test_beginnings_of_prompts_that_were_read_together_are_kept_apart(tiny_decoder: MakeDecoder) -> None:
+    model, sampling = tiny_decoder(context_length=128), SamplingConfig(temperature=1.0, seed=3, max_new_tokens=25)
+    engine = Engine(model, 2, 100, prefix_tokens=256)
+    for prompt in ([1] * 40 + [2] * 30, [1] * 40 + [3] * 30):
+        engine.submit(prompt, sampling)
+    list(run(engine))
+    later = engine.submit([1] * 40 + [3] * 31, sampling)
+    list(run(engine))
+    expected = generate(model, later.prompt, sampling, cached=False)
+    assert later.tokens == [token for [token] in expected]
+    assert engine.prefixes is not None
+    assert engine.prefixes.reused_tokens == 64
+
+
 def test_beginnings_that_were_used_least_recently_make_room(tiny_decoder: MakeDecoder) -> None:
     kept, cache = PrefixCache(4 * BLOCK), tiny_decoder(context_length=128).new_cache()
     long, other = [1] * 3 * BLOCK, [2] * BLOCK
