@@ -31,7 +31,7 @@ COMMANDS = {
     "import": "turn a public checkpoint into a run",
     "merge": "bake an adapter into its base, or average checkpoints",
     "compress": "make a smaller run: fewer bits, weights or layers",
-    "export": "export the model of a run to the transformers library",
+    "export": "export a model to another runtime, with a certificate",
 }
 
 

@@ -268,16 +268,20 @@ def check_settings(record: Any, variant: Any = None) -> None:
             known = about["choices"]
             kind = each.name.replace("_", " ")
             raise UserError(f"unknown {kind} {value!r}: {suggestion(str(value), known)}known are {', '.join(known)}")
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            continue
-        if not abs(value) <= LARGEST and isinstance(value, float):
-            raise UserError(f"{each.name} is {value}: it must be finite, in float32 too")
-        limits = {word: about[word] for word in LIMITS if word in about}
-        if not all(LIMITS[word](value, limit) for word, limit in limits.items()):
-            must = " and ".join(f"{word.replace('_', ' ')} {limit:,}" for word, limit in limits.items())
-            raise UserError(f"{each.name} is {value}: it must be {about.get('must', must)}")
-        if value > about.get("most", value):
-            raise UserError(f"{each.name} is {value}: it must be at most {about['most']:,}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                _check_number(each.name, number, about)
+
+
+def _check_number(name: str, value: float, about: Mapping[str, Any]) -> None:
+    if not abs(value) <= LARGEST and isinstance(value, float):
+        raise UserError(f"{name} is {value}: it must be finite, in float32 too")
+    limits = {word: about[word] for word in LIMITS if word in about}
+    if not all(LIMITS[word](value, limit) for word, limit in limits.items()):
+        must = " and ".join(f"{word.replace('_', ' ')} {limit:,}" for word, limit in limits.items())
+        raise UserError(f"{name} is {value}: it must be {about.get('must', must)}")
+    if value > about.get("most", value):
+        raise UserError(f"{name} is {value}: it must be at most {about['most']:,}")
 
 
 def to_json(record: Any) -> dict[str, Any]:

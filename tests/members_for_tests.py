@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from minitransformer.exporting.copies import outputs_of
+from minitransformer.exporting.library import LibraryCopy, class_of
+from minitransformer.models.model import Model
+
 VOCABULARY, LENGTH, TARGET_LENGTH, PADDING = 64, 12, 7, 1
 
 
@@ -342,3 +346,16 @@ def _shake(model: nn.Module) -> None:
         if name == "final_logits_bias" or (tensor.requires_grad and "sinusoid" not in name):
             offset = tensor.mean() if tensor.dim() == 1 else 0.0
             tensor.normal_(std=0.2).add_(offset)
+
+
+@torch.inference_mode()
+def reopened_difference(model: Model, folder: Path) -> float:
+    """The largest difference between outputs of `model` and of its copy in `folder`, of their root mean square."""
+    model_class, runtime = class_of(folder)
+    copy = LibraryCopy(folder, model_class, runtime, start=0)
+    shape, size = (2, min(16, model.config.context_length)), model.config.vocab_size
+    tokens = torch.randint(size, shape, generator=torch.Generator().manual_seed(0))
+    tokens = torch.where(tokens == copy.model.config.pad_token_id, (tokens + 1) % size, tokens)
+    inputs = (tokens, tokens) if model.config.topology == "encoder-decoder" else (tokens,)
+    ours, theirs = outputs_of(model, *inputs), copy.outputs(*inputs)
+    return float((ours - theirs).abs().max() / theirs.square().mean().sqrt())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def test_every_other_row_may_be_an_example_and_seeds_draw_others() -> None:
 
 def test_a_copy_of_an_item_is_no_example_of_it() -> None:
     rows = read_rows_of([row("q", "a", "b"), row("q", "a", "b"), row("p", "a", "b")])
+    rows[1] = replace(rows[1], where="a later line")
     assert set(contexts(rows, rows, 0, 1).values()) == {"p? a\n\nq?", "q? a\n\np?"}
     with pytest.raises(UserError, match="q is to have 2 examples, and there are 1 other rows: ask for fewer"):
         contexts(rows, rows, 0, 2)

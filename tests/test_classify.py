@@ -113,6 +113,13 @@ def test_a_mistake_in_labels_is_one_sentence(
         with_vocabulary(config.model, config.prepare())
 
 
+def test_an_empty_table_is_said_to_name_no_column(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.tsv"
+    empty.write_text("")
+    with pytest.raises(UserError, match="has no column 'text': its first line names none; choose one"):
+        prepared_of(as_tsv(tmp_path), validation_data=str(empty))
+
+
 def test_an_unknown_label_in_validation_is_refused(tmp_path: Path) -> None:
     other = table(tmp_path / "other.tsv", [("7", "odd"), ("8", "prime")])
     with pytest.raises(UserError, match=r"other.tsv has the unknown label 'prime': the classes are even, odd"):

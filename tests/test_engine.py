@@ -16,6 +16,7 @@ from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.engine import Engine
 from minitransformer.generation.fast.steps import recorded_steps
+from minitransformer.generation.prefixes import BLOCK, PrefixCache
 from minitransformer.generation.sampling import Request
 from minitransformer.models.decoder import DecoderLM
 
@@ -110,6 +111,51 @@ def test_a_long_prompt_is_read_in_chunks_while_others_go_on(tiny_decoder: MakeDe
         [first, long],
     ]
     assert read == [4, 1, 4, 1, 3, 1, 1], "a chunk and a token in turn"
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{}, {"positions": "t5"}, {"token_smear": True}, {"attention_window": 9}, {"residual": "attention-residuals"}],
+)
+def test_what_prompts_begin_with_in_common_is_read_once(tiny_decoder: MakeDecoder, choices: Any) -> None:
+    model, read = tiny_decoder(context_length=128, **choices), []
+    common = [1 + place * place % 10 for place in range(70)]
+    prompts = [common + rest for rest in ([1, 2], [3, 4], [5], [6, 7, 8])] + [common[:50], common[:64], [9] * 40]
+    engine = Engine(model, 2, 100, prefix_tokens=96)
+    sampling = SamplingConfig(temperature=1.0, seed=3, max_new_tokens=5)
+    requests = [engine.submit(prompt, sampling, ends=ENDS) for prompt in prompts]
+    hook = model.embedding.register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
+    list(run(engine))
+    hook.remove()
+    assert [request.tokens for request in requests] == [alone(model, prompt, sampling) for prompt in prompts]
+    assert engine.prefixes is not None
+    assert engine.prefixes.reused_tokens == 64 + 64 + 32 + 32
+    assert engine.prefixes.num_tokens == 96
+    assert sum(size for size in read if size > 2) <= 74 + 7 + 9 + 18 + 32 + 40
+
+
+def test_beginnings_that_were_used_least_recently_make_room(tiny_decoder: MakeDecoder) -> None:
+    kept, cache = PrefixCache(4 * BLOCK), tiny_decoder(context_length=128).new_cache()
+    long, other = [1] * 3 * BLOCK, [2] * BLOCK
+    for tokens in (long, other):
+        kept.keep(tokens, cache, 0)
+    assert len(kept.longest(long)) == 3
+    kept.keep([3] * BLOCK, cache, 0)
+    assert [len(kept.longest(tokens)) for tokens in (long, other, [3] * BLOCK)] == [3, 0, 1]
+    kept.keep([4] * 2 * BLOCK, cache, 0)
+    assert [len(kept.longest(tokens)) for tokens in (long, [3] * BLOCK, [4] * 2 * BLOCK)] == [1, 1, 2]
+
+
+def test_a_short_prompt_does_not_wait_until_a_long_one_has_been_read(tiny_decoder: MakeDecoder) -> None:
+    engine = Engine(tiny_decoder(context_length=64), 3, 60, chunk=4)
+    sampling = SamplingConfig(temperature=0, max_new_tokens=20)
+    first = engine.submit([1, 2], sampling)
+    engine.step()
+    long, short = engine.submit([5] * 30, sampling), engine.submit([6, 7], sampling)
+    told = [[request for request, _ in engine.step()] for _ in range(9)]
+    assert [request for step in told[:2] for request in step] == [first, first, short]
+    assert all(first in step for step in told), "and no other text stands still"
+    assert long in told[-1]
 
 
 def test_a_cancelled_request_leaves_its_row_at_once(tiny_decoder: MakeDecoder) -> None:

@@ -99,6 +99,7 @@ def test_a_classifier_and_a_translator_are_evaluated_on_files(here: Path, capsys
         (["--stride", "0"], "stride is 0: it must be at least 1"),
         (["--stride", "17"], "stride is 17, and the windows have 16 tokens: choose at most as many"),
         (["--json", "my.txt"], "my.txt already exists: choose another --json"),
+        (["--json", "new", "--html", "./new"], "new is named twice: choose another --html"),
         (["--target-data", "my.txt"], "give --data too, or leave it out"),
         (["--data", "my.txt", "--target-data", "my.txt"], "target_data is for pairs, and the data of the run is text"),
         (["--num-beams", "2"], "--num-beams has no effect on data without questions: leave it out"),

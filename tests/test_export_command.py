@@ -32,9 +32,9 @@ def test_a_run_is_exported_and_its_copy_checked(tmp_path: Path, call: Call, shak
     model = untrained_run(tmp_path / "run", shake, "causal", **GPT2)
     code, out, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
     assert (code, err) == (0, "")
-    assert "format     gpt2" in out
-    opened = f"opened by transformers {library.__version__}"
-    [difference] = re.findall(rf"logits of the copy, {re.escape(opened)}, have a relative error of at most (\S+)", out)
+    assert "family         gpt2" in out
+    assert f"opened by      transformers {library.__version__}" in out
+    [difference] = re.findall(r"logits         same: relative error of at most (\S+),", out)
     assert float(difference) < 1e-5
     copy, _ = pretrained.load(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copy.parameters(), strict=True))
@@ -47,8 +47,11 @@ def test_without_transformers_the_copy_is_opened_again_by_ours_and_that_is_said(
     untrained_run(tmp_path / "run", shake, "causal", **GPT2)
     code, out, _ = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
     assert code == 0
-    opened = "opened by minitransformer alone, as transformers is not installed"
-    assert f"{opened}, have a relative error of at most 0.0e+00" in out
+    assert "opened by      minitransformer alone, as transformers is not installed: not run elsewhere" in out
+    assert "logits         same: relative error of at most 0.0e+00" in out
+    assert (
+        "No other program than the one that wrote it has opened this copy." in (tmp_path / "out/README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,9 +59,9 @@ def test_without_transformers_the_copy_is_opened_again_by_ours_and_that_is_said(
     [
         (
             {"activation_function": "relu"},
-            r"logits of the copy, opened by transformers \S+, have a relative error of",
+            r"the copy, opened by transformers \S+, is not what was trained \(logits: relative error of at most",
         ),
-        ({"n_head": None}, r"transformers cannot open the copy in \S+ \(Validation error for field 'n_head'"),
+        ({"n_head": None}, r"the copy cannot be opened by transformers \(Validation error for field 'n_head'"),
     ],
     ids=["another model", "cannot be opened"],
 )
@@ -66,18 +69,18 @@ def test_a_copy_that_is_another_model_for_transformers_is_removed(
     damage: dict[str, Any], message: str, tmp_path: Path, call: Call, shake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers", reason="the reference implementation is not installed")
-    save = pretrained.save
+    write = pretrained.write_public
 
     def damaged(model: Model, folder: Path, *arguments: Any, **options: Any) -> None:
-        save(model, folder, *arguments, **options)
+        write(model, folder, *arguments, **options)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | damage))
 
-    monkeypatch.setattr(pretrained, "save", damaged)
+    monkeypatch.setattr(pretrained, "write_public", damaged)
     untrained_run(tmp_path / "run", shake, "causal", **GPT2)
-    code, out, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
-    assert (code, out) == (1, "")
-    assert re.match(f"error: {message}.*: the copy was removed; choose another --format\n$", err), err
+    code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
+    assert code == 1
+    assert re.match(f"error: {message}.*: it was removed; choose another --format or --family\n$", err), err
     assert not (tmp_path / "out").exists()
 
 
@@ -86,7 +89,6 @@ def test_a_copy_that_is_another_model_for_transformers_is_removed(
     [
         ("llama", LLAMA),
         ("mixtral", {**LLAMA, "num_experts": 2}),
-        ("qwen2", {**LLAMA, "qkv_bias": True}),
         ("qwen3", {**LLAMA, "qk_norm": "head"}),
     ],
 )
@@ -96,7 +98,20 @@ def test_the_first_family_that_holds_a_model_is_found(
     untrained_run(tmp_path / "run", shake, "causal", **choices)
     code, out, _ = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
     assert code == 0
-    assert f"format     {family}\n" in out
+    assert f"family         {family}\n" in out
+
+
+def test_a_family_whose_tokenizer_the_library_replaces_is_refused(tmp_path: Path, call: Call, shake: Any) -> None:
+    pytest.importorskip("transformers", reason="the reference implementation is not installed")
+    untrained_run(tmp_path / "run", shake, "causal", **LLAMA, qkv_bias=True)
+    code, out, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
+    assert code == 1
+    # Whatever its files say, a tokenizer beside a Qwen2 is split as Qwen2's, and normalised.
+    assert (
+        "is not what was trained (token ids: 'e\u0301 o\u0308 \u0301x n\u0303\u0303' has other ids, from token 0 on)"
+        in err
+    )
+    assert "logits         same" in out
 
 
 def test_everything_in_the_way_of_the_nearest_format_is_named_with_flags_that_go_round_it(
@@ -108,7 +123,7 @@ def test_everything_in_the_way_of_the_nearest_format_is_named_with_flags_that_go
     code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
     assert code == 2
     assert err == (
-        "error: no known format can represent this model; the nearest is qwen3: norm is 'layer', and qwen3 can only "
+        "error: no known family can represent this model; the nearest is qwen3: norm is 'layer', and qwen3 can only "
         "hold 'rms'; feedforward is 'squared-relu', and qwen3 can only hold 'swiglu' or 'geglu-tanh' or 'geglu' or "
         "'reglu'; token_smear is True, and qwen3 can only hold False: train a model with --norm rms --feedforward "
         "swiglu --no-token-smear, which qwen3 can represent\n"
@@ -124,14 +139,14 @@ def test_everything_in_the_way_of_the_nearest_format_is_named_with_flags_that_go
     assert code == 0
     code, out, _ = call(export, str(tmp_path / "trained"), "--to", str(tmp_path / "out"))
     assert code == 0
-    assert "format     qwen3\n" in out
+    assert "family         qwen3\n" in out
 
 
 def test_a_format_that_is_asked_for_says_all_that_is_in_its_way(tmp_path: Path, call: Call, shake: Any) -> None:
     untrained_run(
         tmp_path / "run", shake, "causal", **LLAMA, qk_norm="head", attention_window=3, window_pattern=(True,)
     )
-    code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--format", "llama")
+    code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--family", "llama")
     assert code == 2
     assert "cannot be exported as llama: qk_norm is 'head', and llama can only hold 'none'; attention_window" in err
     assert "train a model with --qk-norm none --attention-window None, which llama can represent" in err
@@ -149,6 +164,6 @@ def test_what_no_format_can_hold_is_refused_and_nothing_written(tmp_path: Path, 
     assert code == 2
     assert "residual is 'residual'" in err
     assert not (tmp_path / "out").exists()
-    code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--format", "lama")
+    code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--family", "lama")
     assert code == 2
     assert "did you mean 'llama'" in err

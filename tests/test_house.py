@@ -40,6 +40,7 @@ ROOMS = {
     "generation": {*MODEL},
     "pretrained": {*MODEL},
     "runs": {*MODEL, "evaluation", "training", "generation", "pretrained", "diagnostics"},
+    "exporting": {*MODEL, "generation", "pretrained", "runs"},
     "reporting": set(),
     "diagnostics": {*MODEL, "training"},
     "tasks": {"runs"},
@@ -52,7 +53,7 @@ ROOMS = {
     "serving": {*MODEL, "training", "generation", "runs"},
     "commands": {
         *{*MODEL, "evaluation", "training", "generation", "pretrained", "runs", "diagnostics", "reporting"},
-        *{"tasks", "reliability", "lab", "analysis", "benchmark", "preflight", "compression", "serving"},
+        *{"tasks", "reliability", "lab", "analysis", "benchmark", "preflight", "compression", "serving", "exporting"},
     },
     "__main__": {"commands"},
 }

@@ -67,7 +67,7 @@ def test_a_checkpoint_becomes_a_run_that_samples_trains_and_goes_back(
         *("--steps", "2", "--warmup-steps", "0", "--device", "cpu"),
     )
     assert code == 0
-    code, out, _ = call(export, str(tmp_path / "tuned"), "--to", str(tmp_path / "back"), "--format", "gpt2")
+    code, out, _ = call(export, str(tmp_path / "tuned"), "--to", str(tmp_path / "back"), "--family", "gpt2")
     assert code == 0
     transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back")
 

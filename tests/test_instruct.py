@@ -384,7 +384,7 @@ def test_an_exported_model_stops_where_an_answer_ends(tmp_path: Path) -> None:
     ]
     flags = ["gpt-nano", *TINY, *exportable, "--qk-norm", "none", "--objective", "instruct", "--data", str(data)]
     run = trained(tmp_path / "run", *flags, "--steps", "1")
-    assert export.main([str(run.path), "--to", str(tmp_path / "out"), "--format", "gpt2"]) == 0
+    assert export.main([str(run.path), "--to", str(tmp_path / "out"), "--family", "gpt2"]) == 0
     ends = json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"]
     assert ends == [run.tokenizer.end_of_text, run.tokenizer.special_tokens["<|im_end|>"]]
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == ChatTemplate.named("chatml").source

@@ -93,6 +93,11 @@ def test_the_largest_gap_is_between_the_extremes_and_small_groups_are_in_none() 
     assert largest_gaps({"a": windows(normal(30, 40)), "small": windows(normal(90, 9))}) == {}
 
 
+def test_a_gap_of_equal_groups_names_two_of_them() -> None:
+    gap = largest_gaps({name: windows(normal(30, 40)) for name in "abc"})["validation_loss"]
+    assert (gap.lowest, gap.highest, gap.gap.value) == ("a", "c", 0)
+
+
 def test_gaps_of_groups_without_a_difference_rarely_exclude_none() -> None:
     clear = 0
     for seed in range(10):

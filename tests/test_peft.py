@@ -135,7 +135,7 @@ def test_commands_import_and_export_an_adapter_beside_its_base(
         torch.testing.assert_close(opened.eval()(tokens), model(tokens))
     capsys.readouterr()
     assert sample.main(["ours", "--prompt", "Line", "--max-new-tokens", "3", "--seed", "1"]) == 0
-    assert export.main(["ours", "--to", "again", "--adapter", "--format", "gpt2"]) == 0
+    assert export.main(["ours", "--to", "again", "--adapter", "--family", "gpt2"]) == 0
     before, after = (load_file(here / name / "adapter_model.safetensors") for name in ("theirs", "again"))
     assert_same_weights(before, after)
     assert "no adapter" in refused(capsys, "base", "--to", "y", "--adapter", main=export.main)

@@ -26,9 +26,8 @@ from minitransformer.errors import UserError
 from minitransformer.models.config import HEADS, ModelConfig
 from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained.families import Family
-from minitransformer.pretrained.reopened import reopened_difference
 from minitransformer.settings import with_settings
-from tests.members_for_tests import FLOAT32, MEMBERS, VOCABULARY
+from tests.members_for_tests import FLOAT32, MEMBERS, VOCABULARY, reopened_difference
 
 library = pytest.importorskip("transformers")
 Changes = dict[str, Any]

@@ -103,7 +103,7 @@ def assert_same_tokenizer(folder: Path, public: Path) -> None:
 def test_a_tokenizer_goes_out_as_it_came_in(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     public = checkpoint(name, tmp_path / "public")
     out = imported_and_exported(public, tmp_path)
-    assert "tokenizer  the files that were imported, unchanged" in capsys.readouterr().out
+    assert "tokenizer      the files that were imported, unchanged" in capsys.readouterr().out
     assert_same_tokenizer(out, public)
 
 

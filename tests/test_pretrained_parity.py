@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitransformer import pretrained, settings
+from minitransformer.exporting.library import OUTPUTS
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder import EncoderClassifier, EncoderLM
 from minitransformer.models.encoder_decoder import EncoderDecoder
 from minitransformer.models.model import Model, build_model
 from minitransformer.pretrained.families import Family
-from minitransformer.pretrained.reopened import OUTPUTS
 from minitransformer.pretrained.shards import write_shards
 from tests.members_for_tests import FLOAT32, LENGTH, MEMBERS, PADDING, TARGET_LENGTH, VOCABULARY, Member, public
 

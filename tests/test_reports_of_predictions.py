@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from minitransformer.errors import UserError
 from minitransformer.evaluation.class_report import class_items, class_report, reliability
 from minitransformer.evaluation.estimates import defined_metrics, estimates_of
+from minitransformer.evaluation.intervals import wilson_interval
 from minitransformer.evaluation.items import Items
 from minitransformer.evaluation.translations import signature_of, translation_columns
 
@@ -33,14 +34,25 @@ def test_precision_recall_and_f1_are_those_of_their_definitions() -> None:
     assert a.f1 == pytest.approx(2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3))
     assert (b.precision, b.recall, b.f1) == (1 / 2, 1 / 2, 1 / 2)
     assert (c.precision, c.recall, c.f1) == (0, 0, 0)
-    for each in report.classes[:2]:
-        assert all(low < getattr(each, name) < high for name, (low, high) in each.intervals.items())
+    for each in (a, b):
+        assert None not in each.intervals.values()
+        assert all(bounds[0] < getattr(each, name) < bounds[1] for name, bounds in each.intervals.items() if bounds)
+    assert c.intervals["precision"] is None  # as it is never predicted
+    assert c.intervals["recall"] == wilson_interval(0, 1)
     values = defined_metrics(items.totals())
     assert values["calibration_error"] == pytest.approx(3 / 6)
     assert values["micro_f1"] == values["accuracy"] == 3 / 6
     assert report.confusion_rows()[1] == ["a", "2", "1", "0"]
     assert report.rows()[1][:2] == ["a", "3"]
     assert report.rows()[1][2].startswith("50.0% [")
+
+
+def test_few_texts_without_a_mistake_have_no_certain_figures() -> None:
+    of_one, absent, _ = class_report(["a", "b", "c"], classified([0], [0])).classes
+    assert of_one.intervals == {"precision": wilson_interval(1, 1), "recall": wilson_interval(1, 1), "f1": None}
+    assert absent.intervals == {"precision": None, "recall": None, "f1": None}
+    assert estimates_of(classified([0], [0]))["macro_f1"].interval is None
+    assert estimates_of(classified([0, 1], [0, 1]))["macro_f1"].interval is not None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed")

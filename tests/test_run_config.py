@@ -95,18 +95,18 @@ def test_a_setting_that_nothing_here_knows_is_refused(part: str) -> None:
 
 
 NUMBERS = [
-    (part, each.name)
+    (part, each.name, "tuple" in str(each.kind))
     for part in (ModelConfig, DataConfig, TrainingConfig)
     for each in all_declared(part)
     if "float" in str(each.kind)
 ]
 
 
-@pytest.mark.parametrize(("part", "name"), NUMBERS)
+@pytest.mark.parametrize(("part", "name", "several"), NUMBERS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39])
-def test_a_number_that_is_not_finite_in_float32_is_refused(part: type, name: str, value: float) -> None:
+def test_a_number_that_is_not_finite_in_float32_is_refused(part: type, name: str, several: bool, value: float) -> None:
     with pytest.raises(UserError, match=re.escape(f"{name} is {value}: ")):
-        with_settings(part(), {**chosen_for(part, name), name: value})
+        with_settings(part(), {**chosen_for(part, name), name: (1.0, value) if several else value})
 
 
 @pytest.mark.parametrize(("part", "name"), [(TrainingConfig, "eps"), (ModelConfig, "norm_eps")])

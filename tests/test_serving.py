@@ -273,7 +273,7 @@ def idle(service: Service, within: float = 5.0) -> bool:
     scheduler: Any = service.models["gpt"].scheduler
     until = time.monotonic() + within
     while time.monotonic() < until:
-        if scheduler.unfinished == 0 and not scheduler.cached_tokens:
+        if scheduler.unfinished == 0 and not scheduler._engine._row_of:
             return True
         time.sleep(0.01)
     return False

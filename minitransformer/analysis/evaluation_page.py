@@ -113,7 +113,7 @@ def position_picture(by_position: Samples) -> Picture:
     def draw() -> Any:
         return figures.curves([curve], x_label="position", y_label="loss (nats per target)", title=title, log_x=True)
 
-    return Picture(title, draw, f"The mean over ranges of positions that have {SMALL} targets or more.")
+    return Picture(title, draw, f"The mean over ranges of positions that have {least:.0f} or more targets.")
 
 
 def worst_table(part: EvaluatedPart) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,13 @@ class LayerCache:
         keys, values = self._buffers(other._keys, other._values, of, room)
         length = slots.stop - slots.start
         keys[rows, :, slots], values[rows, :, slots] = other._keys[:, :, :length], other._values[:, :, :length]
+
+    def cut(self, row: int, slots: slice) -> LayerCache:
+        """A copy of these slots of one row."""
+        part = LayerCache()
+        if self._keys is not None and self._values is not None:
+            part._keys, part._values = (held[row : row + 1, :, slots].clone() for held in (self._keys, self._values))
+        return part
 
     @property
     def nbytes(self) -> int:
@@ -205,6 +212,27 @@ class KVCache:
         self._positions_of(of, other._positions.device)[chosen, here] = other._positions[:, there]
         for cache, source in zip(self._of_tokens, other._of_tokens, strict=True):
             cache.put(source, chosen, here, of, self.max_length)
+
+    def cut(self, row: int, slots: slice) -> KVCache:
+        """A copy of these slots of one row, without their positions."""
+        part = KVCache(len(self.layers), slots.stop - slots.start)
+        part.layers = [layer.cut(row, slots) for layer in self.layers]
+        part.embeddings, part.length = self.embeddings.cut(row, slots), part.max_length
+        return part
+
+    def preload(self, parts: Sequence[KVCache]) -> int:
+        """Begin one row with `parts` that were cut, one after another, at positions from 0; returns its length."""
+        for part in parts:
+            here = slice(self.length, self.length + part.length)
+            for cache, source in zip(self._of_tokens, part._of_tokens, strict=True):
+                cache.put(source, [0], here, 1, self.max_length)
+            self.length = here.stop
+        if parts:
+            device = next(keys.device for layer in parts[0].layers if (keys := layer._keys) is not None)
+            slots = torch.arange(self.length, device=device)
+            self.hold(slots[None], slots, self.length)
+            self._room = self.max_length
+        return self.length
 
     def clear(self, rows: list[int]) -> None:
         """Empty these rows."""

@@ -187,10 +187,13 @@ class LongRoPE(RotaryScaling, name="longrope"):
     @dataclass(frozen=True)
     class Settings:
         short_factors: tuple[float, ...] = setting(
-            (), flag="rotary-short-factors", help="divisor of each frequency, in contexts up to the original length"
+            (),
+            above=0,
+            flag="rotary-short-factors",
+            help="divisor of each frequency, in contexts up to the original length",
         )
         long_factors: tuple[float, ...] = setting(
-            (), flag="rotary-long-factors", help="divisor of each frequency, in longer contexts"
+            (), above=0, flag="rotary-long-factors", help="divisor of each frequency, in longer contexts"
         )
         original_length: int = original_length_setting(at_least=2)
         magnitude: float | None = magnitude_setting()

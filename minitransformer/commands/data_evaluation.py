@@ -28,6 +28,9 @@ from minitransformer.runs.predicting import EvaluatedPart, Predictions, Wanted, 
 from minitransformer.text.datasets import PlainText
 from minitransformer.training.machine import choose_device
 
+SHOWN = 5
+"""values without enough text that are named"""
+
 
 def evaluate_data(run: Run, options: Options) -> Found:
     """The metrics of a model on data like that of its run, and what else was asked for."""
@@ -76,7 +79,8 @@ def _windows_by_group(
             groups[value] = _predicted(data, options, options.checkpoint).evaluation.items
     section = of_groups(part, column, groups).section()
     if short:
-        section.notes.append(f"Without enough text for a window: {', '.join(short)}.")
+        named = ", ".join(short[:SHOWN]) + (f" and {len(short) - SHOWN} more" if len(short) > SHOWN else "")
+        section.notes.append(f"Without enough text for a window: {named}.")
     return section
 
 

@@ -64,9 +64,15 @@ class Options:
         for name, number in (("batch_size", self.batch_size), ("num_beams", self.num_beams), ("stride", self.stride)):
             if number is not None and number < 1:
                 raise UserError(f"{name} is {number}: it must be at least 1")
+        taken: set[Path] = set()
         for name, path in (("out", self.out), ("json", self.json), ("html", self.html)):
-            if path is not None and path.exists():
+            if path is None:
+                continue
+            if path.exists():
                 raise UserError(f"{path} already exists: choose another --{name}")
+            if path.absolute() in taken:
+                raise UserError(f"{path} is named twice: choose another --{name}")
+            taken.add(path.absolute())
         if self.target_data is not None and not self.data:
             raise UserError("target_data are the other side of data: give --data too, or leave it out")
         if self.exchanges is not None and not self.counterfactuals:

@@ -1,37 +1,36 @@
-"""`export`: write the model of a run in the format of the transformers library."""
+"""`export`: write the model of a run in the format of another runtime, and prove what was written."""
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from typing_extensions import Doc
 
-from minitransformer import pretrained
-from minitransformer.commands import DONE, FAILED, HELP, parse, with_exit_code
+from minitransformer.commands import DONE, HELP, parse, with_exit_code
 from minitransformer.errors import UserError
-from minitransformer.models.config import PRESETS, ModelConfig
+from minitransformer.exporting import ExportFormat, export_run
+from minitransformer.exporting.certificate import Certificate
+from minitransformer.exporting.exported import Exported
+from minitransformer.exporting.families import family_that_holds
+from minitransformer.exporting.formats import CertificateError, ExportChoices
+from minitransformer.models.config import PRESETS
 from minitransformer.models.int8 import Int8Linear
-from minitransformer.pretrained.families import Family, Obstacle, families_of, nearest_family
-from minitransformer.pretrained.originals import CHAT, original_fields, originals_of
+from minitransformer.pretrained.families import Family
 from minitransformer.pretrained.peft_folders import save_adapter
-from minitransformer.pretrained.reopened import reference_of, reopened_difference
-from minitransformer.pretrained.tokenizer_files import special_ids, target_ids
 from minitransformer.runs import Run
-from minitransformer.runs.begin import check_merges
-from minitransformer.settings import kinds
-from minitransformer.text.templates import read_template
 from minitransformer.training.checkpoint import load_unmerged
 
-# Relative error of the logits: rounding gives about 1e-5, a wrong epsilon or GELU at least 3e-4.
-TOLERANCE = 2e-4
-
+FORMATS = Doc(f"format of the copy: {', '.join(ExportFormat.registry)}")
 FAMILIES = Doc(f"model family; None is the first that can represent the model: {', '.join(Family.registry)}")
+STORED = {name: kind.weights for name, kind in ExportFormat.registry.items() if kind.weights}
+WEIGHTS = Doc(
+    "how the weights are stored: "
+    + "; ".join(f"{', '.join(kinds)} (--format {name})" for name, kinds in STORED.items())
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,11 @@ class Options:
     """run folder"""
     to: Annotated[Path, tyro.conf.arg(metavar="NEW-FOLDER")]
     """output folder, which must not exist yet"""
-    format: Annotated[str | None, tyro.conf.arg(metavar="{None}|FAMILY"), FAMILIES] = None
+    format: Annotated[str, tyro.conf.arg(metavar="FORMAT"), FORMATS] = "hf"
+    family: Annotated[str | None, tyro.conf.arg(metavar="{None}|FAMILY"), FAMILIES] = None
+    weights: Annotated[str | None, tyro.conf.arg(metavar="{None}|TYPE"), WEIGHTS] = None
+    license: Annotated[str | None, tyro.conf.arg(metavar="{None}|NAME")] = None
+    """licence that the model card names, such as mit; None leaves it unknown"""
     adapter: bool = False
     """write the adapter of the run alone, as a folder of the peft library"""
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="{None}|CHECKPOINT")] = None
@@ -54,112 +57,64 @@ def main(arguments: Sequence[str]) -> int:
     """Export; returns the exit code."""
     about = _description() if HELP & set(arguments) else ""
     options = parse(Options, arguments, prog="minitransformer export", description=about)
+    kind = ExportFormat.named(options.format)
     run = Run.open(options.run)
     if options.adapter:
         return _export_adapter(run, options)
-    check_merges(run)
-    family = _format(run.config.model.plain, options.format)
-    model = run.load_model(options.checkpoint)
-    originals = originals_of(run.path, run.tokenizer)
-    extra = _extra(run) if originals is None else original_fields(originals)
-    own_template = run.path / CHAT
-    pretrained.save(
-        model,
-        options.to,
-        family,
-        extra,
-        tokenizer=run.target_tokenizer,
-        originals=originals,
-        generation=run.generation_config,
-        chat_template=read_template(own_template) if own_template.is_file() else None,
-    )
-    reference, reader = reference_of(options.to)
+    if options.to.exists():
+        raise UserError(f"{options.to} already exists: choose another folder")
+    subject = Exported.of(run, options.checkpoint)
+    made = kind(subject, ExportChoices(options.family, options.weights))
     try:
-        difference = reopened_difference(model, options.to)
-    except UserError as error:
-        return _removed(options.to, str(error))
-    if not difference <= TOLERANCE:
-        return _removed(
-            options.to, f"logits of the copy, opened by {reader}, have a relative error of {difference:.1e}"
-        )
-    what = "hidden states" if run.config.model.topology == "encoder-headless" else "logits"
-    by = reader if reference is not None else f"minitransformer alone, as {reader}"
-    print(f"format     {family}")
-    print(f"folder     {options.to}")
-    if originals is not None:
-        print("tokenizer  the files that were imported, unchanged")
-    print(f"checked    {what} of the copy, opened by {by}, have a relative error of at most {difference:.1e}")
+        certificate = export_run(made, options.to, options.license)
+    except CertificateError as error:
+        _print_table(error.certificate)
+        raise
+    for name, value in made.about().items():
+        print(f"{name:14} {value}")
+    if subject.originals is not None:
+        print(f"{'tokenizer':14} the files that were imported, unchanged")
+    _print_table(certificate)
+    print(f"{'folder':14} {options.to}, with its certificate and its model card")
     return DONE
+
+
+def _print_table(certificate: Certificate) -> None:
+    by = certificate.runtime if certificate.is_foreign else f"{certificate.runtime}: not run elsewhere"
+    print(f"{'opened by':14} {by}")
+    for check in certificate.checks:
+        print(f"{check.name:14} {'same' if check.agrees else 'DIFFERENT'}: {check.found}")
 
 
 def _export_adapter(run: Run, options: Options) -> int:
     if run.config.model.adapter.name == "none" or run.parent is None:
         raise UserError(f"{options.run} has no adapter: leave --adapter out")
+    given = {"--format": options.format != "hf", "--weights": options.weights, "--license": options.license}
+    if unused := [flag for flag, value in given.items() if value]:
+        raise UserError(f"--adapter writes a folder of peft, which {unused[0]} does not change: leave one of them out")
     model = load_unmerged(run.checkpoint(options.checkpoint), run.config)
-    save_adapter(model, options.to, _format(run.config.model.plain, options.format), run.parent.path)
+    save_adapter(model, options.to, family_that_holds(run.config.model.plain, options.family), run.parent.path)
     print(f"folder     {options.to}, for the base {run.parent.path}")
     if any(isinstance(part, Int8Linear) for part in model.modules()):
         print("note       it was trained over this base in 8 bits, and peft reads it in full: logits differ a bit")
     return DONE
 
 
-def _extra(run: Run) -> dict[str, Any]:
-    """The special tokens, for config.json."""
-    tokenizer = run.target_tokenizer
-    found = special_ids(tokenizer)
-    if run.config.model.topology == "encoder-decoder":
-        found |= target_ids(tokenizer)
-    if (template := run.chat_template) is not None:
-        ends = list(dict.fromkeys(template.end_ids(tokenizer)))
-        found["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    return found
-
-
-def _removed(folder: Path, reason: str) -> int:
-    shutil.rmtree(folder)
-    print(f"error: {reason}: the copy was removed; choose another --format", file=sys.stderr)
-    return FAILED
-
-
 def _description() -> str:
-    formats = {
-        name: families_of(replace(config, vocab_size=config.vocab_size or 1)) for name, config in PRESETS.items()
-    }
-    able = "; ".join(f"{name} ({', '.join(families)})" for name, families in formats.items() if families)
+    held = {name: [kind.holders(config) for kind in ExportFormat.registry.values()] for name, config in PRESETS.items()}
+    lines = []
+    for number, (name, kind) in enumerate(ExportFormat.registry.items()):
+        able = [
+            preset if held[preset][number] == [name] else f"{preset} ({', '.join(held[preset][number])})"
+            for preset in PRESETS
+            if held[preset][number]
+        ]
+        lines.append(f"{name}: {(kind.__doc__ or '').strip()} Presets: {', '.join(able) or 'none'}.")
     return (
-        "Export the model of a run to the transformers library, and compare the logits of both.\n\n"
-        f"Presets that can be exported without changes: {able}. Imported models, and runs fine-tuned from them, can be "
-        "exported to their original family. For other models, the command says which flags of train.py are needed."
+        "Export the model of a run to another runtime. What was written is opened there and compared with the run: "
+        "weights, ids of hostile texts, logits, greedy text, chat template, stop tokens. A copy that differs is not "
+        "kept.\n\n"
+        + "\n\n".join(lines)
+        + "\n\nImported models, and runs fine-tuned from them, can be exported to their "
+        "original family. For other models, the command says which flags of train.py are needed."
     )
-
-
-def _format(config: ModelConfig, wanted: str | None) -> str:
-    """The family to write; raises `UserError` with all obstacles, and the flags of train.py that avoid them."""
-    if wanted is None:
-        family, obstacles = nearest_family(config)
-    else:
-        family, obstacles = wanted, Family.named(wanted).obstacles(config)
-    if not obstacles:
-        return family
-    who = (
-        "no known format can represent this model; the nearest is"
-        if wanted is None
-        else "this model cannot be exported as"
-    )
-    if obstacles[0].setting == "topology":
-        raise UserError(f"{who} {family}: {obstacles[0]}")
-    flags = " ".join(_flag(obstacle) for obstacle in obstacles)
-    why = "; ".join(map(str, obstacles))
-    raise UserError(f"{who} {family}: {why}: train a model with {flags}, which {family} can represent")
-
-
-def _flag(obstacle: Obstacle) -> str:
-    """The flag of train.py for the value that the family has."""
-    name, value = obstacle.setting.replace("_", "-"), obstacle.choice
-    if kinds(ModelConfig)[obstacle.setting] is bool:
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {_spelled(value)}"
-
-
-def _spelled(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minitransformer.evaluation.intervals import Bounds, Counts, f1_scores
-from minitransformer.evaluation.items import Items, resampled_weights
+from minitransformer.evaluation.intervals import Bounds, Counts, f1_scores, wilson_interval
+from minitransformer.evaluation.items import Items, Totals, resampled_weights
 
 BINS = 15
 
@@ -19,7 +19,8 @@ BINS = 15
 class OfClass:
     """Precision tp / (tp + fp), recall tp / (tp + fn) and their harmonic mean F1; 0 where a denominator is.
 
-    Each has a 95% bootstrap interval.
+    The 95% intervals of the first two, which are shares of texts, are score intervals, and that of F1 is a bootstrap
+    interval; there is none without texts, and none of the F1 of a single one.
     """
 
     name: str
@@ -27,7 +28,7 @@ class OfClass:
     precision: float
     recall: float
     f1: float
-    intervals: dict[str, Bounds]
+    intervals: dict[str, Bounds | None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ClassReport:
         """A table: a row for each class."""
         rows = [["class", "texts", "precision", "recall", "F1"]]
         for each in self.classes:
-            values = (f"{getattr(each, name):.1%} {_ends(bounds)}" for name, bounds in each.intervals.items())
+            values = (f"{getattr(each, name):.1%}{_ends(bounds)}" for name, bounds in each.intervals.items())
             rows.append([each.name, f"{each.texts:,}", *values])
         return rows
 
@@ -59,8 +60,8 @@ def _count(number: int) -> str:
     return f"{number:,}"
 
 
-def _ends(bounds: Bounds) -> str:
-    return "[{:.1%}, {:.1%}]".format(*bounds)
+def _ends(bounds: Bounds | None) -> str:
+    return "" if bounds is None else " [{:.1%}, {:.1%}]".format(*bounds)
 
 
 def precisions_and_recalls(confusion: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -87,19 +88,29 @@ def class_report(names: Sequence[str], items: Items) -> ClassReport:
     """The report on texts of the classes `names`."""
     confusion = items.totals().confusion
     assert confusion is not None, "of texts with classes"
-    drawn = [_figures(items.totals(weights).confusion) for weights in resampled_weights(len(items))]
-    low, high = np.quantile(np.stack(drawn), (0.025, 0.975), axis=0).tolist()
+    drawn = np.stack([_f1_scores(items.totals(weights)) for weights in resampled_weights(len(items))])
+    right, texts, taken = np.diagonal(confusion).tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
+    figures = np.stack([*precisions_and_recalls(confusion), f1_scores(confusion)]).T.tolist()
+    low, high = np.quantile(drawn, (0.025, 0.975), axis=0).tolist()
     classes = []
-    for number, (name, values) in enumerate(zip(names, _figures(confusion).T.tolist(), strict=True)):
-        bounds = {each: (low[row][number], high[row][number]) for row, each in enumerate(("precision", "recall", "f1"))}
-        precision, recall, f1 = values
-        classes.append(OfClass(name, int(confusion[number].sum()), precision, recall, f1, bounds))
+    for number, (name, (precision, recall, f1)) in enumerate(zip(names, figures, strict=True)):
+        has_f1 = len(items) > 1 and texts[number] + taken[number] > 0
+        bounds = {
+            "precision": _share_interval(right[number], taken[number]),
+            "recall": _share_interval(right[number], texts[number]),
+            "f1": (low[number], high[number]) if has_f1 else None,
+        }
+        classes.append(OfClass(name, texts[number], precision, recall, f1, bounds))
     return ClassReport(classes, confusion)
 
 
-def _figures(confusion: Any) -> npt.NDArray[np.float64]:
-    """[3, classes] precision, recall and F1."""
-    return np.stack([*precisions_and_recalls(confusion), f1_scores(confusion)])
+def _f1_scores(totals: Totals) -> npt.NDArray[np.float64]:
+    assert totals.confusion is not None, "of texts with classes"
+    return f1_scores(totals.confusion)
+
+
+def _share_interval(right: int, count: int) -> Bounds | None:
+    return wilson_interval(right, count) if count else None
 
 
 @dataclass(frozen=True)

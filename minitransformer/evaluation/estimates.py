@@ -129,9 +129,9 @@ def largest_gaps(groups: Mapping[str, Items]) -> dict[str, Gap]:
     return {name: _gap({group: of[name] for group, of in values.items()}, drawn[i]) for i, name in enumerate(names)}
 
 
-def _gap(values: Mapping[str, float], drawn: Samples) -> Gap:
+def _gap(values: dict[str, float], drawn: Samples) -> Gap:
     """The gap between groups with these values, and resampled ones [resamples, groups]."""
-    lowest, highest = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    lowest, highest = min(values, key=values.__getitem__), max(reversed(values), key=values.__getitem__)
     gap, errors = values[highest] - values[lowest], drawn - np.array(list(values.values()))
     reach = float(np.nanquantile(np.ptp(errors, axis=1), 0.95))
     return Gap(lowest, highest, Estimate(gap, (max(0.0, gap - reach), gap + reach)))

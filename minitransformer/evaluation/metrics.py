@@ -106,7 +106,9 @@ class MacroF1(Metric, name="macro_f1"):
 
     @staticmethod
     def interval(totals: Totals) -> Bounds | None:
-        return None if totals.confusion is None else bootstrap_interval(macro_f1, totals.confusion)
+        if totals.confusion is None or totals.targets < 2:
+            return None
+        return bootstrap_interval(macro_f1, totals.confusion)
 
 
 class MacroPrecision(Metric, name="macro_precision"):

@@ -18,6 +18,7 @@ from minitransformer.generation.config import SamplingConfig, check_no_beams
 from minitransformer.generation.host import start_copy
 from minitransformer.generation.logprobs import LogprobRecord
 from minitransformer.generation.prefill import PromptPrefill
+from minitransformer.generation.prefixes import BLOCK, PrefixCache
 from minitransformer.generation.processors import Processor
 from minitransformer.generation.sampling import (
     Request,
@@ -43,7 +44,8 @@ class Engine:
     """Decodes up to `rows` requests at a time with a cache of `slots` tokens for each, every text as if it were alone.
 
     Only tokens below `vocab_size` are chosen (default: all that the model has). `make_steps` makes the decode steps. A
-    text that is longer than the context goes on as `window_length` says.
+    text that is longer than the context goes on as `window_length` says. With `prefix_tokens`, beginnings of
+    prompts are kept, of so many tokens, and read once.
     """
 
     def __init__(
@@ -55,10 +57,12 @@ class Engine:
         vocab_size: int | None = None,
         make_steps: Callable[[DecoderLM], MakeStep] = plain_steps,
         chunk: int = CHUNK,
+        prefix_tokens: int = 0,
     ) -> None:
         self.model, self.vocab_size, self.chunk = model, vocab_size, chunk
         self.context_length, self.prefix = model.config.context_length, list(model.prefix)
         self._rows = Rows(model, rows, min(len(self.prefix) + slots, self.context_length), make_steps)
+        self.prefixes = PrefixCache(prefix_tokens) if prefix_tokens else None
         self._newest = torch.zeros(rows, dtype=torch.long, device=self._rows.device)
         self._queue: deque[Request] = deque()
         self._free = list(reversed(range(rows)))
@@ -132,25 +136,29 @@ class Engine:
 
     @property
     def cached_tokens(self) -> int:
-        """Number of tokens whose keys and values are held for the texts that are decoded."""
-        return sum(self._rows.end - start for start in list(self._rows.starts.values()))
+        """Number of tokens whose keys and values are held, for texts that are decoded and for prompts to come."""
+        kept = self.prefixes.num_tokens if self.prefixes else 0
+        return kept + sum(self._rows.end - start for start in list(self._rows.starts.values()))
 
     def _assign_rows(self) -> None:
         while self._queue and self._free:
             request = self._queue.popleft()
             self._row_of[request] = self._free.pop()
             self._to_prefill.append(request)
-        by_length: dict[int, list[Request]] = {}
+        together: dict[tuple[int, ...], list[Request]] = {}
         for request in self._to_prefill:
-            by_length.setdefault(len(self._window(request)), []).append(request)
-        for requests in by_length.values():
+            window = self._window(request)
+            beginning = window[:BLOCK] if self.prefixes and len(window) > BLOCK else ()
+            together.setdefault((len(window), *beginning), []).append(request)
+        for requests in together.values():
             self._prefills.append((requests, self._prefill_of(requests)))
         self._to_prefill = []
 
     def _prefill_of(self, requests: Sequence[Request]) -> PromptPrefill:
-        # What is prefilled again, because its window was full, was recorded before.
+        # What is prefilled again, because its window was full, was recorded before, and is the beginning of no prompt.
         records = [request.record if not request.tokens else None for request in requests]
-        return PromptPrefill(self.model, list(map(self._window, requests)), records)
+        prefixes = None if any(request.tokens for request in requests) else self.prefixes
+        return PromptPrefill(self.model, list(map(self._window, requests)), records, prefixes)
 
     def _window(self, request: Request) -> list[int]:
         """The tokens that the model sees when it predicts the next one."""
@@ -166,6 +174,8 @@ class Engine:
             if not all(request.done for request in requests):
                 left -= prefill.advance(left if self._decoding or complete else CHUNK_ALONE)
                 if not prefill.complete:
+                    if left <= 0:  # the others have their turn before it is read further
+                        self._prefills.rotate(-1)
                     continue
                 complete.append((requests, prefill))
             self._prefills.popleft()

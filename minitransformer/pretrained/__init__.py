@@ -1,12 +1,20 @@
 """Import and export of public checkpoints."""
 
 from minitransformer.pretrained import bert, cohere, dbrx, gemma, gpt, llama, modernbert, seq2seq
-from minitransformer.pretrained.checkpoint import checkpoint_folder, generation_config, load, save
+from minitransformer.pretrained.checkpoint import (
+    checkpoint_files,
+    checkpoint_folder,
+    generation_config,
+    load,
+    save,
+    write_public,
+)
 from minitransformer.pretrained.tokenizers import PublicTokenizer
 
 __all__ = [
     "PublicTokenizer",
     "bert",
+    "checkpoint_files",
     "checkpoint_folder",
     "cohere",
     "dbrx",
@@ -18,4 +26,5 @@ __all__ = [
     "modernbert",
     "save",
     "seq2seq",
+    "write_public",
 ]

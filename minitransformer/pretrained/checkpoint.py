@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from minitransformer import files
 from minitransformer.errors import StorageError, UserError
+from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model, check_memory, check_size, in_full_precision
 from minitransformer.pretrained.families import Family
+from minitransformer.pretrained.gguf_files import GGUFFile, is_gguf, texts_of_gguf
 from minitransformer.pretrained.originals import CHAT, TOKENIZER_FILES, write_originals
 from minitransformer.pretrained.refusals import check_kind
 from minitransformer.pretrained.rules import load_weights, save_weights
@@ -60,8 +64,11 @@ class Undrawn(TorchFunctionMode):
 def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     """The model and, if any, the tokenizer of the folder or Hugging Face hub checkpoint `name`.
 
-    Weights are converted to float32. Raises `UserError` for an invalid or unsupported checkpoint.
+    Weights are converted to float32. `name` may be a GGUF file. Raises `UserError` for an invalid or unsupported
+    checkpoint.
     """
+    if is_gguf(name):
+        return _load_gguf(Path(name))
     folder = checkpoint_folder(name)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}: give the folder of a checkpoint")
@@ -74,12 +81,34 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     tensors = Renamed(shards, family.prefix)
     # The configuration does not always say whether the head is tied.
     config = family.model_config({**hf, "has_head": "lm_head.weight" in tensors})
-    check_size(config, len(shards), shards.size, str(folder))
-    check_memory(config, str(folder))
+    return _filled(config, tensors, shards.size, family, str(folder)), load_tokenizer(folder)
+
+
+def _load_gguf(path: Path) -> tuple[Model, Tokenizer | None]:
+    file = GGUFFile(path)
+    model = _filled(file.config, file.tensors, 8 * file.size, file.family, str(path))  # 4 bits a weight, and less
+    with texts_of_gguf(path) as folder:
+        return model, load_tokenizer(folder)
+
+
+def _filled(config: ModelConfig, tensors: Mapping[str, Tensor], size: int, family: type[Family], origin: str) -> Model:
+    """The model of `config` with the tensors of a file of `size` bytes."""
+    check_size(config, len(tensors), size, origin)
+    check_memory(config, origin)
     with Undrawn():
         model = build_model(config).eval()
     load_weights(model, config, tensors, family.rules_for(config), family.ignored)
-    return model, load_tokenizer(folder)
+    return model
+
+
+@contextmanager
+def checkpoint_files(name: str | Path) -> Iterator[Path]:
+    """The folder with the files besides the weights of the checkpoint `name`, or with what a GGUF file says."""
+    if is_gguf(name):
+        with texts_of_gguf(Path(name)) as folder:
+            yield folder
+    else:
+        yield checkpoint_folder(name)
 
 
 def generation_config(name: str | Path) -> dict[str, Any] | None:
@@ -88,9 +117,20 @@ def generation_config(name: str | Path) -> dict[str, Any] | None:
     return read_checkpoint_json(path) if path.is_file() else None
 
 
-def save(
+def save(model: Model, folder: str | Path, family: str, *arguments: Any, **options: Any) -> None:
+    """`write_public` to the new folder `folder`, which is whole or absent; raises `UserError` if it exists."""
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} already exists: choose another folder")
+    with files.writing(folder, "choose another folder"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with files.whole_folder(folder) as partial:
+            write_public(model, partial, family, *arguments, **options)
+
+
+def write_public(
     model: Model,
-    folder: str | Path,
+    folder: Path,
     family: str,
     extra: Mapping[str, Any] | None = None,
     *,
@@ -99,15 +139,12 @@ def save(
     generation: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
 ) -> None:
-    """Write `model`, with all matrices in full, to the new folder `folder` as a `transformers` checkpoint of `family`.
+    """Write `model`, all matrices in full, to the empty folder `folder` as a `transformers` checkpoint of `family`.
 
     `extra` are further fields of config.json, such as the ids of special tokens. Tokenizer files are made from
     `tokenizer`, or copied from the folder `originals`; `generation` is as from `generation_config`, and
     `chat_template` the source of one. Raises `UserError` with the settings that the family cannot represent.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} already exists: choose another folder")
     model = in_full_precision(model)
     kind = Family.named(family)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -116,19 +153,27 @@ def save(
     tensors = save_weights(model, model.config, kind.rules_for(model.config))
     if model.config.topology == "encoder-headless":
         tensors = {name.removeprefix(kind.prefix): tensor for name, tensor in tensors.items()}
-    with files.writing(folder, "choose another folder"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with files.whole_folder(folder) as partial:
-            (partial / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
-            write_shards(tensors, partial)
-            if originals is not None:
-                write_originals(originals, partial)
-            elif tokenizer is not None:
-                save_tokenizer(tokenizer, partial)
-            if generation is not None:
-                (partial / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-            if chat_template is not None:
-                (partial / CHAT).write_text(chat_template, encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+    write_shards(tensors, folder)
+    write_text_files(folder, tokenizer, originals, generation, chat_template)
+
+
+def write_text_files(
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    originals: Path | None,
+    generation: Mapping[str, Any] | None,
+    chat_template: str | None,
+) -> None:
+    """Write what texts need, as in `write_public`."""
+    if originals is not None:
+        write_originals(originals, folder)
+    elif tokenizer is not None:
+        save_tokenizer(tokenizer, folder)
+    if generation is not None:
+        (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    if chat_template is not None:
+        (folder / CHAT).write_text(chat_template, encoding="utf-8")
 
 
 def may_be_on_hub(name: str) -> bool:

@@ -92,6 +92,8 @@ class Family(Registered, kind="model_type"):
     required: ClassVar[HF] = {}
     rules: ClassVar[Sequence[Rule]] = ()
     ignored: ClassVar[Sequence[str]] = ()
+    file: ClassVar[str] = "config.json"
+    """what holds the fields, for errors"""
     prefix: ClassVar[str] = ""
     """prefix of tensor names, which files of a headless model omit"""
 
@@ -115,13 +117,13 @@ class Family(Registered, kind="model_type"):
         """Our configuration; raises `UserError` for an unsupported member."""
         for name, value in cls.required.items():
             if hf.get(name, value) != value:
-                raise UserError(f"{name} is {hf[name]!r} in config.json: only {value!r} can be loaded for {cls.name}")
+                raise UserError(f"{name} is {hf[name]!r} in {cls.file}: only {value!r} can be loaded for {cls.name}")
         try:
             return with_settings(ModelConfig(), cls._choices(hf))
         except KeyError as missing:
-            raise UserError(f"config.json has no {missing.args[0]}: a checkpoint of {cls.name} needs it") from None
+            raise UserError(f"{cls.file} has no {missing.args[0]}: a checkpoint of {cls.name} needs it") from None
         except (ArithmeticError, AttributeError, TypeError) as error:
-            raise UserError(f"config.json is invalid for {cls.name} ({error}): download it again") from None
+            raise UserError(f"{cls.file} is invalid for {cls.name} ({error}): download it again") from None
 
     @classmethod
     def _choices(cls, hf: HF) -> dict[str, Any]:
@@ -134,13 +136,13 @@ class Family(Registered, kind="model_type"):
             if field.values is not None:
                 if value not in field.values:
                     known = ", ".join(map(repr, field.values))
-                    raise UserError(f"{theirs} is {value!r} in config.json: known for {cls.name} are {known}")
+                    raise UserError(f"{theirs} is {value!r} in {cls.file}: known for {cls.name} are {known}")
                 value = field.values[value]
             elif value is None and field.ours in SIZES:
-                raise UserError(f"config.json has no {theirs}, which a checkpoint of {cls.name} needs: add it")
+                raise UserError(f"{cls.file} has no {theirs}, which a checkpoint of {cls.name} needs: add it")
             elif (value is None and not field.holds(None)) or not fits(value, kinds[field.ours]):
                 must = in_words(kinds[field.ours])
-                raise UserError(f"{theirs} is {shown(value)} in config.json: it must be {must}")
+                raise UserError(f"{theirs} is {shown(value)} in {cls.file}: it must be {must}")
             ours[field.ours] = value
         ours |= cls.read(hf)
         if ours["topology"] == "encoder-classifier":
@@ -285,14 +287,14 @@ def _canonical_rotation(config: ModelConfig, values: dict[str, Any]) -> dict[str
     }
 
 
-def obstacles_by_family(config: ModelConfig) -> dict[str, list[Obstacle]]:
+def obstacles_by_family(config: ModelConfig, kind: type[Family] = Family) -> dict[str, list[Obstacle]]:
     """The obstacles of each family with this topology, fewest first.
 
     Families that cannot have such a shape are left out; raises `UserError` if none is left.
     """
     obstacles: dict[str, list[Obstacle]] = {}
     refusals = []
-    for name, family in Family.registry.items():
+    for name, family in kind.registry.items():
         if config.topology in family.architectures:
             try:
                 obstacles[name] = family.obstacles(config)
@@ -303,13 +305,13 @@ def obstacles_by_family(config: ModelConfig) -> dict[str, list[Obstacle]]:
     return dict(sorted(obstacles.items(), key=lambda entry: len(entry[1])))
 
 
-def families_of(config: ModelConfig) -> list[str]:
+def families_of(config: ModelConfig, kind: type[Family] = Family) -> list[str]:
     """The families that can represent the model."""
-    return [name for name, obstacles in obstacles_by_family(config).items() if not obstacles]
+    return [name for name, obstacles in obstacles_by_family(config, kind).items() if not obstacles]
 
 
-def nearest_family(config: ModelConfig) -> tuple[str, list[Obstacle]]:
+def nearest_family(config: ModelConfig, kind: type[Family] = Family) -> tuple[str, list[Obstacle]]:
     """The family with the fewest obstacles, and these; raises `UserError` if none has this topology."""
-    for family, obstacles in obstacles_by_family(config).items():
+    for family, obstacles in obstacles_by_family(config, kind).items():
         return family, obstacles
     raise UserError(f"no known format can represent topology {config.topology!r}: choose another run")

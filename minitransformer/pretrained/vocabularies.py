@@ -16,7 +16,8 @@ FILES = (VOCABULARY, MERGES, WORDS, ADDED)
 LIKE_GPT2 = ("gpt2", "gptj", "opt", "roberta", "bart")
 BETWEEN_BRACKETS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast")
-BERT_CLASS_OF = {"bert": "BertTokenizer", "distilbert": "DistilBertTokenizer"}
+NEOX_CLASSES = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")
+CLASS_OF = {"bert": "BertTokenizer", "distilbert": "DistilBertTokenizer", "gpt_neox": "GPTNeoXTokenizer"}
 BETWEEN_ANGLES = (END_OF_TEXT, "<s>", "<pad>", "</s>", "<unk>", "<mask>")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 WORDPIECE = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
@@ -103,9 +104,11 @@ def _wordpiece(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def as_its_class_reads_it(content: dict[str, Any], settings: dict[str, Any], model_type: str) -> dict[str, Any]:
     """The content of a tokenizer.json, modified as the transformers class for it does.
 
-    The class for BERT normalises by its settings, regardless of the file.
+    The class for BERT normalises by its settings, and that for GPT-NeoX as Unicode does, regardless of the file.
     """
-    chosen = settings.get("tokenizer_class") or BERT_CLASS_OF.get(model_type)
+    chosen = settings.get("tokenizer_class") or CLASS_OF.get(model_type)
+    if chosen in NEOX_CLASSES:
+        return {**content, "normalizer": {"type": "NFC"}}
     return {**content, "normalizer": bert_normalizer(settings)} if chosen in BERT_CLASSES else content
 
 

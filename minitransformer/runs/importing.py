@@ -11,6 +11,7 @@ from minitransformer import files, pretrained
 from minitransformer.errors import UserError
 from minitransformer.generation.published import published
 from minitransformer.pretrained.checkpoint import checkpoint_digest, is_checkpoint
+from minitransformer.pretrained.gguf_files import is_gguf
 from minitransformer.pretrained.originals import inherit_originals, keep_originals
 from minitransformer.pretrained.peft_folders import fill_adapter, read_adapter
 from minitransformer.pretrained.sentences import module_kinds
@@ -35,8 +36,13 @@ def import_checkpoint(name: str, path: Path) -> Run:
     Raises `UserError` for a checkpoint that cannot be opened, before anything is written.
     """
     check_free(path)
-    folder = pretrained.checkpoint_folder(name)
-    model, tokenizer = pretrained.load(folder)
+    with pretrained.checkpoint_files(name) as folder:
+        return _imported(name, folder, path)
+
+
+def _imported(name: str, folder: Path, path: Path) -> Run:
+    """`import_checkpoint`, where `folder` has the files besides the weights."""
+    model, tokenizer = pretrained.load(name if is_gguf(name) else folder)
     if tokenizer is None:
         raise UserError(how_to_make_one(name))
     topology, generation = model.config.topology, pretrained.generation_config(folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from minitransformer.serving import chat, completions, status, whole_texts
+from minitransformer.serving import chat, completions, page, status, whole_texts
 from minitransformer.serving.errors import answer_errors
 from minitransformer.serving.following import Follower
 from minitransformer.serving.guard import Guard
@@ -35,7 +35,7 @@ def make_app(service: Service, keys: Sequence[str] = (), hosts: Sequence[str] = 
     """The application of `service`, behind its guard."""
     app = FastAPI(title="minitransformer", lifespan=_lifespan, responses=ERRORS, docs_url=None, redoc_url=None)
     app.state.service = service
-    for room in (completions, chat, whole_texts, status):
+    for room in (page, completions, chat, whole_texts, status):
         app.include_router(room.router)
     answer_errors(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

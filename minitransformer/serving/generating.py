@@ -24,6 +24,7 @@ ANY_OBJECT: dict[str, Any] = {"type": "object"}
 def sampling_of_body(served: ServedModel, body: GenerationBody, max_tokens: int | None) -> SamplingConfig:
     """The sampling settings that the body names, and for the others those of `sample`; raises `ApiError`."""
     further = _settings_in(body)
+    served.limits.check_new_tokens(max_tokens or 0)
     asked = {
         "max_new_tokens": max_tokens,
         "num_samples": body.n or 1,

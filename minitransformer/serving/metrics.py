@@ -19,6 +19,9 @@ class HasRows(Protocol):
     @property
     def cached_tokens(self) -> int: ...
 
+    @property
+    def reused_tokens(self) -> int: ...
+
 
 class Metrics:
     """All series of one server."""
@@ -53,6 +56,9 @@ class Metrics:
         self.batch = Gauge(f"{NAME}_batch_rows", "Texts that are decoded", model, registry=registry)
         self.rows = Gauge(f"{NAME}_batch_rows_most", "Texts that can be decoded at a time", model, registry=registry)
         self.queue = Gauge(f"{NAME}_queue_texts", "Texts that wait for a row", model, registry=registry)
+        self.reused = Gauge(
+            f"{NAME}_reused_prompt_tokens", "Tokens of prompts that another had read", model, registry=registry
+        )
         self.cache = Gauge(f"{NAME}_cache_tokens", "Tokens whose keys and values are held", model, registry=registry)
 
     @property
@@ -80,4 +86,5 @@ class Meters:
         metrics.rows.labels(model).set(scheduler.rows)
         metrics.batch.labels(model).set_function(lambda: min(scheduler.unfinished, scheduler.rows))
         metrics.queue.labels(model).set_function(lambda: max(0, scheduler.unfinished - scheduler.rows))
+        metrics.reused.labels(model).set_function(lambda: scheduler.reused_tokens)
         metrics.cache.labels(model).set_function(lambda: scheduler.cached_tokens)

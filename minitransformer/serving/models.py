@@ -204,9 +204,20 @@ def _checked_cache(name: str, model: DecoderLM, slots: int, room: Room) -> str:
 
 def _scheduler(served: ServedModel, model: DecoderLM, slots: int, room: Room, meters: Meters) -> Scheduler:
     vocab_size = served.run.tokenizer.vocab_size
+    # What the rows leave of the cache is for beginnings of prompts, at most as much as the rows have.
+    most = room.cache_mib * 2**20 // bytes_of_row(model, 1)
+    kept = min(most - room.batch_size * (slots + len(model.prefix)), room.batch_size * slots)
 
     def make_engine() -> Engine:
-        return Engine(model, room.batch_size, slots, vocab_size=vocab_size, make_steps=recorded_steps, chunk=CHUNK)
+        return Engine(
+            model,
+            room.batch_size,
+            slots,
+            vocab_size=vocab_size,
+            make_steps=recorded_steps,
+            chunk=CHUNK,
+            prefix_tokens=kept,
+        )
 
     return Scheduler(make_engine, room.batch_size, served.limits, meters)
 

@@ -39,6 +39,11 @@ class Scheduler:
         """Tokens whose keys and values are held."""
         return self._engine.cached_tokens
 
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens of prompts that were not read again, because others begin with them too."""
+        return self._engine.prefixes.reused_tokens if self._engine.prefixes else 0
+
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to step; news of a generation are told in `loop`."""
         self._loop = loop

@@ -98,7 +98,7 @@ class FewShot:
 
     @cached_property
     def _by_digest(self) -> dict[str, ChoiceRow]:
-        return dict(sorted((row.digest, row) for row in self.pool))
+        return {row.digest: row for row in sorted(self.pool, key=lambda row: row.digest)}
 
     def _prompt(self, row: ChoiceRow) -> str:
         if row.digest not in self._prompts:

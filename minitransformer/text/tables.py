@@ -79,7 +79,7 @@ def column_of(header: Sequence[str], field: str, path: Path) -> int:
     """The index of the column `field`."""
     if header.count(field) != 1:
         how_many = "no column" if field not in header else f"{header.count(field)} columns"
-        names = ", ".join(map(repr, header[:20]))
+        names = ", ".join(map(repr, header[:20])) or "none"
         raise UserError(
             f"{path} has {how_many} {field!r}: its first line names {names}; choose one with --field, or with "
             "--label-field for labels"

@@ -1,0 +1,175 @@
+"""GGUF files: written for llama.cpp, and opened as checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitransformer.errors import StorageError, UserError
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import Model
+from minitransformer.pretrained.gguf_families import HAS_HEAD, GGUFFamily
+from minitransformer.pretrained.gguf_vocabularies import TEMPLATE, TOKENS, gguf_vocabulary, tokenizer_of_gguf
+from minitransformer.pretrained.originals import CHAT
+from minitransformer.pretrained.rules import save_weights
+from minitransformer.pretrained.tokenizers import CONFIGS, FILE, SETTINGS
+
+SUFFIX = ".gguf"
+STORED = ("f16", "q8_0", "q4_0", "f32")
+"""how matrices can be stored; norms, biases and positions are f32 in all"""
+STEPS = {"f32": 0.0, "f16": 2**-11, "q8_0": 1 / 254, "q4_0": 1 / 8}
+"""the largest error of a weight, of the largest one in its block of 32; of f16, of the weight itself"""
+PLAIN = ("position_embd", "ffn_gate_inp")
+
+
+def gguf_package() -> Any:
+    """The package `gguf`; raises `UserError` without it."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("GGUF files need the package gguf: pip install minitransformer[export]") from None
+    return gguf
+
+
+def write_gguf(
+    model: Model, path: Path, family: str, stored: str, tokenizer: dict[str, Any], about: Mapping[str, Any]
+) -> None:
+    """Write `model` to the new file `path` for the architecture `family` of llama.cpp, with matrices `stored` as named.
+
+    `tokenizer` is the content of a tokenizer.json, `about` is further metadata, such as the ids of special tokens.
+    Raises `UserError` for settings and tokenizers that llama.cpp does not know.
+    """
+    gguf, kind, config = gguf_package(), GGUFFamily.named(family), model.config
+    assert config.vocab_size is not None
+    own = {key: value for key, value in kind.hf_config(config).items() if key not in ("model_type", "architectures")}
+    tensors = save_weights(model, config, kind.rules_for(config))
+    writer = gguf.GGUFWriter(path, family)
+    metadata = {f"{family}.{key}": value for key, value in own.items() if key != HAS_HEAD and value is not None}
+    for key, value in {**metadata, **gguf_vocabulary(tokenizer, config.vocab_size), **about}.items():
+        _add(writer, key, value)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for name, tensor in tensors.items():
+        how = gguf.GGMLQuantizationType[_type_of(name, tensor, stored).upper()]
+        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), how), raw_dtype=how)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)
+
+
+def _type_of(name: str, tensor: Tensor, stored: str) -> str:
+    """How a tensor is stored: blocks of 32 need rows that they divide."""
+    if tensor.dim() < 2 or name.startswith(PLAIN) or any(f".{part}." in f".{name}." for part in PLAIN):
+        return "f32"
+    return "f16" if stored.startswith("q") and tensor.size(-1) % 32 else stored
+
+
+class GGUFTensors(Mapping[str, Tensor]):
+    """The tensors of a GGUF file by name, made float32 on access."""
+
+    def __init__(self, reader: Any, path: Path) -> None:
+        self._tensors, self._path = {tensor.name: tensor for tensor in reader.tensors}, path
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        try:
+            return torch.from_numpy(gguf_package().quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise UserError(
+                f"{self._path} stores {name} as {kind}, which is not known: use f16, q8_0, q4_0 or q4_k"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class GGUFFile:
+    """An open GGUF file of a known architecture; raises `UserError` for another, `StorageError` for a damaged one."""
+
+    def __init__(self, path: Path) -> None:
+        gguf, self.path = gguf_package(), path
+        try:
+            reader = gguf.GGUFReader(path)
+            self.metadata = {name: field.contents() for name, field in reader.fields.items()}
+            ends = [int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors]
+        except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, OSError) as error:
+            raise StorageError(f"{path} is not a whole GGUF file ({error}): download it again") from None
+        if max(ends, default=0) > path.stat().st_size:
+            raise StorageError(f"{path} is cut short: download it again")
+        self.tensors = GGUFTensors(reader, path)
+        self.size = path.stat().st_size
+        name = self.metadata.get("general.architecture")
+        if name not in GGUFFamily.registry:
+            known = ", ".join(GGUFFamily.registry)
+            raise UserError(f"{path} holds the architecture {name!r}: known are {known}")
+        self.family = GGUFFamily.named(name)
+
+    @property
+    def config(self) -> ModelConfig:
+        """Our configuration; raises `UserError` for a member that is not known."""
+        own = {key.removeprefix(f"{self.family.name}."): value for key, value in self.metadata.items()}
+        scaling = own.get("rope.scaling.type", "none")
+        if "rope_freqs.weight" in self.tensors or scaling != "none":
+            raise UserError(f"{self.path} scales its rotary positions: import the checkpoint that it was made from")
+        own |= {"vocab_size": len(self.metadata.get(TOKENS, [])), HAS_HEAD: "output.weight" in self.tensors}
+        return self.family.model_config(own)
+
+    def write_texts(self, folder: Path) -> None:
+        """Write what texts need to `folder`, as a checkpoint of the transformers library has it."""
+        metadata, names = self.metadata, {"bos": "bos", "eos": "eos", "pad": "padding"}
+        ids = {
+            name: metadata[f"tokenizer.ggml.{theirs}_token_id"]
+            for name, theirs in names.items()
+            if f"tokenizer.ggml.{theirs}_token_id" in metadata
+        }
+        ends = [
+            metadata[key] for key in map("tokenizer.ggml.{}_token_id".format, ("eos", "eot", "eom")) if key in metadata
+        ]
+        fields = {f"{name}_token_id": number for name, number in ids.items()}
+        if len(dict.fromkeys(ends)) > 1:
+            fields["eos_token_id"] = list(dict.fromkeys(ends))
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings |= {f"{name}_token": metadata[TOKENS][number] for name, number in ids.items()}
+        files = {FILE: tokenizer_of_gguf(metadata), SETTINGS: settings, CONFIGS[0]: fields}
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        if TEMPLATE in metadata:
+            (folder / CHAT).write_text(metadata[TEMPLATE], encoding="utf-8")
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Whether `name` is a GGUF file."""
+    return str(name).endswith(SUFFIX) and Path(name).is_file()
+
+
+@contextmanager
+def texts_of_gguf(path: Path) -> Iterator[Path]:
+    """A temporary folder with what the texts of a GGUF file need."""
+    with TemporaryDirectory() as folder:
+        GGUFFile(path).write_texts(Path(folder))
+        yield Path(folder)

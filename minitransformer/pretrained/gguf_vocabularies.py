@@ -1,0 +1,156 @@
+"""Tokenizers in GGUF files: from the content of a tokenizer.json to metadata, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minitransformer.errors import UserError
+from minitransformer.pretrained.tokenizers import SPLITS, split_pattern, steps_of
+from minitransformer.text.tokenizers import GPT2_SPLIT, GPT4_SPLIT
+
+Metadata = dict[str, Any]
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""types of tokens in a GGUF file"""
+MODEL, PRE, TOKENS, TYPES = (f"tokenizer.ggml.{name}" for name in ("model", "pre", "tokens", "token_type"))
+MERGES, SCORES, TEMPLATE = "tokenizer.ggml.merges", "tokenizer.ggml.scores", "tokenizer.chat_template"
+ADD_SPACE = "tokenizer.ggml.add_space_prefix"
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The pre-tokenizers that llama.cpp calls by a name, each with our pattern; it refuses others.
+PATTERNS = {"gpt-2": GPT2_SPLIT, "llama-bpe": GPT4_SPLIT, "qwen2": QWEN2_SPLIT}
+AS_IN_FILES = {ours: theirs for theirs, ours in SPLITS.items()}
+WHOLE_WORDS = ("llama-bpe",)
+"""those that take a word that is a token as it is"""
+# llama.cpp needs a merge where a tokenizer has none: of two bytes that make no token.
+NO_MERGE = "Ā Ā"
+SPACE = "▁"
+
+
+def gguf_vocabulary(content: dict[str, Any], size: int) -> Metadata:
+    """The metadata for the content of a tokenizer.json, of `size` tokens; raises `UserError` if llama.cpp has none."""
+    model = content["model"]
+    if model.get("type") != "BPE":
+        kind = model.get("type")
+        raise UserError(
+            f"llama.cpp has no tokenizer like {kind}: train a model with --tokenizer bpe, or choose --format hf"
+        )
+    added = {token["id"]: token for token in content.get("added_tokens", [])}
+    tokens, kinds = [f"[PAD{number}]" for number in range(size)], [UNUSED] * size
+    for token, number in model["vocab"].items():
+        tokens[number], kinds[number] = token, NORMAL
+    for number, token in added.items():
+        tokens[number], kinds[number] = token["content"], CONTROL if token.get("special") else USER_DEFINED
+    written = {TOKENS: tokens, TYPES: kinds}
+    if model.get("byte_fallback"):
+        return written | _sentencepiece(content, tokens, kinds)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return {**written, MODEL: "gpt2", PRE: _pre_tokenizer(content), MERGES: merges or [NO_MERGE]}
+
+
+def _pre_tokenizer(content: dict[str, Any]) -> str:
+    """The name that llama.cpp has for how a text is split; raises `UserError` if it has none."""
+    pattern = split_pattern(content)
+    if not content["model"]["merges"] and pattern is not None:  # single bytes, however they are split
+        return "gpt-2"
+    for name, known in PATTERNS.items():
+        if pattern == known and bool(content["model"].get("ignore_merges")) >= (name in WHOLE_WORDS):
+            return name
+    raise UserError(
+        f"llama.cpp has no name for how this tokenizer splits a text: known are {', '.join(PATTERNS)}; "
+        "choose --format hf, or train a model with --tokenizer bpe"
+    )
+
+
+def _sentencepiece(content: dict[str, Any], tokens: Sequence[str], kinds: list[int]) -> Metadata:
+    """Merges by score, as SentencePiece has them: the score of a token is its place."""
+    steps = steps_of(content.get("normalizer"), "normalizers") + steps_of(content.get("pre_tokenizer"), "pretokenizers")
+    prepends = [
+        step for step in steps if step["type"] == "Prepend" or step.get("prepend_scheme") in ("first", "always")
+    ]
+    unknown = content["model"].get("unk_token")
+    for number, token in enumerate(tokens):
+        if token == unknown:
+            kinds[number] = UNKNOWN
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            kinds[number] = BYTE
+    scores = [-float(number) for number in range(len(tokens))]
+    return {MODEL: "llama", PRE: "default", SCORES: scores, ADD_SPACE: bool(prepends)}
+
+
+def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a tokenizer.json for the metadata; raises `UserError` for a tokenizer that is not known."""
+    kind, tokens = metadata.get(MODEL), metadata.get(TOKENS)
+    if not isinstance(tokens, list):
+        raise UserError("the file has no tokenizer: use one with tokenizer.ggml.tokens")
+    kinds = metadata.get(TYPES) or [NORMAL] * len(tokens)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": number, "content": tokens[number], "special": kind != USER_DEFINED, **flags}
+        for number, kind in enumerate(kinds)
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN)
+    ]
+    vocab = {token: number for number, token in enumerate(tokens) if kinds[number] in (NORMAL, BYTE, UNKNOWN)}
+    whole = {"version": "1.0", "added_tokens": added, "post_processor": _around(metadata, tokens)}
+    if kind == "gpt2":
+        return {**whole, **_byte_level_parts(metadata, vocab)}
+    if kind == "llama":
+        return {**whole, **_sentencepiece_parts(metadata, vocab)}
+    raise UserError(f"the tokenizer of the file is {kind!r}: known are gpt2 and llama")
+
+
+def _around(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any] | None:
+    """The post-processor that adds the first and the last token, where the file says so."""
+    is_llama = metadata[MODEL] == "llama"
+    ids = [
+        metadata[f"tokenizer.ggml.{name}_token_id"]
+        for name in ("bos", "eos")
+        if metadata.get(f"tokenizer.ggml.add_{name}_token", is_llama and name == "bos")
+    ]
+    if not ids:
+        return None
+    first = metadata.get("tokenizer.ggml.add_bos_token", is_llama)
+    pieces = [{"SpecialToken": {"id": tokens[number], "type_id": 0}} for number in ids]
+    pieces.insert(1 if first else 0, {"Sequence": {"id": "A", "type_id": 0}})
+    named = {tokens[number]: {"id": tokens[number], "ids": [number], "tokens": [tokens[number]]} for number in ids}
+    pair = [*pieces, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {"type": "TemplateProcessing", "single": pieces, "pair": pair, "special_tokens": named}
+
+
+def _byte_level_parts(metadata: Mapping[str, Any], vocab: dict[str, int]) -> dict[str, Any]:
+    name = metadata.get(PRE)
+    if name not in PATTERNS:
+        raise UserError(f"the file splits texts as {name!r}: known are {', '.join(PATTERNS)}")
+    merges = [merge for merge in metadata.get(MERGES, []) if merge != NO_MERGE]
+    pattern = AS_IN_FILES.get(PATTERNS[name], PATTERNS[name])
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": name in WHOLE_WORDS},
+        "decoder": byte_level,
+    }
+
+
+def _sentencepiece_parts(metadata: Mapping[str, Any], vocab: dict[str, int]) -> dict[str, Any]:
+    scores = metadata[SCORES]
+    made = [token for token in vocab if len(token) > 1 and not token.startswith("<0x")]
+    pairs = [
+        [token[:i], token[i:]]
+        for token in sorted(made, key=lambda token: -scores[vocab[token]])
+        for i in range(1, len(token))
+        if token[:i] in vocab and token[i:] in vocab
+    ]
+    replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    prepended = metadata.get(ADD_SPACE, True)
+    before = [{"type": "Prepend", "prepend": SPACE}] if prepended else []
+    after = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prepended else []
+    unknown = next((token for token, number in vocab.items() if metadata[TYPES][number] == UNKNOWN), None)
+    model = {"vocab": vocab, "merges": pairs, "byte_fallback": True, "fuse_unk": True, "unk_token": unknown}
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*before, replaced]},
+        "model": {"type": "BPE", **model},
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *after]},
+    }

@@ -1,0 +1,254 @@
+"""A certificate notices whatever in a copy is not as it was trained, in every format."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minitransformer import pretrained
+from minitransformer.commands import export, sample
+from minitransformer.errors import UserError
+from minitransformer.exporting import ExportFormat
+from minitransformer.exporting.certificate import (
+    compare_copy,
+    same_chat,
+    same_ends,
+    same_greedy_text,
+    same_logits,
+    same_token_ids,
+    same_weights,
+)
+from minitransformer.exporting.copies import Copy
+from minitransformer.exporting.exported import Exported
+from minitransformer.exporting.formats import ExportChoices, certify, export_run
+from minitransformer.exporting.hostile import PROMPTS, hostile_texts
+from minitransformer.exporting.llama_cpp import has_llama_cpp, near_weights, rounded_logits, unrounded_logits
+from minitransformer.pretrained import gguf_files
+from minitransformer.pretrained.gguf_files import STORED
+from minitransformer.runs import Run
+from minitransformer.runs import importing as importing_room
+from minitransformer.text.tokenizers.spelled import encode_with_special_tokens
+from tests.exports_for_tests import IN_A_FILE, IN_A_FOLDER, LLAMA, MEMBERS_OF_LLAMA_CPP, run_that_leaves
+from tests.runs_for_tests import Call
+
+with suppress(ImportError):  # before a test captures the standard error that it keeps for its warnings
+    import transformers  # noqa: F401
+
+importing = import_module("minitransformer.commands.import")
+QUICK = (same_weights, same_token_ids, same_logits, same_chat, same_ends)
+
+
+def written(run: Any, folder: Path, name: str, **choices: Any) -> ExportFormat:
+    """A run's copy in `folder`, without a certificate."""
+    made: ExportFormat = ExportFormat.named(name)(Exported.of(run), ExportChoices(**choices))
+    folder.mkdir()
+    made.write(folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportFormat, Path]:
+    pytest.importorskip("transformers", reason="the reference implementation is not installed")
+    path = tmp_path_factory.mktemp("llama")
+    return written(run_that_leaves(path / "run", **LLAMA), path / "out", "hf"), path / "out"
+
+
+@pytest.mark.parametrize("name", IN_A_FOLDER)
+def test_a_fault_in_a_folder_is_noticed(name: str, llama: tuple[ExportFormat, Path], tmp_path: Path) -> None:
+    made, whole = llama
+    noticed_by, plant = IN_A_FOLDER[name]
+    plant(Path(shutil.copytree(whole, tmp_path / "out")))
+    found = compare_copy(made.exported, made.open(tmp_path / "out"), QUICK)
+    assert noticed_by in {each.name for each in found if not each.agrees}
+
+
+def test_a_copy_without_a_fault_agrees_in_everything(
+    llama: tuple[ExportFormat, Path], tmp_path: Path, call: Call
+) -> None:
+    made, _ = llama
+    code, out, err = call(export, str(made.exported.run.path), "--to", str(tmp_path / "out"), "--license", "mit")
+    assert (code, err) == (0, "")
+    for name in ("weights", "token ids", "logits", "greedy text", "chat template", "stop tokens"):
+        assert f"{name:14} same: " in out
+    certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert certificate["agrees"] is certificate["is_foreign"] is True
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= certificate["sha256"].keys()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\npipeline_tag: text-generation\n")
+    assert "| weights | 21 tensors, bit for bit |" in card
+
+
+class Stubborn(Copy):
+    """A copy that always writes the same tokens."""
+
+    def __init__(self, written: list[list[int]]) -> None:
+        self.written = iter(written)
+
+    def greedy(self, prompt: list[int], count: int, ends: Any) -> list[int]:
+        return next(self.written)
+
+
+def test_greedy_text_differs_if_one_of_several_texts_does(llama: tuple[ExportFormat, Path]) -> None:
+    exported = llama[0].exported
+    right = [exported.greedy(exported.tokenizer.encode_prompt(text), 24) for text in PROMPTS]
+    assert all(right)
+    agreement = same_greedy_text(exported, Stubborn([list(text or []) for text in right]))
+    assert agreement is not None
+    assert agreement.agrees
+    first, second, third = ([*text] for text in right if text)
+    for wrong in ([[5, *first[1:]], second, third], [first[:-1], second, third], [first, second, [*third[:-1], 5]]):
+        agreement = same_greedy_text(exported, Stubborn(wrong))
+        assert agreement is not None
+        assert not agreement.agrees
+
+
+GRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
+    "decoder": ("causal", {"token_smear": True, "num_kv_heads": 1, "attention_window": 16, "qk_norm": "head"}),
+    "encoder": ("masked", {"topology": "encoder", "head": "transformed"}),
+    "encoder-decoder": ("seq2seq", {"topology": "encoder-decoder", "norm": "rms", "positions": "t5"}),
+}
+
+
+@pytest.mark.unchecked_shapes
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "topology"), [*(("onnx", each) for each in GRAPHS), ("torch", "encoder")])
+def test_a_model_leaves_as_a_graph_with_its_cache(name: str, topology: str, tmp_path: Path) -> None:
+    if name == "onnx":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    objective, choices = GRAPHS[topology]
+    run = run_that_leaves(tmp_path / "run", objective, num_layers=1, **choices)
+    certificate = export_run(ExportFormat.named(name)(Exported.of(run), ExportChoices()), tmp_path / "out", None)
+    found = {check.name: check for check in certificate.checks}
+    assert certificate.is_foreign
+    assert ("greedy text" in found) == (topology != "encoder")
+    assert found["logits"].figures["largest_difference"] < 1e-5
+    assert found["chat template"].agrees
+
+
+@pytest.mark.slow
+@pytest.mark.unchecked_shapes
+def test_a_fault_in_a_graph_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_that_leaves(tmp_path / "run", num_layers=1)
+    made = ExportFormat.named("torch")(Exported.of(run), ExportChoices())
+    save = torch.export.save
+
+    def rounded(program: Any, path: Any) -> None:
+        for name, weight in program.state_dict.items():
+            if "final_norm" in name:
+                weight.data.copy_(weight.bfloat16())
+        save(program, path)
+
+    monkeypatch.setattr(torch.export, "save", rounded)
+    intact = made.exported.model.state_dict()
+    kept = {name: weight.clone() for name, weight in intact.items()}
+    (tmp_path / "out").mkdir()
+    made.write(tmp_path / "out")
+    made.exported.model.load_state_dict(kept)
+    found = {check.name: check for check in compare_copy(made.exported, made.open(tmp_path / "out"), made.comparisons)}
+    assert not found["weights"].agrees
+    assert "final_norm" in found["weights"].found
+    assert not found["logits"].agrees
+
+
+needs_gguf = pytest.mark.skipif(not find_spec("gguf"), reason="the package gguf is not installed")
+
+
+@needs_gguf
+@pytest.mark.parametrize("name", MEMBERS_OF_LLAMA_CPP)
+def test_a_gguf_file_comes_back_bit_for_bit_and_leaves_proven(name: str, tmp_path: Path, call: Call) -> None:
+    run = run_that_leaves(tmp_path / "run", **MEMBERS_OF_LLAMA_CPP[name])
+    made = written(run, tmp_path / "out", "gguf", weights="f32")
+    model, tokenizer = pretrained.load(tmp_path / "out" / "model.gguf")
+    assert tokenizer is not None
+    ours = dict(made.exported.model.named_parameters())
+    for key, weight in model.named_parameters():
+        torch.testing.assert_close(weight, ours[key], rtol=0, atol=0 if name != "gemma2" else 1e-6)
+    for text in hostile_texts(run.tokenizer, run.tokenizer.special_tokens):
+        ids = encode_with_special_tokens(run.tokenizer, text) if text else []
+        assert (encode_with_special_tokens(tokenizer, text) if text else []) == ids
+    assert sorted(tokenizer.ends) == sorted(made.exported.ends)
+    if has_llama_cpp():
+        assert certify(made, tmp_path / "out").difference is None
+
+
+@needs_gguf
+@pytest.mark.parametrize("stored", STORED)
+def test_weights_in_a_gguf_file_are_as_near_as_their_type(stored: str, tmp_path: Path, call: Call) -> None:
+    run = run_that_leaves(tmp_path / "run", **LLAMA)
+    flags = [str(run.path), "--to", str(tmp_path / "out"), "--format", "gguf", "--weights", stored]
+    code, out, err = call(export, *flags)
+    assert code == 0, err  # llama.cpp, where it is installed, notes there what it does with a short context
+    assert re.search(rf"weights        same: 21 tensors as {stored}, off by at most", out)
+    assert ("opened by      llama-cpp-python" in out) == has_llama_cpp()
+
+
+@needs_gguf
+@pytest.mark.parametrize("name", IN_A_FILE)
+def test_a_fault_in_a_gguf_file_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noticed_by, place, change = IN_A_FILE[name]
+    run = run_that_leaves(tmp_path / "run", **LLAMA)
+    original = getattr(gguf_files, place)
+    monkeypatch.setattr(gguf_files, place, lambda *given: change(original(*given)))
+    made = written(run, tmp_path / "out", "gguf", weights="f32")
+    monkeypatch.setattr(gguf_files, place, original)
+    comparisons = (near_weights, same_token_ids, unrounded_logits, rounded_logits, same_ends)
+    found = compare_copy(made.exported, made.open(tmp_path / "out"), comparisons)
+    assert noticed_by in {each.name for each in found if not each.agrees}
+
+
+@needs_gguf
+def test_a_gguf_file_is_imported_sampled_and_goes_back(tmp_path: Path, call: Call) -> None:
+    run = run_that_leaves(tmp_path / "run", **LLAMA)
+    written(run, tmp_path / "out", "gguf", weights="q8_0")
+    code, out, err = call(importing, str(tmp_path / "out" / "model.gguf"), "--out", str(tmp_path / "back"))
+    assert (code, err) == (0, "")
+    assert "tokenizer  bpe, 303 tokens" in out
+    code, out, _ = call(sample, str(tmp_path / "back"), "--prompt", "The quick", "--max-new-tokens", "3")
+    assert code == 0
+    assert out.startswith("The quick")
+    assert Run.open(tmp_path / "back").chat_template is not None
+
+
+@needs_gguf
+def test_a_gguf_file_that_is_damaged_or_unknown_is_one_sentence(tmp_path: Path) -> None:
+    run = run_that_leaves(tmp_path / "run", **LLAMA)
+    written(run, tmp_path / "out", "gguf")
+    path = tmp_path / "out" / "model.gguf"
+    whole = path.read_bytes()
+    for content, message in {
+        whole[:-100]: "cut short|not a whole GGUF file",
+        whole[:500]: "not a whole GGUF file",
+        b"no model at all": "not a whole GGUF file",
+        whole.replace(b"llama", b"lamma"): "holds the architecture 'lamma': known are llama, qwen2",
+        whole.replace(b"llama-bpe", b"lamma-bpe"): "splits texts as 'lamma-bpe': known are gpt-2",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            importing_room.import_checkpoint(str(path), tmp_path / "back")
+        assert not (tmp_path / "back").exists()
+
+
+@needs_gguf
+def test_what_llama_cpp_cannot_hold_is_refused_with_all_reasons(tmp_path: Path, call: Call) -> None:
+    run = run_that_leaves(tmp_path / "run", feedforward="squared-relu", residual="peri")
+    flags = [str(run.path), "--to", str(tmp_path / "out"), "--format"]
+    code, _, err = call(export, *flags, "gguf")
+    assert code == 2
+    assert "residual is 'peri'" in err
+    assert "feedforward is 'squared-relu'" in err
+    assert "train a model with --" in err
+    code, _, err = call(export, *flags, "onnx", "--weights", "f16")
+    assert (code, "format 'onnx' cannot store weights as 'f16': leave it out" in err) == (2, True)
+    code, _, err = call(export, *flags, "torch", "--family", "llama")
+    assert (code, "format 'torch' has no families: leave --family llama out" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
