@@ -114,6 +114,20 @@ def test_feedback_that_cannot_be_used_is_answered_in_one_sentence(
     assert not (tmp_path / "data.jsonl").exists()
 
 
+def test_mistakes_about_where_feedback_goes_are_sentences(talker: Path, run: Path, capsys: Any) -> None:
+    def told(*flags: str, of: Path = talker) -> str:
+        return refused(capsys, str(of), *flags, main=feedback.main)
+
+    assert "has no feedback.jsonl: serve it" in told("--to", "data.jsonl", of=run)
+    assert "are both data.jsonl: name two files" in told("--to", "data.jsonl", "--test", "data.jsonl")
+    assert "choose another --test" in told("--to", "data.jsonl", "--test", "data.txt")
+    assert "must be above 0 and below 1" in told("--to", "data.jsonl", "--fraction", "1")
+    jsonl(talker / "feedback.jsonl", [served("a", prompt="x", rating="up")])
+    assert "there is no example for" in told("--to", "data.jsonl", "--test", "test.jsonl")
+    jsonl(Path("data.jsonl"), [])
+    assert "already exists" in told("--to", "data.jsonl")
+
+
 def validation_log(run: Run, path: Path, change: Any = lambda question: question) -> Path:
     """What is asked in the validation split of `run`, as requests to a server."""
     data = HeldOutData.of_run(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -145,3 +146,20 @@ def test_what_does_not_open_is_not_served_and_feedback_stays_in_one_folder(
     assert client.post("/feedback", json={"id": answer["id"], "rating": "up"}).status_code == 200
     assert (tmp_path / "one" / FEEDBACK).exists()
     assert not (tmp_path / "two" / FEEDBACK).exists()
+
+
+def test_every_series_of_the_dashboard_and_the_alerts_is_one_of_the_server() -> None:
+    folder = Path(following.__file__).parent
+    told = [(folder / name).read_text(encoding="utf-8") for name in ("grafana.json", "alerts.yml")]
+    json.loads(told[0])
+    named = {name for text in told for name in re.findall(r"minitransformer_\w+", text)}
+    known = {sample for family in Metrics().registry.collect() for sample in series_of(family)}
+    assert named <= known
+    assert {name.removesuffix("_total").removesuffix("_bucket") for name in named} == {
+        family.name for family in Metrics().registry.collect()
+    }
+
+
+def series_of(family: Any) -> list[str]:
+    suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}[family.type]
+    return [family.name + suffix for suffix in suffixes]

@@ -33,14 +33,14 @@ class Options:
     """run folder that is served"""
     to: Path
     """new .jsonl file for the data, to be named with --objective instruct --data"""
-    test: Path | None = None
+    test: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """new .jsonl file for examples that are held out, for `promote`; None holds out none"""
-    test_fraction: float = 0.2
+    fraction: Annotated[float, tyro.conf.arg(metavar="X")] = 0.2
     """fraction of what was asked that is held out by --test: the same in later data, as a hash decides"""
 
     def __post_init__(self) -> None:
-        if not 0 < self.test_fraction < 1:
-            raise UserError(f"test_fraction is {self.test_fraction}: it must be above 0 and below 1")
+        if not 0 < self.fraction < 1:
+            raise UserError(f"fraction is {self.fraction}: it must be above 0 and below 1")
         if self.test is not None and self.test.absolute() == self.to.absolute():
             raise UserError(f"--to and --test are both {self.to}: name two files")
         for name, path in (("to", self.to), ("test", self.test)):
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     """Write the data; returns the exit code."""
     options = parse(Options, arguments, prog="minitransformer feedback", description=ABOUT)
     answers = _answers(options.run)
-    examples = examples_of(answers, 0.0 if options.test is None else options.test_fraction)
+    examples = examples_of(answers, 0.0 if options.test is None else options.fraction)
     print(f"feedback   {len(answers):,} rows on the answers of {options.run}")
     _tell("used", examples.used)
     _tell("left out", examples.left_out)
