@@ -17,7 +17,7 @@ from minitransformer.errors import UserError
 from minitransformer.evaluation.metrics import Metric
 from minitransformer.runs import Run
 from minitransformer.runs.evaluating import HeldOutData
-from minitransformer.runs.promoting import go_back, promote_over, served_checkpoint
+from minitransformer.runs.promoting import folder_of, go_back, promote_over, served_checkpoint
 from minitransformer.training.machine import choose_device
 
 ABOUT = (
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.back:
         left = go_back(options.over)
         path, checkpoint = served_checkpoint(options.over)
-        print(f"left       {left.run}, {left.checkpoint}, which was served since {left.since}")
+        print(f"left       {folder_of(options.over, left)}, {left.checkpoint}, which was served since {left.since}")
         print(f"served     {path}, {Run.open(path).checkpoint(checkpoint).resolve().name}")
         return DONE
     return _promote(options, options.over)
