@@ -247,6 +247,14 @@ def test_conversations_of_a_group_are_in_one_split(tmp_path: Path) -> None:
     assert len(data.validation)
 
 
+def test_conversations_of_validation_that_are_trained_on_are_counted(tmp_path: Path) -> None:
+    held = jsonl(tmp_path / "held.jsonl", [*ROWS[:2], {"prompt": "new?", "completion": "yes", "group": "g"}])
+    train = jsonl(tmp_path / "train.jsonl", [*ROWS, {"prompt": "other?", "completion": "no", "group": "g"}])
+    warning = "warning    2 of 3 validation conversations are trained on"
+    assert warning in prepared_of(train, validation_data=str(held)).summary()
+    assert "warning" not in prepared_of(train).summary()
+
+
 def trained(out: Path, *flags: str) -> Run:
     assert train.main([*flags, "--out", str(out)]) == 0
     return Run.open(out)

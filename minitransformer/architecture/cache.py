@@ -71,6 +71,8 @@ class LayerCache:
             self._keys, self._values = k, v
             return k, v
         held_keys, held_values = self._buffers(k, v, k.size(0), slots.room)
+        if k.size(0) < held_keys.size(0):
+            held_keys, held_values = held_keys.narrow(0, 0, k.size(0)), held_values.narrow(0, 0, k.size(0))
         keys, values = held_keys.index_copy_(2, slots.new, k), held_values.index_copy_(2, slots.new, v)
         return keys.narrow(2, 0, slots.visible), values.narrow(2, 0, slots.visible)
 
@@ -182,16 +184,21 @@ class KVCache:
         held = self.hold(_held(positions, is_token), slots, self.length)
         return Slots(held, slots, self.length, self._room, full=self._full, in_order=True)
 
-    def at(self, slots: Int[Tensor, "new"], visible: int, *, full: bool, in_order: bool) -> ChosenSlots:
+    def at(
+        self, slots: Int[Tensor, "new"], visible: int, *, full: bool, in_order: bool, rows: int | None = None
+    ) -> ChosenSlots:
         """This cache for a forward pass that writes its tokens to `slots` and attends to the first `visible` slots.
 
-        The buffers have their full size. `full` and `in_order` are as in `Slots`, and asserted by the caller.
+        The tokens are those of the first `rows` rows, if not of all. The buffers have their full size. `full` and
+        `in_order` are as in `Slots`, and asserted by the caller.
         """
-        return ChosenSlots(self, slots, visible, full, in_order)
+        return ChosenSlots(self, slots, visible, full, in_order, rows)
 
     def hold(self, positions: Int[Tensor, "#batch new"], slots: Int[Tensor, "new"], visible: int) -> Tensor:
         """Store the positions of tokens in `slots`; returns those of all visible slots."""
         held = self._positions_of(positions.size(0), positions.device)
+        if 1 < positions.size(0) < held.size(0):
+            held = held.narrow(0, 0, positions.size(0))
         held.index_copy_(1, slots, positions.expand(held.size(0), -1))
         return held.narrow(1, 0, visible)
 
@@ -287,6 +294,7 @@ class ChosenSlots:
     visible: int
     full: bool
     in_order: bool
+    rows: int | None = None
 
     @property
     def layers(self) -> list[LayerCache]:
@@ -306,4 +314,6 @@ class ChosenSlots:
     def reserve(self, positions: Int[Tensor, "#batch new"], is_token: Bool[Tensor, "batch new"] | None = None) -> Slots:
         """The chosen slots, for tokens at these positions."""
         held = self.cache.hold(_held(positions, is_token), self.new, self.visible)
+        if self.rows is not None and self.rows < held.size(0):
+            held = held.narrow(0, 0, self.rows)
         return Slots(held, self.new, self.visible, self.cache.max_length, self.full, self.in_order)

@@ -45,7 +45,7 @@ def decode_rows(
     """The logits after each of the newest `count` tokens; the slots of `tokens` are the same in all rows."""
     # A single new token is the latest. Several take an explicit mask: a kernel's own depends on the number of keys,
     # which would become a constant of a recording.
-    chosen = cache.at(slots, visible.size(0), full=full, in_order=bool(tokens.size(1) == 1))
+    chosen = cache.at(slots, visible.size(0), full=full, in_order=bool(tokens.size(1) == 1), rows=len(tokens))
     hidden = model.hidden_states(tokens, positions=positions, cache=chosen)
     # Logits of all new tokens would take their number times the vocabulary.
     return model.head(hidden[:, -count:])
@@ -106,8 +106,8 @@ class Rows:
             self.cache.truncate(slots)
 
     def decode(self, tokens: Int[Tensor, "rows new"], count: int = 1) -> Float[Tensor, "rows {count} vocab"]:
-        """Append `tokens` to the rows; the logits after each of the newest `count`."""
-        new = tokens.size(1)
+        """Append `tokens` to the first rows; the logits after each of the newest `count`. No other row is in use."""
+        rows, new = tokens.shape
         if self.end + new > self.slots:
             self._move(-min(self.starts.values()))
         aligned = self._is_aligned()
@@ -115,7 +115,7 @@ class Rows:
         if aligned:
             positions = slots[None]
         else:
-            first = [self.end - self.starts.get(row, self.end) for row in range(self.rows)]
+            first = [self.end - self.starts.get(row, self.end) for row in range(rows)]
             positions = torch.tensor([[*range(one, one + new)] for one in first], device=self.device)
         self.end += new
         return self._step(count, aligned)(tokens, slots, self._slots.narrow(0, 0, self.end), positions)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 
 import torch
 from torch import Tensor
@@ -65,14 +66,17 @@ class Engine:
         self.prefixes = PrefixCache(prefix_tokens) if prefix_tokens else None
         self._newest = torch.zeros(rows, dtype=torch.long, device=self._rows.device)
         self._queue: deque[Request] = deque()
-        self._free = list(reversed(range(rows)))
+        self._free = list(range(rows))
+        """a heap: the first rows are taken first, so that few are computed for few requests"""
         self._row_of: dict[Request, int] = {}
         self._to_prefill: list[Request] = []
         """requests with a row, but without a prefill"""
         self._prefills: deque[tuple[list[Request], PromptPrefill]] = deque()
         self._decoding: list[Request] = []
         self._index: Tensor | None = None
-        """the rows that are decoded, if not all"""
+        """the rows that are decoded, if not all that are computed"""
+        self._computed = 0
+        """rows that are computed, from the first: few sizes, each of which has a recording of its own"""
         self._in_flight: list[InFlight] = []
 
     def submit(
@@ -143,7 +147,7 @@ class Engine:
     def _assign_rows(self) -> None:
         while self._queue and self._free:
             request = self._queue.popleft()
-            self._row_of[request] = self._free.pop()
+            self._row_of[request] = heappop(self._free)
             self._to_prefill.append(request)
         together: dict[tuple[int, ...], list[Request]] = {}
         for request in self._to_prefill:
@@ -196,15 +200,17 @@ class Engine:
     def _set_decoding(self, requests: list[Request]) -> None:
         self._decoding = sorted(requests, key=self._row_of.__getitem__)
         rows = [self._row_of[request] for request in self._decoding]
-        whole = len(rows) == len(self._newest)
+        last = max(rows, default=0)
+        self._computed = min(1 << last.bit_length(), len(self._newest))
+        whole = len(rows) == self._computed
         self._index = None if whole else torch.tensor(rows, device=self._newest.device)
 
     def _decode(self) -> InFlight:
         """Choose the next token of every request that is decoded."""
         requests, index = self._decoding, self._index
-        logits = self._rows.decode(self._newest[:, None])[:, 0, : self.vocab_size]
+        logits = self._rows.decode(self._newest[: self._computed, None])[:, 0, : self.vocab_size]
         if index is None:
-            chosen = self._newest = choose(logits, requests)
+            chosen = self._newest[: self._computed] = choose(logits, requests)
         else:
             chosen = choose(logits[index], requests)
             self._newest[index] = chosen
@@ -241,4 +247,5 @@ class Engine:
                 self._rows.free(self._row_of[request])
         self._to_prefill = [request for request in self._to_prefill if request not in requests]
         self._set_decoding([request for request in self._decoding if request not in requests])
-        self._free += [self._row_of.pop(request) for request in requests]
+        for request in requests:
+            heappush(self._free, self._row_of.pop(request))

@@ -61,8 +61,8 @@ class Generation:
 
     @property
     def done(self) -> bool:
-        """Whether no text grows any more."""
-        return self.error is not None or all(text.finish for text in self.texts)
+        """Whether all texts have ended."""
+        return all(text.finish for text in self.texts)
 
     async def news(self) -> None:
         """Wait until there is more than at the last call; raises what has made it fail."""

@@ -16,6 +16,7 @@ from minitransformer.settings import Chosen
 from minitransformer.text.chat_template import ChatTemplate
 from minitransformer.text.conversations import ConversationRow
 from minitransformer.text.datasets.base import BatchShape, PreparedData
+from minitransformer.text.datasets.overlap import shared_warning
 from minitransformer.text.datasets.pair_preparation import EncodedPair, PairPreparation, PairScan, place_of
 from minitransformer.text.datasets.pipeline import SPLITS
 from minitransformer.text.token_files import TokenPairs, Tokens, count_bytes
@@ -40,6 +41,8 @@ class PreparedConversations(PreparedData):
     cut: int
     template: ChatTemplate = field(default_factory=lambda: ChatTemplate.named("chatml"))
     packing: bool = True
+    shared: int = 0
+    """conversations of validation that also stand in training"""
 
     @property
     def target_tokenizer(self) -> Tokenizer:  # type: ignore[override]
@@ -82,6 +85,8 @@ class PreparedConversations(PreparedData):
             lines.append(f"{split:10} {told if count else 'none: overfitting goes unnoticed'}")
         if self.skipped or self.cut:
             lines.append(f"too long   {self.skipped:,} conversations skipped, {self.cut:,} cut")
+        if self.shared:
+            lines.append(shared_warning(self.shared, len(self.validation), "conversations"))
         return "\n".join(lines)
 
 
@@ -138,6 +143,10 @@ class ConversationPreparation(PairPreparation):
             sorted(template.special_tokens.items()),
         ]
 
+    def digest(self, pair: EncodedPair) -> int:
+        """That of the ids: conversations of one group have one place."""
+        return int.from_bytes(hashlib.blake2b(pair.sides[0].tobytes(), digest_size=8).digest())
+
     def _fitting(self, pairs: Iterable[EncodedPair], counts: dict[str, int]) -> Iterator[EncodedPair]:
         for pair in pairs:
             _, answers = pair.sides
@@ -165,8 +174,9 @@ class ConversationPreparation(PairPreparation):
 
     @classmethod
     def load(cls, folder: Path, meta: dict[str, Any], tokenizers: Sequence[Tokenizer]) -> Any:
-        pairs = super().load(folder, meta, tokenizers)
-        return PreparedConversations(folder, pairs.tokenizer, pairs.validation, pairs.train, pairs.skipped, pairs.cut)
+        old = super().load(folder, meta, tokenizers)
+        splits = old.validation, old.train
+        return PreparedConversations(folder, old.tokenizer, *splits, old.skipped, old.cut, shared=old.shared)
 
     def fault(self, prepared: Any) -> UserError | None:
         for split in SPLITS if self.validation is not None or self.validation_fraction else SPLITS[:1]:

@@ -124,11 +124,15 @@ class PairPreparation(Preparation[PairCorpus, PairScan, PreparedPairs]):
                 for split in SPLITS
             }
             for split, pair in self.parts(counts):
-                shared.add_digest(int(pair.place * 2**64), split == SPLITS[1])
+                shared.add_digest(self.digest(pair), split == SPLITS[1])
                 for writer, tokens in zip(writers[split], pair.sides, strict=True):
                     writer.add(tokens)
         counts["shared"] = shared.count()
         return {**counts, **{writer.name: writer.finish() for split in SPLITS for writer in writers[split]}}
+
+    def digest(self, pair: EncodedPair) -> int:
+        """64 bits that pairs have in common if their texts are the same."""
+        return int(pair.place * 2**64)
 
     def parts(self, counts: dict[str, int]) -> Iterator[tuple[str, EncodedPair]]:
         """Each remaining pair with its split; `counts` is updated with those that are too long."""
