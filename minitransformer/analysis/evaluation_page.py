@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minitransformer.analysis.evaluation import Found
+from minitransformer.analysis.evaluation import Found, Section
 from minitransformer.evaluation.class_report import ClassReport, reliability
 from minitransformer.evaluation.estimates import SMALL, Samples
 from minitransformer.reporting import figures
@@ -34,16 +34,21 @@ def evaluation_page(about: Mapping[str, str], found: Found) -> str:
     page = Page(f"Evaluation of {about['run']}")
     add_facts(page, about)
     for section in found.sections:
-        for table in section.tables:
-            if table.rows:
-                add_table(page, table)
-        for note in section.notes:
-            page.paragraph(note)
-        for picture in section.pictures:
-            page.figure(figures.png(picture.draw()), f"{picture.title}. {picture.caption}", picture.title)
+        add_section(page, section)
     if (worst := worst_table(found.parts[-1])).rows:
         add_table(page, worst)
     return page.html()
+
+
+def add_section(page: Page, section: Section) -> None:
+    """Add the tables, notes and pictures of `section`; raises `UserError` without matplotlib."""
+    for table in section.tables:
+        if table.rows:
+            add_table(page, table)
+    for note in section.notes:
+        page.paragraph(note)
+    for picture in section.pictures:
+        page.figure(figures.png(picture.draw()), f"{picture.title}. {picture.caption}", picture.title)
 
 
 def class_pictures(report: ClassReport, evaluation: Evaluation) -> list[Picture]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any
 
 import numpy as np
@@ -87,14 +87,15 @@ class Predictions:
 
 def predict_all(model: Model, data: HeldOutData, device: torch.device, wanted: Wanted) -> Predictions:
     """What `model` makes of `data`: its loss, and classes, translations or answers."""
+    return predict_with(model, data, wanted, partial(measure_loss, model, data, device))
 
-    def measure() -> Predictions:
-        evaluation = data.evaluate(model, device)
-        items = evaluation.items
-        title = f"{len(items):,} {data.kind} of {int(items.columns['tokens'].sum()):,} tokens"
-        return Predictions(evaluation, [EvaluatedPart("metrics", title, items, np.arange(len(items)), data.text_of)])
 
-    return predict_with(model, data, wanted, measure)
+def measure_loss(model: Model, data: HeldOutData, device: torch.device) -> Predictions:
+    """What the run's objective measures for `model`, without any output of it."""
+    evaluation = data.evaluate(model, device)
+    items = evaluation.items
+    title = f"{len(items):,} {data.kind} of {int(items.columns['tokens'].sum()):,} tokens"
+    return Predictions(evaluation, [EvaluatedPart("metrics", title, items, np.arange(len(items)), data.text_of)])
 
 
 @singledispatch

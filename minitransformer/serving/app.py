@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from minitransformer.serving import chat, completions, page, status, whole_texts
 from minitransformer.serving.errors import answer_errors
+from minitransformer.serving.following import Follower
 from minitransformer.serving.guard import Guard
 from minitransformer.serving.service import Service
 
@@ -38,7 +39,7 @@ def make_app(service: Service, keys: Sequence[str] = (), hosts: Sequence[str] = 
         app.include_router(room.router)
     answer_errors(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    return Guard(app, service.limits, service.metrics, keys, hosts)
+    return Guard(app, service.limits, service.metrics, service.running, keys, hosts)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
@@ -54,10 +55,12 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    models = app.state.service.models
+    models, follower = app.state.service.models, Follower(app.state.service)
     for served in models.values():
-        if served.scheduler is not None:
-            served.scheduler.start(asyncio.get_running_loop())
+        served.start(asyncio.get_running_loop())
+    following = asyncio.create_task(follower.follow())
     yield
+    following.cancel()
+    await follower.close()
     for served in models.values():
         await asyncio.to_thread(served.close)

@@ -25,12 +25,21 @@ DISCARDED = 16
 
 
 class Guard:
-    """`app`, for requests that may reach it. Without `keys`, anyone may; `hosts` are the names that it answers to."""
+    """`app`, for requests that may reach it. Without `keys`, anyone may; `hosts` are the names that it answers to.
+
+    `running` holds the ids of the requests that are being answered.
+    """
 
     def __init__(
-        self, app: ASGIApp, limits: ServingLimits, metrics: Metrics, keys: Sequence[str] = (), hosts: Sequence[str] = ()
+        self,
+        app: ASGIApp,
+        limits: ServingLimits,
+        metrics: Metrics,
+        running: set[str],
+        keys: Sequence[str] = (),
+        hosts: Sequence[str] = (),
     ) -> None:
-        self._app, self._limits, self._metrics, self._hosts = app, limits, metrics, hosts
+        self._app, self._limits, self._metrics, self._running, self._hosts = app, limits, metrics, running, hosts
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,9 +55,11 @@ class Guard:
                 MutableHeaders(scope=message)["x-request-id"] = name
             await send(message)
 
+        self._running.add(name)
         try:
             await self._pass(scope, receive, send_noted)
         finally:
+            self._running.discard(name)
             seconds, route = time.monotonic() - begun, getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(seconds)

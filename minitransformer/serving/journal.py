@@ -16,7 +16,6 @@ from minitransformer.serving.texts import Generation
 
 MOST_KEPT = 1024
 """answers that feedback can name, the latest ones"""
-FEEDBACK = "feedback.jsonl"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.model import Model
 from minitransformer.runs import GENERATION, Run
 from minitransformer.runs.embedding import Embedder, embedder_of
+from minitransformer.runs.promoting import served_checkpoint
 from minitransformer.serving.errors import ApiError
 from minitransformer.serving.limits import ServingLimits
 from minitransformer.serving.metrics import Meters, Metrics
@@ -50,13 +51,19 @@ class Room:
 
 @dataclass(eq=False)
 class ServedModel:
-    """A run's model, and a thread for what is done with it in one go."""
+    """A run's model, and a thread for what is done with it in one go.
+
+    `folder` is the run that the server was told; `run` is it, or what is promoted over it. `reopen` opens what is
+    promoted by then.
+    """
 
     name: str
+    folder: Path
     run: Run
     model: Model
     limits: ServingLimits
     fingerprint: str
+    reopen: Callable[[], ServedModel]
     created: int = field(default_factory=lambda: int(time.time()))
     scheduler: Scheduler | None = None
     """of a decoder"""
@@ -107,6 +114,11 @@ class ServedModel:
         future = asyncio.get_running_loop().run_in_executor(self._worker, function)
         future.add_done_callback(lambda done: setattr(self, "jobs", self.jobs - 1))
         return await future
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin to generate what is asked for; news are told in `loop`."""
+        if self.scheduler is not None:
+            self.scheduler.start(loop)
 
     def close(self) -> None:
         """End the threads, once what they have begun is done."""
@@ -162,12 +174,14 @@ def named_paths(words: Sequence[str]) -> dict[str, Path]:
 def open_served(
     name: str, path: Path, room: Room, limits: ServingLimits, metrics: Metrics, note: Callable[[str], None]
 ) -> ServedModel:
-    """The model of the run at `path`, ready to be asked."""
-    run = Run.open(path)
-    model = StoredWeights.named(room.weights).applied(run.load_model(device=room.device))
+    """The model of the run at `path`, or of what is promoted over it, ready to be asked."""
+    promoted, checkpoint = served_checkpoint(path)
+    run = Run.open(promoted)
+    model = StoredWeights.named(room.weights).applied(run.load_model(checkpoint, room.device))
     model = with_row_kernel(model, note).eval()
-    digest = weights_digest(run.checkpoint())
-    served = ServedModel(name, run, model, limits, f"fp_{digest[:16]}")
+    digest = weights_digest(run.checkpoint(checkpoint))
+    reopen = partial(open_served, name, path, room, limits, metrics, note)
+    served = ServedModel(name, path, run, model, limits, f"fp_{digest[:16]}", reopen)
     if isinstance(model, DecoderLM):
         slots = min(room.context or model.config.text_length, model.config.text_length)
         served.cache_in_words = _checked_cache(name, model, slots, room)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import Request
 
@@ -21,6 +21,8 @@ class Service:
     limits: ServingLimits
     metrics: Metrics
     journal: AnswerJournal
+    running: set[str] = field(default_factory=set)
+    """ids of the requests that are being answered"""
 
 
 def service_of(request: Request) -> Service:

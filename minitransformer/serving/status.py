@@ -7,8 +7,9 @@ import time
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from minitransformer.runs.served import FEEDBACK
 from minitransformer.serving.errors import ApiError, json_response
-from minitransformer.serving.journal import FEEDBACK, append_rows
+from minitransformer.serving.journal import append_rows
 from minitransformer.serving.models import ServedModel
 from minitransformer.serving.schemas import FeedbackBody
 from minitransformer.serving.service import service_of
@@ -61,5 +62,5 @@ async def take_feedback(body: FeedbackBody, request: Request) -> Response:
     service = service_of(request)
     row = service.journal.find(body.id, body.index)
     said = {"rating": body.rating, "correction": body.correction, "time": time.time()}
-    append_rows(service.models.find(row["model"]).run.path / FEEDBACK, [{**row, **said}])
+    append_rows(service.models.find(row["model"]).folder / FEEDBACK, [{**row, **said}])
     return json_response({"id": body.id, "index": body.index, "object": "feedback"})
