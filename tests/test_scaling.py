@@ -147,7 +147,8 @@ def test_layers_may_turn_by_another_base_or_not_at_all() -> None:
     x, positions = torch.randn(1, 2, 4, 8), token_positions(4)
     halved = PositionInterpolation.choose(factor=2.0)
     scheme = Rotary.choose(base=50.0, scaling=halved, window_base=5.0, layers=(True, True, False)).make(space())
-    found = [rotate(x) for rotate in scheme.rotations(positions, [3, None, None, 3])]
+    rotations, places = scheme.rotations(positions, [3, None, None, 3])
+    found = [rotations[place](x) for place in places]
     in_windows = Rotary.choose(base=5.0).make(space()).rotation(positions)(x)
     everywhere = Rotary.choose(base=50.0, scaling=halved).make(space()).rotation(positions)(x)
     for actual, expected in zip(found, [in_windows, everywhere, x, in_windows], strict=True):

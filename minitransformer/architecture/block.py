@@ -241,16 +241,18 @@ class Stack(nn.Module):
     ) -> list[AttentionView]:
         """What attention in each layer sees; layers with one window and one rotation share their view."""
         bias = self.positions.score_bias(positions, slots.positions)
-        layers = list(zip(self.windows, self.positions.rotations(positions, self.windows), strict=True))
+        rotations, places = self.positions.rotations(positions, self.windows)
+        # Not by the rotations themselves: a compiler cannot compare functions.
+        layers = list(zip(self.windows, places, strict=True))
         views = {
-            (window, rotate): AttentionView(
+            (window, place): AttentionView(
                 causal=self.causal and slots.in_order,
                 mask=self._mask(positions, slots, window, documents),
                 bias=bias,
-                rotate=rotate,
+                rotate=rotations[place],
                 slots=slots,
             )
-            for window, rotate in dict.fromkeys(layers)
+            for window, place in dict.fromkeys(layers)
         }
         return [views[layer] for layer in layers]
 

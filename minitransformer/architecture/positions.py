@@ -71,9 +71,12 @@ class PositionScheme(Registered, nn.Module, kind="position scheme"):
 
     def rotations(
         self, positions: Int[Tensor, "#batch length"], windows: Sequence[int | None]
-    ) -> Sequence[Callable[[Tensor], Tensor]]:
-        """The `rotation` of each layer, by its attention window; the same one in all layers, but for some schemes."""
-        return [self.rotation(positions)] * len(windows)
+    ) -> tuple[Sequence[Callable[[Tensor], Tensor]], Sequence[int]]:
+        """The rotations that there are, and the place of each layer's among them, by its attention window.
+
+        There is one `rotation` for all layers, but for some schemes.
+        """
+        return [self.rotation(positions)], [0] * len(windows)
 
     def score_bias(
         self, query_positions: Int[Tensor, "#batch query"], key_positions: Int[Tensor, "#batch key"]
@@ -215,13 +218,13 @@ class Rotary(PositionScheme, name="rotary"):
 
     def rotations(
         self, positions: Int[Tensor, "#batch length"], windows: Sequence[int | None]
-    ) -> Sequence[Callable[[Tensor], Tensor]]:
+    ) -> tuple[Sequence[Callable[[Tensor], Tensor]], Sequence[int]]:
         turns = [self.layers[layer % len(self.layers)] for layer in range(len(windows))]
-        everywhere = in_windows = self.rotation(positions)
+        found = [identity, self.rotation(positions)]
         if self.window_base is not None:
-            in_windows = self._rotation(positions, self._frequencies(self.window_base, positions), 1.0)
-        chosen = [everywhere if window is None else in_windows for window in windows]
-        return [rotate if turn else identity for rotate, turn in zip(chosen, turns, strict=True)]
+            found.append(self._rotation(positions, self._frequencies(self.window_base, positions), 1.0))
+        places = [1 if window is None else len(found) - 1 for window in windows]
+        return found, [place if turn else 0 for place, turn in zip(places, turns, strict=True)]
 
     def _frequencies(self, base: float, positions: Tensor) -> Float[Tensor, "half"]:
         # Computed here, since a buffer of a bfloat16 model would be rounded, and large positions need the precision.
