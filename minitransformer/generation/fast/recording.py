@@ -35,6 +35,8 @@ FEW_PRODUCTS = 1 << 21
 FEW_SLOTS = 512
 """whose attention costs little"""
 StepFunction = Callable[..., Tensor]
+RECORDING = threading.Lock()
+"""held while a step is traced"""
 
 
 @contextmanager
@@ -117,7 +119,8 @@ def traced(step: StepFunction, tensors: Sequence[Tensor]) -> StepFunction:
     `torch.jit.trace` would keep it, with the weights and the cache that are its constants, in a compilation unit of the
     process, for ever. Writes to tensors that nothing in the step reads are left out.
     """
-    with warnings.catch_warnings():
+    # What warnings are shown is a matter of the process: two threads would undo each other's change.
+    with RECORDING, warnings.catch_warnings():
         # That sizes become constants is intended.
         warnings.simplefilter("ignore")
         graph, _ = torch._C._create_graph_by_tracing(step, tuple(tensors), lambda value: "", True, False)
