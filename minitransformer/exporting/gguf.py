@@ -28,7 +28,7 @@ HOLDS = {"encoder-headless": "hidden states, as llama.cpp has no head for masked
 
 
 class GGUF(ExportFormat, name="gguf"):
-    """One file for llama.cpp, in 16, 8 or 4 bits, with the tokenizer (bpe, bytes, gpt2 or cl100k_base) in it."""
+    """One file for llama.cpp, in 16, 8 or 4 bits, with its tokenizer (not chars) in it; encoders as hidden states."""
 
     has_families = True
     weights = STORED

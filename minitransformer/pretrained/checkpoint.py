@@ -68,7 +68,7 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     checkpoint.
     """
     if is_gguf(name):
-        return _load_gguf(Path(name))
+        return load_gguf(GGUFFile(Path(name)))
     folder = checkpoint_folder(name)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}: give the folder of a checkpoint")
@@ -84,10 +84,10 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     return _filled(config, tensors, shards.size, family, str(folder)), load_tokenizer(folder)
 
 
-def _load_gguf(path: Path) -> tuple[Model, Tokenizer | None]:
-    file = GGUFFile(path)
-    model = _filled(file.config, file.tensors, 8 * file.size, file.family, str(path))  # 4 bits a weight, and less
-    with texts_of_gguf(path) as folder:
+def load_gguf(file: GGUFFile) -> tuple[Model, Tokenizer | None]:
+    """The model and the tokenizer of a GGUF file."""
+    model = _filled(file.config, file.tensors, 8 * file.size, file.family, str(file.path))  # 4 bits a weight, and less
+    with texts_of_gguf(file) as folder:
         return model, load_tokenizer(folder)
 
 
@@ -105,7 +105,7 @@ def _filled(config: ModelConfig, tensors: Mapping[str, Tensor], size: int, famil
 def checkpoint_files(name: str | Path) -> Iterator[Path]:
     """The folder with the files besides the weights of the checkpoint `name`, or with what a GGUF file says."""
     if is_gguf(name):
-        with texts_of_gguf(Path(name)) as folder:
+        with texts_of_gguf(GGUFFile(Path(name))) as folder:
             yield folder
     else:
         yield checkpoint_folder(name)
