@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-GROUP_SIZE = 512
-"""tokens of one round: a larger vocabulary takes two"""
+ONE_ROUND = 512
+"""a larger vocabulary races in two rounds"""
 NUMBERS_AT_ONCE = 4096
 LEAST = 2.0**-54
-"""in place of a uniform number that is 0; the next larger one is twice it"""
+"""in place of an exponential number that is 0, as one of 2⁵³ is"""
 
 
 def draw(logits: Float[Tensor, "samples vocab"], numbers: Float[Tensor, "samples numbers"]) -> Int[Tensor, "samples"]:
@@ -27,41 +28,38 @@ def draw(logits: Float[Tensor, "samples vocab"], numbers: Float[Tensor, "samples
     rounds, groups of tokens by their sums S and then those of the winner: (S_g / Σ S) · (wᵢ / S_g), with fewer numbers.
     """
     weights = logits.softmax(-1)
-    vocab, groups = weights.size(1), numbers_of_groups(weights.size(1))
-    if not groups:
+    vocab = weights.size(1)
+    if vocab <= ONE_ROUND:
         return (weights / numbers).argmax(-1)
-    winner = (_sums_of_groups(weights) / numbers.narrow(1, 0, groups)).argmax(-1, keepdim=True)
-    tokens = winner * GROUP_SIZE + torch.arange(GROUP_SIZE, device=weights.device)
+    groups, size = groups_of(vocab)
+    winner = (_sums(weights, size) / numbers.narrow(1, 0, groups)).argmax(-1, keepdim=True) * size
+    tokens = winner + torch.arange(size, device=weights.device)
     inside = weights.gather(1, tokens.clamp(max=vocab - 1)) * (tokens < vocab)
-    first = (inside / numbers.narrow(1, groups, GROUP_SIZE)).argmax(-1, keepdim=True)
-    return (winner * GROUP_SIZE + first).squeeze(1)
+    return winner.squeeze(1) + (inside / numbers.narrow(1, groups, size)).argmax(-1)
 
 
-def numbers_of_groups(vocab: int) -> int:
-    """How many groups race before their tokens do: none where one round is enough. The last may be empty."""
-    return vocab // GROUP_SIZE + 1 if vocab > GROUP_SIZE else 0
+def groups_of(vocab: int) -> tuple[int, int]:
+    """The number of groups of tokens, about as many as their size, and their size; the last has fewer, or none."""
+    size = 1 << ((vocab - 1).bit_length() + 1) // 2
+    return vocab // size + 1, size
 
 
-def _sums_of_groups(weights: Float[Tensor, "samples vocab"]) -> Float[Tensor, "samples groups"]:
-    whole = weights.size(1) // GROUP_SIZE * GROUP_SIZE
-    rest = weights.narrow(1, whole, weights.size(1) - whole)
-    sums = weights.narrow(1, 0, whole).unflatten(1, (-1, GROUP_SIZE)).sum(-1)
-    return torch.cat([sums, rest.sum(-1, keepdim=True)], dim=1)
+def _sums(weights: Float[Tensor, "samples vocab"], size: int) -> Float[Tensor, "samples groups"]:
+    whole = weights.size(1) // size * size
+    last = weights.narrow(1, whole, weights.size(1) - whole).sum(-1, keepdim=True)
+    return torch.cat([weights.narrow(1, 0, whole).unflatten(1, (-1, size)).sum(-1), last], dim=1)
 
 
-def race_numbers(generator: torch.Generator, vocab: int, device: torch.device) -> Iterator[Float[Tensor, "numbers"]]:
+def race_numbers(generator: torch.Generator, vocab: int) -> Iterator[Float[np.ndarray, "numbers"]]:
     """The exponential random numbers of one text, for one token of `vocab` after another, without end.
 
-    They depend on `generator` alone: one for each group, and one for each place in a group. Of 53 random bits, so that
-    a token of probability 1e-9 is drawn as often as it should.
+    They depend on `generator` alone: one for each token, or one for each group and one for each place in a group. They
+    are made of 53 random bits and stay fine near 0, so that a probability of 1e-9 is what it should be. SFC64 is Doty-
+    Humphrey's generator of PractRand, as NumPy has it; the ziggurat method is Marsaglia & Tsang's (2000, JSS 5 (8)).
     """
-    groups = numbers_of_groups(vocab)
-    count = groups + GROUP_SIZE if groups else vocab
+    seed = int(torch.randint(2**63 - 1, (1,), generator=generator))
+    count = vocab if vocab <= ONE_ROUND else sum(groups_of(vocab))
+    source = np.random.Generator(np.random.SFC64(seed))
     while True:
-        uniform = torch.rand(max(1, NUMBERS_AT_ONCE // count), count, generator=generator, dtype=torch.float64)
-        yield from exponential(uniform).to(device, non_blocking=True).unbind()
-
-
-def exponential(uniform: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """E = −log(1 − u) of u in [0, 1): never 0 or infinite, and fine near 0, where the winners are."""
-    return -torch.log1p(-uniform.clamp(min=LEAST))
+        exponential = source.standard_exponential((max(1, NUMBERS_AT_ONCE // count), count))
+        yield from exponential.clip(LEAST).astype(np.float32)

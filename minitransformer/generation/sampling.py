@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -47,7 +48,7 @@ class Request:
         self.looks_back = any(process.looks_back for process in self.processors)
         self._alike = (self.sampling.law, id(self.rules))
         self._text: Tensor | None = None
-        self._numbers: Iterator[Tensor] | None = None
+        self._numbers: Iterator[np.ndarray] | None = None
 
     @property
     def alike(self) -> tuple[Any, ...]:
@@ -62,10 +63,10 @@ class Request:
             self._text = torch.cat([torch.tensor(self.prompt), room]).to(device)
         return self._text[: len(self.prompt) + self.chosen]
 
-    def numbers(self, vocab: int, device: torch.device) -> Float[Tensor, "numbers"]:
+    def numbers(self, vocab: int) -> Float[np.ndarray, "numbers"]:
         """The random numbers of the next token."""
         if self._numbers is None:
-            self._numbers = race_numbers(self.generator, vocab, device)
+            self._numbers = race_numbers(self.generator, vocab)
         return next(self._numbers)
 
     def note(self, chosen: Int[Tensor, "requests"], row: int) -> None:
@@ -132,7 +133,8 @@ def _choose_alike(logits: Float[Tensor, "requests vocab"], requests: Sequence[Re
         logits = processed(logits, first.processors, tokens)
     if first.sampling.greedy:
         return logits.argmax(-1)
-    return draw(logits, torch.stack([request.numbers(logits.size(1), device) for request in requests]))
+    numbers = torch.from_numpy(np.array([request.numbers(logits.size(1)) for request in requests]))
+    return draw(logits, numbers.to(device, non_blocking=device.type == "cuda"))
 
 
 def processed(
