@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
-from minitransformer.generation.batch import plain_steps
+from minitransformer.generation.batch import FEW_UNUSED, plain_steps
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.engine import Engine
@@ -214,3 +214,18 @@ def test_an_engine_leaves_the_mode_of_its_model_to_its_owner(tiny_decoder: MakeD
         assert model.training
         assert not torch.is_inference_mode_enabled()
     assert request.tokens == alone(model, [1, 2, 3], request.sampling)
+
+
+def test_texts_that_follow_one_another_do_not_make_later_ones_attend_to_slots_of_earlier_ones(
+    tiny_decoder: MakeDecoder,
+) -> None:
+    model = tiny_decoder(context_length=300)
+    engine = Engine(model, 3, 300, make_steps=recorded_steps)
+    requests = [engine.submit([1, 2], SamplingConfig(seed=n, max_new_tokens=9 + n % 4)) for n in range(24)]
+    ends = []
+    while not engine.idle:
+        engine.step()
+        ends.append(engine._rows.end)
+    assert max(ends) < 2 * (2 + 12) + FEW_UNUSED < len(ends)
+    for request in requests:
+        assert request.tokens == [token for [token] in generate(model, [1, 2], request.sampling, cached=False)]

@@ -113,11 +113,12 @@ class LayerCache:
         """Memory of the buffers."""
         return sum(buffer.nbytes for buffer in self.tensors())
 
-    def roll(self, slots: int) -> None:
-        """Shift the contents by this many slots, cyclically."""
+    def move(self, slots: slice, to: int) -> None:
+        """Copy the contents of these slots to those from `to` on."""
         for buffer in (self._keys, self._values):
             if buffer is not None:
-                buffer.copy_(buffer.roll(slots, 2))
+                moved = buffer[:, :, slots].clone()
+                buffer[:, :, to : to + moved.size(2)] = moved
 
     def select(self, rows: Int[Tensor, "selected"]) -> None:
         """Keep the given rows of the batch, in this order; in place if their number is unchanged."""
@@ -271,12 +272,14 @@ class KVCache:
         if self._positions is not None:
             self._positions[rows] = EMPTY
 
-    def roll(self, slots: int) -> None:
-        """Shift the contents of all rows by this many slots."""
+    def move(self, slots: slice, to: int) -> None:
+        """Move the contents of these slots of all rows to those from `to` on; every other slot is empty then."""
         for cache in self._of_tokens:
-            cache.roll(slots)
+            cache.move(slots, to)
         if self._positions is not None:
-            self._positions.copy_(self._positions.roll(slots, 1))
+            moved = self._positions[:, slots].clone()
+            self._positions.fill_(EMPTY)
+            self._positions[:, to : to + moved.size(1)] = moved
 
     def select(self, rows: Int[Tensor, "selected"]) -> None:
         """Keep the given rows of the batch, in this order; rows may repeat."""

@@ -52,6 +52,10 @@ def decode_rows(
     return model.head(hidden[:, -count:])
 
 
+FEW_UNUSED = 32
+"""slots before all rows that may be attended to in vain"""
+
+
 class Rows:
     """Rows that all end at the same slot, and begin at slots of their own: left padding.
 
@@ -109,8 +113,9 @@ class Rows:
     def decode(self, tokens: Int[Tensor, "rows new"], count: int = 1) -> Float[Tensor, "rows {count} vocab"]:
         """Append `tokens` to the first rows; the logits after each of the newest `count`. No other row is in use."""
         rows, new = tokens.shape
-        if self.end + new > self.slots:
-            self._move(-min(self.starts.values()))
+        unused = min(self.starts.values(), default=0)
+        if self.end + new > self.slots or unused > max(FEW_UNUSED, (self.end - unused) // 2):
+            self._move(-unused)
         aligned = self._is_aligned()
         slots = self._slots.narrow(0, self.end, new)
         if aligned:
@@ -135,6 +140,7 @@ class Rows:
     def _move(self, by: int) -> None:
         """Shift all rows by this many slots; positions stay."""
         assert by, "a row has more tokens than there are slots"
-        self.cache.roll(by)
+        first = max(0, -by)
+        self.cache.move(slice(first, self.end), first + by)
         self.end += by
         self.starts = {row: start + by for row, start in self.starts.items()}
