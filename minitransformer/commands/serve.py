@@ -137,8 +137,10 @@ def _service(options: Options) -> Service:
     room = Room(options.batch_size, options.context, options.cache_mib, options.weights, device)
     service = Service(Models(), limits, Metrics(), AnswerJournal(options.log))
     for name, path in named_paths(options.runs).items():
-        served = service.models[name] = open_served(name, path, room, limits, service.metrics, _note)
-        _note(f"{name} is a {served.run.config.model.topology}, {served.cache_in_words}")
+        served = open_served(name, path, room, limits, service.metrics, _note)
+        shared = service.models.add(served) / 2**20
+        of_others = f", with {shared:,.1f} MiB of weights of the others" if shared else ""
+        _note(f"{name} is a {served.run.config.model.topology}, {served.cache_in_words}{of_others}")
     return service
 
 
