@@ -275,24 +275,6 @@ def test_a_prompt_is_lower_cased_where_the_data_was(
     assert sent_texts(service.models["gpt"].run, service.journal._log, 1, "gpt")[0].ids == list(b"ab")  # type: ignore[arg-type]
 
 
-def test_models_share_the_weights_that_they_have_in_common(tmp_path: Path, shake: Callable[[Any], Any]) -> None:
-    write_run(tmp_path / "one", shake)
-    run = Run.open(tmp_path / "one")
-    other: Any = run.load_model()
-    changed = next(name for name, _ in other.named_parameters() if name.endswith("query.weight"))
-    with torch.no_grad():
-        other.get_parameter(changed).add_(1)
-    Run.create(tmp_path / "two", run.config, TOKENIZER, TOKENIZER, initial=other)
-    models, metrics = Models(), Metrics()
-    saved = [models.add(open_served(name, tmp_path / name, Room(), LIMITS, metrics, print)) for name in ("one", "two")]
-    tensors = [dict(models[name].model.named_parameters()) for name in ("one", "two")]
-    own = {name for name, each in tensors[0].items() if each.data_ptr() != tensors[1][name].data_ptr()}
-    assert own == {changed}
-    assert saved == [0, sum(each.nbytes for name, each in tensors[0].items() if name not in own)]
-    for name, each in other.named_parameters():
-        assert torch.equal(each, tensors[1][name])
-
-
 def test_a_key_is_asked_for_where_there_are_some(service: Service) -> None:
     client = TestClient(make_app(service, ["right", "other"]))
     assert client.get("/health").status_code == 200
