@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minitransformer.architecture.attention import MultiHeadAttention
+from minitransformer.architecture.attention import MultiHeadAttention, scaled_dot_product_attention
 from minitransformer.architecture.embeddings import LMHead
+from minitransformer.architecture.kernels import fastest_attention
 from minitransformer.generation.fast import row_kernel
 from minitransformer.generation.fast.many_rows import has_many_products, multiply_many_rows
 from minitransformer.generation.weights import Float32, StoredWeights
@@ -22,6 +23,8 @@ FEW_WEIGHTS = 1 << 21
 """models with fewer fit into the processor's caches, and gain nothing from the kernel (measured)"""
 MANY_WEIGHTS = 1 << 17
 """a product of one row with more takes much longer than the call"""
+MANY_HEADS = 256
+"""of all rows together"""
 FEW_ELEMENTS = 1 << 13
 """for which torch's own GELU is faster than oneDNN's (measured)"""
 M = TypeVar("M", bound=nn.Module)
@@ -102,6 +105,8 @@ def for_single_rows(model: M) -> M:
         vars(module).update(_parameters=constants, training=False)  # faster than `nn.Module.__setattr__`
         if isinstance(module, MultiHeadAttention):
             _join_projections(module)
+            if module.kernel is fastest_attention:
+                module.kernel = attend_from_rows
         if getattr(module, "activation", None) is F.gelu:
             module.activation = gelu_by_columns  # type: ignore[assignment]
     return rows
@@ -169,6 +174,14 @@ class RowProjection(nn.Module):
     def forward(self, x: Float[Tensor, "*batch in"], *maps: nn.Module) -> Sequence[Float[Tensor, "*batch _"]]:
         """The outputs of the `maps` that this was made from, as by `project_each`."""
         return self.together(x).split(self.sizes, dim=-1)
+
+
+def attend_from_rows(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """`fastest_attention`, but by its equation for single queries of many heads: up to 1.3 times as fast (measured)."""
+    single = q.device.type == "cpu" and q.size(-2) == 1 and mask is None
+    by_hand = single and q.size(0) * q.size(1) >= MANY_HEADS
+    kernel = scaled_dot_product_attention if by_hand and q.size(1) == k.size(1) else fastest_attention
+    return kernel(q, k, v, mask=mask, **options)
 
 
 def gelu_by_columns(x: Tensor) -> Tensor:
