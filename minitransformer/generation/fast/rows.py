@@ -83,7 +83,7 @@ class KernelLinear(nn.Module):
 
 
 def project_rows(x: Float[Tensor, "*batch features"], *maps: nn.Module) -> Sequence[Float[Tensor, "*batch _"]]:
-    """`project_each` by one call of the kernel, at whose end threads wait for each other, if it multiplies all `maps`."""
+    """`project_each` by one call of the kernel, after which threads wait for each other, if it multiplies all maps."""
     kernels = [linear for linear in maps if isinstance(linear, KernelLinear) and not has_hooks(linear)]
     stored = [linear.weights for linear in kernels]
     scales = [part.scale for part in stored if part.scale is not None]
@@ -93,7 +93,7 @@ def project_rows(x: Float[Tensor, "*batch features"], *maps: nn.Module) -> Seque
     if len(kernels) < len(maps) or len(kinds) > 1 or len(groups) > 1 or not all(part.is_fast(x) for part in kernels):
         return project_each(x, *maps)
     products = torch.ops.minitransformer.row_products
-    return products(kernels[0].filled(x), [part.stored for part in stored], scales, biases)  # type: ignore[no-any-return]
+    return products(kernels[0].filled(x), [part.stored for part in stored], scales, biases)
 
 
 def _why_no_kernel(model: nn.Module, report: Callable[[str], None]) -> str | None:
