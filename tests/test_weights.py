@@ -121,6 +121,42 @@ def test_torchs_kernels_multiply_with_what_is_stored_but_for_rounded_rows(
     assert ((stored_map(kind, weight).product(x) - exact).abs() <= most).all()
 
 
+@pytest.mark.parametrize("kind", [Int8, Int4])
+@given(out=sizes, features=sizes | st.just(200), rows=st.integers(1, 8), outlier=st.floats(1, 1e6))
+def test_with_integers_the_kernel_changes_a_feature_by_2_to_the_minus_16_of_the_largest_of_its_64(
+    compiled: None, kind: type[StoredWeights], out: int, features: int, rows: int, outlier: float
+) -> None:
+    weight, x = torch.randn(out, features), torch.randn(rows, features)
+    x[:, features // 2] *= outlier
+    largest = torch.cat([block.abs().amax(-1, keepdim=True).expand_as(block) for block in x.split(64, dim=1)], dim=1)
+    exact = restored(kind, weight).double()
+    most = (2**-16 * largest + 2**-20 * x.abs()).double() @ exact.abs().t()
+    product = KernelLinear(stored_map(kind, weight))(x)
+    assert ((product - x.double() @ exact.t()).abs() <= most + 1e-30).all()
+
+
+@pytest.mark.parametrize("kind", [Int8, Int4])
+def test_features_that_are_not_finite_do_not_become_numbers(compiled: None, kind: type[StoredWeights]) -> None:
+    x = torch.zeros(3, 70)
+    x[0, 3], x[1, 69] = torch.nan, -torch.inf
+    product = KernelLinear(stored_map(kind, torch.ones(2, 70)))(x)
+    assert product.isfinite().tolist() == [[False, False], [False, False], [True, True]]
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_the_kernel_gives_the_same_for_any_number_of_threads(compiled: None, kind: type[StoredWeights]) -> None:
+    product, x = KernelLinear(stored_map(kind, torch.randn(700, 150))), torch.randn(7, 150)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(product(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_the_kernel_leaves_the_arithmetic_of_the_process_as_it_was(compiled: None) -> None:
     assert torch.tensor(1e-310, dtype=torch.float64) * 1 > 0, "subnormal numbers are 0"
 
@@ -130,6 +166,10 @@ def test_an_impossible_product_is_refused_by_the_kernel(compiled: None) -> None:
     for x, weight in ((torch.ones(1, 3), torch.ones(2, 4)), (torch.ones(1, 4).double(), torch.ones(2, 4))):
         with pytest.raises(RuntimeError):
             product(x, weight, None, None)
+    x, eights, fours = torch.ones(1, 128), torch.ones(2, 128, dtype=torch.int8), torch.ones(2, 64, dtype=torch.uint8)
+    for weight, scale in ((eights, None), (eights, torch.ones(3)), (fours, torch.ones(2)), (fours, torch.ones(2, 3))):
+        with pytest.raises(RuntimeError):
+            product(x, weight, scale, None)
 
 
 # Models

@@ -130,11 +130,15 @@ def _listen(options: Options) -> socket.socket:
     """A socket at the address; raises `UserError` if there is none to have."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        return socket.create_server((options.host, options.port), family=family, backlog=1024)
+        listener = socket.create_server((options.host, options.port), family=family, backlog=1024)
     except OSError as error:
         raise UserError(
             f"cannot listen on {options.host} port {options.port} ({error.strerror}): choose another --port or --host"
         ) from None
+    # Of connections too: asyncio sets it for sockets with a protocol number, and those of this listener have none. Each
+    # answer would wait 40 ms for the client's delayed acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _address(listener: socket.socket) -> str:

@@ -1,6 +1,17 @@
 """Import and export of public checkpoints."""
 
-from minitransformer.pretrained import bert, cohere, dbrx, gemma, gpt, llama, modernbert, seq2seq
+from minitransformer.pretrained import (
+    bert,
+    cohere,
+    dbrx,
+    gemma,
+    gguf_encoders,
+    gguf_subwords,
+    gpt,
+    llama,
+    modernbert,
+    seq2seq,
+)
 from minitransformer.pretrained.checkpoint import (
     checkpoint_files,
     checkpoint_folder,
@@ -20,6 +31,8 @@ __all__ = [
     "dbrx",
     "gemma",
     "generation_config",
+    "gguf_encoders",
+    "gguf_subwords",
     "gpt",
     "llama",
     "load",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ THEIRS = "blk.{layer}."
 BY_TABLE = 5e-3
 """largest error of logits where llama.cpp looks GELU up in a table of 16 bits"""
 HAS_HEAD = "has_head"
-"""stands among the metadata for whether the file has an output matrix of its own"""
+"""whether the file has an output matrix of its own"""
 
 
 class OnePlus(Transform):
@@ -57,6 +57,18 @@ class GGUFFamily(Family, kind="architecture of GGUF"):
     file = "the metadata"
     tolerance = 2e-4
     """largest error of llama.cpp's logits, of their root mean square"""
+    present: ClassVar[dict[str, str]] = {HAS_HEAD: "output.weight"}
+    """what stands among the metadata for whether the file has a tensor"""
+
+    @classmethod
+    def tolerance_for(cls, config: ModelConfig) -> float:
+        """The largest error of this member's outputs."""
+        return cls.tolerance
+
+    @classmethod
+    def factors(cls, metadata: HF) -> dict[str, float]:
+        """What tensors of this file are to be multiplied by, as another program has written them in another way."""
+        return {}
 
 
 SHAPE: dict[str, Field | str] = {

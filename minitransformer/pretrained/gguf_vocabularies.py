@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from minitransformer.errors import UserError
 from minitransformer.pretrained.tokenizers import SPLITS, split_pattern, steps_of
+from minitransformer.registry import Registered
 from minitransformer.text.tokenizers import GPT2_SPLIT, GPT4_SPLIT
 
 Metadata = dict[str, Any]
@@ -28,25 +29,90 @@ NO_MERGE = "Ā Ā"
 SPACE = "▁"
 
 
+def token_key(name: str) -> str:
+    """The key of a special token's id."""
+    return f"tokenizer.ggml.{name}_token_id"
+
+
+class GGUFVocabulary(Registered, kind="tokenizer of GGUF"):
+    """How llama.cpp splits a text: registered by `tokenizer.ggml.model`."""
+
+    before: ClassVar[dict[str, int]] = {}
+    after: ClassVar[dict[str, int]] = {}
+    """what stands before and after a text, and its usual id, where the file does not say so"""
+
+    @classmethod
+    def holds(cls, model: Mapping[str, Any]) -> bool:
+        """Whether it splits like this model of a tokenizer.json."""
+        raise NotImplementedError
+
+    @classmethod
+    def metadata(cls, content: dict[str, Any], tokens: list[str], kinds: list[int]) -> Metadata:
+        """The metadata for the content of a tokenizer.json, whose `tokens` and their `kinds` it may change.
+
+        Raises `UserError` for what llama.cpp does not do.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def parts(cls, metadata: Mapping[str, Any], vocab: dict[str, int]) -> dict[str, Any]:
+        """The inverse of `metadata`: normalizer, pre-tokenizer, model and decoder."""
+        raise NotImplementedError
+
+
+class ByteLevelGGUF(GGUFVocabulary, name="gpt2"):
+    """BPE of bytes."""
+
+    @classmethod
+    def holds(cls, model: Mapping[str, Any]) -> bool:
+        return model.get("type") == "BPE" and not model.get("byte_fallback")
+
+    @classmethod
+    def metadata(cls, content: dict[str, Any], tokens: list[str], kinds: list[int]) -> Metadata:
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+        return {PRE: _pre_tokenizer(content), MERGES: merges or [NO_MERGE]}
+
+    @classmethod
+    def parts(cls, metadata: Mapping[str, Any], vocab: dict[str, int]) -> dict[str, Any]:
+        return _byte_level_parts(metadata, vocab)
+
+
+class SentencePieceGGUF(GGUFVocabulary, name="llama"):
+    """SentencePiece's BPE: merges by score."""
+
+    before: ClassVar[dict[str, int]] = {"bos": 1}
+
+    @classmethod
+    def holds(cls, model: Mapping[str, Any]) -> bool:
+        return model.get("type") == "BPE" and bool(model.get("byte_fallback"))
+
+    @classmethod
+    def metadata(cls, content: dict[str, Any], tokens: list[str], kinds: list[int]) -> Metadata:
+        return _sentencepiece(content, tokens, kinds)
+
+    @classmethod
+    def parts(cls, metadata: Mapping[str, Any], vocab: dict[str, int]) -> dict[str, Any]:
+        return _sentencepiece_parts(metadata, vocab)
+
+
 def gguf_vocabulary(content: dict[str, Any], size: int) -> Metadata:
     """The metadata for the content of a tokenizer.json, of `size` tokens; raises `UserError` if llama.cpp has none."""
     model = content["model"]
-    if model.get("type") != "BPE":
-        kind = model.get("type")
+    kind = next((kind for kind in GGUFVocabulary.registry.values() if kind.holds(model)), None)
+    if kind is None:
         raise UserError(
-            f"llama.cpp has no tokenizer like {kind}: train a model with --tokenizer bpe, or choose --format hf"
+            f"llama.cpp has no tokenizer like {model.get('type')}: train a model with --tokenizer bpe, "
+            "or choose --format hf"
         )
     added = {token["id"]: token for token in content.get("added_tokens", [])}
     tokens, kinds = [f"[PAD{number}]" for number in range(size)], [UNUSED] * size
-    for token, number in model["vocab"].items():
+    vocab = model["vocab"]
+    numbered = vocab.items() if isinstance(vocab, dict) else [(token, i) for i, (token, _) in enumerate(vocab)]
+    for token, number in numbered:
         tokens[number], kinds[number] = token, NORMAL
     for number, token in added.items():
         tokens[number], kinds[number] = token["content"], CONTROL if token.get("special") else USER_DEFINED
-    written = {TOKENS: tokens, TYPES: kinds}
-    if model.get("byte_fallback"):
-        return written | _sentencepiece(content, tokens, kinds)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return {**written, MODEL: "gpt2", PRE: _pre_tokenizer(content), MERGES: merges or [NO_MERGE]}
+    return {MODEL: kind.name, TOKENS: tokens, TYPES: kinds} | kind.metadata(content, tokens, kinds)
 
 
 def _pre_tokenizer(content: dict[str, Any]) -> str:
@@ -76,7 +142,7 @@ def _sentencepiece(content: dict[str, Any], tokens: Sequence[str], kinds: list[i
         elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             kinds[number] = BYTE
     scores = [-float(number) for number in range(len(tokens))]
-    return {MODEL: "llama", PRE: "default", SCORES: scores, ADD_SPACE: bool(prepends)}
+    return {PRE: "default", SCORES: scores, ADD_SPACE: bool(prepends)}
 
 
 def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,28 +157,26 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
         for number, kind in enumerate(kinds)
         if kind in (CONTROL, USER_DEFINED, UNKNOWN)
     ]
+    if kind not in GGUFVocabulary.registry:
+        raise UserError(f"the tokenizer of the file is {kind!r}: known are {', '.join(GGUFVocabulary.registry)}")
+    known = GGUFVocabulary.named(kind)
     vocab = {token: number for number, token in enumerate(tokens) if kinds[number] in (NORMAL, BYTE, UNKNOWN)}
-    whole = {"version": "1.0", "added_tokens": added, "post_processor": _around(metadata, tokens)}
-    if kind == "gpt2":
-        return {**whole, **_byte_level_parts(metadata, vocab)}
-    if kind == "llama":
-        return {**whole, **_sentencepiece_parts(metadata, vocab)}
-    raise UserError(f"the tokenizer of the file is {kind!r}: known are gpt2 and llama")
+    around = _around(metadata, tokens, known)
+    return {"version": "1.0", "added_tokens": added, "post_processor": around, **known.parts(metadata, vocab)}
 
 
-def _around(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any] | None:
+def _around(metadata: Mapping[str, Any], tokens: Sequence[str], known: type[GGUFVocabulary]) -> dict[str, Any] | None:
     """The post-processor that adds the first and the last token, where the file says so."""
-    is_llama = metadata[MODEL] == "llama"
-    ids = [
-        metadata[f"tokenizer.ggml.{name}_token_id"]
-        for name in ("bos", "eos")
-        if metadata.get(f"tokenizer.ggml.add_{name}_token", is_llama and name == "bos")
-    ]
+    sides = []
+    for name, usual in {"bos": known.before, "eos": known.after}.items():
+        adds = metadata.get(f"tokenizer.ggml.add_{name}_token", bool(usual))
+        found = [metadata.get(token_key(each), number) for each, number in usual.items()]
+        sides.append((found or [metadata[token_key(name)]]) if adds else [])
+    ids = [*sides[0], *sides[1]]
     if not ids:
         return None
-    first = metadata.get("tokenizer.ggml.add_bos_token", is_llama)
     pieces = [{"SpecialToken": {"id": tokens[number], "type_id": 0}} for number in ids]
-    pieces.insert(1 if first else 0, {"Sequence": {"id": "A", "type_id": 0}})
+    pieces.insert(len(sides[0]), {"Sequence": {"id": "A", "type_id": 0}})
     named = {tokens[number]: {"id": tokens[number], "ids": [number], "tokens": [tokens[number]]} for number in ids}
     pair = [*pieces, {"Sequence": {"id": "B", "type_id": 1}}]
     return {"type": "TemplateProcessing", "single": pieces, "pair": pair, "special_tokens": named}

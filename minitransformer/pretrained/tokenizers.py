@@ -243,6 +243,12 @@ def merged_fields(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     return {field: value for content in contents for field, value in content.items() if value is not None}
 
 
+def content_of_folder(folder: Path) -> dict[str, Any] | None:
+    """The content of the tokenizer.json of a checkpoint folder, as its class reads it; None without known files."""
+    settings, expected = (merged_fields(folder, names) for names in ((NAMES, SETTINGS), CONFIGS))
+    return tokenizer_content(folder, settings, expected.get("model_type", ""))
+
+
 def tokenizer_content(folder: Path, settings: dict[str, Any], model_type: str) -> dict[str, Any] | None:
     if not (folder / FILE).is_file():
         older = content_of_vocabulary(folder, settings, model_type)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minitransformer.architecture.attention import MultiHeadAttention
 from minitransformer.architecture.embeddings import LMHead
 from minitransformer.generation.fast import row_kernel
+from minitransformer.generation.fast.many_rows import has_many_products, multiply_many_rows
 from minitransformer.generation.weights import Float32, StoredWeights
 from minitransformer.models.joined import has_hooks, is_plain
 from minitransformer.models.surgery import copied, is_linear_map
@@ -66,6 +67,8 @@ class KernelLinear(nn.Module):
             if self.padding:
                 x = F.pad(x, (0, self.padding))
             return product(x.contiguous(), weights.stored, weights.scale, weights.bias)
+        if isinstance(weights, Float32) and has_many_products(x, self.out_features):
+            return multiply_many_rows(x, weights.stored, weights.bias)
         return weights(x)
 
 
@@ -120,10 +123,9 @@ class RowLinear(nn.Linear):
 
     def __init__(self, *maps: nn.Linear) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would draw weights
-        weight, bias = maps[0].weight.detach(), _constant(maps[0].bias)
-        if len(maps) > 1:
-            weight = torch.cat([linear.weight.detach() for linear in maps])
-            bias = None if bias is None else _constant(torch.cat([linear.bias for linear in maps]))
+        self._weights, self._biases = [linear.weight for linear in maps], [linear.bias for linear in maps]
+        weight, bias = _joined(self._weights), _joined(self._biases)
+        assert weight is not None
         self.out_features, self.in_features = weight.shape
         # Measured on CPUs: a row times a wide matrix is up to 1.8 times as fast if the matrix is stored by columns, and
         # large matrices are faster still with a vector.
@@ -131,15 +133,30 @@ class RowLinear(nn.Linear):
             weight = weight.t().contiguous().t()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.transposed = weight.t()
-        self.register_parameter("bias", bias)
+        self.register_parameter("bias", _constant(bias))
         self.large = weight.numel() > MANY_WEIGHTS
+
+    def refresh(self) -> None:
+        """Copy the weights again, where they are copies: the model may have been trained since."""
+        for whole, parts in ((self.weight, self._weights), (self.bias, self._biases)):
+            if whole is not None and whole.data_ptr() != parts[0].data_ptr():
+                for copy, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):
+                    copy.copy_(part)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.large and x.numel() == self.weight.size(1):
             product = torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+        elif has_many_products(x, self.out_features):
+            return multiply_many_rows(x, self.weight, self.bias)
         else:
             product = x @ self.transposed
         return product if self.bias is None else product + self.bias
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The tensors one after another; one alone is not copied."""
+    known = [part.detach() for part in parts if part is not None]
+    return torch.cat(known) if len(known) > 1 else next(iter(known), None)
 
 
 class RowProjection(nn.Module):
