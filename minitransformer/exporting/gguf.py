@@ -9,10 +9,11 @@ from typing import Any
 
 from minitransformer.exporting.copies import Copy
 from minitransformer.exporting.exported import Exported
-from minitransformer.exporting.families import family_that_holds
+from minitransformer.exporting.families import added_biases, family_that_holds
 from minitransformer.exporting.formats import ExportChoices, ExportFormat
 from minitransformer.exporting.llama_cpp import COMPARISONS, LlamaCopy, ReadBack, has_llama_cpp
 from minitransformer.models.config import ModelConfig
+from minitransformer.pretrained.checkpoint import with_zero_biases
 from minitransformer.pretrained.families import families_of
 from minitransformer.pretrained.gguf_families import GGUFFamily
 from minitransformer.pretrained.gguf_files import STORED, gguf_package, write_gguf
@@ -40,11 +41,11 @@ class GGUF(ExportFormat, name="gguf"):
 
     @classmethod
     def holders(cls, config: ModelConfig) -> list[str]:
-        has_topology = any(config.topology in family.architectures for family in GGUFFamily.registry.values())
-        return families_of(replace(config, vocab_size=config.vocab_size or 1), GGUFFamily) if has_topology else []
+        return families_of(replace(config, vocab_size=config.vocab_size or 1), GGUFFamily)
 
     def about(self) -> dict[str, Any]:
-        return {"family": self.family, "weights": self.stored}
+        added = added_biases(self.exported.model.config, self.family, GGUFFamily)
+        return {"family": self.family, "weights": self.stored, **added}
 
     def write(self, folder: Path) -> None:
         assert self.stored is not None
@@ -56,7 +57,8 @@ class GGUF(ExportFormat, name="gguf"):
         file = None if originals is None else originals / FILE
         content = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else None
         tokenizer = described(self.exported.tokenizer) if content is None else content
-        write_gguf(self.exported.model, path, self.family, stored, tokenizer, self._about())
+        model = with_zero_biases(self.exported.model, GGUFFamily.named(self.family))
+        write_gguf(model, path, self.family, stored, tokenizer, self._about())
 
     def _about(self) -> dict[str, Any]:
         """The metadata on special tokens and conversations."""
