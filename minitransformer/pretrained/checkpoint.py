@@ -101,6 +101,18 @@ def _filled(config: ModelConfig, tensors: Mapping[str, Tensor], size: int, famil
     return model
 
 
+def with_zero_biases(model: Model, kind: type[Family]) -> Model:
+    """`model`, or, if the family always has biases that it lacks, the same one with zeros there."""
+    config = kind.widened(model.config)
+    if config == model.config:
+        return model
+    with Undrawn():
+        wider = build_model(config).to(next(model.parameters()).dtype).eval()
+    for name in wider.load_state_dict(model.state_dict(), strict=False).missing_keys:
+        wider.get_parameter(name).data.zero_()
+    return wider
+
+
 @contextmanager
 def checkpoint_files(name: str | Path) -> Iterator[Path]:
     """The folder with the files besides the weights of the checkpoint `name`, or with what a GGUF file says."""
@@ -145,8 +157,8 @@ def write_public(
     `tokenizer`, or copied from the folder `originals`; `generation` is as from `generation_config`, and
     `chat_template` the source of one. Raises `UserError` with the settings that the family cannot represent.
     """
-    model = in_full_precision(model)
     kind = Family.named(family)
+    model = with_zero_biases(in_full_precision(model), kind)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     # The family's own fields take precedence over additional ones.
     hf = {**kind.hf_config(model.config), "dtype": dtype, **(extra or {}), **kind.required}
