@@ -169,5 +169,6 @@ class T5GGUF(GGUFFamily, name="t5"):
     def factors(cls, metadata: HF) -> dict[str, float]:
         """llama.cpp's own converter leaves the scale of a tied head out."""
         width = metadata.get("embedding_length")
-        is_scaled = SCALE in metadata or metadata[HAS_HEAD] or not isinstance(width, int) or width < 1
-        return {} if is_scaled else {"dec.output_norm.weight": width**-0.5}
+        if SCALE in metadata or metadata[HAS_HEAD] or not isinstance(width, int) or width < 1:
+            return {}
+        return {"dec.output_norm.weight": width**-0.5}
