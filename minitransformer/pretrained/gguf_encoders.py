@@ -27,6 +27,9 @@ ATTENTION = {"attn_q": "query", "attn_k": "key", "attn_v": "value"}
 class EncoderGGUF(GGUFFamily):
     """An encoder: hidden states or classes, without a head for masked tokens."""
 
+    # Of a head for masked tokens, llama.cpp's own converter writes the first part.
+    ignored: ClassVar[Sequence[str]] = (r"^cls\.(weight|bias|norm\.weight)$",)
+
     @classmethod
     def model_config(cls, hf: HF) -> ModelConfig:
         return super().model_config({"id2label": hf.get(CLASSES, ["0"]), **hf})
