@@ -270,7 +270,7 @@ def test_what_an_encoder_needs_is_said_with_every_flag(tmp_path: Path, call: Cal
     flags = ["--to", str(tmp_path / "out"), "--format", "gguf", "--family", "bert"]
     code, _, err = call(export, str(run.path), *flags)
     assert code == 2
-    for flag in ("--residual post", "--positions learned", "--bias", "--embedding-norm", "--feedforward gelu"):
+    for flag in ("--residual post", "--positions learned", "--embedding-norm", "--feedforward gelu"):
         assert flag in err
 
 
