@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
-from minitransformer.generation.processors import MinP, RepetitionPenalty, Temperature, TopK, TopP
+from minitransformer.generation.processors import (
+    FrequencyPenalty,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+)
 from minitransformer.models.decoder import DecoderLM
 
 MakeDecoder = Callable[..., DecoderLM]
@@ -51,6 +59,18 @@ def test_repetition_penalty_is_ctrls(row: list[float], data: st.DataObject, pena
         logit if i not in tokens else logit / penalty if logit > 0 else logit * penalty for i, logit in enumerate(row)
     ]
     assert processed(RepetitionPenalty.choose(penalty=penalty).make(), row, tokens) == pytest.approx(expected)
+
+
+@given(logit_rows, st.data(), st.integers(-8, 8), st.integers(-8, 8), st.integers(0, 3))
+def test_presence_and_frequency_penalties_are_openais_and_do_not_count_the_prompt(
+    row: list[float], data: st.DataObject, presence: int, frequency: int, prompt: int
+) -> None:
+    tokens = data.draw(st.lists(st.integers(0, len(row) - 1), min_size=prompt, max_size=20))
+    counts = [tokens[prompt:].count(token) for token in range(len(row))]
+    once = processed(PresencePenalty.choose(penalty=presence / 4).make(prompt), row, tokens)
+    assert once == [logit - (n > 0) * presence / 4 for logit, n in zip(row, counts, strict=True)]
+    often = processed(FrequencyPenalty.choose(penalty=frequency / 4).make(prompt), row, tokens)
+    assert often == [logit - n * frequency / 4 for logit, n in zip(row, counts, strict=True)]
 
 
 @given(logit_rows, st.floats(0.05, 5))

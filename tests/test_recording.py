@@ -6,16 +6,18 @@ import signal
 import threading
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from minitransformer.architecture.attention import scaled_dot_product_attention
 from minitransformer.architecture.block import Block
 from minitransformer.architecture.feedforward import FeedForward
 from minitransformer.architecture.norms import Norm
 from minitransformer.architecture.positions import PositionScheme
-from minitransformer.generation.fast import many_rows, recording
+from minitransformer.generation.fast import many_rows, recording, rows
 from minitransformer.generation.fast.recording import FEW_PRODUCTS, MOST, SOON, Recorded, products_of
 from minitransformer.generation.fast.rows import KernelLinear, RowLinear, for_single_rows, gelu_by_columns
 from minitransformer.generation.fast.steps import recorded_steps
@@ -85,8 +87,8 @@ def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_products_by_onednn_are_products(inputs: int, outputs: int, bias: bool, by_onednn: None) -> None:
     linear = torch.nn.Linear(inputs, outputs, bias=bias)
     fast, x = RowLinear(linear), torch.randn(5, 3, inputs)
-    for rows in (x, x[:, -1:], x.transpose(0, 1), x[0, :2]):
-        torch.testing.assert_close(fast(rows), linear(rows))
+    for some in (x, x[:, -1:], x.transpose(0, 1), x[0, :2]):
+        torch.testing.assert_close(fast(some), linear(some))
     assert many_rows.has_many_products(x, outputs)
     assert not many_rows.has_many_products(x.double(), outputs)
     by_hand = many_rows.multiply_many_rows(x, linear.weight.detach(), fast.bias)
@@ -95,6 +97,20 @@ def test_products_by_onednn_are_products(inputs: int, outputs: int, bias: bool, 
 
 def test_steps_by_onednn_are_those_of_the_model(tiny_decoder: MakeDecoder, by_onednn: None) -> None:
     test_what_is_replayed_is_what_the_model_says(tiny_decoder, {"bias": True, "feedforward": "swiglu"})
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{}, {"positions": "alibi"}, {"num_kv_heads": 2}, {"attention_window": 4, "attention_softcap": 2.0}],
+    ids=str,
+)
+def test_steps_of_many_heads_are_those_of_the_model(
+    tiny_decoder: MakeDecoder, choices: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "MANY_HEADS", 1)
+    monkeypatch.setattr(rows, "scaled_dot_product_attention", by_hand := Mock(wraps=scaled_dot_product_attention))
+    test_what_is_replayed_is_what_the_model_says(tiny_decoder, choices)
+    assert by_hand.called == ("num_kv_heads" not in choices and "attention_window" not in choices)
 
 
 class Other(torch.nn.Linear):

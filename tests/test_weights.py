@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.fast import row_kernel, rows
-from minitransformer.generation.fast.rows import KernelLinear, with_row_kernel
+from minitransformer.generation.fast.rows import KernelLinear, project_rows, with_row_kernel
 from minitransformer.generation.fast.steps import recorded_steps
 from minitransformer.generation.logits import CachedLogits
 from minitransformer.generation.weights import BFloat16, Float32, Int4, Int8, StoredWeights
@@ -135,6 +136,32 @@ def test_with_integers_the_kernel_changes_a_feature_by_2_to_the_minus_16_of_the_
     assert ((product - x.double() @ exact.t()).abs() <= most + 1e-30).all()
 
 
+@pytest.mark.parametrize("kind", EVERY)
+@given(outs=st.tuples(sizes, sizes, sizes), features=sizes, rows=st.integers(0, 8), bias=st.booleans())
+def test_several_maps_by_one_call_give_what_each_gives(
+    compiled: None, kind: type[StoredWeights], outs: tuple[int, ...], features: int, rows: int, bias: bool
+) -> None:
+    maps = [KernelLinear(kind(nn.Linear(features, out, bias=bias))) for out in outs]
+    x = torch.randn(2, rows, features)[:, ::2]
+    with torch.no_grad(), mock.patch.object(KernelLinear, "forward", side_effect=AssertionError):
+        together = project_rows(x, *maps)
+    with torch.no_grad():
+        assert all(torch.equal(one, linear(x)) for one, linear in zip(together, maps, strict=True))
+
+
+def test_maps_that_are_not_alike_are_multiplied_one_by_one(compiled: None) -> None:
+    linear = nn.Linear(70, 5)
+    fast, hooked = [KernelLinear(Int8(linear)) for _ in range(2)]
+    called: list[nn.Module] = []
+    hooked.register_forward_hook(lambda module, inputs, output: called.append(module))
+    others = [hooked, KernelLinear(Int4(linear)), KernelLinear(Int8(nn.Linear(70, 5, bias=False))), linear]
+    for x in (torch.randn(1, 70), torch.randn(99, 70)):
+        for other in others:
+            for one, part in zip(project_rows(x, fast, other), (fast, other), strict=True):
+                assert torch.equal(one, part(x))
+    assert len(called) == 4  # by us and by the call, for each x
+
+
 @pytest.mark.parametrize("kind", [Int8, Int4])
 def test_features_that_are_not_finite_do_not_become_numbers(compiled: None, kind: type[StoredWeights]) -> None:
     x = torch.zeros(3, 70)
@@ -145,13 +172,13 @@ def test_features_that_are_not_finite_do_not_become_numbers(compiled: None, kind
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_the_kernel_gives_the_same_for_any_number_of_threads(compiled: None, kind: type[StoredWeights]) -> None:
-    product, x = KernelLinear(stored_map(kind, torch.randn(700, 150))), torch.randn(7, 150)
+    maps, x = [KernelLinear(stored_map(kind, torch.randn(out, 150))) for out in (700, 300, 500)], torch.randn(7, 150)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(product(x))
+            results.append(torch.cat(list(project_rows(x, *maps)), dim=1))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)

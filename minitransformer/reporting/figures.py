@@ -229,7 +229,12 @@ def named_points(points: Sequence[Point], *, x_label: str, y_label: str, title: 
     for number, curve in enumerate(curves):
         own = [point for point in points if point.curve == curve]
         color = INK if number == 0 else PALETTE[(number - 1) % (len(PALETTE) - 1)]
-        style = {"color": color, "marker": MARKERS[number % len(MARKERS)], "markersize": 6, "linewidth": 1.0}
+        style: dict[str, Any] = {
+            "color": color,
+            "marker": MARKERS[number % len(MARKERS)],
+            "markersize": 6,
+            "linewidth": 1.0,
+        }
         plain = sorted((point.x, point.y) for point in own if point.origin is None)
         x, y = zip(*plain, strict=True) if plain else ((), ())
         lines += axes.plot(x, y, markerfacecolor="white", zorder=3, **style)

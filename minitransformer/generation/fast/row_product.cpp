@@ -246,79 +246,114 @@ void dot_blocks(const char* w, int64_t bytes, const float* scale, const RoundedB
   for (int r = 0; r < ROWS; r++) products[r] = total<WIDTH / 4>(sums[r]);
 }
 
-// y = x Wᵀ · scale + bias, with the products of `dots(o, row, count, products)`: those of `count` rows, 1 or 4, with
-// row o of the weights, scaled.
+// One of several maps of the same rows x: `to` is x Wᵀ · scale + bias, with `out` features.
+struct Map {
+  const char* weight;
+  const float *scale, *bias;
+  float* to;
+  int64_t out;
+};
+using Maps = std::vector<Map>;
+
+// All outputs of all maps, with the products of `dots(map, o, row, count, products)`: those of `count` rows, 1 or 4,
+// with row o of the weights of a map, scaled.
 template <class Dots>
-void for_each_output(int64_t out, int64_t in, int64_t rows, const float* bias, Tensor& y, Dots dots) {
-  auto* to = static_cast<float*>(y.mutable_data_ptr());
+void for_each_output(const Maps& maps, int64_t in, int64_t rows, Dots dots) {
+  int64_t all = 0;
+  for (const Map& map : maps) all += map.out;
   const int64_t least = PRODUCTS_PER_THREAD / std::max<int64_t>(1, in * rows) + 1;
-  torch::stable::parallel_for(0, out, least, [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; o++) {
-      float products[4];
-      for (int64_t row = 0; row < rows;) {
-        const int count = rows - row >= 4 ? 4 : 1;
-        dots(o, row, count, products);
-        for (int n = 0; n < count; n++, row++) to[row * out + o] = products[n] + (bias ? bias[o] : 0.0f);
+  torch::stable::parallel_for(0, all, least, [&](int64_t begin, int64_t end) {
+    for (const Map& map : maps) {
+      for (int64_t o = std::max<int64_t>(begin, 0); o < std::min(end, map.out); o++) {
+        float products[4];
+        for (int64_t row = 0; row < rows;) {
+          const int count = rows - row >= 4 ? 4 : 1;
+          dots(map, o, row, count, products);
+          for (int n = 0; n < count; n++, row++)
+            map.to[row * map.out + o] = products[n] + (map.bias ? map.bias[o] : 0.0f);
+        }
       }
+      begin -= map.out;
+      end -= map.out;
     }
   });
 }
 
 template <class Weight>
-void multiply(const Tensor& x, const Tensor& weight, const float* bias, Tensor& y) {
-  const int64_t out = weight.size(0), in = weight.size(1);
-  const auto* w = static_cast<const Weight*>(weight.const_data_ptr());
-  const auto* from = static_cast<const float*>(x.const_data_ptr());
-  for_each_output(out, in, x.numel() / in, bias, y, [&](int64_t o, int64_t row, int count, float* products) {
-    (count == 4 ? dot<4, 2, Weight> : dot<1, 4, Weight>)(w + o * in, from + row * in, in, products);
+void multiply(const float* x, int64_t rows, int64_t in, const Maps& maps) {
+  for_each_output(maps, in, rows, [&](const Map& map, int64_t o, int64_t row, int count, float* products) {
+    const auto* w = reinterpret_cast<const Weight*>(map.weight) + o * in;
+    (count == 4 ? dot<4, 2, Weight> : dot<1, 4, Weight>)(w, x + row * in, in, products);
   });
 }
 
 template <class Block>
-void multiply_blocks(const Tensor& x, const Tensor& weight, const Tensor& scale, const float* bias, Tensor& y) {
-  const int64_t out = weight.size(0), bytes = weight.size(1), in = x.size(-1), groups = scale.numel() / out;
-  const auto* w = static_cast<const char*>(weight.const_data_ptr());
-  const auto* scales = static_cast<const float*>(scale.const_data_ptr());
-  const auto rows = round_rows<Block>(static_cast<const float*>(x.const_data_ptr()), x.numel() / in, in, groups);
-  const int64_t blocks = (in + BLOCK - 1) / BLOCK;
-  for_each_output(out, in, x.numel() / in, bias, y, [&](int64_t o, int64_t row, int count, float* products) {
+void multiply_blocks(const float* x, int64_t rows, int64_t in, int64_t groups, const Maps& maps) {
+  const int64_t blocks = (in + BLOCK - 1) / BLOCK, bytes = in * sizeof(Block) / BLOCK;
+  const std::vector<RoundedBlock> rounded = round_rows<Block>(x, rows, in, groups);
+  for_each_output(maps, in, rows, [&](const Map& map, int64_t o, int64_t row, int count, float* products) {
     (count == 4 ? dot_blocks<4, Block> : dot_blocks<1, Block>)(
-        w + o * bytes, bytes, scales + o * groups, &rows[row * blocks], products);
+        map.weight + o * bytes, bytes, map.scale + o * groups, &rounded[row * blocks], products);
   });
 }
 
-const float* floats(const std::optional<Tensor>& vector) {
-  return vector ? static_cast<const float*>(vector->const_data_ptr()) : nullptr;
+// Number of groups of a row that have a scale of their own.
+int64_t count_groups(const Tensor& weight, const Tensor* scale, int64_t in) {
+  const ScalarType type = weight.scalar_type();
+  const bool is_packed = type == ScalarType::Byte, has_scale = is_packed || type == ScalarType::Char;
+  STD_TORCH_CHECK(has_scale || type == ScalarType::Float || type == ScalarType::BFloat16);
+  STD_TORCH_CHECK(weight.is_contiguous() && weight.size(1) * (is_packed ? 2 : 1) == in && bool(scale) == has_scale);
+  if (!scale) return 1;
+  STD_TORCH_CHECK(scale->is_contiguous() && scale->size(0) == weight.size(0) && scale->dim() == (is_packed ? 2 : 1));
+  const int64_t groups = is_packed ? scale->size(1) : 1;
+  STD_TORCH_CHECK(!is_packed || (groups && in % (groups * BLOCK) == 0));
+  return groups;
 }
 
-Tensor row_product(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && weight.is_contiguous());
-  const ScalarType type = weight.scalar_type();
-  const int64_t out = weight.size(0), in = weight.size(1) * (type == ScalarType::Byte ? 2 : 1);
-  STD_TORCH_CHECK(x.size(-1) == in);
+// For each of the weights, which have all a scale and a bias or none.
+std::vector<Tensor> row_products(const Tensor& x, const std::vector<Tensor>& weights,
+                                 const std::vector<Tensor>& scales, const std::vector<Tensor>& biases) {
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && count);
+  STD_TORCH_CHECK((scales.empty() || scales.size() == count) && (biases.empty() || biases.size() == count));
+  const auto scale_of = [&](size_t i) { return scales.empty() ? nullptr : &scales[i]; };
+  const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
+  const int64_t in = x.size(-1), rows = x.numel() / in, groups = count_groups(weights[0], scale_of(0), in);
+  const ScalarType type = weights[0].scalar_type();
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = out;
-  Tensor y = torch::stable::new_empty(x, shape);
-  if (type == ScalarType::Float || type == ScalarType::BFloat16) {
-    STD_TORCH_CHECK(!scale);
-    (type == ScalarType::Float ? multiply<float> : multiply<BFloat16>)(x, weight, floats(bias), y);
-  } else if (type == ScalarType::Char) {
-    STD_TORCH_CHECK(scale && scale->numel() == out && scale->is_contiguous());
-    multiply_blocks<Int8Block>(x, weight, *scale, floats(bias), y);
-  } else {
-    STD_TORCH_CHECK(type == ScalarType::Byte && scale && scale->dim() == 2 && scale->is_contiguous());
-    const int64_t groups = scale->size(1);
-    STD_TORCH_CHECK(scale->size(0) == out && groups && in % (groups * BLOCK) == 0);
-    multiply_blocks<Int4Block>(x, weight, *scale, floats(bias), y);
+  std::vector<Tensor> outputs;
+  Maps maps;
+  for (size_t i = 0; i < count; i++) {
+    STD_TORCH_CHECK(weights[i].scalar_type() == type && count_groups(weights[i], scale_of(i), in) == groups);
+    shape.back() = weights[i].size(0);
+    outputs.push_back(torch::stable::new_empty(x, shape));
+    maps.push_back({static_cast<const char*>(weights[i].const_data_ptr()), scales.empty() ? nullptr : floats(scales[i]),
+                    biases.empty() ? nullptr : floats(biases[i]),
+                    static_cast<float*>(outputs[i].mutable_data_ptr()), shape.back()});
   }
-  return y;
+  if (type == ScalarType::Float) multiply<float>(floats(x), rows, in, maps);
+  if (type == ScalarType::BFloat16) multiply<BFloat16>(floats(x), rows, in, maps);
+  if (type == ScalarType::Char) multiply_blocks<Int8Block>(floats(x), rows, in, groups, maps);
+  if (type == ScalarType::Byte) multiply_blocks<Int4Block>(floats(x), rows, in, groups, maps);
+  return outputs;
+}
+
+Tensor row_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
+                   const std::optional<Tensor>& bias) {
+  const auto list = [](const std::optional<Tensor>& each) {
+    return each ? std::vector<Tensor>{*each} : std::vector<Tensor>{};
+  };
+  return row_products(x, {weight}, list(scale), list(bias))[0];
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minitransformer, m) {
   m.def("row_product(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
+  m.def("row_products(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] biases) -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(minitransformer, CPU, m) { m.impl("row_product", TORCH_BOX(&row_product)); }
+STABLE_TORCH_LIBRARY_IMPL(minitransformer, CPU, m) {
+  m.impl("row_product", TORCH_BOX(&row_product));
+  m.impl("row_products", TORCH_BOX(&row_products));
+}
