@@ -44,7 +44,7 @@ class Options:
     """checkpoint of the run; None is the best, or else the latest"""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
     """draw size against quality of RUN and of all runs beside the new one (beside RUN without --out) that were made
-    from it, by compression or fine-tuning, and print a table; all are measured on the same data"""
+    from it, by compression, distillation or fine-tuning, and print a table; all are measured on the same data"""
 
 
 @with_exit_code

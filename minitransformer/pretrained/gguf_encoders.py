@@ -24,8 +24,24 @@ POOLINGS = {"mean": 1, "first": 2, "last": 3}
 ATTENTION = {"attn_q": "query", "attn_k": "key", "attn_v": "value"}
 
 
-class BERTGGUF(GGUFFamily, name="bert"):
-    """BERT, RoBERTa, XLM-RoBERTa and DistilBERT: hidden states or classes, without a head for masked tokens.
+class EncoderGGUF(GGUFFamily):
+    """An encoder: hidden states or classes, without a head for masked tokens."""
+
+    @classmethod
+    def model_config(cls, hf: HF) -> ModelConfig:
+        return super().model_config({"id2label": hf.get(CLASSES, ["0"]), **hf})
+
+    @classmethod
+    def _topology(cls, hf: HF) -> str:
+        return "encoder-classifier" if hf[HAS_CLASSES] else "encoder-headless"
+
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        return {"attention.causal": False, HAS_CLASSES: config.topology == "encoder-classifier"}
+
+
+class BERTGGUF(EncoderGGUF, name="bert"):
+    """BERT, RoBERTa, XLM-RoBERTa and DistilBERT.
 
     llama.cpp computes GELU by its tanh approximation, whatever a file says.
     """
@@ -55,26 +71,13 @@ class BERTGGUF(GGUFFamily, name="bert"):
     )
 
     @classmethod
-    def model_config(cls, hf: HF) -> ModelConfig:
-        return super().model_config({"id2label": hf.get(CLASSES, ["0"]), **hf})
-
-    @classmethod
-    def _topology(cls, hf: HF) -> str:
-        return "encoder-classifier" if hf[HAS_CLASSES] else "encoder-headless"
-
-    @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
         return {"num_segments": hf.get(SEGMENTS, 1) if hf[HAS_SEGMENTS] else None}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
-        is_classifier = config.topology == "encoder-classifier"
-        return {
-            "attention.causal": False,
-            SEGMENTS: config.num_segments or 1,
-            HAS_SEGMENTS: config.num_segments is not None,
-            HAS_CLASSES: is_classifier,
-        }
+        segments = config.num_segments
+        return {**super().write(config), SEGMENTS: segments or 1, HAS_SEGMENTS: segments is not None}
 
 
 def t5_tensors(side: str, ours: str) -> Iterator[Rule]:
