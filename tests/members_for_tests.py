@@ -212,6 +212,10 @@ MEMBERS: dict[str, Member] = {
     "bart scaled": Member("BartForConditionalGeneration", {**BART, "scale_embedding": True}),
     "marian": Member("MarianMTModel", {**MARIAN, "scale_embedding": True}),
     "marian unscaled": Member("MarianMTModel", {**MARIAN, "activation_function": "relu"}),
+    "pegasus": Member("PegasusForConditionalGeneration", {**BART, "pad_token_id": PADDING}),
+    "pegasus scaled": Member(
+        "PegasusForConditionalGeneration", {**BART, "scale_embedding": True, "activation_function": "relu"}
+    ),
     "gpt2": Member("GPT2LMHeadModel", GPT2),
     "gpt2 untied": Member("GPT2LMHeadModel", {**GPT2, "n_inner": 48, "tie_word_embeddings": False}),
     "gptj": Member("GPTJForCausalLM", {**GPT2, "rotary_dim": 6}),
@@ -219,6 +223,8 @@ MEMBERS: dict[str, Member] = {
     "gpt-neox": Member("GPTNeoXForCausalLM", {**NEOX, "num_attention_heads": 2}),
     "gpt-neox sequential": Member("GPTNeoXForCausalLM", {**NEOX, "use_parallel_residual": False, "rotary_pct": 0.5}),
     "gpt-neox unbiased": Member("GPTNeoXForCausalLM", {**NEOX, "num_attention_heads": 2, "attention_bias": False}),
+    "persimmon": Member("PersimmonForCausalLM", {**NEOX, "num_attention_heads": 2}),
+    "persimmon without norms": Member("PersimmonForCausalLM", {**NEOX, "qk_layernorm": False, "hidden_act": "gelu"}),
     "opt": Member("OPTForCausalLM", OPT, counts_tokens=True),
     "opt-350m": Member(
         "OPTForCausalLM", {**OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}, counts_tokens=True

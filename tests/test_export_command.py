@@ -14,11 +14,18 @@ import torch
 
 from minitransformer import pretrained
 from minitransformer.commands import export, train
+from minitransformer.exporting import ExportFormat
+from minitransformer.models.config import PRESETS
 from minitransformer.models.model import Model
+from minitransformer.pretrained.families import SIZES
+from minitransformer.training.presets import PRESETS as PRESET_RUNS
 from tests.runs_for_tests import Call, untrained_run
 
 with suppress(ImportError):  # before a test captures the standard error that it keeps for its warnings
     import transformers  # noqa: F401
+
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 GPT2 = {"positions": "learned", "bias": True}
@@ -118,23 +125,22 @@ def test_everything_in_the_way_of_the_nearest_format_is_named_with_flags_that_go
     tmp_path: Path, call: Call, shake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MINITRANSFORMER_DATA", str(tmp_path / "data"))
-    preset = {"feedforward": "squared-relu", "qk_norm": "head", "tied_embeddings": False, "token_smear": True}
-    untrained_run(tmp_path / "run", shake, "causal", **preset)
+    chosen = {"norm": "rms", "feedforward": "squared-relu", "qk_norm": "head", "token_smear": True}
+    untrained_run(tmp_path / "run", shake, "causal", **chosen, tied_embeddings=False)
     code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
     assert code == 2
     assert err == (
-        "error: no known family can represent this model; the nearest is qwen3: norm is 'layer', and qwen3 can only "
-        "hold 'rms'; feedforward is 'squared-relu', and qwen3 can only hold 'swiglu' or 'geglu-tanh' or 'geglu' or "
-        "'reglu'; token_smear is True, and qwen3 can only hold False: train a model with --norm rms --feedforward "
-        "swiglu --no-token-smear, which qwen3 can represent\n"
+        "error: no known family can represent this model; the nearest is qwen3: feedforward is 'squared-relu', and "
+        "qwen3 can only hold 'swiglu' or 'geglu-tanh' or 'geglu' or 'reglu'; token_smear is True, and qwen3 can only "
+        "hold False: train a model with --feedforward swiglu --no-token-smear, which qwen3 can represent\n"
     )
     (tmp_path / "text.txt").write_text("the dog and the cat " * 200)
     [flags] = re.findall("train a model with (.*), which", err)
     code, *_ = call(
         train,
         *("gpt-nano", "--data", str(tmp_path / "text.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "trained")),
-        *("--d-model", "16", "--num-layers", "1", "--context-length", "16", "--token-smear", *flags.split()),
-        *("--steps", "1", "--warmup-steps", "0", "--device", "cpu"),
+        *("--d-model", "16", "--num-layers", "1", "--context-length", "16", "--norm", "rms", "--token-smear"),
+        *(*flags.split(), "--steps", "1", "--warmup-steps", "0", "--device", "cpu"),
     )
     assert code == 0
     code, out, _ = call(export, str(tmp_path / "trained"), "--to", str(tmp_path / "out"))
@@ -155,7 +161,33 @@ def test_a_format_that_is_asked_for_says_all_that_is_in_its_way(tmp_path: Path, 
 def test_the_help_says_which_presets_can_be_exported(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         export.main(["--help"])
-    assert "gpt2-124m (gpt2, opt)" in capsys.readouterr().out
+    assert "gpt2-124m, nanogpt-cpu (gpt2, opt)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert re.search("gpt2-124m +124.44M  gguf, hf, onnx, torch\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", ExportFormat.registry.values(), ids=list(ExportFormat.registry))
+def test_the_readme_says_of_each_format_which_presets_it_holds(kind: type[ExportFormat]) -> None:
+    [row] = re.findall(rf"^\| {kind.name} \|.*$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert row.endswith(f"| {export.presets_in(kind)} |")
+
+
+# One of each kind of preset that hf holds, and the family that it leaves in.
+LEAVING = {
+    name: families[0] for name, config in PRESETS.items() if (families := ExportFormat.named("hf").holders(config))
+}
+
+
+@pytest.mark.parametrize("preset", {family: preset for preset, family in LEAVING.items()}.values())
+def test_a_preset_leaves_as_the_help_says(preset: str, tmp_path: Path, call: Call, shake: Any) -> None:
+    pytest.importorskip("transformers", reason="the reference implementation is not installed")
+    kept = {name: value for name, value in vars(PRESETS[preset]).items() if name not in ("d_ff", *SIZES)}
+    untrained_run(tmp_path / "run", shake, PRESET_RUNS[preset].training.objective.name, **kept)
+    code, out, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"))
+    assert (code, err) == (0, "")
+    assert f"family         {LEAVING[preset]}\n" in out
+    assert "opened by      transformers" in out
 
 
 def test_what_no_format_can_hold_is_refused_and_nothing_written(tmp_path: Path, call: Call, shake: Any) -> None:

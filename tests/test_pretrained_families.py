@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from minitransformer import pretrained
 from minitransformer.architecture.positions import Rotary
 from minitransformer.architecture.rotary_scaling import LongRoPE
 from minitransformer.errors import UserError
 from minitransformer.models.config import PRESETS, ModelConfig
 from minitransformer.models.model import build_model
-from minitransformer.pretrained.families import Family
+from minitransformer.pretrained.families import Family, families_of
 from minitransformer.settings import with_settings
 
 GPT2 = {"vocab_size": 11, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -28,6 +31,7 @@ LLAMA = {
 }
 
 
+FALCON = {"vocab_size": 11, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 DBRX = {"max_seq_len": 16, "d_model": 32, "n_layers": 2, "n_heads": 4, "rope_theta": 5.0}
 
 
@@ -268,14 +272,14 @@ GPT2_CONFIG = replace(PRESETS["gpt2-124m"], d_model=32, num_heads=4, num_layers=
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"residual": "post"}, "residual is 'post', and gpt2 can only hold 'pre'"),
     ("gpt2", {"positions": "rotary"}, "positions is 'rotary', and gpt2 can only hold 'learned'"),
-    ("gpt2", {"bias": False}, "bias is False, and gpt2 can only hold True"),
+    ("stablelm", {"bias": True}, "bias is True, and stablelm can only hold False"),
     ("gpt2", {"norm": "rms"}, "norm is 'rms', and gpt2 can only hold 'layer'"),
     ("gpt2", {"num_kv_heads": 2}, "num_kv_heads is 2, and gpt2 can only hold 4"),
     ("gpt2", {"head_dim": 10}, "head_dim is 10, and gpt2 can only hold 8"),
     ("gpt2", {"head_dim": 8, "num_heads": 3}, "d_model 32 is not divisible by num_heads 3"),
     ("gpt2", {"attention_softcap": 3.0}, "attention_softcap is 3.0, and gpt2 can only hold None"),
     ("gpt2", {"feedforward": "swiglu"}, "feedforward is 'swiglu', and gpt2 can only hold 'relu' or 'gelu'"),
-    ("gpt2", {"qkv_bias": False}, "qkv_bias is False, and gpt2 can only hold True"),
+    ("gpt2", {"qk_norm": "head"}, "qk_norm is 'head', and gpt2 can only hold 'none'"),
     ("gpt2", {"topology": "encoder"}, "topology is 'encoder', and gpt2 can only hold 'decoder'"),
     ("opt", {"norm_eps": 1e-6}, "norm_eps is 1e-06, and opt can only hold 1e-05"),
 ]
@@ -283,11 +287,35 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
 
 def test_every_setting_in_the_way_is_named() -> None:
     with pytest.raises(UserError) as caught:
-        Family.named("gpt2").hf_config(replace(GPT2_CONFIG, residual="post", qkv_bias=False, token_smear=True))
+        Family.named("gpt2").hf_config(replace(GPT2_CONFIG, residual="post", qk_norm="head", token_smear=True))
     assert str(caught.value) == (
         "residual is 'post', and gpt2 can only hold 'pre'; token_smear is True, and gpt2 can only hold False; "
-        "qkv_bias is False, and gpt2 can only hold True: choose another format"
+        "qk_norm is 'head', and gpt2 can only hold 'none': choose another format"
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "without"),
+    [("gpt2", {"bias": False}), ("gpt2", {"qkv_bias": False}), ("stablelm", {"norm_bias": False})],
+)
+def test_a_bias_that_a_family_always_has_is_written_as_zeros(
+    family: str, without: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = GPT2_CONFIG if family == "gpt2" else read("stablelm", **LLAMA)
+    model = build_model(with_settings(whole, {**without, "vocab_size": 11})).eval()
+    pretrained.save(model, tmp_path / "copy", family)
+    again, _ = pretrained.load(tmp_path / "copy")
+    ours, theirs = (dict(each.named_parameters()) for each in (model, again))
+    assert ours.keys() < theirs.keys()
+    assert all(torch.equal(weight, ours.get(name, torch.zeros_like(weight))) for name, weight in theirs.items())
+    tokens = torch.arange(11)[None]
+    torch.testing.assert_close(again(tokens), model(tokens), rtol=0, atol=1e-6)
+
+
+def test_a_family_that_adds_no_bias_comes_first() -> None:
+    unbiased = read("falcon", **FALCON, multi_query=False, parallel_attn=False)
+    assert Family.named("gpt_neox").compared(unbiased) == ([], {"bias": True})
+    assert families_of(unbiased)[0] == "falcon"
 
 
 def test_a_number_that_a_family_needs_is_no_guess() -> None:

@@ -101,15 +101,8 @@ def _export_adapter(run: Run, options: Options) -> int:
 
 
 def _description() -> str:
-    held = {name: [kind.holders(config) for kind in ExportFormat.registry.values()] for name, config in PRESETS.items()}
-    lines = []
-    for number, (name, kind) in enumerate(ExportFormat.registry.items()):
-        able = [
-            preset if held[preset][number] == [name] else f"{preset} ({', '.join(held[preset][number])})"
-            for preset in PRESETS
-            if held[preset][number]
-        ]
-        lines.append(f"{name}: {(kind.__doc__ or '').strip()} Presets: {', '.join(able) or 'none'}.")
+    kinds = ExportFormat.registry.values()
+    lines = [f"{kind.name}: {(kind.__doc__ or '').strip()} Presets: {presets_in(kind)}." for kind in kinds]
     return (
         "Export the model of a run to another runtime. What was written is opened there and compared with the run: "
         "weights, ids of hostile texts, logits, greedy text, chat template, stop tokens. A copy that differs is not "
@@ -118,3 +111,14 @@ def _description() -> str:
         + "\n\nImported models, and runs fine-tuned from them, can be exported to their "
         "original family. For other models, the command says which flags of train.py are needed."
     )
+
+
+def presets_in(kind: type[ExportFormat]) -> str:
+    """The presets that a format holds, with the families that hold them."""
+    by_holders: dict[str, list[str]] = {}
+    for preset, config in PRESETS.items():
+        by_holders.setdefault(", ".join(kind.holders(config)), []).append(preset)
+    without = by_holders.pop("", [])
+    if list(by_holders) == [kind.name]:
+        return f"all but {', '.join(without)}" if without else "all"
+    return "; ".join(f"{', '.join(presets)} ({holders})" for holders, presets in by_holders.items()) or "none"

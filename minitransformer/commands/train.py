@@ -72,7 +72,6 @@ NEXT = {
 }
 
 OF_RANKS = {"parallel", "tensor_parallel"}
-EXPORTED = "`minitransformer export --help` lists those that can be exported to the transformers library."
 FINE_TUNING = Doc(
     "fine-tune: start a new run from the model, weights and tokenizer of this run folder, or of a public checkpoint (a "
     "folder, or a name on the Hugging Face hub), which is imported first; by default with a tenth of its learning "
@@ -266,10 +265,16 @@ def trainable(config: RunConfig, ranks: Ranks) -> RunConfig:
 
 
 def _describe_presets() -> str:
-    sizes = {name: count_parameters(with_usual_vocabulary(run)) / 1e6 for name, run in PRESETS.items()}
-    lines = "\n".join(f"  {name:18}{size:7.2f}M" for name, size in sizes.items())
-    about = f"Presets (default: {DEFAULT}), and their parameters with the tokenizer's usual vocabulary:"
-    return f"Train a model, resume a run, or fine-tune one.\n\n{about}\n{lines}\n\n{EXPORTED}"
+    from minitransformer.exporting.formats import formats_of  # late: training needs nothing of it
+
+    lines = "\n".join(
+        f"  {name:18}{count_parameters(with_usual_vocabulary(run)) / 1e6:7.2f}M  {', '.join(formats_of(run.model))}"
+        for name, run in PRESETS.items()
+    )
+    return (
+        f"Train a model, resume a run, or fine-tune one.\n\nPresets (default: {DEFAULT}), their parameters with the "
+        f"tokenizer's usual vocabulary, and the formats of `minitransformer export` that hold them:\n{lines}"
+    )
 
 
 def _print_data(config: RunConfig, prepared: PreparedData) -> None:

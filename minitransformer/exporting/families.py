@@ -30,6 +30,12 @@ def family_that_holds(config: ModelConfig, wanted: str | None, kind: type[Family
     raise UserError(f"{who} {family}: {why}: train a model with {flags}, which {family} can represent")
 
 
+def added_biases(config: ModelConfig, family: str, kind: type[Family] = Family) -> dict[str, str]:
+    """What a certificate says of biases that the family always has, and the model has not."""
+    _, zeros = kind.named(family).compared(config)
+    return {"biases": f"zeros where the run has none, as {family} always has them"} if zeros else {}
+
+
 def flag_of(obstacle: Obstacle) -> str:
     """The flag of train.py for the value that the family has."""
     name, value = obstacle.setting.replace("_", "-"), obstacle.choice

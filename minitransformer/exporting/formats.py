@@ -71,6 +71,11 @@ class ExportFormat(Registered, kind="format"):
         raise NotImplementedError
 
 
+def formats_of(config: ModelConfig) -> list[str]:
+    """The names of the formats that hold a model."""
+    return [name for name, kind in ExportFormat.registry.items() if kind.holders(config)]
+
+
 def export_run(made: ExportFormat, to: Path, license: str | None) -> Certificate:
     """Write an export to the new folder `to`, with its certificate and its card; a copy that differs is not kept.
 

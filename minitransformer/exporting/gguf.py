@@ -8,10 +8,11 @@ from typing import Any
 
 from minitransformer.exporting.copies import Copy
 from minitransformer.exporting.exported import Exported, headless
-from minitransformer.exporting.families import family_that_holds
+from minitransformer.exporting.families import added_biases, family_that_holds
 from minitransformer.exporting.formats import ExportChoices, ExportFormat
 from minitransformer.exporting.llama_cpp import COMPARISONS, LlamaCopy, ReadBack, has_llama_cpp
 from minitransformer.models.config import ModelConfig
+from minitransformer.pretrained.checkpoint import with_zero_biases
 from minitransformer.pretrained.families import families_of
 from minitransformer.pretrained.gguf_encoders import CLASSES, POOLING, POOLINGS, RANK
 from minitransformer.pretrained.gguf_families import GGUFFamily
@@ -28,7 +29,7 @@ HOLDS = {"encoder-headless": "hidden states, as llama.cpp has no head for masked
 
 
 class GGUF(ExportFormat, name="gguf"):
-    """One file for llama.cpp, in 16, 8 or 4 bits, with the tokenizer (bpe, bytes, gpt2 or cl100k_base) in it."""
+    """One file for llama.cpp, in 16, 8 or 4 bits, with its tokenizer (not chars) in it; encoders as hidden states."""
 
     has_families = True
     weights = STORED
@@ -42,13 +43,12 @@ class GGUF(ExportFormat, name="gguf"):
 
     @classmethod
     def holders(cls, config: ModelConfig) -> list[str]:
-        config = headless(replace(config, vocab_size=config.vocab_size or 1))
-        has_topology = any(config.topology in family.architectures for family in GGUFFamily.registry.values())
-        return families_of(config, GGUFFamily) if has_topology else []
+        return families_of(headless(replace(config, vocab_size=config.vocab_size or 1)), GGUFFamily)
 
     def about(self) -> dict[str, Any]:
-        holds = HOLDS.get(self.exported.model.config.topology)
-        return {"family": self.family, "weights": self.stored, **({"holds": holds} if holds else {})}
+        config = self.exported.model.config
+        holds = {"holds": HOLDS[config.topology]} if config.topology in HOLDS else {}
+        return {"family": self.family, "weights": self.stored, **holds, **added_biases(config, self.family, GGUFFamily)}
 
     def write(self, folder: Path) -> None:
         assert self.stored is not None
@@ -59,7 +59,8 @@ class GGUF(ExportFormat, name="gguf"):
         originals = self.exported.originals
         content = None if originals is None else content_of_folder(originals)
         tokenizer = described(self.exported.tokenizer) if content is None else content
-        write_gguf(self.exported.model, path, self.family, stored, tokenizer, self._about())
+        model = with_zero_biases(self.exported.model, GGUFFamily.named(self.family))
+        write_gguf(model, path, self.family, stored, tokenizer, self._about())
 
     def _about(self) -> dict[str, Any]:
         """The metadata on special tokens and conversations."""

@@ -9,7 +9,7 @@ from typing import Any
 from minitransformer import pretrained
 from minitransformer.exporting.copies import Copy
 from minitransformer.exporting.exported import Exported
-from minitransformer.exporting.families import family_that_holds
+from minitransformer.exporting.families import added_biases, family_that_holds
 from minitransformer.exporting.formats import ExportChoices, ExportFormat
 from minitransformer.exporting.library import LibraryCopy, OwnCopy, class_of
 from minitransformer.models.config import ModelConfig
@@ -30,7 +30,7 @@ class HuggingFace(ExportFormat, name="hf"):
         return families_of(replace(config, vocab_size=config.vocab_size or 1))
 
     def about(self) -> dict[str, Any]:
-        return {"family": self.family}
+        return {"family": self.family, **added_biases(self.exported.model.config, self.family)}
 
     def write(self, folder: Path) -> None:
         subject = self.exported

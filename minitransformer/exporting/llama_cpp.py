@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minitransformer import pretrained
 from minitransformer.architecture.pooling import POOLINGS as POOLED
 from minitransformer.exporting.certificate import (
     Agreement,
@@ -30,6 +29,8 @@ from minitransformer.exporting.copies import Copy, outputs_of, read_back_chat
 from minitransformer.exporting.exported import Exported
 from minitransformer.exporting.hostile import PROMPTS, encodable
 from minitransformer.exporting.llama_process import LlamaProcess
+from minitransformer.models.model import Model
+from minitransformer.pretrained.checkpoint import load_gguf
 from minitransformer.pretrained.gguf_encoders import POOLING, POOLINGS
 from minitransformer.pretrained.gguf_files import STEPS, GGUFFile
 from minitransformer.pretrained.gguf_vocabularies import TEMPLATE
@@ -61,9 +62,10 @@ class ReadBack(Copy):
 
     def __init__(self, path: Path, made: StoresWeights) -> None:
         self.runtime, self.path, self.made = "minitransformer alone, as llama-cpp-python is not installed", path, made
-        self.model, tokenizer = pretrained.load(path)
+        self.file = GGUFFile(path)
+        self.model, tokenizer = load_gguf(self.file)
         assert tokenizer is not None
-        self.tokenizer, self.pooling = tokenizer, GGUFFile(path).own.get(POOLING)
+        self.tokenizer = tokenizer
 
     @torch.inference_mode()
     def stored_outputs(self, *inputs: Tensor) -> Tensor:
@@ -78,13 +80,17 @@ class ReadBack(Copy):
         self.made.write_as("f32", path)
         return path
 
+    @cached_property
+    def _unrounded_model(self) -> Model:
+        return load_gguf(GGUFFile(self.unrounded))[0]
+
     @torch.inference_mode()
     def outputs(self, *inputs: Tensor) -> Tensor:
-        return outputs_of(pretrained.load(self.unrounded)[0], *inputs)
+        return outputs_of(self._unrounded_model, *inputs)
 
     def embedding(self, tokens: Tensor) -> Tensor:
         """What the file says is the embedding of a text, [1, features]."""
-        [name] = [name for name, number in POOLINGS.items() if number == self.pooling]
+        [name] = [name for name, number in POOLINGS.items() if number == self.file.own.get(POOLING)]
         return POOLED[name](self.outputs(tokens), torch.ones_like(tokens, dtype=torch.bool))
 
     def token_ids(self, text: str) -> list[int] | None:
@@ -92,7 +98,7 @@ class ReadBack(Copy):
         return self.tokenizer.framing.around(ids)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[int]] | None:
-        return read_back_chat(GGUFFile(self.path).metadata.get(TEMPLATE), self.tokenizer, messages)
+        return read_back_chat(self.file.metadata.get(TEMPLATE), self.tokenizer, messages)
 
     def ends(self) -> set[int] | None:
         return set(self.tokenizer.ends) if self.made.exported.writes else None
@@ -151,8 +157,9 @@ def near_weights(exported: Exported, copy: Copy) -> Agreement:
         {name: weight.detach() for name, weight in model.named_parameters()} for model in (exported.model, copy.model)
     )
     step = STEPS[copy.made.stored or "f32"]
-    different = [name for name in ours if not _is_near(ours[name], theirs[name], step)]
-    worst = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    same = [name for name in ours if name in theirs and theirs[name].shape == ours[name].shape]
+    different = [name for name in ours if name not in same or not _is_near(ours[name], theirs[name], step)]
+    worst = max((float((ours[name] - theirs[name]).abs().max()) for name in same), default=0.0)
     found = f"{len(ours)} tensors as {copy.made.stored}, off by at most {worst:.1e}"
     found = f"{different[0]} is farther off than {copy.made.stored} can be" if different else found
     return Agreement("weights", not different, found, {"tensors": len(ours), "different": different, "largest": worst})

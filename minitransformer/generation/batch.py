@@ -14,11 +14,11 @@ from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.surgery import copied
 
 DecodeStep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""From new tokens of each row, their slots, a tensor as long as the visible slots, and positions, to logits"""
+"""From new tokens of each row, their slots, the visible slots, and positions, to logits"""
 MakeStep = Callable[[KVCache, int, bool], DecodeStep]
 """From a cache, the number of newest tokens to give logits for, and whether every visible slot holds a token, to a step
 
-Where every slot holds one, a step need not store the positions of new tokens: nothing reads them.
+Where every slot holds one, its number is the position, and a step does not store those of new tokens.
 """
 
 
@@ -39,13 +39,14 @@ def decode_rows(
     full: bool,
     tokens: Int[Tensor, "rows new"],
     slots: Int[Tensor, "new"],
-    visible: Tensor,
+    visible: Int[Tensor, "visible"],
     positions: Int[Tensor, "#rows new"],
 ) -> Float[Tensor, "rows {count} vocab"]:
     """The logits after each of the newest `count` tokens; the slots of `tokens` are the same in all rows."""
     # A single new token is the latest. Several take an explicit mask: a kernel's own depends on the number of keys,
     # which would become a constant of a recording.
-    chosen = cache.at(slots, visible.size(0), full=full, in_order=bool(tokens.size(1) == 1), rows=len(tokens))
+    in_order, held = bool(tokens.size(1) == 1), visible[None] if full else None
+    chosen = cache.at(slots, visible.size(0), full=full, in_order=in_order, rows=len(tokens), positions=held)
     hidden = model.hidden_states(tokens, positions=positions, cache=chosen)
     # Logits of all new tokens would take their number times the vocabulary.
     return model.head(hidden[:, -count:])

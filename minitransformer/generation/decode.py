@@ -26,7 +26,6 @@ from minitransformer.generation.sampling import (
     choose,
     sample_generators,
     seeded,
-    uniform_numbers,
 )
 from minitransformer.models.decoder import DecoderLM
 
@@ -52,7 +51,7 @@ def generate(
     check_prompt(prompt)
     generators = sample_generators(sampling.num_samples, seeded(generator, sampling))
     if not cached:
-        requests = [Request(prompt, sampling, uniform_numbers(own), ends) for own in generators]
+        requests = [Request(prompt, sampling, own, ends) for own in generators]
         yield from decode(UncachedLogits(model), requests, model, vocab_size)
         return
     slots = len(prompt) + sampling.max_new_tokens
@@ -188,7 +187,7 @@ def translate(
         next_logits = TargetLogits(model, model.encode(source, is_token=is_token).select(rows))
         if sampling.num_beams == 1:
             generators = sample_generators(len(rows), seeded(generator, sampling))
-            requests = [Request([start], limited, uniform_numbers(own), ends, rules=rules) for own in generators]
+            requests = [Request([start], limited, own, ends, rules=rules) for own in generators]
             for _ in decode(next_logits, requests, model, vocab_size):
                 pass
             drawn = [request.tokens for request in requests]

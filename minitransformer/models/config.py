@@ -316,7 +316,17 @@ PRESETS: dict[str, ModelConfig] = {
         dropout=0.1,
     ),
     "bert-mini": replace(
-        MODERN, topology="encoder", d_model=128, num_layers=4, num_heads=4, context_length=128, head="transformed"
+        MODERN,
+        topology="encoder",
+        d_model=128,
+        num_layers=4,
+        num_heads=4,
+        context_length=128,
+        feedforward="geglu",
+        qk_norm="none",
+        embedding_norm=True,
+        first_norm=False,
+        head="transformed",
     ),
     "t5-mini": ModelConfig(
         topology="encoder-decoder",
@@ -350,7 +360,7 @@ PRESETS: dict[str, ModelConfig] = {
         d_ff=256,
         context_length=128,
         vocab_size=10_000,
-        positions="sinusoidal",
+        positions="sinusoidal-halves",
         feedforward="relu",
         bias=True,
         scaled_embeddings=True,

@@ -68,7 +68,7 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     checkpoint.
     """
     if is_gguf(name):
-        return _load_gguf(Path(name))
+        return load_gguf(GGUFFile(Path(name)))
     folder = checkpoint_folder(name)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}: give the folder of a checkpoint")
@@ -84,10 +84,10 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     return _filled(config, tensors, shards.size, family, str(folder)), load_tokenizer(folder)
 
 
-def _load_gguf(path: Path) -> tuple[Model, Tokenizer | None]:
-    file = GGUFFile(path)
-    model = _filled(file.config, file.tensors, 8 * file.size, file.family, str(path))  # 4 bits a weight, and less
-    with texts_of_gguf(path) as folder:
+def load_gguf(file: GGUFFile) -> tuple[Model, Tokenizer | None]:
+    """The model and the tokenizer of a GGUF file."""
+    model = _filled(file.config, file.tensors, 8 * file.size, file.family, str(file.path))  # 4 bits a weight, and less
+    with texts_of_gguf(file) as folder:
         return model, load_tokenizer(folder)
 
 
@@ -101,11 +101,23 @@ def _filled(config: ModelConfig, tensors: Mapping[str, Tensor], size: int, famil
     return model
 
 
+def with_zero_biases(model: Model, kind: type[Family]) -> Model:
+    """`model`, or, if the family always has biases that it lacks, the same one with zeros there."""
+    config = kind.widened(model.config)
+    if config == model.config:
+        return model
+    with Undrawn():
+        wider = build_model(config).to(next(model.parameters()).dtype).eval()
+    for name in wider.load_state_dict(model.state_dict(), strict=False).missing_keys:
+        wider.get_parameter(name).data.zero_()
+    return wider
+
+
 @contextmanager
 def checkpoint_files(name: str | Path) -> Iterator[Path]:
     """The folder with the files besides the weights of the checkpoint `name`, or with what a GGUF file says."""
     if is_gguf(name):
-        with texts_of_gguf(Path(name)) as folder:
+        with texts_of_gguf(GGUFFile(Path(name))) as folder:
             yield folder
     else:
         yield checkpoint_folder(name)
@@ -145,8 +157,8 @@ def write_public(
     `tokenizer`, or copied from the folder `originals`; `generation` is as from `generation_config`, and
     `chat_template` the source of one. Raises `UserError` with the settings that the family cannot represent.
     """
-    model = in_full_precision(model)
     kind = Family.named(family)
+    model = with_zero_biases(in_full_precision(model), kind)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     # The family's own fields take precedence over additional ones.
     hf = {**kind.hf_config(model.config), "dtype": dtype, **(extra or {}), **kind.required}

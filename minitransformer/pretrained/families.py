@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,6 +39,8 @@ SHAPE = {
 GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu-tanh", "gelu": "geglu", "relu": "reglu"}
 
 
+BIASES = ("bias", "qkv_bias", "attention_output_bias", "norm_bias", "head_bias")
+"""settings of biases: zeros are the same model without them"""
 # Required fields, without a default.
 SIZES = ("vocab_size", "d_model", "num_layers", "num_heads", "context_length")
 
@@ -174,14 +177,41 @@ class Family(Registered, kind="model_type"):
         """The family's configuration; raises `UserError` with every setting that it cannot represent."""
         if obstacles := cls.obstacles(config):
             raise UserError(f"{'; '.join(map(str, obstacles))}: choose another format")
-        return cls._written(config)
+        return cls._written(cls.widened(config))
 
     @classmethod
     def obstacles(cls, config: ModelConfig) -> list[Obstacle]:
         """Every setting that the family cannot represent; with their `choice` in place, it can.
 
-        Raises `UserError` for impossible shapes, with the settings that contradict each other.
+        A bias that the family always has is none, as it is written as zeros. Raises `UserError` for impossible shapes,
+        with the settings that contradict each other.
         """
+        return cls.compared(config)[0]
+
+    @classmethod
+    def widened(cls, config: ModelConfig) -> ModelConfig:
+        """The configuration of the same model with the biases that the family always has."""
+        return with_settings(config, cls.compared(config)[1])
+
+    @classmethod
+    def compared(cls, config: ModelConfig) -> tuple[list[Obstacle], dict[str, bool]]:
+        """The `obstacles`, and the settings of biases that the family always has and `config` has not."""
+        found, own = cls._differences(config), _canonical(config)
+        zeros = {each.setting: each.choice for each in found if each.setting in BIASES and not own[each.setting]}
+        return [each for each in found if each.setting not in zeros], zeros
+
+    @classmethod
+    def may_hold(cls, ours: Mapping[str, Any]) -> bool:
+        """Whether nothing in the table is in the way of canonical settings, which is known sooner than `obstacles`."""
+        fixed = ((name, value) for name, value in cls.fixed.items() if name in ours)
+        fields = (field for field in cls._fields().values() if field.ours in ours)
+        return all(_equal(ours[name], value) or (name in BIASES and not ours[name]) for name, value in fixed) and all(
+            field.holds(ours[field.ours]) for field in fields
+        )
+
+    @classmethod
+    def _differences(cls, config: ModelConfig) -> list[Obstacle]:
+        """Every setting that is another one when the family's configuration is read back."""
         if config.topology not in cls.architectures:
             return [cls._obstacle("topology", config.topology, tuple(cls.architectures))]
         found: dict[str, Obstacle] = {}
@@ -288,26 +318,35 @@ def _canonical_rotation(config: ModelConfig, values: dict[str, Any]) -> dict[str
 
 
 def obstacles_by_family(config: ModelConfig, kind: type[Family] = Family) -> dict[str, list[Obstacle]]:
-    """The obstacles of each family with this topology, fewest first.
+    """The obstacles of each family with this topology, fewest first, and of these the one that adds the fewest biases.
 
     Families that cannot have such a shape are left out; raises `UserError` if none is left.
     """
     obstacles: dict[str, list[Obstacle]] = {}
+    added: dict[str, int] = {}
     refusals = []
     for name, family in kind.registry.items():
         if config.topology in family.architectures:
             try:
-                obstacles[name] = family.obstacles(config)
+                obstacles[name], zeros = family.compared(config)
+                added[name] = len(zeros)
             except UserError as error:
                 refusals.append(error)
     if refusals and not obstacles:
         raise refusals[0]
-    return dict(sorted(obstacles.items(), key=lambda entry: len(entry[1])))
+    return dict(sorted(obstacles.items(), key=lambda entry: (len(entry[1]), added[entry[0]])))
 
 
 def families_of(config: ModelConfig, kind: type[Family] = Family) -> list[str]:
-    """The families that can represent the model."""
-    return [name for name, obstacles in obstacles_by_family(config, kind).items() if not obstacles]
+    """The families that can represent the model, first those that add the fewest biases."""
+    ours = _canonical(config)
+    added: dict[str, int] = {}
+    for name, family in kind.registry.items():
+        if config.topology in family.architectures and family.may_hold(ours):
+            with suppress(UserError):  # of a shape that the family cannot have
+                obstacles, zeros = family.compared(config)
+                added |= {} if obstacles else {name: len(zeros)}
+    return sorted(added, key=added.__getitem__)
 
 
 def nearest_family(config: ModelConfig, kind: type[Family] = Family) -> tuple[str, list[Obstacle]]:

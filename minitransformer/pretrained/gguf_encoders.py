@@ -56,7 +56,7 @@ class BERTGGUF(GGUFFamily, name="bert"):
 
     @classmethod
     def model_config(cls, hf: HF) -> ModelConfig:
-        return super().model_config({"id2label": hf.get(CLASSES), **hf})
+        return super().model_config({"id2label": hf.get(CLASSES, ["0"]), **hf})
 
     @classmethod
     def _topology(cls, hf: HF) -> str:

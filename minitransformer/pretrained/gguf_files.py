@@ -15,7 +15,7 @@ from torch import Tensor
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model
-from minitransformer.pretrained.gguf_encoders import POOLING, POOLINGS
+from minitransformer.pretrained.gguf_encoders import CLASSES, POOLING, POOLINGS
 from minitransformer.pretrained.gguf_families import GGUFFamily
 from minitransformer.pretrained.gguf_vocabularies import (
     TEMPLATE,
@@ -131,9 +131,12 @@ class GGUFFile:
     """An open GGUF file of a known architecture; raises `UserError` for another, `StorageError` for a damaged one."""
 
     def __init__(self, path: Path) -> None:
-        gguf, self.path = gguf_package(), path
+        gguf_package()
+        from minitransformer.pretrained.gguf_reader import ArrayReader
+
+        self.path = path
         try:
-            reader = gguf.GGUFReader(path)
+            reader = ArrayReader(path)
             self.metadata = {name: field.contents() for name, field in reader.fields.items()}
             ends = [int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors]
         except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, OSError) as error:
@@ -182,6 +185,8 @@ class GGUFFile:
             fields["eos_token_id"] = list(dict.fromkeys(ends))
         if (start := self.own.get(START)) is not None:
             fields |= {"is_encoder_decoder": True, START: start}
+        if (labels := self.own.get(CLASSES)) is not None:
+            fields["id2label"] = {str(number): label for number, label in enumerate(labels)}
         return fields
 
 
@@ -191,8 +196,8 @@ def is_gguf(name: str | Path) -> bool:
 
 
 @contextmanager
-def texts_of_gguf(path: Path) -> Iterator[Path]:
+def texts_of_gguf(file: GGUFFile) -> Iterator[Path]:
     """A temporary folder with what the texts of a GGUF file need."""
     with TemporaryDirectory() as folder:
-        GGUFFile(path).write_texts(Path(folder))
+        file.write_texts(Path(folder))
         yield Path(folder)

@@ -170,8 +170,10 @@ def _around(metadata: Mapping[str, Any], tokens: Sequence[str], known: type[GGUF
     sides = []
     for name, usual in {"bos": known.before, "eos": known.after}.items():
         adds = metadata.get(f"tokenizer.ggml.add_{name}_token", bool(usual))
-        found = [metadata.get(token_key(each), number) for each, number in usual.items()]
-        sides.append((found or [metadata[token_key(name)]]) if adds else [])
+        found = [metadata.get(token_key(each), usual.get(each, len(tokens))) for each in (usual or {name})]
+        if adds and max(found) >= len(tokens):
+            raise UserError(f"the file adds a token to each text that it does not have ({name}): use a repaired file")
+        sides.append(found if adds else [])
     ids = [*sides[0], *sides[1]]
     if not ids:
         return None

@@ -1,4 +1,4 @@
-"""GPT-2, GPT-J, GPT-NeoX, OPT, Bloom and Falcon."""
+"""GPT-2, GPT-J, GPT-NeoX, Persimmon, OPT, Bloom and Falcon."""
 
 from __future__ import annotations
 
@@ -137,6 +137,47 @@ class GPTNeoXFamily(Family, name="gpt_neox"):
         rotary = config.positions.settings
         older = {"rotary_pct": rotary.fraction, "rotary_emb_base": rotary.base}
         return {**write_partial_rope(config), **older, "attention_bias": config.qkv_bias is not False}
+
+
+THEIRS = "model.layers.{layer}."
+
+
+class PersimmonFamily(Family, name="persimmon"):
+    """Adept 2023: GPT-NeoX's blocks in sequence, with squared ReLU and a norm of each head's queries and keys."""
+
+    architectures = {"decoder": "PersimmonForCausalLM"}
+    fields = {
+        **SHAPE,
+        "intermediate_size": "d_ff",
+        "layer_norm_eps": Field("norm_eps", default=1e-5),
+        "hidden_act": Field("feedforward", {**ACTIVATIONS, "relu2": "squared-relu"}, "relu2"),
+        "qk_layernorm": Field("qk_norm", {True: "head", False: "none"}, True),
+        "tie_word_embeddings": Field("tied_embeddings", default=False),
+    }
+    fixed = {"residual": "pre", "norm": "layer", "positions": "rotary", "bias": True}
+    prefix = "model."
+    rules = (
+        Rule("model.embed_tokens", "embedding.table"),
+        Rule(THEIRS + "input_layernorm", BLOCK + "attention_residual.norm"),
+        Rule(THEIRS + "self_attn.query_key_value", QKV, GroupedHeads()),
+        Rule(THEIRS + "self_attn.q_layernorm", BLOCK + "attention.query_norm.norm"),
+        Rule(THEIRS + "self_attn.k_layernorm", BLOCK + "attention.key_norm.norm"),
+        Rule(THEIRS + "self_attn.dense", BLOCK + "attention.output"),
+        Rule(THEIRS + "post_attention_layernorm", BLOCK + "feedforward_residual.norm"),
+        Rule(THEIRS + "mlp.dense_h_to_4h", BLOCK + "feedforward.up"),
+        Rule(THEIRS + "mlp.dense_4h_to_h", BLOCK + "feedforward.down"),
+        Rule("model.final_layernorm", "stack.final_norm"),
+        Rule("lm_head", "head"),
+    )
+    ignored = (r"rotary_emb\.inv_freq$",)
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        return read_partial_rope(hf, default_fraction=0.5)
+
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        return write_partial_rope(config)
 
 
 class OPTFamily(Family, name="opt"):

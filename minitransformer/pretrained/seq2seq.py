@@ -1,4 +1,4 @@
-"""Encoder-decoders: T5, Marian, BART."""
+"""Encoder-decoders: T5, Marian, BART, Pegasus."""
 
 from __future__ import annotations
 
@@ -207,3 +207,16 @@ class MarianFamily(BARTFamily, name="marian"):
         assert config.vocab_size is not None
         padding = config.vocab_size - 1
         return {**super().write(config), "pad_token_id": padding, "decoder_start_token_id": padding}
+
+
+class PegasusFamily(BARTFamily, name="pegasus"):
+    """Zhang et al. 2019 (arXiv 1912.08777): Pre-LN."""
+
+    architectures = {"encoder-decoder": "PegasusForConditionalGeneration"}
+    fixed = {**BART_FIXED, "residual": "pre", "positions": "sinusoidal-halves"}
+    rules = (
+        *BART_RULES,
+        Rule("model.encoder.layer_norm", "encoder.final_norm"),
+        Rule("model.decoder.layer_norm", "decoder.final_norm"),
+    )
+    ignored = MarianFamily.ignored

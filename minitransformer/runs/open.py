@@ -185,6 +185,10 @@ class Run:
         """`text`, lower-cased if the run's data is."""
         return self.config.data.dataset.make().cased(text)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a prompt as the model has learned to see texts."""
+        return self.tokenizer.encode_prompt(self.cased(text))
+
     def checkpoint(self, name: str | None = None) -> Path:
         """The checkpoint `name`, by default the best, or else the latest."""
         best = self.checkpoints / "best"

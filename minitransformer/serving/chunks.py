@@ -35,7 +35,7 @@ class Choices(Protocol):
 
 
 class ChunkWriter:
-    """Writes the chunks of `texts`; `about` is what all of them say, which is encoded once: a token is little beside it."""
+    """Writes the chunks of `texts`; `about` is what all of them say, which is encoded once."""
 
     def __init__(
         self, texts: Sequence[GeneratedText], choices: Choices, about: Mapping[str, Any], asks_usage: bool
