@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from minitransformer import files
 from minitransformer.amounts import size
-from minitransformer.commands import DONE, table_width, with_exit_code
+from minitransformer.commands import DONE, check_outputs, table_width, with_exit_code
 from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.compression.making import Source, beside
 from minitransformer.compression.measuring import ModelFigures, QualityData, figures_of
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     check_free(options.out)
     if options.plot is not None and options.plot.suffix != ".png":
         raise UserError(f"{options.plot} is no .png file: give --plot another name")
+    check_outputs({"--plot": options.plot}, new=False)
     source = Source.open(options.run, options.checkpoint, options.data)
     method, model = source.compressed(request.compression)
     print(*method.remarks, sep="\n", end="\n" if method.remarks else "", flush=True)
