@@ -129,7 +129,17 @@ def generation_config(name: str | Path) -> dict[str, Any] | None:
     return read_checkpoint_json(path) if path.is_file() else None
 
 
-def save(model: Model, folder: str | Path, family: str, *arguments: Any, **options: Any) -> None:
+def save(
+    model: Model,
+    folder: str | Path,
+    family: str,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    originals: Path | None = None,
+    generation: Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
+) -> None:
     """`write_public` to the new folder `folder`, which is whole or absent; raises `UserError` if it exists."""
     folder = Path(folder)
     if folder.exists():
@@ -137,7 +147,16 @@ def save(model: Model, folder: str | Path, family: str, *arguments: Any, **optio
     with files.writing(folder, "choose another folder"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with files.whole_folder(folder) as partial:
-            write_public(model, partial, family, *arguments, **options)
+            write_public(
+                model,
+                partial,
+                family,
+                extra,
+                tokenizer=tokenizer,
+                originals=originals,
+                generation=generation,
+                chat_template=chat_template,
+            )
 
 
 def write_public(
