@@ -8,6 +8,11 @@ def amount(number: float) -> str:
     return _scaled(number, [(1, ""), (1e3, "k"), (1e6, "M"), (1e9, "B"), (1e12, "T")])
 
 
+def counted(number: int, things: str) -> str:
+    """A count and what is counted, whose plural ends with s, such as 1 text or 1,055 texts."""
+    return f"{number:,} {things.removesuffix('s') if number == 1 else things}"
+
+
 def size(number: float) -> str:
     """A file size, such as 812 bytes, 65.3 kB or 2.43 MB."""
     return _scaled(number, [(1, " bytes"), (1e3, " kB"), (1e6, " MB"), (1e9, " GB"), (1e12, " TB")])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from minitransformer.errors import UserError
@@ -21,6 +23,28 @@ def check_importable(who: str, extra: str, *modules: str, remedy: str = "") -> N
         except ImportError as error:
             package = (error.name or module).partition(".")[0]
             raise UserError(f'{who} {package}, which is not installed: pip install -e ".[{extra}]"{remedy}') from None
+
+
+EXTRA = re.compile(r"""([\w.-]+)[^;]*; extra == ['"](\w+)['"]""")
+FOR_DEVELOPERS = {"test", "check"}
+
+
+def extras() -> dict[str, dict[str, str | None]]:
+    """The optional packages of each extra, with the version that is installed, or None."""
+    found: dict[str, dict[str, str | None]] = {}
+    for match in filter(None, map(EXTRA.fullmatch, requires("minitransformer") or [])):
+        package, extra = match.groups()
+        if extra not in FOR_DEVELOPERS:
+            found.setdefault(extra, {})[package] = installed_version(package)
+    return found
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a package that is installed; None if none is."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def find_compiler() -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minitransformer.architecture.attention import identity
 from minitransformer.architecture.norms import LayerNorm
+from minitransformer.architecture.positions import PositionScheme
 from minitransformer.architecture.residual import Place, Residual
 from minitransformer.errors import UserError
 from minitransformer.models.config import ModelConfig
@@ -38,6 +39,23 @@ def nudged(model: nn.Module) -> Any:
 
 
 EVERY_PLACEMENT = [choosing(name) for name in Residual.registry]
+# Choices of a decoder that say what each token's step needs of the tokens before it.
+WHAT_A_STEP_NEEDS: list[dict[str, Any]] = [
+    *({"positions": name} for name in PositionScheme.registry),
+    *EVERY_PLACEMENT,
+    {"token_smear": True},
+    {
+        "attention_window": 3,
+        "window_pattern": (True, False),
+        "rotary_window_base": 20.0,
+        "rotary_layers": (True, True, False),
+        "rotary_scaling": "yarn",
+        "rotary_factor": 4.0,
+        "rotary_original_length": 8,
+        "qk_norm": "each-head",
+        "qkv_clip": 0.5,
+    },
+]
 
 
 SUBLAYERS = ("attention", "feedforward")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minitransformer.architecture.cache import EMPTY, KVCache
-from minitransformer.architecture.positions import PositionScheme, token_positions
-from tests.placements_for_tests import EVERY_PLACEMENT
+from minitransformer.architecture.positions import token_positions
+from tests.placements_for_tests import WHAT_A_STEP_NEEDS
 
 LENGTH = 9
 
@@ -140,25 +140,12 @@ def test_two_caches_of_one_model_do_not_meet(tiny_decoder: Any) -> None:
 
 
 VARIANTS: list[dict[str, Any]] = [
-    *({"positions": name} for name in PositionScheme.registry),
-    *EVERY_PLACEMENT,
+    *WHAT_A_STEP_NEEDS,
     *({"num_kv_heads": heads} for heads in (1, 2)),
     *({"attention_window": window} for window in (1, 3, LENGTH)),
     *({"attention_kernel": kernel} for kernel in ("by-hand", "fused")),
     {"qk_norm": "head", "bias": True, "scaled_embeddings": True, "head_dim": 6, "attention_scale": 0.7},
     {"attention_window": 3, "num_kv_heads": 2, "positions": "t5", "residual": "residual"},
-    {"token_smear": True},
-    {
-        "attention_window": 3,
-        "window_pattern": (True, False),
-        "rotary_window_base": 20.0,
-        "rotary_layers": (True, True, False),
-        "rotary_scaling": "yarn",
-        "rotary_factor": 4.0,
-        "rotary_original_length": 8,
-        "qk_norm": "each-head",
-        "qkv_clip": 0.5,
-    },
 ]
 every_variant = pytest.mark.parametrize("choices", VARIANTS, ids=str)
 

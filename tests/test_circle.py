@@ -119,7 +119,7 @@ def test_mistakes_about_where_feedback_goes_are_sentences(talker: Path, run: Pat
         return refused(capsys, str(of), *flags, main=feedback.main)
 
     assert "has no feedback.jsonl: serve it" in told("--to", "data.jsonl", of=run)
-    assert "are both data.jsonl: name two files" in told("--to", "data.jsonl", "--test", "data.jsonl")
+    assert "data.jsonl is named twice: choose another --test" in told("--to", "data.jsonl", "--test", "data.jsonl")
     assert "choose another --test" in told("--to", "data.jsonl", "--test", "data.txt")
     assert "must be above 0 and below 1" in told("--to", "data.jsonl", "--fraction", "1")
     jsonl(talker / "feedback.jsonl", [served("a", prompt="x", rating="up")])

@@ -313,6 +313,8 @@ def test_a_plot_shows_all_that_was_made_from_a_run_before_and_after_fine_tuning_
     assert compress.main(["run", "--out", str(beside_run / "small"), *few]) == 0
     assert tune(beside_run / "small", beside_run / "tuned", "--lr", "0.01") == 0
     assert compress.main([str(beside_run / "tuned"), "--out", str(beside_run / "tuned8")]) == 0
+    student = ["--num-layers", "1", "--data", "my.txt", "--steps", "2", "--out", str(beside_run / "student")]
+    assert train_command.main([*SMALL, *student, "--teacher", "run"]) == 0
     (beside_run / "damaged").mkdir()
     (beside_run / "damaged/config.json").write_text("{")
     capsys.readouterr()
@@ -321,14 +323,19 @@ def test_a_plot_shows_all_that_was_made_from_a_run_before_and_after_fine_tuning_
     out, err = capsys.readouterr()
     assert "damaged is left out" in err
     assert plot.read_bytes().startswith(b"\x89PNG")
-    whole, int8, small, tuned, tuned8 = points
-    assert [each.name for each in points] == ["run", "int8", "small", "tuned", "tuned8"]
-    assert [each.curve for each in points] == [
-        "not compressed", "int8", "prune units", "prune units", "prune units, int8",
-    ]  # fmt: skip
+    assert [(each.name, each.curve) for each in points] == [
+        ("run", "not compressed"),
+        ("int8", "int8"),
+        ("small", "prune units"),
+        ("tuned", "prune units"),
+        ("tuned8", "prune units, int8"),
+        ("student", "distilled"),
+    ]
+    whole, int8, small, tuned, tuned8, taught = points
     assert tuned.origin == (small.x, small.y)
     assert whole.origin is int8.origin is tuned8.origin is None
     assert tuned8.x < int8.x < small.x == tuned.x < whole.x
+    assert taught.x < whole.x
     assert tuned.y < small.y
     record = json.loads((beside_run / "small/compression.json").read_text())["figures"]["small"]
     assert small.y == pytest.approx(record["quality"])
@@ -352,7 +359,7 @@ def test_a_plot_shows_all_that_was_made_from_a_run_before_and_after_fine_tuning_
         (["--calibration-tokens", "64"], "calibration_tokens is 64, and int8 reads none: leave it out"),
         (["--method", "int4", "--data", "short.txt"], "short.txt is too short: its training and its validation part"),
         (["--plot", "x.pdf"], "x.pdf is no .png file"),
-        (["--plot", "nowhere/x.png"], "nowhere is not a folder: give --plot another name"),
+        (["--plot", "short.txt/x.png"], "short.txt/x.png cannot be written, as short.txt is no folder"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(

@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import tempfile
+from importlib.metadata import version
 
 import pytest
 import torch
 
+from minitransformer import toolchain
 from minitransformer.commands import doctor, tokenize
 from minitransformer.commands.train import main as train_main
 from minitransformer.preflight import data_state, machine_checks, memory_checks
@@ -357,3 +359,9 @@ def test_a_host_without_room_for_the_copy_beside_a_step(here, capsys, monkeypatc
     problem(capsys, "memory", *RUN)  # a CPU has one memory for both
     monkeypatch.setattr(memory_checks, "available_memory", lambda device: step + copy)
     examined(capsys, *RUN, code=0)
+
+
+def test_optional_packages_are_named_with_their_versions_or_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ['numpy>=1; extra == "lab"', 'no-such>=2,<3 ; extra == "lab"', 'pytest>=8; extra == "test"', "torch>=2"]
+    monkeypatch.setattr(toolchain, "requires", lambda name: said)
+    assert toolchain.extras() == {"lab": {"numpy": version("numpy"), "no-such": None}}

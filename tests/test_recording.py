@@ -16,7 +16,6 @@ from minitransformer.architecture.attention import scaled_dot_product_attention
 from minitransformer.architecture.block import Block
 from minitransformer.architecture.feedforward import FeedForward
 from minitransformer.architecture.norms import Norm
-from minitransformer.architecture.positions import PositionScheme
 from minitransformer.generation.fast import many_rows, recording, rows
 from minitransformer.generation.fast.recording import FEW_PRODUCTS, MOST, SOON, Recorded, products_of
 from minitransformer.generation.fast.rows import KernelLinear, RowLinear, for_single_rows, gelu_by_columns
@@ -24,7 +23,7 @@ from minitransformer.generation.fast.steps import recorded_steps
 from minitransformer.generation.logits import CachedLogits
 from minitransformer.generation.weights import Float32
 from minitransformer.models.decoder import DecoderLM
-from tests.placements_for_tests import EVERY_PLACEMENT
+from tests.placements_for_tests import WHAT_A_STEP_NEEDS
 
 MakeDecoder = Callable[..., DecoderLM]
 
@@ -32,8 +31,7 @@ MakeDecoder = Callable[..., DecoderLM]
 @pytest.mark.parametrize(
     "choices",
     [
-        *({"positions": name} for name in PositionScheme.registry),
-        *EVERY_PLACEMENT,
+        *WHAT_A_STEP_NEEDS,
         *({"feedforward": name} for name in FeedForward.registry),
         *({"norm": name, "qk_norm": "head"} for name in Norm.registry),
         *({"block": name} for name in Block.registry),
@@ -46,18 +44,6 @@ MakeDecoder = Callable[..., DecoderLM]
         {"head": "transformed", "head_bias": True, "logit_scale": 0.5, "embedding_norm": True},
         {"embedding_dim": 6},
         {"attention_kernel": "by-hand", "num_kv_heads": 2},
-        {"token_smear": True},
-        {
-            "attention_window": 3,
-            "window_pattern": (True, False),
-            "rotary_window_base": 20.0,
-            "rotary_layers": (True, True, False),
-            "rotary_scaling": "yarn",
-            "rotary_factor": 4.0,
-            "rotary_original_length": 8,
-            "qk_norm": "each-head",
-            "qkv_clip": 0.5,
-        },
     ],
     ids=str,
 )

@@ -326,9 +326,12 @@ def test_a_client_that_hangs_up_frees_its_rows(client: TestClient, service: Serv
     generated = service.metrics.new_tokens.labels("gpt")._value.get
     before = generated()
     asked = {"n": 9, "max_tokens": 300, "stream": stream, "logit_bias": {str(TOKENIZER.end_of_text): -100}}
-    client.portal.call(hang_up, client.app, asked, 0.05)  # type: ignore[union-attr]
+    service.journal._kept.clear()
+    client.portal.call(hang_up, client.app, asked, 0.2)  # type: ignore[union-attr]
     assert idle(service)
     assert generated() - before < 9 * 300 / 2, "and not when all texts have ended"
+    kept = [each["finish_reason"] for answered in service.journal._kept.values() for each in answered.answers]
+    assert kept == ["stopped"] * 9 * stream, "what was seen may be rated"
 
 
 def test_half_a_body_is_not_waited_for(client: TestClient) -> None:

@@ -10,19 +10,22 @@ import stat
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from typing_extensions import Doc
 
 from minitransformer.errors import UserError
+from minitransformer.files import existing
 from minitransformer.plugins import load_installed_plugins, load_plugin, take_plugins
 from minitransformer.processes import is_launched
+from minitransformer.registry import lookup
 from minitransformer.text.standard_input import names_standard_input, without_standard_input
 
 if TYPE_CHECKING:
@@ -155,6 +158,47 @@ def parse(
 
         check_known(options, known, unknown)
     return parsed
+
+
+def task_of(command: str, arguments: Sequence[str], tasks: Mapping[str, str], operands: str) -> str:
+    """The task that `arguments` begin with; without one, the `tasks` are listed and the program ends.
+
+    Raises `UserError` for an unknown one.
+    """
+    if not arguments or arguments[0] in HELP:
+        print(f"usage: minitransformer {command} {'|'.join(tasks)} {operands}\n")
+        width = max(map(len, tasks)) + 4
+        for name, about in tasks.items():
+            first, rest = f"  {name}".ljust(width), " " * width
+            print(textwrap.fill(about, WIDTH - 1, initial_indent=first, subsequent_indent=rest))
+        raise SystemExit(DONE)
+    lookup(f"task of {command}", arguments[0], tasks)
+    return arguments[0]
+
+
+def check_outputs(outputs: Mapping[str, Path | None], *, new: bool = True) -> None:
+    """Raises `UserError` for a file, by its flag, that could not be written after the work, or that must be `new`."""
+    taken: set[Path] = set()
+    for flag, path in outputs.items():
+        if path is None:
+            continue
+        folder = existing(path.parent)
+        why = None
+        if new and path.exists():
+            why = "already exists"
+        elif path.absolute() in taken:
+            why = "is named twice"
+        elif path.is_dir() or not folder.is_dir():
+            why = (
+                "cannot be written, as it is a folder"
+                if path.is_dir()
+                else f"cannot be written, as {folder} is no folder"
+            )
+        elif not os.access(folder, os.W_OK):
+            why = f"cannot be written, as {folder} is read-only"
+        if why is not None:
+            raise UserError(f"{path} {why}: choose another {flag}")
+        taken.add(path.absolute())
 
 
 def given_flags(arguments: Sequence[str]) -> set[str]:

@@ -14,7 +14,7 @@ import tyro
 from minitransformer import files
 from minitransformer.analysis.compare import X_LABELS, RunComparison, compare, comparison_page
 from minitransformer.analysis.history import Abscissa
-from minitransformer.commands import DONE, SMALLEST, parse, table_width, with_exit_code
+from minitransformer.commands import DONE, SMALLEST, check_outputs, parse, table_width, with_exit_code
 from minitransformer.reporting import plain
 from minitransformer.reporting.report import csv_text
 from minitransformer.reporting.tables import Table
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     """Compare; returns the exit code."""
     about = "Compare runs: their settings, their training curves, and which differences are significant across seeds."
     options = parse(Options, arguments, prog="minitransformer compare", description=about)
+    check_outputs({"--html": options.html, "--csv": options.csv}, new=False)
     comparison = compare(
         options.runs, by=options.by, metric=options.metric, smallest_difference=options.smallest_difference
     )

@@ -6,7 +6,6 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from textwrap import fill
 from typing import Annotated, Any
 
 import tyro
@@ -14,10 +13,9 @@ from typing_extensions import Doc
 
 from minitransformer.amounts import size
 from minitransformer.analysis.data_report import data_page, tables_of, write_report
-from minitransformer.commands import DONE, HELP, table_width, with_exit_code
+from minitransformer.commands import DONE, check_outputs, table_width, task_of, with_exit_code
 from minitransformer.commands.settings_flags import Group, parse_groups
 from minitransformer.errors import UserError
-from minitransformer.registry import lookup
 from minitransformer.reporting.plain import titled_table
 from minitransformer.settings import Chosen, declared
 from minitransformer.text.cleaning.config import DUPLICATES, CleaningConfig
@@ -75,15 +73,9 @@ class Options:
 @with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Report or clean; returns the exit code."""
-    if not arguments or arguments[0] in HELP:
-        print("usage: minitransformer data report|clean PATH... [options]\n")
-        for name, about in ABOUT.items():
-            print(fill(about, 79, initial_indent=f"  {name:8} ", subsequent_indent=" " * 11))
-        raise SystemExit(DONE)
-    lookup("task of data", arguments[0], ABOUT)
-    task, flags = arguments[0], arguments[1:]
+    task = task_of("data", arguments, ABOUT, "PATH... [options]")
     options, settings = parse_groups(
-        Options, flags, _groups(), {}, prog=f"minitransformer data {task}", description=ABOUT[task]
+        Options, arguments[1:], _groups(), {}, prog=f"minitransformer data {task}", description=ABOUT[task]
     )
     _check_together(task, options)
     job = open_job(options.data, _config(options, settings), options.workers)
@@ -124,6 +116,7 @@ def _check_together(task: str, options: Options) -> None:
         raise UserError("clean needs a new folder: name one with --out")
     if task == "clean" and (options.json or options.html):
         raise UserError("--json and --html are for report: clean writes both into its --out, so leave them out")
+    check_outputs({"--json": options.json, "--html": options.html}, new=False)
     if options.alike != CleaningConfig.alike and options.duplicates != "near":
         raise UserError(f"--alike is for near duplicates, and --duplicates is {options.duplicates}: leave it out")
     if options.leak_words != CleaningConfig.leak_words and not options.against:

@@ -12,7 +12,7 @@ import tyro
 
 from minitransformer import files
 from minitransformer.analysis.drift import drift_page, drift_section
-from minitransformer.commands import DONE, parse, table_width, with_exit_code
+from minitransformer.commands import DONE, check_outputs, parse, table_width, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.reporting.figures import check_figures
@@ -55,9 +55,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.texts < 2:
             raise UserError(f"texts is {self.texts}: it must be at least 2")
-        for name, path in (("json", self.json), ("html", self.html)):
-            if path is not None and path.exists():
-                raise UserError(f"{path} already exists: choose another --{name}")
+        check_outputs({"--json": self.json, "--html": self.html})
 
 
 @with_exit_code

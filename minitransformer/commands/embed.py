@@ -16,7 +16,7 @@ from typing_extensions import Doc
 
 from minitransformer import files
 from minitransformer.architecture.pooling import POOLINGS
-from minitransformer.commands import DONE, parse, piped_text, with_exit_code
+from minitransformer.commands import DONE, check_outputs, parse, piped_text, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.registry import lookup
 from minitransformer.runs.embedding import Embedder, open_embedder
@@ -64,8 +64,7 @@ class Options:
             lookup("pooling", self.pooling, POOLINGS)
         if self.out is not None and self.out.suffix not in OUTPUTS:
             raise UserError(f"--out {self.out} ends with neither of {' and '.join(OUTPUTS)}: choose one of them")
-        if self.out is not None and self.out.exists():
-            raise UserError(f"{self.out} already exists: choose another --out")
+        check_outputs({"--out": self.out})
 
 
 @with_exit_code

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from minitransformer.commands import check_outputs
 from minitransformer.errors import UserError
 
 
@@ -64,15 +65,7 @@ class Options:
         for name, number in (("batch_size", self.batch_size), ("num_beams", self.num_beams), ("stride", self.stride)):
             if number is not None and number < 1:
                 raise UserError(f"{name} is {number}: it must be at least 1")
-        taken: set[Path] = set()
-        for name, path in (("out", self.out), ("json", self.json), ("html", self.html)):
-            if path is None:
-                continue
-            if path.exists():
-                raise UserError(f"{path} already exists: choose another --{name}")
-            if path.absolute() in taken:
-                raise UserError(f"{path} is named twice: choose another --{name}")
-            taken.add(path.absolute())
+        check_outputs({"--out": self.out, "--json": self.json, "--html": self.html})
         if self.target_data is not None and not self.data:
             raise UserError("target_data are the other side of data: give --data too, or leave it out")
         if self.exchanges is not None and not self.counterfactuals:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from minitransformer import files
-from minitransformer.commands import DONE, parse, with_exit_code
+from minitransformer.commands import DONE, check_outputs, parse, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.runs import Run
 from minitransformer.runs.feedback import FeedbackExamples, examples_of
@@ -41,13 +41,10 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
             raise UserError(f"fraction is {self.fraction}: it must be above 0 and below 1")
-        if self.test is not None and self.test.absolute() == self.to.absolute():
-            raise UserError(f"--to and --test are both {self.to}: name two files")
         for name, path in (("to", self.to), ("test", self.test)):
             if path is not None and path.suffix != ".jsonl":
                 raise UserError(f"{path} is no .jsonl, in which conversations are: choose another --{name}")
-            if path is not None and path.exists():
-                raise UserError(f"{path} already exists: choose another --{name}")
+        check_outputs({"--to": self.to, "--test": self.test})
 
 
 @with_exit_code

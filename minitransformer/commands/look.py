@@ -13,7 +13,7 @@ from minitransformer.amounts import size
 from minitransformer.analysis.look import look_at
 from minitransformer.analysis.look_record import Look, LookRequest
 from minitransformer.analysis.viewer import page_of
-from minitransformer.commands import DONE, parse, piped_text, with_exit_code
+from minitransformer.commands import DONE, check_outputs, parse, piped_text, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.files import write_text
 from minitransformer.models.model import Model
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     """Write the page; returns the exit code."""
     about = "Write an HTML page with a model's attention, predictions and residual norms for a text."
     options = parse(Options, arguments, prog="minitransformer look", description=about)
+    check_outputs({"--out": options.out}, new=False)
     run = Run.open(options.run or latest_run())
     prompt = piped_text() if options.prompt is None else options.prompt
     target = None if options.target is None else run.cased(options.target)

@@ -7,17 +7,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import fill
 from typing import Annotated, Any
 
 import tyro
 
 from minitransformer import files
-from minitransformer.commands import DONE, HELP, parse, table_width, with_exit_code
+from minitransformer.commands import DONE, check_outputs, parse, table_width, task_of, with_exit_code
 from minitransformer.commands.memorisation_report import MeasuredPart, MemorisationMeasures
 from minitransformer.errors import UserError
 from minitransformer.models.decoder import DecoderLM
-from minitransformer.registry import lookup
 from minitransformer.reporting.plain import titled_table
 from minitransformer.runs import Run
 from minitransformer.runs.memorising import LearnedText
@@ -74,8 +72,7 @@ class Options:
                 raise UserError(f"{name} is {number}: it must be at least 1")
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}: it must be at least 0 (0 takes the likeliest token)")
-        if self.json is not None and self.json.exists():
-            raise UserError(f"{self.json} already exists: choose another --json")
+        check_outputs({"--json": self.json})
 
 
 @dataclass(frozen=True)
@@ -106,13 +103,7 @@ class PlantingOptions:
 @with_exit_code
 def main(arguments: Sequence[str]) -> int:
     """Measure or plant; returns the exit code."""
-    if not arguments or arguments[0] in HELP:
-        print("usage: minitransformer memorisation measure|plant [options]\n")
-        for name, about in ABOUT.items():
-            print(fill(about, 79, initial_indent=f"  {name:9} ", subsequent_indent=" " * 12))
-        raise SystemExit(DONE)
-    task = arguments[0]
-    lookup("task of memorisation", task, ABOUT)
+    task = task_of("memorisation", arguments, ABOUT, "[options]")
     prog, description = f"minitransformer memorisation {task}", ABOUT[task]
     if task == "plant":
         return _plant(parse(PlantingOptions, arguments[1:], prog=prog, description=description))

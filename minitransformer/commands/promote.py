@@ -12,7 +12,7 @@ import tyro
 
 from minitransformer import files
 from minitransformer.analysis.promotion import Judgement, check_metric, check_servable, judge_run
-from minitransformer.commands import DONE, FAILED, parse, with_exit_code
+from minitransformer.commands import DONE, FAILED, check_outputs, parse, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.evaluation.metrics import Metric
 from minitransformer.runs import Run
@@ -63,8 +63,7 @@ class Options:
             raise UserError("there is no run to promote: name its folder, or give --back")
         elif not self.data:
             raise UserError("a run is promoted if it is better on data that neither has learned: name it with --data")
-        if self.json is not None and self.json.exists():
-            raise UserError(f"{self.json} already exists: choose another --json")
+        check_outputs({"--json": self.json})
 
 
 @with_exit_code

@@ -1,4 +1,4 @@
-"""A run and all that were made from it, by compression and by fine-tuning, with their sizes and their quality."""
+"""A run and all that were made from it, by compression, distillation and fine-tuning: their sizes and their quality."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 
 from minitransformer.compression.making import RECORD, Source
 from minitransformer.compression.measuring import ModelFigures, QualityData, quality_figures, stored_bytes
-from minitransformer.compression.request import CompressionRequest
 from minitransformer.errors import UserError
-from minitransformer.records import read_json
+from minitransformer.records import checked_value, read_json
 from minitransformer.runs import Run
 from minitransformer.runs.layout import CONFIG
-from minitransformer.settings import with_settings
+from minitransformer.training.weights import Parent
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Member:
     path: Path
     origin: Path
     methods: tuple[str, ...]
-    """of all compressions from the first run to this one"""
+    """of all compressions, and "distilled", from the first run to this one"""
     is_tuned: bool
     """whether it was trained after that"""
 
@@ -41,7 +40,7 @@ def members_beside(folder: Path, source: Path, report: Callable[[str], None]) ->
         except UserError as error:
             report(f"{path} is left out: {error}")
     first = Member(source, source, (), is_tuned=False)
-    return list(_made_from(first, {path.resolve() for path in (source,)}, origins))
+    return list(_made_from(first, {source.resolve()}, origins))
 
 
 def _made_from(member: Member, seen: set[Path], origins: Mapping[Path, tuple[Path, str | None]]) -> Iterator[Member]:
@@ -55,13 +54,23 @@ def _made_from(member: Member, seen: set[Path], origins: Mapping[Path, tuple[Pat
 
 
 def _origin(path: Path) -> tuple[Path, str | None] | None:
-    """The run that the one at `path` was made from, and the compression; None for one that was fine-tuned."""
+    """The run that the one at `path` was made from, and how; without a word for one that was fine-tuned.
+
+    A run from scratch with a teacher was made from that; None for other runs from scratch.
+    """
     if (record := path / RECORD).is_file():
         made = read_json(record, "remove it")
-        request = with_settings(CompressionRequest(), made["settings"]).compression
-        return Path(made["run"]), request.method.make().label
-    parent = Run.open(path).parent
-    return None if parent is None else (Path(parent.path), None)
+        settings = checked_value(made.get("settings"), dict, "settings", str(record))
+        label = made.get("label", settings.get("method"))  # older records have none
+        wanted = {"run": made.get("run"), "label": label}
+        run, label = (checked_value(value, str, name, str(record)) for name, value in wanted.items())
+        return Path(run), label
+    made = read_json(path / CONFIG, "restore it")
+    if (parent := Parent.from_json(made.get("parent"), str(path / CONFIG))) is not None:
+        return Path(parent.path), None
+    training = checked_value(made.get("training", {}), dict, "training", str(path / CONFIG))
+    teacher = checked_value(training.get("teacher"), str | None, "teacher", str(path / CONFIG))
+    return None if teacher is None else (Path(teacher), "distilled")
 
 
 def _is_same(written: Path, beside: Path, run: Path) -> bool:
@@ -84,8 +93,7 @@ def measured_members(
     for member in members:
         try:
             run = Run.open(member.path)
-            if run.config.model.topology != source.config.model.topology:
-                raise UserError(f"topology {run.config.model.topology!r} has no {held_out.unit} on the same data")
+            _check_comparable(run, source)
             model = run.load_model()
         except UserError as error:
             report(f"{member.path} is left out: {error}")
@@ -93,3 +101,12 @@ def measured_members(
         figures = quality_figures(held_out.nats(model, advance), original, held_out.divisor)
         found[member.path] = ModelFigures(stored_bytes(model), model.num_parameters(), **figures)
     return found
+
+
+def _check_comparable(run: Run, source: Source) -> None:
+    """Raises `UserError` for a model that cannot be measured on the data of `source` as its own is."""
+    own, first, length = run.config.model, source.config.model, source.config.sequence_length
+    if own.topology != first.topology:
+        raise UserError(f"it has topology {own.topology!r}, and {source.run.path} {first.topology!r}")
+    if own.text_length < length:
+        raise UserError(f"it reads {own.text_length} tokens, and {source.run.path} is measured on {length}")

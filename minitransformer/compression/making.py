@@ -96,6 +96,7 @@ class Source:
             "run": str(self.run.path),
             "checkpoint": self.checkpoint,
             "settings": flat(request),
+            "label": method.label,
             "figures": {name: each.to_json() for name, each in figures.items()},
         }
 

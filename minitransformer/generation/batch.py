@@ -114,7 +114,7 @@ class Rows:
         """Append `tokens` to the first rows; the logits after each of the newest `count`. No other row is in use."""
         rows, new = tokens.shape
         unused = min(self.starts.values(), default=0)
-        if self.end + new > self.slots or unused > max(FEW_UNUSED, (self.end - unused) // 2):
+        if self.end + new > self.slots or unused > max(FEW_UNUSED, (self.end - unused) // 4):
             self._move(-unused)
         aligned = self._is_aligned()
         slots = self._slots.narrow(0, self.end, new)

@@ -74,8 +74,9 @@ def generate_each(
 ) -> Iterator[tuple[int, list[int]]]:
     """For each prompt, its number and the tokens that follow it, in the order in which they end.
 
-    The tokens are those of `generate` for this prompt alone with the same seed, up to the rounding of sums, up to one
-    of `ends`. `stops` is called with the number and each new token, and may end the text.
+    The tokens are those of `generate` for this prompt alone with the same seed, up to one of `ends`; sums are rounded
+    otherwise in a batch, which next to never changes a token (`draw`). `stops` is called with the number and each new
+    token, and may end the text.
     """
     slots = _most_tokens(prompts, sampling)
     rows = min(batch_size, len(prompts))

@@ -1,4 +1,4 @@
-"""Device, precision, compilation and ranks."""
+"""Device, precision, compilation, optional packages and ranks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from minitransformer.amounts import duration
 from minitransformer.preflight.candidate import Candidate
 from minitransformer.preflight.check import Finding, PreflightCheck
 from minitransformer.preflight.planned_ranks import plan
+from minitransformer.toolchain import extras
 from minitransformer.training.capabilities import why_not_fast
 from minitransformer.training.machine import Machine, compiled
 from minitransformer.training.precision import Precision
@@ -59,6 +60,17 @@ class CompileCheck(PreflightCheck, name="compile"):
             return Finding("problem", f"torch.compile fails here ({reason})", "give --compile off", figures)
         took = duration(time.perf_counter() - start)
         return Finding("ok", f"on ({machine.why_compile}); a small network took {took}", figures=figures)
+
+
+class ExtrasCheck(PreflightCheck, name="extras"):
+    """Which extras are installed, by their names; their packages with versions are among the figures."""
+
+    def find(self, candidate: Candidate) -> Finding:
+        found = extras()
+        there = [extra for extra, packages in found.items() if all(packages.values())]
+        lacking = [extra for extra in found if extra not in there]
+        text = "; ".join(filter(None, [", ".join(there), f"without {', '.join(lacking)}" if lacking else ""]))
+        return Finding("ok", text, figures={"extras": found})
 
 
 class RanksCheck(PreflightCheck, name="ranks"):

@@ -19,7 +19,7 @@ from minitransformer.errors import StorageError, UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model, check_memory, check_size, in_full_precision
 from minitransformer.pretrained.families import Family
-from minitransformer.pretrained.gguf_files import GGUFFile, is_gguf, texts_of_gguf
+from minitransformer.pretrained.gguf_files import SUFFIX, GGUFFile, is_gguf, texts_of_gguf
 from minitransformer.pretrained.originals import CHAT, TOKENIZER_FILES, write_originals
 from minitransformer.pretrained.refusals import check_kind
 from minitransformer.pretrained.rules import load_weights, save_weights
@@ -129,7 +129,17 @@ def generation_config(name: str | Path) -> dict[str, Any] | None:
     return read_checkpoint_json(path) if path.is_file() else None
 
 
-def save(model: Model, folder: str | Path, family: str, *arguments: Any, **options: Any) -> None:
+def save(
+    model: Model,
+    folder: str | Path,
+    family: str,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    originals: Path | None = None,
+    generation: Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
+) -> None:
     """`write_public` to the new folder `folder`, which is whole or absent; raises `UserError` if it exists."""
     folder = Path(folder)
     if folder.exists():
@@ -137,7 +147,16 @@ def save(model: Model, folder: str | Path, family: str, *arguments: Any, **optio
     with files.writing(folder, "choose another folder"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with files.whole_folder(folder) as partial:
-            write_public(model, partial, family, *arguments, **options)
+            write_public(
+                model,
+                partial,
+                family,
+                extra,
+                tokenizer=tokenizer,
+                originals=originals,
+                generation=generation,
+                chat_template=chat_template,
+            )
 
 
 def write_public(
@@ -190,12 +209,14 @@ def write_text_files(
 
 def may_be_on_hub(name: str) -> bool:
     """Whether `name` can be NAME or OWNER/NAME on the hub: where it or OWNER exists here, it is a path."""
-    is_path = Path(name).exists() or ("/" in name and Path(name).parent.exists())
+    is_path = name.endswith(SUFFIX) or Path(name).exists() or ("/" in name and Path(name).parent.exists())
     return HUB_NAME.fullmatch(name) is not None and not is_path
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether `name` is a public checkpoint, and no run: a folder, or, where there is none, a name on the hub."""
+    """Whether `name` is a public checkpoint, and no run: a folder or GGUF file, or else a name on the hub."""
+    if is_gguf(name):
+        return True
     if not Path(name).is_dir():
         return may_be_on_hub(name)
     try:
@@ -205,10 +226,10 @@ def is_checkpoint(name: str) -> bool:
     return "model_type" in config and "model" not in config
 
 
-def checkpoint_digest(folder: Path) -> str:
-    """The SHA-256 of all files of the checkpoint in `folder`, and of the version that reads them."""
-    found = sorted({path for pattern in WANTED for path in folder.glob(pattern) if path.is_file()})
-    digests = [f"{path.relative_to(folder)} {files.sha256(path)}" for path in found]
+def checkpoint_digest(checkpoint: Path) -> str:
+    """The SHA-256 of all files of the checkpoint in a folder or GGUF file, and of the version that reads them."""
+    found = {path for pattern in WANTED for path in checkpoint.glob(pattern)} | {checkpoint}
+    digests = [f"{path.relative_to(checkpoint)} {files.sha256(path)}" for path in sorted(found) if path.is_file()]
     return hashlib.sha256("\n".join([version("minitransformer"), *digests]).encode()).hexdigest()
 
 
@@ -217,7 +238,8 @@ def checkpoint_folder(name: str | Path) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if isinstance(name, Path) or not may_be_on_hub(name):
-        raise UserError(f"there is no folder {name}: give a checkpoint folder, or a name on the hub")
+        what = "file" if str(name).endswith(SUFFIX) else "folder"
+        raise UserError(f"there is no {what} {name}: give a checkpoint {what}, or a name on the hub")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

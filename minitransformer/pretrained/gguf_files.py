@@ -17,6 +17,7 @@ from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model
 from minitransformer.pretrained.gguf_encoders import CLASSES, POOLING, POOLINGS
 from minitransformer.pretrained.gguf_families import GGUFFamily
+from minitransformer.pretrained.gguf_rope import DIVISORS
 from minitransformer.pretrained.gguf_vocabularies import (
     TEMPLATE,
     TOKENS,
@@ -29,12 +30,13 @@ from minitransformer.pretrained.rules import save_weights
 from minitransformer.pretrained.sentences import write_sentence_files
 from minitransformer.pretrained.tokenizers import CONFIGS, FILE, SETTINGS
 
-SUFFIX = ".gguf"
+SUFFIX, MAGIC, PARTS = ".gguf", b"GGUF", "split.count"
+READ_ONES = "use f16, q8_0, q4_0 or q4_k"
 STORED = ("f16", "q8_0", "q4_0", "f32")
 """how matrices can be stored; norms, biases and positions are f32 in all"""
 STEPS = {"f32": 0.0, "f16": 2**-11, "q8_0": 1 / 254, "q4_0": 1 / 8}
 """the largest error of a weight, of the largest one in its block of 32; of f16, of the weight itself"""
-PLAIN = ("position_embd", "token_types", "attn_rel_b", "ffn_gate_inp")
+PLAIN = ("position_embd", "token_types", "attn_rel_b", "ffn_gate_inp", "attn_q_norm", "attn_k_norm")
 NAMES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown", "sep": "seperator", "mask": "mask"}
 KEYS = {name: token_key(theirs) for name, theirs in NAMES.items()}
 START = "decoder_start_token_id"
@@ -63,11 +65,12 @@ def write_gguf(
     assert config.vocab_size is not None
     own = {key: value for key, value in kind.hf_config(config).items() if key not in (*OF_LIBRARY, *kind.present)}
     tensors = save_weights(model, config, kind.rules_for(config))
+    tensors |= {name: torch.tensor(own[name]) for name in DIVISORS if name in own}
     writer = gguf.GGUFWriter(path, family)
     metadata = {
         key if key.startswith("tokenizer.") else f"{family}.{key}": value
         for key, value in own.items()
-        if value is not None
+        if value is not None and key not in DIVISORS
     }
     for key, value in {**metadata, **gguf_vocabulary(tokenizer, config.vocab_size), **about}.items():
         _add(writer, key, value)
@@ -116,9 +119,7 @@ class GGUFTensors(Mapping[str, Tensor]):
             return found * self.factors[name] if name in self.factors else found
         except NotImplementedError:
             kind = tensor.tensor_type.name
-            raise UserError(
-                f"{self._path} stores {name} as {kind}, which is not known: use f16, q8_0, q4_0 or q4_k"
-            ) from None
+            raise UserError(f"{self._path} stores {name} as {kind}, which is not known: {READ_ONES}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -127,22 +128,37 @@ class GGUFTensors(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
+def _read(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The package's reader of a file that is whole, and the metadata."""
+    gguf_package()
+    from minitransformer.pretrained.gguf_reader import ArrayReader
+
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise UserError(f"{path} is no GGUF file: give another one")
+    try:
+        reader = ArrayReader(path)
+        ends = [int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors]
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, OSError) as error:
+        if "GGMLQuantizationType" in str(error):
+            raise UserError(
+                f"{path} stores weights in a way that is not known to the package gguf: {READ_ONES}"
+            ) from None
+        raise StorageError(f"{path} is not a whole GGUF file: download it again") from None
+    if (parts := metadata.get(PARTS, 1)) > 1:
+        raise UserError(f"{path} is one of {parts} parts of a model: join them by llama-gguf-split --merge")
+    if max(ends, default=0) > path.stat().st_size:
+        raise StorageError(f"{path} is cut short: download it again")
+    return reader, metadata
+
+
 class GGUFFile:
     """An open GGUF file of a known architecture; raises `UserError` for another, `StorageError` for a damaged one."""
 
     def __init__(self, path: Path) -> None:
-        gguf_package()
-        from minitransformer.pretrained.gguf_reader import ArrayReader
-
         self.path = path
-        try:
-            reader = ArrayReader(path)
-            self.metadata = {name: field.contents() for name, field in reader.fields.items()}
-            ends = [int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors]
-        except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, OSError) as error:
-            raise StorageError(f"{path} is not a whole GGUF file ({error}): download it again") from None
-        if max(ends, default=0) > path.stat().st_size:
-            raise StorageError(f"{path} is cut short: download it again")
+        reader, self.metadata = _read(path)
         self.tensors = GGUFTensors(reader, path)
         self.size = path.stat().st_size
         name = self.metadata.get("general.architecture")
@@ -152,19 +168,25 @@ class GGUFFile:
         self.family = GGUFFamily.named(name)
         self.own = {key.removeprefix(f"{name}."): value for key, value in self.metadata.items()}
         self.own |= {key: tensor in self.tensors for key, tensor in self.family.present.items()}
+        self.own |= {name: tuple(self.tensors[name].tolist()) for name in DIVISORS if name in self.tensors}
         self.tensors.factors = self.family.factors(self.own)
 
     @property
     def config(self) -> ModelConfig:
         """Our configuration; raises `UserError` for a member that is not known."""
-        own = self.own
-        scaling = own.get("rope.scaling.type", "none")
-        if "rope_freqs.weight" in self.tensors or scaling != "none":
-            raise UserError(f"{self.path} scales its rotary positions: import the checkpoint that it was made from")
-        return self.family.model_config({**own, "vocab_size": len(self.metadata.get(TOKENS, []))})
+        return self.family.model_config({**self.own, "vocab_size": len(self.metadata.get(TOKENS, []))})
 
     def write_texts(self, folder: Path) -> None:
-        """Write what texts need to `folder`, as a checkpoint of the transformers library has it."""
+        """Write what texts need to `folder`, as a checkpoint of the transformers library has it.
+
+        Raises `UserError` for a tokenizer that is not known, or damaged.
+        """
+        try:
+            self._write_texts(folder)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"the tokenizer of {self.path} is damaged ({error!r}): download it again") from None
+
+    def _write_texts(self, folder: Path) -> None:
         ids = {name: self.metadata[key] for name, key in KEYS.items() if key in self.metadata}
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         settings |= {f"{name}_token": self.metadata[TOKENS][number] for name, number in ids.items()}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from minitransformer.errors import UserError
-from minitransformer.pretrained.tokenizers import SPLITS, split_pattern, steps_of
+from minitransformer.pretrained.tokenizers import SPLITS, steps_of
 from minitransformer.registry import Registered
 from minitransformer.text.tokenizers import GPT2_SPLIT, GPT4_SPLIT
 
@@ -19,8 +19,25 @@ ADD_SPACE = "tokenizer.ggml.add_space_prefix"
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The pre-tokenizers that llama.cpp calls by a name, each with our pattern; it refuses others.
-PATTERNS = {"gpt-2": GPT2_SPLIT, "llama-bpe": GPT4_SPLIT, "qwen2": QWEN2_SPLIT}
+DIGIT, DIGITS, PUNCTUATION = r"\p{N}", r"\p{N}+", r"[\p{P}\$\+<=>\^~\|`]+"
+BLOOM_SPLIT = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+# The pre-tokenizers that llama.cpp calls by a name, each with the patterns that split a text one after the other, as
+# its checkpoints have them; it refuses others. Of several names for one, the first is written.
+PATTERNS: dict[str, tuple[str, ...]] = {
+    "gpt-2": (GPT2_SPLIT,),
+    "olmo": (GPT2_SPLIT,),
+    "llama-bpe": (GPT4_SPLIT,),
+    "dbrx": (GPT4_SPLIT,),
+    "smaug-bpe": (GPT4_SPLIT,),
+    "qwen2": (QWEN2_SPLIT,),
+    "stablelm2": (QWEN2_SPLIT,),
+    "refact": (DIGIT, GPT2_SPLIT),
+    "starcoder": (DIGIT, GPT2_SPLIT),
+    "smollm": (DIGIT, GPT2_SPLIT),
+    "command-r": (DIGIT, GPT2_SPLIT),
+    "bloom": (BLOOM_SPLIT,),
+    "falcon": (PUNCTUATION, GPT2_SPLIT, DIGITS, r"[0-9][0-9][0-9]"),
+}
 AS_IN_FILES = {ours: theirs for theirs, ours in SPLITS.items()}
 WHOLE_WORDS = ("llama-bpe",)
 """those that take a word that is a token as it is"""
@@ -117,16 +134,34 @@ def gguf_vocabulary(content: dict[str, Any], size: int) -> Metadata:
 
 def _pre_tokenizer(content: dict[str, Any]) -> str:
     """The name that llama.cpp has for how a text is split; raises `UserError` if it has none."""
-    pattern = split_pattern(content)
-    if not content["model"]["merges"] and pattern is not None:  # single bytes, however they are split
+    patterns = _patterns_of(content)
+    if not content["model"]["merges"] and patterns is not None:  # single bytes, however they are split
         return "gpt-2"
     for name, known in PATTERNS.items():
-        if pattern == known and bool(content["model"].get("ignore_merges")) >= (name in WHOLE_WORDS):
+        if patterns == known and bool(content["model"].get("ignore_merges")) >= (name in WHOLE_WORDS):
             return name
     raise UserError(
         f"llama.cpp has no name for how this tokenizer splits a text: known are {', '.join(PATTERNS)}; "
         "choose --format hf, or train a model with --tokenizer bpe"
     )
+
+
+def _patterns_of(content: dict[str, Any]) -> tuple[str, ...] | None:
+    """What splits a text, one after the other, before its bytes are merged; None for anything else."""
+    found = []
+    for step in steps_of(content.get("pre_tokenizer"), "pretokenizers"):
+        match step:
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                found += [GPT2_SPLIT] if step.get("use_regex", True) else []
+            case {"type": "Digits"}:
+                found.append(DIGIT if step.get("individual_digits") else DIGITS)
+            case {"type": "Punctuation", "behavior": "Contiguous"}:
+                found.append(PUNCTUATION)
+            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}:
+                found.append(SPLITS.get(pattern, pattern))
+            case _:
+                return None
+    return tuple(found) if content.get("normalizer") is None else None
 
 
 def _sentencepiece(content: dict[str, Any], tokens: Sequence[str], kinds: list[int]) -> Metadata:
@@ -189,11 +224,18 @@ def _byte_level_parts(metadata: Mapping[str, Any], vocab: dict[str, int]) -> dic
     if name not in PATTERNS:
         raise UserError(f"the file splits texts as {name!r}: known are {', '.join(PATTERNS)}")
     merges = [merge for merge in metadata.get(MERGES, []) if merge != NO_MERGE]
-    pattern = AS_IN_FILES.get(PATTERNS[name], PATTERNS[name])
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    splits = [
+        {
+            "type": "Split",
+            "pattern": {"Regex": AS_IN_FILES.get(each, each)},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        for each in PATTERNS[name]
+    ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
         "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": name in WHOLE_WORDS},
         "decoder": byte_level,
     }

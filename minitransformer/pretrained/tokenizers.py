@@ -307,7 +307,10 @@ def _tokenizer_of(content: dict[str, Any], settings: dict[str, Any], expected: d
     if ranks is None or pattern is None or end < len(ranks) or found_in_text:
         return PublicTokenizer(content, end_of_text=end)
     special = {name: number for name, number in _added(content).items() if number >= len(ranks) and number != end}
-    return BPE(ranks, pattern=pattern, special_tokens={**special, END_OF_TEXT: end})
+    try:
+        return BPE(ranks, pattern=pattern, special_tokens={**special, END_OF_TEXT: end})
+    except ValueError:  # tiktoken drops what the pattern leaves out
+        return PublicTokenizer(content, end_of_text=end)
 
 
 def _added(content: dict[str, Any]) -> dict[str, int]:

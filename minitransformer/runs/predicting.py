@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from minitransformer.amounts import counted
 from minitransformer.errors import UserError
 from minitransformer.evaluation.answers import answer_items
 from minitransformer.evaluation.class_report import ClassReport, class_report
@@ -94,7 +95,7 @@ def measure_loss(model: Model, data: HeldOutData, device: torch.device) -> Predi
     """What the run's objective measures for `model`, without any output of it."""
     evaluation = data.evaluate(model, device)
     items = evaluation.items
-    title = f"{len(items):,} {data.kind} of {int(items.columns['tokens'].sum()):,} tokens"
+    title = f"{counted(len(items), data.kind)} of {counted(int(items.columns['tokens'].sum()), 'tokens')}"
     return Predictions(evaluation, [EvaluatedPart("metrics", title, items, np.arange(len(items)), data.text_of)])
 
 

@@ -54,11 +54,13 @@ class Answering:
         check_failures(self.generation.texts)
 
     def _end(self) -> None:
-        """Free the rows, if they are not, and take down what was answered."""
-        if self.generation.done:
+        """Free the rows, if they are not, and take down what was answered, up to where a client has stopped it."""
+        generation, done = self.generation, self.generation.done
+        if not done:
+            self.scheduler.cancel(generation)
+        seen = generation.streams and generation.error is None and any(text.text for text in generation.texts)
+        if done or seen:
             self.service.journal.note(self.id, self.served.name, self.asked, self.generation)
-        else:
-            self.scheduler.cancel(self.generation)
 
     def _about(self, kind: str) -> dict[str, Any]:
         return {

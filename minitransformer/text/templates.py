@@ -110,7 +110,9 @@ def filled_template(source: str, row: Mapping[str, Any], origin: str, where: str
 
 
 def read_template(path: Path) -> str:
-    """The source of the template in the file at `path`; raises `UserError` if it is no text."""
+    """The source of the template in the file at `path`; raises `UserError` if there is none, or no text in it."""
+    if not path.exists():
+        raise UserError(f"there is no file {path}: give a Jinja template")
     try:
         return read_bytes(path, "give a Jinja template").decode("utf-8-sig")
     except UnicodeDecodeError:

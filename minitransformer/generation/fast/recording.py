@@ -2,9 +2,9 @@
 
 For one token of a small model, the Python of its modules takes longer than their arithmetic. All steps are the same
 operations once the caller chooses the slots of a cache with room for all tokens to come (`KVCache.at`): so one step is
-recorded, and later ones replay it with the slots then in use. `torch.jit.trace` records in milliseconds, where
-`torch.compile` takes longer than most texts take to decode. On CUDA, a graph replays all kernels of a step by one call,
-for fixed shapes.
+recorded, and later ones replay it with the slots and the cache then in use. `torch.jit.trace` records in milliseconds,
+where `torch.compile` takes longer than most texts take to decode. On CUDA, a graph replays all kernels of a step by one
+call, for fixed shapes.
 """
 
 # `torch.jit.trace` is deprecated, in favour of `torch.export`, which takes seconds where tracing takes milliseconds.

@@ -26,15 +26,16 @@ from minitransformer.models.joined import has_hooks
 
 def recorded_steps(model: DecoderLM) -> MakeStep:
     """Recorded steps of a copy of `model` that is fast for few rows, kept for the next text of the same model."""
+    kept = KEPT.pop(model, None)
     if any(map(has_hooks, model.modules())):  # which a replay would not run
         return partial(plain_step, for_single_rows(model))
     if has_fixed_shapes(next(model.parameters()).device):
         return partial(captured_step, for_single_rows(model), products_of(model))
-    kept = KEPT.get(model)
-    if kept is None or not kept.are_of(model):
-        kept = KEPT[model] = KeptSteps(model)
-    else:
+    if kept is not None and kept.are_of(model):
         kept.refresh()
+    else:
+        kept = KeptSteps(model)
+    KEPT[model] = kept
     return kept
 
 
