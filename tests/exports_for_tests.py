@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ LLAMA = {"norm": "rms", "feedforward": "swiglu", "tied_embeddings": False, "num_
 SHAPE = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "context_length": 96}
 
 
+@cache
 def tokenizer_of_conversations() -> Tokenizer:
     return BPE.train(LEARNED, 300).with_special_tokens([MASK, "<|im_start|>", "<|im_end|>"])
 
@@ -154,18 +156,59 @@ IN_A_FOLDER: dict[str, tuple[str, Fault]] = {
 
 
 GATED = {"norm": "rms", "feedforward": "swiglu", "tied_embeddings": False}
+GEMMA = {
+    **{"norm": "rms-zero-centred", "feedforward": "geglu-tanh", "scaled_embeddings": True, "tied_embeddings": True},
+    **{"num_kv_heads": 1, "head_dim": 24},
+}
+WINDOWS = {"attention_window": 16, "window_pattern": (True, False)}
+NEOX = {"positions": "rotary", "bias": True, "feedforward": "gelu", "tied_embeddings": False}
+LLAMA3 = {"rotary_scaling": "llama3", "rotary_factor": 4.0, "rotary_original_length": 32}
+YARN = {"rotary_scaling": "yarn", "rotary_factor": 4.0, "rotary_original_length": 24}
+LONGROPE = {
+    **{"rotary_scaling": "longrope", "rotary_original_length": 32},
+    **{"rotary_short_factors": (1.0, 1.1) * 4, "rotary_long_factors": (1.0, 2.5) * 4},
+}
 MEMBERS_OF_LLAMA_CPP: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama tied": {**LLAMA, "tied_embeddings": True},
+    "llama scaled as llama3": {**LLAMA, **LLAMA3},
+    "llama scaled by longrope": {**LLAMA, **LONGROPE},
     "mixtral": {**GATED, "num_experts": 2},
     "qwen2": {**GATED, "qkv_bias": True},
+    "qwen2 scaled by yarn": {**GATED, "qkv_bias": True, **YARN},
+    "qwen2 scaled by yarn of a magnitude": {**GATED, "qkv_bias": True, **YARN, "rotary_magnitude": 1.3},
     "qwen3": {**GATED, "qk_norm": "head"},
+    "qwen3moe": {**GATED, "qk_norm": "head", "num_experts": 3, "experts_per_token": 2},
     "olmo2": {**GATED, "qk_norm": "full", "residual": "olmo2"},
+    "olmo2 with windows and yarn": {
+        **{**GATED, "qk_norm": "full", "residual": "olmo2"},
+        **{**WINDOWS, **YARN, "rotary_window_base": 10000.0},
+    },
+    "granite": {
+        **{**GATED, "residual": "pre-scaled", "pre_scaled_multiplier": 0.3, "embedding_scale": 3.0},
+        **{"attention_scale": 0.1, "logit_scale": 0.25},
+    },
+    "smollm3": {**LLAMA, "num_layers": 5, "rotary_layers": (True, True, True, False), "d_model": 16},
+    "phi3": {**GATED, "rotary_fraction": 0.5},
+    "phi3 scaled by longrope": {**GATED, **LONGROPE},
     "stablelm": {"norm_bias": True, "feedforward": "swiglu", "tied_embeddings": False, "rotary_fraction": 0.5},
+    "stablelm parallel": {
+        **{"norm_bias": True, "feedforward": "swiglu", "tied_embeddings": False, "rotary_fraction": 0.5},
+        **{"qk_norm": "each-head", "block": "parallel", "qkv_bias": True},
+    },
+    "command-r": {"block": "parallel", "feedforward": "swiglu", "logit_scale": 0.25},
+    "dbrx": {"feedforward": "swiglu", "tied_embeddings": False, "num_experts": 3, "qkv_clip": 1.0},
     "gpt2": {"positions": "learned", "bias": True},
-    "gemma2": {
-        **{"residual": "sandwich", "norm": "rms-zero-centred", "scaled_embeddings": True, "feedforward": "geglu-tanh"},
-        **{"attention_softcap": 50.0, "logit_softcap": 30.0, "attention_window": 16, "window_pattern": (True, False)},
+    "gptneox": {**NEOX, "block": "parallel-two-norms", "rotary_fraction": 0.25},
+    "gptneox sequential": {**NEOX, "rotary_scaling": "linear", "rotary_factor": 2.0},
+    "bloom": {"positions": "alibi", "bias": True, "embedding_norm": True},
+    "falcon": {**NEOX, "bias": False, "norm_bias": True, "block": "parallel", "num_kv_heads": 1},
+    "falcon with two norms": {**NEOX, "bias": False, "norm_bias": True, "block": "parallel-two-norms"},
+    "gemma": GEMMA,
+    "gemma2": {**GEMMA, "residual": "sandwich", "attention_softcap": 50.0, "logit_softcap": 30.0, **WINDOWS},
+    "gemma3": {
+        **{**GEMMA, **WINDOWS, "residual": "sandwich", "qk_norm": "head"},
+        **{"rotary_base": 1e6, "rotary_window_base": 1e4, "rotary_scaling": "linear", "rotary_factor": 8.0},
     },
 }
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from minitransformer.models.model import build_model
 from minitransformer.training.config import RunConfig, with_vocabulary
 from minitransformer.training.learner import Learner, build_learner
 from minitransformer.training.ranks import Ranks, joined_ranks
@@ -44,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "answers": {"objective": "instruct", "data": "talks.jsonl", "context_length": 64, "batch_size": 3},
     "shards": {"data": "index.json", "batch_size": 5},
     "bf16": {"precision": "bf16"},
+    "distilled": {"teacher": "another model", "num_experts": 4},
     "recomputed": {"activation_checkpointing": True, "num_experts": 4, "optimizer": "muon"},
 }
 
@@ -68,9 +73,10 @@ def config_of(name: str, folder: Path, **choices: Any) -> RunConfig:
 def learner_of(config: RunConfig, ranks: Ranks) -> Learner:
     prepared = config.prepare()
     model = with_vocabulary(config.model, prepared)
-    return build_learner(
-        RunConfig(model, config.data, config.training), prepared, cpu(config.training.precision), ranks
-    )
+    torch.manual_seed(1)
+    teacher = None if config.training.teacher is None else build_model(replace(model, num_experts=None))
+    config = RunConfig(model, config.data, config.training)
+    return build_learner(config, prepared, cpu(config.training.precision), ranks, teacher=teacher)
 
 
 def trained(config: RunConfig, ranks: Ranks) -> dict[str, Any]:

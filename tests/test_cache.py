@@ -97,10 +97,12 @@ class CacheOfLists:
         for row in filled:
             self.rows[row] = [None] * slot + [0, 1] + [None] * (7 - slot)
 
-    def roll(self, data: st.DataObject) -> None:
-        by = data.draw(st.integers(-8, 8))
-        self.cache.roll(by)
-        self.rows = [positions[-by:] + positions[:-by] for positions in self.rows]
+    def move(self, data: st.DataObject) -> None:
+        first, last, to = (data.draw(st.integers(0, 9)) for _ in range(3))
+        last = min(max(first, last), first + 9 - to)
+        self.cache.move(slice(first, last), to)
+        moved = [positions[first:last] for positions in self.rows]
+        self.rows = [([None] * to + part + [None] * 9)[:9] for part in moved]
 
 
 def as_stored(positions: list[int | None]) -> list[int]:
@@ -113,7 +115,7 @@ def test_a_cache_knows_the_position_in_each_slot_of_each_row_whatever_was_done_t
 ) -> None:
     both = CacheOfLists(rows)
     for _ in range(data.draw(st.integers(1, 6))):
-        getattr(both, data.draw(st.sampled_from(["read", "reorder", "clear", "put", "roll"])))(data)
+        getattr(both, data.draw(st.sampled_from(["read", "reorder", "clear", "put", "move"])))(data)
     held = both.cache.at(torch.tensor([0]), 9, full=False, in_order=False).reserve(torch.full((rows, 1), 5))
     assert held.positions.tolist() == [[5, *as_stored(row[1:])] for row in both.rows]
     after = [1 + max(5, *[-1 if p is None else p for p in row[1:]]) for row in both.rows]

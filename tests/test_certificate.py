@@ -20,6 +20,7 @@ from minitransformer.errors import UserError
 from minitransformer.exporting import ExportFormat
 from minitransformer.exporting.certificate import (
     compare_copy,
+    compared_inputs,
     same_chat,
     same_ends,
     same_greedy_text,
@@ -31,13 +32,31 @@ from minitransformer.exporting.copies import Copy
 from minitransformer.exporting.exported import Exported
 from minitransformer.exporting.formats import ExportChoices, certify, export_run
 from minitransformer.exporting.hostile import PROMPTS, hostile_texts
-from minitransformer.exporting.llama_cpp import has_llama_cpp, near_weights, rounded_logits, unrounded_logits
+from minitransformer.exporting.llama_cpp import (
+    has_llama_cpp,
+    near_weights,
+    rounded_logits,
+    tabled_gelu,
+    unrounded_logits,
+)
 from minitransformer.pretrained import gguf_files
 from minitransformer.pretrained.gguf_files import STORED
+from minitransformer.pretrained.gguf_vocabularies import PATTERNS, PRE, gguf_vocabulary, tokenizer_of_gguf
+from minitransformer.pretrained.tokenizer_files import described
+from minitransformer.pretrained.tokenizers import FILE, SETTINGS, load_tokenizer
 from minitransformer.runs import Run
 from minitransformer.runs import importing as importing_room
+from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT2_SPLIT, Bytes, Characters, GPT2Encoding
+from minitransformer.text.tokenizers.published import O200KEncoding
 from minitransformer.text.tokenizers.spelled import encode_with_special_tokens
-from tests.exports_for_tests import IN_A_FILE, IN_A_FOLDER, LLAMA, MEMBERS_OF_LLAMA_CPP, run_that_leaves
+from tests.exports_for_tests import (
+    IN_A_FILE,
+    IN_A_FOLDER,
+    LLAMA,
+    MEMBERS_OF_LLAMA_CPP,
+    run_that_leaves,
+    tokenizer_of_conversations,
+)
 from tests.runs_for_tests import Call
 
 with suppress(ImportError):  # before a test captures the standard error that it keeps for its warnings
@@ -163,22 +182,71 @@ def test_a_fault_in_a_graph_is_noticed(tmp_path: Path, monkeypatch: pytest.Monke
 needs_gguf = pytest.mark.skipif(not find_spec("gguf"), reason="the package gguf is not installed")
 
 
+MEMBERS = [pytest.param(name, marks=pytest.mark.slow if " " in name else ()) for name in MEMBERS_OF_LLAMA_CPP]
+"""one of each architecture, and others, which are slower"""
+
+
 @needs_gguf
-@pytest.mark.parametrize("name", MEMBERS_OF_LLAMA_CPP)
-def test_a_gguf_file_comes_back_bit_for_bit_and_leaves_proven(name: str, tmp_path: Path, call: Call) -> None:
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_gguf_file_comes_back_bit_for_bit_and_leaves_proven(name: str, tmp_path: Path) -> None:
     run = run_that_leaves(tmp_path / "run", **MEMBERS_OF_LLAMA_CPP[name])
     made = written(run, tmp_path / "out", "gguf", weights="f32")
     model, tokenizer = pretrained.load(tmp_path / "out" / "model.gguf")
     assert tokenizer is not None
     ours = dict(made.exported.model.named_parameters())
     for key, weight in model.named_parameters():
-        torch.testing.assert_close(weight, ours[key], rtol=0, atol=0 if name != "gemma2" else 1e-6)
-    for text in hostile_texts(run.tokenizer, run.tokenizer.special_tokens):
-        ids = encode_with_special_tokens(run.tokenizer, text) if text else []
-        assert (encode_with_special_tokens(tokenizer, text) if text else []) == ids
+        torch.testing.assert_close(weight, ours[key], rtol=0, atol=1e-6 if "gemma" in name else 0)
+    [tokens] = compared_inputs(made.exported)
+    torch.testing.assert_close(model(tokens), made.exported.model(tokens), rtol=0, atol=1e-4)
     assert sorted(tokenizer.ends) == sorted(made.exported.ends)
     if has_llama_cpp():
         assert certify(made, tmp_path / "out").difference is None
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_text_is_split_in_a_gguf_file_as_its_name_says(name: str) -> None:
+    whole = gguf_vocabulary(described(tokenizer_of_conversations()), 303)
+    back = gguf_vocabulary(tokenizer_of_gguf({**whole, PRE: name}), 303)
+    assert PATTERNS[back[PRE]] == PATTERNS[name]
+    assert {**back, PRE: whole[PRE]} == whole
+
+
+def test_hostile_texts_have_the_same_ids_in_a_gguf_file(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of_conversations()
+    for name, content in {
+        FILE: tokenizer_of_gguf(gguf_vocabulary(described(tokenizer), 303)),
+        SETTINGS: {"eos_token": END_OF_TEXT},
+    }.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    back = load_tokenizer(tmp_path)
+    assert back is not None
+    for text in filter(None, hostile_texts(tokenizer, tokenizer.special_tokens)):
+        assert encode_with_special_tokens(back, text) == encode_with_special_tokens(tokenizer, text)
+
+
+def test_the_tokenizers_that_llama_cpp_reads_are_those_that_say_so() -> None:
+    ranks = [*(bytes([value]) for value in range(256)), b"th"]
+    others = [GPT2Encoding(ranks, pattern=GPT2_SPLIT), O200KEncoding(ranks, pattern=r"\p{L}+|\P{L}+")]
+    for tokenizer in [Bytes(), Characters("ab"), BPE(ranks), *others]:
+        accepted = True
+        try:
+            gguf_vocabulary(described(tokenizer), tokenizer.vocab_size)
+        except UserError:
+            accepted = False
+        assert tokenizer.in_gguf == accepted, tokenizer.name
+
+
+@needs_gguf
+@pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-python is not installed")
+def test_what_the_rounding_of_gelu_hides_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_that_leaves(tmp_path / "run", **MEMBERS_OF_LLAMA_CPP["gpt2"])
+    key, original = "gpt2.attention.layer_norm_epsilon", gguf_files._add
+    monkeypatch.setattr(
+        gguf_files, "_add", lambda writer, name, value: original(writer, name, 5e-5 if name == key else value)
+    )
+    made = written(run, tmp_path / "out", "gguf", weights="f32")
+    found = compare_copy(made.exported, made.open(tmp_path / "out"), (unrounded_logits, tabled_gelu))
+    assert [(each.name, each.agrees) for each in found] == [("logits", True), ("tabled GELU", False)]
 
 
 @needs_gguf
@@ -219,6 +287,13 @@ def test_a_gguf_file_is_imported_sampled_and_goes_back(tmp_path: Path, call: Cal
     assert Run.open(tmp_path / "back").chat_template is not None
 
 
+def with_type(whole: bytes, number: int) -> bytes:
+    """A GGUF file whose first tensor is said to be of the type with this number."""
+    name = b"token_embd.weight"
+    begin = whole.index(name) + len(name) + 4 + 2 * 8
+    return whole[:begin] + number.to_bytes(4, "little") + whole[begin + 4 :]
+
+
 @needs_gguf
 def test_a_gguf_file_that_is_damaged_or_unknown_is_one_sentence(tmp_path: Path) -> None:
     run = run_that_leaves(tmp_path / "run", **LLAMA)
@@ -228,7 +303,9 @@ def test_a_gguf_file_that_is_damaged_or_unknown_is_one_sentence(tmp_path: Path) 
     for content, message in {
         whole[:-100]: "cut short|not a whole GGUF file",
         whole[:500]: "not a whole GGUF file",
-        b"no model at all": "not a whole GGUF file",
+        b"no model at all": "is no GGUF file",
+        with_type(whole, 77): "stores weights in a way that is not known",
+        with_type(whole, 24): "stores .* as I8, which is not known: use f16, q8_0, q4_0 or q4_k",
         whole.replace(b"llama", b"lamma"): "holds the architecture 'lamma': known are llama, qwen2",
         whole.replace(b"llama-bpe", b"lamma-bpe"): "splits texts as 'lamma-bpe': known are gpt-2",
     }.items():
@@ -236,6 +313,25 @@ def test_a_gguf_file_that_is_damaged_or_unknown_is_one_sentence(tmp_path: Path) 
         with pytest.raises(UserError, match=message):
             importing_room.import_checkpoint(str(path), tmp_path / "back")
         assert not (tmp_path / "back").exists()
+
+
+@needs_gguf
+def test_a_gguf_file_is_a_checkpoint_to_start_from_and_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_that_leaves(tmp_path / "run", **LLAMA)
+    made = written(run, tmp_path / "out", "gguf")
+    path = tmp_path / "out" / "model.gguf"
+    imported = importing_room.as_run(str(path), tmp_path)
+    assert importing_room.as_run(str(path), tmp_path) == imported
+    assert Run.open(imported).config.model.num_kv_heads == 1
+    with pytest.raises(UserError, match=r"model.gguf is a public checkpoint, not a run: import it with"):
+        Run.open(path)
+    with pytest.raises(UserError, match=r"there is no file .*none.gguf: give a checkpoint file"):
+        importing_room.import_checkpoint(str(tmp_path / "none.gguf"), tmp_path / "back")
+    about = type(made)._about
+    monkeypatch.setattr(type(made), "_about", lambda self: {**about(self), "split.count": 2})
+    written(run, tmp_path / "parts", "gguf")
+    with pytest.raises(UserError, match="is one of 2 parts of a model: join them by llama-gguf-split --merge"):
+        pretrained.load(tmp_path / "parts" / "model.gguf")
 
 
 @needs_gguf

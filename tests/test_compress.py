@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from minitransformer.models.formats import Int4Groups, Int8Rows
 from minitransformer.models.int4 import group_scale, pack, round_to, unpack
 from minitransformer.models.model import Model, build_in_parts, in_full_precision
 from minitransformer.models.stored import StoredLinear, StoredTable
+from minitransformer.reporting import figures
+from minitransformer.reporting.figures import Point
 from minitransformer.runs import Run
 from minitransformer.text.tokenizers import Bytes
 from minitransformer.training.objectives import Causal
@@ -243,9 +246,9 @@ def tune(run: Path, out: Path, *flags: str) -> int:
 METHODS = {
     "int8": [],
     "int4": ["--int4-rounding", "nearest"],
-    "int4 ": [],
-    "prune": ["--prune-units", "0.5", "--prune-weights", "0.5"],
-    "drop-layers": [],
+    "int4 ": ["--calibration-tokens", "64"],
+    "prune": ["--prune-units", "0.5", "--prune-weights", "0.5", "--calibration-tokens", "64"],
+    "drop-layers": ["--calibration-tokens", "64"],
 }
 
 
@@ -255,7 +258,7 @@ def test_a_compressed_run_is_a_run_like_any_other(
     beside_run: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, before = beside_run / "small", saved_weights(Path("run"))
-    flags = ["--method", method.strip(), "--calibration-tokens", "64", *METHODS[method]]
+    flags = ["--method", method.strip(), *METHODS[method]]
     assert compress.main(["run", "--out", str(out), *flags]) == 0
     assert "bits per byte" in capsys.readouterr().out
     original, small = json.loads((out / "compression.json").read_text())["figures"].values()
@@ -290,6 +293,60 @@ def test_a_compressed_run_is_fine_tuned_in_full(beside_run: Path) -> None:
     assert start is None or start["embedding.table.weight"].dtype == torch.float32
 
 
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
+    """The points of every figure that is drawn from here on, which is still made."""
+    points: list[Point] = []
+    make = figures.named_points
+
+    def keep(given: Sequence[Point], **labels: str) -> Any:
+        points.extend(given)
+        return make(given, **labels)
+
+    monkeypatch.setattr(figures, "named_points", keep)
+    return points
+
+
+def test_a_plot_shows_all_that_was_made_from_a_run_before_and_after_fine_tuning_on_the_same_data(
+    beside_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["--method", "prune", "--prune-units", "0.5", "--calibration-tokens", "64"]
+    assert compress.main(["run", "--out", str(beside_run / "small"), *few]) == 0
+    assert tune(beside_run / "small", beside_run / "tuned", "--lr", "0.01") == 0
+    assert compress.main([str(beside_run / "tuned"), "--out", str(beside_run / "tuned8")]) == 0
+    student = ["--num-layers", "1", "--data", "my.txt", "--steps", "2", "--out", str(beside_run / "student")]
+    assert train_command.main([*SMALL, *student, "--teacher", "run"]) == 0
+    (beside_run / "damaged").mkdir()
+    (beside_run / "damaged/config.json").write_text("{")
+    capsys.readouterr()
+    points, plot = drawn(monkeypatch), beside_run / "sizes.png"
+    assert compress.main(["run", "--out", str(beside_run / "int8"), "--plot", str(plot)]) == 0
+    out, err = capsys.readouterr()
+    assert "damaged is left out" in err
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert [(each.name, each.curve) for each in points] == [
+        ("run", "not compressed"),
+        ("int8", "int8"),
+        ("small", "prune units"),
+        ("tuned", "prune units"),
+        ("tuned8", "prune units, int8"),
+        ("student", "distilled"),
+    ]
+    whole, int8, small, tuned, tuned8, taught = points
+    assert tuned.origin == (small.x, small.y)
+    assert whole.origin is int8.origin is tuned8.origin is None
+    assert tuned8.x < int8.x < small.x == tuned.x < whole.x
+    assert taught.x < whole.x
+    assert tuned.y < small.y
+    record = json.loads((beside_run / "small/compression.json").read_text())["figures"]["small"]
+    assert small.y == pytest.approx(record["quality"])
+    assert small.low == pytest.approx(whole.y * (1 + record["change_low"]))
+    assert f"{tuned.y:.3f}" in out
+    assert "prune units, fine-tuning" in out
+    points.clear()
+    assert compress.main([os.path.relpath(beside_run / "small"), "--plot", str(plot)]) == 0
+    assert [each.name for each in points] == ["small", "tuned", "tuned8"]
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -299,11 +356,29 @@ def test_a_compressed_run_is_fine_tuned_in_full(beside_run: Path) -> None:
         (["--method", "prune", "--prune-heads", "1"], "2 heads share a key head: give a multiple of 2"),
         (["--method", "drop-layers", "--drop-layers-count", "2"], "and 1 can be left out: give fewer"),
         (["--method", "int8", "--prune-heads", "1"], "prune_heads belongs to method 'prune'"),
+        (["--calibration-tokens", "64"], "calibration_tokens is 64, and int8 reads none: leave it out"),
+        (["--method", "int4", "--data", "short.txt"], "short.txt is too short: its training and its validation part"),
         (["--plot", "x.pdf"], "x.pdf is no .png file"),
+        (["--plot", "nowhere/x.png"], "nowhere is not a folder: give --plot another name"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(
     beside_run: Path, capsys: pytest.CaptureFixture[str], flags: list[str], sentence: str
 ) -> None:
+    Path("short.txt").write_text("Too short.\n")
     assert sentence in refused(capsys, "run", "--out", str(beside_run / "x"), *flags, main=compress.main)
     assert not (beside_run / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "nothing is asked for: give --out for the folder of the new run, or --plot"),
+        (["--plot", "x.png", "--method", "int8"], "--method is for a new run: name its folder with --out"),
+    ],
+)
+def test_what_needs_a_new_run_is_refused_without_one(
+    beside_run: Path, capsys: pytest.CaptureFixture[str], flags: list[str], sentence: str
+) -> None:
+    assert sentence in refused(capsys, "run", *flags, main=compress.main)
+    assert not Path("x.png").exists()

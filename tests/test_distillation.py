@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from minitransformer.commands import compress
 from minitransformer.commands import train as command
+from minitransformer.compression import measuring
 from minitransformer.models.model import Model
 from minitransformer.runs import Run
 from minitransformer.text.batches import IGNORE
@@ -76,7 +80,76 @@ def test_a_run_with_a_teacher_learns_something_else_resumes_exactly_and_is_fine_
     assert train("--init-from", "taught", "--out", "tuned", steps=1) == 0
     assert Run.open(Path("tuned")).config.training.teacher is None
     assert command.main(["--resume", "run", "--steps", "8"]) == 0
-    assert "the teacher" in refused(capsys, "--resume", "taught", "--steps", "6", code=1)
+    assert "has other weights than at the start" in refused(capsys, "--resume", "taught", "--steps", "6", code=1)
+    run.rename("elsewhere")
+    assert f"the teacher {run} is not there" in refused(capsys, "--resume", "taught", "--steps", "6", code=1)
+
+
+FEW = ["--steps", "3", "--data", "my.txt", *SMALL]
+INT8 = ["run", "--out", "teacher"]
+LORA = ["--init-from", "run", "--out", "teacher", "--adapter", "lora", "--steps", "1", "--compile", "off"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "make_teacher", "same"),
+    [
+        (["--batch-size", "1", "--grad-accumulation", "2"], None, True),
+        (["--activation-checkpointing"], None, True),
+        (["--on-oom", "halve"], None, True),
+        (["--precision", "bf16"], None, False),
+        (["--context-length", "32", "--sequence-length", "16"], None, True),
+        ([], lambda: compress.main(INT8), False),
+        ([], lambda: command.main(LORA), False),
+    ],
+    ids=["accumulated", "recomputed", "halved", "bf16", "longer context", "from int8", "from an adapter"],
+)
+@pytest.mark.unchecked_shapes
+def test_a_run_learns_from_its_teacher_however_it_is_trained(
+    run: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], make_teacher: Callable[[], int] | None, same: bool
+) -> None:
+    monkeypatch.setattr(measuring, "NEW_TOKENS", 1)
+    assert make_teacher is None or make_teacher() == 0
+    teacher = ["--teacher", "run" if make_teacher is None else "teacher", "--distill-weight", "1"]
+    assert command.main(["--out", "plain", *FEW, "--teacher", "run", "--distill-weight", "1"]) == 0
+    assert command.main(["--out", "taught", *FEW, *teacher, *flags]) == 0
+    plain, taught = saved_weights(Path("plain")), saved_weights(Path("taught"))
+    nearly = [torch.allclose(taught[name], weight, rtol=1e-3, atol=1e-5) for name, weight in plain.items()]
+    assert all(nearly) if same else not all(nearly)
+    for name, weight in plain.items():  # in another precision, or from nearly the same teacher: nearly the same
+        assert F.cosine_similarity(taught[name].flatten(), weight.flatten(), dim=0) > 0.9
+
+
+COMPILED = """
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from minitransformer.models.config import ModelConfig
+from minitransformer.models.model import build_model
+from minitransformer.text.tokenizers import Bytes
+from minitransformer.training.distillation import Distillation
+from minitransformer.training.objectives import Causal
+
+config = ModelConfig(d_model=16, num_layers=1, num_heads=2, context_length=8, vocab_size=11)
+student, teacher, counter = build_model(config), build_model(config), CompileCounterWithBackend("aot_eager")
+distillation = Distillation(Causal(Causal.Settings(), Bytes(), config, 8), teacher, 0.5, 2.0)
+compiled, graphs = torch.compile(student, backend=counter), []
+for step in range(3):
+    tokens = torch.randint(11, (2, 9))
+    batch, gradients = Causal.batch_type(tokens[:, :-1], tokens[:, 1:]), []
+    for model in (student, compiled):
+        distillation.loss_sum(model, batch).backward()
+        gradients.append([weight.grad.clone() for weight in student.parameters()])
+        student.zero_grad()
+    torch.testing.assert_close(*gradients)
+    graphs.append(counter.frame_count)
+print(graphs[0] > 0 and len(set(graphs)) == 1)
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_student_learns_the_same_and_is_compiled_once() -> None:
+    # In a process of its own: the compiler cannot read the checks that the tests put around signatures.
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minitransformer.architecture.cache import KVCache
 from minitransformer.errors import UserError
-from minitransformer.generation.batch import plain_steps
+from minitransformer.generation.batch import FEW_UNUSED, DecodeStep, MakeStep, plain_step, plain_steps
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.engine import Engine
@@ -80,6 +81,34 @@ def test_a_text_is_the_same_alone_and_among_others(
             assert request.tokens == expected
         else:
             assert request.tokens == expected[: len(request.tokens)]
+
+
+def test_sampled_texts_are_the_same_alone_and_in_a_batch_that_rounds_otherwise(tiny_decoder: MakeDecoder) -> None:
+    """Sixteen requests, a large vocabulary; logits of the batch differ by 1e-5 of themselves: more than rounding."""
+    model, noise = tiny_decoder(vocab_size=8000, context_length=64), torch.Generator().manual_seed(0)
+
+    def rounded(model: DecoderLM) -> MakeStep:
+        def make_step(cache: KVCache, count: int, full: bool) -> DecodeStep:
+            step = plain_step(model.eval(), cache, count, full)
+            return lambda *given: (logits := step(*given)) * (1 + 1e-5 * torch.randn(logits.shape, generator=noise))
+
+        return make_step
+
+    engine = Engine(model, 16, 64, make_steps=rounded)
+    laws: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 50, "temperature": 0.8}, {"min_p": 0.01}]
+    requests = [
+        engine.submit(
+            [1 + seed, *range(seed)],
+            SamplingConfig(**{"temperature": 1.0, **laws[seed % 4]}, seed=seed, max_new_tokens=16 + seed),
+            ends=ENDS,
+        )
+        for seed in range(16)
+    ]
+    list(run(engine))
+    assert [request.tokens for request in requests] == [
+        [token for [token] in generate(model, request.prompt, request.sampling, ends=ENDS)] for request in requests
+    ]
+    assert len({token for request in requests for token in request.tokens}) > 200
 
 
 def run(engine: Engine) -> Iterator[list[tuple[Request, int]]]:
@@ -214,3 +243,18 @@ def test_an_engine_leaves_the_mode_of_its_model_to_its_owner(tiny_decoder: MakeD
         assert model.training
         assert not torch.is_inference_mode_enabled()
     assert request.tokens == alone(model, [1, 2, 3], request.sampling)
+
+
+def test_texts_that_follow_one_another_do_not_make_later_ones_attend_to_slots_of_earlier_ones(
+    tiny_decoder: MakeDecoder,
+) -> None:
+    model = tiny_decoder(context_length=300)
+    engine = Engine(model, 3, 300, make_steps=recorded_steps)
+    requests = [engine.submit([1, 2], SamplingConfig(seed=n, max_new_tokens=9 + n % 4)) for n in range(24)]
+    ends = []
+    while not engine.idle:
+        engine.step()
+        ends.append(engine._rows.end)
+    assert max(ends) < 2 * (2 + 12) + FEW_UNUSED < len(ends)
+    for request in requests:
+        assert request.tokens == [token for [token] in generate(model, [1, 2], request.sampling, cached=False)]

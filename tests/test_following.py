@@ -148,6 +148,22 @@ def test_what_does_not_open_is_not_served_and_feedback_stays_in_one_folder(
     assert not (tmp_path / "two" / FEEDBACK).exists()
 
 
+def test_models_share_the_weights_that_they_have_in_common(service: Service, tmp_path: Path) -> None:
+    one = Run.open(tmp_path / "one")
+    model: Any = one.load_model()
+    changed = next(name for name, _ in model.named_parameters() if name.endswith("query.weight"))
+    with torch.no_grad():
+        model.get_parameter(changed).add_(1)
+    Run.create(tmp_path / "three", one.config, Bytes(), Bytes(), initial=model)
+    served = open_served("three", tmp_path / "three", Room(batch_size=2), LIMITS, Metrics(), print)
+    saved = service.models.add(served)
+    tensors = [dict(each.model.named_parameters()) for each in (service.models["chat"], served)]
+    own = {name for name, each in tensors[0].items() if each.data_ptr() != tensors[1][name].data_ptr()}
+    assert own == {changed}
+    assert saved == sum(each.nbytes for name, each in tensors[0].items() if name not in own)
+    assert all(torch.equal(each, tensors[1][name]) for name, each in model.named_parameters())
+
+
 def test_every_series_of_the_dashboard_and_the_alerts_is_one_of_the_server() -> None:
     folder = Path(following.__file__).parent
     told = [(folder / name).read_text(encoding="utf-8") for name in ("grafana.json", "alerts.yml")]

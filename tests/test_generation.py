@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
@@ -238,23 +239,39 @@ WAYS: dict[str, Callable[[DecoderLM], Iterator[Any]]] = {
 }
 
 
+@dataclass
+class Made:
+    """What was made to decode."""
+
+    buffers: list[weakref.ref[Tensor]] = field(default_factory=list)
+    maps: list[weakref.ref[RowLinear]] = field(default_factory=list)
+    recordings: list[int] = field(default_factory=list)
+
+    def left(self) -> list[object]:
+        return [one for ref in (*self.buffers, *self.maps) if (one := ref()) is not None]
+
+
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
-    """What was made to decode: buffers of caches, which a recording holds as constants, and maps for single rows."""
-    found: list[weakref.ref[Any]] = []
-    with_room, row_linear = cache._with_room, RowLinear.__init__
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+    found = Made()
+    with_room, row_linear, traced = cache._with_room, RowLinear.__init__, recording.traced
 
     def buffer(*arguments: Any) -> Tensor:
         room = with_room(*arguments)
-        found.append(weakref.ref(room))
+        found.buffers.append(weakref.ref(room))
         return room
 
     def linear(self: RowLinear, *maps: torch.nn.Linear) -> None:
         row_linear(self, *maps)
-        found.append(weakref.ref(self))
+        found.maps.append(weakref.ref(self))
+
+    def remembered(step: Any, tensors: Any) -> Any:
+        found.recordings.append(len(tensors))
+        return traced(step, tensors)
 
     monkeypatch.setattr(cache, "_with_room", buffer)
     monkeypatch.setattr(RowLinear, "__init__", linear)
+    monkeypatch.setattr(recording, "traced", remembered)
     return found
 
 
@@ -270,24 +287,30 @@ def without_collections() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_a_text_was_decoded_with_is_gone_when_it_ends(
-    way: str, tiny_decoder: MakeDecoder, made: list[weakref.ref[Any]], monkeypatch: pytest.MonkeyPatch
+def test_the_cache_of_a_text_is_gone_when_it_ends_and_what_else_it_was_decoded_with_when_the_model_is(
+    way: str, tiny_decoder: MakeDecoder, made: Made
 ) -> None:
-    recordings = []
-    traced = recording.traced
-
-    def remembered(step: Any, tensors: Any) -> Any:
-        recordings.append(len(tensors))
-        return traced(step, tensors)
-
-    monkeypatch.setattr(recording, "traced", remembered)
     model = tiny_decoder(num_layers=1, context_length=16)
     with without_collections():
         for _ in WAYS[way](model):
             pass
-        assert made
-        assert recordings
-        assert not [one for one in made if one() is not None]
+        assert made.buffers
+        assert not [one for one in made.buffers if one() is not None]
+        assert made.recordings
+        assert made.left()
+        del model
+        assert not made.left()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_further_texts_are_decoded_with_the_recordings_of_the_first(
+    way: str, tiny_decoder: MakeDecoder, made: Made
+) -> None:
+    model = tiny_decoder(num_layers=1, context_length=16)
+    texts = [list(WAYS[way](model)) for _ in range(2)]  # in the second, shapes may recur that the first had once
+    maps, recordings = len(made.maps), len(made.recordings)
+    assert texts[0] == texts[1] == list(WAYS[way](model))
+    assert (len(made.maps), len(made.recordings)) == (maps, recordings)
 
 
 MANY_TEXTS = """

@@ -1,10 +1,9 @@
-"""Logits processors do what their papers say, and tokens are drawn as often as the model says."""
+"""Logits processors do what their papers say."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 import pytest
@@ -14,8 +13,15 @@ from hypothesis import strategies as st
 
 from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
-from minitransformer.generation.processors import MinP, RepetitionPenalty, Temperature, TopK, TopP
-from minitransformer.generation.sampling import draw, sample_generators, uniform_numbers
+from minitransformer.generation.processors import (
+    FrequencyPenalty,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+)
 from minitransformer.models.decoder import DecoderLM
 
 MakeDecoder = Callable[..., DecoderLM]
@@ -53,6 +59,18 @@ def test_repetition_penalty_is_ctrls(row: list[float], data: st.DataObject, pena
         logit if i not in tokens else logit / penalty if logit > 0 else logit * penalty for i, logit in enumerate(row)
     ]
     assert processed(RepetitionPenalty.choose(penalty=penalty).make(), row, tokens) == pytest.approx(expected)
+
+
+@given(logit_rows, st.data(), st.integers(-8, 8), st.integers(-8, 8), st.integers(0, 3))
+def test_presence_and_frequency_penalties_are_openais_and_do_not_count_the_prompt(
+    row: list[float], data: st.DataObject, presence: int, frequency: int, prompt: int
+) -> None:
+    tokens = data.draw(st.lists(st.integers(0, len(row) - 1), min_size=prompt, max_size=20))
+    counts = [tokens[prompt:].count(token) for token in range(len(row))]
+    once = processed(PresencePenalty.choose(penalty=presence / 4).make(prompt), row, tokens)
+    assert once == [logit - (n > 0) * presence / 4 for logit, n in zip(row, counts, strict=True)]
+    often = processed(FrequencyPenalty.choose(penalty=frequency / 4).make(prompt), row, tokens)
+    assert often == [logit - n * frequency / 4 for logit, n in zip(row, counts, strict=True)]
 
 
 @given(logit_rows, st.floats(0.05, 5))
@@ -155,40 +173,3 @@ def test_processors_stand_in_the_order_that_users_know() -> None:
 def test_a_setting_without_meaning_is_refused_by_name_and_value(field: str, value: Any) -> None:
     with pytest.raises(UserError, match="stop string is empty" if field == "stop" else rf"{field} is {value}"):
         SamplingConfig(**{field: value})
-
-
-def test_tokens_are_drawn_as_often_as_the_model_says() -> None:
-    probability = torch.tensor([0.5, 0.25, 0.0, 0.15, 0.07, 0.03])
-    trials = 20_000
-    uniform = torch.rand(trials, generator=torch.Generator().manual_seed(1))
-    tokens = draw(probability.log().expand(trials, -1), uniform)
-    counts = torch.bincount(tokens, minlength=6).float()
-    assert counts[2] == 0, "an impossible token was drawn"
-    possible = probability > 0
-    expected = probability[possible] * trials
-    chi_square = ((counts[possible] - expected) ** 2 / expected).sum().item()
-    assert chi_square < 18.47, "beyond the 99.9 % point of 4 degrees of freedom"
-
-
-@given(st.integers(1, 2000), st.integers(0, 2**32))
-def test_no_number_draws_an_impossible_token(vocab: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(1, vocab, generator=generator) * 10
-    logits[torch.rand(1, vocab, generator=generator) < 0.5] = -math.inf
-    logits[0, 0] = -math.inf
-    logits[0, vocab // 2] = 0
-    for number in (0.0, 1 - 2**-24):
-        token = draw(logits, torch.tensor([number])).item()
-        assert logits.softmax(-1)[0, int(token)] > 0
-
-
-def test_every_sample_has_its_own_numbers_whatever_their_count_and_length() -> None:
-    long, short = (
-        [
-            list(islice(uniform_numbers(own), steps))
-            for own in sample_generators(samples, torch.Generator().manual_seed(5))
-        ]
-        for samples, steps in ((4, 600), (2, 30))
-    )
-    assert [numbers[:30] for numbers in long[:2]] == short
-    assert len({number for numbers in long for number in numbers}) > 2390

@@ -28,6 +28,7 @@ from minitransformer.generation.likelihoods import Continuation, log_likelihoods
 from minitransformer.generation.streaming import stream_text
 from minitransformer.models.model import build_model
 from minitransformer.runs import Run
+from minitransformer.runs.drifting import sent_texts
 from minitransformer.runs.embedding import open_embedder
 from minitransformer.serving.app import make_app
 from minitransformer.serving.journal import AnswerJournal
@@ -103,7 +104,7 @@ def refused(client: TestClient, status: int, path: str = "/v1/completions", **bo
 
 
 def test_a_completion_is_what_sample_gives_for_the_same_seed(client: TestClient, service: Service) -> None:
-    sampling = {"seed": 5, "temperature": 0.9, "top_k": 7}
+    sampling = {"seed": 5, "temperature": 0.9, "top_k": 7, "presence_penalty": 1.5, "frequency_penalty": 0.5}
     answer = complete(client, prompt="ab", n=2, max_tokens=12, **sampling)
     expected = texts_of_sample(service, "ab", num_samples=2, max_new_tokens=12, **sampling)
     assert [choice["text"] for choice in answer["choices"]] == expected
@@ -232,6 +233,9 @@ def test_embeddings_classes_translations_and_tokens_are_those_of_the_commands(
         ({"model": "gpt", "prompt": "a", "temprature": 1}, 400, "did you mean 'temperature'?"),
         ({"model": "gpt", "prompt": "a", "top_k": "3"}, 400, "top_k is '3', and must be a whole number"),
         ({"model": "gpt", "prompt": "a", "min_p": 2}, 400, "min_p is 2"),
+        ({"model": "gpt", "prompt": "a", "presence_penalty": 3}, 400, "presence_penalty is 3"),
+        ({"model": "gpt", "prompt": "a", "best_of": 3, "n": 2}, 400, "best_of is not supported, as"),
+        ({"model": "gpt", "prompt": "a", "suffix": "b"}, 400, "suffix is not supported, as"),
         (
             {"model": "gpt", "prompt": "a", "max_tokens": 301},
             400,
@@ -252,6 +256,23 @@ def test_a_mistake_is_a_sentence_with_its_status(client: TestClient, body: Any, 
     answer = client.post("/v1/completions", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert answer.status_code == status, answer.text
     assert sentence in answer.json()["error"]["message"]
+
+
+def test_fields_that_ask_for_nothing_are_no_mistake(client: TestClient) -> None:
+    body = {"prompt": "a", "seed": 1, "max_tokens": 5, "n": 2}
+    with_them = complete(client, **body, best_of=2, suffix=None, presence_penalty=0)
+    assert with_them["choices"] == complete(client, **body)["choices"]
+
+
+def test_a_prompt_is_lower_cased_where_the_data_was(
+    client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"max_tokens": 5, "seed": 1}
+    lower = complete(client, prompt="ab", **body)["choices"]
+    monkeypatch.setattr(Run, "cased", lambda run, text: text.lower())
+    assert complete(client, prompt="AB", **body)["choices"] == lower
+    assert client.post("/tokenize", json={"model": "gpt", "prompt": "AB"}).json()["tokens"] == list(b"ab")
+    assert sent_texts(service.models["gpt"].run, service.journal._log, 1, "gpt")[0].ids == list(b"ab")  # type: ignore[arg-type]
 
 
 def test_a_key_is_asked_for_where_there_are_some(service: Service) -> None:
@@ -305,9 +326,12 @@ def test_a_client_that_hangs_up_frees_its_rows(client: TestClient, service: Serv
     generated = service.metrics.new_tokens.labels("gpt")._value.get
     before = generated()
     asked = {"n": 9, "max_tokens": 300, "stream": stream, "logit_bias": {str(TOKENIZER.end_of_text): -100}}
-    client.portal.call(hang_up, client.app, asked, 0.05)  # type: ignore[union-attr]
+    service.journal._kept.clear()
+    client.portal.call(hang_up, client.app, asked, 0.2)  # type: ignore[union-attr]
     assert idle(service)
     assert generated() - before < 9 * 300 / 2, "and not when all texts have ended"
+    kept = [each["finish_reason"] for answered in service.journal._kept.values() for each in answered.answers]
+    assert kept == ["stopped"] * 9 * stream, "what was seen may be rated"
 
 
 def test_half_a_body_is_not_waited_for(client: TestClient) -> None:

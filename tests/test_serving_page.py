@@ -200,7 +200,7 @@ def test_probabilities_stand_under_the_pointer_and_under_the_arrow_keys(page: Br
     assert not page.ask("find('tip').hidden")
 
 
-def test_a_long_answer_stops_at_escape_and_stays_as_far_as_it_came(page: Browser) -> None:
+def test_a_long_answer_stops_at_escape_and_is_rated_as_far_as_it_came(page: Browser, folder: Path) -> None:
     choose(page, max_tokens=LONG, alternatives="")
     send(page, "go on")
     page.wait("document.querySelector('.text')?.textContent.length > 5")
@@ -208,7 +208,11 @@ def test_a_long_answer_stops_at_escape_and_stays_as_far_as_it_came(page: Browser
     ended(page)
     assert page.ask("document.querySelector('.answer .problem').textContent") == "Stopped."
     assert 5 < page.ask("session.turns[0].answers[0].text.length") < LONG
-    assert page.ask("document.querySelector('.down')") is None
+    page.point(".down", click=True)
+    page.wait("document.querySelector('.down').getAttribute('aria-pressed') === 'true'")
+    row = said(folder)[-1]
+    assert (row["rating"], row["finish_reason"]) == ("down", "stopped")
+    assert row["answer"].startswith(page.ask("session.turns[0].answers[0].text"))
 
 
 def test_two_runs_answer_beside_each_other_and_are_kept_and_exported_with_their_settings(

@@ -20,8 +20,8 @@ from minitransformer.generation.decode import generate
 from minitransformer.generation.fast import recording, steps
 from minitransformer.generation.fast.steps import recorded_steps
 from minitransformer.generation.logits import CachedLogits
-from minitransformer.generation.sampling import draw_by_weight, sample_generators
-from minitransformer.generation.speculation import Draft, accept, speculate
+from minitransformer.generation.sampling import sample_generators
+from minitransformer.generation.speculation import Draft, accept, draw_by_weight, speculate
 from minitransformer.generation.streaming import stream_text
 from minitransformer.generation.window import window_length
 from minitransformer.models.decoder import DecoderLM

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
 from minitransformer.generation.fast import row_kernel, rows
-from minitransformer.generation.fast.rows import KernelLinear, with_row_kernel
+from minitransformer.generation.fast.rows import KernelLinear, project_rows, with_row_kernel
 from minitransformer.generation.fast.steps import recorded_steps
 from minitransformer.generation.logits import CachedLogits
 from minitransformer.generation.weights import BFloat16, Float32, Int4, Int8, StoredWeights
@@ -121,6 +122,68 @@ def test_torchs_kernels_multiply_with_what_is_stored_but_for_rounded_rows(
     assert ((stored_map(kind, weight).product(x) - exact).abs() <= most).all()
 
 
+@pytest.mark.parametrize("kind", [Int8, Int4])
+@given(out=sizes, features=sizes | st.just(200), rows=st.integers(1, 8), outlier=st.floats(1, 1e6))
+def test_with_integers_the_kernel_changes_a_feature_by_2_to_the_minus_16_of_the_largest_of_its_64(
+    compiled: None, kind: type[StoredWeights], out: int, features: int, rows: int, outlier: float
+) -> None:
+    weight, x = torch.randn(out, features), torch.randn(rows, features)
+    x[:, features // 2] *= outlier
+    largest = torch.cat([block.abs().amax(-1, keepdim=True).expand_as(block) for block in x.split(64, dim=1)], dim=1)
+    exact = restored(kind, weight).double()
+    most = (2**-16 * largest + 2**-20 * x.abs()).double() @ exact.abs().t()
+    product = KernelLinear(stored_map(kind, weight))(x)
+    assert ((product - x.double() @ exact.t()).abs() <= most + 1e-30).all()
+
+
+@pytest.mark.parametrize("kind", EVERY)
+@given(outs=st.tuples(sizes, sizes, sizes), features=sizes, rows=st.integers(0, 8), bias=st.booleans())
+def test_several_maps_by_one_call_give_what_each_gives(
+    compiled: None, kind: type[StoredWeights], outs: tuple[int, ...], features: int, rows: int, bias: bool
+) -> None:
+    maps = [KernelLinear(kind(nn.Linear(features, out, bias=bias))) for out in outs]
+    x = torch.randn(2, rows, features)[:, ::2]
+    with torch.no_grad(), mock.patch.object(KernelLinear, "forward", side_effect=AssertionError):
+        together = project_rows(x, *maps)
+    with torch.no_grad():
+        assert all(torch.equal(one, linear(x)) for one, linear in zip(together, maps, strict=True))
+
+
+def test_maps_that_are_not_alike_are_multiplied_one_by_one(compiled: None) -> None:
+    linear = nn.Linear(70, 5)
+    fast, hooked = [KernelLinear(Int8(linear)) for _ in range(2)]
+    called: list[nn.Module] = []
+    hooked.register_forward_hook(lambda module, inputs, output: called.append(module))
+    others = [hooked, KernelLinear(Int4(linear)), KernelLinear(Int8(nn.Linear(70, 5, bias=False))), linear]
+    for x in (torch.randn(1, 70), torch.randn(99, 70)):
+        for other in others:
+            for one, part in zip(project_rows(x, fast, other), (fast, other), strict=True):
+                assert torch.equal(one, part(x))
+    assert len(called) == 4  # by us and by the call, for each x
+
+
+@pytest.mark.parametrize("kind", [Int8, Int4])
+def test_features_that_are_not_finite_do_not_become_numbers(compiled: None, kind: type[StoredWeights]) -> None:
+    x = torch.zeros(3, 70)
+    x[0, 3], x[1, 69] = torch.nan, -torch.inf
+    product = KernelLinear(stored_map(kind, torch.ones(2, 70)))(x)
+    assert product.isfinite().tolist() == [[False, False], [False, False], [True, True]]
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_the_kernel_gives_the_same_for_any_number_of_threads(compiled: None, kind: type[StoredWeights]) -> None:
+    maps, x = [KernelLinear(stored_map(kind, torch.randn(out, 150))) for out in (700, 300, 500)], torch.randn(7, 150)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(torch.cat(list(project_rows(x, *maps)), dim=1))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_the_kernel_leaves_the_arithmetic_of_the_process_as_it_was(compiled: None) -> None:
     assert torch.tensor(1e-310, dtype=torch.float64) * 1 > 0, "subnormal numbers are 0"
 
@@ -130,6 +193,10 @@ def test_an_impossible_product_is_refused_by_the_kernel(compiled: None) -> None:
     for x, weight in ((torch.ones(1, 3), torch.ones(2, 4)), (torch.ones(1, 4).double(), torch.ones(2, 4))):
         with pytest.raises(RuntimeError):
             product(x, weight, None, None)
+    x, eights, fours = torch.ones(1, 128), torch.ones(2, 128, dtype=torch.int8), torch.ones(2, 64, dtype=torch.uint8)
+    for weight, scale in ((eights, None), (eights, torch.ones(3)), (fours, torch.ones(2)), (fours, torch.ones(2, 3))):
+        with pytest.raises(RuntimeError):
+            product(x, weight, scale, None)
 
 
 # Models

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +25,8 @@ class Slots:
     """position of the token in each visible slot; `EMPTY` for none"""
     new: Int[Tensor, "new"]
     """slots that the new tokens are written to"""
+    new_tokens: int
+    """their number"""
     visible: int
     """number of slots, from the first, that attention reads"""
     room: int
@@ -40,7 +43,7 @@ def tokens_as_slots(
     """The slots of tokens that attend only to each other, without a cache."""
     length = positions.size(1)
     new = torch.arange(length, device=positions.device)
-    return Slots(_held(positions, is_token), new, length, length, full=is_token is None, in_order=True)
+    return Slots(_held(positions, is_token), new, length, length, length, full=is_token is None, in_order=True)
 
 
 def _held(positions: Tensor, is_token: Tensor | None) -> Tensor:
@@ -73,8 +76,14 @@ class LayerCache:
         held_keys, held_values = self._buffers(k, v, k.size(0), slots.room)
         if k.size(0) < held_keys.size(0):
             held_keys, held_values = held_keys.narrow(0, 0, k.size(0)), held_values.narrow(0, 0, k.size(0))
-        keys, values = held_keys.index_copy_(2, slots.new, k), held_values.index_copy_(2, slots.new, v)
-        return keys.narrow(2, 0, slots.visible), values.narrow(2, 0, slots.visible)
+        keys, values = held_keys.narrow(2, 0, slots.visible), held_values.narrow(2, 0, slots.visible)
+        if slots.full and slots.in_order:  # a copy to the last slots takes half as long as one to slots that are listed
+            keys.narrow(2, -slots.new_tokens, slots.new_tokens).copy_(k)
+            values.narrow(2, -slots.new_tokens, slots.new_tokens).copy_(v)
+        else:
+            held_keys.index_copy_(2, slots.new, k)
+            held_values.index_copy_(2, slots.new, v)
+        return keys, values
 
     def put(self, other: LayerCache, rows: list[int] | slice, slots: slice, of: int, room: int) -> None:
         """Copy the first slots of `other`, of one row or of as many, to `slots` of `rows`, some of `of` rows."""
@@ -91,16 +100,25 @@ class LayerCache:
             part._keys, part._values = (held[row : row + 1, :, slots].clone() for held in (self._keys, self._values))
         return part
 
+    def tensors(self) -> list[Tensor]:
+        """The keys and the values, if there are any."""
+        return [held for held in (self._keys, self._values) if held is not None]
+
+    def adopt(self, keys: Tensor, values: Tensor) -> None:
+        """Hold these buffers, of another cache."""
+        self._keys, self._values, self._has_buffers = keys, values, True
+
     @property
     def nbytes(self) -> int:
         """Memory of the buffers."""
-        return sum(buffer.nbytes for buffer in (self._keys, self._values) if buffer is not None)
+        return sum(buffer.nbytes for buffer in self.tensors())
 
-    def roll(self, slots: int) -> None:
-        """Shift the contents by this many slots, cyclically."""
+    def move(self, slots: slice, to: int) -> None:
+        """Copy the contents of these slots to those from `to` on."""
         for buffer in (self._keys, self._values):
             if buffer is not None:
-                buffer.copy_(buffer.roll(slots, 2))
+                moved = buffer[:, :, slots].clone()
+                buffer[:, :, to : to + moved.size(2)] = moved
 
     def select(self, rows: Int[Tensor, "selected"]) -> None:
         """Keep the given rows of the batch, in this order; in place if their number is unchanged."""
@@ -182,17 +200,25 @@ class KVCache:
             self._room = min(self.max_length, max(2 * self.length, FEW)) if first else new
         slots = torch.arange(first, self.length, device=positions.device)
         held = self.hold(_held(positions, is_token), slots, self.length)
-        return Slots(held, slots, self.length, self._room, full=self._full, in_order=True)
+        return Slots(held, slots, new, self.length, self._room, full=self._full, in_order=True)
 
     def at(
-        self, slots: Int[Tensor, "new"], visible: int, *, full: bool, in_order: bool, rows: int | None = None
+        self,
+        slots: Int[Tensor, "new"],
+        visible: int,
+        *,
+        full: bool,
+        in_order: bool,
+        rows: int | None = None,
+        positions: Int[Tensor, "1 visible"] | None = None,
     ) -> ChosenSlots:
         """This cache for a forward pass that writes its tokens to `slots` and attends to the first `visible` slots.
 
         The tokens are those of the first `rows` rows, if not of all. The buffers have their full size. `full` and
-        `in_order` are as in `Slots`, and asserted by the caller.
+        `in_order` are as in `Slots`, and asserted by the caller. If it knows the `positions` in all visible slots,
+        those of the new tokens are not stored.
         """
-        return ChosenSlots(self, slots, visible, full, in_order, rows)
+        return ChosenSlots(self, slots, visible, full, in_order, rows, positions)
 
     def hold(self, positions: Int[Tensor, "#batch new"], slots: Int[Tensor, "new"], visible: int) -> Tensor:
         """Store the positions of tokens in `slots`; returns those of all visible slots."""
@@ -246,12 +272,14 @@ class KVCache:
         if self._positions is not None:
             self._positions[rows] = EMPTY
 
-    def roll(self, slots: int) -> None:
-        """Shift the contents of all rows by this many slots."""
+    def move(self, slots: slice, to: int) -> None:
+        """Move the contents of these slots of all rows to those from `to` on; every other slot is empty then."""
         for cache in self._of_tokens:
-            cache.roll(slots)
+            cache.move(slots, to)
         if self._positions is not None:
-            self._positions.copy_(self._positions.roll(slots, 1))
+            moved = self._positions[:, slots].clone()
+            self._positions.fill_(EMPTY)
+            self._positions[:, to : to + moved.size(1)] = moved
 
     def select(self, rows: Int[Tensor, "selected"]) -> None:
         """Keep the given rows of the batch, in this order; rows may repeat."""
@@ -265,6 +293,18 @@ class KVCache:
             cache.select(rows)
         if self._positions is not None and self._positions.size(0) > 1:
             self._positions = _selected(self._positions, rows)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of a decoder's cache: keys and values of each layer, those of embeddings, and positions."""
+        positions = [] if self._positions is None else [self._positions]
+        return [*chain.from_iterable(cache.tensors() for cache in self._of_tokens), *positions]
+
+    def adopt(self, tensors: Sequence[Tensor]) -> None:
+        """Hold the `tensors()` of a filled cache, or all but the positions."""
+        for cache, keys, values in zip(self._of_tokens, tensors[::2], tensors[1::2], strict=False):
+            cache.adopt(keys, values)
+        if len(tensors) % 2:
+            self._positions = tensors[-1]
 
     @property
     def nbytes(self) -> int:
@@ -295,6 +335,7 @@ class ChosenSlots:
     full: bool
     in_order: bool
     rows: int | None = None
+    positions: Int[Tensor, "1 visible"] | None = None
 
     @property
     def layers(self) -> list[LayerCache]:
@@ -313,7 +354,9 @@ class ChosenSlots:
 
     def reserve(self, positions: Int[Tensor, "#batch new"], is_token: Bool[Tensor, "batch new"] | None = None) -> Slots:
         """The chosen slots, for tokens at these positions."""
-        held = self.cache.hold(_held(positions, is_token), self.new, self.visible)
+        held = self.positions
+        if held is None:
+            held = self.cache.hold(_held(positions, is_token), self.new, self.visible)
         if self.rows is not None and self.rows < held.size(0):
             held = held.narrow(0, 0, self.rows)
-        return Slots(held, self.new, self.visible, self.cache.max_length, self.full, self.in_order)
+        return Slots(held, self.new, len(self.new), self.visible, self.cache.max_length, self.full, self.in_order)

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -54,6 +55,8 @@ class Options:
     """most texts that wait for each model; further requests get status 429"""
     max_body_mib: int = 4
     """largest body of a request, in MiB"""
+    max_connections: int = 512
+    """most connections at a time; further ones get status 503"""
     max_seconds: float = 600.0
     """longest time for an answer"""
     drain_seconds: float = 60.0
@@ -71,7 +74,7 @@ class Options:
             raise UserError("there is no run to serve: name its folder")
         if not 0 <= self.port < 2**16:
             raise UserError(f"port is {self.port}: it must be 0 to 65535")
-        for name in ("batch_size", "cache_mib", "max_tokens", "max_body_mib"):
+        for name in ("batch_size", "cache_mib", "max_tokens", "max_body_mib", "max_connections"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.context is not None and self.context < 2:
@@ -94,16 +97,23 @@ def main(arguments: Sequence[str]) -> int:
     import uvicorn
 
     from minitransformer.serving.app import make_app
+    from minitransformer.serving.connections import LimitedConnection
 
     keys = [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
     listener = _listen(options)
-    app = make_app(_service(options), keys, () if keys or options.host not in LOOPBACK else LOOPBACK)
+    service = _service(options)
+    app = make_app(service, keys, () if keys or options.host not in LOOPBACK else LOOPBACK)
     if not keys and options.host not in LOOPBACK:
         _note(f"anyone who reaches {options.host} may use the models: set {KEYS}")
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr, level=logging.INFO)
     _note(f"listening on http://{_address(listener)}/v1")
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=round(options.drain_seconds) or 1
+        app,
+        http=partial(LimitedConnection, service.limits),  # type: ignore[arg-type]
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=round(options.drain_seconds) or 1,
     )
     uvicorn.Server(config).run([listener])
     return DONE
@@ -116,13 +126,21 @@ def _service(options: Options) -> Service:
     from minitransformer.serving.models import Models, Room, named_paths, open_served
     from minitransformer.serving.service import Service
 
-    limits = ServingLimits(options.max_tokens, options.max_queue, options.max_body_mib << 20, options.max_seconds)
+    limits = ServingLimits(
+        max_tokens=options.max_tokens,
+        max_queue=options.max_queue,
+        max_body=options.max_body_mib << 20,
+        max_seconds=options.max_seconds,
+        max_connections=options.max_connections,
+    )
     device = str(choose_device(options.device))
     room = Room(options.batch_size, options.context, options.cache_mib, options.weights, device)
     service = Service(Models(), limits, Metrics(), AnswerJournal(options.log))
     for name, path in named_paths(options.runs).items():
-        served = service.models[name] = open_served(name, path, room, limits, service.metrics, _note)
-        _note(f"{name} is a {served.run.config.model.topology}, {served.cache_in_words}")
+        served = open_served(name, path, room, limits, service.metrics, _note)
+        shared = service.models.add(served) / 2**20
+        of_others = f", with {shared:,.1f} MiB of weights of the others" if shared else ""
+        _note(f"{name} is a {served.run.config.model.topology}, {served.cache_in_words}{of_others}")
     return service
 
 
@@ -130,11 +148,15 @@ def _listen(options: Options) -> socket.socket:
     """A socket at the address; raises `UserError` if there is none to have."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        return socket.create_server((options.host, options.port), family=family, backlog=1024)
+        listener = socket.create_server((options.host, options.port), family=family, backlog=1024)
     except OSError as error:
         raise UserError(
             f"cannot listen on {options.host} port {options.port} ({error.strerror}): choose another --port or --host"
         ) from None
+    # Of connections too: asyncio sets it for sockets with a protocol number, and those of this listener have none. Each
+    # answer would wait 40 ms for the client's delayed acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _address(listener: socket.socket) -> str:

@@ -27,7 +27,7 @@ class Options:
     shard_size: int = 100_000_000
     """tokens of a shard"""
     tokenizer: str = "bpe"
-    """tokenizer to fit, or the tokenizer.json of a run or of other shards"""
+    """tokenizer to fit, of those that `train.py --help` lists, or the tokenizer.json of a run or of other shards"""
     vocab_size: int | None = None
     """vocabulary size of a fitted tokenizer; None is its default"""
     field: str = "text"

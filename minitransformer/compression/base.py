@@ -22,6 +22,11 @@ class Compression(Registered, kind="compression method"):
         self.remarks: list[str] = []
         """what it has measured and done, in lines of a name and a text"""
 
+    @property
+    def label(self) -> str:
+        """What it does, without how much of it: runs that differ in how much are points of one curve."""
+        return self.name
+
     def check(self, model: Model) -> None:
         """Raises `UserError` for a model that it cannot compress."""
 

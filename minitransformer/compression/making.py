@@ -6,21 +6,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from minitransformer import files
 from minitransformer.compression.base import Compression
 from minitransformer.compression.calibration import Calibration
 from minitransformer.compression.measuring import ModelFigures, QualityData
-from minitransformer.compression.request import CompressionConfig
+from minitransformer.compression.request import DEFAULT_TOKENS, CompressionConfig
 from minitransformer.errors import UserError
 from minitransformer.models.model import Model
 from minitransformer.pretrained.originals import inherit_originals
-from minitransformer.records import read_json
 from minitransformer.runs import Run, check_free, only_writer
 from minitransformer.runs.begin import check_merges
 from minitransformer.settings import flat
+from minitransformer.text.corpora import named
 from minitransformer.text.datasets import PreparedData
+from minitransformer.text.datasets.text import TooShort
 from minitransformer.training.config import RunConfig
 from minitransformer.training.loader import Loader
 
@@ -49,7 +49,13 @@ class Source:
         config = run.config
         if data:
             config = replace(config, data=replace(config.data, data=tuple(data), validation_data=None))
-        prepared = config.prepare(run.tokenizers) if data or run.text else None
+        try:
+            prepared = config.prepare(run.tokenizers) if data or run.text else None
+        except TooShort:
+            raise UserError(
+                f"{named(data)} is too short: its training and its validation part need {config.sequence_length + 1} "
+                "tokens each: give more --data"
+            ) from None
         return cls(run, run.checkpoint(checkpoint).resolve().name, config, prepared)
 
     def model(self) -> Model:
@@ -66,11 +72,15 @@ class Source:
         """The smaller model, and the method, which says what it has done; raises `UserError` if it cannot be."""
         method, model = request.method.make(), self.model()
         method.check(model)
+        tokens = request.calibration_tokens
         if not method.calibrates:
+            if tokens is not None:
+                raise UserError(f"calibration_tokens is {tokens}, and {method.label} reads none: leave it out")
             return method, method.applied(model, None)
         if self.data is None:
             raise UserError(f"{self.run.path} has no training data to calibrate on: name files with --data")
-        return method, method.applied(model, Calibration(self.config, self.data, request.calibration_tokens))
+        calibration = Calibration(self.config, self.data, DEFAULT_TOKENS if tokens is None else tokens)
+        return method, method.applied(model, calibration)
 
     def write(
         self,
@@ -86,6 +96,7 @@ class Source:
             "run": str(self.run.path),
             "checkpoint": self.checkpoint,
             "settings": flat(request),
+            "label": method.label,
             "figures": {name: each.to_json() for name, each in figures.items()},
         }
 
@@ -97,14 +108,3 @@ class Source:
             config = method.configured(self.run.config, model)
             whole = self.run.tokenizer, self.run.target_tokenizer, self.run.text
             Run.create(out, config, *whole, initial=model, add_files=add_files, sources=self.run.sources)
-
-
-def beside(out: Path, source: Path) -> dict[str, dict[str, Any]]:
-    """The figures of all runs in the folder of `out` that were made from `source`, by name; the original first."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(out.absolute().parent.glob(f"*/{RECORD}")):
-        record = read_json(path, "remove it")
-        if Path(record["run"]).absolute() == source.absolute():
-            original, made = record["figures"].values()
-            found = {source.name: original, **found, path.parent.name: made}
-    return found

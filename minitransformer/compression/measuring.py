@@ -25,6 +25,8 @@ from minitransformer.training.weights import unique_tensors
 
 ROUNDS, NEW_TOKENS, PROMPT = 5, 32, 8
 """decoded in turn with the other model"""
+FIRST_TOKENS = 4
+"""which take longer: the prompt is read, and a step recorded"""
 RESAMPLES = 1000
 
 
@@ -104,7 +106,7 @@ def quality_figures(nats: np.ndarray, original: np.ndarray, divisor: float) -> d
 def decoding_speeds(models: Sequence[Model], report: Callable[[str], None]) -> list[float | None]:
     """Tokens per second of one greedy text by each model, in turn: medians; None for models that do not continue texts.
 
-    `report` is called with what is said about kernels.
+    The `FIRST_TOKENS` are not measured. `report` is called with what is said about kernels.
     """
     if not all(isinstance(model, DecoderLM) for model in models):
         return [None] * len(models)
@@ -115,9 +117,12 @@ def decoding_speeds(models: Sequence[Model], report: Callable[[str], None]) -> l
     seconds: list[list[float]] = [[] for _ in models]
     for _ in range(ROUNDS + 1):
         for model, taken in zip(fast, seconds, strict=True):
+            steps = generate(model, prompt, sampling)
+            for _ in range(min(FIRST_TOKENS, new // 2)):
+                next(steps)
             start = time.perf_counter()
-            steps = sum(1 for _ in generate(model, prompt, sampling))
-            taken.append((time.perf_counter() - start) / steps)
+            count = sum(1 for _ in steps)
+            taken.append((time.perf_counter() - start) / count)
     return [1 / median(taken[1:]) for taken in seconds]
 
 

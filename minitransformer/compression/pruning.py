@@ -51,6 +51,10 @@ class Prune(Compression, name="prune"):
             raise UserError("prune removes nothing: give --prune-heads, --prune-units or --prune-weights")
 
     @property
+    def label(self) -> str:
+        return f"prune {' and '.join(name for name, amount in vars(self.settings).items() if amount)}"
+
+    @property
     def calibrates(self) -> bool:  # type: ignore[override]
         return bool(self.settings.heads or self.settings.units)
 

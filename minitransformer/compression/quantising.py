@@ -62,6 +62,10 @@ class RoundToInt4(Compression, name="int4"):
         self.format.make()
 
     @property
+    def label(self) -> str:
+        return "int4 by GPTQ" if self.calibrates else "int4 to the nearest"
+
+    @property
     def calibrates(self) -> bool:  # type: ignore[override]
         return self.settings.rounding == "gptq"
 

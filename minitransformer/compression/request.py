@@ -11,14 +11,18 @@ from minitransformer.settings import Choice, check_settings, setting
 METHODS = (quantising, pruning, layers)
 """modules of the methods, in the order of `--help`"""
 
+DEFAULT_TOKENS = 1 << 15
+
 
 @dataclass(frozen=True)
 class CompressionConfig:
     """What is made smaller, and the data that decides how."""
 
     method: Choice[Compression] = Choice(Compression, "int8", help="what is done")
-    calibration_tokens: int = setting(
-        1 << 15, at_least=1, help="tokens of training data that a method with calibration reads"
+    calibration_tokens: int | None = setting(
+        None,
+        at_least=1,
+        help=f"tokens of training data that a method with calibration reads; None is {DEFAULT_TOKENS:,}",
     )
 
     def __post_init__(self) -> None:

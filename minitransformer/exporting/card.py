@@ -19,7 +19,12 @@ from minitransformer.text.corpora import short_name
 CARD = "README.md"
 METRICS = "metrics.jsonl"
 UNKNOWN = "unknown"
-TAGS = {"decoder": "text-generation", "encoder": "fill-mask", "encoder-classifier": "text-classification"}
+TAGS = {
+    "decoder": "text-generation",
+    "encoder": "fill-mask",
+    "encoder-classifier": "text-classification",
+    "encoder-headless": "feature-extraction",
+}
 SHOWN = ("steps", "batch_size", "gradient_accumulation", "optimizer", "lr", "schedule", "precision", "seed", "adapter")
 NOT_FIGURES = ("step", "validation_tokens")
 
@@ -35,7 +40,8 @@ def _lines(subject: Exported, certificate: Certificate, license: str) -> Iterato
     yield from ("---", f"license: {license}", *([f"pipeline_tag: {tag}"] if tag else []))
     yield from ("tags: [minitransformer]", "---", "", f"# {run.path.resolve().name}", "")
     size = amount(subject.model.num_parameters())
-    yield f"A {model.topology} of {size} parameters, exported by minitransformer from checkpoint {subject.checkpoint}."
+    kind = f"An {model.topology}" if model.topology.startswith("e") else f"A {model.topology}"
+    yield f"{kind} of {size} parameters, exported by minitransformer from checkpoint {subject.checkpoint}."
     if license == UNKNOWN:
         yield "Nobody has named a licence for it yet."
     yield from ("", "## Data", "", _data(run), "", "## Settings", "")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from minitransformer.errors import UserError
@@ -69,14 +68,3 @@ def read_back_chat(
     template = ChatTemplate(source, "the template of the copy", usual_names(tokenizer))
     written = [Message(**each) for each in messages]
     return template.render(written, add_generation_prompt=True), template.encode_prompt(written, tokenizer)
-
-
-@torch.inference_mode()
-def greedy_by_logits(
-    next_logits: Callable[[list[int]], Tensor], prompt: list[int], count: int, ends: Sequence[int]
-) -> list[int]:
-    """The most likely token after another, up to one of `ends`, for a runtime that gives logits alone."""
-    tokens: list[int] = []
-    while len(tokens) < count and not (tokens and tokens[-1] in ends):
-        tokens.append(int(next_logits([*prompt, *tokens]).argmax()))
-    return tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,32 @@ from torch import Tensor
 from minitransformer.exporting.copies import outputs_of
 from minitransformer.generation.config import SamplingConfig
 from minitransformer.generation.decode import generate
+from minitransformer.generation.embedding import usual_pooling
+from minitransformer.models.config import ModelConfig
 from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.encoder_decoder import EncoderDecoder
-from minitransformer.models.model import Model, in_full_precision
+from minitransformer.models.model import Model, build_model, in_full_precision
 from minitransformer.pretrained.chat import published_special_tokens
-from minitransformer.pretrained.originals import CHAT, original_fields, originals_of
+from minitransformer.pretrained.checkpoint import Undrawn
+from minitransformer.pretrained.originals import CHAT, FOLDER, original_fields, originals_of
+from minitransformer.pretrained.sentences import sentence_settings
 from minitransformer.pretrained.tokenizer_files import special_ids, target_ids
 from minitransformer.runs import Run
 from minitransformer.runs.begin import check_merges
+from minitransformer.settings import with_settings
 from minitransformer.text.chat_template import ChatTemplate
 from minitransformer.text.templates import read_template
-from minitransformer.text.tokenizers import Tokenizer
+from minitransformer.text.tokenizers import Framing, Tokenizer
 from minitransformer.text.tokenizers.spelled import encode_with_special_tokens
+
+LEARNED = {
+    "encoder": "masked_framing",
+    "encoder-headless": "masked_framing",
+    "encoder-classifier": "label_framing",
+    "decoder-classifier": "label_framing",
+    "encoder-decoder": "pair_framing",
+}
+"""what stands around a text of each topology; of any other, what its tokenizer says"""
 
 
 @dataclass(frozen=True)
@@ -45,20 +59,26 @@ class Exported:
         exported.originals  # noqa: B018  (what is damaged is reported before anything is written)
         return exported
 
-    @property
+    @cached_property
     def source(self) -> Tokenizer:
-        """The tokenizer of what the model reads."""
-        return self.run.tokenizer
+        """The tokenizer of what the model reads, with what stands around a text as the model has learned it."""
+        return self._framed(self.run.tokenizer)
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of what it writes."""
-        return self.run.target_tokenizer
+        """The tokenizer of what it writes, framed alike."""
+        return self.source if len(self.run.tokenizers) == 1 else self._framed(self.run.target_tokenizer)
+
+    def _framed(self, tokenizer: Tokenizer) -> Tokenizer:
+        if self.originals is not None:
+            return tokenizer
+        framing: Framing = getattr(tokenizer, LEARNED.get(self.model.config.topology, "framing"))
+        return tokenizer.framed(framing)
 
     @cached_property
     def originals(self) -> Path | None:
         """The files of an import that still describe the tokenizer."""
-        return originals_of(self.run.path, self.source)
+        return originals_of(self.run.path, self.run.tokenizer)
 
     @cached_property
     def template(self) -> ChatTemplate | None:
@@ -99,6 +119,21 @@ class Exported:
         return {**published, "eos_token_id": self.ends}
 
     @property
+    def pooling(self) -> str:
+        """How an encoder's hidden states become the embedding of a text."""
+        settings = sentence_settings(self.run.path / FOLDER)
+        return usual_pooling(self.model) if settings is None else settings.pooling
+
+    def without_token_head(self) -> Exported:
+        """The same run with the hidden states of its encoder alone, where it predicts masked tokens."""
+        if self.model.config.topology != "encoder":
+            return self
+        with Undrawn():
+            bare = build_model(headless(self.model.config)).eval()
+        bare.load_state_dict({name: self.model.state_dict()[name] for name in bare.state_dict()})
+        return replace(self, model=bare)
+
+    @property
     def writes(self) -> bool:
         """Whether its model generates texts."""
         return isinstance(self.model, DecoderLM | EncoderDecoder)
@@ -128,6 +163,11 @@ class Exported:
         while len(target) <= count and target[-1] not in self.ends[: len(target) - 1]:
             target.append(int(self.outputs(source, torch.tensor([target]))[0, -1].argmax()))
         return target[1:]
+
+
+def headless(config: ModelConfig) -> ModelConfig:
+    """The configuration of an encoder of tokens without its head; any other as it is."""
+    return with_settings(config, {"topology": "encoder-headless"}) if config.topology == "encoder" else config
 
 
 def _listed(value: Any) -> list[int]:

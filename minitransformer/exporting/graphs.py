@@ -66,7 +66,8 @@ class GraphCache:
     def reserve(self, positions: Tensor, is_token: Tensor | None = None) -> Slots:
         """Slots after those of the past; attention sees all, in an order that only positions say."""
         held = self.positions.masked_fill(~self.is_token, EMPTY)
-        return Slots(held, self.new_slots(positions), held.size(1), self.context_length, full=False, in_order=False)
+        new, visible = positions.size(1), held.size(1)
+        return Slots(held, self.new_slots(positions), new, visible, self.context_length, full=False, in_order=False)
 
     def new_slots(self, tokens: Tensor) -> Tensor:
         """The slots of new tokens; computed, as a slice would be another graph where there is no past."""

@@ -14,11 +14,11 @@ from minitransformer.models.decoder import DecoderLM
 from minitransformer.models.surgery import copied
 
 DecodeStep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""From new tokens of each row, their slots, a tensor as long as the visible slots, and positions, to logits"""
+"""From new tokens of each row, their slots, the visible slots, and positions, to logits"""
 MakeStep = Callable[[KVCache, int, bool], DecodeStep]
 """From a cache, the number of newest tokens to give logits for, and whether every visible slot holds a token, to a step
 
-Where every slot holds one, a step need not store the positions of new tokens: nothing reads them.
+Where every slot holds one, its number is the position, and a step does not store those of new tokens.
 """
 
 
@@ -39,16 +39,21 @@ def decode_rows(
     full: bool,
     tokens: Int[Tensor, "rows new"],
     slots: Int[Tensor, "new"],
-    visible: Tensor,
+    visible: Int[Tensor, "visible"],
     positions: Int[Tensor, "#rows new"],
 ) -> Float[Tensor, "rows {count} vocab"]:
     """The logits after each of the newest `count` tokens; the slots of `tokens` are the same in all rows."""
     # A single new token is the latest. Several take an explicit mask: a kernel's own depends on the number of keys,
     # which would become a constant of a recording.
-    chosen = cache.at(slots, visible.size(0), full=full, in_order=bool(tokens.size(1) == 1), rows=len(tokens))
+    in_order, held = bool(tokens.size(1) == 1), visible[None] if full else None
+    chosen = cache.at(slots, visible.size(0), full=full, in_order=in_order, rows=len(tokens), positions=held)
     hidden = model.hidden_states(tokens, positions=positions, cache=chosen)
     # Logits of all new tokens would take their number times the vocabulary.
     return model.head(hidden[:, -count:])
+
+
+FEW_UNUSED = 32
+"""slots before all rows that may be attended to in vain"""
 
 
 class Rows:
@@ -108,8 +113,9 @@ class Rows:
     def decode(self, tokens: Int[Tensor, "rows new"], count: int = 1) -> Float[Tensor, "rows {count} vocab"]:
         """Append `tokens` to the first rows; the logits after each of the newest `count`. No other row is in use."""
         rows, new = tokens.shape
-        if self.end + new > self.slots:
-            self._move(-min(self.starts.values()))
+        unused = min(self.starts.values(), default=0)
+        if self.end + new > self.slots or unused > max(FEW_UNUSED, (self.end - unused) // 4):
+            self._move(-unused)
         aligned = self._is_aligned()
         slots = self._slots.narrow(0, self.end, new)
         if aligned:
@@ -134,6 +140,7 @@ class Rows:
     def _move(self, by: int) -> None:
         """Shift all rows by this many slots; positions stay."""
         assert by, "a row has more tokens than there are slots"
-        self.cache.roll(by)
+        first = max(0, -by)
+        self.cache.move(slice(first, self.end), first + by)
         self.end += by
         self.starts = {row: start + by for row, start in self.starts.items()}

@@ -26,7 +26,6 @@ from minitransformer.generation.sampling import (
     choose,
     sample_generators,
     seeded,
-    uniform_numbers,
 )
 from minitransformer.models.decoder import DecoderLM
 
@@ -52,7 +51,7 @@ def generate(
     check_prompt(prompt)
     generators = sample_generators(sampling.num_samples, seeded(generator, sampling))
     if not cached:
-        requests = [Request(prompt, sampling, uniform_numbers(own), ends) for own in generators]
+        requests = [Request(prompt, sampling, own, ends) for own in generators]
         yield from decode(UncachedLogits(model), requests, model, vocab_size)
         return
     slots = len(prompt) + sampling.max_new_tokens
@@ -75,8 +74,9 @@ def generate_each(
 ) -> Iterator[tuple[int, list[int]]]:
     """For each prompt, its number and the tokens that follow it, in the order in which they end.
 
-    The tokens are those of `generate` for this prompt alone with the same seed, up to the rounding of sums, up to one
-    of `ends`. `stops` is called with the number and each new token, and may end the text.
+    The tokens are those of `generate` for this prompt alone with the same seed, up to one of `ends`; sums are rounded
+    otherwise in a batch, which next to never changes a token (`draw`). `stops` is called with the number and each new
+    token, and may end the text.
     """
     slots = _most_tokens(prompts, sampling)
     rows = min(batch_size, len(prompts))
@@ -188,7 +188,7 @@ def translate(
         next_logits = TargetLogits(model, model.encode(source, is_token=is_token).select(rows))
         if sampling.num_beams == 1:
             generators = sample_generators(len(rows), seeded(generator, sampling))
-            requests = [Request([start], limited, uniform_numbers(own), ends, rules=rules) for own in generators]
+            requests = [Request([start], limited, own, ends, rules=rules) for own in generators]
             for _ in decode(next_logits, requests, model, vocab_size):
                 pass
             drawn = [request.tokens for request in requests]

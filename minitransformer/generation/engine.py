@@ -28,7 +28,6 @@ from minitransformer.generation.sampling import (
     never,
     sample_generators,
     seeded,
-    uniform_numbers,
 )
 from minitransformer.generation.window import window_length
 from minitransformer.models.decoder import DecoderLM
@@ -102,7 +101,7 @@ class Engine:
         if needed > self._rows.slots:
             raise UserError(f"a text may have {needed} tokens, and there are {self._rows.slots} slots: give more slots")
         [own] = [generator] if generator else sample_generators(1, seeded(None, sampling))
-        request = Request(prompt, sampling, uniform_numbers(own), ends, stops, rules, record)
+        request = Request(prompt, sampling, own, ends, stops, rules, record)
         self._queue.append(request)
         return request
 

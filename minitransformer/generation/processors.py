@@ -84,6 +84,50 @@ class RepetitionPenalty(Processor, name="repetition-penalty"):
         return logits.scatter(-1, tokens, torch.where(seen > 0, seen / penalty, seen * penalty))
 
 
+def penalty_setting(name: str, help: str) -> float:
+    """A setting from -2 to 2, as in OpenAI's API."""
+    value: float = setting(0.0, at_least=-2, at_most=2, flag=name, help=help)
+    return value
+
+
+class PresencePenalty(Processor, name="presence-penalty"):
+    """logit - penalty, for each token that was generated already: OpenAI's `presence_penalty`; the prompt is free."""
+
+    @dataclass(frozen=True)
+    class Settings:
+        penalty: float = penalty_setting(
+            "presence_penalty", "above 0, tokens that were generated already become less likely (0 changes nothing)"
+        )
+
+    looks_back = True
+    order = 12
+
+    def __call__(
+        self, logits: Float[Tensor, "samples vocab"], tokens: Int[Tensor, "samples length"]
+    ) -> Float[Tensor, "samples vocab"]:
+        new = tokens[:, self.prompt_length :]
+        return logits.scatter(-1, new, logits.gather(-1, new) - self.settings.penalty)
+
+
+class FrequencyPenalty(Processor, name="frequency-penalty"):
+    """logit - penalty · n, for a token that was generated n times already: OpenAI's `frequency_penalty`."""
+
+    @dataclass(frozen=True)
+    class Settings:
+        penalty: float = penalty_setting(
+            "frequency_penalty", "above 0, tokens become less likely each time they are generated (0 changes nothing)"
+        )
+
+    looks_back = True
+    order = 14
+
+    def __call__(
+        self, logits: Float[Tensor, "samples vocab"], tokens: Int[Tensor, "samples length"]
+    ) -> Float[Tensor, "samples vocab"]:
+        new = tokens[:, self.prompt_length :]
+        return logits.scatter_add(-1, new, logits.new_full(new.shape, -self.settings.penalty))
+
+
 class NoRepeatNGram(Processor, name="no-repeat-ngram"):
     """No token that would complete an n-gram which occurred already. Paulus et al. 2017 (arXiv 1705.04304), 2.5."""
 

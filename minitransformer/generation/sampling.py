@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from minitransformer.errors import UserError
 from minitransformer.generation.config import SamplingConfig
+from minitransformer.generation.drawing import draw, race_numbers
 from minitransformer.generation.logprobs import LogprobRecord
 from minitransformer.generation.processors import Processor, at_least_float32, check_finite
-
-NUMBERS_AT_ONCE = 256
 
 
 def never(token: int) -> bool:
@@ -27,13 +27,13 @@ def never(token: int) -> bool:
 class Request:
     """A prompt, how to continue it, and the new tokens so far.
 
-    `stops` is called with each new token, and may end the text. `uniform` are the random numbers of this text alone.
+    `stops` is called with each new token, and may end the text. `generator` gives random numbers for this text alone.
     `rules` decide beside `sampling` which tokens are possible. `record` takes down the log-probabilities of its tokens.
     """
 
     prompt: Sequence[int]
     sampling: SamplingConfig
-    uniform: Iterator[float]
+    generator: torch.Generator
     ends: Sequence[int] = ()
     stops: Callable[[int], bool] = never
     rules: Sequence[Processor] = ()
@@ -48,6 +48,7 @@ class Request:
         self.looks_back = any(process.looks_back for process in self.processors)
         self._alike = (self.sampling.law, id(self.rules))
         self._text: Tensor | None = None
+        self._numbers: Iterator[np.ndarray] | None = None
 
     @property
     def alike(self) -> tuple[Any, ...]:
@@ -61,6 +62,12 @@ class Request:
             room = torch.zeros(self.sampling.max_new_tokens + 1, dtype=torch.long)
             self._text = torch.cat([torch.tensor(self.prompt), room]).to(device)
         return self._text[: len(self.prompt) + self.chosen]
+
+    def numbers(self, vocab: int) -> Float[np.ndarray, "numbers"]:
+        """The random numbers of the next token."""
+        if self._numbers is None:
+            self._numbers = race_numbers(self.generator, vocab)
+        return next(self._numbers)
 
     def note(self, chosen: Int[Tensor, "requests"], row: int) -> None:
         """Add the next token to the text on the device, before the host knows it."""
@@ -126,8 +133,8 @@ def _choose_alike(logits: Float[Tensor, "requests vocab"], requests: Sequence[Re
         logits = processed(logits, first.processors, tokens)
     if first.sampling.greedy:
         return logits.argmax(-1)
-    uniform = torch.tensor([next(request.uniform) for request in requests])
-    return draw(logits, uniform.to(device, non_blocking=True) if logits.is_cuda else uniform)
+    numbers = torch.from_numpy(np.array([request.numbers(logits.size(1)) for request in requests]))
+    return draw(logits, numbers.to(device, non_blocking=device.type == "cuda"))
 
 
 def processed(
@@ -137,24 +144,6 @@ def processed(
     for process in processors:
         logits = process(logits, tokens)
     return logits
-
-
-def draw(logits: Float[Tensor, "samples vocab"], uniform: Float[Tensor, "samples"]) -> Int[Tensor, "samples"]:
-    """A token by the softmax of its logits: `draw_by_weight` of them."""
-    return draw_by_weight(logits.softmax(-1), uniform)
-
-
-def draw_by_weight(
-    weights: Float[Tensor, "samples vocab"], uniform: Float[Tensor, "samples"]
-) -> Int[Tensor, "samples"]:
-    """The token at which the cumulative weight first exceeds the share `uniform` of all: i with probability ∝ wᵢ.
-
-    One random number for each sample, where `torch.multinomial` takes one for each token of the vocabulary.
-    """
-    cumulative = weights.cumsum(-1)
-    # Times the total, which rounding keeps from being 1: below it, so the token found exists and is not impossible.
-    share = uniform.unsqueeze(1) * cumulative.narrow(1, -1, 1)
-    return torch.searchsorted(cumulative, share, right=True).squeeze(1)
 
 
 def sample_generators(samples: int, generator: torch.Generator) -> list[torch.Generator]:
@@ -169,9 +158,3 @@ def seeded(generator: torch.Generator | None, sampling: SamplingConfig) -> torch
         generator = torch.Generator()
         generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
     return generator
-
-
-def uniform_numbers(generator: torch.Generator) -> Iterator[float]:
-    """Random numbers in [0, 1), without end."""
-    while True:
-        yield from torch.rand(NUMBERS_AT_ONCE, generator=generator).tolist()

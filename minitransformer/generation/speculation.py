@@ -18,7 +18,7 @@ from minitransformer.generation.batch import MakeStep, plain_steps
 from minitransformer.generation.config import SamplingConfig, check_no_beams
 from minitransformer.generation.logits import CachedLogits
 from minitransformer.generation.processors import at_least_float32, check_finite
-from minitransformer.generation.sampling import check_prompt, draw_by_weight, processed, sample_generators, seeded
+from minitransformer.generation.sampling import check_prompt, processed, sample_generators, seeded
 from minitransformer.generation.window import window_length
 from minitransformer.models.decoder import DecoderLM
 
@@ -56,6 +56,19 @@ def accept(
     accepted = int(is_accepted.long().cumprod(0).sum())
     weights = p[accepted] if accepted == len(proposed) else _residual(p[accepted], q[accepted])
     return accepted, int(draw_by_weight(weights[None], uniform[-1:]))
+
+
+def draw_by_weight(
+    weights: Float[Tensor, "samples vocab"], uniform: Float[Tensor, "samples"]
+) -> Int[Tensor, "samples"]:
+    """The token at which the cumulative weight first exceeds the share `uniform` of all: i with probability ∝ wᵢ.
+
+    One random number for each sample, where `torch.multinomial` takes one for each token of the vocabulary.
+    """
+    cumulative = weights.cumsum(-1)
+    # Times the total, which rounding keeps from being 1: below it, so the token found exists and is not impossible.
+    share = uniform.unsqueeze(1) * cumulative.narrow(1, -1, 1)
+    return torch.searchsorted(cumulative, share, right=True).squeeze(1)
 
 
 def _residual(p: Float[Tensor, "vocab"], q: Float[Tensor, "vocab"]) -> Float[Tensor, "vocab"]:

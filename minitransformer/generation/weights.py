@@ -114,7 +114,7 @@ class BFloat16(StoredWeights, name="bf16"):
 class Int8(StoredWeights, name="int8"):
     """A quarter of the bytes. Each weight is rounded to a multiple of its row's scale, max |w| / 127.
 
-    Activations are not rounded to 8 bits.
+    Activations are not rounded to 8 bits: our kernel takes 16 bits of them, torch's bfloat16.
     """
 
     @classmethod

@@ -1,6 +1,20 @@
 """Import and export of public checkpoints."""
 
-from minitransformer.pretrained import bert, cohere, dbrx, gemma, gpt, llama, modernbert, seq2seq
+from minitransformer.pretrained import (
+    bert,
+    cohere,
+    dbrx,
+    gemma,
+    gguf_encoders,
+    gguf_gemma,
+    gguf_gpt,
+    gguf_modernbert,
+    gguf_subwords,
+    gpt,
+    llama,
+    modernbert,
+    seq2seq,
+)
 from minitransformer.pretrained.checkpoint import (
     checkpoint_files,
     checkpoint_folder,
@@ -20,6 +34,11 @@ __all__ = [
     "dbrx",
     "gemma",
     "generation_config",
+    "gguf_encoders",
+    "gguf_gemma",
+    "gguf_gpt",
+    "gguf_modernbert",
+    "gguf_subwords",
     "gpt",
     "llama",
     "load",

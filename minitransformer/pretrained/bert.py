@@ -38,6 +38,7 @@ def head_rules(names: Mapping[str, str], bias: str, decoder: str) -> tuple[Rule,
 
 FIXED = {
     "residual": "post",
+    "first_norm": True,
     "norm": "layer",
     "positions": "learned",
     "bias": True,

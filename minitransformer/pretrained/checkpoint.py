@@ -19,7 +19,7 @@ from minitransformer.errors import StorageError, UserError
 from minitransformer.models.config import ModelConfig
 from minitransformer.models.model import Model, build_model, check_memory, check_size, in_full_precision
 from minitransformer.pretrained.families import Family
-from minitransformer.pretrained.gguf_files import GGUFFile, is_gguf, texts_of_gguf
+from minitransformer.pretrained.gguf_files import SUFFIX, GGUFFile, is_gguf, texts_of_gguf
 from minitransformer.pretrained.originals import CHAT, TOKENIZER_FILES, write_originals
 from minitransformer.pretrained.refusals import check_kind
 from minitransformer.pretrained.rules import load_weights, save_weights
@@ -68,7 +68,7 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     checkpoint.
     """
     if is_gguf(name):
-        return _load_gguf(Path(name))
+        return load_gguf(GGUFFile(Path(name)))
     folder = checkpoint_folder(name)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}: give the folder of a checkpoint")
@@ -84,10 +84,10 @@ def load(name: str | Path) -> tuple[Model, Tokenizer | None]:
     return _filled(config, tensors, shards.size, family, str(folder)), load_tokenizer(folder)
 
 
-def _load_gguf(path: Path) -> tuple[Model, Tokenizer | None]:
-    file = GGUFFile(path)
-    model = _filled(file.config, file.tensors, 8 * file.size, file.family, str(path))  # 4 bits a weight, and less
-    with texts_of_gguf(path) as folder:
+def load_gguf(file: GGUFFile) -> tuple[Model, Tokenizer | None]:
+    """The model and the tokenizer of a GGUF file."""
+    model = _filled(file.config, file.tensors, 8 * file.size, file.family, str(file.path))  # 4 bits a weight, and less
+    with texts_of_gguf(file) as folder:
         return model, load_tokenizer(folder)
 
 
@@ -117,7 +117,7 @@ def with_zero_biases(model: Model, kind: type[Family]) -> Model:
 def checkpoint_files(name: str | Path) -> Iterator[Path]:
     """The folder with the files besides the weights of the checkpoint `name`, or with what a GGUF file says."""
     if is_gguf(name):
-        with texts_of_gguf(Path(name)) as folder:
+        with texts_of_gguf(GGUFFile(Path(name))) as folder:
             yield folder
     else:
         yield checkpoint_folder(name)
@@ -209,12 +209,14 @@ def write_text_files(
 
 def may_be_on_hub(name: str) -> bool:
     """Whether `name` can be NAME or OWNER/NAME on the hub: where it or OWNER exists here, it is a path."""
-    is_path = Path(name).exists() or ("/" in name and Path(name).parent.exists())
+    is_path = name.endswith(SUFFIX) or Path(name).exists() or ("/" in name and Path(name).parent.exists())
     return HUB_NAME.fullmatch(name) is not None and not is_path
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether `name` is a public checkpoint, and no run: a folder, or, where there is none, a name on the hub."""
+    """Whether `name` is a public checkpoint, and no run: a folder or GGUF file, or else a name on the hub."""
+    if is_gguf(name):
+        return True
     if not Path(name).is_dir():
         return may_be_on_hub(name)
     try:
@@ -224,10 +226,10 @@ def is_checkpoint(name: str) -> bool:
     return "model_type" in config and "model" not in config
 
 
-def checkpoint_digest(folder: Path) -> str:
-    """The SHA-256 of all files of the checkpoint in `folder`, and of the version that reads them."""
-    found = sorted({path for pattern in WANTED for path in folder.glob(pattern) if path.is_file()})
-    digests = [f"{path.relative_to(folder)} {files.sha256(path)}" for path in found]
+def checkpoint_digest(checkpoint: Path) -> str:
+    """The SHA-256 of all files of the checkpoint in a folder or GGUF file, and of the version that reads them."""
+    found = {path for pattern in WANTED for path in checkpoint.glob(pattern)} | {checkpoint}
+    digests = [f"{path.relative_to(checkpoint)} {files.sha256(path)}" for path in sorted(found) if path.is_file()]
     return hashlib.sha256("\n".join([version("minitransformer"), *digests]).encode()).hexdigest()
 
 
@@ -236,7 +238,8 @@ def checkpoint_folder(name: str | Path) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if isinstance(name, Path) or not may_be_on_hub(name):
-        raise UserError(f"there is no folder {name}: give a checkpoint folder, or a name on the hub")
+        what = "file" if str(name).endswith(SUFFIX) else "folder"
+        raise UserError(f"there is no {what} {name}: give a checkpoint {what}, or a name on the hub")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

@@ -3,46 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from minitransformer.models.config import ModelConfig
-from minitransformer.pretrained.families import HF, Family, Field
-from minitransformer.pretrained.rules import InterleavedPairs, Rule, Transform
+from minitransformer.pretrained.families import HF, Family, Field, Obstacle
+from minitransformer.pretrained.gguf_rope import (
+    DIVISORS,
+    LONG,
+    SHORT,
+    in_factors,
+    read_gguf_windows,
+    read_rotary,
+    write_gguf_windows,
+    write_rotary,
+)
+from minitransformer.pretrained.rules import Halves, InterleavedHeads, InterleavedPairs, Rule, StackedHeads, Transform
 
 BLOCK = "stack.blocks.{layer}."
 THEIRS = "blk.{layer}."
+QKV = (BLOCK + "attention.query", BLOCK + "attention.key", BLOCK + "attention.value")
 BY_TABLE = 5e-3
 """largest error of logits where llama.cpp looks GELU up in a table of 16 bits"""
 HAS_HEAD = "has_head"
-"""stands among the metadata for whether the file has an output matrix of its own"""
-
-
-class OnePlus(Transform):
-    """A norm weight w is stored as 1 + w: Gemma."""
-
-    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
-        return (tensor - 1,)
-
-    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
-        return weights[0] + 1
-
-
-class Concatenated(Transform):
-    """Queries, keys and values below one another."""
-
-    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
-        heads, shared = config.num_heads, config.num_kv_heads or config.num_heads
-        return tensor.split([count * config.features_per_head for count in (heads, shared, shared)])
-
-    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
-        return torch.cat(weights)
+"""whether the file has an output matrix of its own"""
 
 
 class Stacked(Transform):
-    """The matrices of all experts, one above the other in a new dimension."""
+    """One above the other in a new dimension: the matrices of experts, the gains of heads."""
 
     def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
         return tensor.unbind()
@@ -57,6 +47,18 @@ class GGUFFamily(Family, kind="architecture of GGUF"):
     file = "the metadata"
     tolerance = 2e-4
     """largest error of llama.cpp's logits, of their root mean square"""
+    present: ClassVar[dict[str, str]] = {HAS_HEAD: "output.weight"}
+    """what stands among the metadata for whether the file has a tensor"""
+
+    @classmethod
+    def tolerance_for(cls, config: ModelConfig) -> float:
+        """The largest error of this member's outputs."""
+        return cls.tolerance
+
+    @classmethod
+    def factors(cls, metadata: HF) -> dict[str, float]:
+        """What tensors of this file are to be multiplied by, as another program has written them in another way."""
+        return {}
 
 
 SHAPE: dict[str, Field | str] = {
@@ -70,7 +72,8 @@ SHAPE: dict[str, Field | str] = {
 GROUPED = {**SHAPE, "attention.head_count_kv": Field("num_kv_heads", nullable=True)}
 RMS = {**GROUPED, "attention.layer_norm_rms_epsilon": Field("norm_eps", default=1e-6)}
 LAYER_NORM = {"attention.layer_norm_epsilon": Field("norm_eps", default=1e-5)}
-ROTARY = {"residual": "pre", "norm": "rms", "positions": "rotary", "bias": False, "feedforward": "swiglu"}
+PARTLY_ROTARY = {"residual": "pre", "norm": "rms", "positions": "rotary", "bias": False, "feedforward": "swiglu"}
+ROTARY = {**PARTLY_ROTARY, "rotary_fraction": 1.0}
 OUTSIDE = (
     Rule("token_embd", "embedding.table"),
     Rule("output_norm", "stack.final_norm"),
@@ -81,6 +84,14 @@ PRE_LN = (
     Rule(THEIRS + "ffn_norm", BLOCK + "feedforward_residual.norm"),
 )
 FEEDFORWARD = tuple(Rule(f"{THEIRS}ffn_{name}", f"{BLOCK}feedforward.{name}") for name in ("gate", "up", "down"))
+FUSED = (
+    Rule(THEIRS + "attn_qkv", QKV, StackedHeads()),
+    Rule(THEIRS + "attn_output", BLOCK + "attention.output"),
+)
+NORMED_HEADS = (
+    Rule(THEIRS + "attn_q_norm", BLOCK + "attention.query_norm.norm"),
+    Rule(THEIRS + "attn_k_norm", BLOCK + "attention.key_norm.norm"),
+)
 
 
 def attention_tensors(transform: Transform | None = None) -> tuple[Rule, ...]:
@@ -96,42 +107,12 @@ def attention_tensors(transform: Transform | None = None) -> tuple[Rule, ...]:
     )
 
 
-def read_rotary(metadata: HF) -> dict[str, Any]:
-    """Rotary settings, and whether the head is tied."""
-    heads = metadata["attention.head_count"]
-    width = metadata.get("attention.key_length") or metadata["embedding_length"] // heads
-    turned = metadata.get("rope.dimension_count") or width
-    return {
-        "head_dim": width,
-        "rotary_base": float(metadata.get("rope.freq_base", 10000.0)),
-        "rotary_fraction": turned / width,
-        "tied_embeddings": not metadata.get(HAS_HEAD, True),
-    }
-
-
-def write_rotary(config: ModelConfig) -> HF:
-    """The inverse of `read_rotary`."""
-    width, rotary = config.features_per_head, config.positions.settings
-    return {
-        "attention.key_length": width,
-        "attention.value_length": width,
-        "rope.dimension_count": int(width * rotary.fraction),
-        "rope.freq_base": rotary.base,
-        HAS_HEAD: not config.tied_embeddings,
-    }
-
-
-class LlamaGGUF(GGUFFamily, name="llama"):
-    """Llama, Mistral without its window, and Mixtral, with queries and keys in interleaved pairs."""
-
-    architectures = {"decoder": "llama"}
-    fields = RMS
-    fixed = ROTARY
-
-    @classmethod
-    def rules_for(cls, config: ModelConfig) -> Sequence[Rule]:
-        experts = range(config.num_experts or 0)
-        stacked = tuple(
+def expert_tensors(config: ModelConfig) -> tuple[Rule, ...]:
+    """The router, and the matrices of all experts."""
+    experts = range(config.num_experts or 0)
+    return (
+        Rule(THEIRS + "ffn_gate_inp", BLOCK + "feedforward.router"),
+        *(
             Rule(
                 f"{THEIRS}ffn_{name}_exps.weight",
                 tuple(f"{BLOCK}feedforward.experts.{expert}.{name}.weight" for expert in experts),
@@ -139,56 +120,114 @@ class LlamaGGUF(GGUFFamily, name="llama"):
                 tensors=True,
             )
             for name in ("gate", "up", "down")
+        ),
+    )
+
+
+def norms_of_heads(config: ModelConfig, transform: Transform) -> tuple[Rule, ...]:
+    """The gains of every head's own norm of queries and of keys."""
+    heads = {"query": config.num_heads, "key": config.num_kv_heads or config.num_heads}
+    return tuple(
+        Rule(
+            f"{THEIRS}attn_{name[0]}_norm",
+            tuple(f"{BLOCK}attention.{name}_norm.norms.{head}" for head in range(count)),
+            transform,
         )
-        mixture = (Rule(THEIRS + "ffn_gate_inp", BLOCK + "feedforward.router"), *stacked)
-        return (*OUTSIDE, *PRE_LN, *attention_tensors(InterleavedPairs()), *(mixture if experts else FEEDFORWARD))
+        for name, count in heads.items()
+    )
+
+
+class RotaryGGUF(GGUFFamily):
+    """An architecture with rotary positions."""
+
+    fields = RMS
+    fixed = ROTARY
+    ignored = tuple(f"^{name}$" for name in DIVISORS)
+    divisors: ClassVar[tuple[str, ...]] = ()
+    """the tensors with divisors of frequencies that llama.cpp reads"""
+    has_head_dim = True
+    """whether heads may be wider or narrower than all of them together divided by their number"""
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        tied = {"tied_embeddings": not hf.get(HAS_HEAD, True)}
+        return {**read_rotary(hf), **tied, **({} if cls.has_head_dim else {"head_dim": None})}
+
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        return {**write_rotary(config, cls.divisors), HAS_HEAD: not config.tied_embeddings}
+
+    @classmethod
+    def compared(cls, config: ModelConfig) -> tuple[list[Obstacle], dict[str, bool]]:
+        return super().compared(in_factors(config) if cls.divisors else config)
+
+    @classmethod
+    def _written(cls, config: ModelConfig) -> HF:
+        return super()._written(in_factors(config) if cls.divisors else config)
+
+
+class LlamaGGUF(RotaryGGUF, name="llama"):
+    """Llama, Mistral without its window, and Mixtral, with queries and keys in interleaved pairs."""
+
+    architectures = {"decoder": "llama"}
+    divisors = DIVISORS
+
+    @classmethod
+    def rules_for(cls, config: ModelConfig) -> Sequence[Rule]:
+        mixture = expert_tensors(config) if config.num_experts else FEEDFORWARD
+        return (*OUTSIDE, *PRE_LN, *attention_tensors(InterleavedPairs()), *mixture)
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
         experts = hf.get("expert_count") or None
         used = {"num_experts": experts, "experts_per_token": hf.get("expert_used_count", 2)} if experts else {}
-        return {**read_rotary(hf), **used}
+        return {**super().read(hf), **used}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
         used = {"expert_count": config.num_experts, "expert_used_count": config.experts_per_token}
-        return {**write_rotary(config), **(used if config.num_experts else {})}
+        return {**super().write(config), **(used if config.num_experts else {})}
 
 
-class Qwen2GGUF(GGUFFamily, name="qwen2"):
+class Qwen2GGUF(RotaryGGUF, name="qwen2"):
     """Qwen 2, with biases of queries, keys and values."""
 
     architectures = {"decoder": "qwen2"}
-    fields = RMS
     fixed = {**ROTARY, "qkv_bias": True}
     rules = (*OUTSIDE, *PRE_LN, *attention_tensors(), *FEEDFORWARD)
 
-    @classmethod
-    def read(cls, hf: HF) -> dict[str, Any]:
-        return read_rotary(hf)
 
-    @classmethod
-    def write(cls, config: ModelConfig) -> HF:
-        return write_rotary(config)
-
-
-class Qwen3GGUF(Qwen2GGUF, name="qwen3"):
+class Qwen3GGUF(RotaryGGUF, name="qwen3"):
     """Qwen 3, with a norm of each head's queries and keys."""
 
     architectures = {"decoder": "qwen3"}
     fixed = {**ROTARY, "qk_norm": "head"}
-    rules = (
-        *Qwen2GGUF.rules,
-        Rule(THEIRS + "attn_q_norm", BLOCK + "attention.query_norm.norm"),
-        Rule(THEIRS + "attn_k_norm", BLOCK + "attention.key_norm.norm"),
-    )
+    rules = (*Qwen2GGUF.rules, *NORMED_HEADS)
 
 
-class OLMo2GGUF(Qwen2GGUF, name="olmo2"):
-    """OLMo 2: norms after the sublayers."""
+class Qwen3MoEGGUF(RotaryGGUF, name="qwen3moe"):
+    """Qwen 3 with experts."""
+
+    architectures = {"decoder": "qwen3moe"}
+    fields = {
+        **{key: field for key, field in RMS.items() if key != "feed_forward_length"},
+        "expert_feed_forward_length": "d_ff",
+        "expert_count": Field("num_experts", default=128),
+        "expert_used_count": Field("experts_per_token", default=8),
+    }
+    fixed = Qwen3GGUF.fixed
+
+    @classmethod
+    def rules_for(cls, config: ModelConfig) -> Sequence[Rule]:
+        return (*OUTSIDE, *PRE_LN, *attention_tensors(), *NORMED_HEADS, *expert_tensors(config))
+
+
+class OLMo2GGUF(RotaryGGUF, name="olmo2"):
+    """OLMo 2 and 3: norms after the sublayers, and in OLMo 3 windows, which scalings leave alone."""
 
     architectures = {"decoder": "olmo2"}
     fixed = {**ROTARY, "residual": "olmo2", "qk_norm": "full", "tied_embeddings": False}
+    has_head_dim = False
     rules = (
         *OUTSIDE,
         *attention_tensors(),
@@ -199,88 +238,155 @@ class OLMo2GGUF(Qwen2GGUF, name="olmo2"):
         Rule(THEIRS + "attn_k_norm", BLOCK + "attention.key_norm"),
     )
 
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        rotary, windows = super().read(hf), read_gguf_windows(hf, every=4)
+        return {**rotary, **windows, "rotary_window_base": rotary["rotary_base"] if len(windows) > 1 else None}
 
-class Gemma2GGUF(GGUFFamily, name="gemma2"):
-    """Gemma 2, whose layers alternate between a window and full attention."""
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        return {**super().write(config), **write_gguf_windows(config)}
 
-    architectures = {"decoder": "gemma2"}
-    tolerance = BY_TABLE
+
+class GraniteGGUF(RotaryGGUF, name="granite"):
+    """Granite 3: Llama with constant factors of embeddings, scores, sublayers and logits."""
+
+    architectures = {"decoder": "granite"}
     fields = {
         **RMS,
-        "attn_logit_softcapping": Field("attention_softcap", default=50.0),
-        "final_logit_softcapping": Field("logit_softcap", default=30.0),
-        "attention.sliding_window": Field("attention_window", default=4096),
+        "embedding_scale": Field("embedding_scale", default=1.0),
+        "residual_scale": Field("pre_scaled_multiplier", default=1.0),
+        "attention.scale": Field("attention_scale"),
     }
-    fixed = {
-        **ROTARY,
-        "residual": "sandwich",
-        "norm": "rms-zero-centred",
-        "scaled_embeddings": True,
-        "tied_embeddings": True,
-        "feedforward": "geglu-tanh",
-    }
-    rules = (
-        *(Rule(rule.source, rule.target, OnePlus()) if "norm" in rule.source else rule for rule in OUTSIDE),
-        *attention_tensors(),
-        *FEEDFORWARD,
-        Rule(THEIRS + "attn_norm", BLOCK + "attention_residual.norm", OnePlus()),
-        Rule(THEIRS + "post_attention_norm", BLOCK + "attention_residual.output_norm", OnePlus()),
-        Rule(THEIRS + "ffn_norm", BLOCK + "feedforward_residual.norm", OnePlus()),
-        Rule(THEIRS + "post_ffw_norm", BLOCK + "feedforward_residual.output_norm", OnePlus()),
-    )
+    fixed = {**ROTARY, "residual": "pre-scaled"}
+    required = {"rope.scaling.finetuned": True}
+    divisors = DIVISORS
+    rules = (*OUTSIDE, *PRE_LN, *attention_tensors(InterleavedPairs()), *FEEDFORWARD)
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
-        windows = tuple(layer % 2 == 0 for layer in range(hf["block_count"]))
-        return {**read_rotary(hf), "tied_embeddings": True, "window_pattern": windows}
+        return {**super().read(hf), "logit_scale": 1 / hf["logit_scale"]}
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
-        return write_rotary(config)
+        return {**super().write(config), "logit_scale": 1 / config.logit_scale}
 
 
-class StableLMGGUF(GGUFFamily, name="stablelm"):
-    """StableLM: LayerNorm, and a fraction of each head rotated."""
+class SmolLM3GGUF(RotaryGGUF, name="smollm3"):
+    """SmolLM3: Llama, without rotation in every fourth layer."""
 
-    architectures = {"decoder": "stablelm"}
-    fields = {**GROUPED, **LAYER_NORM}
-    fixed = {**ROTARY, "norm": "layer", "norm_bias": True, "qkv_bias": False, "tied_embeddings": False}
-    rules = (*OUTSIDE, *PRE_LN, *attention_tensors(), *FEEDFORWARD)
+    architectures = {"decoder": "smollm3"}
+    rules = GraniteGGUF.rules
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
-        return read_rotary(hf)
-
-    @classmethod
-    def write(cls, config: ModelConfig) -> HF:
-        return {**write_rotary(config), "use_parallel_residual": False}
+        return {**super().read(hf), "rotary_layers": tuple((layer + 1) % 4 > 0 for layer in range(hf["block_count"]))}
 
 
-class GPT2GGUF(GGUFFamily, name="gpt2"):
-    """GPT-2."""
+class Phi3GGUF(RotaryGGUF, name="phi3"):
+    """Phi-3 and Phi-4, with matrices side by side; llama.cpp ignores the window that a file may have."""
 
-    architectures = {"decoder": "gpt2"}
-    tolerance = BY_TABLE
-    fields = {**SHAPE, **LAYER_NORM}
-    fixed = {"residual": "pre", "norm": "layer", "positions": "learned", "bias": True, "feedforward": "gelu-tanh"}
+    architectures = {"decoder": "phi3"}
+    fixed = PARTLY_ROTARY
+    divisors = (SHORT, LONG)
+    has_head_dim = False
     rules = (
         *OUTSIDE,
         *PRE_LN,
-        Rule("position_embd", "stack.positions.table"),
-        Rule(
-            THEIRS + "attn_qkv",
-            (BLOCK + "attention.query", BLOCK + "attention.key", BLOCK + "attention.value"),
-            Concatenated(),
-        ),
-        Rule(THEIRS + "attn_output", BLOCK + "attention.output"),
-        Rule(THEIRS + "ffn_up", BLOCK + "feedforward.up"),
+        *FUSED,
+        Rule(THEIRS + "ffn_up", (BLOCK + "feedforward.gate", BLOCK + "feedforward.up"), Halves()),
         Rule(THEIRS + "ffn_down", BLOCK + "feedforward.down"),
     )
 
     @classmethod
     def read(cls, hf: HF) -> dict[str, Any]:
-        return {"tied_embeddings": not hf.get(HAS_HEAD, True)}
+        return {**super().read(hf), "attention_window": hf.get("attention.sliding_window") or None}
+
+
+class StableLMGGUF(RotaryGGUF, name="stablelm"):
+    """StableLM: LayerNorm, and a fraction of each head rotated; what a member has is said by its tensors alone."""
+
+    architectures = {"decoder": "stablelm"}
+    fields = {**GROUPED, **LAYER_NORM}
+    fixed = {**PARTLY_ROTARY, "norm": "layer", "norm_bias": True, "tied_embeddings": False}
+    has_head_dim = False
+    present = {
+        **GGUFFamily.present,
+        "has_two_norms": "blk.0.ffn_norm.weight",
+        "has_qk_norm": "blk.0.attn_q_norm.weight",
+        "has_qkv_bias": "blk.0.attn_q.bias",
+    }
+
+    @classmethod
+    def rules_for(cls, config: ModelConfig) -> Sequence[Rule]:
+        parallel = Rule(THEIRS + "attn_norm", BLOCK + "residual.norm")
+        return (*Qwen2GGUF.rules, parallel, *norms_of_heads(config, Stacked()))
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        return {
+            **super().read(hf),
+            "block": "sequential" if hf["has_two_norms"] else "parallel",
+            "qk_norm": "each-head" if hf["has_qk_norm"] else "none",
+            "qkv_bias": hf["has_qkv_bias"],
+        }
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
-        return {HAS_HEAD: not config.tied_embeddings}
+        return {
+            **super().write(config),
+            "use_parallel_residual": config.block.name == "parallel",
+            "has_two_norms": config.block.name == "sequential",
+            "has_qk_norm": config.qk_norm == "each-head",
+            "has_qkv_bias": bool(config.qkv_bias),
+        }
+
+
+class CommandRGGUF(RotaryGGUF, name="command-r"):
+    """Cohere's Command R: parallel blocks; each head's own norm of queries and keys from 64 layers on."""
+
+    architectures = {"decoder": "command-r"}
+    fields = {**GROUPED, **LAYER_NORM, "logit_scale": Field("logit_scale", default=1.0)}
+    fixed = {**ROTARY, "norm": "layer", "block": "parallel", "tied_embeddings": True}
+    has_head_dim = False
+
+    @classmethod
+    def rules_for(cls, config: ModelConfig) -> Sequence[Rule]:
+        return (
+            *OUTSIDE,
+            Rule(THEIRS + "attn_norm", BLOCK + "residual.norm"),
+            *attention_tensors(InterleavedPairs()),
+            *FEEDFORWARD,
+            *norms_of_heads(config, InterleavedHeads()),
+        )
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        return {**super().read(hf), "qk_norm": "each-head" if hf["block_count"] >= 64 else "none"}
+
+
+class DBRXGGUF(RotaryGGUF, name="dbrx"):
+    """DBRX, a mixture of experts."""
+
+    architectures = {"decoder": "dbrx"}
+    fields = {
+        **GROUPED,
+        **LAYER_NORM,
+        "expert_count": Field("num_experts", default=16),
+        "expert_used_count": Field("experts_per_token", default=4),
+    }
+    fixed = {**ROTARY, "norm": "layer", "tied_embeddings": False}
+    has_head_dim = False
+
+    @classmethod
+    def rules_for(cls, config: ModelConfig) -> Sequence[Rule]:
+        norms = (PRE_LN[0], Rule(THEIRS + "attn_output_norm", BLOCK + "feedforward_residual.norm"))
+        return (*OUTSIDE, *norms, *FUSED, *expert_tensors(config))
+
+    @classmethod
+    def read(cls, hf: HF) -> dict[str, Any]:
+        return {**super().read(hf), "qkv_clip": hf.get("attention.clamp_kqv") or None}
+
+    @classmethod
+    def write(cls, config: ModelConfig) -> HF:
+        return {**super().write(config), "attention.clamp_kqv": config.qkv_clip or 0.0}

@@ -5,6 +5,7 @@ Their modules.json lists what is applied in turn: Transformer, Pooling, and in s
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,17 @@ def sentence_settings(folder: Path) -> SentenceSettings | None:
         "pools_prompt": pooling.get("include_prompt", True),
     }
     return SentenceSettings(**checked_fields(SentenceSettings, settings, str(folder)))
+
+
+def write_sentence_files(folder: Path, pooling: str) -> None:
+    """Make the checkpoint folder `folder` one of sentence-transformers, with this pooling."""
+    names = {ours: theirs for theirs, ours in POOLING_NAMES.items()}
+    place = Path(POOLING).parent.name
+    of = "sentence_transformers.models."
+    modules = [{"path": path, "type": of + kind} for path, kind in zip(("", place), KINDS[:2], strict=True)]
+    (folder / place).mkdir()
+    for name, content in {MODULES: modules, POOLING: {FLAG.rstrip("_"): names[pooling]}}.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
 
 
 def _most_tokens(folder: Path, texts: dict[str, Any]) -> Any:

@@ -243,6 +243,12 @@ def merged_fields(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     return {field: value for content in contents for field, value in content.items() if value is not None}
 
 
+def content_of_folder(folder: Path) -> dict[str, Any] | None:
+    """The content of the tokenizer.json of a checkpoint folder, as its class reads it; None without known files."""
+    settings, expected = (merged_fields(folder, names) for names in ((NAMES, SETTINGS), CONFIGS))
+    return tokenizer_content(folder, settings, expected.get("model_type", ""))
+
+
 def tokenizer_content(folder: Path, settings: dict[str, Any], model_type: str) -> dict[str, Any] | None:
     if not (folder / FILE).is_file():
         older = content_of_vocabulary(folder, settings, model_type)
@@ -301,7 +307,10 @@ def _tokenizer_of(content: dict[str, Any], settings: dict[str, Any], expected: d
     if ranks is None or pattern is None or end < len(ranks) or found_in_text:
         return PublicTokenizer(content, end_of_text=end)
     special = {name: number for name, number in _added(content).items() if number >= len(ranks) and number != end}
-    return BPE(ranks, pattern=pattern, special_tokens={**special, END_OF_TEXT: end})
+    try:
+        return BPE(ranks, pattern=pattern, special_tokens={**special, END_OF_TEXT: end})
+    except ValueError:  # tiktoken drops what the pattern leaves out
+        return PublicTokenizer(content, end_of_text=end)
 
 
 def _added(content: dict[str, Any]) -> dict[str, int]:

@@ -200,30 +200,62 @@ def points(
     return figure
 
 
-def labelled_points(
-    labels: Sequence[str],
-    x: Sequence[float],
-    y: Sequence[float],
-    ends: Sequence[tuple[float | None, float | None]],
-    *,
-    x_label: str,
-    y_label: str,
-    title: str,
-) -> Figure:
-    """Points with a marker of their own, named in the legend, and vertical bars to the `ends` of their intervals, if
-    any; the first is filled. Raises `UserError` without matplotlib."""
-    figure = _figure(7.6, max(4.2, 1.0 + 0.24 * len(labels)))
+@dataclass(frozen=True)
+class Point:
+    """A named point of a curve, with the ends of its interval, if it has one."""
+
+    curve: str
+    name: str
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+    origin: tuple[float, float] | None = None
+    """where a second point of the same thing comes from; it is filled, and no part of the line of its curve"""
+
+
+def named_points(points: Sequence[Point], *, x_label: str, y_label: str, title: str, line: str, filled: str) -> Figure:
+    """Curves of named points with vertical intervals, and a horizontal `line`, so called, through the first point.
+
+    Points with an origin are filled, which the legend says in the words `filled`. Raises `UserError` without
+    matplotlib.
+    """
+    curves = list(dict.fromkeys(point.curve for point in points))
+    figure = _figure(8.4, max(4.6, 1.2 + 0.24 * len(curves)))
     axes = _axes(figure, title=title, x_label=x_label, y_label=y_label)
     axes.grid(color="#e3e5e9", linewidth=0.6)
-    shown = []
-    for i, (at, value, (low, high)) in enumerate(zip(x, y, ends, strict=True)):
-        color, face = PALETTE[i % len(PALETTE)], "white" if i else PALETTE[0]
-        if low is not None and high is not None:
-            axes.plot([at, at], [low, high], color=color, linewidth=1.4, zorder=1)
-        marker = MARKERS[i % len(MARKERS)]
-        shown += axes.plot([at], [value], marker=marker, linestyle="none", color=color, markerfacecolor=face, zorder=2)
-    _legend(figure, axes, shown, labels, at_right=True)
+    axes.margins(x=0.1, y=0.08)
+    lines = [axes.axhline(points[0].y, color=FAINT, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)]
+    for number, curve in enumerate(curves):
+        own = [point for point in points if point.curve == curve]
+        color = INK if number == 0 else PALETTE[(number - 1) % (len(PALETTE) - 1)]
+        style: dict[str, Any] = {
+            "color": color,
+            "marker": MARKERS[number % len(MARKERS)],
+            "markersize": 6,
+            "linewidth": 1.0,
+        }
+        plain = sorted((point.x, point.y) for point in own if point.origin is None)
+        x, y = zip(*plain, strict=True) if plain else ((), ())
+        lines += axes.plot(x, y, markerfacecolor="white", zorder=3, **style)
+        for point in own:
+            _draw_point(axes, point, style)
+    if any(point.origin for point in points):
+        curves.append(filled)
+        lines += axes.plot([], [], marker="o", linestyle=":", color=FAINT)
+    _legend(figure, axes, lines, [line, *curves], at_right=True)
     return figure
+
+
+def _draw_point(axes: Axes, point: Point, style: dict[str, Any]) -> None:
+    """The interval of `point`, and its name, or, if it has an origin, itself and a line from there."""
+    if point.low is not None and point.high is not None:
+        axes.plot([point.x] * 2, [point.low, point.high], color=style["color"], linewidth=1.4, zorder=2)
+    if point.origin is None:
+        axes.annotate(point.name, (point.x, point.y), (5, 4), textcoords="offset points", fontsize=7, color=INK)
+        return
+    axes.plot(*zip(point.origin, (point.x, point.y), strict=True), linestyle=":", color=style["color"], linewidth=1.0)
+    axes.plot([point.x], [point.y], zorder=4, **style)
 
 
 def png(figure: Figure) -> bytes:

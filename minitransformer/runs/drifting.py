@@ -56,7 +56,7 @@ def _is_same_request(before: ServedAnswer, each: ServedAnswer) -> bool:
 
 def _text_of(run: Run, sent: ServedAnswer) -> UsedText:
     if sent.prompt is not None:
-        return UsedText(run.tokenizer.encode_prompt(sent.prompt), 0)
+        return UsedText(run.encode_prompt(sent.prompt), 0)
     template = run.chat_template
     if template is None:
         raise UserError(f"the log has conversations, which {run.path} has not learned: give the log of another run")

@@ -17,6 +17,7 @@ from minitransformer.errors import UserError
 from minitransformer.generation.embedding import embed_in_batches, framing_of_text, text_embeddings, usual_pooling
 from minitransformer.models.model import Model
 from minitransformer.pretrained.checkpoint import is_checkpoint
+from minitransformer.pretrained.gguf_files import is_gguf
 from minitransformer.pretrained.originals import FOLDER
 from minitransformer.pretrained.sentences import SentenceSettings, sentence_settings
 from minitransformer.pretrained.vocabularies import how_to_make_one
@@ -77,11 +78,11 @@ def open_embedder(name: str, checkpoint: str | None = None, device: str = "cpu",
     if is_checkpoint(name):
         if checkpoint is not None:
             raise UserError(f"--checkpoint {checkpoint} is for runs, and {name} is a public checkpoint: leave it out")
-        folder = pretrained.checkpoint_folder(name)
-        model, tokenizer = pretrained.load(folder)
-        if tokenizer is None:
-            raise UserError(how_to_make_one(name))
-        return Embedder(model.to(device), tokenizer, _settings(folder, model, wanted))
+        with pretrained.checkpoint_files(name) as folder:
+            model, tokenizer = pretrained.load(name if is_gguf(name) else folder)
+            if tokenizer is None:
+                raise UserError(how_to_make_one(name))
+            return Embedder(model.to(device), tokenizer, _settings(folder, model, wanted))
     run = Run.open(Path(name))
     check_merges(run)
     return embedder_of(run, run.load_model(checkpoint, device), **wanted)

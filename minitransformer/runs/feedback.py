@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from minitransformer.runs.served import ServedAnswer
+from minitransformer.runs.served import STOPPED, ServedAnswer
 from minitransformer.text.chat_template import ASSISTANT, Message
 
 CORRECTED, LIKED = "corrected answers", "answers with a thumb up"
@@ -75,7 +75,7 @@ def _wanted(each: ServedAnswer) -> tuple[str | None, str]:
         return None, EMPTY if each.rating is None else NO_CORRECTION
     if not each.answer.strip():
         return None, EMPTY
-    return (None, CUT) if each.finish_reason == "length" else (each.answer, LIKED)
+    return (None, CUT) if each.finish_reason in ("length", STOPPED) else (each.answer, LIKED)
 
 
 def _row(each: ServedAnswer, answer: str, group: str) -> dict[str, Any]:

@@ -91,6 +91,6 @@ def as_run(name: str, root: Path) -> Path:
     """
     if not is_checkpoint(name):
         return Path(name)
-    folder = pretrained.checkpoint_folder(name)
+    folder = Path(name) if is_gguf(name) else pretrained.checkpoint_folder(name)
     path = root / f"{Path(name).resolve().name}-{checkpoint_digest(folder)[:8]}"
     return path if (path / CONFIG).is_file() else import_checkpoint(str(folder), path).path

@@ -77,7 +77,7 @@ def check_free(path: Path) -> None:
     It may if there is nothing, or only the remains of a run that ended before its folder was complete.
     """
     if (path / CONFIG).exists():
-        raise UserError(f"{path} already exists: choose another --out, or continue the run with --resume {path}")
+        raise UserError(f"{path} already exists: choose another --out, or continue the run by train.py --resume {path}")
     if not path.exists():
         return
     own = {LOCK, TOKENIZER, TARGET_TOKENIZER, CHECKPOINTS}

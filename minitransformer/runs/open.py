@@ -14,6 +14,7 @@ from minitransformer.errors import StorageError, UserError
 from minitransformer.models.model import Model
 from minitransformer.plugins import check_plugins, plugins_of
 from minitransformer.pretrained.chat import chat_template_in
+from minitransformer.pretrained.gguf_files import is_gguf
 from minitransformer.pretrained.originals import class_names
 from minitransformer.records import checked_value, read_json
 from minitransformer.runs.layout import (
@@ -121,10 +122,10 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> Run:
         """Open the run folder `path`; raises `UserError` if it is not a run, and `StorageError` if it is damaged."""
-        if not (path / CONFIG).is_file():
+        if not (path / CONFIG).is_file() and not is_gguf(path):
             raise UserError(f"{path} is not a run folder (it has no {CONFIG}): give the output folder of train.py")
-        sealed = read_json(path / CONFIG, "restore it, or train again")
-        if "model_type" in sealed and "model" not in sealed:
+        sealed = {} if is_gguf(path) else read_json(path / CONFIG, "restore it, or train again")
+        if is_gguf(path) or ("model_type" in sealed and "model" not in sealed):
             raise UserError(f"{path} is a public checkpoint, not a run: import it with `minitransformer import {path}`")
         try:
             record = files.unsealed(sealed)
@@ -184,6 +185,10 @@ class Run:
     def cased(self, text: str) -> str:
         """`text`, lower-cased if the run's data is."""
         return self.config.data.dataset.make().cased(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a prompt as the model has learned to see texts."""
+        return self.tokenizer.encode_prompt(self.cased(text))
 
     def checkpoint(self, name: str | None = None) -> Path:
         """The checkpoint `name`, by default the best, or else the latest."""

@@ -26,8 +26,10 @@ def check_can_resume(run: Run) -> None:
     if others := sorted(path for path in run.path.iterdir() if not path.is_file() and not path.is_dir()):
         raise UserError(f"{others[0]} is neither a file nor a folder, and resuming could wait for it: remove it")
     if not run.trains:
-        path = run.path
-        raise UserError(f"{path} was not made by train.py, and has no training to resume: give --init-from {path}")
+        raise UserError(
+            f"{run.path} was not made by train.py, and has no training to resume: fine-tune it by --init-from "
+            f"{run.path}, in a new folder"
+        )
 
 
 def check_same_text(run: Run, config: RunConfig, prepared: PreparedData) -> None:

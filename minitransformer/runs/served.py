@@ -15,6 +15,8 @@ from minitransformer.text.corpora import jsonl_records
 FEEDBACK = "feedback.jsonl"
 """in a run's folder: a row of the log with what a user says of the answer"""
 RATINGS = ("up", "down")
+STOPPED = "stopped"
+"""why a text ended whose client went away; it stands for what "stop" and "length" are of others"""
 FIELDS: Mapping[str, Any] = {
     "id": str,
     "index": int,

@@ -30,7 +30,9 @@ def open_teacher(config: RunConfig) -> Model | None:
     """The model of the teacher, if there is one; raises `StorageError` if its weights have changed."""
     if config.training.teacher is None:
         return None
-    teacher = Run.open(Path(config.training.teacher))
+    if not (path := Path(config.training.teacher)).is_dir():
+        raise StorageError(f"the teacher {path} is not there, as it was at the start of the run: put it back")
+    teacher = Run.open(path)
     checkpoint = teacher.checkpoint()
     if weights_digest(checkpoint) != config.training.teacher_sha256:
         raise StorageError(f"the teacher {teacher.path} has other weights than at the start of the run: restore them")

@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
 
-from minitransformer.generation.logprobs import TokenLogprob
+from minitransformer.serving.chunks import Choices, ChunkWriter
 from minitransformer.serving.errors import as_api_error, json_response
 from minitransformer.serving.generating import check_failures
 from minitransformer.serving.models import ServedModel
 from minitransformer.serving.scheduler import Scheduler
 from minitransformer.serving.service import Service
-from minitransformer.serving.texts import GeneratedText, Generation
+from minitransformer.serving.texts import Generation
 from minitransformer.serving.waiting import EventStream, event_of, while_connected
-
-
-class Choices(Protocol):
-    """How one endpoint writes its texts."""
-
-    kind: str
-    """"object" of a whole answer"""
-    chunk_kind: str
-
-    def whole(self, index: int, text: GeneratedText) -> dict[str, Any]:
-        """The choice of a text that has ended."""
-        ...
-
-    def begin(self, index: int, text: GeneratedText) -> dict[str, Any] | None:
-        """What a stream of a text begins with."""
-        ...
-
-    def piece(self, index: int, piece: str, found: Sequence[TokenLogprob], text: GeneratedText) -> dict[str, Any]:
-        """More of a text."""
-        ...
-
-    def last(self, index: int, text: GeneratedText) -> dict[str, Any]:
-        """What a stream of a text ends with."""
-        ...
 
 
 @dataclass
@@ -55,7 +31,7 @@ class Answering:
     generation: Generation
     choices: Choices
     asked: Mapping[str, Any]
-    includes_usage: bool = False
+    asks_usage: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def respond(self, request: Request) -> Response:
@@ -78,11 +54,13 @@ class Answering:
         check_failures(self.generation.texts)
 
     def _end(self) -> None:
-        """Free the rows, if they are not, and take down what was answered."""
-        if self.generation.done:
+        """Free the rows, if they are not, and take down what was answered, up to where a client has stopped it."""
+        generation, done = self.generation, self.generation.done
+        if not done:
+            self.scheduler.cancel(generation)
+        seen = generation.streams and generation.error is None and any(text.text for text in generation.texts)
+        if done or seen:
             self.service.journal.note(self.id, self.served.name, self.asked, self.generation)
-        else:
-            self.scheduler.cancel(self.generation)
 
     def _about(self, kind: str) -> dict[str, Any]:
         return {
@@ -108,36 +86,17 @@ class Answering:
         }
 
     async def _events(self) -> AsyncIterator[str]:
+        writer = ChunkWriter(self.generation.texts, self.choices, self._about(self.choices.chunk_kind), self.asks_usage)
         try:
-            async for choices in self._chunks():
-                yield self._event(choices)
+            if events := writer.begin():
+                yield events
+            while not writer.complete:
+                await self.generation.news()
+                if events := writer.more():
+                    yield events
             check_failures(self.generation.texts)
-            if self.includes_usage:
+            if self.asks_usage:
                 yield event_of({**self._about(self.choices.chunk_kind), "choices": [], "usage": self._usage})
         except Exception as error:  # after the status has been sent, an error is an event
             yield event_of(as_api_error(error).content)
         yield "data: [DONE]\n\n"
-
-    def _event(self, choice: dict[str, Any]) -> str:
-        usage = {"usage": None} if self.includes_usage else {}
-        return event_of({**self._about(self.choices.chunk_kind), "choices": [choice], **usage})
-
-    async def _chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """What is new of each text, until all have ended."""
-        texts = self.generation.texts
-        for index, text in enumerate(texts):
-            if (choice := self.choices.begin(index, text)) is not None:
-                yield choice
-        shown, told, open_ones = [0] * len(texts), [0] * len(texts), set(range(len(texts)))
-        while open_ones:
-            await self.generation.news()
-            for index in sorted(open_ones):
-                text = texts[index]
-                finish, whole = text.finish, text.text  # in this order: the text of a finished one is complete
-                found = text.record.new[told[index] :] if text.record is not None else []
-                if len(whole) > shown[index] or found:
-                    yield self.choices.piece(index, whole[shown[index] :], found, text)
-                    shown[index], told[index] = len(whole), told[index] + len(found)
-                if finish is not None:
-                    open_ones.remove(index)
-                    yield self.choices.last(index, text)

@@ -52,8 +52,8 @@ class Follower:
         except Exception:  # such as too little memory for two models
             LOG.exception("%s is served as before", name)
             return
+        self._service.models.add(new)
         new.start(asyncio.get_running_loop())
-        self._service.models[name] = new
         LOG.info("%s is now %s, %s", name, path, checkpoint or "its best checkpoint")
         retiring = asyncio.create_task(self._retire(old))
         self._retiring.add(retiring)

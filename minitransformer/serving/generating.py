@@ -19,6 +19,13 @@ from minitransformer.serving.texts import GeneratedText
 from minitransformer.text.tokenizers import Tokenizer
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
+UNSUPPORTED = {
+    "best_of": "each text that is generated is returned: ask for n of them, and choose",
+    "suffix": "models continue a text, and fill no gap in one: give the prompt alone",
+    "tools": "models call none: leave it out, or ask for JSON with response_format",
+    "functions": "models call none: leave it out, or ask for JSON with response_format",
+}
+"""fields of OpenAI's API, and why they are refused"""
 
 
 def sampling_of_body(served: ServedModel, body: GenerationBody, max_tokens: int | None) -> SamplingConfig:
@@ -44,9 +51,12 @@ def sampling_of_body(served: ServedModel, body: GenerationBody, max_tokens: int 
 def _settings_in(body: GenerationBody) -> dict[str, Any]:
     """The settings of sampling processors in `body`; raises `ApiError` for other fields and types."""
     known = {each.name: each for each in processor_settings()}
-    further = body.model_extra or {}
+    further = {name: value for name, value in (body.model_extra or {}).items() if not _asks_nothing(body, name, value)}
     for name, value in further.items():
         short = name[:60]
+        if name in UNSUPPORTED:
+            what = f"{name} is not supported, as {UNSUPPORTED[name]}"
+            raise ApiError(400, what, param=name, code="unsupported_field")
         if name not in known:
             hint = suggestion(short, [*known, *type(body).model_fields])
             what = f"there is no field {short!r}: {hint}/openapi.json names all"
@@ -54,6 +64,11 @@ def _settings_in(body: GenerationBody) -> dict[str, Any]:
         if value is not None and not fits(value, known[name].kind):
             raise ApiError(400, f"{name} is {shown(value)}, and must be {in_words(known[name].kind)}", param=name)
     return further
+
+
+def _asks_nothing(body: GenerationBody, name: str, value: Any) -> bool:
+    """Whether it is a field that is not supported, with a value that changes nothing: clients send such."""
+    return name in UNSUPPORTED and (value in (None, "", []) or (name == "best_of" and value == (body.n or 1)))
 
 
 def texts_after(
@@ -104,7 +119,7 @@ def prompt_tokens(served: ServedModel, prompt: str | Sequence[int]) -> list[int]
     tokenizer = served.run.tokenizer
     if isinstance(prompt, str):
         check_characters(served, len(prompt))
-        tokens = tokenizer.encode_prompt(prompt)
+        tokens = served.run.encode_prompt(prompt)
     else:
         tokens = list(prompt)
         if max(tokens) >= tokenizer.vocab_size:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minitransformer import files
+from minitransformer.runs.served import STOPPED
 from minitransformer.serving.errors import ApiError
 from minitransformer.serving.texts import Generation
 
@@ -48,7 +49,7 @@ class AnswerJournal:
         answers = [
             {
                 "answer": text.text,
-                "finish_reason": text.finish,
+                "finish_reason": text.finish or STOPPED,
                 "prompt_tokens": len(text.prompt),
                 "completion_tokens": text.num_tokens,
             }

@@ -21,6 +21,11 @@ class ServingLimits:
     max_seconds: float = 600.0
     body_seconds: float = 30.0
     """until a body has arrived"""
+    header_seconds: float = 10.0
+    """until the headers of a request have arrived"""
+    read_seconds: float = 30.0
+    """without a byte that the client reads of its answer"""
+    max_connections: int = 512
 
     def check_new_tokens(self, count: int) -> None:
         """Raises `ApiError` for more new tokens than one text may have."""

@@ -73,12 +73,11 @@ class Meters:
     def __init__(self, metrics: Metrics, model: str) -> None:
         self._metrics, self._model = metrics, model
         self._first, self._between = metrics.first.labels(model), metrics.between.labels(model)
-        self._new, self.prompt_tokens = metrics.new_tokens.labels(model), metrics.prompt_tokens.labels(model)
+        self.new_tokens, self.prompt_tokens = metrics.new_tokens.labels(model), metrics.prompt_tokens.labels(model)
 
     def note_token(self, seconds: float, *, first: bool) -> None:
-        """One more token, so long after the request or the token before."""
+        """A token came so long after the request or the token before."""
         (self._first if first else self._between).observe(seconds)
-        self._new.inc()
 
     def watch(self, scheduler: HasRows) -> None:
         """Show what `scheduler` is doing whenever someone looks."""

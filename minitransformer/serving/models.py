@@ -30,6 +30,7 @@ from minitransformer.serving.errors import ApiError
 from minitransformer.serving.limits import ServingLimits
 from minitransformer.serving.metrics import Meters, Metrics
 from minitransformer.serving.scheduler import Scheduler
+from minitransformer.serving.sharing import share_equal_tensors
 from minitransformer.training.weights import weights_digest
 
 T = TypeVar("T")
@@ -129,6 +130,12 @@ class ServedModel:
 
 class Models(dict[str, ServedModel]):
     """The served models by name."""
+
+    def add(self, served: ServedModel) -> int:
+        """Serve one more model, or another under its name; returns the bytes that it has in common with others."""
+        saved = share_equal_tensors(served.model, [other.model for other in self.values()])
+        self[served.name] = served
+        return saved
 
     def find(self, name: str) -> ServedModel:
         """The model called `name`; raises `ApiError` if there is none."""

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 
 from minitransformer.errors import UserError
 from minitransformer.generation.engine import Engine
@@ -106,33 +106,32 @@ class Scheduler:
             return
         now = time.monotonic()
         changed: set[Generation] = set()
+        finished = 0
         for request, _ in tokens:
             text, generation = self._owner[request]
             self.meters.note_token(now - (text.newest or generation.begun), first=not text.newest)
             text.newest = now
             if request.done:
                 text.end()
-                self._forget([request])
-            if generation.streams or generation.done:
+                del self._owner[request]
+                finished += 1
+            if generation.streams or (request.done and generation.done):
                 changed.add(generation)
-        self._tell(changed)
+        self.meters.new_tokens.inc(len(tokens))
+        self._tell(changed, finished)
 
     def _cancel(self, generation: Generation) -> None:
-        for text in generation.texts:
-            if text.request in self._owner:
-                self._engine.cancel(text.request)
-                self._forget([text.request])
+        begun = [text.request for text in generation.texts if text.request in self._owner]
+        for request in begun:
+            self._engine.cancel(request)
+            del self._owner[request]
+        self._tell([], len(begun))
 
     def _fail(self, generation: Generation, error: Exception) -> None:
         generation.error = error
         unknown = sum(text.request is None for text in generation.texts)
         self._cancel(generation)
         self._tell([generation], unknown)
-
-    def _forget(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            del self._owner[request]
-        self._tell([], len(requests))
 
     def _tell(self, changed: Collection[Generation], finished: int = 0) -> None:
         """Have the event loop know what is new."""

@@ -60,8 +60,8 @@ class EventStream(Response):
             self._ended()
 
     async def _send_all(self, send: Send) -> None:
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        async for events in self._events:
+            await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
     async def _close(self, send: Send, error: ApiError) -> None:

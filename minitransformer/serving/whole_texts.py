@@ -161,6 +161,6 @@ def _tokenized(served: ServedModel, body: TokenizeBody) -> dict[str, Any]:
     else:
         prompt = body.prompt or ""
         check_characters(served, len(prompt))
-        tokens = tokenizer.encode_prompt(prompt)
+        tokens = served.run.encode_prompt(prompt)
     strings = [token_text(tokenizer, token) for token in tokens] if body.return_token_strs else None
     return {"count": len(tokens), "max_model_len": served.context_length, "tokens": tokens, "token_strs": strings}

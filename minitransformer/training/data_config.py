@@ -15,6 +15,7 @@ DATA = (
     "a .csv, .tsv, .parquet or a .json array; - for standard input; for pairs, a .tsv, a .jsonl or two parallel "
     f"files. Recipes: {', '.join(known())}"
 )
+READ_BY_LLAMA_CPP = ", ".join(name for name, kind in Tokenizer.registry.items() if kind.in_gguf)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class DataConfig:
         changes_task=True,
         help="validation data, given as --data is; None holds out a part of the data",
     )
-    tokenizer: Choice[Tokenizer] = Choice(Tokenizer, "bpe", changes_tokens=True, help="tokenizer")
+    tokenizer: Choice[Tokenizer] = Choice(
+        Tokenizer, "bpe", changes_tokens=True, help=f"tokenizer (llama.cpp reads {READ_BY_LLAMA_CPP} alone)"
+    )
     validation_fraction: float = setting(
         0.1,
         changes_task=True,

@@ -2,9 +2,9 @@
 
 For one token of a small model, the Python of its modules takes longer than their arithmetic. All steps are the same
 operations once the caller chooses the slots of a cache with room for all tokens to come (`KVCache.at`): so one step is
-recorded, and later ones replay it with the slots then in use. `torch.jit.trace` records in milliseconds, where
-`torch.compile` takes longer than most texts take to decode. On CUDA, a graph replays all kernels of a step by one call,
-for fixed shapes.
+recorded, and later ones replay it with the slots and the cache then in use. `torch.jit.trace` records in milliseconds,
+where `torch.compile` takes longer than most texts take to decode. On CUDA, a graph replays all kernels of a step by one
+call, for fixed shapes.
 """
 
 # `torch.jit.trace` is deprecated, in favour of `torch.export`, which takes seconds where tracing takes milliseconds.
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from minitransformer.architecture.attention import MultiHeadAttention
 from minitransformer.generation.fast.rows import count_matrix_weights
 from minitransformer.generation.fast.threads import run_with_one_thread
-from minitransformer.models.joined import has_hooks
 
 SOON = 8
 """steps"""
+MOST = 16
+"""recordings of a step"""
 FEW_PRODUCTS = 1 << 21
 """that one thread computes about as fast as several (measured), and faster if other processes are busy"""
 FEW_SLOTS = 512
@@ -94,21 +95,25 @@ class Recorded:
     def __call__(self, *tensors: Tensor) -> Tensor:
         shapes = sum([tensor.shape for tensor in tensors], ()) if self.fixed else tensors[0].shape
         self._steps += 1
-        if shapes not in self._recordings:
+        recording = self._recordings.get(shapes)
+        if recording is None:
             before, self._seen[shapes] = self._seen.get(shapes, -SOON), self._steps
             if self._steps - before > SOON:
-                return self.step(*tensors)
+                return self._run(self.step, tensors)
+            if len(self._recordings) == MOST:
+                self._recordings.clear()
             with uninterrupted():
-                self._recordings[shapes] = (captured if self.fixed else traced)(self.step, tensors)
-        return self._replayed(self._recordings[shapes], tensors)
+                recording = (captured if self.fixed else traced)(self.step, tensors)
+                self._recordings[shapes] = recording
+        return self._run(recording, tensors)
 
-    def _replayed(self, replay: StepFunction, tensors: Sequence[Tensor]) -> Tensor:
+    def _run(self, step: StepFunction, tensors: Sequence[Tensor]) -> Tensor:
         optimizing = torch._C._get_graph_executor_optimize()
         # Optimising a recording takes as long as hundreds of replays gain by it. The switch is thread-local.
         torch._C._set_graph_executor_optimize(False)
         try:
             few = self.products(*tensors) < FEW_PRODUCTS
-            return run_with_one_thread(replay, *tensors) if few else replay(*tensors)
+            return run_with_one_thread(step, *tensors) if few else step(*tensors)
         finally:
             torch._C._set_graph_executor_optimize(optimizing)
 
@@ -150,17 +155,15 @@ def captured(step: StepFunction, tensors: Sequence[Tensor]) -> StepFunction:
     return replay
 
 
-def recorded(step: StepFunction, model: nn.Module) -> StepFunction:
-    """`step`, recorded unless a module of `model` has hooks, which a replay would not run.
+def products_of(model: nn.Module) -> Callable[..., int]:
+    """A function from the tensors of a step of `model` to its number of multiplications.
 
     It takes tokens, their slots, a tensor whose last size is the number of visible slots, and others.
     """
-    if any(map(has_hooks, model.modules())):
-        return step
     weights = count_matrix_weights(model)
     scored = sum(2 * module.query.out_features for module in model.modules() if isinstance(module, MultiHeadAttention))
 
     def products(tokens: Tensor, slots: Tensor, visible: Tensor, *others: Tensor) -> int:
         return tokens.numel() * (weights + scored * visible.size(-1))
 
-    return Recorded(step, products, fixed=has_fixed_shapes(next(model.parameters()).device))
+    return products

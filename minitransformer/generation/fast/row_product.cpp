@@ -1,9 +1,12 @@
-// x Wᵀ · scale + bias for a few rows x, with weights that are widened to float32 on their way from memory.
+// x Wᵀ · scale + bias for a few rows x, with weights that are widened on their way from memory: to float32, or to
+// integers of 16 bits.
 //
 // A single row reads every weight once and does one multiplication with it, so that the memory decides how long it
-// takes, as long as the additions do not wait for each other (several sums at a time) nor for the memory (prefetch).
+// takes, as long as the additions do not wait for each other (several sums at a time) nor for the memory (prefetch),
+// and weights of few bits are widened by few instructions.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -23,20 +26,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t LANES = 8;
-constexpr int64_t PREFETCH_BYTES = 2048;
+constexpr int64_t PREFETCH_BYTES = 4096;
 constexpr int64_t PRODUCTS_PER_THREAD = 1 << 15;  // fewer are done before another thread has woken up
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 
 struct BFloat16 {
   uint16_t bits;
 };
 
 inline float widen(float w) { return w; }
-inline float widen(int8_t w) { return w; }
 inline float widen(BFloat16 w) {
   const uint32_t bits = uint32_t(w.bits) << 16;
   float wide;
@@ -59,24 +60,17 @@ inline Floats lanes(const BFloat16* w) {
   return wide;
 }
 
-inline Floats lanes(const int8_t* w) {
-#ifdef __AVX2__
-  // By itself, a compiler finds a way of twice as many instructions.
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w))));
-#else
-  Floats wide;
-  for (int64_t lane = 0; lane < LANES; lane++) wide[lane] = w[lane];
-  return wide;
-#endif
-}
-
-// The sum over all lanes of `count` registers.
-inline float total(const Floats* sums, int count) {
-  Floats all = sums[0];
-  for (int s = 1; s < count; s++) all += sums[s];
-  float sum = 0;
-  for (int64_t lane = 0; lane < LANES; lane++) sum += all[lane];
-  return sum;
+// The sum over the lanes of a register with `count` of them.
+template <int64_t count, class Lanes>
+inline float total(Lanes sums) {
+  if constexpr (count == 1) {
+    return sums[0];
+  } else {
+    typedef float Half __attribute__((vector_size(2 * count)));
+    Half halves[2];
+    std::memcpy(halves, &sums, sizeof sums);
+    return total<count / 2>(halves[0] + halves[1]);
+  }
 }
 
 // The products of one row of weights with ROWS rows of x, in SUMS sums at a time each.
@@ -93,173 +87,273 @@ void dot(const Weight* w, const float* x, int64_t in, float* products) {
     }
   }
   for (int row = 0; row < ROWS; row++) {
-    float product = total(sums[row], SUMS);
+    Floats all = sums[row][0];
+    for (int s = 1; s < SUMS; s++) all += sums[row][s];
+    float product = total<LANES>(all);
     for (int64_t rest = i; rest < in; rest++) product += widen(w[rest]) * x[row * in + rest];
     products[row] = product;
   }
 }
 
-// 64 weights of 4 bits, where `pack` in models/int4.py has put them: weight 8 k + lane is bits 4 k to 4 k + 3 of a lane.
-struct Block {
-  uint8_t bytes[4 * LANES];
-};
-constexpr int64_t BLOCK = 8 * LANES;
-constexpr int32_t SIGNS = 0x08888888;  // of all weights but the last of each lane
-
-#ifdef __AVX512F__
-constexpr int64_t WIDE = 2 * LANES;
+#ifdef __AVX512BW__
+constexpr int64_t WIDTH = 64;  // bytes of a register
+#elif defined(__AVX2__)
+constexpr int64_t WIDTH = 32;
 #else
-constexpr int64_t WIDE = LANES;
+constexpr int64_t WIDTH = 16;
 #endif
-typedef float WideFloats __attribute__((vector_size(4 * WIDE)));
-typedef int32_t WideWords __attribute__((vector_size(4 * WIDE)));
+typedef int8_t Bytes __attribute__((vector_size(WIDTH / 2)));
+typedef int16_t Shorts __attribute__((vector_size(WIDTH)));
+typedef int32_t Integers __attribute__((vector_size(WIDTH)));
+typedef int32_t LongIntegers __attribute__((vector_size(2 * WIDTH)));
+typedef float WideFloats __attribute__((vector_size(WIDTH)));
 
-// The words of a block, as often as a register holds them.
-inline WideWords words_of(const Block* w) {
-#ifdef __AVX512F__
-  return WideWords(_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w))));
+constexpr int64_t BLOCK = 64;  // weights
+constexpr int64_t PARTS = BLOCK / WIDTH;
+
+inline Shorts widen(const int8_t* w) {
+#if defined(__AVX512BW__)
+  // By itself, a compiler finds a way of twice as many instructions.
+  return Shorts(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w))));
+#elif defined(__AVX2__)
+  return Shorts(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))));
 #else
-  WideWords words;
-  std::memcpy(&words, w, sizeof words);
-  return words;
+  Bytes narrow;
+  std::memcpy(&narrow, w, sizeof narrow);
+  return __builtin_convertvector(narrow, Shorts);
 #endif
 }
 
-// Rows of x for blocks of weights. 4 bits are faster masked than shifted to their place, which multiplies weight k of a
-// lane by 16^k: `scaled` is x / 16^k. With the sign bit inverted, a weight is larger by 8: `offset` is minus the
-// sum of 8 x over each group, without the last weights of lanes, which have their sign where a word has it.
-struct Rows {
-  Tensor scaled, offset;
+// All products of a and b, added in pairs.
+inline Integers products_of(Shorts a, Shorts b) {
+#if defined(__AVX512BW__)
+  return Integers(_mm512_madd_epi16(__m512i(a), __m512i(b)));
+#elif defined(__AVX2__)
+  return Integers(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+#else
+  const LongIntegers all = __builtin_convertvector(a, LongIntegers) * __builtin_convertvector(b, LongIntegers);
+  Integers halves[2];
+  std::memcpy(halves, &all, sizeof all);
+  return halves[0] + halves[1];
+#endif
+}
 
-  Rows(const Tensor& x, int64_t rows, int64_t in, int64_t groups)
-      : scaled(torch::stable::new_empty(x, {rows, in})), offset(torch::stable::new_empty(x, {rows, groups})) {
-    const auto* from = static_cast<const float*>(x.const_data_ptr());
-    auto* to = static_cast<float*>(scaled.mutable_data_ptr());
-    auto* sums = static_cast<float*>(offset.mutable_data_ptr());
-    std::fill(sums, sums + rows * groups, 0.0f);
-    for (int64_t begin = 0; begin < rows * in; begin += BLOCK) {
-      Floats sum = {};
-      for (int64_t k = 0; k < 8; k++) {
-        const Floats part = lanes(from + begin + k * LANES);
-        const Floats small = part * (1.0f / float(uint32_t(1) << 4 * k));
-        std::memcpy(to + begin + k * LANES, &small, sizeof small);
-        if (k < 7) sum += part;
-      }
-      sums[begin * groups / in] -= 8 * total(&sum, 1);
-    }
+// 64 weights of 8 bits.
+struct Int8Block {
+  int8_t weights[BLOCK];
+
+  static int64_t place_of(int64_t weight) { return weight; }
+
+  void widen_part(int64_t part, Shorts& low, Shorts& high) const {
+    low = widen(weights + part * WIDTH / 2);
+    high = widen(weights + (PARTS + part) * WIDTH / 2);
   }
 };
 
-// `dot` for rows of blocks, of which each `group` shares a scale.
-template <int ROWS>
-void dot_groups(const Block* w, const float* scale, const float* x, const float* offset, int64_t groups, int64_t group,
-                float* products) {
-  constexpr int PARTS = BLOCK / WIDE;
-  WideWords masks[PARTS];
-  for (int part = 0; part < PARTS; part++)
-    for (int64_t lane = 0; lane < WIDE; lane++)
-      masks[part][lane] = int32_t(uint32_t(15) << 4 * ((part * WIDE + lane) / LANES));
-  const int64_t in = groups * group * BLOCK;
-  WideFloats all[ROWS] = {};
-  for (int64_t g = 0; g < groups; g++) {
-    WideFloats sums[ROWS] = {};
-    for (int row = 0; row < ROWS; row++) sums[row][0] = offset[row * groups + g];
-    for (int64_t b = 0; b < group; b++, w++, x += BLOCK) {
-      __builtin_prefetch(reinterpret_cast<const char*>(w) + PREFETCH_BYTES);
-      const WideWords words = words_of(w) ^ SIGNS;
-      for (int part = 0; part < PARTS; part++) {
-        const WideFloats wide = __builtin_convertvector(words & masks[part], WideFloats);
-        for (int row = 0; row < ROWS; row++) {
-          WideFloats of_x;
-          std::memcpy(&of_x, x + row * in + part * WIDE, sizeof of_x);
-          sums[row] += wide * of_x;
+// 64 weights of 4 bits, where `pack` in models/int4.py has put them: weight 8 k + word is bits 4 k to 4 k + 3 of a word.
+struct Int4Block {
+  int8_t pairs[BLOCK / 2];
+
+  static int64_t place_of(int64_t weight) {
+    const int64_t k = weight / 8, word = weight % 8;
+    return k % 2 * (BLOCK / 2) + 4 * word + k / 2;
+  }
+
+  void widen_part(int64_t part, Shorts& low, Shorts& high) const {
+    const Shorts both = widen(pairs + part * WIDTH / 2);
+    low = (both << 12) >> 12;
+    high = both >> 4;
+  }
+};
+
+// 64 features of a row x as integers of 16 bits times a scale, in the order in which a block of weights is widened.
+//
+// A feature changes by 2^-16 of the largest at most. One instruction multiplies 32 integers and adds them in pairs.
+struct RoundedBlock {
+  Shorts integers[2 * PARTS];
+  float scale;
+  int32_t group;  // of the weights
+};
+
+template <class Block>
+RoundedBlock round_block(const float* x, int32_t group) {
+  RoundedBlock rounded;
+  Floats largest = {}, zeros = {};
+  for (int64_t i = 0; i < BLOCK; i += LANES) {
+    const Floats part = lanes(x + i), size = part < 0 ? -part : part;
+    largest = size > largest ? size : largest;
+    zeros += part * 0;  // NaN if one of them is not finite, so that all products are
+  }
+  float most = 1e-30f;
+  for (int64_t lane = 0; lane < LANES; lane++) most = std::max(most, largest[lane]);
+  const float check = total<LANES>(zeros), inverse = check == 0 ? INT16_MAX / most : 0;
+  rounded.scale = most / INT16_MAX + check;
+  rounded.group = group;
+  int16_t integers[BLOCK], ordered[BLOCK];
+  for (int64_t i = 0; i < BLOCK; i++) integers[i] = int16_t(x[i] * inverse + std::copysign(0.5f, x[i]));
+#pragma GCC unroll 64
+  for (int64_t i = 0; i < BLOCK; i++) ordered[Block::place_of(i)] = integers[i];
+  std::memcpy(rounded.integers, ordered, sizeof ordered);
+  return rounded;
+}
+
+// Rows of x, filled with zeros to whole blocks.
+template <class Block>
+std::vector<RoundedBlock> round_rows(const float* x, int64_t rows, int64_t in, int64_t groups) {
+  const int64_t blocks = (in + BLOCK - 1) / BLOCK;
+  std::vector<RoundedBlock> rounded;
+  rounded.reserve(rows * blocks);
+  for (int64_t row = 0; row < rows; row++, x += in) {
+    for (int64_t b = 0; b < blocks; b++) {
+      float block[BLOCK] = {};
+      std::copy(x + b * BLOCK, x + std::min((b + 1) * BLOCK, in), block);
+      rounded.push_back(round_block<Block>(block, int32_t(b * groups / blocks)));
+    }
+  }
+  return rounded;
+}
+
+// Adds the products of a block of weights with those of ROWS rows, so many `blocks` after each other.
+template <int ROWS, class Block>
+inline void add_block(const Block& w, const float* scale, const RoundedBlock* x, int64_t blocks, WideFloats* sums) {
+  Integers products[ROWS] = {};
+  for (int64_t part = 0; part < PARTS; part++) {
+    Shorts low, high;
+    w.widen_part(part, low, high);
+    for (int r = 0; r < ROWS; r++) {
+      const Shorts* of_x = x[r * blocks].integers + part;
+      products[r] += products_of(low, of_x[0]) + products_of(high, of_x[PARTS]);
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    sums[r] += __builtin_convertvector(products[r], WideFloats) * x[r * blocks].scale * scale[x->group];
+}
+
+// `dot` for a row of weights of so many `bytes`, with the scales of its groups.
+template <int ROWS, class Block>
+void dot_blocks(const char* w, int64_t bytes, const float* scale, const RoundedBlock* x, float* products) {
+  const int64_t blocks = (bytes + sizeof(Block) - 1) / sizeof(Block), whole = bytes / sizeof(Block);
+  WideFloats sums[ROWS] = {};
+  for (int64_t b = 0; b < whole; b++, w += sizeof(Block)) {
+    __builtin_prefetch(w + PREFETCH_BYTES);
+    add_block<ROWS>(*reinterpret_cast<const Block*>(w), scale, x + b, blocks, sums);
+  }
+  if (whole < blocks) {
+    Block last = {};
+    std::memcpy(&last, w, bytes % sizeof(Block));
+    add_block<ROWS>(last, scale, x + whole, blocks, sums);
+  }
+  for (int r = 0; r < ROWS; r++) products[r] = total<WIDTH / 4>(sums[r]);
+}
+
+// One of several maps of the same rows x: `to` is x Wᵀ · scale + bias, with `out` features.
+struct Map {
+  const char* weight;
+  const float *scale, *bias;
+  float* to;
+  int64_t out;
+};
+using Maps = std::vector<Map>;
+
+// All outputs of all maps, with the products of `dots(map, o, row, count, products)`: those of `count` rows, 1 or 4,
+// with row o of the weights of a map, scaled.
+template <class Dots>
+void for_each_output(const Maps& maps, int64_t in, int64_t rows, Dots dots) {
+  int64_t all = 0;
+  for (const Map& map : maps) all += map.out;
+  const int64_t least = PRODUCTS_PER_THREAD / std::max<int64_t>(1, in * rows) + 1;
+  torch::stable::parallel_for(0, all, least, [&](int64_t begin, int64_t end) {
+    for (const Map& map : maps) {
+      for (int64_t o = std::max<int64_t>(begin, 0); o < std::min(end, map.out); o++) {
+        float products[4];
+        for (int64_t row = 0; row < rows;) {
+          const int count = rows - row >= 4 ? 4 : 1;
+          dots(map, o, row, count, products);
+          for (int n = 0; n < count; n++, row++)
+            map.to[row * map.out + o] = products[n] + (map.bias ? map.bias[o] : 0.0f);
         }
       }
-    }
-    for (int row = 0; row < ROWS; row++) all[row] += sums[row] * scale[g];
-  }
-  for (int row = 0; row < ROWS; row++) {
-    Floats parts[WIDE / LANES];
-    std::memcpy(parts, &all[row], sizeof parts);
-    products[row] = total(parts, WIDE / LANES);
-  }
-}
-
-// y = x Wᵀ · scale + bias, with the products of `dots(o, row, count, products)`: those of `count` rows, 1 or 4, with
-// row o of the weights, scaled.
-template <class Dots>
-void for_each_output(int64_t out, int64_t in, int64_t rows, const float* bias, Tensor& y, Dots dots) {
-  auto* to = static_cast<float*>(y.mutable_data_ptr());
-  const int64_t least = PRODUCTS_PER_THREAD / std::max<int64_t>(1, in * rows) + 1;
-  torch::stable::parallel_for(0, out, least, [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; o++) {
-      float products[4];
-      for (int64_t row = 0; row < rows;) {
-        const int count = rows - row >= 4 ? 4 : 1;
-        dots(o, row, count, products);
-        for (int n = 0; n < count; n++, row++) to[row * out + o] = products[n] + (bias ? bias[o] : 0.0f);
-      }
+      begin -= map.out;
+      end -= map.out;
     }
   });
 }
 
 template <class Weight>
-void multiply(const Tensor& x, const Tensor& weight, const float* scale, const float* bias, Tensor& y) {
-  const int64_t out = weight.size(0), in = weight.size(1);
-  const auto* w = static_cast<const Weight*>(weight.const_data_ptr());
-  const auto* from = static_cast<const float*>(x.const_data_ptr());
-  for_each_output(out, in, x.numel() / in, bias, y, [&](int64_t o, int64_t row, int count, float* products) {
-    (count == 4 ? dot<4, 2, Weight> : dot<1, 4, Weight>)(w + o * in, from + row * in, in, products);
-    for (int n = 0; scale && n < count; n++) products[n] *= scale[o];
+void multiply(const float* x, int64_t rows, int64_t in, const Maps& maps) {
+  for_each_output(maps, in, rows, [&](const Map& map, int64_t o, int64_t row, int count, float* products) {
+    const auto* w = reinterpret_cast<const Weight*>(map.weight) + o * in;
+    (count == 4 ? dot<4, 2, Weight> : dot<1, 4, Weight>)(w, x + row * in, in, products);
   });
 }
 
-void multiply_blocks(const Tensor& x, const Tensor& weight, const Tensor& scale, const float* bias, Tensor& y) {
-  const int64_t out = weight.size(0), in = 2 * weight.size(1), rows = x.numel() / in;
-  const int64_t groups = scale.size(1), group = in / BLOCK / groups;
-  const auto* w = static_cast<const Block*>(weight.const_data_ptr());
-  const auto* scales = static_cast<const float*>(scale.const_data_ptr());
-  const Rows from(x, rows, in, groups);
-  const auto* scaled = static_cast<const float*>(from.scaled.const_data_ptr());
-  const auto* offset = static_cast<const float*>(from.offset.const_data_ptr());
-  for_each_output(out, in, rows, bias, y, [&](int64_t o, int64_t row, int count, float* products) {
-    (count == 4 ? dot_groups<4> : dot_groups<1>)(
-        w + o * groups * group, scales + o * groups, scaled + row * in, offset + row * groups, groups, group, products);
+template <class Block>
+void multiply_blocks(const float* x, int64_t rows, int64_t in, int64_t groups, const Maps& maps) {
+  const int64_t blocks = (in + BLOCK - 1) / BLOCK, bytes = in * sizeof(Block) / BLOCK;
+  const std::vector<RoundedBlock> rounded = round_rows<Block>(x, rows, in, groups);
+  for_each_output(maps, in, rows, [&](const Map& map, int64_t o, int64_t row, int count, float* products) {
+    (count == 4 ? dot_blocks<4, Block> : dot_blocks<1, Block>)(
+        map.weight + o * bytes, bytes, map.scale + o * groups, &rounded[row * blocks], products);
   });
 }
 
-const float* floats(const std::optional<Tensor>& vector) {
-  return vector ? static_cast<const float*>(vector->const_data_ptr()) : nullptr;
-}
-
-Tensor row_product(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && weight.is_contiguous());
+// Number of groups of a row that have a scale of their own.
+int64_t count_groups(const Tensor& weight, const Tensor* scale, int64_t in) {
   const ScalarType type = weight.scalar_type();
-  const bool packed = type == ScalarType::Byte;
-  STD_TORCH_CHECK(packed || type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Char);
-  const int64_t in = weight.size(1) * (packed ? 2 : 1);
-  STD_TORCH_CHECK(x.size(-1) == in);
+  const bool is_packed = type == ScalarType::Byte, has_scale = is_packed || type == ScalarType::Char;
+  STD_TORCH_CHECK(has_scale || type == ScalarType::Float || type == ScalarType::BFloat16);
+  STD_TORCH_CHECK(weight.is_contiguous() && weight.size(1) * (is_packed ? 2 : 1) == in && bool(scale) == has_scale);
+  if (!scale) return 1;
+  STD_TORCH_CHECK(scale->is_contiguous() && scale->size(0) == weight.size(0) && scale->dim() == (is_packed ? 2 : 1));
+  const int64_t groups = is_packed ? scale->size(1) : 1;
+  STD_TORCH_CHECK(!is_packed || (groups && in % (groups * BLOCK) == 0));
+  return groups;
+}
+
+// For each of the weights, which have all a scale and a bias or none.
+std::vector<Tensor> row_products(const Tensor& x, const std::vector<Tensor>& weights,
+                                 const std::vector<Tensor>& scales, const std::vector<Tensor>& biases) {
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && count);
+  STD_TORCH_CHECK((scales.empty() || scales.size() == count) && (biases.empty() || biases.size() == count));
+  const auto scale_of = [&](size_t i) { return scales.empty() ? nullptr : &scales[i]; };
+  const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
+  const int64_t in = x.size(-1), rows = x.numel() / in, groups = count_groups(weights[0], scale_of(0), in);
+  const ScalarType type = weights[0].scalar_type();
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = weight.size(0);
-  Tensor y = torch::stable::new_empty(x, shape);
-  if (packed) {
-    const int64_t group = scale && scale->dim() == 2 && scale->size(1) ? in / scale->size(1) : 0;
-    STD_TORCH_CHECK(group && group % BLOCK == 0 && group * scale->size(1) == in && scale->is_contiguous());
-    multiply_blocks(x, weight, *scale, floats(bias), y);
-    return y;
+  std::vector<Tensor> outputs;
+  Maps maps;
+  for (size_t i = 0; i < count; i++) {
+    STD_TORCH_CHECK(weights[i].scalar_type() == type && count_groups(weights[i], scale_of(i), in) == groups);
+    shape.back() = weights[i].size(0);
+    outputs.push_back(torch::stable::new_empty(x, shape));
+    maps.push_back({static_cast<const char*>(weights[i].const_data_ptr()), scales.empty() ? nullptr : floats(scales[i]),
+                    biases.empty() ? nullptr : floats(biases[i]),
+                    static_cast<float*>(outputs[i].mutable_data_ptr()), shape.back()});
   }
-  const auto run = type == ScalarType::Float      ? multiply<float>
-                   : type == ScalarType::BFloat16 ? multiply<BFloat16>
-                                                  : multiply<int8_t>;
-  run(x, weight, floats(scale), floats(bias), y);
-  return y;
+  if (type == ScalarType::Float) multiply<float>(floats(x), rows, in, maps);
+  if (type == ScalarType::BFloat16) multiply<BFloat16>(floats(x), rows, in, maps);
+  if (type == ScalarType::Char) multiply_blocks<Int8Block>(floats(x), rows, in, groups, maps);
+  if (type == ScalarType::Byte) multiply_blocks<Int4Block>(floats(x), rows, in, groups, maps);
+  return outputs;
+}
+
+Tensor row_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
+                   const std::optional<Tensor>& bias) {
+  const auto list = [](const std::optional<Tensor>& each) {
+    return each ? std::vector<Tensor>{*each} : std::vector<Tensor>{};
+  };
+  return row_products(x, {weight}, list(scale), list(bias))[0];
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minitransformer, m) {
   m.def("row_product(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
+  m.def("row_products(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] biases) -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(minitransformer, CPU, m) { m.impl("row_product", TORCH_BOX(&row_product)); }
+STABLE_TORCH_LIBRARY_IMPL(minitransformer, CPU, m) {
+  m.impl("row_product", TORCH_BOX(&row_product));
+  m.impl("row_products", TORCH_BOX(&row_products));
+}

@@ -49,6 +49,8 @@ class Tokenizer(Registered, kind="tokenizer"):
 
     fit_limit: ClassVar[int | None] = None
     """maximum bytes of text for `fit`; None for no limit"""
+    in_gguf: ClassVar[bool] = False
+    """whether llama.cpp splits a text in the same way, so that a model can leave as a GGUF file"""
     mask_pattern: re.Pattern[str] = re.compile("|".join(map(re.escape, MASKS)))
     """pattern of a mask in a text, including the spaces that it replaces"""
     framing = Framing()

@@ -16,6 +16,8 @@ CODE_POINTS = 0x110000
 class Bytes(Tokenizer, name="bytes"):
     """The 256 values of a UTF-8 byte. Xue et al. 2022, ByT5 (arXiv 2105.13626)."""
 
+    in_gguf = True
+
     def __init__(self, special_tokens: dict[str, int] | None = None) -> None:
         super().__init__([bytes([value]) for value in range(256)], special_tokens)
 

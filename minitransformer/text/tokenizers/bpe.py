@@ -46,6 +46,7 @@ class BPE(Tokenizer, name="bpe"):
 
     # rustbpe stores every distinct word; more text than this changes few merges and costs memory.
     fit_limit = 32 << 20
+    in_gguf = True
 
     def __init__(
         self, ranks: Sequence[bytes], *, pattern: str = GPT4_SPLIT, special_tokens: dict[str, int] | None = None

@@ -93,4 +93,5 @@ class O200KEncoding(TiktokenEncoding, name="o200k_base"):
     """GPT-4o's 200,019 ids."""
 
     size = 200_019
+    in_gguf = False
     files = ("encodings/o200k_base.tiktoken",)
