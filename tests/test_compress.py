@@ -359,7 +359,7 @@ def test_a_plot_shows_all_that_was_made_from_a_run_before_and_after_fine_tuning_
         (["--calibration-tokens", "64"], "calibration_tokens is 64, and int8 reads none: leave it out"),
         (["--method", "int4", "--data", "short.txt"], "short.txt is too short: its training and its validation part"),
         (["--plot", "x.pdf"], "x.pdf is no .png file"),
-        (["--plot", "nowhere/x.png"], "nowhere is not a folder: give --plot another name"),
+        (["--plot", "short.txt/x.png"], "short.txt/x.png cannot be written, as short.txt is no folder"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(

@@ -94,6 +94,7 @@ MEMBERS: dict[str, tuple[Callable[[], Tokenizer], str, dict[str, Any]]] = {
     "ModernBERT": (tokenizer_of_conversations, "masked", MODERN),
     "T5": (unigrams, "seq2seq", OLD_T5),
     "T5 1.1": (unigrams, "seq2seq", {**T5, "feedforward": "geglu-tanh", "tied_embeddings": False}),
+    "T5 with scaled scores": (unigrams, "seq2seq", {**OLD_T5, "attention_scale": None}),
 }
 
 
@@ -118,7 +119,7 @@ def test_a_file_comes_back_and_leaves_proven(name: str, tmp_path: Path, monkeypa
     ours = dict(made.exported.model.named_parameters())
     assert model.num_parameters() == made.exported.model.num_parameters()
     for key, weight in model.named_parameters():
-        torch.testing.assert_close(weight, ours[key], rtol=1e-7 if name == "T5" else 0, atol=0)
+        torch.testing.assert_close(weight, ours[key], rtol=3e-7 if name.startswith("T5") else 0, atol=0)
     with torch.inference_mode():
         torch.testing.assert_close(
             model(*compared_inputs(made.exported)), made.exported.outputs(*compared_inputs(made.exported))
@@ -269,7 +270,7 @@ def test_what_an_encoder_needs_is_said_with_every_flag(tmp_path: Path, call: Cal
     flags = ["--to", str(tmp_path / "out"), "--format", "gguf", "--family", "bert"]
     code, _, err = call(export, str(run.path), *flags)
     assert code == 2
-    for flag in ("--residual post", "--positions learned", "--bias", "--embedding-norm", "--feedforward gelu"):
+    for flag in ("--residual post", "--positions learned", "--embedding-norm", "--feedforward gelu"):
         assert flag in err
 
 

@@ -11,7 +11,7 @@ import tyro
 from tqdm import tqdm
 
 from minitransformer.amounts import size
-from minitransformer.commands import DONE, given_flags, table_width, with_exit_code
+from minitransformer.commands import DONE, check_outputs, given_flags, table_width, with_exit_code
 from minitransformer.commands.family_plot import draw_family, note, with_interval
 from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.compression.making import Source
@@ -82,8 +82,7 @@ def _check(options: Options, given: set[str]) -> None:
         figures.check_figures()
         if options.plot.suffix != ".png":
             raise UserError(f"{options.plot} is no .png file: give --plot another name")
-        if not options.plot.absolute().parent.is_dir():
-            raise UserError(f"{options.plot.parent} is not a folder: give --plot another name")
+        check_outputs({"--plot": options.plot}, new=False)
 
 
 def _measured(source: Source, held_out: QualityData | None, model: Model, name: str) -> dict[str, ModelFigures]:

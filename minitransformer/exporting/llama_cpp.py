@@ -170,7 +170,7 @@ def near_weights(exported: Exported, copy: Copy) -> Agreement:
 
 def _is_near(ours: Tensor, theirs: Tensor, step: float) -> bool:
     # The largest weight of a row is that of some block, whose scale is rounded to 16 bits; what is no matrix is f32.
-    step = step + 2**-11 if step and ours.dim() > 1 else 2**-23
+    step = step + 2**-11 if step and ours.dim() > 1 else 2**-22
     return bool(((ours - theirs).abs() <= step * ours.abs().amax(-1, keepdim=True).clamp(min=1)).all())
 
 

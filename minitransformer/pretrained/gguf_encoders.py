@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -26,6 +26,9 @@ ATTENTION = {"attn_q": "query", "attn_k": "key", "attn_v": "value"}
 
 class EncoderGGUF(GGUFFamily):
     """An encoder: hidden states or classes, without a head for masked tokens."""
+
+    # Of a head for masked tokens, llama.cpp's own converter writes the first part.
+    ignored: ClassVar[Sequence[str]] = (r"^cls\.(weight|bias|norm\.weight)$",)
 
     @classmethod
     def model_config(cls, hf: HF) -> ModelConfig:
@@ -80,31 +83,39 @@ class BERTGGUF(EncoderGGUF, name="bert"):
         return {**super().write(config), SEGMENTS: segments or 1, HAS_SEGMENTS: segments is not None}
 
 
+@dataclass(frozen=True)
+class Scaled(Transform):
+    """Weights that take in the `factor` by which we multiply what comes out of them, as the runtime has none."""
+
+    factor: Callable[[ModelConfig], float]
+
+    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+        return (tensor / self.factor(config),)
+
+    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
+        return weights[0] * self.factor(config)
+
+
+OF_SCORES = Scaled(lambda config: config.attention_scale or config.features_per_head**-0.5)
+OF_LOGITS = Scaled(lambda config: config.logit_scale)
+
+
 def t5_tensors(side: str, ours: str) -> Iterator[Rule]:
     """The rules of the blocks of the encoder, or of the decoder, whose names begin with `side`."""
     attentions = {"attn": "attention", **({"cross_attn": "cross_attention"} if side == "dec" else {})}
     theirs = f"{side}.blk.{{{'decoder_layer' if side == 'dec' else 'layer'}}}."
     for name, attention in attentions.items():
         yield Rule(f"{theirs}{name}_norm", f"{ours}{attention}_residual.norm")
-        for letter, part in {"q": "query", "k": "key", "v": "value", "o": "output"}.items():
+        yield Rule(f"{theirs}{name}_q", f"{ours}{attention}.query", OF_SCORES)
+        for letter, part in {"k": "key", "v": "value", "o": "output"}.items():
             yield Rule(f"{theirs}{name}_{letter}", f"{ours}{attention}.{part}")
     yield Rule(f"{theirs}ffn_norm", f"{ours}feedforward_residual.norm")
     for part in ("gate", "up", "down"):
         yield Rule(f"{theirs}ffn_{part}", f"{ours}feedforward.{part}")
 
 
-class Scaled(Transform):
-    """The gains before a head whose scale the runtime does not know: they take it in."""
-
-    def load(self, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
-        return (tensor / config.logit_scale,)
-
-    def save(self, weights: tuple[Tensor, ...], config: ModelConfig) -> Tensor:
-        return weights[0] * config.logit_scale
-
-
 class T5GGUF(GGUFFamily, name="t5"):
-    """T5 1.0 and 1.1, and mT5. llama.cpp has no scale of the head's input: the last norm takes it in."""
+    """T5 1.0 and 1.1, and mT5. Nothing scales scores or logits there: the queries and the last norm take that in."""
 
     architectures: ClassVar[dict[str, str]] = {"encoder-decoder": "t5"}
     present: ClassVar[dict[str, str]] = {HAS_HEAD: "output.weight", HAS_GATE: "dec.blk.0.ffn_gate.weight"}
@@ -114,8 +125,12 @@ class T5GGUF(GGUFFamily, name="t5"):
         "attention.layer_norm_rms_epsilon": Field("norm_eps", default=1e-6),
         "attention.relative_buckets_count": Field("t5_buckets", default=32),
         "decoder_block_count": Field("num_decoder_layers", nullable=True),
+        "attention.scale": Field("attention_scale", default=1.0),
     }
-    fixed: ClassVar[dict[str, Any]] = {**T5Family.fixed, "t5_max_distance": 128}
+    fixed: ClassVar[dict[str, Any]] = {
+        **{name: value for name, value in T5Family.fixed.items() if name != "attention_scale"},
+        "t5_max_distance": 128,
+    }
     rules = (
         Rule("token_embd", "embedding.table"),
         Rule("enc.blk.0.attn_rel_b", "encoder.positions.table"),
@@ -123,7 +138,7 @@ class T5GGUF(GGUFFamily, name="t5"):
         *t5_tensors("enc", ENCODER),
         *t5_tensors("dec", DECODER),
         Rule("enc.output_norm", "encoder.final_norm"),
-        Rule("dec.output_norm", "decoder.final_norm", Scaled()),
+        Rule("dec.output_norm", "decoder.final_norm", OF_LOGITS),
         Rule("output", "head"),
     )
     # Published files have this table, which nothing uses.
@@ -156,5 +171,7 @@ class T5GGUF(GGUFFamily, name="t5"):
     @classmethod
     def factors(cls, metadata: HF) -> dict[str, float]:
         """llama.cpp's own converter leaves the scale of a tied head out."""
-        is_scaled = SCALE in metadata or metadata[HAS_HEAD]
-        return {} if is_scaled else {"dec.output_norm.weight": metadata.get("embedding_length", 1) ** -0.5}
+        width = metadata.get("embedding_length")
+        if SCALE in metadata or metadata[HAS_HEAD] or not isinstance(width, int) or width < 1:
+            return {}
+        return {"dec.output_norm.weight": width**-0.5}

@@ -177,7 +177,16 @@ class GGUFFile:
         return self.family.model_config({**self.own, "vocab_size": len(self.metadata.get(TOKENS, []))})
 
     def write_texts(self, folder: Path) -> None:
-        """Write what texts need to `folder`, as a checkpoint of the transformers library has it."""
+        """Write what texts need to `folder`, as a checkpoint of the transformers library has it.
+
+        Raises `UserError` for a tokenizer that is not known, or damaged.
+        """
+        try:
+            self._write_texts(folder)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"the tokenizer of {self.path} is damaged ({error!r}): download it again") from None
+
+    def _write_texts(self, folder: Path) -> None:
         ids = {name: self.metadata[key] for name, key in KEYS.items() if key in self.metadata}
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         settings |= {f"{name}_token": self.metadata[TOKENS][number] for name, number in ids.items()}
