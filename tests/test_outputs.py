@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitransformer.commands import check_outputs, compare, drift, embed, evaluate, feedback, look
+from minitransformer.commands import check_outputs, compare, compress, drift, embed, evaluate, feedback, look
 from minitransformer.errors import UserError
 from tests.runs_for_tests import Call
 
@@ -22,6 +22,7 @@ from tests.runs_for_tests import Call
         (embed, ["run", "--out"]),
         (feedback, ["run", "--to"]),
         (compare, ["run", "--csv"]),
+        (compress, ["run", "--out", "new", "--plot"]),
         (look, ["run", "--prompt", "x", "--out"]),
     ],
 )
@@ -30,7 +31,7 @@ def test_a_file_below_a_file_is_refused_before_the_run_is_opened(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
-    suffix = {"--to": ".jsonl", "--out": ".jsonl"}.get(flags[-1], "")
+    suffix = {"--plot": ".png", "--to": ".jsonl", "--out": ".jsonl"}.get(flags[-1], "")
     code, _, err = call(command, *flags, f"file/below{suffix}")
     assert (code, err) == (
         2,
