@@ -31,7 +31,7 @@ PAGES = pytest.mark.parametrize("page", [README, MAP, TOUR], ids=["readme", "map
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 PLACEHOLDERS = {"FILE.py", "NAME.py", "rezero.py"}
 """names of files that the reader gives"""
-OTHERS = {"check", "dtype", "max-restarts", "shutdown-timeout"}
+OTHERS = {"check", "continuous-batching", "dtype", "max-restarts", "shutdown-timeout"}
 """flags of other programs"""
 
 
