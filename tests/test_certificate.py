@@ -39,13 +39,16 @@ from minitransformer.exporting.llama_cpp import (
     tabled_gelu,
     unrounded_logits,
 )
+from minitransformer.models.config import ModelConfig
 from minitransformer.pretrained import gguf_files
+from minitransformer.pretrained.gguf_families import GGUFFamily
 from minitransformer.pretrained.gguf_files import STORED
 from minitransformer.pretrained.gguf_vocabularies import PATTERNS, PRE, gguf_vocabulary, tokenizer_of_gguf
 from minitransformer.pretrained.tokenizer_files import described
 from minitransformer.pretrained.tokenizers import FILE, SETTINGS, load_tokenizer
 from minitransformer.runs import Run
 from minitransformer.runs import importing as importing_room
+from minitransformer.settings import with_settings
 from minitransformer.text.tokenizers import BPE, END_OF_TEXT, GPT2_SPLIT, Bytes, Characters, GPT2Encoding
 from minitransformer.text.tokenizers.published import O200KEncoding
 from minitransformer.text.tokenizers.spelled import encode_with_special_tokens
@@ -53,7 +56,9 @@ from tests.exports_for_tests import (
     IN_A_FILE,
     IN_A_FOLDER,
     LLAMA,
+    LLAMA3,
     MEMBERS_OF_LLAMA_CPP,
+    SHAPE,
     run_that_leaves,
     tokenizer_of_conversations,
 )
@@ -234,6 +239,27 @@ def test_the_tokenizers_that_llama_cpp_reads_are_those_that_say_so() -> None:
         except UserError:
             accepted = False
         assert tokenizer.in_gguf == accepted, tokenizer.name
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "obstacle"),
+    [
+        ("gemma3", {"rotary_scaling": "yarn", "rotary_magnitude": 1.4}, "rotary_magnitude is 1.4"),
+        ("qwen2", LLAMA3, "rotary_scaling is 'llama3', and qwen2 can only hold 'none'"),
+        ("falcon", {"positions": "alibi-falcon"}, "positions is 'alibi-falcon', and falcon can only hold 'rotary'"),
+        ("command-r", {"qk_norm": "each-head"}, "qk_norm is 'each-head', and command-r can only hold 'none'"),
+        ("smollm3", {"rotary_layers": (True, False)}, "rotary_layers is (True, False, True, False, True)"),
+        ("phi3", {"attention_window": 8}, "attention_window is 8, and phi3 can only hold None"),
+        ("llama", {"rotary_fraction": 0.5}, "rotary_fraction is 0.5, and llama can only hold 1.0"),
+        ("dbrx", {"head_dim": 8}, "head_dim is 8, and dbrx can only hold 16"),
+    ],
+)
+def test_what_llama_cpp_ignores_or_aborts_at_is_in_the_way(name: str, choices: dict[str, Any], obstacle: str) -> None:
+    members = {"vocab_size": 300, **SHAPE, **MEMBERS_OF_LLAMA_CPP[name]}
+    config = with_settings(ModelConfig(), members)
+    assert GGUFFamily.named(name).obstacles(config) == []
+    found = GGUFFamily.named(name).obstacles(with_settings(config, choices))
+    assert any(str(each).startswith(obstacle) for each in found), list(map(str, found))
 
 
 @needs_gguf

@@ -64,6 +64,7 @@ def test_feedback_becomes_examples_and_what_says_nothing_is_left_out_and_counted
         served("b", prompt="two", rating="down", correction="better"),
         served("c", prompt="three", rating="down"),
         served("d", prompt="four", rating="up", finish_reason="length"),
+        served("d", prompt="four", index=1, rating="up", finish_reason="stopped"),
         served("e", prompt="five", rating="up"),
         served("e", prompt="five", rating="down"),  # changed their mind
         served("f", prompt="six", correction="  "),
@@ -71,7 +72,7 @@ def test_feedback_becomes_examples_and_what_says_nothing_is_left_out_and_counted
     ]
     found = examples_of(read_answers(jsonl(tmp_path / "rows.jsonl", rows)))
     assert found.used == {LIKED: 1, CORRECTED: 1}
-    assert found.left_out == {NO_CORRECTION: 2, CUT: 1, EMPTY: 1, REPEATED: 1}
+    assert found.left_out == {NO_CORRECTION: 2, CUT: 2, EMPTY: 1, REPEATED: 1}
     jsonl(talker / "feedback.jsonl", rows)
     capsys.readouterr()
     assert feedback.main([str(talker), "--to", str(tmp_path / "data.jsonl")]) == 0

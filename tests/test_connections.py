@@ -18,6 +18,7 @@ pytest.importorskip("uvicorn", reason="the server needs the extra serve")
 
 import uvicorn
 
+from minitransformer.commands.serve import Options, _listen
 from minitransformer.serving.connections import LARGEST_HEADERS, LimitedConnection
 from minitransformer.serving.errors import json_response
 from minitransformer.serving.guard import Guard
@@ -145,3 +146,10 @@ def test_more_connections_than_there_may_be_are_told_so(address: tuple[str, int]
     finally:
         for each in held:
             each.close()
+
+
+def test_no_answer_waits_for_an_acknowledgement_of_what_came_before() -> None:
+    with _listen(Options(("run",), port=0)) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -158,7 +158,7 @@ def test_every_command_that_a_page_prints_is_understood(command: str, monkeypatc
         "sweep": lambda: monkeypatch.setattr(module, "_check", stop),
         "sample": lambda: monkeypatch.setattr(module, "check_together", stop),
         "data": lambda: monkeypatch.setattr(module, "_config", stop),
-        "compress": lambda: monkeypatch.setattr(module, "check_free", stop),
+        "compress": lambda: monkeypatch.setattr(module, "_check", stop),
     }
     understood.get(module.__name__.rpartition(".")[2], lambda: stop_after_parsing(module, monkeypatch))()
     with pytest.raises(Parsed):

@@ -300,8 +300,8 @@ def idle(service: Service, within: float = 5.0) -> bool:
     return False
 
 
-async def hang_up(app: Any, body: dict[str, Any], after: float, cut: bool = False) -> list[Any]:
-    """Ask as a client that goes away; with `cut` before the whole body has been sent. Returns what was answered."""
+async def hang_up(app: Any, body: dict[str, Any], after: float, cut: bool = False, first: int = 0) -> list[Any]:
+    """Ask as a client that goes away after `first` messages; with `cut` before all of the body is sent."""
     sent = json.dumps({"model": "gpt", "prompt": "ab", **body}).encode()
     messages: list[Any] = [{"type": "http.request", "body": sent[:20] if cut else sent, "more_body": cut}]
     answered: list[Any] = []
@@ -310,6 +310,8 @@ async def hang_up(app: Any, body: dict[str, Any], after: float, cut: bool = Fals
         if messages:
             return messages.pop()
         await asyncio.sleep(after)
+        while len(answered) < first:
+            await asyncio.sleep(0.005)
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
@@ -327,7 +329,7 @@ def test_a_client_that_hangs_up_frees_its_rows(client: TestClient, service: Serv
     before = generated()
     asked = {"n": 9, "max_tokens": 300, "stream": stream, "logit_bias": {str(TOKENIZER.end_of_text): -100}}
     service.journal._kept.clear()
-    client.portal.call(hang_up, client.app, asked, 0.2)  # type: ignore[union-attr]
+    client.portal.call(hang_up, client.app, asked, 0.05, False, 4 * stream)  # type: ignore[union-attr]
     assert idle(service)
     assert generated() - before < 9 * 300 / 2, "and not when all texts have ended"
     kept = [each["finish_reason"] for answered in service.journal._kept.values() for each in answered.answers]

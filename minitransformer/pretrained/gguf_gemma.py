@@ -21,7 +21,7 @@ from minitransformer.pretrained.gguf_families import (
     RotaryGGUF,
     attention_tensors,
 )
-from minitransformer.pretrained.gguf_rope import read_gguf_windows, write_gguf_windows
+from minitransformer.pretrained.gguf_rope import SCALING, read_gguf_windows, write_gguf_windows
 from minitransformer.pretrained.rules import Rule, Transform
 
 
@@ -111,5 +111,6 @@ class Gemma3GGUF(Gemma2GGUF, name="gemma3"):
 
     @classmethod
     def write(cls, config: ModelConfig) -> HF:
-        rotary = config.positions.settings
-        return {**super().write(config), "rope.freq_base_swa": rotary.window_base or rotary.base}
+        rotary, written = config.positions.settings, super().write(config)
+        written.pop(SCALING + "attn_factor", None)  # which llama.cpp would apply in windows too
+        return {**written, "rope.freq_base_swa": rotary.window_base or rotary.base}

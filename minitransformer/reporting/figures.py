@@ -34,6 +34,8 @@ MARKS = 9
 """markers on a curve of many points"""
 MOST_PLAIN = 100
 """maximum ratio of the ends of a logarithmic axis with plain-number ticks"""
+LABELS_TO_RIGHT = 0.8
+"""fraction of the x-axis up to which the names of points are at their right, where they stay inside the axes"""
 LETTERS_PER_INCH = 11
 """of titles"""
 DPI = 150
@@ -225,6 +227,8 @@ def named_points(points: Sequence[Point], *, x_label: str, y_label: str, title: 
     axes = _axes(figure, title=title, x_label=x_label, y_label=y_label)
     axes.grid(color="#e3e5e9", linewidth=0.6)
     axes.margins(x=0.1, y=0.08)
+    places = [point.x for point in points]
+    edge = min(places) + LABELS_TO_RIGHT * (max(places) - min(places))
     lines = [axes.axhline(points[0].y, color=FAINT, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)]
     for number, curve in enumerate(curves):
         own = [point for point in points if point.curve == curve]
@@ -239,7 +243,7 @@ def named_points(points: Sequence[Point], *, x_label: str, y_label: str, title: 
         x, y = zip(*plain, strict=True) if plain else ((), ())
         lines += axes.plot(x, y, markerfacecolor="white", zorder=3, **style)
         for point in own:
-            _draw_point(axes, point, style)
+            _draw_point(axes, point, style, to_left=point.x > edge)
     if any(point.origin for point in points):
         curves.append(filled)
         lines += axes.plot([], [], marker="o", linestyle=":", color=FAINT)
@@ -247,12 +251,13 @@ def named_points(points: Sequence[Point], *, x_label: str, y_label: str, title: 
     return figure
 
 
-def _draw_point(axes: Axes, point: Point, style: dict[str, Any]) -> None:
-    """The interval of `point`, and its name, or, if it has an origin, itself and a line from there."""
+def _draw_point(axes: Axes, point: Point, style: dict[str, Any], *, to_left: bool) -> None:
+    """The interval of `point`, and its name beside it, or, if it has an origin, itself and a line from there."""
     if point.low is not None and point.high is not None:
         axes.plot([point.x] * 2, [point.low, point.high], color=style["color"], linewidth=1.4, zorder=2)
     if point.origin is None:
-        axes.annotate(point.name, (point.x, point.y), (5, 4), textcoords="offset points", fontsize=7, color=INK)
+        beside: dict[str, Any] = {"xytext": (-5, 4), "ha": "right"} if to_left else {"xytext": (5, 4)}
+        axes.annotate(point.name, (point.x, point.y), textcoords="offset points", fontsize=7, color=INK, **beside)
         return
     axes.plot(*zip(point.origin, (point.x, point.y), strict=True), linestyle=":", color=style["color"], linewidth=1.0)
     axes.plot([point.x], [point.y], zorder=4, **style)

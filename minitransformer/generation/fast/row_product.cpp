@@ -150,7 +150,7 @@ struct Int8Block {
   }
 };
 
-// 64 weights of 4 bits, where `pack` in models/int4.py has put them: weight 8 k + word is bits 4 k to 4 k + 3 of a word.
+// 64 weights of 4 bits, where `pack` in models/int4.py puts them: weight 8 k + word is bits 4 k to 4 k + 3 of a word.
 struct Int4Block {
   int8_t pairs[BLOCK / 2];
 
@@ -168,7 +168,7 @@ struct Int4Block {
 
 // 64 features of a row x as integers of 16 bits times a scale, in the order in which a block of weights is widened.
 //
-// A feature changes by 2^-16 of the largest at most. One instruction multiplies 32 integers and adds them in pairs.
+// A feature changes by 2^-16 of the largest at most. With AVX512, one instruction multiplies 32 and adds them in pairs.
 struct RoundedBlock {
   Shorts integers[2 * PARTS];
   float scale;
