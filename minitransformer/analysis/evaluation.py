@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from minitransformer.amounts import counted
 from minitransformer.evaluation.class_report import ClassReport
 from minitransformer.evaluation.counterfactuals import Change, Sensitivity, Variant, sensitivity
 from minitransformer.evaluation.estimates import (
@@ -197,7 +198,7 @@ def against_section(part: EvaluatedPart, other: EvaluatedPart, name: str, left_o
     record = {"items": len(part.items), **{metric: each.to_json() for metric, each in differences.items()}}
     rows = [(Metric.named(metric).title, metric, each) for metric, each in differences.items()]
     notes = [CLEAR, *([f"{left_out:,} items are left out, which only this run has read."] if left_out else [])]
-    title = f"Beside {name}, on the same {len(part.items):,} items"
+    title = f"Beside {name}, on the same {counted(len(part.items), 'items')}"
     return Section(f"{part.name}_against", [difference_table(title, "metric", rows)], notes, record)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from minitransformer.amounts import counted
 from minitransformer.analysis.evaluation import estimate_text
 from minitransformer.errors import UserError
 from minitransformer.evaluation.estimates import PairedDifference, paired_differences
@@ -39,7 +40,7 @@ class Judgement:
         first, second = (metric_text(self.metric, each) for each in (self.found.first, self.found.second))
         difference = estimate_text(self.metric, self.found.difference)
         title = Metric.named(self.metric).title
-        return f"{title} {first}, not {second}, on {self.items:,} items: a difference of {difference}"
+        return f"{title} {first}, not {second}, on {counted(self.items, 'items')}: a difference of {difference}"
 
 
 def check_servable(new: Run, old: Run) -> None:

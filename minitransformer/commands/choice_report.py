@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from minitransformer.amounts import counted
 from minitransformer.analysis.evaluation import (
     CLEAR,
     Found,
@@ -175,7 +176,7 @@ def _against_section(ours: Sequence[EvaluatedPart], theirs: Sequence[EvaluatedPa
         (part.title, METRIC, paired_differences(part.items, other.items)[METRIC])
         for part, other in zip(ours, theirs, strict=True)
     ]
-    title = f"Beside {name}, on the same {len(ours[0].items):,} items"
+    title = f"Beside {name}, on the same {counted(len(ours[0].items), 'items')}"
     record = {part.name: each.to_json() for part, (_, _, each) in zip(ours, rows, strict=True)}
     return Section("choices_against", [difference_table(title, "log-likelihood", rows)], [CLEAR], record)
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from minitransformer import files
+from minitransformer.amounts import counted
 from minitransformer.commands import DONE, check_outputs, parse, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.runs import Run
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(Options, arguments, prog="minitransformer feedback", description=ABOUT)
     answers = _answers(options.run)
     examples = examples_of(answers, 0.0 if options.test is None else options.fraction)
-    print(f"feedback   {len(answers):,} rows on the answers of {options.run}")
+    print(f"feedback   {counted(len(answers), 'rows')} on the answers of {options.run}")
     _tell("used", examples.used)
     _tell("left out", examples.left_out)
     if not examples.used:

@@ -71,8 +71,8 @@ class EvaluatedPart:
     def describe(self, place: int) -> dict[str, Any]:
         """All that is known of one item."""
         told = {name: values[place] for name, values in self.told.items()}
-        counted = {name: self.items.columns[name][place].item() for name in COUNTED if name in self.items.columns}
-        return {"item": int(self.numbers[place]), **self.texts(place), **told, **counted}
+        numbers = {name: self.items.columns[name][place].item() for name in COUNTED if name in self.items.columns}
+        return {"item": int(self.numbers[place]), **self.texts(place), **told, **numbers}
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,16 @@ def _answered(model: DecoderLM, data: HeldOutData, wanted: Wanted, measure: Call
     wanted.check("answers", "batch_size")
     found = measure()
     answers = list(answers_to(data.run, model, asked, wanted.batch_size or USUAL_BATCH))
-    numbers, counted = np.array([each.conversation for each in asked]), found.evaluation.items.columns
+    numbers, columns = np.array([each.conversation for each in asked]), found.evaluation.items.columns
     told = {
         "prompt": [data.prepared.tokenizer.decode(each.prompt) for each in asked],
         "reference": [each.reference for each in asked],
         "answer": answers,
         # Of the whole conversation.
-        **{name: counted[name][numbers].tolist() for name in ("nats", "targets")},
+        **{name: columns[name][numbers].tolist() for name in ("nats", "targets")},
     }
     items = answer_items(zip(answers, told["reference"], strict=True))
-    title = f"Answers to {len(asked):,} questions, by greedy decoding"
+    title = f"Answers to {counted(len(asked), 'questions')}, by greedy decoding"
     part = EvaluatedPart("answers", title, items, numbers, lambda place: {}, told, "answer")
     return replace(found, parts=[*found.parts, part])
 
