@@ -141,6 +141,13 @@ def test_a_refused_client_that_sends_a_large_body_reads_why(answers: Answers) ->
         assert told(connection, body).startswith(b"HTTP/1.1 401 ")
 
 
+def test_a_refused_client_that_waits_with_its_body_reads_why(answers: Answers) -> None:
+    guarded = Guard(answers, LIMITS, Metrics(), set(), ["key"])
+    sent = b"POST /v1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 9\r\n\r\nhalf"
+    with served(guarded, LIMITS) as address, socket.create_connection(address, 5) as connection:
+        assert told(connection, sent).startswith(b"HTTP/1.1 401 ")
+
+
 def test_a_client_that_does_not_read_is_left_and_little_is_kept_for_it(
     address: tuple[str, int], answers: Answers
 ) -> None:

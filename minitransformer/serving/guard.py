@@ -70,8 +70,8 @@ class Guard:
         try:
             body = await asyncio.wait_for(self._read(receive, refusal), self._limits.body_seconds)
         except TimeoutError:
-            error = ApiError(408, "the body of the request did not arrive in time", headers={"Connection": "close"})
-            await error.response(scope, receive, send)
+            late = ApiError(408, "the body of the request did not arrive in time", headers={"Connection": "close"})
+            await (refusal or late).response(scope, receive, send)
         except ApiError as error:
             await error.response(scope, receive, send)
         else:
