@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from minitransformer.commands import start
+from minitransformer.commands import train as command
 from minitransformer.commands.verify_resume import main
 from minitransformer.reliability.launcher import Start
 from minitransformer.reliability.state import differences
@@ -56,6 +57,8 @@ def verified(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0)
 @pytest.mark.parametrize("name", CASES)
 def test_every_kind_of_run_resumes_exactly(texts: Path, capsys: Any, name: str) -> None:
     choices = {key: value for key, value in CASES[name].items() if key not in ("batch_tokens", "precision")}
+    if teacher := choices.get("teacher"):
+        assert command.main([*flags(), "--steps", "1", "--out", teacher]) == 0
     proof = verified(capsys, *flags(**choices, eval_every=2))
     assert proof["equal"]
     assert (proof["first"], proof["stop"], proof["last"]) == (0, 3, 6)

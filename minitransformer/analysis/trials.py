@@ -15,6 +15,7 @@ from minitransformer.errors import UserError
 from minitransformer.evaluation.metrics import Metric
 from minitransformer.runs import Run, clear, only_writer
 from minitransformer.runs.begin import begin_run
+from minitransformer.runs.teaching import with_teacher
 from minitransformer.runs.trainer import build_trainer, open_log
 from minitransformer.tasks.store import REMEDY
 from minitransformer.tasks.task import Measurement
@@ -78,7 +79,7 @@ def train_trial(
     interruptions.
     """
     prepared = prepared_for(config)
-    config = replace(config, model=with_vocabulary(config.model, prepared))
+    config = with_teacher(replace(config, model=with_vocabulary(config.model, prepared)), prepared)
     with files.writing(path, REMEDY), only_writer(path):
         finite = _advance(path, config, prepared, until, machine or machine_for(config))
     return {**_outcome(path, until, finite, metrics), "text": prepared.folder.name}

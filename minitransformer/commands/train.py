@@ -147,7 +147,7 @@ def _train_new(
     if start is not None and (length := config.training.sequence_length) is not None:
         print(f"sequences  {length:,} tokens, of a context of {config.model.context_length:,}")
     config = replace(config, model=with_vocabulary(config.model, prepared))
-    config = with_teacher(config, list(dict.fromkeys((prepared.tokenizer, prepared.target_tokenizer))))
+    config = with_teacher(config, prepared)
     ranks.from_main(lambda: check_room(options.out or Path("runs"), config))
     machine = ranks.from_main(lambda: machine_for(config))
     named_by_us = f"{name}-{short_name(config.data.data)}"

@@ -24,6 +24,7 @@ from minitransformer.runs import Run
 from minitransformer.runs.begin import begin_run, check_possible
 from minitransformer.runs.layout import TARGET_TOKENIZER, TOKENIZER
 from minitransformer.runs.resume import changed_settings, check_can_resume, check_same_text, checkpoint_to_resume
+from minitransformer.runs.teaching import with_teacher
 from minitransformer.runs.trainer import build_trainer
 from minitransformer.settings import with_settings
 from minitransformer.training.checkpoint import CHECKPOINTS, checkpoint_step
@@ -125,7 +126,7 @@ def new_run(config: RunConfig, path: Path, ranks: Ranks) -> Run:
     """A run of `config` that is to begin, in a new folder."""
     ranks.from_main(lambda: check_possible(config, path, ranks))
     prepared = ranks.first_on_node(config.prepare)
-    config = replace(config, model=with_vocabulary(config.model, prepared))
+    config = with_teacher(replace(config, model=with_vocabulary(config.model, prepared)), prepared)
     machine = ranks.from_main(lambda: machine_for(config))
     return ranks.main_first(lambda: begin_run(path, config, prepared, machine.resolved), lambda: Run.open(path))
 

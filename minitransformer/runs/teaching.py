@@ -9,17 +9,18 @@ from pathlib import Path
 from minitransformer.errors import StorageError, UserError
 from minitransformer.models.model import Model
 from minitransformer.runs.open import Run
+from minitransformer.text.datasets import PreparedData
 from minitransformer.text.tokenizers import Tokenizer
 from minitransformer.training.config import RunConfig
 from minitransformer.training.weights import weights_digest
 
 
-def with_teacher(config: RunConfig, tokenizers: Sequence[Tokenizer]) -> RunConfig:
+def with_teacher(config: RunConfig, prepared: PreparedData) -> RunConfig:
     """`config`, with known vocabulary, and the checksum of its teacher; raises `UserError` if that cannot teach it."""
     if config.training.teacher is None:
         return config
     teacher = Run.open(Path(config.training.teacher))
-    _check_teaches(teacher, config, tokenizers)
+    _check_teaches(teacher, config, list(dict.fromkeys((prepared.tokenizer, prepared.target_tokenizer))))
     path, digest = str(teacher.path.absolute()), weights_digest(teacher.checkpoint())
     if config.training.teacher_sha256 not in (None, digest):
         raise UserError(f"the teacher {teacher.path} has weights with another teacher_sha256, {digest}: leave it out")
