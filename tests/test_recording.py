@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock
@@ -190,6 +192,16 @@ def test_a_model_keeps_the_steps_of_some_numbers_of_rows_alone(tiny_decoder: Mak
     for samples in range(1, 2 * MOST):
         list(generate(model, [1, 2], SamplingConfig(num_samples=samples, max_new_tokens=2)))
     assert len(KEPT[model]._recorded) <= MOST
+
+
+def test_kept_steps_are_freed_with_their_model(tiny_decoder: MakeDecoder) -> None:
+    model = tiny_decoder(d_model=16)
+    list(generate(model, [1, 2], SamplingConfig(max_new_tokens=4)))
+    assert model in KEPT
+    known = weakref.ref(model)
+    del model
+    gc.collect()
+    assert known() is None
 
 
 def test_a_step_is_recorded_when_it_comes_again_and_each_shape_has_its_own() -> None:
