@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -54,21 +54,25 @@ def answers() -> Answers:
     return Answers()
 
 
-@pytest.fixture(scope="module")
-def address(answers: Answers) -> Iterator[tuple[str, int]]:
-    config = uvicorn.Config(
-        Guard(answers, LIMITS, Metrics(), set()),
-        http=partial(LimitedConnection, LIMITS),
-        lifespan="off",
-        log_config=None,
-    )
+@contextmanager
+def served(app: Any, limits: ServingLimits) -> Iterator[tuple[str, int]]:
+    """The address at which uvicorn serves `app` meanwhile."""
+    config = uvicorn.Config(app, http=partial(LimitedConnection, limits), lifespan="off", log_config=None)
     server, listener = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
-    yield listener.getsockname()
-    server.should_exit = True
-    thread.join()
-    listener.close()
+    try:
+        yield listener.getsockname()
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture(scope="module")
+def address(answers: Answers) -> Iterator[tuple[str, int]]:
+    with served(Guard(answers, LIMITS, Metrics(), set()), LIMITS) as found:
+        yield found
 
 
 def told(connection: socket.socket, sent: bytes = b"") -> bytes:
@@ -123,6 +127,25 @@ def test_a_connection_goes_on_after_an_answer_and_waits_for_no_half_of_a_next_re
         begun = time.monotonic()
         assert told(connection, b"GET / HT").startswith(b"HTTP/1.1 408 ")
         assert time.monotonic() - begun < 3, "and not the time after which an idle connection is closed"
+
+
+def test_a_refused_client_that_sends_a_large_body_reads_why(answers: Answers) -> None:
+    limits, body = ServingLimits(max_body=1 << 20), b"x" * 1_000_000
+    head = b"POST /v1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 8000000\r\n\r\n"
+    guarded = Guard(answers, limits, Metrics(), set(), ["key"])
+    with served(guarded, limits) as address, socket.create_connection(address, 5) as connection:
+        connection.sendall(head)
+        for _ in range(7):
+            time.sleep(0.05)
+            connection.sendall(body)
+        assert told(connection, body).startswith(b"HTTP/1.1 401 ")
+
+
+def test_a_refused_client_that_waits_with_its_body_reads_why(answers: Answers) -> None:
+    guarded = Guard(answers, LIMITS, Metrics(), set(), ["key"])
+    sent = b"POST /v1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 9\r\n\r\nhalf"
+    with served(guarded, LIMITS) as address, socket.create_connection(address, 5) as connection:
+        assert told(connection, sent).startswith(b"HTTP/1.1 401 ")
 
 
 def test_a_client_that_does_not_read_is_left_and_little_is_kept_for_it(

@@ -29,6 +29,7 @@ from minitransformer.serving.limits import ServingLimits
 from minitransformer.serving.metrics import Metrics
 from minitransformer.serving.models import Models, Room, open_served
 from minitransformer.serving.service import Service
+from minitransformer.serving.sharing import share_equal_tensors
 from minitransformer.text.tokenizers import Bytes
 from tests.runs_for_tests import TINY, configured
 
@@ -162,6 +163,15 @@ def test_models_share_the_weights_that_they_have_in_common(service: Service, tmp
     assert own == {changed}
     assert saved == sum(each.nbytes for name, each in tensors[0].items() if name not in own)
     assert all(torch.equal(each, tensors[1][name]) for name, each in model.named_parameters())
+
+
+def test_tied_weights_that_models_share_are_counted_once() -> None:
+    one, other = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False)
+    other.load_state_dict(one.state_dict())
+    for model in (one, other):
+        model.register_buffer("stored", model.weight.detach())
+    assert share_equal_tensors(other, [one]) == one.weight.nbytes
+    assert other.weight.data_ptr() == other.stored.data_ptr() == one.weight.data_ptr()
 
 
 def test_every_series_of_the_dashboard_and_the_alerts_is_one_of_the_server() -> None:

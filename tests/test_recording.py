@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock
@@ -16,10 +18,12 @@ from minitransformer.architecture.attention import scaled_dot_product_attention
 from minitransformer.architecture.block import Block
 from minitransformer.architecture.feedforward import FeedForward
 from minitransformer.architecture.norms import Norm
+from minitransformer.generation.config import SamplingConfig
+from minitransformer.generation.decode import generate
 from minitransformer.generation.fast import many_rows, recording, rows
 from minitransformer.generation.fast.recording import FEW_PRODUCTS, MOST, SOON, Recorded, products_of
 from minitransformer.generation.fast.rows import KernelLinear, RowLinear, for_single_rows, gelu_by_columns
-from minitransformer.generation.fast.steps import recorded_steps
+from minitransformer.generation.fast.steps import KEPT, recorded_steps
 from minitransformer.generation.logits import CachedLogits
 from minitransformer.generation.weights import Float32
 from minitransformer.models.decoder import DecoderLM
@@ -165,6 +169,39 @@ def test_a_text_after_a_change_of_the_model_is_that_of_the_changed_model(
         expected = model(tokens)[0, 1:]
     assert not torch.allclose(before, expected)
     torch.testing.assert_close(logits(model), expected)
+
+
+def test_a_text_outside_of_autocast_has_nothing_of_one_inside(tiny_decoder: MakeDecoder) -> None:
+    model, tokens = tiny_decoder(d_model=16).float(), torch.randint(11, (1, 6))
+
+    def logits() -> Tensor:
+        next_logits = CachedLogits(model, 1, 8, recorded_steps)
+        with torch.inference_mode():
+            return torch.cat([next_logits(tokens[:, :length]) for length in range(2, 7)]).clone()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = logits()
+    with torch.no_grad():
+        expected = model(tokens)[0, 1:]
+    assert (rounded - expected).abs().max() > 1e-4
+    torch.testing.assert_close(logits(), expected)
+
+
+def test_a_model_keeps_the_steps_of_some_numbers_of_rows_alone(tiny_decoder: MakeDecoder) -> None:
+    model = tiny_decoder(d_model=16)
+    for samples in range(1, 2 * MOST):
+        list(generate(model, [1, 2], SamplingConfig(num_samples=samples, max_new_tokens=2)))
+    assert len(KEPT[model]._recorded) <= MOST
+
+
+def test_kept_steps_are_freed_with_their_model(tiny_decoder: MakeDecoder) -> None:
+    model = tiny_decoder(d_model=16)
+    list(generate(model, [1, 2], SamplingConfig(max_new_tokens=4)))
+    assert model in KEPT
+    known = weakref.ref(model)
+    del model
+    gc.collect()
+    assert known() is None
 
 
 def test_a_step_is_recorded_when_it_comes_again_and_each_shape_has_its_own() -> None:

@@ -21,7 +21,7 @@ LOG = logging.getLogger("minitransformer.serving")
 OPEN = {"/health", "/"}
 """paths that need no key: a page cannot send one before it has asked for it"""
 DISCARDED = 16
-"""times the largest body are read of one that is too large, so that its client reads the answer"""
+"""times the largest body are read of one that is too large or refused, so that its client reads the answer"""
 
 
 class Guard:
@@ -66,34 +66,38 @@ class Guard:
             LOG.info("%s %s %s %d %.3fs", name, scope["method"], route, status, seconds)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(Headers(scope=scope), scope["path"])
         try:
-            self._check(Headers(scope=scope), scope["path"])
-            body = await asyncio.wait_for(self._read(receive), self._limits.body_seconds)
+            body = await asyncio.wait_for(self._read(receive, refusal), self._limits.body_seconds)
         except TimeoutError:
-            error = ApiError(408, "the body of the request did not arrive in time", headers={"Connection": "close"})
-            await error.response(scope, receive, send)
+            late = ApiError(408, "the body of the request did not arrive in time", headers={"Connection": "close"})
+            await (refusal or late).response(scope, receive, send)
         except ApiError as error:
             await error.response(scope, receive, send)
         else:
             if body is not None:
                 await self._app(scope, _replayed(body, receive), send)
 
-    def _check(self, headers: Headers, path: str) -> None:
-        """Raises `ApiError` for a request from a page of another site, and for one without a key."""
+    def _refusal(self, headers: Headers, path: str) -> ApiError | None:
+        """What is answered to a request from a page of another site, and to one without a key."""
         host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
         if self._hosts and host not in self._hosts:
-            raise ApiError(403, f"this server is called {self._hosts[0]}, and not {host[:100]!r}")
+            return ApiError(403, f"this server is called {self._hosts[0]}, and not {host[:100]!r}")
         if self._digests and path not in OPEN:
             given = headers.get("authorization", "").removeprefix("Bearer ")
             digest = hashlib.sha256(given.encode(errors="replace")).digest()
             # Each is compared, so that the time says nothing of which one was near.
             if not sum([hmac.compare_digest(digest, known) for known in self._digests]):
-                raise ApiError(
+                return ApiError(
                     401, "the key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key"
                 )
+        return None
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body; None if the client goes away before. Raises `ApiError` for one that is too large."""
+    async def _read(self, receive: Receive, refusal: ApiError | None) -> bytes | None:
+        """The whole body; None if the client goes away before.
+
+        Raises `refusal` if there is one, or `ApiError` for a body that is too large.
+        """
         most, parts, size = self._limits.max_body, [], 0
         while True:
             message = await receive()
@@ -101,10 +105,12 @@ class Guard:
                 return None
             part = message.get("body", b"")
             size += len(part)
-            if size <= most:
+            if size <= most and refusal is None:
                 parts.append(part)
             if not message.get("more_body", False) or size > DISCARDED * most:
                 break
+        if refusal is not None:
+            raise refusal
         if size > most:
             raise ApiError(413, f"the body is larger than {most:,} bytes: send less", headers={"Connection": "close"})
         return b"".join(parts)

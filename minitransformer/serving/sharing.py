@@ -15,14 +15,15 @@ def share_equal_tensors(model: nn.Module, others: Iterable[nn.Module]) -> int:
 
     Returns how many bytes are free for it. A merged adapter keeps the matrices that it changes.
     """
-    saved, known = 0, [dict(_tensors_of(other)) for other in others]
+    known = [dict(_tensors_of(other)) for other in others]
+    freed: dict[int, int] = {}  # by place: tensors of one model may share theirs
     for name, tensor in _tensors_of(model):
         twins = (each[name] for each in known if name in each)
         twin = next((each for each in twins if _is_equal(tensor, each)), None)
         if twin is not None and twin.data_ptr() != tensor.data_ptr():
-            saved += tensor.nbytes
+            freed[tensor.data_ptr()] = tensor.nbytes
             tensor.data = twin.data
-    return saved
+    return sum(freed.values())
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from minitransformer.architecture.cache import KVCache
 from minitransformer.generation.batch import DecodeStep, MakeStep, decode_rows, plain_step
 from minitransformer.generation.fast.recording import (
+    MOST,
     Recorded,
     has_fixed_shapes,
     products_of,
@@ -43,11 +44,12 @@ class KeptSteps:
     """Recorded steps that take the tensors of a cache as arguments, and so serve one text after another.
 
     They compute with the weights of `model` as they are, or as they were at the last `refresh` where those are copied.
-    Once a module, a tensor or another attribute of `model` is replaced, they no longer are of it.
+    Once a module, a tensor or another attribute of `model` is replaced, they no longer are of it, nor under another
+    autocast, whose conversions are recorded.
     """
 
     def __init__(self, model: DecoderLM) -> None:
-        self._parts, self._places = _parts(model), _places(model)
+        self._parts, self._places, self._autocast = _parts(model), _places(model), _autocast(model)
         self._fast, self._products = for_single_rows(model), products_of(model)
         self._copies = [module for module in self._fast.modules() if isinstance(module, RowLinear)]
         self._recorded: dict[tuple[int, bool, int], Recorded] = {}
@@ -56,7 +58,7 @@ class KeptSteps:
         """Whether `model` is what it was, but for the contents of its tensors."""
         parts = _parts(model)
         same = len(parts) == len(self._parts) and all(map(is_, parts, self._parts))
-        return same and _places(model) == self._places
+        return same and _places(model) == self._places and _autocast(model) == self._autocast
 
     @torch.inference_mode()
     def refresh(self) -> None:
@@ -68,6 +70,8 @@ class KeptSteps:
         """A step with this cache, which has been filled; arguments as in `MakeStep`."""
         kind = count, full, len(cache.tensors()[0])
         if kind not in self._recorded:
+            if len(self._recorded) == MOST:  # each takes megabytes, and stays as long as the model
+                self._recorded.clear()
             self._recorded[kind] = Recorded(partial(decode_rows_of, self._fast, count, full), self._products)
         step = self._recorded[kind]
 
@@ -103,6 +107,12 @@ def _parts(model: nn.Module) -> list[object]:
 def _places(model: nn.Module) -> list[int]:
     """Where the contents of tensors are, which `tensor.data = …` changes."""
     return [tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers())]
+
+
+def _autocast(model: nn.Module) -> torch.dtype | None:
+    """The type that autocast converts to where the model is, if it is enabled."""
+    kind = next(model.parameters()).device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def captured_step(fast: DecoderLM, products: Callable[..., int], cache: KVCache, count: int, full: bool) -> DecodeStep:
