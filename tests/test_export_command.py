@@ -199,3 +199,13 @@ def test_what_no_format_can_hold_is_refused_and_nothing_written(tmp_path: Path, 
     code, _, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--family", "lama")
     assert code == 2
     assert "did you mean 'llama'" in err
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path: Path, call: Call, shake: Any) -> None:
+    untrained_run(tmp_path / "run", shake, "causal")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    no_folder = f"cannot be written, as {tmp_path / 'file'} is no folder"
+    for to, why in (("folder", "already exists"), ("file/out", no_folder)):
+        code, out, err = call(export, str(tmp_path / "run"), "--to", str(tmp_path / to))
+        assert (code, out, err) == (2, "", f"error: {tmp_path / to} {why}: choose another --to\n")

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 from typing_extensions import Doc
 
-from minitransformer.commands import DONE, HELP, parse, with_exit_code
+from minitransformer.commands import DONE, HELP, check_outputs, parse, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.exporting import ExportFormat, export_run
 from minitransformer.exporting.certificate import Certificate
@@ -61,8 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     run = Run.open(options.run)
     if options.adapter:
         return _export_adapter(run, options)
-    if options.to.exists():
-        raise UserError(f"{options.to} already exists: choose another folder")
+    check_outputs({"--to": options.to})
     subject = Exported.of(run, options.checkpoint)
     made = kind(subject, ExportChoices(options.family, options.weights))
     try:

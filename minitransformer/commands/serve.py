@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -115,7 +116,10 @@ def main(arguments: Sequence[str]) -> int:
         access_log=False,
         timeout_graceful_shutdown=round(options.drain_seconds) or 1,
     )
-    uvicorn.Server(config).run([listener])
+    server = uvicorn.Server(config)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, server.handle_exit)  # to which uvicorn raises again, when it has ended, what it was sent
+    server.run([listener])
     return DONE
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -40,6 +41,8 @@ class ONNX(GraphFormat, name="onnx"):
 
     def write_graph(self, graph: Graph, program: ExportedProgram, path: Path) -> None:
         names: dict[str, Any] = {"input_names": graph.input_names, "output_names": graph.output_names}
+        # torch says of each operator of torchvision that it is not installed.
+        logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # of what torch will change in itself
             written = torch.onnx.export(
