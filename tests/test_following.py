@@ -157,7 +157,8 @@ def test_models_share_the_weights_that_they_have_in_common(service: Service, tmp
         model.get_parameter(changed).add_(1)
     Run.create(tmp_path / "three", one.config, Bytes(), Bytes(), initial=model)
     served = open_served("three", tmp_path / "three", Room(batch_size=2), LIMITS, Metrics(), print)
-    saved = service.models.add(served)
+    saved = service.models.share(served)
+    service.models[served.name] = served
     tensors = [dict(each.model.named_parameters()) for each in (service.models["chat"], served)]
     own = {name for name, each in tensors[0].items() if each.data_ptr() != tensors[1][name].data_ptr()}
     assert own == {changed}

@@ -142,7 +142,8 @@ def _service(options: Options) -> Service:
     service = Service(Models(), limits, Metrics(), AnswerJournal(options.log))
     for name, path in named_paths(options.runs).items():
         served = open_served(name, path, room, limits, service.metrics, _note)
-        shared = service.models.add(served) / 2**20
+        shared = service.models.share(served) / 2**20
+        service.models[served.name] = served
         of_others = f", with {shared:,.1f} MiB of weights of the others" if shared else ""
         _note(f"{name} is a {served.run.config.model.topology}, {served.cache_in_words}{of_others}")
     return service

@@ -197,7 +197,8 @@ class Family(Registered, kind="model_type"):
     def compared(cls, config: ModelConfig) -> tuple[list[Obstacle], dict[str, bool]]:
         """The `obstacles`, and the settings of biases that the family always has and `config` has not."""
         found, own = cls._differences(config), _canonical(config)
-        zeros = {each.setting: each.choice for each in found if each.setting in BIASES and not own.get(each.setting, True)}
+        lacking = {name for name in BIASES if not own.get(name, True)}
+        zeros = {each.setting: each.choice for each in found if each.setting in lacking}
         return [each for each in found if each.setting not in zeros], zeros
 
     @classmethod

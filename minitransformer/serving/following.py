@@ -46,13 +46,14 @@ class Follower:
         try:
             path, checkpoint = served_checkpoint(old.folder)
             new = await asyncio.to_thread(old.reopen)
+            await asyncio.to_thread(self._service.models.share, new)
         except UserError as error:
             LOG.error("%s is served as before: %s", name, error)
             return
         except Exception:  # such as too little memory for two models
             LOG.exception("%s is served as before", name)
             return
-        self._service.models.add(new)
+        self._service.models[new.name] = new
         new.start(asyncio.get_running_loop())
         LOG.info("%s is now %s, %s", name, path, checkpoint or "its best checkpoint")
         retiring = asyncio.create_task(self._retire(old))

@@ -24,7 +24,7 @@ class ServingLimits:
     header_seconds: float = 10.0
     """until the headers of a request have arrived"""
     read_seconds: float = 30.0
-    """without a byte that the client reads of its answer"""
+    """in which nothing that waits to be sent could be, as the client reads nothing"""
     max_connections: int = 512
 
     def check_new_tokens(self, count: int) -> None:

@@ -131,11 +131,9 @@ class ServedModel:
 class Models(dict[str, ServedModel]):
     """The served models by name."""
 
-    def add(self, served: ServedModel) -> int:
-        """Serve one more model, or another under its name; returns the bytes that it has in common with others."""
-        saved = share_equal_tensors(served.model, [other.model for other in self.values()])
-        self[served.name] = served
-        return saved
+    def share(self, served: ServedModel) -> int:
+        """Have a model that is to be served use the memory of what others have in common with it; returns its bytes."""
+        return share_equal_tensors(served.model, [other.model for other in self.values()])
 
     def find(self, name: str) -> ServedModel:
         """The model called `name`; raises `ApiError` if there is none."""
