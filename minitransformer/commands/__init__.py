@@ -176,6 +176,11 @@ def task_of(command: str, arguments: Sequence[str], tasks: Mapping[str, str], op
     return arguments[0]
 
 
+def note(text: str) -> None:
+    """Say something beside the results, on standard error."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 def check_outputs(outputs: Mapping[str, Path | None], *, new: bool = True) -> None:
     """Raises `UserError` for a file, by its flag, that could not be written after the work, or that must be `new`."""
     taken: set[Path] = set()
@@ -188,12 +193,10 @@ def check_outputs(outputs: Mapping[str, Path | None], *, new: bool = True) -> No
             why = "already exists"
         elif path.absolute() in taken:
             why = "is named twice"
-        elif path.is_dir() or not folder.is_dir():
-            why = (
-                "cannot be written, as it is a folder"
-                if path.is_dir()
-                else f"cannot be written, as {folder} is no folder"
-            )
+        elif path.is_dir():
+            why = "cannot be written, as it is a folder"
+        elif not folder.is_dir():
+            why = f"cannot be written, as {folder} is no folder"
         elif not os.access(folder, os.W_OK):
             why = f"cannot be written, as {folder} is read-only"
         if why is not None:

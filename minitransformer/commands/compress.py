@@ -11,8 +11,8 @@ import tyro
 from tqdm import tqdm
 
 from minitransformer.amounts import size
-from minitransformer.commands import DONE, check_outputs, given_flags, table_width, with_exit_code
-from minitransformer.commands.family_plot import draw_family, note, with_interval
+from minitransformer.commands import DONE, check_outputs, given_flags, note, table_width, with_exit_code
+from minitransformer.commands.family_plot import draw_family, with_interval
 from minitransformer.commands.settings_flags import parse_with_settings
 from minitransformer.compression.making import Source
 from minitransformer.compression.measuring import ModelFigures, QualityData, figures_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from tqdm import tqdm
 
 from minitransformer import files
 from minitransformer.amounts import size
-from minitransformer.commands import table_width
+from minitransformer.commands import note, table_width
 from minitransformer.compression.family import Member, measured_members, members_beside
 from minitransformer.compression.making import Source
 from minitransformer.compression.measuring import ModelFigures, QualityData
@@ -76,8 +75,3 @@ def with_interval(value: float | None, low: float | None, high: float | None, fo
     if value is None:
         return None
     return f"{value:{form}}" if low is None or high is None else f"{value:{form}} [{low:{form}}, {high:{form}}]"
-
-
-def note(text: str) -> None:
-    """Say what is done in another way than was asked for."""
-    print(f"note: {text}", file=sys.stderr, flush=True)

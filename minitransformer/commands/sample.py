@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from minitransformer.commands import DONE, given_flags, piped_text, utf8_text, with_exit_code
+from minitransformer.commands import DONE, given_flags, note, piped_text, utf8_text, with_exit_code
 from minitransformer.commands.batch_answers import RowPrompts, generate_answers, read_prompts, write_answers
 from minitransformer.commands.chatting import chat_format, hold_conversation, system_messages
 from minitransformer.commands.sample_options import Options, check_together
@@ -69,21 +69,21 @@ def main(arguments: Sequence[str]) -> int:
     draft_run = None if options.draft is None else _draft_run(options.draft, run)
     device = str(choose_device(options.device))
     weights = StoredWeights.named(options.weights)
-    model = with_row_kernel(weights.applied(run.load_model(options.checkpoint, device=device)), _note)
+    model = with_row_kernel(weights.applied(run.load_model(options.checkpoint, device=device)), note)
     draft = None
     if draft_run is not None:
         draft = Draft(with_row_kernel(weights.applied(_decoder(draft_run, model, device))), options.draft_tokens)
     if options.run is None:
-        _note(f"the model is that of {path}")
+        note(f"the model is that of {path}")
     seed = _seed(options, sampling)
     if sampling.seed is None and _draws(sampling, model):
-        _note(f"--seed {seed} gives this text again")
+        note(f"--seed {seed} gives this text again")
     generator = torch.Generator().manual_seed(seed)
     _tolerate_characters()
     _respond(model, asked, Session(run, options, sampling, seed, generator, asked.encode, draft))
     if draft is not None and draft.proposed:
         share = draft.accepted / draft.proposed
-        _note(f"of {draft.proposed} tokens proposed by the draft, {draft.accepted} were accepted ({share:.0%})")
+        note(f"of {draft.proposed} tokens proposed by the draft, {draft.accepted} were accepted ({share:.0%})")
     return DONE
 
 
@@ -143,9 +143,9 @@ def _completed(options: Options, settings: Mapping[str, Any], given: set[str], r
         where = dict.fromkeys(taken, path)
         settings = {**settings, **taken}
         if taken:
-            _note(f"by {path}, unless flags say otherwise: " + ", ".join(f"{name} {taken[name]}" for name in taken))
+            note(f"by {path}, unless flags say otherwise: " + ", ".join(f"{name} {taken[name]}" for name in taken))
         if advice.not_followed:
-            _note(f"{path} asks for {', '.join(advice.not_followed)}, which nothing here does")
+            note(f"{path} asks for {', '.join(advice.not_followed)}, which nothing here does")
     sampling = SamplingConfig(**settings)
     check_together(options, sampling)
     check_flags(given, {**vars(options), **sampling.flat}, topology, where)
@@ -195,10 +195,10 @@ def _respond(model: Model, asked: Asked, session: Session) -> None:
     if asked.rows is not None:
         _answer_rows(model, asked.rows, asked.chat, session)
     elif asked.chat is not None:
-        _note(f"a conversation by {asked.chat.template.origin}: each message and answer is remembered")
+        note(f"a conversation by {asked.chat.template.origin}: each message and answer is remembered")
         hold_conversation(_conversation(model, asked.chat, session), None if asked.prompt is None else [asked.prompt])
     elif asked.prompt is None:
-        _note("each line is a prompt of its own, and none is remembered: --chat is for conversations")
+        note("each line is a prompt of its own, and none is remembered: --chat is for conversations")
         _converse(model, session)
     else:
         answer(model, asked.prompt, session)
@@ -207,7 +207,7 @@ def _respond(model: Model, asked: Asked, session: Session) -> None:
 def _conversation(model: Model, chat: ChatFormat, session: Session) -> Conversation:
     stream = partial(stream_text, generator=session.generator, draft=session.draft)
     messages = system_messages(session.options.system)
-    return Conversation(cast(DecoderLM, model), chat, session.sampling, stream, _note, messages)
+    return Conversation(cast(DecoderLM, model), chat, session.sampling, stream, note, messages)
 
 
 def _answer_rows(model: Model, rows: RowPrompts, chat: ChatFormat | None, session: Session) -> None:
@@ -227,7 +227,7 @@ def _answer_rows(model: Model, rows: RowPrompts, chat: ChatFormat | None, sessio
     assert options.out is not None
     before = write_answers(rows, options.out, request, options.batch_size, answers_to)
     begun = f", {before} of them by an earlier call" if before else ""
-    _note(f"{options.out} has the answers to {len(rows.rows)} rows{begun}")
+    note(f"{options.out} has the answers to {len(rows.rows)} rows{begun}")
 
 
 @singledispatch
@@ -346,7 +346,7 @@ def _source(run: Run, line: str, encode: Callable[[str], list[int]], framing: Fr
     room = context - framing.length
     if len(tokens) > room:
         length = len(tokens) + framing.length
-        _note(f"a line of {length} tokens is cut to the {context} that the model sees")
+        note(f"a line of {length} tokens is cut to the {context} that the model sees")
     return framing.around(tokens[:room])
 
 
@@ -373,11 +373,7 @@ def _note_context(prompt: int, new: int, context_length: int) -> None:
         return
     rule = "whenever it is full, the oldest half is dropped and the rest is read anew"
     cut = f"; of the prompt's {prompt} tokens, the last {window_length(prompt, context_length)} are read"
-    _note(f"the model sees {context_length} tokens: {rule}{cut if prompt > context_length else ''}")
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    note(f"the model sees {context_length} tokens: {rule}{cut if prompt > context_length else ''}")
 
 
 def _print(text: str) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from typing_extensions import Doc
 
-from minitransformer.commands import DONE, parse, with_exit_code
+from minitransformer.commands import DONE, note, parse, with_exit_code
 from minitransformer.errors import UserError
 from minitransformer.generation.weights import StoredWeights
 from minitransformer.training.machine import choose_device
@@ -105,9 +105,9 @@ def main(arguments: Sequence[str]) -> int:
     service = _service(options)
     app = make_app(service, keys, () if keys or options.host not in LOOPBACK else LOOPBACK)
     if not keys and options.host not in LOOPBACK:
-        _note(f"anyone who reaches {options.host} may use the models: set {KEYS}")
+        note(f"anyone who reaches {options.host} may use the models: set {KEYS}")
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr, level=logging.INFO)
-    _note(f"listening on http://{_address(listener)}/v1")
+    note(f"listening on http://{_address(listener)}/v1")
     config = uvicorn.Config(
         app,
         http=partial(LimitedConnection, service.limits),  # type: ignore[arg-type]
@@ -141,11 +141,11 @@ def _service(options: Options) -> Service:
     room = Room(options.batch_size, options.context, options.cache_mib, options.weights, device)
     service = Service(Models(), limits, Metrics(), AnswerJournal(options.log))
     for name, path in named_paths(options.runs).items():
-        served = open_served(name, path, room, limits, service.metrics, _note)
+        served = open_served(name, path, room, limits, service.metrics, note)
         shared = service.models.share(served) / 2**20
         service.models[served.name] = served
         of_others = f", with {shared:,.1f} MiB of weights of the others" if shared else ""
-        _note(f"{name} is a {served.run.config.model.topology}, {served.cache_in_words}{of_others}")
+        note(f"{name} is a {served.run.config.model.topology}, {served.cache_in_words}{of_others}")
     return service
 
 
@@ -167,7 +167,3 @@ def _listen(options: Options) -> socket.socket:
 def _address(listener: socket.socket) -> str:
     host, port, *_ = listener.getsockname()
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)

@@ -130,7 +130,8 @@ class Exported:
             return self
         with Undrawn():
             bare = build_model(headless(self.model.config)).eval()
-        bare.load_state_dict({name: self.model.state_dict()[name] for name in bare.state_dict()})
+        weights = self.model.state_dict()
+        bare.load_state_dict({name: weights[name] for name in bare.state_dict()})
         return replace(self, model=bare)
 
     @property
