@@ -1,5 +1,6 @@
 """The memory of a training step as it is predicted, beside what torch's allocator, and the system, say it takes."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def ready(**choices):
 
 def allocated(config, loader, batches):
     """Most bytes that torch's allocator has given out at once, for a model and two steps."""
+    gc.collect()  # what earlier tests have left would be freed while this counts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         learner = Learner(config, build_model(config.model).train(), loader, cpu(config.training.precision))
         for _ in range(2):
